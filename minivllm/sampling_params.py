@@ -1,0 +1,163 @@
+"""How one request wants its tokens chosen: vLLM's `SamplingParams`, checked on construction.
+
+The object is frozen and plain (no torch), so it crosses from the server to the engine and rides on the plan to the worker
+unchanged. Field names and defaults are vLLM's; ranges are the OpenAI API's where it states one.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+
+MAX_LOGPROBS = 20  # the most alternatives a request may ask for (OpenAI's and vLLM's limit)
+GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
+
+_NOT_YET = {
+    "structured_outputs": "structured output",
+    "guided_decoding": "structured output",
+    "truncate_prompt_tokens": "prompt truncation",
+    "best_of": "best_of",
+    "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
+    "logits_processors": "Python logits processors",
+}
+
+
+def _whole(name: str, value: Any, low: int, fix: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidInput(f"{name} must be a whole number, got {value!r}: {fix}", name)
+    if value < low:
+        raise InvalidInput(f"{name} must be at least {low}, got {value}: {fix}", name)
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    span = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidInput(f"{name} must be a finite number in {span}, got {value!r}", name)
+    if value < low or value > high or (open_low and value == low):
+        raise InvalidInput(f"{name} must be in {span}, got {value!r}", name)
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling settings of one request. Raises `InvalidInput` naming the field, the value and the range."""
+
+    n: int = 1  # completions per prompt; children share the prompt's KV blocks
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus sampling (Holtzman et al., 2020), (0, 1]
+    top_k: int = 0  # keep the k most probable tokens; 0 or -1 keeps all
+    min_p: float = 0.0  # drop tokens below min_p x the highest probability, [0, 1]
+    presence_penalty: float = 0.0  # subtracted once from tokens already in the output, [-2, 2]
+    frequency_penalty: float = 0.0  # subtracted per occurrence in the output, [-2, 2]
+    repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, > 0
+    seed: int | None = None  # None: a seed is drawn from the engine's; the same seed draws the same tokens in any batch
+    stop: Sequence[str] | str | None = None  # strings that end the output
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: as many as the context holds
+    min_tokens: int = 0  # EOS and stop tokens are masked until then
+    logprobs: int | None = None  # 0: only the chosen token's; k: and the k most probable ones
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None  # token id -> bias, clamped to [-100, 100]
+    bad_words: Sequence[str] | None = None  # strings whose tokens must not be generated in sequence
+    allowed_token_ids: Sequence[int] | None = None  # only these may be generated
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    # Filled by the engine, which knows the tokenizer: token sequences of `bad_words`.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        _whole("n", self.n, 1, "ask for one completion or more")
+        put("temperature", _number("temperature", self.temperature, 0.0, math.inf))
+        put("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        _whole("top_k", self.top_k, -1, "0 or -1 keeps all tokens")
+        put("top_k", max(self.top_k, 0))
+        put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True))
+        if self.seed is not None:
+            _whole("seed", self.seed, -(2**63), "a 64-bit integer")
+            if self.seed >= 2**63:
+                raise InvalidInput(f"seed must fit 64 bits, got {self.seed}", "seed")
+        put("stop", self._strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        put("bad_words", self._strings("bad_words", self.bad_words))
+        put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise InvalidInput("allowed_token_ids is empty, so no token could ever be generated: leave it out to allow all", "allowed_token_ids")
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, "the number of tokens to generate")
+        _whole("min_tokens", self.min_tokens, 0, "0 turns it off")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidInput(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): lower it", "min_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and _whole(name, value, 0, f"0 to {MAX_LOGPROBS}") > MAX_LOGPROBS:
+                raise InvalidInput(f"{name} must be at most {MAX_LOGPROBS}, got {value}", name)
+        if self.stop and not self.detokenize:
+            raise InvalidInput("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on", "stop")
+        if self.logit_bias is not None:
+            put("logit_bias", self._bias(self.logit_bias))
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInput(f"{name} must be true or false, got {getattr(self, name)!r}", name)
+
+    @staticmethod
+    def _strings(name: str, value: Sequence[str] | None) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or not all(isinstance(s, str) and s for s in value):
+            raise InvalidInput(f"{name} must be a list of non-empty strings, got {value!r}", name)
+        return tuple(value)
+
+    @staticmethod
+    def _token_ids(name: str, value: Sequence[int] | None) -> tuple[int, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            raise InvalidInput(f"{name} must be a list of token ids, got {value!r}", name)
+        for token in value:
+            _whole(name, token, 0, "token ids start at 0")
+        return tuple(value)
+
+    @staticmethod
+    def _bias(value: Mapping[int, float]) -> dict[int, float]:
+        clean: dict[int, float] = {}
+        for key, bias in value.items():
+            try:
+                token = int(key)
+            except (TypeError, ValueError):
+                raise InvalidInput(f"logit_bias keys are token ids, got {key!r}", "logit_bias") from None
+            _whole("logit_bias", token, 0, "token ids start at 0")
+            clean[token] = max(-100.0, min(100.0, _number("logit_bias", bias, -math.inf, math.inf)))
+        return clean
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken (top_p, top_k and min_p then change nothing)."""
+        return self.temperature < GREEDY_EPSILON
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
+        """Like the constructor, but an unknown name gets an error with the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "bad_words_token_ids"]
+        for name in kwargs:
+            if name in _NOT_YET:
+                raise NotSupportedYet(f"{name} ({_NOT_YET[name]}) is not supported yet: leave it out", name)
+            if name not in known:
+                raise InvalidInput(f"unknown sampling parameter {name!r}{nearest(name, known)}", name)
+        return cls(**kwargs)
