@@ -1,0 +1,207 @@
+"""Attention of any mix of prompt chunks and decodes over the paged KV cache, in plain PyTorch.
+
+The cache is written before it is read, so a query at position p attends the cached keys at positions
+(p - window, p] of its own sequence, its own key included.
+
+    sequence      keys 0 .. seq_len-1             kind of work here
+    decode        [x x x x x x x x x x q]         one query: many decodes are gathered, padded, and computed as one batch
+    prompt        [q q q q q q]                   no earlier context: causal
+    prompt chunk  [x x x x x x q q q q]           context and causal part: a mask, shifted by the context's length
+
+Everything that depends only on lengths and block tables (which slots to gather, which sequences share a padded batch,
+masks) is computed once per step and KV group by `prepare_attention`; all layers of the group share the result.
+Padding repeats a slot that the sequence owns, never an unused one: unused memory may hold anything, NaN included.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivllm.kernels.layout import InputBatch, KVLayer
+
+MAX_GATHER_BYTES = 64 << 20  # of keys that one padded batch of decodes may gather (as much again for values)
+MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer chunks are computed in several pieces
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """Decodes of similar length, computed as one padded batch."""
+
+    start: int  # first and last + 1 in the order of `AttentionMeta.order`
+    end: int
+    keys: int  # L: padded number of keys
+    slots: Tensor  # [n * L] int64
+    mask: Tensor | None  # [n, 1, 1, L] additive; None: all have exactly L keys
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Consecutive queries of one sequence."""
+
+    start: int  # rows of q
+    end: int
+    slots: Tensor  # [S] int64 of the keys that any of them sees
+    mask: Tensor | None  # [q, S] additive; None: causal, and S == q
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """What `attention` needs beside the tensors of one layer; made by `prepare_attention`, once per step and KV group."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_rows: int  # rows of q that belong to a sequence; any after them are padding
+    num_decodes: int
+    order: Tensor | None  # [num_decodes] int64: decode rows sorted by length; None: as they are
+    decodes: tuple[DecodeBucket, ...]
+    chunks: tuple[PromptChunk, ...]
+
+
+def prepare_attention(
+    batch: InputBatch,
+    group: int,
+    *,
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> AttentionMeta:
+    """Gather indices, grouping and masks for the layers of KV group `group`. Reads no device value on the host."""
+    table = batch.block_tables[group]  # [B, M]
+    lens = [n if window is None else min(n, window) for n in batch.seq_lens_host[: batch.num_decodes]]
+    token_bytes = num_kv_heads * head_dim * dtype.itemsize
+    order_host, spans = _bucket(lens, token_bytes)
+    device = table.device
+    order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
+    decodes = tuple(
+        _decode_bucket(table, order_host[a:b], a, [batch.seq_lens_host[i] for i in order_host[a:b]], block_size, window, dtype)
+        for a, b in spans
+    )
+    chunks: list[PromptChunk] = []
+    row = batch.num_decodes
+    for i in range(batch.num_decodes, batch.num_seqs):
+        query_len, seq_len = batch.query_lens_host[i], batch.seq_lens_host[i]
+        assert 1 <= query_len <= seq_len
+        chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)
+        row += query_len
+    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, batch.num_decodes, order, decodes, tuple(chunks))
+
+
+def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
+    """q: [T, num_heads, head_dim] -> the same shape; keys and values come from the cache `kv`."""
+    assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
+    h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
+    keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
+    out = torch.empty_like(q)
+    out[meta.num_rows :] = 0
+    if meta.decodes:
+        first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
+        result = out[: meta.num_decodes] if meta.order is None else torch.empty_like(first)
+        for bucket in meta.decodes:
+            n = bucket.end - bucket.start
+            # The queries of one KV head's group stand where a sequence's queries usually stand: keys are read once for all.
+            qs = first[bucket.start : bucket.end].view(n, hk, h // hk, d)
+            ks = keys.index_select(0, bucket.slots).view(n, bucket.keys, hk, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
+            vs = values.index_select(0, bucket.slots).view(n, bucket.keys, hk, d).transpose(1, 2)
+            part = _attend(qs, ks, vs, bucket.mask, False, scale, softcap)  # [n, kv_heads, group, head_dim]
+            result[bucket.start : bucket.end] = part.reshape(n, h, d)
+        if meta.order is not None:
+            out.index_copy_(0, meta.order, result)
+    for chunk in meta.chunks:
+        t = chunk.end - chunk.start
+        qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
+        ks = keys.index_select(0, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
+        vs = values.index_select(0, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
+        part = _attend(qs, ks, vs, chunk.mask, chunk.mask is None, scale, softcap)
+        out[chunk.start : chunk.end] = part.permute(2, 0, 1, 3).reshape(t, h, d)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None) -> Tensor:
+    """softmax(cap(q k^T * scale) + mask) v over [batch, heads, queries or keys, head_dim]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    scores = torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores + mask
+    elif causal:
+        t = q.shape[-2]
+        scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    return torch.softmax(scores, -1).to(v.dtype) @ v
+
+
+def _bucket(lens: list[int], token_bytes: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Split decodes into spans that are padded to a common length -> (order, [(start, end)] in that order).
+
+    One batch for all is best while the padding is small; otherwise sort by length and cut where padding would cost more
+    than another call.
+    """
+    if not lens:
+        return [], []
+    limit = max(1, MAX_GATHER_BYTES // token_bytes)  # keys of one padded batch
+    if max(lens) * len(lens) <= min(limit, 1.25 * sum(lens)):
+        return list(range(len(lens))), [(0, len(lens))]
+    order = sorted(range(len(lens)), key=lambda i: -lens[i])
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for i in range(1, len(order) + 1):
+        longest = lens[order[start]]
+        if i == len(order) or longest * (i + 1 - start) > limit or lens[order[i]] < 0.75 * longest:
+            spans.append((start, i))
+            start = i
+    return order, spans
+
+
+def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Where the tokens at positions: [n, L] of sequences with block tables table: [n, M] lie -> [n, L] int64."""
+    blocks = table.gather(1, positions // block_size).long()
+    return blocks * block_size + positions % block_size
+
+
+def _decode_bucket(
+    table: Tensor, rows: list[int], start: int, seq_lens: list[int], block_size: int, window: int | None, dtype: torch.dtype
+) -> DecodeBucket:
+    device = table.device
+    ends = torch.tensor(seq_lens, device=device)[:, None]  # [n, 1]
+    counts = ends if window is None else ends.clamp(max=window)
+    keys = max(seq_lens) if window is None else min(max(seq_lens), window)
+    offsets = torch.arange(keys, device=device)[None]  # [1, L]
+    # Padding repeats the sequence's last key, which exists and is finite, and the mask removes it.
+    positions = torch.minimum(ends - counts + offsets, ends - 1)
+    slots = _slots(table.index_select(0, torch.tensor(rows, device=device)), positions, block_size)
+    mask = None
+    if min(seq_lens) < keys:
+        mask = torch.zeros(len(rows), keys, dtype=dtype, device=device).masked_fill_(offsets >= counts, -math.inf)[:, None, None]
+    return DecodeBucket(start, start + len(rows), keys, slots.flatten(), mask)
+
+
+def _prompt_chunks(
+    table: Tensor, row: int, query_len: int, seq_len: int, block_size: int, window: int | None, dtype: torch.dtype
+) -> list[PromptChunk]:
+    """One sequence's queries, in pieces small enough for their mask."""
+    device = table.device
+    first = seq_len - query_len  # position of the first query
+    plain = first == 0 and (window is None or window >= seq_len)
+    piece = query_len if plain else max(1, MAX_SCORES // seq_len)
+    chunks = []
+    for begin in range(first, seq_len, piece):
+        end = min(begin + piece, seq_len)
+        low = 0 if window is None else max(0, begin - window + 1)
+        positions = torch.arange(low, end, device=device)[None]  # [1, S]
+        slots = _slots(table[None], positions, block_size)[0]
+        mask = None
+        if not plain:
+            queries = torch.arange(begin, end, device=device)[:, None]
+            hidden = positions > queries
+            if window is not None:
+                hidden |= positions <= queries - window
+            mask = torch.zeros(end - begin, end - low, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+        chunks.append(PromptChunk(row + begin - first, row + end - first, slots, mask))
+    return chunks

@@ -1,0 +1,143 @@
+"""Reference attention over the paged cache, against hand-written maths: one query at a time in float64."""
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minivllm.kernels.reference import attention as module
+from minivllm.kernels.reference.attention import AttentionMeta, attention, prepare_attention
+from tests.kernels.paged import Case, make_case, naive_attention
+
+
+def prepare(case: Case, window: int | None = None) -> AttentionMeta:
+    return prepare_attention(
+        case.batch, 0, block_size=case.block_size, num_heads=case.q.shape[1], num_kv_heads=case.kv.k.shape[2],
+        head_dim=case.q.shape[2], window=window, dtype=case.q.dtype,
+    )
+
+
+def check(case: Case, *, window: int | None = None, softcap: float | None = None, tolerance: float = 2e-5) -> None:
+    scale = case.q.shape[2] ** -0.5
+    got = attention(case.q, case.kv, prepare(case, window), scale=scale, softcap=softcap)
+    want = naive_attention(case, scale=scale, window=window, softcap=softcap)
+    assert got.shape == case.q.shape and got.dtype == case.q.dtype
+    torch.testing.assert_close(got.cpu().double(), want, atol=tolerance, rtol=tolerance)
+
+
+sequences = st.lists(
+    st.one_of(
+        st.integers(1, 60).map(lambda n: (1, n)),  # a decode
+        st.integers(1, 40).map(lambda n: (n, n)),  # a whole prompt
+        st.tuples(st.integers(2, 20), st.integers(1, 40)).map(lambda t: (t[0], t[0] + t[1])),  # a later chunk
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    shape=sequences,
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (9, 3), (8, 1)]),
+    head_dim=st.sampled_from([4, 8, 12, 64]),
+    block_size=st.integers(1, 256) | st.sampled_from([1, 2, 16, 256]),
+    window=st.none() | st.integers(1, 50),
+    softcap=st.none() | st.sampled_from([0.5, 5.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_mix_of_prompts_chunks_and_decodes_over_scattered_blocks_equals_hand_written_maths(
+    shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None,
+    softcap: float | None, seed: int,
+) -> None:
+    case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window, seed=seed)
+    check(case, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | None) -> None:
+    case = make_case([(1, 33), (1, 2), (1, 17), (5, 5), (3, 21)], window=window, seed=1)
+    assert case.kv.k.isnan().any() and case.kv.v.isnan().any()
+    out = attention(case.q, case.kv, prepare(case, window), scale=0.5)
+    assert not out.isnan().any()
+
+
+def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
+    case = make_case([(1, 1000)] + [(1, 10 + i) for i in range(20)], seed=2)
+    gathered = sum(len(bucket.slots) for bucket in prepare(case).decodes)
+    assert gathered < 1.5 * sum(case.batch.seq_lens_host)
+    check(case)
+
+
+def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_GATHER_BYTES", 50 * 2 * 8 * 4)  # fifty keys
+    case = make_case([(1, n) for n in (20, 21, 22, 23, 24, 90, 19)], seed=3)
+    assert max(len(bucket.slots) for bucket in prepare(case).decodes if bucket.end - bucket.start > 1) <= 50
+    check(case)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_long_chunk_is_computed_in_pieces_when_its_mask_would_take_too_much_memory(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr(module, "MAX_SCORES", 200)
+    case = make_case([(30, 50), (4, 4), (2, 300)], window=window, seed=4)
+    masks = [chunk.mask for chunk in prepare(case, window).chunks if chunk.mask is not None]
+    assert len(masks) > 2 and all(m.numel() <= 300 for m in masks)
+    check(case, window=window)
+
+
+def test_equal_decodes_need_neither_mask_nor_reordering() -> None:
+    meta = prepare(make_case([(1, 12)] * 5))
+    assert meta.order is None and len(meta.decodes) == 1 and meta.decodes[0].mask is None
+
+
+def test_rows_past_the_last_sequence_are_zero() -> None:
+    case = make_case([(1, 5), (3, 3)], seed=5)
+    padded = dataclasses.replace(case, q=torch.cat([case.q, torch.full((2, *case.q.shape[1:]), torch.nan)]))
+    out = attention(padded.q, padded.kv, prepare(padded), scale=1.0)
+    assert torch.equal(out[:4], attention(case.q, case.kv, prepare(case), scale=1.0))
+    assert not out[4:].any()
+
+
+def test_a_sequence_gets_the_same_output_alone_and_in_a_batch() -> None:
+    shape = [(1, 40), (1, 3), (6, 6), (4, 30)]
+    case = make_case(shape, seed=6)
+    together = attention(case.q, case.kv, prepare(case), scale=0.3)
+    row = 0
+    for i, (query_len, seq_len) in enumerate(zip(case.batch.query_lens_host, case.batch.seq_lens_host)):
+        alone = dataclasses.replace(
+            case.batch, block_tables=(case.batch.block_tables[0][i : i + 1],), num_decodes=int(query_len == 1),
+            query_lens_host=(query_len,), seq_lens_host=(seq_len,),
+        )
+        part = dataclasses.replace(case, batch=alone, q=case.q[row : row + query_len])
+        torch.testing.assert_close(attention(part.q, case.kv, prepare(part), scale=0.3), together[row : row + query_len])
+        row += query_len
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_bfloat16_stays_within_its_rounding(softcap: float | None) -> None:
+    case = make_case([(1, 70), (1, 5), (20, 20), (5, 44)], dtype=torch.bfloat16, head_dim=64, heads=9, kv_heads=3, seed=7)
+    check(case, softcap=softcap, tolerance=2e-2)
+
+
+def test_the_same_step_meta_serves_every_layer() -> None:
+    case = make_case([(1, 20), (1, 9), (6, 6)], seed=8)
+    meta = prepare(case)
+    other = make_case([(1, 20), (1, 9), (6, 6)], seed=8)
+    other.kv.v.mul_(2.0)
+    first, second = (attention(c.q, c.kv, meta, scale=0.3) for c in (case, other))
+    torch.testing.assert_close(second, 2.0 * first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_same_function_serves_a_gpu(window: int | None, softcap: float | None) -> None:
+    shape = [(1, 33), (1, 2), (1, 170), (5, 5), (30, 44)]
+    case = make_case(shape, window=window, device="cuda", heads=9, kv_heads=3, head_dim=64, block_size=16, seed=9)
+    check(case, window=window, softcap=softcap, tolerance=1e-4)
