@@ -1,0 +1,49 @@
+"""minivllm: a compact LLM serving engine that is meant to be read.
+
+    from minivllm import LLM, SamplingParams
+
+Names are resolved on first use (PEP 562), so `import minivllm` costs nothing: torch is loaded when an engine is built.
+"""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minivllm.config import EngineConfig as EngineConfig
+    from minivllm.engine.async_llm import AsyncLLM as AsyncLLM
+    from minivllm.engine.engine import LLMEngine as LLMEngine
+    from minivllm.engine.llm import LLM as LLM
+    from minivllm.engine.llm import BeamSearchParams as BeamSearchParams
+    from minivllm.errors import InvalidInput as InvalidInput
+    from minivllm.outputs import CompletionOutput as CompletionOutput
+    from minivllm.outputs import RequestOutput as RequestOutput
+    from minivllm.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AsyncLLM": "minivllm.engine.async_llm",
+    "BeamSearchParams": "minivllm.engine.llm",
+    "CompletionOutput": "minivllm.outputs",
+    "EngineConfig": "minivllm.config",
+    "InvalidInput": "minivllm.errors",
+    "LLM": "minivllm.engine.llm",
+    "LLMEngine": "minivllm.engine.engine",
+    "RequestOutput": "minivllm.outputs",
+    "SamplingParams": "minivllm.sampling_params",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604  all strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minivllm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,293 @@
+"""The server's door to the engine: `EngineClient`, with the engine in a thread or in a process of its own.
+
+A client sends small messages to the engine's loop (see `loop.py`) and hands its answers to the streams that wait for them:
+
+    generate(request) ──▶ add ──▶ [ loop: engine ] ──▶ one message a step ──▶ deltas sorted into streams ──▶ async for
+
+Both clients share everything but the transport: a queue and a callback, or a pipe. A stream belongs to the event loop that
+asked for it; answers come in on another thread and are passed over with one call per step and event loop.
+"""
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from minivllm.config import EngineConfig
+from minivllm.engine.loop import (
+    Abort,
+    Add,
+    AddRequest,
+    Answer,
+    Command,
+    Dead,
+    EngineInfo,
+    Message,
+    Ready,
+    Refused,
+    ResetPrefixCache,
+    Shutdown,
+    StepMessage,
+    run_engine,
+)
+from minivllm.engine.metrics import EngineMetrics, EngineStats
+from minivllm.errors import EngineDead, InvalidInput
+from minivllm.outputs import OutputDelta
+
+if TYPE_CHECKING:
+    from minivllm.engine.engine import LLMEngine
+
+__all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ProcessClient", "ThreadClient", "start_client"]
+
+
+class _Stream:
+    """What has arrived for one request and was not read yet. Touched only from its own event loop."""
+
+    __slots__ = ("deltas", "error", "loop", "open_children", "wake")
+
+    def __init__(self, n: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.wake = asyncio.Event()
+        self.deltas: list[OutputDelta] = []
+        self.error: Exception | None = None
+        self.open_children = n
+
+    def put(self, delta: OutputDelta) -> None:
+        self.deltas.append(delta)
+        if delta.finish_reason is not None:
+            self.open_children -= 1
+        self.wake.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.wake.set()
+
+
+class EngineClient(ABC):
+    """Add, abort, outputs, stats; and `generate`, which is the four together. Made by `start`, ended by `close`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the four below: streams come and go on event loops, answers on another thread
+        self._streams: dict[str, _Stream] = {}
+        self._tickets: dict[int, Future[bool]] = {}
+        self._dead: str | None = None
+        self._stats = EngineStats()
+        self._next_ticket = itertools.count()
+        self._started: Future[EngineInfo] = Future()
+        self._metrics: EngineMetrics | None = None
+
+    # -- what a server uses -------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        """Constants of the engine: model, limits, device, sampling defaults."""
+        return self._started.result()
+
+    @property
+    def dead(self) -> str | None:
+        """Why the engine ended; None while it lives."""
+        return self._dead
+
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
+        return self._stats
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counters and histograms; `metrics.render()` is the text of `/metrics`."""
+        assert self._metrics is not None, "a client is handed out only after the engine has started"
+        return self._metrics
+
+    def add(self, request: AddRequest) -> None:
+        """Hand a request to the engine. Must be called on the event loop that will read its `outputs`."""
+        if request.arrival_time is None:
+            request = replace(request, arrival_time=time.monotonic())
+        assert request.arrival_time is not None
+        stream = _Stream(request.params.n)
+        with self._lock:
+            self._check_alive()
+            if request.request_id in self._streams:
+                raise InvalidInput(f"request id {request.request_id!r} is in use: choose another", "request_id")
+            self._streams[request.request_id] = stream
+            self.metrics.added(
+                request.request_id, request.arrival_time, len(request.prompt_token_ids), request.params.n,
+            )
+        self._send(Add(request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request, all its children; its stream ends with finish reason "abort". Unknown ids are ignored."""
+        if self._dead is None:
+            self._send(Abort(request_id))
+
+    async def outputs(self, request_id: str) -> AsyncIterator[list[OutputDelta]]:
+        """Everything new of one request, each time there is something; ends when all its children have ended.
+
+        Raises `InvalidInput` if the engine refused the request and `EngineDead` if it died. Leaving early aborts.
+        """
+        stream = self._streams[request_id]
+        try:
+            while True:
+                await stream.wake.wait()
+                stream.wake.clear()
+                if stream.deltas:
+                    new, stream.deltas = stream.deltas, []
+                    yield new
+                if stream.error is not None:
+                    raise stream.error
+                if stream.open_children == 0 and not stream.deltas:
+                    return
+        finally:
+            with self._lock:
+                self._streams.pop(request_id, None)
+            if stream.open_children and stream.error is None:
+                self.abort(request_id)
+
+    async def generate(self, request: AddRequest) -> AsyncIterator[list[OutputDelta]]:
+        """`add`, then `outputs`; closing the generator (a client that went away) aborts the request."""
+        self.add(request)
+        stream = self.outputs(request.request_id)
+        try:
+            async for deltas in stream:
+                yield deltas
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all shared prefixes. False if requests are running, so that nothing was done."""
+        future: Future[bool] = Future()
+        ticket = next(self._next_ticket)
+        with self._lock:
+            self._check_alive()
+            self._tickets[ticket] = future
+        self._send(ResetPrefixCache(ticket))
+        return await asyncio.wrap_future(future)
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine and give everything back. Pending streams get `EngineDead`. Safe to call twice."""
+
+    # -- answers, on whichever thread they come in ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _send(self, command: Command) -> None:
+        """Pass a command to the loop. Never waits for the engine."""
+
+    def _receive(self, message: Message) -> None:
+        if isinstance(message, StepMessage):
+            self._deliver(message)
+        elif isinstance(message, Refused):
+            self._refuse(message)
+        elif isinstance(message, Answer):
+            with self._lock:
+                future = self._tickets.pop(message.ticket)
+            if future.set_running_or_notify_cancel():  # False: whoever asked has stopped waiting
+                future.set_result(message.value)
+        elif isinstance(message, Ready):
+            self._metrics = EngineMetrics(message.info.model)
+            self._started.set_result(message.info)
+        else:
+            self._die(message)
+
+    def _deliver(self, message: StepMessage) -> None:
+        per_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = {}
+        with self._lock:
+            self._stats = message.stats
+            self.metrics.observe(message.deltas, message.stats)
+            for delta in message.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is not None:  # None: its reader has gone and the abort is on its way
+                    per_loop.setdefault(stream.loop, []).append((stream, delta))
+        for loop, parts in per_loop.items():
+            _call(loop, partial(_put_all, parts))
+
+    def _refuse(self, message: Refused) -> None:
+        with self._lock:
+            self.metrics.refused(message.request_id)
+            stream = self._streams.get(message.request_id)
+        if stream is not None:
+            _call(stream.loop, partial(stream.fail, message.error))
+
+    def _die(self, message: Dead) -> None:
+        with self._lock:
+            if self._dead is not None:
+                return
+            self._dead = message.reason
+            streams, tickets = list(self._streams.values()), list(self._tickets.values())
+            self._tickets.clear()
+        for stream in streams:
+            _call(stream.loop, partial(stream.fail, EngineDead(message.reason)))
+        for future in tickets:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineDead(message.reason))
+        if not self._started.done():
+            self._started.set_exception(message.error or EngineDead(message.reason))
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+
+
+def _put_all(parts: list[tuple[_Stream, OutputDelta]]) -> None:
+    for stream, delta in parts:
+        stream.put(delta)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:  # that event loop was closed under its streams: nobody is left to read them
+        pass
+
+
+class ThreadClient(EngineClient):
+    """The engine in a thread of this process: no copies, but it shares Python's lock with the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def start(cls, config: EngineConfig) -> ThreadClient:
+        """Load the model and return when requests can be accepted."""
+        from minivllm.engine.engine import LLMEngine
+
+        return cls.start_with(partial(LLMEngine.from_config, config))
+
+    @classmethod
+    def start_with(cls, build: Callable[[], LLMEngine]) -> ThreadClient:
+        client = cls()
+        thread = threading.Thread(
+            target=run_engine, args=(build, client._inbox, client._receive), name="minivllm-engine", daemon=True,
+        )
+        client._thread = thread
+        thread.start()
+        try:
+            client._started.result()
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def _send(self, command: Command) -> None:
+        self._inbox.put(command)
+
+    def close(self) -> None:
+        self._inbox.put(Shutdown())
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+def start_client(config: EngineConfig, *, process: bool) -> EngineClient:
+    """An engine in its own process, or in a thread of this one."""
+    from minivllm.engine.process import ProcessClient
+
+    return ProcessClient.start(config) if process else ThreadClient.start(config)

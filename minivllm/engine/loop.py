@@ -1,0 +1,194 @@
+"""The engine's side of the client: one loop that owns an engine, wherever it runs, and the messages that cross.
+
+    client                        loop (a thread, or a process of its own)
+      Add, Abort, Reset  ──────▶  inbox: drained before each step; a blocking wait when there is nothing to do
+      StepMessage        ◀──────  one message a step for all streams together
+      Refused, Answer    ◀──────  one request was not accepted; the reply to a Reset
+      Ready | Dead       ◀──────  the first message; the last one
+
+Messages are plain picklable values. The loop never polls: it is either computing or asleep in `inbox.get()`.
+"""
+from __future__ import annotations
+
+import logging
+import queue
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from minivllm.engine.metrics import EngineStats
+from minivllm.errors import EngineDead, InvalidInput
+from minivllm.outputs import OutputDelta
+from minivllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from minivllm.engine.engine import LLMEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddRequest:
+    """One request as it crosses to the engine: token ids, not text (the server has its own tokenizer)."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0  # lower runs first; only under the priority policy
+    cache_salt: str | None = None  # requests share cached prefixes only with requests of the same salt
+    arrival_time: float | None = None  # time.monotonic(); the client fills it in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What a server must know about the engine behind a client. Constant for the engine's life."""
+
+    model: str  # name of the model as found: hub id, folder or file name
+    model_folder: str
+    tokenizer_folder: str | None  # None: no tokenizer (prompts are token ids and no text comes out)
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    num_blocks: int
+    block_size: int
+    generation_config: dict[str, Any]  # the model's own sampling defaults: temperature, top_p ...
+    scheduling_policy: str = "fcfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    request: AddRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """All deltas of one step (or of the aborts before it), and the gauges after it."""
+
+    deltas: tuple[OutputDelta, ...]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    request_id: str
+    error: InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    ticket: int
+    value: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """The loop has ended. `error` is set when a user's mistake prevented the start."""
+
+    reason: str
+    error: InvalidInput | None = None
+
+
+Command: TypeAlias = Add | Abort | ResetPrefixCache | Shutdown
+Message: TypeAlias = Ready | StepMessage | Refused | Answer | Dead
+
+
+def run_engine(
+    build: Callable[[], LLMEngine], inbox: queue.SimpleQueue[Command], send: Callable[[Message], None],
+) -> None:
+    """Build an engine and serve it until `Shutdown`. Every way out ends with a `Dead` message; nothing is raised."""
+    engine: LLMEngine | None = None
+    try:
+        engine = build()
+        send(Ready(engine.info()))
+        EngineLoop(engine, inbox, send).run()
+        farewell = Dead("the engine was closed")
+    except (InvalidInput, TypeError) as error:
+        known = error if isinstance(error, InvalidInput) and engine is None else None
+        farewell = Dead(_reason(error), known)
+    except BaseException as error:  # noqa: BLE001  whatever it was, those who wait must hear of it
+        farewell = Dead(_reason(error))
+    if engine is not None:
+        try:
+            engine.close()
+        except Exception:  # noqa: BLE001
+            log.exception("closing the engine failed")
+    send(farewell)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, (EngineDead, InvalidInput)):
+        return str(error)
+    log.error("the engine died:\n%s", "".join(traceback.format_exception(error)).rstrip())
+    return f"{type(error).__name__}: {error}"
+
+
+class EngineLoop:
+    """Commands in, steps, messages out. `rounds` counts passes of the loop: it stands still while the engine is idle."""
+
+    def __init__(
+        self, engine: LLMEngine, inbox: queue.SimpleQueue[Command], send: Callable[[Message], None],
+    ) -> None:
+        self.engine = engine
+        self.inbox = inbox
+        self.send = send
+        self.rounds = 0
+
+    def run(self) -> None:
+        while True:
+            self.rounds += 1
+            deltas: list[OutputDelta] = []
+            if not self._commands(deltas):
+                return
+            if self.engine.has_unfinished_requests():
+                deltas += self.engine.step()
+            self.send(StepMessage(tuple(deltas), self.engine.stats()))
+
+    def _commands(self, deltas: list[OutputDelta]) -> bool:
+        """Obey every command that has arrived; sleep until one does if there is no work. False: shut down."""
+        wait = not self.engine.has_unfinished_requests()
+        while True:
+            try:
+                command = self.inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            wait = False
+            if isinstance(command, Shutdown):
+                return False
+            if isinstance(command, Abort):
+                deltas += self.engine.abort_request(command.request_id)
+            elif isinstance(command, ResetPrefixCache):
+                self.send(Answer(command.ticket, self.engine.reset_prefix_cache()))
+            else:
+                self._add(command.request)
+
+    def _add(self, request: AddRequest) -> None:
+        try:
+            self.engine.add_request(
+                request.request_id, {"prompt_token_ids": request.prompt_token_ids}, request.params,
+                arrival_time=request.arrival_time, priority=request.priority, cache_salt=request.cache_salt,
+            )
+        except InvalidInput as error:
+            self.send(Refused(request.request_id, error))

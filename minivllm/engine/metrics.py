@@ -1,0 +1,204 @@
+"""What an engine can tell about itself, under vLLM's metric names with the prefix `minivllm:`.
+
+Two sources: `EngineStats`, gauges and counters that the engine snapshots after each step, and the deltas of the requests,
+which `EngineMetrics` turns into latency histograms in the client's process. The engine itself never touches prometheus.
+Intervals are differences of `time.monotonic`, which on one machine is the same clock in every process.
+"""
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minivllm.outputs import OutputDelta
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges now, and counts since the start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0  # usable: the null block is not counted
+    used_blocks: int = 0  # held by requests
+    cached_blocks: int = 0  # free, but their content could still be shared
+    prefix_cache_queries: int = 0  # tokens looked up
+    prefix_cache_hits: int = 0  # tokens found
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_failed_steps: int = 0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        return self.used_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0, 160.0, 640.0,
+)
+
+
+class Histogram:
+    """Counts per bucket. `observe` runs once per token of every stream, so it is a bisection and three additions."""
+
+    def __init__(self, bounds: Sequence[float] = _SECONDS) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)  # the last one: above every bound
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Prometheus' form: for each bound, how many values were at most that."""
+        rows, so_far = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            so_far += count
+            rows.append((bound, float(so_far)))
+        return rows
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request on its way, as seen from outside the engine."""
+
+    arrival: float
+    prompt_tokens: int
+    open_children: int
+    last: dict[int, float]  # child -> when its last token was seen
+
+
+class EngineMetrics:
+    """Adds up the metrics of one engine. Fed from one thread at a time; `render` gives the text of `/metrics`."""
+
+    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.model = model
+        self._clock = clock
+        self._stats = EngineStats()
+        self._tracked: dict[str, _Tracked] = {}
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.time_to_first_token = Histogram()
+        self.inter_token_latency = Histogram()
+        self.e2e_latency = Histogram()
+        self.queue_time = Histogram()
+        self.prefill_time = Histogram()
+        self.decode_time = Histogram()
+
+    def added(self, request_id: str, arrival: float, prompt_tokens: int, n: int) -> None:
+        self._tracked[request_id] = _Tracked(arrival, prompt_tokens, n, {})
+
+    def refused(self, request_id: str) -> None:
+        self._tracked.pop(request_id, None)
+
+    def observe(self, deltas: Sequence[OutputDelta], stats: EngineStats) -> None:
+        """One step's deltas of all requests, at the time they arrive here."""
+        self._stats = stats
+        now = self._clock()
+        for delta in deltas:
+            tracked = self._tracked.get(delta.request_id)
+            if tracked is not None:
+                self._delta(tracked, delta, now)
+
+    def _delta(self, tracked: _Tracked, delta: OutputDelta, now: float) -> None:
+        if delta.token_ids:
+            count = len(delta.token_ids)
+            last = tracked.last.get(delta.index)
+            if not tracked.last:
+                self.time_to_first_token.observe(now - tracked.arrival)
+                self.prompt_tokens += tracked.prompt_tokens
+            if last is not None:
+                self.inter_token_latency.observe((now - last) / count, count)
+            tracked.last[delta.index] = now
+            self.generation_tokens += count
+        if delta.finish_reason is None:
+            return
+        self.finished[delta.finish_reason] += 1
+        self.e2e_latency.observe(now - tracked.arrival)
+        times = delta.metrics
+        if times is not None and times.first_scheduled_time is not None:
+            self.queue_time.observe(times.first_scheduled_time - times.arrival_time)
+            if times.first_token_time is not None:
+                self.prefill_time.observe(times.first_token_time - times.first_scheduled_time)
+                if times.finished_time is not None:
+                    self.decode_time.observe(times.finished_time - times.first_token_time)
+        tracked.open_children -= 1
+        if tracked.open_children == 0:
+            del self._tracked[delta.request_id]
+
+    # -- as text ------------------------------------------------------------------------------------------------------
+
+    def families(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | Histogram]]]]:
+        """(kind, name, help, samples) of every metric."""
+        stats = self._stats
+        gauges: list[tuple[str, str, float]] = [
+            ("num_requests_running", "Requests that take part in the steps.", stats.num_running),
+            ("num_requests_waiting", "Requests that wait for their first or next turn.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Fraction of KV blocks held by requests; 1 is full.", stats.kv_cache_usage),
+        ]
+        counters: list[tuple[str, str, float]] = [
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            ("num_preemptions", "Times a running request had to give its blocks back.", stats.num_preemptions),
+            ("engine_steps", "Steps of the engine.", stats.num_steps),
+            ("engine_failed_steps", "Steps that failed; their requests ended with an error.", stats.num_failed_steps),
+            ("prompt_tokens", "Prompt tokens processed.", self.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", self.generation_tokens),
+        ]
+        histograms: list[tuple[str, str, Histogram]] = [
+            ("time_to_first_token_seconds", "From arrival to the first token.", self.time_to_first_token),
+            ("inter_token_latency_seconds", "Between two tokens of one stream.", self.inter_token_latency),
+            ("e2e_request_latency_seconds", "From arrival to the end.", self.e2e_latency),
+            ("request_queue_time_seconds", "From arrival to the first step.", self.queue_time),
+            ("request_prefill_time_seconds", "From the first step to the first token.", self.prefill_time),
+            ("request_decode_time_seconds", "From the first token to the last.", self.decode_time),
+        ]
+        for name, text, value in gauges:
+            yield "gauge", name, text, [({}, value)]
+        for name, text, value in counters:
+            yield "counter", name, text, [({}, value)]
+        ends: list[tuple[dict[str, str], float | Histogram]] = [
+            ({"finished_reason": reason}, count) for reason, count in self.finished.items()
+        ]
+        yield "counter", "request_success", "Finished completions, by reason.", ends
+        for name, text, histogram in histograms:
+            yield "histogram", name, text, [({}, histogram)]
+
+    def render(self) -> bytes:
+        """The exposition format that Prometheus scrapes."""
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_collector(self))
+        return generate_latest(registry)
+
+
+def _collector(metrics: EngineMetrics) -> Collector:
+    """An adapter to prometheus_client, made on demand so that only `/metrics` needs that package."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+
+    makers = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
+
+    class EngineCollector(Collector):
+        def collect(self) -> Iterator[Metric]:
+            for kind, name, text, samples in metrics.families():
+                labels = ["model_name", *samples[0][0]]
+                family = makers[kind](f"minivllm:{name}", text, labels=labels)
+                for extra, value in samples:
+                    names = [metrics.model, *extra.values()]
+                    if isinstance(value, Histogram):
+                        family.add_metric(names, buckets=value.cumulative(), sum_value=value.total)
+                    else:
+                        family.add_metric(names, value)
+                yield family
+
+    return EngineCollector()

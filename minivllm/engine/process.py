@@ -1,0 +1,139 @@
+"""`ProcessClient`: the engine in a process of its own, so that the server's Python work never delays a step.
+
+    parent: event loop ─ add, abort ─▶ pipe ─▶ reader thread ─▶ inbox ─▶ engine loop   :child
+            receiver thread ◀───────── pipe ◀─────────────────────────── one message a step
+
+Who ends whom. The parent ends the child: `close` asks, waits, and kills if it must. Ctrl-C reaches only the parent (the child
+ignores it), which then closes. If the parent vanishes the child sees the pipe's end and leaves at once, in the middle of a
+step if need be: nobody is left to answer. If the child vanishes the parent sees the same and every request gets `EngineDead`.
+"""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from minivllm.config import EngineConfig
+from minivllm.engine.client import EngineClient
+from minivllm.engine.loop import Command, Dead, Shutdown, run_engine
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+    from minivllm.engine.engine import LLMEngine
+
+CLOSE_SECONDS = 10.0  # a step in progress is waited for this long, then the process is killed
+
+
+def _read_commands(connection: Connection, inbox: queue.SimpleQueue[Command]) -> None:
+    """The child's reader: commands to the inbox, and the watch over the parent's life."""
+    while True:
+        try:
+            command = connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the parent is gone
+        inbox.put(command)
+        if isinstance(command, Shutdown):
+            return
+
+
+def engine_process(build: Callable[[], LLMEngine], connection: Connection) -> None:
+    """Main function of the child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the parent blocked it until we could ignore it
+    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(connection, inbox), name="minivllm-reader", daemon=True).start()
+    run_engine(build, inbox, connection.send)
+    connection.close()
+
+
+class ProcessClient(EngineClient):
+    """The engine in a spawned process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        context = multiprocessing.get_context("spawn")
+        self._connection, self._child_end = context.Pipe()
+        self._sending = threading.Lock()
+        self._process: SpawnProcess | None = None
+        self._receiver: threading.Thread | None = None
+
+    @classmethod
+    def start(cls, config: EngineConfig) -> ProcessClient:
+        """Load the model in the child and return when requests can be accepted."""
+        from minivllm.engine.engine import LLMEngine
+
+        return cls.start_with(partial(LLMEngine.from_config, config))
+
+    @classmethod
+    def start_with(cls, build: Callable[[], LLMEngine]) -> ProcessClient:
+        client = cls()
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(
+            target=engine_process, args=(build, client._child_end), name="minivllm-engine", daemon=True,
+        )
+        client._process = process
+        try:
+            _start_without_sigint(process)
+            client._child_end.close()  # from here on only the child holds its end, so its death is seen as an end of file
+            client._receiver = threading.Thread(target=client._read_answers, name="minivllm-answers", daemon=True)
+            client._receiver.start()
+            client._started.result()
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def _send(self, command: Command) -> None:
+        try:
+            with self._sending:
+                self._connection.send(command)
+        except OSError:  # the child is gone; its receiver thread tells the streams
+            pass
+
+    def _read_answers(self) -> None:
+        assert self._process is not None
+        while True:
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError):
+                break
+            self._receive(message)
+        self._process.join(CLOSE_SECONDS)  # its pipe is closed, so it is gone or about to be
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._die(Dead(f"the engine process ended unexpectedly (exit code {self._process.exitcode})"))
+
+    def close(self) -> None:
+        if self._receiver is None:  # never started, or failed to
+            return
+        self._send(Shutdown())
+        self._receiver.join(CLOSE_SECONDS)  # only that thread reaps the process: two would race for its exit code
+        if self._receiver.is_alive() and self._process is not None:
+            self._process.kill()
+            self._receiver.join()
+        self._connection.close()
+
+
+def _start_without_sigint(process: SpawnProcess) -> None:
+    """Start the child with SIGINT blocked: a Ctrl-C before its first line must not reach it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        process.start()
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
