@@ -38,10 +38,16 @@ class RowAdmission:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy-on-write: before anything is written, block `dst` becomes a copy of block `src`, in all its tensors."""
+    """Copy-on-write: before anything is written, block `dst` becomes a copy of block `src`, in all its tensors.
+
+    The copy is made for one row that is about to write: entry `index` of that row's table of group `group` now names `dst`.
+    """
 
     src: BlockId
     dst: BlockId
+    row: int
+    group: int
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,12 @@ class BlockMove:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one engine step computes. Order inside a step: copy out, copy in, copy-on-write, KV write."""
+    """What one engine step computes. Order inside a step: copy out, copy in, copy-on-write, KV write.
+
+    Rows are told about in this order: `admitted` (whose tables are complete, so their `new_blocks` are empty), `freed_blocks`,
+    `copies`, `new_blocks`. A row that is admitted again while it is held starts afresh from what the admission says.
+    A plan may hold no request at all: then it only carries moves, or, with no moves either, waits for one to finish.
+    """
 
     step_id: int
     # One entry per scheduled request; [S] below.
