@@ -1,0 +1,143 @@
+"""Chat templates: a conversation written out as the text the model was trained on.
+
+A template is a Jinja program that came with the model, so it runs in Jinja's sandbox, sees only plain data, and has the few
+helpers that templates on the hub rely on (`raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls,
+and the `{% generation %}` tag, which marks the assistant's words for training and does nothing here).
+"""
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from minivllm.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import jinja2
+
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the final message ends in the rendered text
+
+
+class ChatTemplate:
+    """One template, compiled on first use."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        from jinja2 import TemplateError
+
+        try:
+            return _environment().from_string(self.source)
+        except TemplateError as error:
+            raise InvalidInput(f"the chat template is not valid Jinja: {error}", "chat_template") from None
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text.
+
+        `add_generation_prompt` opens the assistant's answer; `continue_final_message` leaves the last message open instead.
+        """
+        from jinja2 import TemplateError
+
+        if add_generation_prompt and continue_final_message:
+            raise InvalidInput(
+                "add_generation_prompt opens a new message and continue_final_message continues the last one: set one of them",
+                "continue_final_message",
+            )
+        chat = _messages(messages)
+        if continue_final_message:
+            chat[-1] = {**chat[-1], "content": _with_tag(chat[-1].get("content"))}
+        try:
+            text: str = self._compiled.render(
+                messages=chat, tools=_plain(list(tools)) if tools else None, documents=None,
+                add_generation_prompt=add_generation_prompt, **_plain(dict(variables or {})),
+            )
+        except TemplateError as error:  # raise_exception in the template: the conversation does not fit the model
+            raise InvalidInput(f"the chat template refused the messages: {error}", "messages") from None
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise InvalidInput(f"the chat template cannot write these messages: {error}", "messages") from None
+        return _cut_at_tag(text) if continue_final_message else text
+
+
+def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
+        raise InvalidInput('messages must be a non-empty list of {"role": ..., "content": ...}', "messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidInput(f'messages[{i}] must be an object with a "role", got {message!r}', f"messages.{i}")
+    return [_plain(dict(message)) for message in messages]
+
+
+def _with_tag(content: Any) -> Any:
+    if isinstance(content, str):
+        return content + _TAG
+    if isinstance(content, list):
+        for i in reversed(range(len(content))):
+            if isinstance(content[i], dict) and isinstance(content[i].get("text"), str):
+                return [*content[:i], {**content[i], "text": content[i]["text"] + _TAG}, *content[i + 1:]]
+    raise InvalidInput("continue_final_message needs a final message with text to continue", "messages")
+
+
+def _cut_at_tag(text: str) -> str:
+    at = text.rfind(_TAG.strip())
+    if at < 0:
+        raise InvalidInput(
+            "the chat template does not write the final message as it is, so it cannot be continued", "continue_final_message",
+        )
+    kept_spacing = text[at: at + len(_TAG)] == _TAG
+    return text[:at] if kept_spacing else text[:at].rstrip()  # a template that trims messages trimmed this one too
+
+
+def _plain(value: Any) -> Any:
+    """Rebuilt from JSON types: the sandbox cannot judge the methods of anything else."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    for kind in (str, int, float):  # enums and other subclasses
+        if isinstance(value, kind):
+            return kind(value)
+    return f"<{type(value).__name__}>"
+
+
+def _environment() -> jinja2.Environment:
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None,
+        separators: tuple[str, str] | None = None, sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment

@@ -1,0 +1,355 @@
+"""Text to token ids and back, equal to HF's, without importing transformers (which costs seconds).
+
+A model folder with a `tokenizer.json` is read by the `tokenizers` package directly; what `tokenizer_config.json` adds (special
+tokens, the chat template) is read here. Older folders (vocab.json + merges.txt, sentencepiece) go through transformers once,
+and only its backend is kept.
+
+Decoding works on bytes. Every decoder used by language models is, per token, a table id -> bytes:
+
+    byte-level BPE    "Ġcaf" "Ã" "©"      ->  b" caf"  b"\\xc3"  b"\\xa9"
+    sentencepiece     "▁caf" "<0xC3>" …   ->  b" caf"  b"\\xc3"  …
+
+so text can be streamed in O(1) per token by an incremental UTF-8 decoder that keeps an unfinished character to itself.
+"""
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minivllm.engine.chat_template import ChatTemplate
+from minivllm.errors import InvalidInput, ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TextStream(Protocol):
+    """Turns one sequence's tokens into text as they come; the pieces join to the whole text."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token. Never part of a character."""
+        ...
+
+    def finish(self) -> str:
+        """What is left at the end: an unfinished character becomes U+FFFD."""
+        ...
+
+
+class Tokenizer:
+    """One model's tokenizer. Stateless after construction, so any number of requests may share it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        config = _read_json(self.folder / "tokenizer_config.json")
+        self._backend = _load_backend(self.folder, config)
+        self._special_tokens = _special_tokens(self.folder, config)
+        _add_tokens(self._backend, config, self._special_tokens)
+        template = _chat_template(self.folder, config)
+        self.chat_template = ChatTemplate(template) if template is not None else None
+        self._special_ids = frozenset(
+            token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
+        )
+        self._bytes: dict[int, bytes] = {}
+
+    # -- text -> ids --------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; `add_special_tokens`: with what the model expects around a text, such as BOS."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None, tokenize: bool = True, **kwargs: Any,
+    ) -> list[int] | str:
+        """A conversation as the model saw it in training. The template writes special tokens itself."""
+        template = self.chat_template if chat_template is None else ChatTemplate(chat_template)
+        if template is None:
+            raise InvalidInput(
+                "this model has no chat template: use a chat model, pass chat_template, or send a plain prompt", "messages",
+            )
+        text = template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+            tools=tools, variables={**self._special_tokens, **kwargs},
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    # -- ids -> text --------------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of a whole sequence."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def stream(self, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
+        """Decode one sequence as it grows. The text continues a prompt: a leading space belongs to it.
+
+        (A sentencepiece decoder drops the space in front of a whole text; a continuation needs it.) Malformed UTF-8 keeps
+        its valid characters, where HF's sentencepiece decoder would replace the whole run of bytes.
+        """
+        if self._decoder is not None:
+            return _ByteStream(self, skip_special_tokens)
+        return _DiffStream(self, prompt_token_ids, skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for inside a text; empty for an id that names no token."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._backend.id_to_token(token_id)
+            if token is None:
+                known = b""
+            elif self._decoder is not None:
+                known = self._decoder.to_bytes(token)
+            else:
+                known = self.decode([token_id]).encode()
+            self._bytes[token_id] = known
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """How one token is shown beside its log-probability; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    @cached_property
+    def _decoder(self) -> _TokenDecoder | None:
+        decoder = json.loads(self._backend.to_str())["decoder"]
+        return _TokenDecoder.from_json(decoder)
+
+    # -- ids with a meaning -------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens with a name (a model's embedding table is often padded beyond it)."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._special_id("eos_token")
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id = self._backend.token_to_id(token)
+        return None if token_id is None else int(token_id)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling, such as "Ġthe"."""
+        token = self._backend.id_to_token(token_id)
+        return None if token is None else str(token)
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
+        return None if token is None else self.token_to_id(token)
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+class _ByteStream:
+    """Bytes in, whole characters out."""
+
+    __slots__ = ("_skip_special", "_tokenizer", "_utf8")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if self._skip_special and token_id in self._tokenizer._special_ids:
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _DiffStream:
+    """For decoders that are no table (WordPiece, CTC ...): decode a short window with and without the new token.
+
+    The window starts at the last point where text was certain, one piece earlier, so that rules about neighbouring tokens
+    see a neighbour.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._window = list(prompt[-8:])
+        self._known = len(self._window)  # the window's first so many tokens have been given out
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        new = self._new_text()
+        if not new or new.endswith("\ufffd"):
+            return ""
+        self._window = self._window[self._known:]
+        self._known = len(self._window)
+        return new
+
+    def finish(self) -> str:
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._window[: self._known], self._skip_special)
+        return self._tokenizer.decode(self._window, self._skip_special)[len(before):]
+
+
+class _TokenDecoder:
+    """The spelling of a token in the vocabulary -> the bytes it stands for."""
+
+    def __init__(self, *, byte_level: bool, replacements: Sequence[tuple[str, str]], byte_fallback: bool) -> None:
+        self._byte_of = _byte_level_alphabet() if byte_level else None
+        self._replacements = tuple(replacements)
+        self._byte_fallback = byte_fallback
+
+    @classmethod
+    def from_json(cls, decoder: dict[str, Any] | None) -> _TokenDecoder | None:
+        """From the decoder of a `tokenizer.json`; None if it is not a table of tokens."""
+        if decoder is None:
+            return None  # tokens are joined with spaces
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        byte_level = byte_fallback = False
+        replacements: list[tuple[str, str]] = []
+        for step in steps:
+            kind = step["type"]
+            if kind == "ByteLevel" and len(steps) == 1:
+                byte_level = True
+            elif kind == "Metaspace":
+                replacements.append((step["replacement"], " "))
+            elif kind == "Replace" and "String" in step["pattern"]:
+                replacements.append((step["pattern"]["String"], step["content"]))
+            elif kind == "ByteFallback":
+                byte_fallback = True
+            elif kind == "Strip" and step["content"] == " " and step["stop"] == 0 and step is steps[-1]:
+                pass  # the space in front of a whole text, see Tokenizer.stream
+            elif kind != "Fuse":
+                return None
+        return cls(byte_level=byte_level, replacements=replacements, byte_fallback=byte_fallback)
+
+    def to_bytes(self, token: str) -> bytes:
+        if self._byte_of is not None:
+            try:
+                return bytes([self._byte_of[c] for c in token])
+            except KeyError:  # an added token, spelt as it is
+                return token.encode()
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        for old, new in self._replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others as the characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+# -- reading a folder -------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): fetch it again", "tokenizer") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object", "tokenizer")
+    return content
+
+
+def _load_backend(folder: Path, config: dict[str, Any]) -> Backend:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_file(str(file))
+        except Exception as error:  # noqa: BLE001  the Rust side raises plain Exceptions
+            raise ModelError(f"{file} cannot be read ({error}): fetch it again", "tokenizer") from None
+    else:
+        backend = _backend_of_transformers(folder, config)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _backend_of_transformers(folder: Path, config: dict[str, Any]) -> Backend:
+    known = ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tiktoken.model", "tekken.json")
+    if not config and not any((folder / name).is_file() for name in known):
+        raise ModelError(
+            f"{folder} holds no tokenizer (no tokenizer.json, {', '.join(known)}): pass tokenizer=FOLDER, "
+            "or skip_tokenizer_init=True to work with token ids", "tokenizer",
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ModelError(
+            f"{folder} has no tokenizer.json, and reading its older format needs transformers: pip install transformers",
+            "tokenizer",
+        ) from None
+    try:
+        backend = getattr(AutoTokenizer.from_pretrained(str(folder)), "backend_tokenizer", None)
+    except Exception as error:  # noqa: BLE001  transformers raises whatever its parsers raise
+        raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", "tokenizer") from error
+    if backend is None:
+        raise ModelError(f"the tokenizer in {folder} exists only as Python code and has no fast form", "tokenizer")
+    return backend
+
+
+def _token_text(token: Any) -> str | None:
+    """A special token is written as a string or as an object with its `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Name -> text; `special_tokens_map.json` is the older place for what `tokenizer_config.json` says."""
+    both = {**_read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
+    found = {name: _token_text(both.get(name)) for name in _SPECIAL_NAMES}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _add_tokens(backend: Backend, config: dict[str, Any], special: Mapping[str, str]) -> None:
+    """Tokens that only tokenizer_config.json names, and the flags it gives to those that exist."""
+    from tokenizers import AddedToken
+
+    existing = backend.get_added_tokens_decoder()
+    listed = sorted((int(i), t) for i, t in (config.get("added_tokens_decoder") or {}).items())
+    for token_id, token in listed:
+        if token_id in existing or not isinstance(token, dict):
+            continue
+        flags = {k: bool(token[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in token}
+        _add(backend, [AddedToken(token["content"], **flags)], flags.get("special", False))
+    known = {t.content for t in backend.get_added_tokens_decoder().values()}
+    missing = [AddedToken(token, special=True, normalized=False) for token in special.values() if token not in known]
+    _add(backend, missing, True)
+
+
+def _add(backend: Backend, tokens: Iterable[Any], special: bool) -> None:
+    (backend.add_special_tokens if special else backend.add_tokens)(list(tokens))
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template if isinstance(template, str) else None

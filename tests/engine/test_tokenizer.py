@@ -1,0 +1,249 @@
+"""Tokens and text: equal to HF's, and a stream's pieces join to the whole."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput, ModelError
+
+from . import tokenizers_for_tests as build
+
+KINDS = {
+    "byte level": build.byte_level,
+    "sentencepiece": build.sentencepiece,
+    "sentencepiece without strip": lambda: build.sentencepiece(strip=False),
+    "metaspace": lambda: build.sentencepiece(metaspace=True),
+}
+TEXTS = [
+    "", " ", "the fox", "  two  spaces\n\nand lines\t.", "déjà vu 日本語 🎉🚀", "<s>user</s> the <tool call> dog", "a\u0000b", "the" * 50,
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {name: build.save(make(), root / name.replace(" ", "_")) for name, make in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def ours(folders: dict[str, Path]) -> dict[str, Tokenizer]:
+    return {name: Tokenizer(folder) for name, folder in folders.items()}
+
+
+def _stream(tokenizer: Tokenizer, ids: list[int], skip_special: bool, prompt: list[int] | None = None) -> list[str]:
+    stream = tokenizer.stream(prompt or [], skip_special)
+    return [*(stream.push(i) for i in ids), stream.finish()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_and_decoding_equal_transformers(kind: str, folders: dict[str, Path], ours: dict[str, Tokenizer]) -> None:
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.AutoTokenizer.from_pretrained(folders[kind])
+    for text in TEXTS:
+        for special in (True, False):
+            ids = ours[kind].encode(text, add_special_tokens=special)
+            assert ids == hf.encode(text, add_special_tokens=special), text
+        for skip in (True, False):
+            assert ours[kind].decode(ids, skip) == hf.decode(ids, skip_special_tokens=skip), text
+    assert ours[kind].eos_token_id == hf.eos_token_id
+    assert ours[kind].bos_token_id == hf.bos_token_id
+    assert ours[kind].vocab_size == len(hf)
+
+
+def test_bos_and_eos_flags_of_the_config_do_not_overrule_the_tokenizer_file(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = build.save(build.sentencepiece(), tmp_path, add_bos_token=False, add_eos_token=True)
+    ids = Tokenizer(folder).encode("the fox")
+    assert ids == transformers.AutoTokenizer.from_pretrained(folder).encode("the fox")
+    assert (ids[0] == 1, ids[-1] == 2) == (True, False)
+
+
+def test_tokens_that_only_the_config_names_are_added(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = build.byte_level()
+    size = base.get_vocab_size()
+    added = {str(size): {"content": "<extra>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}}
+    folder = build.save(base, tmp_path, added_tokens_decoder=added, pad_token="<pad>")
+    ours, hf = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.encode("the<extra>fox<pad>") == hf.encode("the<extra>fox<pad>")
+    assert ours.decode(ours.encode("the<extra>fox<pad>"), skip_special_tokens=True) == "thefox"
+
+
+def test_a_folder_without_a_fast_tokenizer_file_goes_through_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    build.byte_level().model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}))
+    ours, hf = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("the quick brown fox, déjà vu 🎉")
+    assert ids == hf.encode("the quick brown fox, déjà vu 🎉")
+    assert "".join(_stream(ours, ids, True)) == "the quick brown fox, déjà vu 🎉"
+
+
+def test_an_unreadable_or_missing_tokenizer_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no tokenizer"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is not valid JSON"):
+        Tokenizer(tmp_path)
+
+
+# -- streaming --------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), skip=st.booleans())
+def test_the_pieces_of_a_byte_level_stream_join_to_the_decoded_whole(ours: dict[str, Tokenizer], data: st.DataObject, skip: bool) -> None:
+    tokenizer = ours["byte level"]
+    # Ids past the vocabulary stand for a padded embedding table.
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
+    pieces = _stream(tokenizer, ids, skip)
+    whole = tokenizer.decode(ids, skip)
+    assert "".join(pieces) == whole
+    assert "\ufffd" in whole or not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece without strip", "metaspace"])
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(st.sampled_from("the fox日本é🎉\n ab."), max_size=20), skip=st.booleans())
+def test_the_pieces_of_a_sentencepiece_stream_join_to_the_decoded_continuation(
+    kind: str, ours: dict[str, Tokenizer], text: str, skip: bool,
+) -> None:
+    tokenizer = ours[kind]
+    ids = tokenizer.encode(text) + [2]
+    anchor = tokenizer.token_to_id("a")
+    assert anchor is not None
+    assert "".join(_stream(tokenizer, ids, skip, [anchor])) == tokenizer.decode([anchor, *ids], skip)[1:]
+
+
+@settings(deadline=None, max_examples=100)
+@given(ids=st.lists(st.integers(3, 258), max_size=12))
+def test_malformed_bytes_keep_their_valid_characters(ours: dict[str, Tokenizer], ids: list[int]) -> None:
+    expected = bytes(i - 3 for i in ids).decode("utf-8", errors="replace")
+    assert "".join(_stream(ours["sentencepiece"], ids, True)) == expected
+
+
+def test_a_character_of_several_tokens_comes_out_whole(ours: dict[str, Tokenizer]) -> None:
+    for kind in KINDS:
+        ids = ours[kind].encode("🚁", add_special_tokens=False)
+        while not ours[kind].token_bytes(ids[0]).strip():  # a dummy space in front
+            ids = ids[1:]
+        assert _stream(ours[kind], ids, True) == [""] * (len(ids) - 1) + ["🚁", ""], kind
+        assert _stream(ours[kind], ids[:2], True) == ["", "", "\ufffd"], kind
+
+
+def test_a_continuation_keeps_the_space_in_front_of_its_first_word(ours: dict[str, Tokenizer]) -> None:
+    tokenizer = ours["sentencepiece"]
+    ids = [tokenizer.token_to_id("▁the"), tokenizer.token_to_id("▁dog")]
+    assert tokenizer.decode(ids) == "the dog"
+    assert "".join(_stream(tokenizer, ids, True, [1])) == " the dog"
+
+
+@settings(deadline=None, max_examples=100)
+@given(ids=st.lists(st.integers(0, 12), min_size=1, max_size=20))
+def test_a_decoder_that_looks_at_neighbours_streams_the_same_text(wordpiece: Tokenizer, ids: list[int]) -> None:
+    joined = "".join(_stream(wordpiece, ids[1:], False, ids[:1]))
+    assert wordpiece.decode(ids[:1]) + joined == wordpiece.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    tokenizer = build.wordpiece()
+    from tokenizers import decoders
+
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    folder = build.save(tokenizer, tmp_path_factory.mktemp("wordpiece"), bos_token=None, eos_token=None, unk_token="[UNK]")
+    return Tokenizer(folder)
+
+
+def test_the_bytes_of_tokens_are_shown_even_inside_a_character(ours: dict[str, Tokenizer]) -> None:
+    for kind in KINDS:
+        ids = ours[kind].encode("é🚁", add_special_tokens=False)
+        assert b"".join(ours[kind].token_bytes(i) for i in ids).strip() == "é🚁".encode()
+    assert ours["byte level"].token_bytes(10**6) == b""
+    assert ours["byte level"].token_text(ours["byte level"].encode("🚁")[0]) == "\ufffd"
+
+
+# -- chat templates ---------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi <there> & {'you'} "}]
+TEMPLATES = {
+    "plain": build.CHAT_TEMPLATE,
+    "json and tools": "{{ tools | tojson(indent=2) }}{{ messages | tojson }}{{ messages[1]['content'] | trim }}",
+    "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "whitespace": "{% for m in messages %}\n    {% if true %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "date": "{{ strftime_now('%Y') }} {{ messages[0].content }} {{ extra }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendered_chat_equals_transformers(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = build.save(build.byte_level(), tmp_path, chat_template=TEMPLATES[name])
+    hf = transformers.AutoTokenizer.from_pretrained(folder)
+    tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
+    for prompt in (True, False):
+        arguments = {"tools": tools, "add_generation_prompt": prompt, "extra": 3}
+        text = hf.apply_chat_template(CHAT, tokenize=False, **arguments)
+        assert Tokenizer(folder).apply_chat_template(CHAT, tokenize=False, **arguments) == text
+        assert Tokenizer(folder).apply_chat_template(CHAT, **arguments) == hf(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_final_message_can_be_continued_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for i, template in enumerate((build.CHAT_TEMPLATE, "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")):
+        folder = build.save(build.byte_level(), tmp_path / str(i), chat_template=template)
+        hf = transformers.AutoTokenizer.from_pretrained(folder)
+        for chat in (CHAT, [*CHAT, {"role": "assistant", "content": "Well,"}]):
+            ours = Tokenizer(folder).apply_chat_template(chat, add_generation_prompt=False, continue_final_message=True, tokenize=False)
+            assert ours == hf.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+
+
+def test_a_template_in_its_own_file_wins_over_the_config(tmp_path: Path) -> None:
+    folder = build.save(build.byte_level(), tmp_path)
+    (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
+    assert Tokenizer(folder).apply_chat_template(CHAT, tokenize=False) == "file be brief"
+
+
+def test_chat_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path / "a"))
+    with pytest.raises(InvalidInput, match="non-empty list"):
+        tokenizer.apply_chat_template([])
+    with pytest.raises(InvalidInput, match=r"messages\[1\]"):
+        tokenizer.apply_chat_template([CHAT[0], {"content": "x"}])
+    with pytest.raises(InvalidInput, match="roles must alternate"):
+        tokenizer.apply_chat_template(CHAT, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InvalidInput, match="not valid Jinja"):
+        tokenizer.apply_chat_template(CHAT, chat_template="{% if %}")
+    with pytest.raises(InvalidInput, match="set one of them"):
+        tokenizer.apply_chat_template(CHAT, continue_final_message=True)
+    plain = Tokenizer(build.save(build.byte_level(), tmp_path / "b", chat_template=None))
+    with pytest.raises(InvalidInput, match="no chat template"):
+        plain.apply_chat_template(CHAT)
+
+
+def test_a_template_cannot_reach_python_internals(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path))
+    for attack in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ strftime_now.__globals__ }}"):
+        with pytest.raises(InvalidInput):
+            tokenizer.apply_chat_template(CHAT, chat_template=attack + "{{ undefined_name.x }}")
+
+
+def test_tokenizing_does_not_import_transformers_or_torch(tmp_path: Path) -> None:
+    folder = build.save(build.byte_level(), tmp_path)
+    code = (
+        "import sys; from minivllm.engine.tokenizer import Tokenizer\n"
+        f"t = Tokenizer({str(folder)!r}); t.apply_chat_template([dict(role='user', content='x')]); t.stream().push(5)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
