@@ -1,0 +1,65 @@
+"""Kernels: pure functions on tensors, chosen once for a device and handed to every layer as one `Ops` value.
+
+A function of the same name and signature may exist several times (PyTorch, Triton); the PyTorch one in `reference` is the
+specification. Layers call `build.ops.rms_norm(...)` and never learn which one it is.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope
+from minivllm.kernels.reference import attention as attn
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Every kernel a model needs. Signatures and shapes: the functions of the same names in `kernels/reference`."""
+
+    prepare_attention: Callable[..., Any]  # once per step and KV group
+    attention: Callable[..., Tensor]
+    write_kv: Callable[[Tensor, Tensor, Any, Tensor], None]
+    copy_blocks: Callable[..., None]
+    move_blocks: Callable[..., None]
+    pack_weight: Callable[[Tensor, torch.dtype], Any]
+    linear: Callable[..., Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
+    rope_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+    apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    silu: Callable[[Tensor], Tensor]
+    relu: Callable[[Tensor], Tensor]
+    gelu: Callable[[Tensor], Tensor]
+    gelu_tanh: Callable[[Tensor], Tensor]
+
+
+REFERENCE = Ops(
+    prepare_attention=attn.prepare_attention,
+    attention=attn.attention,
+    write_kv=kv_cache.write_kv,
+    copy_blocks=kv_cache.copy_blocks,
+    move_blocks=kv_cache.move_blocks,
+    pack_weight=linear.pack_weight,
+    linear=linear.linear,
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    layer_norm=norm.layer_norm,
+    rope_angles=rope.rope_angles,
+    apply_rope=rope.apply_rope,
+    silu_and_mul=activation.silu_and_mul,
+    silu=activation.silu,
+    relu=activation.relu,
+    gelu=activation.gelu,
+    gelu_tanh=activation.gelu_tanh,
+)
+
+
+def select(device: torch.device) -> Ops:
+    """The fastest kernels for a device; today the PyTorch ones serve all of them."""
+    return REFERENCE

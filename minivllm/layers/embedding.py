@@ -1,0 +1,28 @@
+"""Token ids -> the first hidden states."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivllm.families import ModelSpec
+from minivllm.kernels.layout import InputBatch
+from minivllm.layers.build import BuildContext, Take
+from minivllm.layers.linear import Linear
+
+
+class Embedding:
+    """A table lookup; for OPT also a projection to the hidden size and a learned vector per position."""
+
+    __slots__ = ("offset", "positions", "project", "table")
+
+    def __init__(self, spec: ModelSpec, build: BuildContext, take: Take) -> None:
+        self.table = take("embed.weight")  # [vocab, embed_size]
+        self.project = Linear(build, take("project_in.weight")) if spec.embed_size != spec.hidden_size else None
+        self.positions = take("positions.weight")[spec.position_offset :] if spec.learned_positions else None
+
+    def __call__(self, batch: InputBatch) -> Tensor:
+        """-> [T, hidden], freshly allocated."""
+        x = F.embedding(batch.tokens, self.table)
+        if self.project is not None:
+            x = self.project(x)
+        return x if self.positions is None else x + F.embedding(batch.positions, self.positions)

@@ -1,0 +1,116 @@
+"""The one decoder. Every family is this code with other flags (families.py).
+
+    tokens -> embedding -> [ norm -> attention -> + -> norm -> MLP -> + ] x layers -> norm -> (rows asked for) -> logits
+                         |___________________________^                 ^
+                            residual stream  ______________________________|
+
+Run state is an argument: the batch and the KV cache come with each call, and the model itself never changes.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minivllm.families import ModelSpec, kv_groups
+from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.layers.attention import Attention, StepContext
+from minivllm.layers.build import BuildContext, Take
+from minivllm.layers.embedding import Embedding
+from minivllm.layers.linear import Linear
+from minivllm.layers.mlp import MLP
+from minivllm.layers.norm import LayerNorm, Norm, RMSNorm
+from minivllm.layers.rope import RotaryEmbedding
+
+
+class PreNormLayer:
+    """x + attention(norm(x)), then the same with the MLP.
+
+    A sublayer's output is added to the stream together with the next norm, wherever that is; so a layer takes and returns
+    (what is not yet added, the stream).
+    """
+
+    __slots__ = ("attention", "attn_norm", "mlp", "mlp_norm")
+
+    def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
+        self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
+
+    def __call__(self, x: Tensor, residual: Tensor | None, step: StepContext, kv: KVLayer) -> tuple[Tensor, Tensor | None]:
+        if residual is None:
+            x, residual = self.attn_norm(x), x
+        else:
+            x, residual = self.attn_norm.add(x, residual)
+        x, residual = self.mlp_norm.add(self.attention(x, step, kv), residual)
+        return self.mlp(x), residual
+
+
+class PostNormLayer:
+    """norm(x + attention(x)), then the same with the MLP: OPT-350m's order."""
+
+    __slots__ = ("attention", "attn_norm", "mlp", "mlp_norm")
+
+    def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
+        self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
+
+    def __call__(self, x: Tensor, residual: Tensor | None, step: StepContext, kv: KVLayer) -> tuple[Tensor, Tensor | None]:
+        x, _ = self.attn_norm.add(self.attention(x, step, kv), x)
+        x, _ = self.mlp_norm.add(self.mlp(x), x)
+        return x, None
+
+
+class Decoder:
+    """A decoder-only transformer over a paged KV cache."""
+
+    def __init__(self, spec: ModelSpec, build: BuildContext, take: Take) -> None:
+        self.spec, self.build = spec, build
+        self.groups = kv_groups(spec)
+        place = {layer: (g, j) for g, group in enumerate(self.groups) for j, layer in enumerate(group.layers)}
+
+        def norm(name: str) -> Norm:
+            weight = take(f"{name}.weight") if spec.norm_affine else None
+            if spec.norm == "layer":
+                return LayerNorm(build, weight, take(f"{name}.bias") if spec.norm_affine else None, spec.norm_eps)
+            assert weight is not None
+            return RMSNorm(build, weight, spec.norm_eps)
+
+        kind = PreNormLayer if spec.norm_first else PostNormLayer
+        self.embedding = Embedding(spec, build, take)
+        self.rope = None if spec.rope is None else RotaryEmbedding(build, spec.rope, spec.head_dim, spec.max_model_len)
+        self.layers = [
+            kind(Attention(spec, build, take, i, place[i][0]), MLP(spec, build, take, i), norm(f"layers.{i}.attn_norm"), norm(f"layers.{i}.mlp_norm"))
+            for i in range(spec.num_layers)
+        ]
+        self.kv_tensors = [place[i][1] for i in range(spec.num_layers)]  # layer -> its tensor in the cache
+        self.norm = norm("norm") if spec.final_norm else None
+        self.project_out = Linear(build, take("project_out.weight")) if spec.embed_size != spec.hidden_size else None
+        self.head = Linear(build, self.embedding.table if spec.tied else take("head.weight"))
+
+    @torch.inference_mode()
+    def forward(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int) -> Tensor:
+        """-> hidden states after the final norm: [T, hidden]. kv[j] holds the j-th layer of every KV group."""
+        step = self._prepare(batch, block_size)
+        x, residual = self.embedding(batch), None
+        for layer, j in zip(self.layers, self.kv_tensors, strict=True):
+            x, residual = layer(x, residual, step, kv[j])
+        if self.norm is None:
+            return x if residual is None else x + residual
+        return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] fp32."""
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        return self.head(hidden).float()
+
+    def _prepare(self, batch: InputBatch, block_size: int) -> StepContext:
+        spec = self.spec
+        metas = tuple(
+            self.build.ops.prepare_attention(
+                batch, g, block_size=block_size, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+                window=group.window, dtype=self.build.dtype,
+            )
+            for g, group in enumerate(self.groups)
+        )
+        return StepContext(None if self.rope is None else self.rope(batch.positions), batch.slots, metas)

@@ -1,0 +1,219 @@
+"""Checkpoint folder -> model. Loading is total: every tensor of the checkpoint is used, or named as ignorable below, or an error.
+
+All names and shapes are compared before the first weight is read, so a wrong folder fails at once and with the whole list.
+Weights are memory-mapped and copied one parameter at a time, straight into place (three checkpoint tensors into one fused
+qkv), so that beside the model itself never more than one parameter is in memory.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minivllm.errors import ModelError
+from minivllm.families import ModelSpec, ParamSpec, parameters
+from minivllm.layers.build import BuildContext
+from minivllm.models.decoder import Decoder
+
+# Exporters disagree about the prefix of the same tensors: base model or with head, decoder alone or inside a model.
+PREFIXES = ("model.decoder.", "decoder.", "model.")
+# Tensors that older exporters wrote although they follow from the configuration.
+IGNORED = {re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"): "recomputed from config.json"}
+PROGRESS_FROM = 512 << 20  # bytes; smaller models load before a bar could be read
+DUMMY_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not read yet."""
+
+    file: str
+    name: str  # as the file has it
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+Checkpoint = Mapping[str, StoredTensor]  # by name without prefix
+
+
+def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildContext, seed: int = 0) -> Decoder:
+    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy"."""
+    wanted = parameters(spec)
+    if load_format == "dummy":
+        return Decoder(spec, build, _Dummy(wanted, build, seed))
+    with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as checkpoint:
+        check(spec, wanted, checkpoint, folder)
+        num_bytes = build.dtype.itemsize * sum(_size(p.shape) for p in wanted.values())
+        # disable=None: no bar where nobody watches (not a terminal)
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=None if num_bytes >= PROGRESS_FROM else True) as bar:
+            take = _Stored(wanted, checkpoint, build, bar)
+            model = Decoder(spec, build, take)
+        assert not take.wanted, f"parameters that no layer took: {list(take.wanted)}"
+    return model
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    n = 1
+    for dim in shape:
+        n *= dim
+    return n
+
+
+class _Stored:
+    """Hands out each parameter once, assembled from its checkpoint tensors on the device and in the model's dtype."""
+
+    def __init__(self, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoint, build: BuildContext, bar: tqdm[Any]) -> None:
+        self.wanted, self.checkpoint, self.build, self.bar = dict(wanted), checkpoint, build, bar
+
+    def __call__(self, name: str) -> Tensor:
+        param = self.wanted.pop(name)
+        out = torch.empty(param.shape, dtype=self.build.dtype, device=self.build.device)
+        start = 0
+        for source in param.sources:
+            stored = self.checkpoint[source.name]
+            tensor = stored.read()
+            if not tensor.is_floating_point():
+                raise ModelError(f"tensor {stored.name!r} in {stored.file} holds {tensor.dtype}: quantized weights are not supported yet", "model")
+            out[start : start + source.shape[0]].copy_(tensor)
+            start += source.shape[0]
+        assert start == param.shape[0]  # every row was written
+        self.bar.update(out.nbytes)
+        return out
+
+
+class _Dummy:
+    """Random weights of a trained model's size: norms 1, the rest normal with a small deviation; same seed, same weights."""
+
+    def __init__(self, wanted: Mapping[str, ParamSpec], build: BuildContext, seed: int) -> None:
+        self.wanted, self.build = dict(wanted), build
+        self.generator = torch.Generator(build.device).manual_seed(seed)
+
+    def __call__(self, name: str) -> Tensor:
+        param = self.wanted.pop(name)
+        out = torch.empty(param.shape, dtype=self.build.dtype, device=self.build.device)
+        return out.fill_(1.0) if param.kind == "scale" else out.normal_(0.0, DUMMY_STD, generator=self.generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Total loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(spec: ModelSpec, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoint, folder: Path) -> None:
+    """Raise `ModelError` unless the checkpoint has exactly the tensors that the model needs, in their shapes."""
+    sources = {source.name: source for param in wanted.values() for source in param.sources}
+    problems = [f"missing: {s.name} {list(s.shape)}" for s in sources.values() if s.name not in checkpoint]
+    for name, stored in checkpoint.items():
+        if name in sources:
+            if stored.shape != sources[name].shape:
+                problems.append(f"wrong shape: {stored.name} in {stored.file} is {list(stored.shape)}, config.json asks for {list(sources[name].shape)}")
+        elif not (any(p.fullmatch(name) for p in IGNORED) or _is_tied_head(spec, name, checkpoint)):
+            problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ModelError(f"the weights in {folder} are not those of its config.json ({spec.architecture}): {shown}", "model")
+
+
+def _is_tied_head(spec: ModelSpec, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether this is an output head stored although it is the embedding table. If it is not that table, using either is wrong."""
+    if not spec.tied or name != f"{spec.names['head'][0]}.weight":
+        return False
+    head, table = checkpoint[name], checkpoint.get(f"{spec.names['embed'][0]}.weight")
+    if table is not None and (head.shape != table.shape or not torch.equal(head.read(), table.read())):
+        raise ModelError(
+            f"{head.name} in {head.file} differs from {table.name}, but tie_word_embeddings says they are one: set it to false in config.json", "model"
+        )
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_checkpoint(folder: Path, safetensors_only: bool = False) -> Iterator[Checkpoint]:
+    """All tensors of a folder by name, memory-mapped while the context lasts."""
+    files = find_weight_files(folder, safetensors_only)
+    checkpoint: dict[str, StoredTensor] = {}
+    with ExitStack() as stack:
+        for file in files:
+            for stored in _open_safetensors(file, stack) if file.suffix == ".safetensors" else _open_torch(file):
+                name = _without_prefix(stored.name)
+                if name in checkpoint:
+                    raise ModelError(f"tensor {name} is stored twice: {checkpoint[name].name} in {checkpoint[name].file} and {stored.name} in {file.name}", "model")
+                checkpoint[name] = stored
+        yield checkpoint
+
+
+def find_weight_files(folder: Path, safetensors_only: bool = False) -> list[Path]:
+    """The weight files of a folder: safetensors before PyTorch's, sharded (with an index) or single."""
+    for stem, suffix in (("model", "safetensors"),) if safetensors_only else (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        single = folder / f"{stem}.{suffix}"
+        if index.exists():
+            return _files_of_index(index)
+        if single.exists():
+            return [single]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    expected = "model.safetensors, model.safetensors.index.json" + ("" if safetensors_only else ", pytorch_model.bin")
+    found = f" (several files, no index: {', '.join(f.name for f in others)})" if others else ""
+    raise ModelError(f"no weights in {folder}{found}: expected one of {expected}", "model")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ModelError(f"{index} is not a valid weight index: {e}", "model") from e
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(f"{index.name} names {missing[0]}, which is not in {index.parent}; is the download complete?", "model")
+    return [index.parent / name for name in names]
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _open_safetensors(file: Path, stack: ExitStack) -> list[StoredTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+        return [
+            StoredTensor(file.name, name, tuple(handle.get_slice(name).get_shape()), lambda name=name: handle.get_tensor(name))
+            for name in handle.keys()  # noqa: SIM118 - not a dict
+        ]
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ModelError(f"{file} is damaged or not a safetensors file ({e}); download it again", "model") from e
+
+
+def _open_torch(file: Path) -> list[StoredTensor]:
+    """A pickle is a program. weights_only=True runs none of it: only tensors come in."""
+    try:
+        state = None
+        with contextlib.suppress(RuntimeError):  # files of torch < 1.6 cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if state is None:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for damaged files
+        raise ModelError(f"{file} is damaged or holds more than tensors ({str(e).splitlines()[0]})", "model") from e
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ModelError(f"{file} is not a dictionary of tensors", "model")
+    return [StoredTensor(file.name, name, tuple(t.shape), lambda t=t: t) for name, t in state.items()]
