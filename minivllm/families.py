@@ -22,6 +22,15 @@ from minivllm.errors import ModelError, NotSupportedYet, nearest
 Config: TypeAlias = Mapping[str, Any]  # a parsed config.json
 
 
+_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_model_len", "embed_size",
+)
+
+
+def _error(message: str) -> ModelError:
+    return ModelError(message, "model")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
     """Rotary position embedding: the base, and how its frequencies are stretched for contexts longer than trained on."""
@@ -72,8 +81,7 @@ class ModelSpec:
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(repr=False, hash=False)  # module -> checkpoint modules
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
-                     "max_model_len", "embed_size"):
+        for name in _SIZES:
             self._require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self._require(self.num_heads % self.num_kv_heads == 0,
                       f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
@@ -88,7 +96,7 @@ class ModelSpec:
 
     def _require(self, holds: bool, otherwise: str) -> None:
         if not holds:
-            raise ModelError(f"{self.architecture}: {otherwise}", "model")
+            raise _error(f"{self.architecture}: {otherwise}")
 
     @property
     def q_size(self) -> int:
@@ -131,12 +139,12 @@ def read(config: Config, key: Key) -> Any:
     value = config.get(key.name)
     if value is None:
         if key.default is REQUIRED:
-            raise ModelError(f"config.json has no {key.name!r}{nearest(key.name, config)}", "model")
+            raise _error(f"config.json has no {key.name!r}{nearest(key.name, config)}")
         return key.default
     if key.type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, key.type) or (isinstance(value, bool) and key.type is not bool):
-        raise ModelError(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {value!r}", "model")
+        raise _error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {value!r}")
     return value
 
 
@@ -147,7 +155,7 @@ def _head_dim(config: Config) -> int:
         return int(explicit)
     hidden, heads = read(config, Key("hidden_size", int)), read(config, Key("num_attention_heads", int))
     if heads < 1 or hidden % heads:
-        raise ModelError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim", "model")
+        raise _error(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
     return int(hidden // heads)
 
 
@@ -159,20 +167,20 @@ def _activation(key: Key) -> Callable[[Config], str]:
     def activation(config: Config) -> str:
         name = read(config, key)
         if name not in ACTIVATIONS:
-            raise ModelError(f"config.json: {key.name} {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}", "model")
+            raise _error(f"config.json: {key.name} {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
     return activation
 
 
 def _no_windows(config: Config) -> tuple[int | None, ...]:
-    return (None,) * read(config, Key("num_hidden_layers", int))
+    return (None,) * int(read(config, Key("num_hidden_layers", int)))
 
 
 def _one_window(default: int | None) -> Callable[[Config], tuple[int | None, ...]]:
     """Mistral: every layer has the same window. A missing key means the default, an explicit null no window."""
     def windows(config: Config) -> tuple[int | None, ...]:
         window = read(config, Key("sliding_window", int, None)) if "sliding_window" in config else default
-        return (window,) * read(config, Key("num_hidden_layers", int))
+        return (window,) * int(read(config, Key("num_hidden_layers", int)))
     return windows
 
 
@@ -187,9 +195,9 @@ def _windows_by_layer(config: Config) -> tuple[int | None, ...]:
         return tuple(window if i >= first else None for i in range(layers))
     unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
     if unknown:
-        raise ModelError(f"config.json: layer type {unknown[0]!r} is not supported; full_attention and sliding_attention are", "model")
+        raise _error(f"config.json: layer type {unknown[0]!r} is not supported; full_attention and sliding_attention are")
     if window is None and "sliding_attention" in types:
-        raise ModelError("config.json: layer_types has sliding_attention layers, but use_sliding_window is off or sliding_window is null", "model")
+        raise _error("config.json: layer_types names sliding_attention, but use_sliding_window is off or sliding_window is null")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -235,16 +243,16 @@ LLAMA = Family(
     },
 )
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
-MISTRAL = Family({**LLAMA.fields, **NO_BIAS, "max_model_len": Key("max_position_embeddings", int, 131072), "windows": _one_window(4096)}, LLAMA.names)
-QWEN2 = Family(
-    {**LLAMA.fields, **NO_BIAS, "qkv_bias": True, "max_model_len": Key("max_position_embeddings", int, 32768), "windows": _windows_by_layer},
-    LLAMA.names,
-)
-QWEN3 = Family(
-    {**LLAMA.fields, "mlp_bias": False, "qk_norm": True, "head_dim": Key("head_dim", int, 128),
-     "max_model_len": Key("max_position_embeddings", int, 32768), "windows": _windows_by_layer},
-    LLAMA.names,
-)
+MISTRAL = Family({
+    **LLAMA.fields, **NO_BIAS, "max_model_len": Key("max_position_embeddings", int, 131072), "windows": _one_window(4096),
+}, LLAMA.names)
+QWEN2 = Family({
+    **LLAMA.fields, **NO_BIAS, "qkv_bias": True, "max_model_len": Key("max_position_embeddings", int, 32768), "windows": _windows_by_layer,
+}, LLAMA.names)
+QWEN3 = Family({
+    **QWEN2.fields, "qkv_bias": Key("attention_bias", bool, False), "out_bias": Key("attention_bias", bool, False), "qk_norm": True,
+    "head_dim": Key("head_dim", int, 128),
+}, LLAMA.names)
 OPT = Family(
     fields={
         **LLAMA.fields,
@@ -300,7 +308,7 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES) -> M
     architecture = _architecture(config, families)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise NotSupportedYet(f"this checkpoint's weights are quantized ({method}), which is not supported yet: use the unquantized model", "model")
+        raise NotSupportedYet(f"quantized weights ({method}) are not supported yet: use the model's unquantized checkpoint", "model")
     row = families[architecture]
     fields: dict[str, Any] = {}
     for name, source in row.fields.items():
@@ -313,17 +321,17 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES) -> M
 def _architecture(config: Config, families: Mapping[str, Family]) -> str:
     named = config.get("architectures")
     if not isinstance(named, list) or not named:
-        raise ModelError(f"config.json names no model class under 'architectures'; supported: {', '.join(families)}", "model")
+        raise _error(f"config.json names no model class under 'architectures'; supported: {', '.join(families)}")
     for name in named:
         if name in families:
             return str(name)
-    raise ModelError(f"the architecture {named[0]} is not supported; supported: {', '.join(families)}", "model")
+    raise _error(f"the architecture {named[0]} is not supported; supported: {', '.join(families)}")
 
 
 def _dtype(config: Config) -> str:
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
-        raise ModelError(f"config.json: dtype {name!r} is not supported; float32, bfloat16 and float16 are", "model")
+        raise _error(f"config.json: dtype {name!r} is not supported; float32, bfloat16 and float16 are")
     return name
 
 
@@ -334,34 +342,32 @@ def _rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
     """
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping) or any(isinstance(v, Mapping) for v in params.values()):
-        raise ModelError("config.json: rotary parameters per layer type are not supported", "model")
-    theta = read(params, Key("rope_theta", float, read(config, Key("rope_theta", float, 10000.0))))
-    kind = params.get("rope_type") or params.get("type") or "default"
-    partial = read(params, Key("partial_rotary_factor", float, read(config, Key("partial_rotary_factor", float, 1.0))))
+        raise _error("config.json: rotary parameters per layer type are not supported")
+    both = {**config, **{key: value for key, value in params.items() if value is not None}}  # the inner place wins
+    partial = read(both, Key("partial_rotary_factor", float, 1.0))
     if partial != 1.0:
-        raise ModelError(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0 is", "model")
-    original = read(config, Key("original_max_position_embeddings", int, read(params, Key("original_max_position_embeddings", int, max_len))))
+        raise _error(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0 is")
+    theta = read(both, Key("rope_theta", float, 10000.0))
+    kind = params.get("rope_type") or params.get("type") or "default"
+    original = read(both, Key("original_max_position_embeddings", int, max_len))
     if kind == "default":
         return RopeSpec(theta=theta, original_max_len=max_len), max_len
-    if kind == "yarn":
-        factor = read(params, Key("factor", float, max_len / original))
-    elif kind in ("linear", "dynamic", "llama3"):
-        factor = read(params, Key("factor", float))
-    else:
-        raise ModelError(f"config.json: rope type {kind!r} is not supported; default, linear, dynamic, llama3 and yarn are", "model")
+    if kind not in ("linear", "dynamic", "llama3", "yarn"):
+        raise _error(f"config.json: rope type {kind!r} is not supported; default, linear, dynamic, llama3 and yarn are")
+    factor = read(params, Key("factor", float, max_len / original if kind == "yarn" else REQUIRED))
     if factor < 1.0:
-        raise ModelError(f"config.json: the rope factor must be at least 1, got {factor}", "model")
-    if kind in ("linear", "dynamic"):
-        return RopeSpec(theta=theta, scaling=kind, factor=factor, original_max_len=max_len), int(max_len * factor)
-    if kind == "llama3":  # max_position_embeddings is already the stretched length
+        raise _error(f"config.json: the rope factor must be at least 1, got {factor}")
+    if kind == "llama3":  # max_position_embeddings is the stretched length already
         low, high = read(params, Key("low_freq_factor", float)), read(params, Key("high_freq_factor", float))
-        return RopeSpec(theta=theta, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low, high_freq_factor=high), max_len
-    spec = RopeSpec(
-        theta=theta, scaling="yarn", factor=factor, original_max_len=original, attention_factor=_yarn_attention_factor(params, factor),
-        beta_fast=read(params, Key("beta_fast", float, 0.0)) or 32.0, beta_slow=read(params, Key("beta_slow", float, 0.0)) or 1.0,
-        truncate=read(params, Key("truncate", bool, True)),
-    )
-    return spec, max(max_len, int(original * factor))
+        return RopeSpec(theta=theta, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low,
+                        high_freq_factor=high), max_len
+    if kind == "yarn":  # max_position_embeddings may be either length
+        fast, slow = read(params, Key("beta_fast", float, 0.0)) or 32.0, read(params, Key("beta_slow", float, 0.0)) or 1.0
+        return RopeSpec(theta=theta, scaling="yarn", factor=factor, original_max_len=original, beta_fast=fast, beta_slow=slow,
+                        truncate=read(params, Key("truncate", bool, True)),
+                        attention_factor=_yarn_attention_factor(params, factor)), max(max_len, int(original * factor))
+    return RopeSpec(theta=theta, scaling="linear" if kind == "linear" else "dynamic", factor=factor,
+                    original_max_len=max_len), int(max_len * factor)
 
 
 def _yarn_attention_factor(params: Config, factor: float) -> float:

@@ -77,10 +77,10 @@ class Decoder:
         kind = PreNormLayer if spec.norm_first else PostNormLayer
         self.embedding = Embedding(spec, build, take)
         self.rope = None if spec.rope is None else RotaryEmbedding(build, spec.rope, spec.head_dim, spec.max_model_len)
-        self.layers = [
-            kind(Attention(spec, build, take, i, place[i][0]), MLP(spec, build, take, i), norm(f"layers.{i}.attn_norm"), norm(f"layers.{i}.mlp_norm"))
-            for i in range(spec.num_layers)
-        ]
+        self.layers = []
+        for i in range(spec.num_layers):
+            attention, mlp = Attention(spec, build, take, i, place[i][0]), MLP(spec, build, take, i)
+            self.layers.append(kind(attention, mlp, norm(f"layers.{i}.attn_norm"), norm(f"layers.{i}.mlp_norm")))
         self.kv_tensors = [place[i][1] for i in range(spec.num_layers)]  # layer -> its tensor in the cache
         self.norm = norm("norm") if spec.final_norm else None
         self.project_out = Linear(build, take("project_out.weight")) if spec.embed_size != spec.hidden_size else None

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as checkpoint:
         check(spec, wanted, checkpoint, folder)
         num_bytes = build.dtype.itemsize * sum(_size(p.shape) for p in wanted.values())
-        # disable=None: no bar where nobody watches (not a terminal)
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=None if num_bytes >= PROGRESS_FROM else True) as bar:
+        disable = None if num_bytes >= PROGRESS_FROM else True  # None: only where nobody watches (not a terminal)
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
             take = _Stored(wanted, checkpoint, build, bar)
             model = Decoder(spec, build, take)
         assert not take.wanted, f"parameters that no layer took: {list(take.wanted)}"
@@ -82,7 +83,7 @@ class _Stored:
             stored = self.checkpoint[source.name]
             tensor = stored.read()
             if not tensor.is_floating_point():
-                raise ModelError(f"tensor {stored.name!r} in {stored.file} holds {tensor.dtype}: quantized weights are not supported yet", "model")
+                raise ModelError(f"{stored.name} in {stored.file} is of {tensor.dtype}: quantized weights are not supported yet", "model")
             out[start : start + source.shape[0]].copy_(tensor)
             start += source.shape[0]
         assert start == param.shape[0]  # every row was written
@@ -114,8 +115,8 @@ def check(spec: ModelSpec, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoi
     problems = [f"missing: {s.name} {list(s.shape)}" for s in sources.values() if s.name not in checkpoint]
     for name, stored in checkpoint.items():
         if name in sources:
-            if stored.shape != sources[name].shape:
-                problems.append(f"wrong shape: {stored.name} in {stored.file} is {list(stored.shape)}, config.json asks for {list(sources[name].shape)}")
+            if stored.shape != (expected := sources[name].shape):
+                problems.append(f"wrong shape: {stored.name} in {stored.file} is {list(stored.shape)}, not {list(expected)}")
         elif not (any(p.fullmatch(name) for p in IGNORED) or _is_tied_head(spec, name, checkpoint)):
             problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
     if problems:
@@ -129,9 +130,8 @@ def _is_tied_head(spec: ModelSpec, name: str, checkpoint: Checkpoint) -> bool:
         return False
     head, table = checkpoint[name], checkpoint.get(f"{spec.names['embed'][0]}.weight")
     if table is not None and (head.shape != table.shape or not torch.equal(head.read(), table.read())):
-        raise ModelError(
-            f"{head.name} in {head.file} differs from {table.name}, but tie_word_embeddings says they are one: set it to false in config.json", "model"
-        )
+        raise ModelError(f"{head.name} in {head.file} differs from {table.name}, but config.json ties them: "
+                         "set tie_word_embeddings to false there", "model")
     return True
 
 
@@ -150,7 +150,8 @@ def open_checkpoint(folder: Path, safetensors_only: bool = False) -> Iterator[Ch
             for stored in _open_safetensors(file, stack) if file.suffix == ".safetensors" else _open_torch(file):
                 name = _without_prefix(stored.name)
                 if name in checkpoint:
-                    raise ModelError(f"tensor {name} is stored twice: {checkpoint[name].name} in {checkpoint[name].file} and {stored.name} in {file.name}", "model")
+                    first = checkpoint[name]
+                    raise ModelError(f"a tensor is stored twice: {first.name} in {first.file}, {stored.name} in {stored.file}", "model")
                 checkpoint[name] = stored
         yield checkpoint
 
@@ -197,7 +198,7 @@ def _open_safetensors(file: Path, stack: ExitStack) -> list[StoredTensor]:
     try:
         handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
         return [
-            StoredTensor(file.name, name, tuple(handle.get_slice(name).get_shape()), lambda name=name: handle.get_tensor(name))
+            StoredTensor(file.name, name, tuple(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name))
             for name in handle.keys()  # noqa: SIM118 - not a dict
         ]
     except (SafetensorError, OSError, ValueError) as e:
@@ -216,4 +217,8 @@ def _open_torch(file: Path) -> list[StoredTensor]:
         raise ModelError(f"{file} is damaged or holds more than tensors ({str(e).splitlines()[0]})", "model") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(f"{file} is not a dictionary of tensors", "model")
-    return [StoredTensor(file.name, name, tuple(t.shape), lambda t=t: t) for name, t in state.items()]
+    return [StoredTensor(file.name, name, tuple(t.shape), partial(_itself, t)) for name, t in state.items()]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
