@@ -93,7 +93,7 @@ def _locate(param: str, name: str | None, config: EngineConfig) -> Path:
     if param == "model" and config.load_format == "safetensors" and is_gguf:
         raise InvalidInput(f"load_format is 'safetensors' but model {str(path)!r} is a .gguf file: use 'auto'", "load_format")
     if config.revision is not None and param == "model" and (is_gguf or path.exists()):
-        raise InvalidInput(f"revision {config.revision!r} needs a hub id, and model {str(path)!r} is a local path: leave it out", "revision")
+        raise InvalidInput(f"revision {config.revision!r} needs a hub id, but model {str(path)!r} is local: leave it out", "revision")
     if is_gguf:
         return _from_gguf(path, param)
     if path.is_dir():

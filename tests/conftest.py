@@ -1,0 +1,101 @@
+"""What all tests share: Hypothesis profiles, the `gpu` marker, and the models they run on.
+
+    default_model    ModelFiles of the embedded default model, fetched and converted once into the user's own cache
+    tiny_llama       (**config) -> folder of a tiny random Llama with a tokenizer; the same arguments give the same folder
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from minivllm.models.hub import ModelFiles
+
+# Before anything imports torch: two threads, so that a test costs the same on every machine, and no test asks the hub.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+IN_CI = bool(os.environ.get("CI"))
+
+# `pytest --hypothesis-profile=long tests/core` is the nightly size: 10,000 steps and more for each state machine.
+_COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=60, stateful_step_count=40, derandomize=IN_CI, **_COMMON)
+settings.register_profile("long", max_examples=500, stateful_step_count=100, **_COMMON)
+settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device. torch is imported only if there are any."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def default_model() -> ModelFiles:
+    """The embedded default model. Without a network and an empty cache: an error in CI, a visible skip elsewhere."""
+    from minivllm.config import EngineConfig
+    from minivllm.errors import ModelError
+    from minivllm.models.hub import find_model
+
+    try:
+        return find_model(EngineConfig())
+    except ModelError as error:
+        if IN_CI:
+            raise
+        pytest.skip(f"the default model is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders of tiny random Llamas: config.json, model.safetensors, tokenizer.json with a chat template."""
+    made: dict[str, Path] = {}
+
+    def make(seed: int = 0, **overrides: Any) -> Path:
+        key = json.dumps([seed, overrides], sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny_llama")
+            _write_tiny_llama(made[key], seed, overrides)
+        return made[key]
+
+    return make
+
+
+def _write_tiny_llama(folder: Path, seed: int, overrides: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
+             "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).save_pretrained(folder)
+    write_tiny_tokenizer(folder)
+
+
+def write_tiny_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of at most 320 tokens: <s> </s>, every byte, and some merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["the cat and the hat and then that other thing in the end"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+                "{% if add_generation_prompt %}<s>assistant: {% endif %}")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

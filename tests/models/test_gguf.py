@@ -1,0 +1,341 @@
+"""Converting GGUF files. The oracle for tensors and tokenizers is transformers' own GGUF loader, bit for bit."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Q
+from gguf.quants import quantize
+from safetensors.torch import load_file
+
+from minivllm.errors import ModelError
+from minivllm.families import parameters, parse_config
+from minivllm.models import gguf as ours
+from minivllm.models.hub import default_gguf
+
+# Rows of 256, which super-blocks need; head_dim is not hidden / heads.
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS = 256, 8, 2, 64, 256, 40, 2
+
+
+def shapes(arch: str, *, tied: bool = False, bias: bool = False) -> dict[str, tuple[int, ...]]:
+    """Tensors of a tiny model, named as llama.cpp names them."""
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    out: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    if not tied:
+        out["output.weight"] = (VOCAB, HIDDEN)
+    for i in range(LAYERS):
+        block = {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (q, HIDDEN), "attn_k": (kv, HIDDEN),
+                 "attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, q), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
+                 "ffn_down": (HIDDEN, INNER)}
+        if arch == "qwen3":
+            block |= {"attn_q_norm": (HEAD_DIM,), "attn_k_norm": (HEAD_DIM,)}
+        out |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+        if arch == "qwen2" or bias:
+            out |= {f"blk.{i}.attn_{p}.bias": (rows,) for p, rows in (("q", q), ("k", kv), ("v", kv))}
+        if arch == "llama" and bias:
+            out[f"blk.{i}.attn_output.bias"] = (HIDDEN,)
+    return out
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny random GGUF file. `kind`: the type of matrices. `meta`: more (or, with None, fewer) metadata."""
+
+    def write(arch: str = "llama", kind: Q = Q.F32, meta: dict[str, Any] | None = None, extra: dict[str, np.ndarray] | None = None,
+              drop: tuple[str, ...] = (), **flags: bool) -> Path:
+        path = tmp_path / f"{arch}-{kind.name}.gguf"
+        writer = gguf.GGUFWriter(path, arch)
+        numbers: dict[str, Any] = {
+            "block_count": LAYERS, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": INNER,
+            "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "attention.key_length": HEAD_DIM,
+            "attention.value_length": HEAD_DIM, "rope.freq_base": 500000.0, "attention.layer_norm_rms_epsilon": 1e-5,
+            "vocab_size": VOCAB, **({"rope.dimension_count": HEAD_DIM} if arch == "llama" else {}), **(meta or {}),
+        }
+        for key, value in numbers.items():
+            key = f"{arch}.{key}" if not key.startswith("tokenizer.") else key
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+                   list: writer.add_array}.get(type(value))
+            if add is not None:
+                add(key, value)
+        rng = np.random.default_rng(0)
+        for name, shape in shapes(arch, **flags).items():
+            if name in drop:
+                continue
+            values = rng.standard_normal(shape).astype(np.float32)
+            if len(shape) == 1 or kind == Q.F32:
+                writer.add_tensor(name, values)
+            else:
+                writer.add_tensor(name, block_bytes(values, kind, rng), raw_dtype=kind)
+        for name, values in (extra or {}).items():
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+def block_bytes(values: np.ndarray, kind: Q, rng: np.random.Generator) -> np.ndarray:
+    """`values` quantised, or random blocks (whose float16 scales are finite) for types that gguf can only read."""
+    try:
+        return quantize(values, kind)
+    except NotImplementedError:
+        shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
+        return rng.integers(0, 0x3C, size=shape, dtype=np.uint8)
+
+
+def convert(path: Path) -> Path:
+    out = path.with_suffix("")
+    ours.convert(path, out)
+    return out
+
+
+def oracle(path: Path, folder: Path) -> dict[str, Any]:
+    """State dict as transformers reads it from the GGUF file itself."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+
+
+def assert_same_tensors(folder: Path, expected: dict[str, Any]) -> None:
+    import torch
+
+    got = load_file(folder / "model.safetensors")
+    assert sorted(got) == sorted(expected)
+    for name, tensor in got.items():
+        assert tensor.shape == expected[name].shape, name
+        assert torch.equal(tensor.float(), expected[name].float()), name
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The checkpoint tensors that the decoder wants for this folder's config.json."""
+    spec = parse_config(json.loads((folder / "config.json").read_text()))
+    return {source.name for parameter in parameters(spec).values() for source in parameter.sources}
+
+
+# ---- the embedded default model
+
+def test_default_model_tensors_equal_transformers_own_reading_bit_for_bit(default_model: Any) -> None:
+    assert_same_tensors(default_model.folder, oracle(default_gguf(), default_model.folder))
+
+
+def test_default_model_tokenizer_and_chat_template_equal_transformers_own_reading(default_model: Any) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    path = default_gguf()
+    theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    backend = Tokenizer.from_file(str(default_model.tokenizer_folder / "tokenizer.json"))
+    for text in ("Hello, world!", "", " a  b\n\n\tc", "naïve 漢字 🎉", "x = 12345", "<|im_start|>user\nhi<|im_end|>", "I've 3.14"):
+        assert backend.encode(text).ids == theirs.encode(text), text
+    again = AutoTokenizer.from_pretrained(default_model.tokenizer_folder)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
+    for prompt in (True, False):
+        kwargs = {"tokenize": False, "add_generation_prompt": prompt}
+        assert again.apply_chat_template(chat, **kwargs) == theirs.apply_chat_template(chat, **kwargs)
+    assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
+
+
+def test_default_model_splits_digits_one_by_one_as_its_vocabulary_was_learnt(default_model: Any) -> None:
+    """transformers' conversion splits like GPT-2 and would make `Ġ Ġ1` of two spaces and a digit."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(default_model.tokenizer_folder / "tokenizer.json"))
+    assert backend.encode("a  12").tokens == ["a", "ĠĠ", "1", "2"]
+
+
+# ---- every architecture and many types
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_architecture_gives_exactly_the_tensors_its_decoder_wants(write_gguf: Callable[..., Path], arch: str, tied: bool) -> None:
+    path = write_gguf(arch, tied=tied)
+    folder = convert(path)
+    got = {name.removeprefix("model.") for name in load_file(folder / "model.safetensors")}
+    assert got == tensor_names(folder)
+    assert_same_tensors(folder, oracle(path, folder))
+
+
+@pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K,
+                                  Q.IQ4_NL, Q.IQ4_XS], ids=lambda kind: kind.name)
+def test_each_tensor_type_is_dequantised_bit_for_bit_as_transformers_does(write_gguf: Callable[..., Path], kind: Q) -> None:
+    path = write_gguf("llama", kind)
+    folder = convert(path)
+    assert_same_tensors(folder, oracle(path, folder))
+
+
+def test_float_tensors_keep_their_type_and_quantised_ones_become_float32(write_gguf: Callable[..., Path]) -> None:
+    for kind, stored, runs_in in ((Q.F16, "float16", "float16"), (Q.BF16, "bfloat16", "bfloat16"), (Q.Q8_0, "float32", "bfloat16")):
+        folder = convert(write_gguf("llama", kind))
+        tensors = load_file(folder / "model.safetensors")
+        assert str(tensors["model.embed_tokens.weight"].dtype) == f"torch.{stored}"
+        assert str(tensors["model.norm.weight"].dtype) == "torch.float32"
+        assert config_of(folder)["torch_dtype"] == runs_in
+
+
+def test_quantised_tensors_of_a_large_model_are_stored_as_bfloat16(write_gguf: Callable[..., Path], monkeypatch: Any) -> None:
+    import torch
+
+    exact = {name: t.clone() for name, t in load_file(convert(write_gguf("llama", Q.Q4_1)) / "model.safetensors").items()}
+    monkeypatch.setattr(ours, "LARGE", 1000)
+    rounded = load_file(convert(write_gguf("llama", Q.Q4_1)) / "model.safetensors")
+    for name, tensor in rounded.items():
+        assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+        assert tensor.dtype == (torch.bfloat16 if tensor.dim() == 2 else torch.float32)
+
+
+def test_biases_of_a_llama_are_reordered_like_its_rows(write_gguf: Callable[..., Path]) -> None:
+    path = write_gguf("llama", bias=True)
+    folder = convert(path)
+    assert config_of(folder)["attention_bias"] is True
+    assert {name.removeprefix("model.") for name in load_file(folder / "model.safetensors")} == tensor_names(folder)
+    assert_same_tensors(folder, oracle(path, folder))
+
+
+# ---- metadata -> config.json
+
+def test_head_width_comes_from_the_key_length_where_it_is_not_hidden_over_heads(write_gguf: Callable[..., Path]) -> None:
+    spec = parse_config(config_of(convert(write_gguf("qwen3"))))
+    assert (spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.rope.theta) == (HEAD_DIM, HEADS, KV_HEADS, 500000.0)
+
+
+@pytest.mark.parametrize(("meta", "expected"), [
+    ({}, None),
+    ({"rope.scaling.type": "none"}, None),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32,
+      "rope.scaling.yarn_beta_fast": 16.0},
+     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0}),
+])
+def test_rope_scaling_is_read_from_the_metadata(write_gguf: Callable[..., Path], meta: dict[str, Any],
+                                                expected: dict[str, Any] | None) -> None:
+    config = config_of(convert(write_gguf("qwen2", meta=meta)))
+    assert config["rope_scaling"] == expected
+    parse_config(config)
+
+
+@pytest.mark.parametrize(("factor", "original"), [(8.0, 8192), (32.0, 8192)])
+def test_llama3_rope_is_recovered_from_its_frequency_divisors(write_gguf: Callable[..., Path], factor: float, original: int) -> None:
+    """The divisors are made by Hugging Face's own function, as llama.cpp's converter copied it."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original, "rope_theta": 500000.0}
+    config = LlamaConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=rope,
+                         max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    divisors = (plain / scaled.double().numpy()).astype(np.float32)
+    got = config_of(convert(write_gguf("llama", extra={"rope_freqs.weight": divisors})))["rope_scaling"]
+    assert got == {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def test_frequency_divisors_that_are_not_llama3s_are_refused(write_gguf: Callable[..., Path]) -> None:
+    refused(write_gguf("llama", extra={"rope_freqs.weight": np.linspace(1, 3, HEAD_DIM // 2, dtype=np.float32)}), "rope_freqs.weight")
+
+
+def test_a_llama_with_a_window_is_a_mistral(write_gguf: Callable[..., Path]) -> None:
+    spec = parse_config(config_of(convert(write_gguf("llama", meta={"attention.sliding_window": 16}))))
+    assert (spec.architecture, spec.windows) == ("MistralForCausalLM", (16,) * LAYERS)
+
+
+def test_a_chat_model_ends_at_its_end_of_turn_token_too(write_gguf: Callable[..., Path]) -> None:
+    ids = {"tokenizer.ggml.bos_token_id": 7, "tokenizer.ggml.eos_token_id": 8, "tokenizer.ggml.eot_token_id": 9}
+    folder = convert(write_gguf("llama", meta=ids))
+    assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 7, "eos_token_id": [8, 9]}
+
+
+# ---- files that cannot be converted
+
+def test_a_truncated_file_is_an_error_that_names_it_wherever_it_ends(write_gguf: Callable[..., Path]) -> None:
+    path = write_gguf("llama", Q.Q8_0)
+    whole = path.read_bytes()
+    for size in (0, 3, 4, 20, 300, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:size])
+        refused(path, "truncated")
+
+
+def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "notes.gguf"
+    path.write_text("this is not a model, but it is long enough to be read as one")
+    refused(path, "not a GGUF file")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"meta": {"embedding_length": None}}, "llama.embedding_length is missing"),
+    ({"meta": {"expert_count": 8}}, "expert_count"),
+    ({"meta": {"rope.dimension_count": 16}}, "partial rotary"),
+    ({"meta": {"attention.head_count_kv": [2, 1]}}, "differs between layers"),
+    ({"meta": {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}}, "longrope"),
+    ({"extra": {"blk.0.ffn_gate_inp.weight": np.zeros((4, 4), np.float32)}}, "blk.0.ffn_gate_inp.weight"),
+    ({"extra": {"surprise": np.zeros(4, np.float32)}}, "surprise"),
+    ({"extra": {"output.bias": np.zeros(4, np.int32)}}, "I32"),
+    ({"drop": ("token_embd.weight",)}, "token_embd.weight"),
+])
+def test_what_the_decoder_has_no_place_for_is_refused_by_name(write_gguf: Callable[..., Path], change: dict[str, Any], says: str) -> None:
+    refused(write_gguf("llama", **change), says)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "mamba.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(path, "'mamba'")
+    refused(path, "llama, qwen2, qwen3")
+
+
+# ---- tokenizers
+
+def test_a_sentencepiece_vocabulary_is_converted_with_its_bos(write_gguf: Callable[..., Path]) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "ab", "\u2581ab"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 5]
+    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.scores": [0.0] * 259 + [-5.0, -4.0, -3.0, -2.0, -1.0], "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_bos_token": True}
+    path = write_gguf("llama", meta=meta)
+    folder = convert(path)
+    theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    mine = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("ab ab", "a\u00e9", "b</s>a"):
+        assert mine.encode(text).ids == theirs.encode(text)
+        assert mine.encode(text).ids[0] == 1
+    assert json.loads((folder / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
+
+
+def test_a_tokenizer_that_cannot_be_converted_leaves_the_weights_usable(write_gguf: Callable[..., Path], capsys: Any) -> None:
+    meta = {"tokenizer.ggml.model": "no-such-kind", "tokenizer.ggml.tokens": ["a", "b"]}
+    folder = convert(write_gguf("llama", meta=meta))
+    assert not (folder / "tokenizer.json").exists()
+    assert "--tokenizer" in capsys.readouterr().err
+    assert (folder / "model.safetensors").exists()
+
+
+# ---- small helpers
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def refused(path: Path, says: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(says)) as error:
+        convert(path)
+    assert str(path) in str(error.value)

