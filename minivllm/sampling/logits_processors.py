@@ -1,0 +1,147 @@
+"""What changes logits before a token is chosen, for the few rows that ask.
+
+Order (vLLM's): grammar mask, allowed ids, bad words, minimum length, bias; then penalties. A row that asks for none of them
+is never touched, and nothing here waits for the device: even "were the last two tokens `a b`?" is answered on it.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivllm.kernels.upload import upload
+from minivllm.sampling_params import SamplingParams
+
+Array = np.ndarray[Any, Any]
+_NO_IDS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """One row's bans and biases, as arrays. `max_tokens` never appears here: ending a request is the scheduler's business."""
+
+    num_prompt_tokens: int
+    allowed: Array | None  # [n] the only ids that may be drawn
+    banned: Array  # [n] never drawn (bad words of one token)
+    bad_words: tuple[tuple[int, ...], ...]  # of two tokens or more
+    min_tokens: int
+    ends: Array  # [n] ids banned while the output is shorter than min_tokens
+    bias_ids: Array  # [n]
+    bias_values: Array  # [n] float32
+
+    @classmethod
+    def of(cls, params: SamplingParams, eos_token_ids: Sequence[int], num_prompt_tokens: int) -> Constraints | None:
+        """The constraints in `params`; None if there are none."""
+        if not (params.allowed_token_ids or params.bad_words_token_ids or params.min_tokens or params.logit_bias):
+            return None
+        bias = params.logit_bias or {}
+        return cls(
+            num_prompt_tokens=num_prompt_tokens,
+            allowed=np.array(params.allowed_token_ids, np.int64) if params.allowed_token_ids else None,
+            banned=np.array([w[0] for w in params.bad_words_token_ids if len(w) == 1], np.int64),
+            bad_words=tuple(w for w in params.bad_words_token_ids if len(w) > 1),
+            min_tokens=params.min_tokens,
+            ends=np.array(sorted({*eos_token_ids, *(params.stop_token_ids or ())}), np.int64) if params.min_tokens else _NO_IDS,
+            bias_ids=np.fromiter(bias.keys(), np.int64, len(bias)),
+            bias_values=np.fromiter(bias.values(), np.float32, len(bias)),
+        )
+
+
+def apply_constraints(logits: Tensor, wanted: Mapping[int, Constraints], rows: Array, positions: Array, tokens: Tensor) -> None:
+    """In place on logits [S, V]. `wanted`: sample index -> constraints; `rows`, `positions` [S]: the row in the token table
+    `tokens` [R, max_model_len] that each sample extends, and the position it will get."""
+    vocab = logits.shape[-1]
+    banned: list[Array] = []
+    biased: list[tuple[Array, Array]] = []
+    for i, c in wanted.items():
+        num_outputs = int(positions[i]) - c.num_prompt_tokens
+        if c.allowed is not None:
+            (ids,) = upload([c.allowed], logits.device)
+            kept = logits[i, ids]
+            logits[i].fill_(-math.inf)
+            logits[i, ids] = kept
+        banned.append(c.banned + i * vocab)
+        if num_outputs < c.min_tokens:
+            banned.append(c.ends[c.ends < vocab] + i * vocab)
+        words = [w for w in c.bad_words if len(w) - 1 <= num_outputs]
+        if words:
+            _ban_last_tokens(logits[i], words, tokens[int(rows[i]), : int(positions[i])])
+        if len(c.bias_ids):
+            biased.append((c.bias_ids + i * vocab, c.bias_values))
+    flat = logits.view(-1)
+    at = np.concatenate(banned) if banned else _NO_IDS
+    if len(at):
+        flat.index_fill_(0, upload([at], logits.device)[0], -math.inf)
+    if biased:
+        ids, values = upload([np.concatenate([b[0] for b in biased]), np.concatenate([b[1] for b in biased])], logits.device)
+        flat.index_add_(0, ids, values)
+
+
+def _ban_last_tokens(row: Tensor, words: Sequence[tuple[int, ...]], history: Tensor) -> None:
+    """Ban the last token of each word whose other tokens are the end of `history`: row [V], history [position]."""
+    longest = max(len(w) for w in words) - 1
+    prefix = np.full((len(words), longest), -1, np.int32)  # right-aligned; -1 matches anything
+    for j, word in enumerate(words):
+        prefix[j, longest - len(word) + 1 :] = word[:-1]
+    wanted, last = upload([prefix, np.array([w[-1] for w in words], np.int64)], row.device)
+    matched = ((wanted == history[-longest:]) | (wanted < 0)).all(dim=-1)
+    row.index_add_(0, last, torch.where(matched, -math.inf, 0.0).to(row.dtype))
+
+
+def apply_masks(logits: Tensor, masks: Mapping[int, Array]) -> None:
+    """In place on logits [S, V]: grammars' bit masks, sample index -> [ceil(V / 32)] int32 words, bit set = token allowed."""
+    index, words = upload([np.fromiter(masks, np.int64, len(masks)), np.stack(list(masks.values())).astype(np.int32, copy=False)],
+                          logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    allowed = bits.view(len(masks), -1)[:, : logits.shape[-1]].bool()
+    logits[index] = logits[index].masked_fill_(~allowed, -math.inf)
+
+
+class PenaltyCounts:
+    """Which tokens a row has seen, for the rows with penalties alone: a row of counts is 4 bytes a vocabulary entry.
+
+        slot of row:  -1  0 -1 -1  1     seen in prompt or output [slots, V] bool     counts in the output [slots, V] int32
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        self.slot = np.full(num_rows, -1, np.int64)
+        self._free: list[int] = []
+        self.seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self.counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+
+    def admit(self, row: int, wanted: bool, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Start a row over: release what it had, count `token_ids` if it has penalties now."""
+        slot = int(self.slot[row])
+        if not wanted:
+            if slot >= 0:
+                self._free.append(slot)
+                self.slot[row] = -1
+            return
+        if slot < 0:
+            slot = self.slot[row] = self._take()
+        self.seen[slot].fill_(False)
+        self.counts[slot].zero_()
+        ids = upload([np.array(token_ids, np.int64)], self.counts.device)[0]
+        self.seen[slot, ids] = True
+        self.add(np.full(len(token_ids) - num_prompt_tokens, slot), ids[num_prompt_tokens:])
+
+    def _take(self) -> int:
+        if not self._free:
+            used = len(self.counts)
+            grown = max(4, used)  # doubling
+            self._free = list(range(used + grown - 1, used - 1, -1))
+            self.seen = torch.cat([self.seen, self.seen.new_zeros((grown, self.seen.shape[1]))])
+            self.counts = torch.cat([self.counts, self.counts.new_zeros((grown, self.counts.shape[1]))])
+        return self._free.pop()
+
+    def add(self, slots: Array, token_ids: Tensor) -> None:
+        """Count one token [n] per slot [n]."""
+        vocab = self.counts.shape[1]
+        at = upload([slots * vocab], token_ids.device)[0] + token_ids
+        self.seen.view(-1).index_fill_(0, at, True)
+        self.counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))

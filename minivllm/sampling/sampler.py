@@ -1,0 +1,156 @@
+"""One token for each sampled row: parameters per row, work only for the rows that ask for it.
+
+    logits [S, V] --+--> (rows with logprobs) keep the raw logits
+                    |
+                    +--> masks, bans, bias --> penalties --> temperature --> min-p, top-k, top-p --> draw --> token ids [S]
+                         only flagged rows                   only rows that are not greedy
+
+A batch of greedy rows is one argmax. The parameters of each row stand in numpy columns filled when the row is admitted, so a
+step only gathers a few integers on the host; nothing waits for the device.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivllm.core.plan import RowAdmission, TokenLogprobs
+from minivllm.kernels.reference import sampling as ops
+from minivllm.kernels.upload import upload
+from minivllm.sampling.logits_processors import Constraints, PenaltyCounts, apply_constraints, apply_masks
+from minivllm.sampling.noise import row_keys, stream_key
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobColumns:
+    """Log-probabilities on the device, one entry per sample that asked."""
+
+    index: Array  # [m] which samples
+    k: Array  # [m] how many alternatives each asked for
+    token_ids: Tensor  # [m]
+    logprob: Tensor  # [m]
+    rank: Tensor  # [m]
+    top_ids: Tensor  # [m, max k]
+    top_logprobs: Tensor  # [m, max k]
+
+    @classmethod
+    def of(cls, logits: Tensor, token_ids: Tensor, index: Array, k: Array) -> LogprobColumns:
+        """From raw logits [m, V] and chosen tokens [m]."""
+        return cls(index, k, token_ids, *ops.token_logprobs(logits, token_ids, int(k.max())))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.token_ids, self.logprob, self.rank, self.top_ids, self.top_logprobs
+
+    def entries(self, host: Sequence[Tensor]) -> list[TokenLogprobs]:
+        """Plain values, from `tensors()` copied to the host."""
+        ids, logprob, rank, top_ids, top_logprobs = (t.tolist() for t in host)
+        return [TokenLogprobs(ids[j], logprob[j], rank[j], tuple(top_ids[j][:k]), tuple(top_logprobs[j][:k]))
+                for j, k in enumerate(self.k.tolist())]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the sampler drew, still on the device."""
+
+    token_ids: Tensor  # [S] int64
+    logprobs: LogprobColumns | None
+
+
+class Sampler:
+    """Parameters of every row, and the sampling of a batch of them."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int] = ()) -> None:
+        self._device = device
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._temperature = np.zeros(num_rows, np.float32)  # 0: greedy
+        self._top_k = np.zeros(num_rows, np.int32)
+        self._top_p = np.ones(num_rows, np.float32)
+        self._min_p = np.zeros(num_rows, np.float32)
+        self._repetition = np.ones(num_rows, np.float32)
+        self._frequency = np.zeros(num_rows, np.float32)
+        self._presence = np.zeros(num_rows, np.float32)
+        self._logprobs = np.full(num_rows, -1, np.int32)  # -1: none wanted
+        self._streams = np.zeros(num_rows, np.uint64)
+        self._constraints: dict[int, Constraints] = {}
+        self._penalties = PenaltyCounts(num_rows, vocab_size, device)
+
+    def admit(self, admission: RowAdmission) -> None:
+        """Overwrite a row's parameters; rebuild its counts from the tokens known so far."""
+        row, params = admission.row, admission.params
+        self._temperature[row] = 0.0 if params.greedy else params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._repetition[row] = params.repetition_penalty
+        self._frequency[row] = params.frequency_penalty
+        self._presence[row] = params.presence_penalty
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._streams[row] = stream_key(admission.seed, admission.child_index)
+        constraints = Constraints.of(params, self._eos_token_ids, admission.num_prompt_tokens)
+        if constraints:
+            self._constraints[row] = constraints
+        else:
+            self._constraints.pop(row, None)
+        self._penalties.admit(row, params.has_penalties, admission.token_ids, admission.num_prompt_tokens)
+
+    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: Mapping[int, Array] | None = None) -> Choice:
+        """Choose a token for each of S samples and count it.
+
+        logits [S, V] float32 (overwritten); rows [S]: whose parameters; positions [S]: of the token being chosen;
+        tokens [R, max_model_len]: the token table, for bad words; masks: sample index -> grammar bit mask.
+        """
+        wanted = np.flatnonzero(self._logprobs[rows] >= 0)
+        slots = self._penalties.slot[rows]
+        penalized = np.flatnonzero(slots >= 0)
+        constrained = {i: self._constraints[r] for i, r in enumerate(rows.tolist()) if r in self._constraints} if self._constraints else {}
+
+        raw = None
+        if len(wanted):
+            altered = bool(masks or constrained or len(penalized))
+            raw = logits if len(wanted) == len(rows) and not altered else logits[upload([wanted], logits.device)[0]]
+        if masks:
+            apply_masks(logits, masks)
+        if constrained:
+            apply_constraints(logits, constrained, rows, positions, tokens)
+        if len(penalized):
+            self._penalize(logits, rows, penalized, slots[penalized])
+
+        token_ids = self._choose(logits, rows, positions)
+
+        if len(penalized):
+            self._penalties.add(slots[penalized], token_ids[upload([penalized], logits.device)[0]])
+        if raw is None:
+            return Choice(token_ids, None)
+        chosen = token_ids[upload([wanted], logits.device)[0]]
+        return Choice(token_ids, LogprobColumns.of(raw, chosen, wanted, self._logprobs[rows[wanted]]))
+
+    def _penalize(self, logits: Tensor, rows: Array, index: Array, slots: Array) -> None:
+        at = rows[index]
+        where, slot, repetition, frequency, presence = upload(
+            [index, slots, self._repetition[at], self._frequency[at], self._presence[at]], logits.device)
+        some = logits[where]
+        ops.apply_penalties(some, self._penalties.seen[slot], self._penalties.counts[slot], repetition, frequency, presence)
+        logits[where] = some
+
+    def _choose(self, logits: Tensor, rows: Array, positions: Array) -> Tensor:
+        """Greedy rows take the largest logit, the others draw: [S, V] -> [S] int64."""
+        temperature = self._temperature[rows]
+        drawn = np.flatnonzero(temperature)
+        if not len(drawn):
+            return ops.argmax(logits)
+        everyone = len(drawn) == len(rows)
+        at = rows if everyone else rows[drawn]
+        keys = row_keys(self._streams[at], positions if everyone else positions[drawn])
+        top_k, top_p, min_p = self._top_k[at], self._top_p[at], self._min_p[at]
+        index, t, key, k, p, floor = upload([drawn, temperature[drawn], keys, top_k, top_p, min_p], logits.device)
+        some = logits if everyone else logits[index]
+        token_ids = ops.sample(some, t, key, k if top_k.any() else None, p if (top_p < 1.0).any() else None, floor if min_p.any() else None)
+        if everyone:
+            return token_ids
+        return ops.argmax(logits).index_copy_(0, index, token_ids)

@@ -1,0 +1,170 @@
+"""The row table and the only packing code: from a plan's columns to the tensors of one forward pass.
+
+A row is what the worker remembers of one sequence, so that a plan need not repeat it:
+
+    row     tokens (on the device)        block table per group (on the host)
+     0      a a a a a a x .               7  3  9  .       x: sampled on the device; the host may not know it yet
+     1      . . . . . . . .
+     2      c c c .                       4  .  .  .
+
+The plan's columns are reordered so that sequences with one query come first; everything that goes back is in the plan's
+order again. Columns are numpy arrays on the host and reach the device in one copy (`upload`); tokens never leave it: the
+packer sends places in the token table, and the newest token is written there by the sampler.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivllm.core.plan import NULL_BLOCK, RowAdmission, StepPlan
+from minivllm.kernels.layout import InputBatch
+from minivllm.kernels.upload import upload
+
+Array = np.ndarray[Any, Any]
+_NOTHING = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPiece:
+    """Prompt positions of one request whose logprobs this step can tell, [first, first + count)."""
+
+    request: int  # index into the plan's columns
+    first: int
+    count: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch, and where its results belong. S samples, P prompt positions owed."""
+
+    batch: InputBatch  # logit_rows: [S + P], samples first
+    sample_rows: Array  # [S] rows of the table
+    sample_positions: Array  # [S] of the tokens to be sampled
+    sample_places: Tensor  # [S] int64: where they go in the flat token table
+    prompt_pieces: tuple[PromptPiece, ...]
+    prompt_places: Tensor  # [P] int64: the tokens that the prompt's logits predict
+
+
+class RowTable:
+    """Every row's tokens and blocks. A cache: `admit` alone can rebuild it."""
+
+    def __init__(self, num_rows: int, num_groups: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.tokens = torch.zeros((num_rows, max_model_len), dtype=torch.int32, device=device)
+        self.block_tables = [np.full((num_rows, -(-max_model_len // block_size)), NULL_BLOCK, np.int32) for _ in range(num_groups)]
+        self._num_blocks = np.zeros((num_groups, num_rows), np.int64)
+        self._num_prompt = np.zeros(num_rows, np.int64)
+        self._owed_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are owed; -1: none are
+        self._prompt_k = np.zeros(num_rows, np.int64)
+        self._block_size, self._max_model_len, self._device = block_size, max_model_len, device
+
+    # -- what plans say about rows --------------------------------------------------------------------------------------
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in everything a plan says about rows, in the order that `StepPlan` states."""
+        if plan.admitted:
+            self._admit(plan.admitted)
+        for row, group, index in plan.freed_blocks:
+            self.block_tables[group][row, index] = NULL_BLOCK
+        for copy in plan.copies:
+            assert self.block_tables[copy.group][copy.row, copy.index] in (copy.src, copy.dst)
+            self.block_tables[copy.group][copy.row, copy.index] = copy.dst
+        for row, per_group in zip(plan.rows, plan.new_blocks, strict=True):
+            for group, blocks in enumerate(per_group):
+                if blocks:
+                    self._append(group, row, blocks)
+
+    def _admit(self, admissions: Iterable[RowAdmission]) -> None:
+        for a in admissions:
+            assert len(a.token_ids) <= self._max_model_len
+            row, n = a.row, len(a.token_ids)
+            self.tokens[row, :n] = upload([np.array(a.token_ids, np.int32)], self._device)[0]
+            for group, blocks in enumerate(a.block_ids):
+                self.block_tables[group][row, : self._num_blocks[group, row]] = NULL_BLOCK
+                self._num_blocks[group, row] = 0
+                self._append(group, row, blocks)
+            self._num_prompt[row] = a.num_prompt_tokens
+            self._owed_from[row] = -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1)  # nothing predicts position 0
+            self._prompt_k[row] = a.params.prompt_logprobs or 0
+
+    def _append(self, group: int, row: int, blocks: tuple[int, ...]) -> None:
+        at = int(self._num_blocks[group, row])
+        self.block_tables[group][row, at : at + len(blocks)] = blocks
+        self._num_blocks[group, row] = at + len(blocks)
+
+    def write_sampled(self, places: Tensor, token_ids: Tensor) -> None:
+        """Each sampled token at its place, on the device."""
+        self.tokens.view(-1).index_copy_(0, places, token_ids.to(torch.int32))
+
+    # -- packing --------------------------------------------------------------------------------------------------------
+
+    def pack(self, plan: StepPlan) -> Packed:
+        """The forward pass of a plan that was applied. Reads no device value on the host."""
+        rows, starts, counts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64), np.array(plan.num_tokens, np.int64)
+        assert not any(plan.drafts), "a plan with drafts needs a verifier"
+        single = counts == 1
+        num_decodes = int(single.sum())
+        where = None  # request -> its place in the batch; None: the same
+        if not single[:num_decodes].all():
+            order = np.argsort(~single, kind="stable")
+            where = np.empty_like(order)
+            where[order] = np.arange(len(order))
+            rows, starts, counts = rows[order], starts[order], counts[order]
+        ends = starts + counts
+        query_start = np.zeros(len(rows) + 1, np.int64)
+        counts.cumsum(out=query_start[1:])
+
+        if num_decodes == len(rows):
+            token_rows, positions = rows, starts
+        else:  # of each of the T tokens
+            token_rows = np.repeat(rows, counts)
+            positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
+        block, offset = np.divmod(positions, self._block_size)
+        slots = [table[token_rows, block].astype(np.int64) * self._block_size + offset for table in self.block_tables]
+        width = -(-int(ends.max()) // self._block_size)
+        tables = [table[rows, :width] for table in self.block_tables]
+
+        source = np.array(plan.sample_from, np.int64)  # of each sample
+        if where is not None:
+            source = where[source]
+        sample_rows, sample_positions = np.array(plan.sample_rows, np.int64), ends[source]
+        assert not len(source) or sample_positions.max() < self._max_model_len
+        pieces, piece_rows, piece_places = self._prompt_pieces(plan, where, query_start)
+
+        uploaded = upload([
+            token_rows * self._max_model_len + positions, positions, np.concatenate([query_start[source + 1] - 1, piece_rows]),
+            sample_rows * self._max_model_len + sample_positions, piece_places,
+            query_start.astype(np.int32), ends.astype(np.int32), *slots, *tables], self._device)
+        places, positions_d, logit_rows, sample_places, prompt_places, query_start_d, seq_lens = uploaded[:7]
+        groups = len(slots)
+        batch = InputBatch(
+            tokens=self.tokens.view(-1)[places], positions=positions_d, query_start=query_start_d, seq_lens=seq_lens,
+            slots=tuple(uploaded[7 : 7 + groups]), block_tables=tuple(uploaded[7 + groups :]), logit_rows=logit_rows,
+            num_decodes=num_decodes, query_lens_host=tuple(counts.tolist()), seq_lens_host=tuple(ends.tolist()))
+        return Packed(batch, sample_rows, sample_positions, sample_places, pieces, prompt_places)
+
+    def _prompt_pieces(self, plan: StepPlan, where: Array | None, query_start: Array) -> tuple[tuple[PromptPiece, ...], Array, Array]:
+        """Prompt logprobs owed by this step's requests: the pieces, the batch rows that predict them, the tokens' places.
+
+            positions computed      start  start+1  ...  end-1
+            tokens predicted               start+1  ...  end-1  end       kept: those of the prompt, from the first one owed
+        """
+        pieces: list[PromptPiece] = []
+        batch_rows, places = [_NOTHING], [_NOTHING]
+        for i in np.flatnonzero(self._owed_from[list(plan.rows)] >= 0).tolist():
+            row, start, end = plan.rows[i], plan.starts[i], plan.starts[i] + plan.num_tokens[i]
+            first, after = max(start + 1, int(self._owed_from[row])), min(end + 1, int(self._num_prompt[row]))
+            if after == self._num_prompt[row]:
+                self._owed_from[row] = -1
+            if first >= after:
+                continue
+            pieces.append(PromptPiece(i, first, after - first, int(self._prompt_k[row])))
+            targets = np.arange(first, after)
+            batch_rows.append(query_start[i if where is None else where[i]] + targets - 1 - start)
+            places.append(row * self._max_model_len + targets)
+        return tuple(pieces), np.concatenate(batch_rows), np.concatenate(places)

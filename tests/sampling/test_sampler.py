@@ -1,0 +1,276 @@
+"""The sampler on whole batches: every row gets what it asked for, and never notices its neighbours."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minivllm.core.plan import RowAdmission
+from minivllm.sampling.logits_processors import PenaltyCounts
+from minivllm.sampling.sampler import Sampler
+from minivllm.sampling_params import SamplingParams
+
+VOCAB, EOS = 37, 2
+CPU = torch.device("cpu")
+
+
+class Bench:
+    """A sampler with its token table, fed one sequence at a time."""
+
+    def __init__(self, num_rows: int = 8, vocab: int = VOCAB) -> None:
+        self.sampler = Sampler(num_rows, vocab, CPU, eos_token_ids=(EOS,))
+        self.tokens = torch.zeros(num_rows, 64, dtype=torch.int32)
+
+    def admit(self, row: int, params: SamplingParams, tokens: tuple[int, ...] = (5, 6, 7), prompt: int = 3, seed: int = 0, child: int = 0) -> None:
+        self.tokens[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        self.sampler.admit(RowAdmission(row=row, request_id=f"r{row}", token_ids=tokens, num_prompt_tokens=prompt, block_ids=((1,),),
+                                        params=params, seed=seed, child_index=child))
+
+    def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int], masks=None):
+        choice = self.sampler.sample(logits.clone(), np.array(rows), np.array(positions), self.tokens, masks)
+        for row, position, token in zip(rows, positions, choice.token_ids.tolist(), strict=True):
+            self.tokens[row, position] = token
+        return choice
+
+    def one(self, logits: torch.Tensor, row: int = 0, position: int = 3) -> int:
+        return int(self.sample(logits[None], [row], [position]).token_ids[0])
+
+
+def greedy(**kwargs) -> SamplingParams:
+    return SamplingParams(temperature=0, **kwargs)
+
+
+def ranked(*ids: int) -> torch.Tensor:
+    """Logits whose order from the top is `ids`, then the rest."""
+    logits = torch.full((VOCAB,), -5.0)
+    for i, token in enumerate(ids):
+        logits[token] = 10.0 - i
+    return logits
+
+
+# --- a row never notices its neighbours ----------------------------------------------------------------------------
+
+any_params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]), top_k=st.sampled_from([0, 1, 5]), top_p=st.sampled_from([1.0, 0.8, 0.1]),
+    min_p=st.sampled_from([0.0, 0.2]), presence_penalty=st.sampled_from([0.0, 1.5]), frequency_penalty=st.sampled_from([0.0, -1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.4]), min_tokens=st.sampled_from([0, 2]), logprobs=st.sampled_from([None, 0, 3]),
+    logit_bias=st.sampled_from([None, {4: 8.0, EOS: 3.0}]), allowed_token_ids=st.sampled_from([None, [2, 4, 6, 8, 10]]),
+    bad_words_token_ids=st.sampled_from([(), ((4,), (6, 8)), ((4, 4),)]))
+
+
+def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torch.Tensor, steps: int):
+    """Sample `steps` tokens for the members (identity, params) in the given rows; per member its tokens and logprobs."""
+    bench = Bench()
+    for (who, params), row in zip(members, rows, strict=True):
+        bench.admit(row, params, seed=who)
+    history = {who: [] for who, _ in members}
+    for step in range(steps):
+        choice = bench.sample(torch.stack([logits[step, who] for who, _ in members]), rows, [3 + step] * len(rows))
+        entries = {}
+        if choice.logprobs:
+            entries = dict(zip(choice.logprobs.index.tolist(), choice.logprobs.entries(choice.logprobs.tensors()), strict=True))
+        for i, (who, _) in enumerate(members):
+            history[who].append((int(choice.token_ids[i]), entries.get(i)))
+    return history
+
+
+@given(st.lists(any_params, min_size=2, max_size=6), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_a_request_draws_the_same_tokens_alone_and_in_any_batch_order_and_row(params, random):
+    members = list(enumerate(params))
+    logits = torch.randn(4, len(members), VOCAB, generator=torch.Generator().manual_seed(random.randrange(10**6))) * 3
+    together = run(members, list(range(len(members))), logits, 4)
+    shuffled = random.sample(members, len(members))
+    assert run(shuffled, random.sample(range(8), len(members)), logits, 4) == together
+    for member in members:
+        assert run([member], [random.randrange(8)], logits, 4)[member[0]] == together[member[0]]
+
+
+@given(any_params, st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_a_row_rebuilt_from_its_tokens_continues_as_if_nothing_had_happened(params, dropped_after):
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    steady, dropped = Bench(), Bench()
+    steady.admit(0, params, seed=3)
+    dropped.admit(0, params, seed=3)
+    for step in range(8):
+        if step == dropped_after:
+            known = tuple(dropped.tokens[0, : 3 + step].tolist())
+            dropped = Bench()
+            dropped.admit(6, greedy(repetition_penalty=3.0))
+            dropped.admit(6, params, tokens=known, seed=3)
+        row = 6 if step >= dropped_after else 0
+        assert dropped.one(logits[step], row, 3 + step) == steady.one(logits[step], 0, 3 + step)
+
+
+def test_children_of_one_request_draw_different_tokens_and_the_same_seed_repeats_them():
+    bench = Bench()
+    for child in range(8):
+        bench.admit(child, SamplingParams(n=8, temperature=1.0), seed=77, child=child)
+    flat = torch.zeros(8, VOCAB)
+    first = [bench.sample(flat, list(range(8)), [3 + s] * 8).token_ids.tolist() for s in range(6)]
+    again = [bench.sample(flat, list(range(8)), [3 + s] * 8).token_ids.tolist() for s in range(6)]
+    assert first == again
+    assert len({tuple(column) for column in zip(*first, strict=True)}) == 8
+
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+
+def test_greedy_rows_ignore_filters_and_noise():
+    bench = Bench()
+    bench.admit(0, greedy(top_k=5, top_p=0.5, min_p=0.5, seed=1))
+    bench.admit(1, SamplingParams(temperature=1.0, top_k=1))
+    logits = torch.randn(2, VOCAB)
+    assert bench.sample(logits, [0, 1], [3, 3]).token_ids.tolist() == logits.argmax(-1).tolist()
+
+
+def test_a_temperature_near_zero_is_the_argmax():
+    bench = Bench()
+    bench.admit(0, SamplingParams(temperature=2e-5))
+    for step in range(20):
+        assert bench.one(ranked(9, 8), position=3 + step) == 9
+
+
+def test_bias_is_added_and_can_ban_or_force():
+    bench = Bench()
+    bench.admit(0, greedy(logit_bias={9: -100, 30: 3.5}))
+    assert bench.one(ranked(9, 8)) == 8
+    bench.admit(0, greedy(logit_bias={30: 100}))
+    assert bench.one(ranked(9, 8)) == 30
+
+
+def test_only_allowed_tokens_are_drawn():
+    bench = Bench()
+    bench.admit(0, SamplingParams(temperature=50.0, allowed_token_ids=[3, 17]))
+    assert {bench.one(torch.randn(VOCAB), position=3 + s) for s in range(40)} == {3, 17}
+
+
+def test_ends_are_masked_until_min_tokens_are_out_and_not_after():
+    bench = Bench()
+    bench.admit(0, greedy(min_tokens=2, stop_token_ids=[9]))
+    assert [bench.one(ranked(EOS, 9, 8), position=p) for p in (3, 4, 5)] == [8, 8, EOS]
+
+
+def test_min_tokens_counts_outputs_across_a_preemption():
+    bench = Bench()
+    bench.admit(0, greedy(min_tokens=2), tokens=(5, 6, 7, 8), prompt=3)  # one output known already
+    assert [bench.one(ranked(EOS, 8), position=p) for p in (4, 5)] == [8, EOS]
+
+
+def test_a_bad_word_is_banned_exactly_when_its_beginning_was_just_generated():
+    bench = Bench()
+    bench.admit(0, greedy(bad_words_token_ids=((11, 12, 13), (14,), (12, 20))))
+    want = [(14, 10), (11,), (12,), (13, 15), (13,), (12,), (20, 13), (13,)]
+    got = [bench.one(ranked(*ids), position=3 + s) for s, ids in enumerate(want)]
+    #      14 is banned; 11 12 are free; 13 would complete 11 12 13; now 13 is free; 12; 20 would complete 12 20; 13 is free
+    assert got == [10, 11, 12, 15, 13, 12, 13, 13]
+
+
+def test_bad_words_look_at_the_output_alone():
+    bench = Bench()
+    bench.admit(0, greedy(bad_words_token_ids=((7, 9),)))  # the prompt ends with 7
+    assert bench.one(ranked(9, 8)) == 9
+    assert bench.one(ranked(7, 8), position=4) == 7
+    assert bench.one(ranked(9, 8), position=5) == 8
+
+
+def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
+    bench = Bench()
+    bench.admit(0, greedy())
+    bench.admit(1, greedy(logprobs=1))
+    words = np.zeros(2, np.uint32)
+    words[0] = 1 << 31 | 1 << 4
+    words[1] = 1 << 3  # token 35
+    logits = torch.stack([ranked(9, 8), ranked(9, 31, 35)])
+    choice = bench.sample(logits, [0, 1], [3, 3], masks={1: words.view(np.int32)})
+    assert choice.token_ids.tolist() == [9, 31]
+    assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
+
+
+def test_filters_work_on_what_penalties_and_bias_left():
+    bench = Bench()
+    bench.admit(0, SamplingParams(temperature=1.0, top_k=1, logit_bias={8: 5.0}))
+    assert bench.one(ranked(9, 8)) == 8
+
+
+# --- penalties -----------------------------------------------------------------------------------------------------
+
+
+def test_penalties_count_each_generated_token_and_only_repetition_sees_the_prompt():
+    bench = Bench()
+    level = torch.zeros(VOCAB)
+    level[[5, 20, 21]] = torch.tensor([1.0, 0.9, 0.8])  # 5 is in the prompt
+    bench.admit(0, greedy(presence_penalty=0.15))
+    assert [bench.one(level, position=3 + s) for s in range(5)] == [5, 20, 5, 5, 5]
+    bench.admit(0, greedy(frequency_penalty=0.15))
+    assert [bench.one(level, position=3 + s) for s in range(5)] == [5, 20, 5, 21, 20]
+    bench.admit(0, greedy(repetition_penalty=1.2))
+    assert [bench.one(level, position=3 + s) for s in range(2)] == [20, 5]
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repetition_equals_huggingfaces_processor_over_a_whole_generation(penalty):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    bench, history = Bench(), [5, 6, 7]
+    bench.admit(0, greedy(repetition_penalty=penalty))
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(25):
+        logits = torch.randn(VOCAB, generator=generator)
+        expected = int(processor(torch.tensor([history]), logits[None].clone()).argmax())
+        assert bench.one(logits, position=len(history)) == expected
+        history.append(expected)
+
+
+def test_counts_are_kept_for_rows_with_penalties_alone_and_their_memory_is_reused():
+    counts = PenaltyCounts(100, VOCAB, CPU)
+    for row in range(100):
+        counts.admit(row, False, (1, 2), 2)
+    assert len(counts.counts) == 0
+    for turn in range(50):
+        counts.admit(turn, True, (1, 2, 3, 3), 2)
+        assert counts.counts[counts.slot[turn]].nonzero().flatten().tolist() == [3]
+        assert counts.seen[counts.slot[turn]].nonzero().flatten().tolist() == [1, 2, 3]
+        counts.admit(turn, False, (), 0)
+    assert len(counts.counts) == 4
+
+
+# --- log-probabilities ---------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_of_the_model_before_bias_penalties_and_temperature():
+    bench = Bench()
+    params = SamplingParams(temperature=0.1, logprobs=2, logit_bias={30: 100}, repetition_penalty=1.5)
+    bench.admit(0, params)
+    bench.admit(1, replace(params, logprobs=None))
+    bench.admit(2, replace(params, logprobs=0))
+    logits = torch.randn(3, VOCAB)
+    choice = bench.sample(logits, [0, 1, 2], [3, 3, 3])
+    assert choice.token_ids.tolist() == [30, 30, 30]
+    assert choice.logprobs.index.tolist() == [0, 2]
+    reference = torch.log_softmax(logits.double(), -1)
+    for i, k, entry in zip((0, 2), (2, 0), choice.logprobs.entries(choice.logprobs.tensors()), strict=True):
+        assert entry.token_id == 30 and entry.logprob == pytest.approx(reference[i, 30].item(), abs=1e-5)
+        assert entry.rank == 1 + int((logits[i] > logits[i, 30]).sum())
+        assert list(entry.top_ids) == reference[i].topk(k).indices.tolist()
+        assert list(entry.top_logprobs) == pytest.approx(reference[i].topk(k).values.tolist(), abs=1e-5)
+
+
+def test_drawn_tokens_follow_the_softmax_over_many_requests():
+    """Seeds 0..n-1, one token each: independent across requests, as well as along one (chi-square, 5 degrees of freedom)."""
+    n, logits = 3_000, torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -math.inf, 0.2])
+    sampler, table = Sampler(n, 7, CPU), torch.zeros(n, 4, dtype=torch.int32)
+    for row in range(n):
+        sampler.admit(RowAdmission(row, str(row), (1,), 1, ((1,),), SamplingParams(), row, 0))
+    tokens = sampler.sample(logits.repeat(n, 1), np.arange(n), np.ones(n, np.int64), table).token_ids
+    counts = np.bincount(tokens.numpy(), minlength=7)
+    alive = [0, 1, 2, 3, 4, 6]
+    expected = n * torch.softmax(logits.double(), -1).numpy()[alive]
+    assert counts[5] == 0 and ((counts[alive] - expected) ** 2 / expected).sum() < 20.5  # 99.9%
