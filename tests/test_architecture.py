@@ -1,0 +1,248 @@
+"""Who may import whom: the design's rules as data, checked against the syntax tree of every file.
+
+Imports inside functions and under TYPE_CHECKING count like any other: a rule about knowledge is not kept by being late.
+The last tests plant violations, so that each rule is seen to catch something.
+"""
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "minivllm"
+
+# A unit is a module or a folder right under minivllm/. Each may import those on its right, and itself.
+# "core.plan" on the right means that one module of core and no other.
+INPUT = ("errors", "sampling_params", "config", "families")  # what a user may say; known to everybody
+BRIDGE = (*INPUT, "core.plan")  # all that the data plane may know of the control plane
+KERNELS = (*BRIDGE, "kernels")
+PARALLEL = (*KERNELS, "parallel")
+PARAMETERS = (*PARALLEL, "quantization", "lora")
+LAYERS = (*PARAMETERS, "layers")
+MODELS = (*LAYERS, "models")
+CHOICE = (*MODELS, "sampling", "speculative")
+WORKER = (*CHOICE, "worker")
+ENGINE = (*WORKER, "outputs", "core", "engine")
+DOOR = (*INPUT, "outputs", "core.plan", "core.admission", "engine")  # what the server may know: the engine's door
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "sampling_params": ("errors",),
+    "config": ("errors",),
+    "families": ("errors",),
+    "outputs": ("core.plan",),
+    # the control plane
+    "core": (*INPUT, "outputs"),
+    "planning": (*INPUT, "planning"),
+    # the data plane, each step of the stair sees the ones below it
+    "kernels": BRIDGE,
+    "parallel": KERNELS,
+    "quantization": PARALLEL,
+    "lora": PARALLEL,
+    "layers": PARAMETERS,
+    "models": LAYERS,
+    "sampling": MODELS,
+    "speculative": MODELS,
+    "worker": CHOICE,
+    # both planes meet
+    "engine": ENGINE,
+    "server": DOOR,
+    "benchmarks": (*ENGINE, "planning"),
+    "entrypoints": ("cli", "server"),
+    "cli": (*ENGINE, "server", "planning", "benchmarks", "minivllm"),
+    "__init__": (*INPUT, "outputs", "engine"),
+    "__main__": ("cli",),
+}
+EVERYBODY = ("minivllm",)  # the package itself, for its version and its lazy names
+
+# Third parties that only these folders may import.
+CONFINED = {
+    "triton": "minivllm.kernels.triton",
+    "fastapi": "minivllm.server",
+    "starlette": "minivllm.server",
+    "pydantic": "minivllm.server",
+    "pydantic_core": "minivllm.server",
+    "uvicorn": "minivllm.server",
+}
+STANDARD_LIBRARY_ONLY = ("errors", "sampling_params", "config", "families", "outputs", "core", "planning")
+OUTSIDE = ("lessons", "notebooks", "bench", "tests")  # they import the package, never the other way round
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def sources() -> dict[str, str]:
+    """Module name -> source text, for every file of the package."""
+    return {module_name(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(source: str, known: Iterable[str]) -> set[str]:
+    """Full names of the modules a source text imports: `from a import b` is a.b where that is a module, a where it is not."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that a reader can search for them"
+            both = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
+            names |= both or {str(node.module)}
+    return names
+
+
+def unit(module: str) -> str:
+    """``minivllm.core.plan -> core``, ``minivllm -> minivllm``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def allowed(importer: str, target: str) -> bool:
+    may = (*MAY_IMPORT[unit(importer)], *EVERYBODY, unit(importer))
+    inside = target.removeprefix("minivllm.")
+    return any(inside == name or inside.startswith(f"{name}.") for name in may)
+
+
+def violations(files: Mapping[str, str]) -> list[str]:
+    """Every broken rule in `files` (module name -> source), as a sentence."""
+    found = []
+    for module, source in files.items():
+        if unit(module) not in MAY_IMPORT:
+            found.append(f"{module}: {unit(module)} has no row in MAY_IMPORT")
+            continue
+        for target in sorted(imported(source, files)):
+            top = target.split(".")[0]
+            if top == "minivllm":
+                if not allowed(module, target):
+                    found.append(f"{module} may not import {target}")
+            elif top in OUTSIDE:
+                found.append(f"{module} may not import {target}: the package does not know what is built on it")
+            elif top in CONFINED and not f"{module}.".startswith(f"{CONFINED[top]}."):
+                found.append(f"{module} may not import {target}: only {CONFINED[top]} may")
+            elif unit(module) in STANDARD_LIBRARY_ONLY and top not in sys.stdlib_module_names:
+                found.append(f"{module} may not import {target}: {unit(module)} is standard library only")
+    return found
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+# ---- the rules
+
+def test_every_import_in_the_package_keeps_the_rules() -> None:
+    assert violations(sources()) == []
+
+
+def test_rows_of_the_table_have_no_cycle() -> None:
+    """No two units may import each other (outputs and core share core.plan alone)."""
+    for name, may in MAY_IMPORT.items():
+        for other in may:
+            if other in MAY_IMPORT and other != name:
+                assert name not in MAY_IMPORT[other], f"{name} and {other} may import each other"
+
+
+def test_lessons_import_neither_the_package_nor_another_lesson() -> None:
+    lessons = sorted((ROOT / "lessons").glob("*/*.py"))
+    assert lessons
+    for path in lessons:
+        for target in imported(path.read_text(encoding="utf-8"), ()):
+            assert target.split(".")[0] not in ("minivllm", "lessons", "notebooks", "bench", "tests"), f"{path} imports {target}"
+
+
+def test_every_module_has_a_docstring() -> None:
+    without = [name for name, text in sources().items() if text.strip() and not ast.get_docstring(ast.parse(text))]
+    assert without == []
+
+
+def test_the_control_plane_leaves_torch_and_numpy_unimported() -> None:
+    modules = [name for name in sources() if unit(name) in STANDARD_LIBRARY_ONLY]
+    assert "minivllm.core.scheduler" in modules
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+print([name for name in ("torch", "numpy") if name in sys.modules])
+"""
+    assert run(code) == "[]\n"
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "transformers", "tokenizers", "fastapi", "pydantic", "huggingface_hub")
+    assert run(f"import sys, minivllm\nprint([m for m in {heavy} if m in sys.modules])") == "[]\n"
+
+
+def test_the_engine_imports_without_the_servers_packages_and_without_gguf() -> None:
+    """A bare PyTorch box with transformers and triton is enough."""
+    modules = [name for name in sources() if unit(name) not in ("server", "entrypoints", "__main__")]
+    code = f"""
+import importlib, sys
+for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton"):
+    sys.modules[blocked] = None
+for module in {[m for m in modules if m != "minivllm.__init__"]}:
+    importlib.import_module(module)
+from minivllm import LLM, SamplingParams
+print("imported")
+"""
+    assert run(code) == "imported\n"
+
+
+def test_importing_everything_starts_nothing_and_prints_nothing() -> None:
+    modules = [name for name in sources() if unit(name) != "__main__" and name != "minivllm.__init__"]
+    code = f"""
+import importlib, json, logging, threading
+for module in {modules}:
+    importlib.import_module(module)
+print(json.dumps([threading.active_count(), len(logging.getLogger().handlers)]))
+"""
+    assert json.loads(run(code)) == [1, 0]
+
+
+# ---- planted violations
+
+CLEAN = {"minivllm.core.plan": "import dataclasses", "minivllm.core.scheduler": "from minivllm.core.plan import StepPlan"}
+
+
+@pytest.mark.parametrize(("module", "source", "says"), [
+    ("minivllm.core.request", "import torch", "standard library only"),
+    ("minivllm.core.request", "from numpy import array", "standard library only"),
+    ("minivllm.core.request", "import minivllm.worker.batch", "may not import minivllm.worker.batch"),
+    ("minivllm.core.request", "def f():\n    from minivllm.engine import engine", "may not import minivllm.engine"),
+    ("minivllm.families", "import torch", "standard library only"),
+    ("minivllm.worker.batch", "from minivllm.core.scheduler import Scheduler", "may not import minivllm.core.scheduler"),
+    ("minivllm.worker.batch", "from minivllm.core import scheduler", "may not import minivllm.core.scheduler"),
+    ("minivllm.worker.batch", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import minivllm.engine.llm",
+     "may not import minivllm.engine.llm"),
+    ("minivllm.layers.linear", "from minivllm.models.decoder import Decoder", "may not import minivllm.models.decoder"),
+    ("minivllm.kernels.reference.norm", "import triton", "only minivllm.kernels.triton may"),
+    ("minivllm.kernels.triton_extra", "import triton.language as tl", "only minivllm.kernels.triton may"),
+    ("minivllm.engine.client", "from pydantic import BaseModel", "only minivllm.server may"),
+    ("minivllm.server.app", "from minivllm.worker.batch import Rows", "may not import minivllm.worker.batch"),
+    ("minivllm.server.app", "from minivllm.core.scheduler import Scheduler", "may not import minivllm.core.scheduler"),
+    ("minivllm.engine.llm", "from tests.models.tiny import load", "does not know what is built on it"),
+    ("minivllm.engine.llm", "import bench.harness", "does not know what is built on it"),
+    ("minivllm.surprise", "", "has no row"),
+])
+def test_a_planted_violation_is_found(module: str, source: str, says: str) -> None:
+    assert violations(CLEAN) == []
+    found = violations({**CLEAN, module: source})
+    assert len(found) == 1
+    assert says in found[0]
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("minivllm.worker.batch", "from minivllm.core.plan import StepPlan"),
+    ("minivllm.worker.batch", "from minivllm.core import plan"),
+    ("minivllm.engine.engine", "from minivllm.core.scheduler import Scheduler\nfrom minivllm.worker import batch\nimport torch"),
+    ("minivllm.kernels.triton.norm", "import triton.language as tl"),
+    ("minivllm.server.app", "from fastapi import FastAPI\nfrom minivllm.engine.client import EngineClient"),
+])
+def test_what_the_design_allows_is_not_reported(module: str, source: str) -> None:
+    assert violations({**CLEAN, module: source}) == []
