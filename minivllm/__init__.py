@@ -34,7 +34,7 @@ _HOME = {
     "SamplingParams": "minivllm.sampling_params",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604  all strings
+__all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,12 +10,13 @@ asked for it; answers come in on another thread and are passed over with one cal
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -45,7 +46,7 @@ from minivllm.outputs import OutputDelta
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine
 
-__all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ProcessClient", "ThreadClient", "start_client"]
+__all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ThreadClient", "start_client"]
 
 
 class _Stream:
@@ -77,7 +78,7 @@ class EngineClient(ABC):
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the four below: streams come and go on event loops, answers on another thread
         self._streams: dict[str, _Stream] = {}
-        self._tickets: dict[int, Future[bool]] = {}
+        self._tickets: dict[int, Future[None]] = {}
         self._dead: str | None = None
         self._stats = EngineStats()
         self._next_ticket = itertools.count()
@@ -127,7 +128,7 @@ class EngineClient(ABC):
         if self._dead is None:
             self._send(Abort(request_id))
 
-    async def outputs(self, request_id: str) -> AsyncIterator[list[OutputDelta]]:
+    async def outputs(self, request_id: str) -> AsyncGenerator[list[OutputDelta], None]:
         """Everything new of one request, each time there is something; ends when all its children have ended.
 
         Raises `InvalidInput` if the engine refused the request and `EngineDead` if it died. Leaving early aborts.
@@ -150,25 +151,22 @@ class EngineClient(ABC):
             if stream.open_children and stream.error is None:
                 self.abort(request_id)
 
-    async def generate(self, request: AddRequest) -> AsyncIterator[list[OutputDelta]]:
+    async def generate(self, request: AddRequest) -> AsyncGenerator[list[OutputDelta], None]:
         """`add`, then `outputs`; closing the generator (a client that went away) aborts the request."""
         self.add(request)
-        stream = self.outputs(request.request_id)
-        try:
+        async with contextlib.aclosing(self.outputs(request.request_id)) as stream:
             async for deltas in stream:
                 yield deltas
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forget all shared prefixes. False if requests are running, so that nothing was done."""
-        future: Future[bool] = Future()
+    async def reset_prefix_cache(self) -> None:
+        """Forget all shared prefixes. Returns once the engine has done so, and everything sent to it before."""
+        future: Future[None] = Future()
         ticket = next(self._next_ticket)
         with self._lock:
             self._check_alive()
             self._tickets[ticket] = future
         self._send(ResetPrefixCache(ticket))
-        return await asyncio.wrap_future(future)
+        await asyncio.wrap_future(future)
 
     @abstractmethod
     def close(self) -> None:
@@ -189,7 +187,7 @@ class EngineClient(ABC):
             with self._lock:
                 future = self._tickets.pop(message.ticket)
             if future.set_running_or_notify_cancel():  # False: whoever asked has stopped waiting
-                future.set_result(message.value)
+                future.set_result(None)
         elif isinstance(message, Ready):
             self._metrics = EngineMetrics(message.info.model)
             self._started.set_result(message.info)
@@ -241,10 +239,8 @@ def _put_all(parts: list[tuple[_Stream, OutputDelta]]) -> None:
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # that event loop was closed under its streams: nobody is left to read them
         loop.call_soon_threadsafe(function)
-    except RuntimeError:  # that event loop was closed under its streams: nobody is left to read them
-        pass
 
 
 class ThreadClient(EngineClient):

@@ -100,7 +100,6 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class Answer:
     ticket: int
-    value: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +127,12 @@ def run_engine(
     except (InvalidInput, TypeError) as error:
         known = error if isinstance(error, InvalidInput) and engine is None else None
         farewell = Dead(_reason(error), known)
-    except BaseException as error:  # noqa: BLE001  whatever it was, those who wait must hear of it
+    except BaseException as error:
         farewell = Dead(_reason(error))
     if engine is not None:
         try:
             engine.close()
-        except Exception:  # noqa: BLE001
+        except Exception:
             log.exception("closing the engine failed")
     send(farewell)
 
@@ -180,7 +179,8 @@ class EngineLoop:
             if isinstance(command, Abort):
                 deltas += self.engine.abort_request(command.request_id)
             elif isinstance(command, ResetPrefixCache):
-                self.send(Answer(command.ticket, self.engine.reset_prefix_cache()))
+                self.engine.reset_prefix_cache()
+                self.send(Answer(command.ticket))
             else:
                 self._add(command.request)
 

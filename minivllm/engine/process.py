@@ -9,6 +9,7 @@ step if need be: nobody is left to answer. If the child vanishes the parent sees
 """
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -96,11 +97,9 @@ class ProcessClient(EngineClient):
         return self._process.pid if self._process is not None else None
 
     def _send(self, command: Command) -> None:
-        try:
-            with self._sending:
-                self._connection.send(command)
-        except OSError:  # the child is gone; its receiver thread tells the streams
-            pass
+        # An OSError means that the child is gone; the receiver thread notices too and tells the streams.
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.send(command)
 
     def _read_answers(self) -> None:
         assert self._process is not None

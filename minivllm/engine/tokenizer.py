@@ -279,7 +279,7 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> Backend:
 
         try:
             backend = Backend.from_file(str(file))
-        except Exception as error:  # noqa: BLE001  the Rust side raises plain Exceptions
+        except Exception as error:
             raise ModelError(f"{file} cannot be read ({error}): fetch it again", "tokenizer") from None
     else:
         backend = _backend_of_transformers(folder, config)
@@ -304,7 +304,7 @@ def _backend_of_transformers(folder: Path, config: dict[str, Any]) -> Backend:
         ) from None
     try:
         backend = getattr(AutoTokenizer.from_pretrained(str(folder)), "backend_tokenizer", None)
-    except Exception as error:  # noqa: BLE001  transformers raises whatever its parsers raise
+    except Exception as error:
         raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", "tokenizer") from error
     if backend is None:
         raise ModelError(f"the tokenizer in {folder} exists only as Python code and has no fast form", "tokenizer")

@@ -12,8 +12,7 @@ from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.engine.detokenizer import Detokenizer, StopMatcher
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.sampling_params import SamplingParams
-
-from . import tokenizers_for_tests as build
+from tests.engine import tokenizers_for_tests as build
 
 EOS = 1
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
-
-from . import tokenizers_for_tests as build
+from tests.engine import tokenizers_for_tests as build
 
 KINDS = {
     "byte level": build.byte_level,
@@ -69,7 +68,8 @@ def test_tokens_that_only_the_config_names_are_added(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base = build.byte_level()
     size = base.get_vocab_size()
-    added = {str(size): {"content": "<extra>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}}
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    added = {str(size): {"content": "<extra>", **flags}}
     folder = build.save(base, tmp_path, added_tokens_decoder=added, pad_token="<pad>")
     ours, hf = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.encode("the<extra>fox<pad>") == hf.encode("the<extra>fox<pad>")
@@ -119,7 +119,7 @@ def test_the_pieces_of_a_sentencepiece_stream_join_to_the_decoded_continuation(
     kind: str, ours: dict[str, Tokenizer], text: str, skip: bool,
 ) -> None:
     tokenizer = ours[kind]
-    ids = tokenizer.encode(text) + [2]
+    ids = [*tokenizer.encode(text), 2]
     anchor = tokenizer.token_to_id("a")
     assert anchor is not None
     assert "".join(_stream(tokenizer, ids, skip, [anchor])) == tokenizer.decode([anchor, *ids], skip)[1:]

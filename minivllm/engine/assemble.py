@@ -1,0 +1,66 @@
+"""Deltas added up into `RequestOutput`s, in vLLM's shapes."""
+from __future__ import annotations
+
+from minivllm.core.plan import TokenLogprobs
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.outputs import CompletionOutput, Logprob, OutputDelta, RequestOutput
+from minivllm.sampling_params import SamplingParams
+
+
+class OutputBuilder:
+    """Collects the deltas of one request."""
+
+    def __init__(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer | None,
+    ) -> None:
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._wants_logprobs = params.logprobs is not None
+        self._texts: list[list[str]] = [[] for _ in range(params.n)]
+        self._unfinished = params.n
+        self.num_tokens = 0
+        self.output = RequestOutput(
+            request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids,
+            outputs=[CompletionOutput(index=i) for i in range(params.n)],
+        )
+        for completion in self.output.outputs:
+            if self._wants_logprobs:
+                completion.logprobs, completion.cumulative_logprob = [], 0.0
+
+    def add(self, delta: OutputDelta) -> bool:
+        """Take one delta in. True: the request is complete, and `output` with it."""
+        completion = self.output.outputs[delta.index]
+        completion.token_ids.extend(delta.token_ids)
+        self.num_tokens += len(delta.token_ids)
+        self._texts[delta.index].append(delta.text)
+        if completion.logprobs is not None and completion.cumulative_logprob is not None:
+            for entry in delta.logprobs or ():
+                completion.cumulative_logprob += entry.logprob
+                completion.logprobs.append(logprob_dict(entry, self._tokenizer))
+        if delta.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [
+                None if entry is None else logprob_dict(entry, self._tokenizer) for entry in delta.prompt_logprobs
+            ]
+        self.output.num_cached_tokens = max(self.output.num_cached_tokens, delta.num_cached_tokens)
+        if delta.finish_reason is None:
+            return False
+        completion.text = "".join(self._texts[delta.index])
+        completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+        self.output.metrics = delta.metrics
+        self._unfinished -= 1
+        return self._unfinished == 0
+
+    def so_far(self) -> RequestOutput:
+        """A stream's view: `output` with the text up to now."""
+        for completion, parts in zip(self.output.outputs, self._texts, strict=True):
+            completion.text = "".join(parts)
+            parts[:] = [completion.text]
+        return self.output
+
+
+def logprob_dict(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The chosen token first, then the most probable ones."""
+    text = (lambda token: None) if tokenizer is None else tokenizer.token_text
+    found = {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id))}
+    for rank, (token, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
+        found.setdefault(token, Logprob(logprob, rank, text(token)))
+    return found

@@ -1,0 +1,302 @@
+"""`LLMEngine`: the straight line from requests to outputs, one step at a time.
+
+    add_request ─▶ scheduler ┐
+                             │ schedule() ─▶ plan ─▶ executor.launch, .sample ─▶ in flight ─┐   (ahead: at most depth + 1)
+    OutputDelta ◀─ assemble ◀┴ update() ◀─ stops ◀─ detokenizer.scan ◀──── result ◀─ wait ──┘
+
+`step()` first launches what may be planned ahead, then waits for the oldest plan, so that with depth 1 the device already has
+its next step while the host looks at this one. The engine owns no thread and no loop: whoever calls `step()` is the loop.
+"""
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from minivllm.config import EngineConfig
+from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
+from minivllm.core.request import NewRequest, Progress, sequence_id
+from minivllm.core.scheduler import Scheduler
+from minivllm.engine.detokenizer import Detokenizer
+from minivllm.engine.loop import EngineInfo
+from minivllm.engine.metrics import EngineStats
+from minivllm.engine.prompts import Prompt, check_params, check_prompt, read_prompt
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import EngineDead, InvalidInput
+from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
+from minivllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from minivllm.engine.executor import Executor
+
+log = logging.getLogger(__name__)
+
+
+class Pending(Protocol):
+    """A step on its way."""
+
+    def wait(self) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A step that could not even be launched; it fails when its turn to be updated comes."""
+
+    step_id: int
+    error: Exception
+
+    def wait(self) -> StepResult:
+        raise self.error
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the engine remembers of a request for its outputs; everything else is the scheduler's."""
+
+    prompt_len: int
+    params: SamplingParams
+    sequence_ids: tuple[str, ...]
+    arrival_time: float
+    prompt_logprobs: list[TokenLogprobs | None] | None  # [prompt_len]; None: not asked for, or handed out
+    unfinished: set[int] = field(default_factory=set)
+    first_token_times: dict[int, float] = field(default_factory=dict)
+
+
+class LLMEngine:
+    """Requests in, deltas out. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self, *, executor: Executor, scheduler: Scheduler, tokenizer: Tokenizer | None, info: EngineInfo, seed: int = 0,
+        planning_depth: int = 0, clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.executor = executor
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.max_model_len = info.max_model_len
+        self.eos_token_ids = info.eos_token_ids
+        self.vocab_size = info.vocab_size
+        self._info = info
+        self._seed = seed
+        self._depth = planning_depth
+        self._clock = clock
+        self._detokenizer = Detokenizer(tokenizer, info.eos_token_ids)
+        self._requests: dict[str, _Request] = {}
+        self._owner: dict[str, str] = {}  # sequence id -> request id
+        self._inflight: deque[tuple[StepPlan, Pending]] = deque()
+        self._num_added = 0
+        self._num_steps = 0
+        self._num_failed = 0
+        self._closed = False
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLMEngine:
+        """Find the model, load it, size the KV cache. The one place where all parts meet."""
+        from minivllm.engine.compose import build_engine
+
+        return build_engine(config)
+
+    # -- requests in ----------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, arrival_time: float | None = None,
+        priority: int = 0, cache_salt: str | None = None,
+    ) -> None:
+        """Queue a request. Raises `InvalidInput` for anything this engine can never answer."""
+        if self._closed:
+            raise EngineDead("the engine was closed")
+        if not isinstance(params, SamplingParams):
+            raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
+        if any(name in self._owner for name in (request_id, *self._sequence_ids(request_id, params))):
+            raise InvalidInput(f"request id {request_id!r} is in use: choose another", "request_id")
+        if priority and self._info.scheduling_policy != "priority":
+            raise InvalidInput(f"priority {priority} has no effect: start the engine with scheduling_policy='priority'", "priority")
+        _, token_ids = read_prompt(prompt, self.tokenizer)
+        check_prompt(token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
+        params = check_params(params, self.tokenizer, self.vocab_size)
+        arrival = self._clock() if arrival_time is None else arrival_time
+        self.scheduler.add(NewRequest(
+            request_id=request_id, prompt_token_ids=token_ids, params=params, seed=self._seed_for(params), arrival_time=arrival,
+            eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=cache_salt,
+        ))
+        self._num_added += 1
+        self._remember(request_id, token_ids, params, arrival)
+
+    @staticmethod
+    def _sequence_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
+        return tuple(sequence_id(request_id, i, params.n) for i in range(params.n))
+
+    def _remember(self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, arrival: float) -> None:
+        ids = self._sequence_ids(request_id, params)
+        wanted = params.prompt_logprobs is not None
+        self._requests[request_id] = _Request(
+            prompt_len=len(token_ids), params=params, sequence_ids=ids, arrival_time=arrival,
+            prompt_logprobs=[None] * len(token_ids) if wanted else None, unfinished=set(range(params.n)),
+        )
+        room = self.max_model_len - len(token_ids)
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        for name in ids:
+            self._owner[name] = request_id
+            self._detokenizer.add(name, token_ids, params, limit)
+
+    def _seed_for(self, params: SamplingParams) -> int:
+        """The request's own seed, or one drawn from the engine's by the number of the request: reproducible, all different."""
+        if params.seed is not None:
+            return params.seed & _MASK
+        return mix(self._seed, self._num_added)
+
+    def abort_request(self, request_id: str) -> list[OutputDelta]:
+        """End a request now, all children. Returns their last deltas (finish reason "abort"); [] for an unknown id."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        self.scheduler.abort(request_id)
+        return [self._end(request_id, request, index, "abort") for index in sorted(request.unfinished)]
+
+    def _end(self, request_id: str, request: _Request, index: int, reason: FinishReason) -> OutputDelta:
+        """The last delta of a child that ends without a token."""
+        text = self._detokenizer.take(request.sequence_ids[index], reason)
+        metrics = RequestMetrics(
+            arrival_time=request.arrival_time, first_token_time=request.first_token_times.get(index),
+            finished_time=self._clock(),
+        )
+        self._forget(request_id, request, index)
+        return OutputDelta(request_id=request_id, index=index, token_ids=(), text=text, finish_reason=reason, metrics=metrics)
+
+    def _forget(self, request_id: str, request: _Request, index: int) -> None:
+        request.unfinished.discard(index)
+        if not request.unfinished:
+            del self._requests[request_id]
+            for name in request.sequence_ids:
+                del self._owner[name]
+
+    # -- the straight line ----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[OutputDelta]:
+        """Launch what can be planned ahead, wait for the oldest plan, and return what it brought."""
+        while len(self._inflight) <= self._depth and not self._failed_to_launch():
+            plan = self.scheduler.schedule(self._clock())
+            if plan is None:
+                break
+            self._inflight.append((plan, self._launch(plan)))
+        if not self._inflight:
+            assert not self.scheduler.has_unfinished(), "requests are unfinished, but nothing can be planned"
+            return []
+        return self._finish(*self._inflight.popleft())
+
+    def _failed_to_launch(self) -> bool:
+        """The newest plan's rows may be wrong in the worker: nothing is planned on them before the scheduler knows."""
+        return bool(self._inflight) and isinstance(self._inflight[-1][1], _Failed)
+
+    def _launch(self, plan: StepPlan) -> Pending:
+        try:
+            return self.executor.sample(self.executor.launch(plan))
+        except Exception as error:
+            return _Failed(plan.step_id, error)
+
+    def _finish(self, plan: StepPlan, pending: Pending) -> list[OutputDelta]:
+        self._num_steps += 1
+        try:
+            result = pending.wait()
+        except Exception as error:
+            if _is_fatal(error):
+                raise EngineDead(f"{type(error).__name__}: {error}") from error
+            log.exception("step %d failed; its requests end with an error", plan.step_id)
+            result = StepResult(step_id=plan.step_id, token_ids=(), error=f"{type(error).__name__}: {error}")
+        if result.error is not None:
+            self._num_failed += 1
+            stops = {}
+        else:
+            stops = dict(self._detokenizer.scan(plan, result))
+            self._collect_prompt_logprobs(plan, result)
+        now = self._clock()
+        done = self.scheduler.update(plan, result, stops, now)
+        return [self._assemble(progress, result, now) for progress in done if progress.request_id in self._requests]
+
+    def _collect_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        """They come in chunks, each with its first position; a chunk recomputed after a preemption says the same again."""
+        for column, first, entries in result.prompt_logprobs:
+            request = self._requests.get(self._owner.get(plan.request_ids[column], ""))
+            if request is not None and request.prompt_logprobs is not None:
+                request.prompt_logprobs[first: first + len(entries)] = entries
+
+    def _assemble(self, progress: Progress, result: StepResult, now: float) -> OutputDelta:
+        request = self._requests[progress.request_id]
+        name, index, reason = progress.sequence_id, progress.index, progress.finish_reason
+        if progress.token_ids:
+            request.first_token_times.setdefault(index, now)
+        logprobs = None
+        if request.params.logprobs is not None and progress.sample_index is not None and result.logprobs:
+            logprobs = (result.logprobs[progress.sample_index] or ())[: len(progress.token_ids)]
+        prompt_logprobs = request.prompt_logprobs
+        request.prompt_logprobs = None
+        metrics = None
+        if reason is not None:
+            metrics = RequestMetrics(
+                arrival_time=request.arrival_time, first_scheduled_time=progress.first_scheduled_time,
+                first_token_time=request.first_token_times.get(index), finished_time=now,
+                num_preemptions=progress.num_preemptions,
+            )
+            self._forget(progress.request_id, request, index)
+        return OutputDelta(
+            request_id=progress.request_id, index=index, token_ids=progress.token_ids,
+            text=self._detokenizer.take(name, reason), logprobs=logprobs, finish_reason=reason,
+            stop_reason=progress.stop_reason, num_cached_tokens=progress.num_cached_tokens,
+            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs), metrics=metrics,
+            error=result.error if reason == "error" else None,
+        )
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has work: requests without an end, or launched plans to take in."""
+        return bool(self._requests) or bool(self._inflight) or self.scheduler.has_unfinished()
+
+    def stats(self) -> EngineStats:
+        core = self.scheduler.stats()
+        return EngineStats(
+            num_running=core.num_running, num_waiting=core.num_waiting, num_blocks=core.num_blocks,
+            used_blocks=core.num_used_blocks, cached_blocks=core.num_cached_blocks, prefix_cache_queries=core.prefix_queries,
+            prefix_cache_hits=core.prefix_hits, num_preemptions=core.num_preemptions, num_steps=self._num_steps,
+            num_failed_steps=self._num_failed,
+        )
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def reset_prefix_cache(self) -> None:
+        """Find nothing that was computed so far again."""
+        self.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Take in what was launched, then give all memory back. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        while self._inflight:
+            _, pending = self._inflight.popleft()
+            try:
+                pending.wait()
+            except Exception:
+                log.debug("a step failed while the engine was closing", exc_info=True)
+        self._requests.clear()
+        self._owner.clear()
+        self.executor.close()
+
+
+_MASK = (1 << 64) - 1
+
+
+def mix(seed: int, number: int) -> int:
+    """The `number`-th output of SplitMix64 (Steele, Lea and Flood, 2014) started at `seed`."""
+    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether the device is lost, so that no later step could succeed either."""
+    return isinstance(error, EngineDead) or type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)

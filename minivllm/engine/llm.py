@@ -1,0 +1,178 @@
+"""`LLM`: the engine in this process, for scripts and notebooks, with vLLM's methods.
+
+    with LLM() as llm:
+        for output in llm.generate(["Once upon a time", "2 + 2 ="], SamplingParams(temperature=0)):
+            print(output.outputs[0].text)
+"""
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from minivllm.config import EngineConfig
+from minivllm.core.scheduler import QueueFull
+from minivllm.engine.assemble import OutputBuilder
+from minivllm.engine.engine import LLMEngine
+from minivllm.engine.prompts import Prompt, read_prompt
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput
+from minivllm.outputs import RequestOutput
+from minivllm.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model that answers lists of prompts. Keywords are the fields of `EngineConfig`; `close` gives all memory back."""
+
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        self.config = EngineConfig.from_kwargs(model=model, **kwargs)
+        self.llm_engine = LLMEngine.from_config(self.config)
+        self._num_requests = 0
+
+    # -- the methods people know ----------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        use_tqdm: bool = True, priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; outputs in the order of the prompts.
+
+        A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. One SamplingParams serves all prompts, a list one each.
+        """
+        every = _as_list(prompts)
+        params = self._params_list(sampling_params, len(every))
+        if priority is not None and len(priority) != len(every):
+            raise InvalidInput(f"{len(every)} prompts, but {len(priority)} priorities: give one each", "priority")
+        return self._run(every, params, priority or [0] * len(every), use_tqdm)
+
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several (a list of such lists)."""
+        tokenizer = self.get_tokenizer()
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = tokenizer.apply_chat_template(
+                conversation, tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,  # type: ignore[arg-type]
+                continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
+            )
+            assert isinstance(text, str)
+            ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self.llm_engine.tokenizer is None:
+            raise InvalidInput("this LLM has no tokenizer (skip_tokenizer_init)", "skip_tokenizer_init")
+        return self.llm_engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults (generation_config.json), used where none are given."""
+        return SamplingParams(**self.llm_engine.info().generation_config)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget shared prefixes."""
+        self.llm_engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Give weights, KV cache and host memory back. The object cannot be used afterwards."""
+        self.llm_engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- running a batch ------------------------------------------------------------------------------------------------
+
+    def _params_list(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise InvalidInput(f"{count} prompts, but {len(params)} SamplingParams: give one for all or one each", "sampling_params")
+        return list(params)
+
+    def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int], use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Feed the engine (as fast as its queue takes requests), step it, and add the deltas up."""
+        engine = self.llm_engine
+        builders: dict[str, OutputBuilder] = {}
+        finished: dict[str, RequestOutput] = {}
+        waiting = deque(range(len(prompts)))
+        first = self._num_requests
+        progress = _Progress(len(prompts), use_tqdm)
+        try:
+            while waiting or builders:
+                while waiting:
+                    i = waiting[0]
+                    text, ids = read_prompt(prompts[i], engine.tokenizer)
+                    name = str(self._num_requests)
+                    try:
+                        engine.add_request(name, ids, params[i], priority=priorities[i])
+                    except QueueFull:
+                        if not builders:
+                            raise
+                        break  # steps will make room
+                    waiting.popleft()
+                    self._num_requests += 1
+                    builders[name] = OutputBuilder(name, text, list(ids), params[i], engine.tokenizer)
+                for delta in engine.step():
+                    builder = builders.get(delta.request_id)  # None: somebody else's, added through llm_engine
+                    if builder is not None and builder.add(delta):
+                        finished[delta.request_id] = builders.pop(delta.request_id).output
+                        progress.done(builder)
+        finally:
+            progress.close()
+            for name in builders:  # an error or Ctrl-C: leave the engine as it was
+                engine.abort_request(name)
+        return [finished[str(first + i)] for i in range(len(prompts))]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several? A list of ints is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    every = list(prompts)
+    return [every] if every and isinstance(every[0], int) else every  # type: ignore[return-value,list-item]
+
+
+class _Progress:
+    """The bar on stderr, with prompt and output tokens per second."""
+
+    def __init__(self, total: int, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True, disable=not shown)
+        self._clock = clock
+        self._start = clock()
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    def done(self, builder: OutputBuilder) -> None:
+        self._prompt_tokens += len(builder.output.prompt_token_ids)
+        self._output_tokens += builder.num_tokens
+        seconds = max(self._clock() - self._start, 1e-9)
+        self._bar.set_postfix_str(
+            f"in {self._prompt_tokens / seconds:.0f} tok/s, out {self._output_tokens / seconds:.0f} tok/s", refresh=False,
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,433 @@
+"""The server's door: an engine in a thread and one in its own process pass the same tests."""
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from minivllm.engine.client import AddRequest, EngineClient, ThreadClient
+from minivllm.engine.engine import LLMEngine
+from minivllm.engine.loop import Add, EngineLoop, Shutdown
+from minivllm.engine.process import ProcessClient
+from minivllm.errors import EngineDead, InvalidInput, ModelError
+from minivllm.sampling_params import SamplingParams
+from tests.engine import tokenizers_for_tests as build
+from tests.engine.fake import FakeExecutor, expected, make_engine
+
+CLIENTS = {"thread": ThreadClient, "process": ProcessClient}
+
+
+# Builders of engines; they are pickled to the child, so they are plain functions.
+
+
+def build_plain(folder: str) -> LLMEngine:
+    return make_engine(FakeExecutor(1 << 15), folder=folder, planning_depth=1, max_model_len=1 << 16)
+
+
+def build_failing(folder: str) -> LLMEngine:
+    raise ModelError("model.safetensors is truncated", "model")
+
+
+def build_exploding(folder: str) -> LLMEngine:
+    raise MemoryError("no memory for weights")
+
+
+def build_vanishing(folder: str) -> LLMEngine:
+    os._exit(3)
+
+
+def build_dying(folder: str) -> LLMEngine:
+    """The device is lost in the fourth step."""
+    return make_engine(FakeExecutor(fail_waiting_at={i: RuntimeError("CUDA error: lost") for i in range(3, 100)}), folder=folder)
+
+
+def build_buggy(folder: str) -> LLMEngine:
+    engine = make_engine(folder=folder)
+
+    def update(*arguments: Any) -> None:
+        raise AssertionError("a bug of ours")
+
+    engine.scheduler.update = update  # type: ignore[method-assign,assignment]
+    return engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build.save(build.byte_level(), tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module", params=CLIENTS)
+def client(request: pytest.FixtureRequest, folder: str) -> Iterator[EngineClient]:
+    client = CLIENTS[request.param].start_with(functools.partial(build_plain, folder))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def no_children_left() -> Iterator[None]:
+    """Neither running nor zombies (multiprocessing's resource tracker is none of ours)."""
+    def ours() -> set[psutil.Process]:
+        return {p for p in psutil.Process().children() if p.status() == psutil.STATUS_ZOMBIE or "spawn_main" in " ".join(p.cmdline())}
+
+    before = ours()
+    yield
+    assert ours() <= before
+
+
+def start(kind: str, builder: Callable[[str], LLMEngine], folder: str) -> EngineClient:
+    return CLIENTS[kind].start_with(functools.partial(builder, folder))
+
+
+def ask(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: Any) -> AddRequest:
+    params = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True, **params}
+    return AddRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
+
+
+async def collect(client: EngineClient, request: AddRequest) -> dict[int, list[int]]:
+    """Token ids per child."""
+    found: dict[int, list[int]] = {}
+    async for deltas in client.generate(request):
+        for delta in deltas:
+            found.setdefault(delta.index, []).extend(delta.token_ids)
+    return found
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_streams_at_once_each_get_their_own_tokens(client: EngineClient) -> None:
+    async def main() -> None:
+        prompts = [tuple(range(3, 4 + i)) for i in range(24)]
+        every = await asyncio.gather(*(collect(client, ask(f"r{i}", p, max_tokens=3 + i)) for i, p in enumerate(prompts)))
+        for i, (prompt, found) in enumerate(zip(prompts, every, strict=True)):
+            assert found == {0: expected(prompt, 3 + i)}
+
+    asyncio.run(main())
+    assert client._streams == {}
+
+
+def test_the_children_of_a_request_share_a_stream_that_ends_with_the_last(client: EngineClient) -> None:
+    found = asyncio.run(collect(client, ask("n", n=3, temperature=1.0, seed=7)))
+    assert found == {i: expected((5, 6, 7), 5, 7, i) for i in range(3)}
+
+
+def test_a_refused_request_raises_and_leaves_nothing_behind(client: EngineClient) -> None:
+    async def main() -> None:
+        with pytest.raises(InvalidInput, match="outside the vocabulary") as error:
+            await collect(client, ask("bad", (10**6,)))
+        assert error.value.param == "prompt"
+        with pytest.raises(InvalidInput, match="scheduling_policy"):
+            async for _ in client.generate(AddRequest(
+                request_id="p", prompt_token_ids=(5,), params=SamplingParams(), priority=3,
+            )):
+                pass
+        assert await collect(client, ask("bad")) == {0: expected((5, 6, 7), 5)}  # the id is free again
+
+    asyncio.run(main())
+
+
+def test_an_id_in_use_is_refused_and_the_first_request_goes_on(client: EngineClient) -> None:
+    async def main() -> None:
+        first = client.generate(ask("same", max_tokens=60))
+        got = list(await anext(first))
+        with pytest.raises(InvalidInput, match="in use"):
+            client.add(ask("same"))
+        async for deltas in first:
+            got += deltas
+        assert [t for d in got for t in d.token_ids] == expected((5, 6, 7), 60)
+
+    asyncio.run(main())
+
+
+def test_aborting_ends_the_stream_with_reason_abort(client: EngineClient) -> None:
+    async def main() -> None:
+        reasons = []
+        async for deltas in client.generate(ask("long", n=2, temperature=1.0, max_tokens=None)):
+            client.abort("long")
+            reasons += [d.finish_reason for d in deltas if d.finish_reason]
+        assert reasons == ["abort", "abort"]
+        client.abort("never heard of")
+        await _idle(client)
+
+    asyncio.run(main())
+    assert client.stats().used_blocks == 0
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_reader_that_goes_away_aborts_its_request_and_frees_its_blocks(client: EngineClient, how: str) -> None:
+    async def main() -> None:
+        if how == "close":
+            stream = client.generate(ask(how, max_tokens=None))
+            await anext(stream)
+            assert client.stats().num_running == 1
+            await stream.aclose()
+        else:
+            started = asyncio.Event()
+
+            async def read() -> None:
+                async for _ in client.generate(ask(how, max_tokens=None)):
+                    started.set()
+
+            task = asyncio.create_task(read())
+            await started.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await _idle(client)
+        assert (client.stats().num_running, client.stats().used_blocks) == (0, 0)
+
+    asyncio.run(main())
+    assert client._streams == {}
+
+
+async def _idle(client: EngineClient) -> None:
+    """Until what was sent before has been dealt with (the loop answers in order) and launched steps have been taken in."""
+    await client.reset_prefix_cache()
+    while client.stats().used_blocks:
+        await client.reset_prefix_cache()
+
+
+def test_a_slow_reader_finds_everything_in_one_batch(client: EngineClient) -> None:
+    async def main() -> None:
+        client.add(ask("slow", max_tokens=30))
+        await collect(client, ask("other", max_tokens=60))  # the loop has gone on for longer than the slow one needs
+        batches = [deltas async for deltas in client.outputs("slow")]
+        assert [t for deltas in batches for d in deltas for t in d.token_ids] == expected((5, 6, 7), 30)
+        assert len(batches) == 1
+
+    asyncio.run(main())
+
+
+def test_one_client_serves_one_event_loop_after_another(client: EngineClient) -> None:
+    for i in range(3):
+        assert asyncio.run(collect(client, ask(f"loop{i}"))) == {0: expected((5, 6, 7), 5)}
+
+
+def test_two_event_loops_may_share_a_client(client: EngineClient) -> None:
+    found: list[dict[int, list[int]]] = []
+    threads = [
+        threading.Thread(target=lambda i=i: found.append(asyncio.run(collect(client, ask(f"t{i}", max_tokens=40))))) for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [{0: expected((5, 6, 7), 40)}] * 2
+
+
+def test_text_logprobs_and_stop_strings_cross(client: EngineClient) -> None:
+    async def main() -> list[Any]:
+        return [d async for deltas in client.generate(ask("lp", logprobs=2, prompt_logprobs=0, max_tokens=3)) for d in deltas]
+
+    deltas = asyncio.run(main())
+    assert [len(d.logprobs) for d in deltas] == [1, 1, 1]
+    assert [p and p.token_id for p in deltas[0].prompt_logprobs] == [None, 6, 7]
+    assert deltas[-1].metrics.finished_time >= deltas[-1].metrics.arrival_time
+
+
+def test_information_and_metrics_need_no_engine(client: EngineClient) -> None:
+    assert (client.info.model, client.info.vocab_size, client.info.generation_config) == ("fake", 400, {"temperature": 0.5})
+    assert client.dead is None
+    before = client.metrics.generation_tokens
+    asyncio.run(collect(client, ask("m", max_tokens=4)))
+    assert client.metrics.generation_tokens == before + 4
+    text = client.metrics.render().decode()
+    assert 'minivllm:request_success_total{finished_reason="length",model_name="fake"}' in text
+    assert 'minivllm:time_to_first_token_seconds_bucket{le="+Inf",model_name="fake"}' in text
+
+
+def test_the_prefix_cache_can_be_reset_at_any_time(client: EngineClient) -> None:
+    async def main() -> None:
+        prompt = tuple(range(3, 60))
+        for name, cached in (("c1", 0), ("c2", 56)):
+            deltas = [d async for ds in client.generate(ask(name, prompt)) for d in ds]
+            assert deltas[-1].num_cached_tokens == cached
+        stream = client.generate(ask("busy", max_tokens=None))
+        await anext(stream)
+        await client.reset_prefix_cache()
+        await stream.aclose()
+        deltas = [d async for ds in client.generate(ask("c3", prompt)) for d in ds]
+        assert deltas[-1].num_cached_tokens == 0
+
+    asyncio.run(main())
+
+
+# -- starting and ending ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_children_left")
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_a_failed_start_raises_the_engines_own_error(kind: str, folder: str) -> None:
+    with pytest.raises(ModelError, match="truncated") as error:
+        start(kind, build_failing, folder)
+    assert error.value.param == "model"
+    with pytest.raises(EngineDead, match="MemoryError: no memory for weights"):
+        start(kind, build_exploding, folder)
+
+
+@pytest.mark.usefixtures("no_children_left")
+def test_a_process_that_vanishes_while_starting_is_reported(folder: str) -> None:
+    with pytest.raises(EngineDead, match="exit code 3"):
+        start("process", build_vanishing, folder)
+
+
+@pytest.mark.usefixtures("no_children_left")
+@pytest.mark.parametrize("kind", CLIENTS)
+@pytest.mark.parametrize(("builder", "reason"), [(build_dying, "CUDA error: lost"), (build_buggy, "AssertionError: a bug of ours")])
+def test_a_dead_engine_answers_every_pending_and_every_new_request(
+    kind: str, builder: Callable[[str], LLMEngine], reason: str, folder: str,
+) -> None:
+    client = start(kind, builder, folder)
+
+    async def main() -> None:
+        every = await asyncio.gather(*(collect(client, ask(f"r{i}", max_tokens=50)) for i in range(5)), return_exceptions=True)
+        assert all(isinstance(error, EngineDead) and reason in str(error) for error in every), every
+        with pytest.raises(EngineDead, match=r"lost|bug"):
+            await collect(client, ask("new"))
+        with pytest.raises(EngineDead, match=r"lost|bug"):
+            await client.reset_prefix_cache()
+
+    asyncio.run(main())
+    assert client.dead is not None and reason in client.dead
+    client.close()
+
+
+@pytest.mark.usefixtures("no_children_left")
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_closing_fails_what_is_pending_and_may_be_repeated(kind: str, folder: str) -> None:
+    threads = set(threading.enumerate())
+    client = start(kind, build_plain, folder)
+
+    async def main() -> None:
+        stream = client.generate(ask("r", max_tokens=None))
+        await anext(stream)
+        await asyncio.to_thread(client.close)
+        with pytest.raises(EngineDead, match="closed"):
+            async for _ in stream:
+                pass
+        with pytest.raises(EngineDead, match="closed"):
+            client.add(ask("late"))
+
+    asyncio.run(main())
+    client.close()
+    assert not [t for t in threading.enumerate() if t not in threads and t.name.startswith("minivllm")]
+
+
+@pytest.mark.usefixtures("no_children_left")
+def test_a_killed_engine_process_is_noticed_and_reaped(folder: str) -> None:
+    client = start("process", build_plain, folder)
+    assert isinstance(client, ProcessClient) and client.pid is not None
+
+    async def main() -> None:
+        stream = client.generate(ask("r", max_tokens=None))
+        await anext(stream)
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="exit code -9"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(main())
+    assert client.dead is not None
+    client.close()
+
+
+@pytest.mark.usefixtures("no_children_left")
+def test_ctrl_c_leaves_the_engine_process_to_its_parent(folder: str) -> None:
+    client = start("process", build_plain, folder)
+    assert isinstance(client, ProcessClient) and client.pid is not None
+    os.kill(client.pid, signal.SIGINT)
+    assert asyncio.run(collect(client, ask("r"))) == {0: expected((5, 6, 7), 5)}
+    client.close()
+
+
+def test_an_engine_process_dies_with_its_parent(folder: str) -> None:
+    """Even in the middle of work, and even when the parent has no chance to clean up."""
+    code = f"""
+import asyncio, functools, os, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.engine.test_client import ask, build_plain
+from minivllm.engine.process import ProcessClient
+if __name__ == "__main__":
+    client = ProcessClient.start_with(functools.partial(build_plain, {folder!r}))
+    async def main():
+        async for _ in client.generate(ask("r", max_tokens=None)):
+            print(client.pid, flush=True)
+            os._exit(9)
+    asyncio.run(main())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.wait()
+    _, alive = psutil.wait_procs([child], timeout=30)
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE  # nobody reaps orphans in some containers
+
+
+# -- idleness ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_loop_stands_still(folder: str) -> None:
+    """It passes once per command while there is no work: the wait is a blocking one."""
+    loops: list[EngineLoop] = []
+    sent = threading.Semaphore(0)
+    import queue
+
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    waiting = threading.Semaphore(0)
+
+    class Watched(queue.SimpleQueue):  # type: ignore[type-arg]
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            assert timeout is None, "a wait with a timeout is polling"
+            if block:
+                waiting.release()
+            return super().get(block)
+
+    inbox = Watched()
+    engine = make_engine(folder=folder)
+    loop = EngineLoop(engine, inbox, lambda message: sent.release())
+    loops.append(loop)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    waiting.acquire()
+    assert loop.rounds == 1  # asleep in its first round
+    inbox.put(Add(ask("r", max_tokens=5)))
+    waiting.acquire()  # asleep again
+    rounds = loop.rounds
+    assert rounds <= 1 + 5 + 1
+    inbox.put(Shutdown())
+    thread.join()
+    assert loop.rounds == rounds
+
+
+def test_messages_are_plain_and_small(folder: str) -> None:
+    """All deltas of a step travel in one message, and a delta costs a stream no more than its news."""
+    sizes: list[int] = []
+    engine = make_engine(FakeExecutor(1 << 13), folder=folder, max_num_seqs=64, planning_depth=1, max_model_len=1 << 12)
+    import queue
+
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for i in range(32):
+        inbox.put(Add(pickle.loads(pickle.dumps(ask(f"r{i}", max_tokens=200)))))
+
+    def send(message: Any) -> None:
+        sizes.append(len(pickle.dumps(message)))
+        if len(sizes) == 150:
+            inbox.put(Shutdown())
+
+    EngineLoop(engine, inbox, send).run()
+    steady = sizes[100:150]
+    assert max(steady) < 32 * 200
+    assert max(steady) - min(steady) < 200  # not growing with the history
+    gc.collect()
