@@ -96,10 +96,16 @@ class ModelRunner:
     """One model, its KV cache, and the rows under way."""
 
     def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = ()) -> None:
-        device = model.build.device
         self.model, self.kv = model, kv
-        self.rows = RowTable(max_num_seqs, len(kv.shape.groups), max_model_len, kv.shape.block_size, device)
-        self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, device, eos_token_ids)
+        self._sizes = max_num_seqs, max_model_len, tuple(eos_token_ids)
+        self.drop_rows()
+
+    def drop_rows(self) -> None:
+        """Start with an empty row table. It is a cache of what plans said: every row must be admitted again."""
+        max_num_seqs, max_model_len, eos_token_ids = self._sizes
+        shape, device = self.kv.shape, self.model.build.device
+        self.rows = RowTable(max_num_seqs, len(shape.groups), max_model_len, shape.block_size, device)
+        self.sampler = Sampler(max_num_seqs, self.model.spec.vocab_size, device, eos_token_ids)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
