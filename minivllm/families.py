@@ -172,11 +172,11 @@ def _activation(key: Key) -> Callable[[Config], str]:
     return activation
 
 
-def _no_windows(config: Config) -> tuple[int | None, ...]:
+def no_windows(config: Config) -> tuple[int | None, ...]:
     return (None,) * int(read(config, Key("num_hidden_layers", int)))
 
 
-def _one_window(default: int | None) -> Callable[[Config], tuple[int | None, ...]]:
+def one_window(default: int | None) -> Callable[[Config], tuple[int | None, ...]]:
     """Mistral: every layer has the same window. A missing key means the default, an explicit null no window."""
     def windows(config: Config) -> tuple[int | None, ...]:
         window = read(config, Key("sliding_window", int, None)) if "sliding_window" in config else default
@@ -184,7 +184,7 @@ def _one_window(default: int | None) -> Callable[[Config], tuple[int | None, ...
     return windows
 
 
-def _windows_by_layer(config: Config) -> tuple[int | None, ...]:
+def windows_by_layer(config: Config) -> tuple[int | None, ...]:
     """Qwen2 and Qwen3: `layer_types` if given, otherwise the layers from `max_window_layers` on; only if switched on."""
     layers = read(config, Key("num_hidden_layers", int))
     on = read(config, Key("use_sliding_window", bool, False))
@@ -226,7 +226,7 @@ LLAMA = Family(
         "learned_positions": 0,
         "position_offset": 0,
         "embed_size": Key("hidden_size", int),
-        "windows": _no_windows,
+        "windows": no_windows,
     },
     names={
         "embed": ("embed_tokens",),
@@ -244,10 +244,10 @@ LLAMA = Family(
 )
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 MISTRAL = Family({
-    **LLAMA.fields, **NO_BIAS, "max_model_len": Key("max_position_embeddings", int, 131072), "windows": _one_window(4096),
+    **LLAMA.fields, **NO_BIAS, "max_model_len": Key("max_position_embeddings", int, 131072), "windows": one_window(4096),
 }, LLAMA.names)
 QWEN2 = Family({
-    **LLAMA.fields, **NO_BIAS, "qkv_bias": True, "max_model_len": Key("max_position_embeddings", int, 32768), "windows": _windows_by_layer,
+    **LLAMA.fields, **NO_BIAS, "qkv_bias": True, "max_model_len": Key("max_position_embeddings", int, 32768), "windows": windows_by_layer,
 }, LLAMA.names)
 QWEN3 = Family({
     **QWEN2.fields, "qkv_bias": Key("attention_bias", bool, False), "out_bias": Key("attention_bias", bool, False), "qk_norm": True,
@@ -306,8 +306,8 @@ FAMILIES: Mapping[str, Family] = {
 def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES) -> ModelSpec:
     """The architecture a parsed config.json describes (Transformers 4 and 5 name some keys differently; both are read)."""
     architecture = _architecture(config, families)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := read(config, Key("quantization_config", dict, {})):
+        method = quantization.get("quant_method", "of an unknown kind")
         raise NotSupportedYet(f"quantized weights ({method}) are not supported yet: use the model's unquantized checkpoint", "model")
     row = families[architecture]
     fields: dict[str, Any] = {}
@@ -350,15 +350,19 @@ def _rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
     theta = read(both, Key("rope_theta", float, 10000.0))
     kind = params.get("rope_type") or params.get("type") or "default"
     original = read(both, Key("original_max_position_embeddings", int, max_len))
+    if original < 1 or not 0.0 < theta < math.inf:
+        raise _error(f"config.json: rope_theta {theta} and the original context length {original} must be positive")
     if kind == "default":
         return RopeSpec(theta=theta, original_max_len=max_len), max_len
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise _error(f"config.json: rope type {kind!r} is not supported; default, linear, dynamic, llama3 and yarn are")
     factor = read(params, Key("factor", float, max_len / original if kind == "yarn" else REQUIRED))
-    if factor < 1.0:
+    if not 1.0 <= factor < math.inf:
         raise _error(f"config.json: the rope factor must be at least 1, got {factor}")
     if kind == "llama3":  # max_position_embeddings is the stretched length already
         low, high = read(params, Key("low_freq_factor", float)), read(params, Key("high_freq_factor", float))
+        if not low < high:
+            raise _error(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}")
         return RopeSpec(theta=theta, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low,
                         high_freq_factor=high), max_len
     if kind == "yarn":  # max_position_embeddings may be either length

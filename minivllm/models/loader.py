@@ -176,10 +176,10 @@ def find_weight_files(folder: Path, safetensors_only: bool = False) -> list[Path
 def _files_of_index(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"{index} is not a valid weight index: {e}", "model") from e
-    missing = [name for name in names if not (index.parent / name).is_file()]
+        raise ModelError(f"{index} is not a valid weight index ({e!r})", "model") from e
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
     if missing:
         raise ModelError(f"{index.name} names {missing[0]}, which is not in {index.parent}; is the download complete?", "model")
     return [index.parent / name for name in names]
@@ -214,7 +214,7 @@ def _open_torch(file: Path) -> list[StoredTensor]:
         if state is None:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds for damaged files
-        raise ModelError(f"{file} is damaged or holds more than tensors ({str(e).splitlines()[0]})", "model") from e
+        raise ModelError(f"{file} is damaged or holds more than tensors ({type(e).__name__}: {str(e)[:80]})", "model") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(f"{file} is not a dictionary of tensors", "model")
     return [StoredTensor(file.name, name, tuple(t.shape), partial(_itself, t)) for name, t in state.items()]

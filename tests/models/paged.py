@@ -1,0 +1,80 @@
+"""Runs a Decoder the way an engine would, without one: several sequences, scattered blocks, several KV groups.
+
+Unwritten cache holds NaN, so reading a slot that nothing wrote shows at once; and blocks that a window has left behind are
+taken out of the block table, as the scheduler does.
+"""
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minivllm.families import kv_groups, num_kv_tensors
+from minivllm.kernels import select
+from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.layers.build import BuildContext
+from minivllm.models.decoder import Decoder
+
+
+def cpu_build(dtype: torch.dtype = torch.float32) -> BuildContext:
+    device = torch.device("cpu")
+    return BuildContext(device, dtype, select(device))
+
+
+class Paged:
+    """A cache and the block tables of `lengths.keys()` sequences; `run` computes the next tokens of some of them."""
+
+    def __init__(self, model: Decoder, capacity: int, num_seqs: int = 1, block_size: int = 4, seed: int = 0) -> None:
+        spec = model.spec
+        self.model, self.block_size = model, block_size
+        self.groups = kv_groups(spec)
+        per_seq = -(-capacity // block_size)
+        num_blocks = 1 + per_seq * num_seqs * len(self.groups)
+        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        dtype = model.build.dtype
+        self.kv = [KVLayer(torch.full(shape, math.nan, dtype=dtype), torch.full(shape, math.nan, dtype=dtype))
+                   for _ in range(num_kv_tensors(self.groups))]
+        ids = random.Random(seed).sample(range(1, num_blocks), num_blocks - 1)
+        self.tables = [[[ids.pop() for _ in range(per_seq)] for _ in range(num_seqs)] for _ in self.groups]  # [G][B][M]
+        self.tokens: list[list[int]] = [[] for _ in range(num_seqs)]
+
+    def batch(self, work: Sequence[tuple[int, Sequence[int]]]) -> InputBatch:
+        """work: (sequence, its next tokens), single tokens first."""
+        assert [len(t) != 1 for _, t in work] == sorted(len(t) != 1 for _, t in work)
+        starts = [len(self.tokens[s]) for s, _ in work]
+        for s, tokens in work:
+            self.tokens[s] += tokens
+        ends = [len(self.tokens[s]) for s, _ in work]
+        bs = self.block_size
+        slots = tuple(
+            torch.tensor([table[s][p // bs] * bs + p % bs for (s, _), a, e in zip(work, starts, ends, strict=True) for p in range(a, e)])
+            for table in self.tables
+        )
+        tables = []
+        for group, table in zip(self.groups, self.tables, strict=True):
+            rows = torch.tensor([table[s] for s, _ in work], dtype=torch.int32)
+            for i, start in enumerate(starts):
+                if group.window is not None:
+                    rows[i, : max(0, start - group.window + 1) // bs] = 0
+                rows[i, -(-ends[i] // bs) :] = 0
+            tables.append(rows)
+        lens = [len(t) for _, t in work]
+        return InputBatch(
+            tokens=torch.tensor([t for _, ts in work for t in ts], dtype=torch.int32),
+            positions=torch.cat([torch.arange(a, e) for a, e in zip(starts, ends, strict=True)]),
+            query_start=torch.tensor([0, *lens]).cumsum(0).int(),
+            seq_lens=torch.tensor(ends, dtype=torch.int32),
+            slots=slots,
+            block_tables=tuple(tables),
+            logit_rows=torch.tensor(lens).cumsum(0) - 1,
+            num_decodes=sum(n == 1 for n in lens),
+            query_lens_host=tuple(lens),
+            seq_lens_host=tuple(ends),
+        )
+
+    def run(self, *work: tuple[int, Sequence[int]]) -> Tensor:
+        """-> logits of every token of the step: [T, vocab]."""
+        return self.model.logits(self.model.forward(self.batch(work), self.kv, self.block_size))

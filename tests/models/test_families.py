@@ -1,0 +1,222 @@
+"""The table of families: what config.json says becomes a specification, or an error that names the key."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
+from minivllm.families import FAMILIES, ModelSpec, kv_groups, num_kv_tensors, parameters, parse_config
+
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                     "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+}
+MISTRAL_7B_V0_1 = {
+    "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000,
+}
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False, "vocab_size": 152064,
+}
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,
+    "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+}
+OPT_125M = {
+    "_remove_final_layer_norm": False, "activation_function": "relu", "architectures": ["OPTForCausalLM"], "do_layer_norm_before": True,
+    "ffn_dim": 3072, "hidden_size": 768, "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
+    "torch_dtype": "float16", "vocab_size": 50272, "word_embed_proj_dim": 768,
+}
+OPT_350M = {**OPT_125M, "do_layer_norm_before": False, "ffn_dim": 4096, "hidden_size": 1024, "num_attention_heads": 16,
+            "num_hidden_layers": 24, "word_embed_proj_dim": 512}
+
+
+def size(spec: ModelSpec) -> int:
+    return sum(math.prod(p.shape) for p in parameters(spec).values())
+
+
+@pytest.mark.parametrize(("config", "count"), [
+    (LLAMA_3_1_8B, 8_030_261_248), (MISTRAL_7B_V0_1, 7_241_732_096), (QWEN2_5_7B, 7_615_616_512), (QWEN3_0_6B, 596_049_920),
+    (OPT_125M, 125_239_296), (OPT_350M, 331_196_416),
+])
+def test_real_models_have_their_published_number_of_parameters(config: dict[str, Any], count: int) -> None:
+    assert size(parse_config(config)) == count
+
+
+def test_a_published_llama_config_is_read_whole() -> None:
+    spec = parse_config(LLAMA_3_1_8B)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_model_len, spec.dtype) == (32, 8, 128, 131072, "bfloat16")
+    assert spec.rope is not None and (spec.rope.scaling, spec.rope.theta, spec.rope.original_max_len) == ("llama3", 500000.0, 8192)
+    assert not spec.tied and spec.norm_eps == 1e-5
+
+
+def test_the_keys_of_transformers_5_mean_the_same_as_those_of_4() -> None:
+    old = LLAMA_3_1_8B
+    new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new |= {"dtype": "bfloat16", "head_dim": 128, "rope_parameters": {**old["rope_scaling"], "rope_theta": 500000.0}}  # type: ignore[dict-item]
+    assert parse_config(new) == parse_config(old)
+    legacy = {**MISTRAL_7B_V0_1, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    today = {**{k: v for k, v in MISTRAL_7B_V0_1.items() if k != "rope_theta"},
+             "rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 10000.0}}
+    assert parse_config(legacy) == parse_config(today)
+
+
+def test_mistral_has_its_window_in_every_layer_unless_null() -> None:
+    assert parse_config(MISTRAL_7B_V0_1).windows == (4096,) * 32
+    assert parse_config({**MISTRAL_7B_V0_1, "sliding_window": None}).windows == (None,) * 32
+    without_key = {k: v for k, v in MISTRAL_7B_V0_1.items() if k != "sliding_window"}
+    assert parse_config(without_key).windows == (4096,) * 32  # Transformers' default
+
+
+def test_qwen_has_windows_only_if_switched_on_and_only_in_the_upper_layers() -> None:
+    assert parse_config(QWEN2_5_7B).windows == (None,) * 28
+    on = parse_config({**QWEN2_5_7B, "use_sliding_window": True, "max_window_layers": 21, "sliding_window": 1024})
+    assert on.windows == (None,) * 21 + (1024,) * 7
+    assert [(g.window, len(g.layers)) for g in kv_groups(on)] == [(None, 7), (None, 7), (None, 7), (1024, 7)]
+
+
+def test_a_window_that_no_sequence_outgrows_is_full_attention() -> None:
+    spec = parse_config({**MISTRAL_7B_V0_1, "sliding_window": 32768})
+    assert [g.kind for g in kv_groups(spec)] == ["full"]
+    short = dataclasses.replace(parse_config(MISTRAL_7B_V0_1), max_model_len=4096)
+    assert [g.kind for g in kv_groups(short)] == ["full"]
+
+
+def test_rope_scaling_lengthens_the_context_where_the_configuration_states_the_original_length() -> None:
+    def limit(**scaling: Any) -> int:
+        return parse_config({**QWEN2_5_7B, "rope_scaling": scaling}).max_model_len
+
+    assert limit(type="linear", factor=4.0) == 131072
+    assert limit(type="dynamic", factor=2.0) == 65536
+    assert limit(type="yarn", factor=4.0, original_max_position_embeddings=32768) == 131072
+    assert limit(type="yarn", factor=4.0, original_max_position_embeddings=8192) == 32768
+    assert parse_config(LLAMA_3_1_8B).max_model_len == 131072
+
+
+def test_the_architecture_is_looked_for_among_all_that_are_named() -> None:
+    assert parse_config({**OPT_125M, "architectures": ["Custom", "OPTForCausalLM"]}).architecture == "OPTForCausalLM"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM"),
+    ({"architectures": None}, "names no model class"),
+    ({"hidden_size": None}, "no 'hidden_size'"),
+    ({"num_hidden_layers": "32"}, "'num_hidden_layers' must be of type int, got '32'"),
+    ({"rms_norm_eps": True}, "'rms_norm_eps' must be of type float"),
+    ({"num_key_value_heads": 5}, "32 heads cannot share 5 key-value heads"),
+    ({"num_attention_heads": 0}, "multiple of num_attention_heads 0"),
+    ({"num_attention_heads": 31, "num_key_value_heads": 31}, "hidden_size 4096 is no multiple"),
+    ({"num_hidden_layers": 0}, "num_layers must be at least 1"),
+    ({"head_dim": 31}, "head_dim must be even"),
+    ({"hidden_act": "gelu"}, "gated MLP with activation 'gelu'"),
+    ({"hidden_act": "sinus"}, "hidden_act 'sinus' is not supported"),
+    ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not supported"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "no 'factor'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+    ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+])
+def test_what_a_llama_config_cannot_mean_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        parse_config({**LLAMA_3_1_8B, **change})
+    assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "use_sliding_window is off"),
+    ({"layer_types": ["full_attention"] * 27 + ["chunked_attention"]}, "'chunked_attention' is not supported"),
+    ({"layer_types": ["full_attention"] * 3}, "3 layer types for 28 layers"),
+    ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window must be at least 1"),
+])
+def test_contradictory_layer_types_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parse_config({**QWEN2_5_7B, **change})
+
+
+def test_quantized_checkpoints_are_refused_as_not_supported_yet() -> None:
+    with pytest.raises(NotSupportedYet, match="awq"):
+        parse_config({**LLAMA_3_1_8B, "quantization_config": {"quant_method": "awq", "bits": 4}})
+
+
+def test_learned_positions_bound_the_context() -> None:
+    with pytest.raises(ModelError, match="2048 learned positions"):
+        dataclasses.replace(parse_config(OPT_125M), max_model_len=2049)
+
+
+def test_a_specification_can_be_sent_to_another_process() -> None:
+    for config in (LLAMA_3_1_8B, OPT_350M):
+        spec = parse_config(config)
+        assert pickle.loads(pickle.dumps(spec)) == spec and hash(spec) == hash(parse_config(config))
+
+
+def test_each_checkpoint_tensor_has_exactly_one_place() -> None:
+    for config in (LLAMA_3_1_8B, MISTRAL_7B_V0_1, QWEN2_5_7B, QWEN3_0_6B, OPT_125M, OPT_350M):
+        params = parameters(parse_config(config))
+        names = [s.name for p in params.values() for s in p.sources]
+        assert len(names) == len(set(names))
+        for p in params.values():
+            assert p.shape[0] == sum(s.shape[0] for s in p.sources) and all(s.shape[1:] == p.shape[1:] for s in p.sources)
+
+
+def test_column_and_row_sharding_alternate_so_that_a_layer_needs_two_sums() -> None:
+    params = parameters(parse_config(QWEN2_5_7B))
+    dims = {name.removeprefix("layers.0."): p.shard_dim for name, p in params.items() if name.startswith("layers.0.")}
+    assert dims == {"attn_norm.weight": None, "qkv.weight": 0, "qkv.bias": 0, "o.weight": 1, "mlp_norm.weight": None, "gate_up.weight": 0,
+                    "down.weight": 1}
+    assert params["embed.weight"].shard_dim == params["head.weight"].shard_dim == 0
+
+
+@given(st.lists(st.sampled_from([None, None, 64, 128]), min_size=1, max_size=60))
+def test_every_layer_has_one_place_in_one_group_and_few_places_stay_unused(windows: list[int | None]) -> None:
+    spec = dataclasses.replace(parse_config(MISTRAL_7B_V0_1), num_layers=len(windows), windows=tuple(windows))
+    groups = kv_groups(spec)
+    assert sorted(layer for g in groups for layer in g.layers) == list(range(len(windows)))
+    assert all(windows[layer] == g.window for g in groups for layer in g.layers)
+    assert (len(groups) * num_kv_tensors(groups) - len(windows)) * 8 <= len(windows)
+
+
+SCALINGS = st.fixed_dictionaries({"type": st.sampled_from(["linear", "dynamic", "llama3", "yarn", "none", 3])}, optional={
+    "factor": st.one_of(st.floats(), st.just("4")), "original_max_position_embeddings": st.integers(-1, 100),
+    "low_freq_factor": st.floats(), "high_freq_factor": st.integers(0, 3), "rope_theta": st.floats(),
+})
+
+
+@given(st.sampled_from([LLAMA_3_1_8B, QWEN2_5_7B, OPT_350M]), st.data())
+def test_any_damaged_config_gives_a_specification_or_an_error_for_users_never_a_crash(config: dict[str, Any], data: st.DataObject) -> None:
+    damaged = dict(config)
+    for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=3)):
+        damaged[key] = data.draw(st.one_of(st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=5),
+                                           st.just([]), st.just({}), st.just([None]), SCALINGS))
+    try:
+        parameters(parse_config(damaged))
+    except InvalidInput as e:
+        assert e.message
+
+
+def test_the_table_is_read_without_torch() -> None:
+    code = "import sys, minivllm.families; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_five_families_are_there() -> None:
+    assert set(FAMILIES) == {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM"}

@@ -1,0 +1,164 @@
+"""Every family computes what Transformers computes: fp32 logits within 1e-4, however the tokens are cut into steps."""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minivllm.families import FAMILIES, LLAMA, MISTRAL, Family, kv_groups, one_window, parse_config
+from tests.models.paged import Paged
+from tests.models.tiny import hf_logits, load, make_hf
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LAYER_TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama, 9 heads share 3": ("Llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "llama, one KV head": ("Llama", {"num_key_value_heads": 1}),
+    "llama, wide heads": ("Llama", {"head_dim": 20, "num_key_value_heads": 2}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}),
+    "llama, other theta and eps": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1}),
+    "llama, linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
+    "llama, llama3 rope": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}, "head_dim": 32}),
+    "llama, yarn rope": ("Llama", {"rope_parameters": YARN}),
+    "llama, yarn rope, its borders moved": ("Llama", {"rope_parameters": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}}),
+    "llama, yarn rope, explicit attention factor": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 0.7}}),
+    "llama, yarn rope, mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}}),
+    "mistral, no window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral, window 7": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "mistral, window of a block, wide heads": ("Mistral", {"num_key_value_heads": 1, "sliding_window": 4, "head_dim": 24}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen2, tied": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2, the last layer has a window": (
+        "Qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen2, alternating windows": (
+        "Qwen2", {"num_key_value_heads": 2, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6,
+                  "layer_types": LAYER_TYPES}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3, biases, tied, yarn": (
+        "Qwen3", {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3, 3 windowed layers of 4": (
+        "Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9,
+                  "max_window_layers": 1}),
+    "opt-125m's shape": ("OPT", {}),
+    "opt-350m's shape": ("OPT", {"word_embed_proj_dim": 20, "do_layer_norm_before": False}),
+    "opt, untied": ("OPT", {"tie_word_embeddings": False}),
+    "galactica's shape": ("OPT", {"enable_bias": False, "activation_function": "gelu", "layer_norm_elementwise_affine": False}),
+    "opt, other activation": ("OPT", {"activation_function": "gelu_new"}),
+    "opt, no final norm": ("OPT", {"_remove_final_layer_norm": True}),
+}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_token(name: str, tmp_path: Path) -> None:
+    family, config = MODELS[name]
+    hf = make_hf(family, **config)
+    hf.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    rng = random.Random(0)
+    tokens = [rng.randrange(97) for _ in range(33)]
+    want = hf_logits(hf, tokens)
+    assert want.abs().max() > 0.5  # a comparison of zeros would prove nothing
+
+    close(Paged(model, 33, seed=1).run((0, tokens)), want)
+
+    chunked = Paged(model, 33, seed=2)
+    cuts = [0, 1, 6, 14, 27, 33]  # not at the ends of blocks
+    close(torch.cat([chunked.run((0, tokens[a:b])) for a, b in itertools.pairwise(cuts)]), want)
+
+    decoded = Paged(model, 33, block_size=5, seed=3)
+    close(torch.cat([decoded.run((0, tokens[:9])), *(decoded.run((0, [t])) for t in tokens[9:])]), want)
+
+
+@pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen2, alternating windows", "opt-125m's shape"])
+def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, tmp_path: Path) -> None:
+    family, config = MODELS[name]
+    hf = make_hf(family, **config)
+    hf.save_pretrained(tmp_path)
+    rng = random.Random(1)
+    a, b, c = ([rng.randrange(97) for _ in range(n)] for n in (20, 11, 30))
+    paged = Paged(load(tmp_path), 32, num_seqs=3)
+    got: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+
+    def step(*work: tuple[int, list[int]]) -> None:
+        rows = paged.run(*work)
+        for (s, _), part in zip(work, rows.split([len(t) for _, t in work]), strict=True):
+            got[s].append(part)
+
+    step((0, a[:7]))
+    step((0, a[7:8]), (1, b[:9]), (2, c[:13]))  # a decode beside two prompts
+    step((0, a[8:9]), (1, b[9:10]), (2, c[13:29]))
+    step((2, c[29:]), (1, b[10:]), (0, a[9:10]))  # decodes only, in another order
+    step((0, a[10:]))
+    for s, tokens in enumerate((a, b, c)):
+        close(torch.cat(got[s]), hf_logits(hf, tokens))
+
+
+def test_dynamic_rope_is_unscaled_up_to_the_original_length_as_in_transformers(tmp_path: Path) -> None:
+    hf = make_hf("Llama", max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    hf.save_pretrained(tmp_path)
+    spec = load(tmp_path).spec
+    assert spec.max_model_len == 48
+    tokens = list(range(24))
+    model = load(tmp_path, dataclasses.replace(spec, max_model_len=24))
+    close(Paged(model, 24).run((0, tokens)), hf_logits(hf, tokens))
+
+
+@pytest.mark.parametrize("served", [31, 48])
+def test_dynamic_rope_beyond_it_is_what_transformers_computes_for_a_prompt_of_the_served_length(served: int, tmp_path: Path) -> None:
+    hf = make_hf("Llama", max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    hf.save_pretrained(tmp_path)
+    tokens = [(7 * i) % 97 for i in range(served)]
+    model = load(tmp_path, dataclasses.replace(load(tmp_path).spec, max_model_len=served))
+    want = hf_logits(hf, tokens)
+    close(Paged(model, served).run((0, tokens)), want)
+    decoded = Paged(model, served)  # and the same token by token, where Transformers would mix several bases
+    close(torch.cat([decoded.run((0, tokens[:5])), *(decoded.run((0, [t])) for t in tokens[5:])]), want)
+
+
+def test_layers_with_different_windows_lie_in_groups_of_equal_size_over_the_same_tensors(tmp_path: Path) -> None:
+    family, config = MODELS["qwen2, alternating windows"]
+    make_hf(family, **config).save_pretrained(tmp_path)
+    groups = kv_groups(load(tmp_path).spec)
+    assert [(g.window, g.layers) for g in groups] == [(None, (0, 2)), (6, (1, 3))]
+
+
+def test_weights_in_bfloat16_stay_close_to_fp32(tmp_path: Path) -> None:
+    from minivllm.models.loader import load_model
+    from tests.models.paged import cpu_build
+    from tests.models.tiny import read_spec
+
+    hf = make_hf("Qwen3", num_key_value_heads=2, head_dim=16)
+    hf.save_pretrained(tmp_path)
+    tokens = list(range(40, 60))
+    got = Paged(load_model(read_spec(tmp_path), tmp_path, "auto", cpu_build(torch.bfloat16)), 20).run((0, tokens))
+    assert got.dtype == torch.float32
+    want = hf_logits(hf, tokens)
+    assert (got - want).abs().mean() < 0.02 * want.abs().mean() + 0.02
+
+
+def test_a_new_family_is_a_row_of_the_table(tmp_path: Path) -> None:
+    # The example of docs/adding_a_model.md: Phi-3 stores q, k and v, and gate and up, fused already.
+    phi3 = Family(
+        {**MISTRAL.fields, "windows": one_window(None)},
+        {**LLAMA.names, "qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
+    )
+    hf = make_hf("Phi3", num_key_value_heads=2, pad_token_id=0, sliding_window=7)
+    hf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    spec = parse_config(config, {**FAMILIES, "Phi3ForCausalLM": phi3})
+    tokens = list(range(30, 60))
+    close(Paged(load(tmp_path, spec), 30).run((0, tokens)), hf_logits(hf, tokens))

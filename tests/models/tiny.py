@@ -1,0 +1,45 @@
+"""Tiny random models of every family, made by Transformers: the oracle, and a checkpoint folder for our loader."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from minivllm.families import ModelSpec, parse_config
+from minivllm.models.decoder import Decoder
+from minivllm.models.loader import load_model
+from tests.models.paged import cpu_build
+
+BASE = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80,
+        "max_position_embeddings": 64}
+OPT = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 80, "max_position_embeddings": 64}
+
+
+def make_hf(family: str, **config: Any) -> transformers.PreTrainedModel:
+    """A random model of `family` ("Llama", "OPT", ...) with `config` over the base sizes, every parameter well away from its default."""
+    base = OPT if family == "OPT" else BASE
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    torch.manual_seed(0)
+    model = cls(getattr(transformers, f"{family}Config")(**{**base, **config})).eval().float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            # Norm weights of 1 and biases of 0 would hide a weight that is swapped, dropped or added twice.
+            p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name and name.endswith("weight") else 0.2 * torch.randn_like(p))
+    return model
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    return parse_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def load(folder: Path, spec: ModelSpec | None = None) -> Decoder:
+    return load_model(spec or read_spec(folder), folder, "auto", cpu_build())
+
+
+def hf_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """One sequence, no cache: [T, vocab]."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0]
