@@ -20,6 +20,7 @@ from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from minivllm.core.request import NewRequest, Progress, sequence_id
 from minivllm.core.scheduler import Scheduler
+from minivllm.core.trace import RecordingScheduler
 from minivllm.engine.detokenizer import Detokenizer
 from minivllm.engine.loop import EngineInfo
 from minivllm.engine.metrics import EngineStats
@@ -283,6 +284,8 @@ class LLMEngine:
                 log.debug("a step failed while the engine was closing", exc_info=True)
         self._requests.clear()
         self._owner.clear()
+        if isinstance(self.scheduler, RecordingScheduler):
+            self.scheduler.writer.close()
         self.executor.close()
 
 
