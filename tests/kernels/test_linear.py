@@ -3,18 +3,66 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from minivllm.kernels.reference.linear import linear, pack_weight
 
 
+def check(x: Tensor, w: Tensor, b: Tensor | None, packed: Tensor) -> None:
+    got = linear(x, packed, b)
+    want = x.double() @ w.double().T + (b.double() if b is not None else 0.0)
+    tolerance = 1e-5 if x.dtype == torch.float32 else 5e-2
+    assert got.dtype == x.dtype and got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+def tensors(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    return [torch.randn(*s, generator=gen).to(dtype) for s in shapes]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 3, 33])
+@pytest.mark.parametrize("rows", [0, 1, 3, 33, 200])
 def test_linear_is_x_times_the_weight_transposed_plus_bias(dtype: torch.dtype, bias: bool, rows: int) -> None:
-    gen = torch.Generator().manual_seed(0)
-    x, w, b = (torch.randn(*s, generator=gen).to(dtype) for s in ((rows, 24), (40, 24), (40,)))
-    got = linear(x, pack_weight(w, dtype), b if bias else None)
-    want = x.double() @ w.double().T + (b.double() if bias else 0.0)
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    assert got.dtype == dtype and got.shape == (rows, 40)
-    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+    x, w, b = tensors(dtype, (rows, 24), (40, 24), (40,))
+    check(x, w, b if bias else None, pack_weight(w, dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (49, 33), (1, 64), (64, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_sizes_are_packed_correctly(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x, w = tensors(dtype, (6, shape[1]), shape)
+    check(x, w, None, pack_weight(w, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_may_be_views_of_a_larger_tensor(dtype: torch.dtype) -> None:
+    wide, w = tensors(dtype, (10, 50), (40, 24))
+    check(wide[::2, 10:34], w, None, pack_weight(w, dtype))
+
+
+def test_a_weight_is_converted_to_the_dtype_that_it_is_packed_for() -> None:
+    x, w = tensors(torch.float32, (3, 24), (40, 24))
+    check(x.bfloat16(), w.bfloat16(), None, pack_weight(w, torch.bfloat16))
+
+
+def test_a_cpu_that_cannot_pack_multiplies_with_the_plain_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("needs another CPU")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    x, w = tensors(torch.float32, (3, 24), (40, 24))
+    packed = pack_weight(w, torch.float32)
+    assert not packed.is_mkldnn
+    check(x, w, None, packed)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
+def test_a_packed_weight_does_not_keep_the_plain_one_alive() -> None:
+    w = torch.randn(40, 24)
+    packed = pack_weight(w, torch.float32)
+    assert packed.is_mkldnn
+    want = torch.ones(1, 24) @ w.T
+    w.fill_(torch.nan)
+    torch.testing.assert_close(linear(torch.ones(1, 24), packed), want)
