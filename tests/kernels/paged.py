@@ -89,7 +89,7 @@ def naive_attention(case: Case, *, scale: float, window: int | None = None, soft
     out = []
     row = 0
     group = case.q.shape[1] // case.keys[0].shape[1]
-    for i, (query_len, seq_len) in enumerate(zip(case.batch.query_lens_host, case.batch.seq_lens_host)):
+    for i, (query_len, seq_len) in enumerate(zip(case.batch.query_lens_host, case.batch.seq_lens_host, strict=True)):
         for p in range(seq_len - query_len, seq_len):
             low = 0 if window is None else max(0, p - window + 1)
             heads = []

@@ -44,7 +44,7 @@ def test_a_copied_block_equals_its_source_in_every_layer() -> None:
     pool = layers(6)
     before = [KVLayer(x.k.clone(), x.v.clone()) for x in pool]
     copy_blocks(pool, torch.tensor([1, 3]), torch.tensor([4, 5]))
-    for old, new in zip(before, pool):
+    for old, new in zip(before, pool, strict=True):
         for a, b in ((old.k, new.k), (old.v, new.v)):
             assert torch.equal(b[[4, 5]], a[[1, 3]])
             assert torch.equal(b[:4], a[:4])
@@ -64,6 +64,6 @@ def test_blocks_moved_to_host_memory_and_back_are_unchanged() -> None:
     for layer in pool:
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     move_blocks(host, pool, torch.tensor([3, 0]), torch.tensor([1, 4]))
-    for old, new in zip(before, pool):
+    for old, new in zip(before, pool, strict=True):
         assert torch.equal(new.k[[1, 4]], old.k[[2, 5]]) and torch.equal(new.v[[1, 4]], old.v[[2, 5]])
         assert new.k[[0, 2, 3, 5]].isnan().all()

@@ -23,7 +23,10 @@ from torch import Tensor
 
 from minivllm.kernels.layout import InputBatch, KVLayer
 
-MAX_GATHER_BYTES = 64 << 20  # of keys that one padded batch of decodes may gather (as much again for values)
+# How decodes are cut into padded batches: bytes of keys and values that one may gather, and how many padded keys cost as
+# much as one batch more. On a CPU a gathered copy should still be in the second-level cache when it is read.
+GATHER_BYTES = {"cpu": 5 << 18, "cuda": 64 << 20}
+FREE_PADDING = {"cpu": 400, "cuda": 16384}
 MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer chunks are computed in several pieces
 
 
@@ -76,9 +79,10 @@ def prepare_attention(
     """Gather indices, grouping and masks for the layers of KV group `group`. Reads no device value on the host."""
     table = batch.block_tables[group]  # [B, M]
     lens = [n if window is None else min(n, window) for n in batch.seq_lens_host[: batch.num_decodes]]
-    token_bytes = num_kv_heads * head_dim * dtype.itemsize
-    order_host, spans = _bucket(lens, token_bytes)
     device = table.device
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    limit = GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
+    order_host, spans = _bucket(lens, limit, FREE_PADDING[kind])
     order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
     decodes = tuple(
         _decode_bucket(table, order_host[a:b], a, [batch.seq_lens_host[i] for i in order_host[a:b]], block_size, window, dtype)
@@ -137,26 +141,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return torch.softmax(scores, -1).to(v.dtype) @ v
 
 
-def _bucket(lens: list[int], token_bytes: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Split decodes into spans that are padded to a common length -> (order, [(start, end)] in that order).
+def _bucket(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Cut decodes into spans that are padded to a common length -> (order, [(start, end)] in that order).
 
-    One batch for all is best while the padding is small; otherwise sort by length and cut where padding would cost more
-    than another call.
+    A span holds at most `limit` keys (or one sequence) and about `free_padding` keys of padding. Unless one span in the
+    given order does, sequences are sorted by length, so that neighbours need little padding.
     """
     if not lens:
         return [], []
-    limit = max(1, MAX_GATHER_BYTES // token_bytes)  # keys of one padded batch
-    if max(lens) * len(lens) <= min(limit, 1.25 * sum(lens)):
+    if len(lens) * max(lens) <= min(limit, sum(lens) + free_padding):
         return list(range(len(lens))), [(0, len(lens))]
     order = sorted(range(len(lens)), key=lambda i: -lens[i])
     spans: list[tuple[int, int]] = []
-    start = 0
-    for i in range(1, len(order) + 1):
-        longest = lens[order[start]]
-        if i == len(order) or longest * (i + 1 - start) > limit or lens[order[i]] < 0.75 * longest:
+    start, longest, padding = 0, lens[order[0]], 0
+    for i in range(1, len(order)):
+        padding += longest - lens[order[i]]
+        if padding > free_padding or longest * (i + 1 - start) > limit:
             spans.append((start, i))
-            start = i
-    return order, spans
+            start, longest, padding = i, lens[order[i]], 0
+    return order, [*spans, (start, len(order))]
 
 
 def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
