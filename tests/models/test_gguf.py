@@ -1,6 +1,7 @@
 """Converting GGUF files. The oracle for tensors and tokenizers is transformers' own GGUF loader, bit for bit."""
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from minivllm.errors import ModelError
 from minivllm.families import parameters, parse_config
 from minivllm.models import gguf as ours
-from minivllm.models.hub import default_gguf
+from minivllm.models.hub import ModelFiles, default_gguf
 
 # Rows of 256, which super-blocks need; head_dim is not hidden / heads.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS = 256, 8, 2, 64, 256, 40, 2
@@ -127,20 +128,28 @@ def tensor_names(folder: Path) -> set[str]:
 
 # ---- the embedded default model
 
-def test_default_model_tensors_equal_transformers_own_reading_bit_for_bit(default_model: Any) -> None:
-    assert_same_tensors(default_model.folder, oracle(default_gguf(), default_model.folder))
+@pytest.fixture(scope="module")
+def fresh(default_model: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model, converted by this very code (the cache may hold what an older one made)."""
+    out = tmp_path_factory.mktemp("fresh") / "model"
+    ours.convert(default_gguf(), out)
+    return out
 
 
-def test_default_model_tokenizer_and_chat_template_equal_transformers_own_reading(default_model: Any) -> None:
+def test_default_model_tensors_equal_transformers_own_reading_bit_for_bit(fresh: Path) -> None:
+    assert_same_tensors(fresh, oracle(default_gguf(), fresh))
+
+
+def test_default_model_tokenizer_and_chat_template_equal_transformers_own_reading(fresh: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     path = default_gguf()
     theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    backend = Tokenizer.from_file(str(default_model.tokenizer_folder / "tokenizer.json"))
+    backend = Tokenizer.from_file(str(fresh / "tokenizer.json"))
     for text in ("Hello, world!", "", " a  b\n\n\tc", "naïve 漢字 🎉", "x = 12345", "<|im_start|>user\nhi<|im_end|>", "I've 3.14"):
         assert backend.encode(text).ids == theirs.encode(text), text
-    again = AutoTokenizer.from_pretrained(default_model.tokenizer_folder)
+    again = AutoTokenizer.from_pretrained(fresh)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
     for prompt in (True, False):
         kwargs = {"tokenize": False, "add_generation_prompt": prompt}
@@ -148,12 +157,19 @@ def test_default_model_tokenizer_and_chat_template_equal_transformers_own_readin
     assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
 
 
-def test_default_model_splits_digits_one_by_one_as_its_vocabulary_was_learnt(default_model: Any) -> None:
-    """transformers' conversion splits like GPT-2 and would make `Ġ Ġ1` of two spaces and a digit."""
+def test_default_model_splits_digits_one_by_one_as_its_vocabulary_was_learnt(fresh: Path) -> None:
+    """transformers' conversion splits like GPT-2, which would take the second space to the digit and look up both alone."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(default_model.tokenizer_folder / "tokenizer.json"))
+    backend = Tokenizer.from_file(str(fresh / "tokenizer.json"))
     assert backend.encode("a  12").tokens == ["a", "ĠĠ", "1", "2"]
+
+
+def test_the_cache_holds_what_this_code_makes(fresh: Path, default_model: ModelFiles) -> None:
+    """If this fails, the conversion has changed and CONVERSION was not raised: users would keep the old one."""
+    names = sorted(path.name for path in fresh.iterdir())
+    assert sorted(path.name for path in default_model.folder.iterdir()) == names
+    assert filecmp.cmpfiles(fresh, default_model.folder, names, shallow=False) == (names, [], [])
 
 
 # ---- every architecture and many types

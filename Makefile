@@ -1,0 +1,42 @@
+# The two commands are `make serve` and `make test`. Every recipe is one plain line, to be typed by hand just as well.
+# Variables: make serve PORT=9000 ARGS="--model facebook/opt-125m"    make test PYTEST="tests/core -x"    make PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+ARGS ?=
+PYTEST ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint bench notebooks clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+serve: $(VENV)/.installed  ## install once, fetch the default model once, serve it on PORT (8000)
+	$(VENV)/bin/minivllm serve --port $(PORT) $(ARGS)
+
+test: $(VENV)/.installed-test  ## install the test extra once, run the whole suite (or PYTEST="...")
+	$(VENV)/bin/pytest $(PYTEST)
+
+lint: $(VENV)/.installed-lint  ## ruff, and mypy (strict on the control plane)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+
+bench: $(VENV)/.installed  ## the same work under minivllm and Hugging Face generate: a table and a JSON line
+	$(VENV)/bin/python -m bench.throughput $(ARGS)
+
+notebooks: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
+	$(VENV)/bin/jupyter lab notebooks
+
+clean:  ## remove the environment and what tools left (the model cache stays: ~/.cache/minivllm)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# One environment; a stamp file says that it holds what pyproject.toml and constraints.txt ask for.
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'minivllm needs Python 3.11 or newer, and $(PYTHON) is ' + sys.version.split()[0] + ': try make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(VENV)/bin/python -m pip install --editable . --constraint constraints.txt && touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --editable ".[$*]" --constraint constraints.txt && touch $@
