@@ -1,0 +1,141 @@
+"""Drives a scheduler and the fake executor through whole requests, checking every invariant after every call."""
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.core.scheduler import NewRequest, Progress, Scheduler, SchedulerConfig
+from minivllm.sampling_params import SamplingParams
+from tests.core.fake_executor import FakeExecutor, Model, expected_outputs, stop_rule
+
+
+@dataclass
+class Answer:
+    """What came out for one child of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+
+class Harness:
+    """The engine loop of the design, with `check()` between all calls."""
+
+    def __init__(self, config: SchedulerConfig, *, chaos: random.Random | None = None, drafts: bool = False, stop_strings: bool = False) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.executor = FakeExecutor(config, chaos, drafts)
+        self.stop_strings = stop_strings
+        self.requests: dict[str, NewRequest] = {}
+        self.answers: dict[tuple[str, int], Answer] = {}
+        self.aborted: set[str] = set()
+        self.in_flight: deque[StepPlan] = deque()
+        self.plans: list[StepPlan] = []
+        self.now = 0.0
+
+    def add(self, prompt: tuple[int, ...], params: SamplingParams | None = None, request_id: str | None = None, *,
+            seed: int = 0, **options: object) -> str:
+        name = request_id or f"r{len(self.requests)}"
+        new = NewRequest(name, tuple(prompt), params or SamplingParams(max_tokens=4), seed, self.now, **options)  # type: ignore[arg-type]
+        self.scheduler.add(new)
+        self.requests[name] = new
+        for index in range(new.params.n):
+            self.answers[name, index] = Answer()
+        self.scheduler.check()
+        return name
+
+    def abort(self, request_id: str) -> bool:
+        known = self.scheduler.abort(request_id)
+        self.scheduler.check()
+        if known:
+            self.aborted.add(request_id)
+        return known
+
+    def launch(self) -> StepPlan | None:
+        """Plan and launch one step, if one can be planned."""
+        self.now += 1.0
+        plan = self.scheduler.schedule(self.now)
+        self.scheduler.check()
+        if plan is not None:
+            self.executor.launch(plan)
+            self.in_flight.append(plan)
+            self.plans.append(plan)
+        return plan
+
+    def finish(self, error: str | None = None) -> list[Progress]:
+        """Take the oldest launched plan's result."""
+        expected = self.in_flight.popleft()
+        plan, result = self.executor.wait()
+        assert plan is expected
+        if error is not None:
+            result = StepResult(plan.step_id, (), finished_moves=result.finished_moves, error=error)
+        progress = self.scheduler.update(plan, result, self._stops(plan, result), self.now)
+        self.scheduler.check()
+        for p in progress:
+            self._take(p)
+        return progress
+
+    def step(self) -> list[Progress]:
+        """Plan as far ahead as the scheduler goes, then take one result. [] if there is nothing to do."""
+        while self.launch() is not None:
+            pass
+        if not self.in_flight:
+            assert not self.scheduler.has_unfinished(), "stuck: requests are unfinished and nothing can be planned"
+            return []
+        return self.finish()
+
+    def run(self, max_steps: int = 5000) -> None:
+        """Until everything has ended, and then that nothing was leaked."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished():
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished(), "requests do not end"
+        self.check_idle()
+
+    def check_idle(self) -> None:
+        stats = self.scheduler.stats()
+        assert stats.num_running == stats.num_waiting == 0
+        if not stats.num_moves:
+            assert stats.num_used_blocks == 0, "blocks leaked"
+            assert stats.num_used_host_blocks == 0, "host blocks leaked"
+
+    def check_answers(self) -> None:
+        """Every request that was not aborted or failed has exactly the tokens of the plain computation."""
+        model = Model(self.config.kv_windows)
+        for (name, index), answer in self.answers.items():
+            new = self.requests[name]
+            outputs, reason = expected_outputs(model, new.prompt_token_ids, new.params, new.seed, new.eos_token_ids,
+                                               self.limit(new), index, self.stop_strings)
+            if name in self.aborted or answer.finish_reason == "error":
+                assert answer.tokens == outputs[:len(answer.tokens)], f"{name}#{index}"
+            else:
+                assert (answer.tokens, answer.finish_reason) == (outputs, reason), f"{name}#{index}"
+
+    def limit(self, new: NewRequest) -> int:
+        return self.scheduler._door.max_tokens_total(new)
+
+    def _stops(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
+        stops: dict[int, Stop] = {}
+        if not self.stop_strings:
+            return stops
+        for sample, (name, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=False)):
+            request_id, _, index = name.partition("#")
+            known = list(self.answers[request_id, int(index or 0)].tokens)
+            for position, token in enumerate(tokens):
+                known.append(token)
+                if stop_rule(known):
+                    stops[sample] = Stop(position + 1, "stop string")
+                    break
+        return stops
+
+    def _take(self, p: Progress) -> None:
+        answer = self.answers[p.request_id, p.index]
+        assert answer.finish_reason is None, f"{p.sequence_id} goes on after its end"
+        assert p.request_id not in self.aborted, f"{p.sequence_id} goes on after its abort"
+        assert p.token_ids or p.finish_reason, "progress without progress"
+        answer.tokens.extend(p.token_ids)
+        answer.finish_reason, answer.stop_reason, answer.num_cached_tokens = p.finish_reason, p.stop_reason, p.num_cached_tokens
