@@ -1,0 +1,63 @@
+"""`minivllm`: finds the command, runs it, and turns what goes wrong into one line and an exit status.
+
+Exit status: 0 all right, 1 something the user can mend (one line says what), 2 a wrong command line, 130 interrupted.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from minivllm import __version__
+from minivllm.cli.flags import Parser, normalise, note
+from minivllm.errors import EngineDead, InvalidInput
+
+COMMANDS = ("serve", "chat", "complete", "pull", "collect_env")  # modules of this package
+
+
+def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    """The whole command line, and the parser of each command."""
+    parser = Parser(prog="minivllm", description="A compact LLM serving engine that is meant to be read.")
+    parser.add_argument("--version", action="version", version=f"minivllm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name in COMMANDS:
+        importlib.import_module(f"minivllm.cli.{name}").add_parser(commands)
+    return parser, dict(commands.choices)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status."""
+    parser, commands = build_parser()
+    args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
+    if extras:
+        command = commands[args.command]
+        (command if isinstance(command, Parser) else parser).refuse(extras)
+    module = importlib.import_module(f"minivllm.cli.{args.command.replace('-', '_')}")
+    return guarded(lambda: module.run(args))
+
+
+def guarded(run: Callable[[], int | None]) -> int:
+    """Run a command; what a user can mend is one line, never a traceback."""
+    try:
+        status = run() or 0
+        sys.stdout.flush()
+        return status
+    except (InvalidInput, EngineDead) as error:
+        note(f"minivllm: error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: `minivllm complete ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 141
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "minivllm":
+            raise
+        note(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""`minivllm pull [MODEL]`: fetch and convert a model now, so that later starts are quick."""
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minivllm.cli.flags import add_config_flags, add_model_argument, build, given
+from minivllm.config import EngineConfig
+from minivllm.server.config import NOT_YET
+
+FIELDS = ("model", "tokenizer", "revision", "load_format")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("pull", help="fetch a model into the cache", not_yet=NOT_YET,
+                                 description="Fetch a model, convert it if need be, and print the folder it is in.")
+    add_model_argument(parser)
+    add_config_flags(parser, EngineConfig, "model", only=FIELDS)
+
+
+def run(args: argparse.Namespace) -> int:
+    from minivllm.models.hub import find_model
+
+    files = find_model(build(EngineConfig, given(args, EngineConfig)))
+    print(files.folder)
+    return 0

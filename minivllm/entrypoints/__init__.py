@@ -1,0 +1,1 @@
+"""Old ways to start the server."""

@@ -1,0 +1,23 @@
+"""`python -m minivllm.entrypoints.openai.api_server --model MODEL`: the launch line of older tutorials, with serve's flags."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from minivllm.cli import serve
+from minivllm.cli.flags import Parser, normalise
+from minivllm.cli.main import guarded
+from minivllm.server.config import NOT_YET
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m minivllm.entrypoints.openai.api_server", description="The same as `minivllm serve`.", not_yet=NOT_YET)
+    serve.add_flags(parser)
+    args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
+    if extras:
+        parser.refuse(extras)
+    return guarded(lambda: serve.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

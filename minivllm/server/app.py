@@ -1,0 +1,332 @@
+"""The application: which path does what. Everything about the engine goes through its client.
+
+    body ──▶ protocol (types, fields) ──▶ prompts as token ids ──▶ SamplingParams (ranges) ──▶ Job ──▶ GenerationResponse
+"""
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from minivllm import __version__
+from minivllm.engine.client import AddRequest, EngineClient
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput, nearest
+from minivllm.server.answers import Answer, ChatAnswer, CompletionAnswer, Job
+from minivllm.server.config import ServerConfig
+from minivllm.server.door import Door
+from minivllm.server.errors import ApiError, context_error, engine_dead, json_response, shorten, to_api_error
+from minivllm.server.generation import GenerationResponse, Running
+from minivllm.server.logprobs import NoNames
+from minivllm.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    Strict,
+    TokenizeRequest,
+    parse,
+)
+
+LONG_TEXT = 4096  # characters: longer texts are tokenized off the event loop, so that streams keep their pace
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # honoured of a generation_config.json
+
+Body = TypeVar("Body", bound=Strict)
+Result = TypeVar("Result")
+
+
+class Frontend:
+    """What the endpoints share. Holds no state of its own beyond the set of running requests."""
+
+    def __init__(self, client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> None:
+        self.client = client
+        self.config = config
+        self.tokenizer = tokenizer
+        self.running = Running(client)
+        self.created = int(time.time())
+        info = client.info
+        own = os.path.basename(info.model.rstrip("/\\")) if os.path.isabs(info.model) or info.model.startswith((".", "~")) else info.model
+        self.names = config.served_model_name or (own,)
+        self.aliases = frozenset() if config.served_model_name else frozenset({info.model})  # a path works too, but is not shown
+        self.defaults = {name: info.generation_config[name] for name in MODEL_DEFAULTS if info.generation_config.get(name) is not None}
+        build = f"{__version__}|{own}|{info.dtype}|{info.device}|{info.vocab_size}"
+        self.fingerprint = "fp_" + hashlib.sha256(build.encode()).hexdigest()[:10]
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """The body, checked for size, content type, JSON and types."""
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+            raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")
+        limit = self.config.max_body_size
+        too_large = ApiError(413, f"the body is larger than {limit} bytes: send less, or start the server with a larger --max-body-size")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_large
+        raw = bytearray()
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > limit:
+                raise too_large
+        return parse(kind, bytes(raw))
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under."""
+        if name is None or name in self.aliases:
+            return self.names[0]
+        if name not in self.names:
+            raise ApiError(404, f"the model {shorten(name)!r} does not exist; this server has {', '.join(map(repr, self.names))}",
+                           param="model", code="model_not_found")
+        return name
+
+    async def off_loop(self, size: int, work: Callable[[], Result]) -> Result:
+        """Run text work at once if it is short, else in a thread."""
+        return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
+
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidInput(f"this server has no tokenizer (skip_tokenizer_init): send token ids instead of {param}", param)
+        return self.tokenizer
+
+    # -- the two generation endpoints ---------------------------------------------------------------------------------
+
+    async def completion(self, body: CompletionRequest) -> Response:
+        ignored = body.ignored(self.config.permissive)
+        body.check()
+        model = self.check_model(body.model)
+        self._limit_choices(len(body.prompt), body.n or 1)
+        prompts = await self._completion_prompts(body)
+        echo = await self._echo(body, prompts) if body.echo else None
+        job = self._job("cmpl-", body, model, prompts, ignored, default_output=16, echo=echo)
+        return self._respond(CompletionAnswer, job)
+
+    async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        if not texts:
+            return [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+        tokenizer = self.need_tokenizer("prompt")
+        special = body.add_special_tokens is not False
+        return await self.off_loop(sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=special) for text in texts])
+
+    async def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        if isinstance(body.prompt[0], str):
+            return tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
+        tokenizer = self.need_tokenizer("echo")
+        return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
+
+    async def chat(self, body: ChatRequest) -> Response:
+        ignored = body.ignored(self.config.permissive)
+        body.check()
+        model = self.check_model(body.model)
+        self._limit_choices(1, body.n or 1)
+        prompt = await self._chat_prompt(body, ignored)
+        job = self._job("chatcmpl-", body, model, [prompt], ignored, default_output=None, echo=None)
+        return self._respond(ChatAnswer, job)
+
+    async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> list[int]:
+        tokenizer = self.need_tokenizer("messages")
+        messages = self._known_roles(tokenizer, body.conversation(ignored))
+        open_answer = body.add_generation_prompt
+        if open_answer is None:
+            open_answer = not body.continue_final_message
+
+        def write() -> list[int]:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=open_answer, continue_final_message=bool(body.continue_final_message),
+                **(body.chat_template_kwargs or {}),
+            )
+            assert isinstance(ids, list)
+            return ids
+
+        return await self.off_loop(sum(len(message["content"]) for message in messages), write)
+
+    @staticmethod
+    def _known_roles(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """OpenAI's newer name for the system role, for templates that were written before it."""
+        if tokenizer.chat_template is not None and "developer" in tokenizer.chat_template.source:
+            return messages
+        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+
+    def _limit_choices(self, prompts: int, n: int) -> None:
+        limit = self.config.max_choices
+        if prompts * n > limit:
+            raise InvalidInput(f"{prompts} prompts times n={n} make {prompts * n} completions, and one request may have {limit}: "
+                               "send several requests", "n")
+
+    def _job(
+        self, prefix: str, body: GenerationRequest, model: str, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
+        default_output: int | None, echo: tuple[str, ...] | None,
+    ) -> Job:
+        if self.client.dead is not None:
+            raise engine_dead()
+        if body.priority and self.client.info.scheduling_policy != "priority":
+            raise InvalidInput("priority changes nothing here: leave it out, or start the server with --scheduling-policy priority",
+                               "priority")
+        request_id = prefix + uuid.uuid4().hex
+        now = time.monotonic()
+        requests = tuple(
+            AddRequest(
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
+                params=body.sampling(self.defaults, self._output_limit(body, len(prompt), default_output)),
+                priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
+            )
+            for i, prompt in enumerate(prompts)
+        )
+        options = body.stream_options
+        return Job(
+            id=request_id, created=int(time.time()), model=model, fingerprint=self.fingerprint, requests=requests, stream=bool(body.stream),
+            include_usage=options is not None and bool(options.include_usage),
+            continuous_usage=options is not None and bool(options.continuous_usage_stats),
+            return_token_ids=bool(body.return_token_ids), show_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
+            ignored=tuple(dict.fromkeys(ignored)),
+        )
+
+    def _output_limit(self, body: GenerationRequest, prompt_tokens: int, default: int | None) -> int:
+        """The longest output of one prompt: what was asked for if it fits, else the default as far as the context goes."""
+        limit = self.client.info.max_model_len
+        wanted, field = body.output_limit()
+        if prompt_tokens == 0:
+            raise InvalidInput("the prompt is empty: send at least one token", "prompt")
+        if wanted is not None:
+            if prompt_tokens + wanted > limit:
+                raise context_error(prompt_tokens, wanted, limit, field)
+            return wanted
+        room = limit - prompt_tokens
+        if room < 1:
+            raise context_error(prompt_tokens, None, limit, "messages" if isinstance(body, ChatRequest) else "prompt")
+        return room if default is None else min(default, room)
+
+    def _respond(self, kind: type[Answer], job: Job) -> Response:
+        return GenerationResponse(self.client, self.running, kind(job, self.tokenizer or NoNames()))
+
+    # -- models, tokens -----------------------------------------------------------------------------------------------
+
+    def card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name, "object": "model", "created": self.created, "owned_by": "minivllm", "root": self.names[0], "parent": None,
+            "max_model_len": self.client.info.max_model_len,
+        }
+
+    async def tokenize(self, body: TokenizeRequest) -> Response:
+        body.extras("", self.config.permissive)
+        self.check_model(body.model)
+        tokenizer = self.need_tokenizer("tokens")
+        if (body.prompt is None) == (not body.messages):
+            raise InvalidInput("send exactly one of prompt and messages", "prompt")
+        if body.messages:
+            chat = ChatRequest(messages=body.messages, add_generation_prompt=body.add_generation_prompt)
+            chat.ignored(self.config.permissive)
+            chat.check()
+            tokens = await self._chat_prompt(chat, [])
+        else:
+            text = body.prompt or ""
+            special = body.add_special_tokens is not False
+            tokens = await self.off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=special))
+        strings = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
+        return json_response({
+            "count": len(tokens), "max_model_len": self.client.info.max_model_len, "tokens": tokens, "token_strs": strings,
+        })
+
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
+        body.extras("", self.config.permissive)
+        self.check_model(body.model)
+        tokenizer = self.need_tokenizer("tokens")
+        vocabulary = self.client.info.vocab_size
+        for token in body.tokens:
+            if not 0 <= token < vocabulary:
+                raise InvalidInput(f"tokens must be ids from 0 to {vocabulary - 1}, got {token}", "tokens")
+        return json_response({"prompt": await self.off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))})
+
+
+def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:
+    """The server's application around a running engine. `app.state.frontend` is its `Frontend`."""
+    frontend = Frontend(client, config, tokenizer)
+    app = FastAPI(
+        title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        middleware=[Middleware(Door, keys=config.keys())],
+    )
+    app.state.frontend = frontend
+    _add_generation(app, frontend)
+    _add_queries(app, frontend)
+    _add_errors(app)
+    return app
+
+
+def _body_of(kind: type[Strict]) -> dict[str, Any]:
+    """OpenAPI's description of an endpoint that reads its own body."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+
+
+def _add_generation(app: FastAPI, frontend: Frontend) -> None:
+    @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await frontend.completion(await frontend.read(request, CompletionRequest))
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await frontend.chat(await frontend.read(request, ChatRequest))
+
+
+def _add_queries(app: FastAPI, frontend: Frontend) -> None:
+    client = frontend.client
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [frontend.card(name) for name in frontend.names]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        return json_response(frontend.card(frontend.check_model(model)))
+
+    @app.get("/health")
+    async def health() -> Response:
+        if client.dead is not None:
+            raise engine_dead()
+        return json_response({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(client.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        return await frontend.tokenize(await frontend.read(request, TokenizeRequest))
+
+    @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        return await frontend.detokenize(await frontend.read(request, DetokenizeRequest))
+
+
+def _add_errors(app: FastAPI) -> None:
+    paths = [route.path for route in app.routes if hasattr(route, "path")]
+
+    async def known(request: Request, error: Exception) -> Response:
+        return to_api_error(error).response()
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = shorten(request.url.path)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is nothing at {path!r}{nearest(path, paths)}"
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed at {path!r}: use {(error.headers or {}).get('Allow', 'another method')}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(InvalidInput, known)

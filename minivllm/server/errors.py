@@ -1,0 +1,101 @@
+"""Every failure in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, with the status a client expects.
+
+    InvalidInput   400   the request is wrong: message names the field, the value and the fix; `param` is the dotted field
+    QueueFull      429   with Retry-After
+    EngineDead     503   nothing will be answered until a restart
+    anything else  500   a bug of ours: logged with its traceback, which never leaves the process
+"""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from minivllm.core.admission import QueueFull
+from minivllm.errors import EngineDead, InvalidInput
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER = "1"  # seconds; a queue that was full moves within one request's time
+# Characters. Messages quote what was sent, which may be a megabyte.
+LONGEST_MESSAGE = 600
+LONGEST_QUOTE = 80
+
+_TYPES = {
+    400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
+    413: "PayloadTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
+    500: "InternalServerError", 503: "ServiceUnavailableError",
+}
+
+
+def shorten(text: str, limit: int = LONGEST_QUOTE) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+class ApiError(Exception):
+    """A failure with its HTTP status."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = shorten(message, LONGEST_MESSAGE)
+        self.param = None if param is None else shorten(param, LONGEST_QUOTE)
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return json_response(self.body(), self.status, self.headers)
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encode(body), status, dict(headers or {}), media_type="application/json")
+
+
+def encode(body: Any) -> bytes:
+    """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot carry, becomes a question mark."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+
+
+def context_error(prompt_tokens: int, max_tokens: int | None, limit: int, param: str) -> ApiError:
+    """Prompt and output together are longer than the context."""
+    if max_tokens is None:
+        message = f"the context is {limit} tokens, and the prompt has {prompt_tokens}: shorten it, so that an output fits"
+    else:
+        room = limit - prompt_tokens
+        fix = f"shorten the prompt, or lower {param} to {room}" if room > 0 else "shorten the prompt"
+        message = (f"the context is {limit} tokens, and {prompt_tokens + max_tokens} were asked for: {prompt_tokens} in the prompt "
+                   f"and {max_tokens} for the output; {fix}")
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def engine_dead() -> ApiError:
+    """Without the reason, which may name paths and addresses of this machine; the server's log has it."""
+    return ApiError(503, "the engine has stopped: the server must be restarted", code="engine_dead")
+
+
+def generation_failed() -> ApiError:
+    return ApiError(500, "a step of the engine failed, and this request with it: try again; the server's log says more",
+                    code="generation_failed")
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What the client is told about any exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, error.message, param=error.param, code="queue_full", headers={"retry-after": RETRY_AFTER})
+    if isinstance(error, InvalidInput):
+        return ApiError(400, error.message, param=error.param)
+    if isinstance(error, EngineDead):
+        return engine_dead()
+    log.error("a request failed on a bug", exc_info=error)
+    return ApiError(500, "internal error: the server's log says more")

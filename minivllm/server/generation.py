@@ -1,0 +1,158 @@
+"""A generation request on its way: prompts out to the engine, deltas back, bytes to the client.
+
+    prompts ──▶ client.generate (one each) ──▶ merged ──▶ answer ──▶ send
+                        ▲                                   │
+                        └── closing a generator aborts ◀────┴── the client went away, or a prompt failed
+
+The HTTP status is held back until the first token, so whatever goes wrong before is a real 4xx or 5xx; a stream that fails
+later ends with an error event. A client that goes away is noticed at once, streaming or not, by listening beside the work.
+"""
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from minivllm.engine.client import AddRequest, EngineClient
+from minivllm.outputs import OutputDelta
+from minivllm.server.answers import DONE, Answer, event
+from minivllm.server.errors import ApiError, generation_failed, json_response, to_api_error
+from minivllm.server.protocol import ignored_header
+
+Batch = tuple[int, list[OutputDelta]]  # index of the prompt, what is new for it
+
+
+class Running:
+    """The requests that are being answered, so that a server that ends can end them."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._ids: set[str] = set()
+        self.stopping = False
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @contextmanager
+    def track(self, requests: tuple[AddRequest, ...]) -> Iterator[None]:
+        if self.stopping:
+            raise ApiError(503, "the server is shutting down: send the request again later", headers={"retry-after": "5"})
+        ids = {request.request_id for request in requests}
+        self._ids |= ids
+        try:
+            yield
+        finally:
+            self._ids -= ids
+
+    def stop(self) -> None:
+        """End every request now, with finish reason "abort", and let no other begin."""
+        self.stopping = True
+        for request_id in list(self._ids):
+            self._client.abort(request_id)
+
+
+class GenerationResponse(Response):
+    """An ASGI response that does the generating itself, because only it can hear the client hang up."""
+
+    def __init__(self, client: EngineClient, running: Running, answer: Answer) -> None:
+        self._client = client
+        self._running = running
+        self._answer = answer
+        self._job = answer.job
+        self._notes = ignored_header(answer.job.ignored)
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._work(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()  # does nothing if it is done
+            gone.cancel()
+            results = await asyncio.gather(work, gone, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
+
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._running.track(self._job.requests):
+                async with aclosing(merged(self._client, self._job.requests)) as batches:
+                    if self._job.stream:
+                        await self._stream(batches, send)
+                        return
+                    async for prompt, deltas in batches:
+                        self._answer.keep(prompt, _unless_failed(deltas))
+                    response = json_response(self._answer.whole(), headers=self._notes)
+        except Exception as error:
+            response = to_api_error(error).response()
+        await response(scope, receive, send)
+
+    async def _stream(self, batches: AsyncGenerator[Batch, None], send: Send) -> None:
+        """Raises only before the first byte."""
+        answer = self._answer
+        prompt, deltas = await anext(batches)
+        opening = answer.first() + answer.chunk(prompt, _unless_failed(deltas))
+        await send({"type": "http.response.start", "status": 200, "headers": [
+            (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
+            *((name.encode(), value.encode("latin-1")) for name, value in self._notes.items()),
+        ]})
+        if opening:
+            await send({"type": "http.response.body", "body": opening, "more_body": True})
+        try:
+            async for prompt, deltas in batches:
+                if data := answer.chunk(prompt, _unless_failed(deltas)):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            ending = answer.last()
+        except Exception as error:
+            ending = event(to_api_error(error).body()) + DONE
+        await send({"type": "http.response.body", "body": ending, "more_body": False})
+
+
+def _unless_failed(deltas: list[OutputDelta]) -> list[OutputDelta]:
+    if any(delta.finish_reason == "error" for delta in deltas):
+        raise generation_failed()
+    return deltas
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def merged(client: EngineClient, requests: tuple[AddRequest, ...]) -> AsyncGenerator[Batch, None]:
+    """What the engine says about several requests, as it comes. The first failure ends them all; so does closing."""
+    if len(requests) == 1:
+        async with aclosing(client.generate(requests[0])) as stream:
+            async for deltas in stream:
+                yield 0, deltas
+        return
+    arrived: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int) -> None:
+        try:
+            async with aclosing(client.generate(requests[index])) as stream:
+                async for deltas in stream:
+                    arrived.put_nowait((index, deltas))
+            arrived.put_nowait((index, None))
+        except Exception as error:
+            arrived.put_nowait((index, error))
+
+    pumps = [asyncio.create_task(pump(index)) for index in range(len(requests))]
+    try:
+        unfinished = len(pumps)
+        while unfinished:
+            index, item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                unfinished -= 1
+            else:
+                yield index, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,372 @@
+"""What a request may say. Strict: a number in quotes is an error, and no field is ever ignored in silence.
+
+Fields fall into four classes:
+
+    honoured      fields of the classes below
+    inert         `INERT`: cannot change the text (`user`, `metadata` ...); accepted, and named in a response header
+    unsupported   `UNSUPPORTED`: known to OpenAI's or vLLM's clients and not built here; refused, except for null and the
+                  values listed with each name, which ask for nothing
+    unknown       everything else: refused with the nearest known name (`--permissive`: treated as inert)
+
+Types are checked here; ranges are checked by `SamplingParams`, once for all doors, unless the API's are narrower.
+"""
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from minivllm.server.errors import ApiError, shorten
+
+IGNORED_HEADER = "x-minivllm-ignored"
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names ignored fields. They are the client's words, and a header takes only some characters."""
+    if not names:
+        return {}
+    return {IGNORED_HEADER: ", ".join(re.sub(r"[^A-Za-z0-9_.-]", "?", shorten(name)) for name in names[:50])}
+
+
+# vLLM's fields that are not built yet, on both endpoints; with the values that ask for nothing.
+_VLLM_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,), "length_penalty": (1, 1.0), "truncate_prompt_tokens": (), "request_id": (),
+    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
+    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "logits_processors": (), "response_format": ({"type": "text"},),
+    "spaces_between_special_tokens": (True,), "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (),
+    "thinking_token_budget": (),
+}
+
+
+# Lists are checked here as a whole: pydantic would collect one error per element, of a list that may have a million.
+
+def _integer(value: Any) -> bool:
+    return type(value) is int
+
+
+def _token_ids(value: Any) -> list[int] | None:
+    if value is None or (isinstance(value, list) and all(map(_integer, value))):
+        return value
+    raise PydanticCustomError("token_ids", "Input should be a list of token ids (whole numbers)")
+
+
+def _strings(value: Any) -> list[str] | None:
+    if value is None or (isinstance(value, list) and all(isinstance(s, str) for s in value)):
+        return value
+    raise PydanticCustomError("strings", "Input should be a list of strings")
+
+
+def _stop(value: Any) -> str | list[str] | None:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(s, str) for s in value)):
+        return value
+    raise PydanticCustomError("stop", "Input should be a string or a list of strings")
+
+
+def _prompt(value: Any) -> list[str] | list[list[int]]:
+    """Any of the four forms of a prompt, as a list of texts or of token lists."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(p, str) for p in value):
+            return value
+        if all(map(_integer, value)):
+            return [value]
+        if all(isinstance(p, list) and p and all(map(_integer, p)) for p in value):
+            return value
+    raise PydanticCustomError(
+        "prompt", "Input should be a string, a list of strings, a list of token ids, or a list of non-empty lists of token ids",
+    )
+
+
+Stop: TypeAlias = Annotated[str | list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
+Prompt: TypeAlias = Annotated[
+    list[str] | list[list[int]], PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Content: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
+TokenIds: TypeAlias = Annotated[list[int] | None, PlainValidator(_token_ids, json_schema_input_type=list[int] | None)]
+Strings: TypeAlias = Annotated[list[str] | None, PlainValidator(_strings, json_schema_input_type=list[str] | None)]
+
+
+class Strict(BaseModel):
+    """A JSON object whose unknown names are sorted into the four classes by `extras`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    INERT: ClassVar[frozenset[str]] = frozenset()
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({})
+
+    def extras(self, path: str, permissive: bool) -> list[str]:
+        """Names to report as ignored; raises over those that must not be."""
+        ignored = []
+        for name, value in (self.model_extra or {}).items():
+            where = path + name
+            if name in self.UNSUPPORTED:
+                if value is not None and not any(value == v and type(value) is type(v) for v in self.UNSUPPORTED[name]):
+                    raise NotSupportedYet(f"{where} is not supported yet: leave it out", where)
+            elif name in self.INERT:
+                if value is not None:
+                    ignored.append(where)
+            elif permissive:
+                ignored.append(where)
+            else:
+                known = [*type(self).model_fields, *self.INERT, *self.UNSUPPORTED]
+                raise InvalidInput(f"unknown field {where!r}{nearest(name, known)}", where)
+        return ignored
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None  # one more chunk at the end, with the usage of the whole request
+    continuous_usage_stats: bool | None = None  # usage so far in every chunk
+    INERT = frozenset({"include_obfuscation"})
+
+
+class GenerationRequest(Strict):
+    """What both generation endpoints share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Stop = None
+    stop_token_ids: TokenIds = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: Strings = None
+    allowed_token_ids: TokenIds = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+
+    INERT = frozenset({
+        "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "safety_identifier",
+    })
+    UNSUPPORTED = types.MappingProxyType(_VLLM_UNSUPPORTED)
+
+    # Fields that go to `SamplingParams` under the same name.
+    SAMPLING: ClassVar[tuple[str, ...]] = (
+        "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "stop",
+        "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "logit_bias", "bad_words", "allowed_token_ids",
+        "skip_special_tokens", "prompt_logprobs",
+    )
+
+    def ignored(self, permissive: bool) -> list[str]:
+        """Every field of the request that changes nothing; raises over unsupported and unknown ones."""
+        names = self.extras("", permissive)
+        if self.stream_options is not None:
+            names += self.stream_options.extras("stream_options.", permissive)
+        return names
+
+    def check(self) -> None:
+        """Rules between fields."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidInput("stream_options is for streams only: leave it out, or set stream to true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidInput("prompt_logprobs cannot be streamed: leave it out, or set stream to false", "prompt_logprobs")
+
+    def top_logprobs_wanted(self) -> int | None:
+        """Alternatives per token: None for no log-probabilities at all, 0 for the chosen token's only."""
+        raise NotImplementedError
+
+    def output_limit(self) -> tuple[int | None, str]:
+        """The longest output asked for, and the name of the field that asks."""
+        raise NotImplementedError
+
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int) -> SamplingParams:
+        """The engine's parameters; `defaults` are the model's own."""
+        chosen = {name: value for name in self.SAMPLING if (value := getattr(self, name)) is not None}
+        return SamplingParams(**{**defaults, **chosen, "logprobs": self.top_logprobs_wanted(), "max_tokens": max_tokens})
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool | None = None  # the prompt's text in front of the output
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = None
+    add_special_tokens: bool | None = None  # a BOS token in front of a text prompt, where the model wants one
+
+    UNSUPPORTED = types.MappingProxyType({**_VLLM_UNSUPPORTED, "suffix": ("",), "prompt_embeds": ()})
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise NotSupportedYet(f"best_of ({self.best_of}) other than n ({self.n or 1}) is not supported: leave it out", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidInput("max_tokens is 0, so there would be no output: ask for 1 or more, or set echo to true", "max_tokens")
+
+    def top_logprobs_wanted(self) -> int | None:
+        return self.logprobs
+
+    def output_limit(self) -> tuple[int | None, str]:
+        return self.max_tokens, "max_tokens"
+
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int) -> SamplingParams:
+        # With echo the prompt's log-probabilities are part of the answer. An output of no tokens is only defined with them.
+        if self.echo and self.prompt_logprobs is None and (self.logprobs is not None or max_tokens == 0):
+            defaults = {**defaults, "prompt_logprobs": self.logprobs or 0}
+        return super().sampling(defaults, max_tokens)
+
+
+class Message(Strict):
+    """One message of a chat."""
+
+    role: str
+    content: Content = None
+    name: str | None = None
+
+    INERT = frozenset({"annotations"})
+    UNSUPPORTED = types.MappingProxyType({
+        "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": (), "audio": (), "reasoning": (), "reasoning_content": (),
+    })
+    ROLES: ClassVar[tuple[str, ...]] = ("developer", "system", "user", "assistant")
+
+    def check(self, path: str) -> None:
+        if self.role in ("tool", "function"):
+            raise NotSupportedYet(f"{path}role: messages of role {self.role!r} are not supported yet", path + "role")
+        if self.role not in self.ROLES:
+            hint = nearest(self.role, self.ROLES)
+            raise InvalidInput(f"{path}role must be one of {', '.join(self.ROLES)}, got {self.role!r}{hint}", path + "role")
+
+    def text(self, path: str, ignored: list[str]) -> str:
+        """The content as one string; parts are joined by newlines."""
+        where = path + "content"
+        if isinstance(self.content, str):
+            return self.content
+        if not isinstance(self.content, list) or not self.content:
+            raise InvalidInput(f"{where} must be a string or a non-empty list of text parts, got {self.content!r}", where)
+        return "\n".join(_part_text(part, f"{where}.{i}", ignored) for i, part in enumerate(self.content))
+
+
+def _part_text(part: Any, where: str, ignored: list[str]) -> str:
+    if not isinstance(part, dict):
+        raise InvalidInput(f"{where} must be an object such as {{\"type\": \"text\", \"text\": ...}}, got {part!r}", where)
+    kind = part.get("type")
+    if kind != "text":
+        raise NotSupportedYet(f"{where}: this model takes text only, and the part's type is {kind!r}", where + ".type")
+    if not isinstance(part.get("text"), str):
+        raise InvalidInput(f"{where}.text must be a string, got {part.get('text')!r}", where + ".text")
+    for name in part.keys() - {"type", "text"}:
+        if name not in ("prompt_cache_breakpoint", "cache_control"):
+            raise InvalidInput(f"unknown field '{where}.{name}'{nearest(name, ('type', 'text'))}", f"{where}.{name}")
+        ignored.append(f"{where}.{name}")
+    return part["text"]
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], FailFast()]
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; wins
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool | None = None  # open the assistant's answer; on unless the final message is continued
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    TEMPLATE_OWN: ClassVar[frozenset[str]] = frozenset({
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "self",
+    })
+    UNSUPPORTED = types.MappingProxyType({
+        **_VLLM_UNSUPPORTED,
+        "audio": (), "modalities": (["text"],), "moderation": (), "prediction": (), "web_search_options": (), "verbosity": ("medium",),
+        "reasoning_effort": ("none",), "include_reasoning": (True, False), "tools": (), "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False), "functions": (), "function_call": ("none", "auto"), "echo": (False,), "chat_template": (),
+        "add_special_tokens": (False,), "documents": (), "mm_processor_kwargs": (), "best_of": (1,),
+    })
+
+    def ignored(self, permissive: bool) -> list[str]:
+        names = super().ignored(permissive)
+        for i, message in enumerate(self.messages):
+            names += message.extras(f"messages.{i}.", permissive)
+        return names
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise InvalidInput("messages is empty: send at least one message", "messages")
+        for i, message in enumerate(self.messages):
+            message.check(f"messages.{i}.")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidInput("top_logprobs needs logprobs: set logprobs to true, or leave top_logprobs out", "top_logprobs")
+        for name in self.chat_template_kwargs or ():
+            if name in self.TEMPLATE_OWN:
+                raise InvalidInput(f"chat_template_kwargs must not set {name!r}: the request has its own field for it, or none",
+                                   f"chat_template_kwargs.{name}")
+
+    def conversation(self, ignored: list[str]) -> list[dict[str, Any]]:
+        """The messages as a chat template wants them."""
+        plain = []
+        for i, message in enumerate(self.messages):
+            entry = {"role": message.role, "content": message.text(f"messages.{i}.", ignored)}
+            plain.append(entry if message.name is None else {**entry, "name": message.name})
+        return plain
+
+    def top_logprobs_wanted(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def output_limit(self) -> tuple[int | None, str]:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens, "max_completion_tokens"
+        return self.max_tokens, "max_tokens"
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`: a text, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], FailFast()] = Field(default=[])
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], FailFast()]
+
+
+Request = TypeVar("Request", bound=Strict)
+
+
+def parse(kind: type[Request], raw: bytes) -> Request:
+    """The body of a request, checked for types. Raises `ApiError` naming the first field that is wrong."""
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _describe(error.errors(include_url=False, include_context=False)[0]) from None
+
+
+def _describe(first: ErrorDetails) -> ApiError:
+    kind, message, got = first["type"], first["msg"], first["input"]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json")
+    if param is None:
+        return ApiError(400, "the body must be a JSON object")
+    if kind == "missing":
+        return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
+    return ApiError(400, f"{param} {message.removeprefix('Input ')}, got {shorten(repr(got))}", param=param)

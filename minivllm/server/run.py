@@ -1,0 +1,210 @@
+"""From settings to a server that listens, and back to nothing: port, engine, readiness, signals.
+
+    take the port ─▶ load the engine ─▶ listen ─▶ "ready" ─▶ serve ─▶ SIGINT: abort what runs, end
+    (fails at once,                                                   SIGTERM: let it finish, for drain_timeout seconds
+     not after loading)                                               a second signal: end now
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from minivllm import __version__
+from minivllm.config import EngineConfig
+from minivllm.engine.chat_template import ChatTemplate
+from minivllm.engine.client import EngineInfo
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput
+from minivllm.server.app import Frontend, create_app
+from minivllm.server.build import start_engine
+from minivllm.server.config import ServerConfig, configure_logging
+
+CTRL_C_SECONDS = 5  # for aborted streams to say goodbye; a client that does not read is cut off then
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serve until a signal ends it. Returns the exit status; raises `InvalidInput` for what the user can mend."""
+    begun = time.monotonic()
+    configure_logging(config.log_level)
+    template = read_chat_template(config.chat_template)
+    listener = bind(config.host, config.port)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with listener:
+            say(f"minivllm {__version__}: loading {engine_config.model or 'the default model'} ...")
+            client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level)
+            with contextlib.closing(client):
+                app = create_app(client, config, build_tokenizer(client.info, template))
+                listen(listener)
+                names, chat = app.state.frontend.names, _has_chat(app.state.frontend)
+
+                def ready() -> None:
+                    say(readiness(client.info, config, listener.getsockname()[1], names[0], chat, time.monotonic() - begun))
+
+                Server(app, config, ready).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    say("stopped")
+    return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt  # SIGTERM while loading: unwind like Ctrl-C
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+# -- the port ---------------------------------------------------------------------------------------------------------
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port, before anything slow happens. Connections are refused until `listen`."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, UnicodeError):
+        raise InvalidInput(f"host {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose old connections linger is free
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _port_error(error, host, port) from None
+    return listener
+
+
+def listen(listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(2048)
+    except OSError as error:  # another server took the port in the meantime
+        raise _port_error(error, host, port) from None
+
+
+def _port_error(error: OSError, host: str, port: int) -> InvalidInput:
+    if error.errno == errno.EADDRINUSE:
+        other = port + 1 if port < 65535 else 8000
+        return InvalidInput(f"port {port} on {host} is in use: end the program that has it, or choose another: --port {other}", "port")
+    if error.errno == errno.EACCES:
+        return InvalidInput(f"port {port} needs privileges that this user lacks: choose one above 1023, such as --port 8000", "port")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return InvalidInput(f"host {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host")
+    return InvalidInput(f"cannot listen on {host}:{port}: {error.strerror}", "port")
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def read_chat_template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InvalidInput(f"chat_template: cannot read {file}: {reason}", "chat_template") from None
+
+
+def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:
+    """The server's own, so that text never crosses to the engine; None for an engine without one."""
+    if info.tokenizer_folder is None:
+        return None
+    tokenizer = Tokenizer(info.tokenizer_folder)
+    if template is not None:
+        tokenizer.chat_template = ChatTemplate(template)
+    return tokenizer
+
+
+def _has_chat(frontend: Frontend) -> bool:
+    return frontend.tokenizer is not None and frontend.tokenizer.chat_template is not None
+
+
+def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat: bool, seconds: float) -> str:
+    """What is served and how to try it: the last line can be pasted into a shell."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, f"[{config.host}]" if ":" in config.host else config.host)
+    url = f"http://{host}:{port}"
+    tokens = (info.num_blocks - 1) * info.block_size  # one block is the null block
+    key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if config.keys() else ""
+    path, body = "/v1/completions", '{"prompt": "The capital of France is", "max_tokens": 16}'
+    if chat:
+        path, body = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
+    return "\n".join((
+        f"model     {name}, {info.dtype} on {info.device}",
+        f"context   {info.max_model_len} tokens (prompt + output)",
+        f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
+        f"ready after {seconds:.1f} s at {url} (Ctrl-C ends it). Try:",
+        f"curl {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
+    ))
+
+
+# -- serving ----------------------------------------------------------------------------------------------------------
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our endings: it exits with status 0, says when it is ready, and sleeps when nothing happens."""
+
+    def __init__(self, app: object, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
+        super().__init__(uvicorn.Config(
+            app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,  # type: ignore[arg-type]
+        ))
+        self._running = app.state.frontend.running  # type: ignore[attr-defined]
+        self._drain_timeout = config.drain_timeout
+        self._ready = ready
+        self._wake = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    async def main_loop(self) -> None:
+        counter = 0
+        while not await self.on_tick(counter):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 1.0)  # once a second for the Date header
+            counter += 10
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self.end, False)
+        loop.add_signal_handler(signal.SIGTERM, self.end, True)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    def end(self, drain: bool) -> None:
+        """Stop accepting; let running requests finish (`drain`) or abort them. Asked twice: end now."""
+        if self.should_exit:
+            self._running.stop()
+            self.force_exit = True
+            return
+        self.should_exit = True
+        self._wake.set()
+        patience = self._drain_timeout if drain else 0.0
+        self.config.timeout_graceful_shutdown = int(patience) + CTRL_C_SECONDS
+        if len(self._running):
+            say(f"ending: {len(self._running)} requests " + (f"may finish within {patience:g} s" if patience else "are aborted"))
+        if patience:
+            asyncio.get_running_loop().call_later(patience, self._running.stop)
+        else:
+            self._running.stop()

@@ -1,0 +1,107 @@
+"""The fields of a request: each that the official SDK or vLLM's users may send has its class."""
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionDeveloperMessageParam,
+    ChatCompletionStreamOptionsParam,
+    ChatCompletionSystemMessageParam,
+    ChatCompletionUserMessageParam,
+)
+from openai.types.chat import completion_create_params as chat_create_params
+
+from minivllm.errors import InvalidInput
+from minivllm.sampling_params import SamplingParams
+from minivllm.server.errors import ApiError
+from minivllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions, Strict, parse
+
+NOT_CALLERS = {"role", "content", "stream"}
+
+
+def known(kind: type[Strict]) -> set[str]:
+    return {*kind.model_fields, *kind.INERT, *kind.UNSUPPORTED}
+
+
+@pytest.mark.parametrize("ours, sdk", [
+    (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+    (ChatRequest, chat_create_params.CompletionCreateParamsBase),
+    (StreamOptions, ChatCompletionStreamOptionsParam),
+    (Message, ChatCompletionUserMessageParam),
+    (Message, ChatCompletionSystemMessageParam),
+    (Message, ChatCompletionDeveloperMessageParam),
+    (Message, ChatCompletionAssistantMessageParam),
+], ids=lambda kind: kind.__name__)
+def test_every_field_of_the_official_sdk_has_a_class(ours: type[Strict], sdk: type) -> None:
+    assert set(typing.get_type_hints(sdk)) <= known(ours)
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, Message, StreamOptions])
+def test_no_field_has_two_classes(kind: type[Strict]) -> None:
+    classes = [set(kind.model_fields), set(kind.INERT), set(kind.UNSUPPORTED)]
+    assert sum(map(len, classes)) == len(set.union(*classes))
+
+
+def test_every_sampling_parameter_is_honoured_refused_or_derived() -> None:
+    import dataclasses
+
+    derived = {"logprobs", "max_tokens", "detokenize", "bad_words_token_ids"}
+    names = {f.name for f in dataclasses.fields(SamplingParams)} - derived
+    assert names == set(CompletionRequest.SAMPLING) == set(ChatRequest.SAMPLING)
+    assert set(CompletionRequest.SAMPLING) <= set(CompletionRequest.model_fields)
+
+
+def requests(kind: type[Strict], **fields: Any) -> Any:
+    import json
+
+    base: Mapping[str, Any] = {"prompt": "x"} if kind is CompletionRequest else {"messages": [{"role": "user", "content": "x"}]}
+    request = parse(kind, json.dumps({**base, **fields}).encode())
+    ignored = request.ignored(False)  # type: ignore[attr-defined]
+    request.check()  # type: ignore[attr-defined]
+    return request, ignored
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_unsupported_fields_take_null_and_the_values_that_ask_for_nothing(kind: type[Strict]) -> None:
+    for name, harmless in kind.UNSUPPORTED.items():
+        for value in (None, *harmless):
+            assert requests(kind, **{name: value})[1] == [], name
+        with pytest.raises(InvalidInput, match=f"{name} is not supported yet") as caught:
+            requests(kind, **{name: "something else"})
+        assert caught.value.param == name
+
+
+def test_a_harmless_value_is_compared_with_its_type() -> None:
+    with pytest.raises(InvalidInput):
+        requests(ChatRequest, best_of=True)
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_inert_fields_take_anything_and_are_reported_unless_null(kind: type[Strict]) -> None:
+    for name in kind.INERT:
+        assert requests(kind, **{name: {"any": ["thing"]}})[1] == [name]
+        assert requests(kind, **{name: None})[1] == []
+
+
+def test_inert_fields_are_reported_wherever_they_are() -> None:
+    part = {"type": "text", "text": "x", "cache_control": {}}
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "y", "annotations": []}]
+    request, ignored = requests(ChatRequest, messages=messages, stream=True, stream_options={"include_obfuscation": False})
+    request.conversation(ignored)
+    assert set(ignored) == {"stream_options.include_obfuscation", "messages.1.annotations", "messages.0.content.0.cache_control"}
+
+
+def test_a_list_of_a_million_wrong_elements_gives_one_error_quickly() -> None:
+    for field in ("prompt", "stop", "stop_token_ids", "bad_words"):
+        raw = b'{"prompt": "x", "%s": [%s null]}' % (field.encode(), b"1, " * 300_000)
+        with pytest.raises((ApiError, InvalidInput)) as caught:
+            parse(CompletionRequest, raw).check()
+        assert len(str(caught.value)) < 1000
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, b'{"messages": [%s null]}' % (b"1, " * 300_000))
+    assert refused.value.param == "messages.0"
