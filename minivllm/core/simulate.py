@@ -1,0 +1,248 @@
+"""What a schedule would cost: the real scheduler, a clock that is only a number, and a stated price for each step.
+
+    arrivals ─▶ Scheduler.schedule ─▶ plan ─▶ StepCost: seconds ─▶ the known tokens as its result ─▶ Scheduler.update ─▶ ...
+
+Each request's output is known beforehand (recorded in a trace, or made up), so two settings can be compared on the same work,
+without a model or a GPU and with the same answer on every machine. A price list is not a machine: it has no caches, no noise
+and no kernels that change at some size. Trust the direction of a difference before its size.
+"""
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.core.request import NewRequest, sequence_id
+from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.core.trace import Arrival, Planned, Trace, Updated, replay
+from minivllm.errors import InvalidInput
+from minivllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """seconds of a step = base + per_token x tokens computed + per_context x keys read + per_move x blocks moved.
+
+    base is reading the weights, per_token arithmetic, per_context reading the KV cache (a request with s tokens of context
+    reads s keys a step). The defaults are about those of a model of 0.6B parameters on a data-centre GPU.
+    """
+
+    base: float = 1.5e-3
+    per_token: float = 4e-6
+    per_context: float = 3e-8
+    per_move: float = 5e-6
+    host: float = 0.0  # of schedule and update, on the CPU; with planning_depth 1 it passes while the device works
+
+    def seconds(self, plan: StepPlan) -> float:
+        moves = len(plan.moves_in) + len(plan.moves_out)
+        return self.base + self.per_token * plan.total_tokens + self.per_context * context_read(plan) + self.per_move * moves
+
+    @staticmethod
+    def fit(trace: Trace) -> StepCost:
+        """The prices that explain the step times of a trace best: least squares with no negative price."""
+        samples, started, last_end = [], {}, -math.inf
+        for event in trace.events:
+            if isinstance(event, Planned) and event.plan is not None:
+                started[event.plan.step_id] = event.now
+            elif isinstance(event, Updated) and event.result.error is None:
+                begin = max(started[event.plan.step_id], last_end)
+                last_end = event.now
+                samples.append(((1.0, float(event.plan.total_tokens), float(context_read(event.plan))), event.now - begin))
+        if len(samples) < 3:
+            raise InvalidInput(f"a price list needs at least 3 steps to be fitted, and this trace has {len(samples)}", "step_cost")
+        base, per_token, per_context = _non_negative_least_squares(samples)
+        return StepCost(base, per_token, per_context)
+
+
+def context_read(plan: StepPlan) -> int:
+    """Keys that attention reads: each request's context once."""
+    return sum(start + n for start, n in zip(plan.starts, plan.num_tokens, strict=True))
+
+
+def _non_negative_least_squares(samples: Sequence[tuple[tuple[float, ...], float]]) -> list[float]:
+    """Minimise |Ax - b| over x >= 0, for a few columns: the best of the ordinary solutions over every subset of columns."""
+    width = len(samples[0][0])
+    scale = [max(abs(row[i]) for row, _ in samples) or 1.0 for i in range(width)]
+    best, best_error = [0.0] * width, math.inf
+    for subset in range(1, 1 << width):
+        columns = [i for i in range(width) if subset >> i & 1]
+        x = _least_squares([([row[i] / scale[i] for i in columns], y) for row, y in samples])
+        if x is None or min(x) < 0.0:
+            continue
+        full = [0.0] * width
+        for i, value in zip(columns, x, strict=True):
+            full[i] = value / scale[i]
+        error = sum((sum(a * b for a, b in zip(row, full, strict=True)) - y) ** 2 for row, y in samples)
+        if error < best_error:
+            best, best_error = full, error
+    return best
+
+
+def _least_squares(samples: Sequence[tuple[list[float], float]]) -> list[float] | None:
+    """Normal equations by Gaussian elimination with pivoting; None if the columns depend on each other."""
+    n = len(samples[0][0])
+    m = [[sum(row[i] * row[j] for row, _ in samples) for j in range(n)] + [sum(row[i] * y for row, y in samples)] for i in range(n)]
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda r: abs(m[r][i]))
+        if abs(m[pivot][i]) < 1e-9 * len(samples):
+            return None
+        m[i], m[pivot] = m[pivot], m[i]
+        for r in range(n):
+            if r != i:
+                factor = m[r][i] / m[i][i]
+                m[r] = [a - factor * b for a, b in zip(m[r], m[i], strict=True)]
+    return [m[i][n] / m[i][i] for i in range(n)]
+
+
+class Work(NamedTuple):
+    """One request whose answer is known."""
+
+    new: NewRequest  # arrival_time says when it comes
+    outputs: tuple[tuple[int, ...], ...]  # [n] tokens that each child writes
+
+
+def recorded_work(trace: Trace) -> list[Work]:
+    """The requests of a trace with the tokens they got. Who was aborted before the first token is left out."""
+    outputs: dict[str, dict[int, list[int]]] = {}
+    arrivals: list[NewRequest] = []
+    for step in replay(trace):
+        if step.mismatch is not None:
+            raise InvalidInput(f"the trace does not replay: {step.mismatch}", "trace")
+        if isinstance(step.event, Arrival):
+            arrivals.append(step.event.new)
+            outputs[step.event.new.request_id] = {}
+        for p in step.progress:
+            outputs[p.request_id].setdefault(p.index, []).extend(p.token_ids)
+    work = []
+    for new in arrivals:
+        got = outputs[new.request_id]
+        children = tuple(tuple(got.get(i, ())) for i in range(new.params.n))
+        if all(children):
+            work.append(Work(new, children))
+    return work
+
+
+def synthetic_work(lengths: Iterable[tuple[int, int]], arrival_times: Iterable[float]) -> list[Work]:
+    """Requests of these (prompt, output) lengths; tokens are counted through, so that no two requests start alike."""
+    work, token = [], 0
+    for i, ((prompt, output), arrival) in enumerate(zip(lengths, arrival_times, strict=True)):
+        params = SamplingParams(max_tokens=output, ignore_eos=True)
+        new = NewRequest(f"r{i}", tuple(range(token, token + prompt)), params, seed=i, arrival_time=arrival)
+        token += prompt
+        work.append(Work(new, (tuple(range(token, token + output)),)))
+        token += output
+    return work
+
+
+class SimulatedStep(NamedTuple):
+    """When the device worked on a plan, and what the pool looked like after it."""
+
+    start: float
+    end: float
+    plan: StepPlan
+    running: int
+    waiting: int
+    used_blocks: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened, with the times at which each sequence got its tokens."""
+
+    config: SchedulerConfig
+    steps: tuple[SimulatedStep, ...]
+    arrivals: dict[str, float]  # of requests, by id
+    token_times: dict[tuple[str, int], list[float]]  # (request id, child) -> when each token came
+    refused: tuple[str, ...]  # requests that these settings can never serve
+    num_preemptions: int
+    cached_tokens: int  # prompt tokens found in the prefix cache
+
+    @property
+    def duration(self) -> float:
+        """From the first arrival to the last token."""
+        return max((step.end for step in self.steps), default=0.0) - min(self.arrivals.values(), default=0.0)
+
+    def times_to_first_token(self) -> list[float]:
+        return [times[0] - self.arrivals[request] for (request, _), times in self.token_times.items() if times]
+
+    def inter_token_latencies(self) -> list[float]:
+        """Waits between two tokens of one sequence: what a reader of a stream feels."""
+        return [b - a for times in self.token_times.values() for a, b in itertools.pairwise(times)]
+
+    def latencies(self) -> list[float]:
+        return [times[-1] - self.arrivals[request] for (request, _), times in self.token_times.items() if times]
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(map(len, self.token_times.values()))
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(step.plan.total_tokens for step in self.steps)
+
+
+def percentile(values: Sequence[float], p: float) -> float:
+    """The smallest value that at least p percent of all are not above. NaN of none."""
+    return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)] if values else math.nan
+
+
+def simulate(config: SchedulerConfig, work: Iterable[Work], cost: StepCost) -> Outcome:
+    """Serve `work` under `config` at the prices of `cost`."""
+    scheduler = Scheduler(config)
+    coming = deque(sorted(work, key=lambda w: w.new.arrival_time))
+    script: dict[str, tuple[tuple[int, ...], int]] = {}  # sequence id -> its tokens, length of its prompt
+    arrivals: dict[str, float] = {}
+    times: dict[tuple[str, int], list[float]] = {}
+    refused: list[str] = []
+    steps: list[SimulatedStep] = []
+    inflight: deque[tuple[StepPlan, float, float]] = deque()
+    now = device_free = coming[0].new.arrival_time if coming else 0.0
+    cached: dict[tuple[str, int], int] = {}
+    while True:
+        while coming and coming[0].new.arrival_time <= now:
+            new, outputs = coming.popleft()
+            try:
+                scheduler.add(new)
+            except InvalidInput:
+                refused.append(new.request_id)
+                continue
+            arrivals[new.request_id] = new.arrival_time
+            for i, tokens in enumerate(outputs):
+                script[sequence_id(new.request_id, i, new.params.n)] = (tokens, len(new.prompt_token_ids))
+                times[new.request_id, i] = []
+        while len(inflight) <= config.planning_depth and (plan := scheduler.schedule(now)) is not None:
+            now += cost.host
+            start = max(now, device_free)
+            device_free = start + cost.seconds(plan)
+            inflight.append((plan, start, device_free))
+        if inflight:
+            plan, start, end = inflight.popleft()
+            now = max(now, end)
+            for p in scheduler.update(plan, *_result(plan, script), now):
+                times[p.request_id, p.index].extend([now] * len(p.token_ids))
+                cached[p.request_id, p.index] = p.num_cached_tokens
+            stats = scheduler.stats()
+            steps.append(SimulatedStep(start, end, plan, stats.num_running, stats.num_waiting, stats.num_used_blocks))
+        elif coming:
+            now = max(now, coming[0].new.arrival_time)
+        else:
+            break
+    assert not scheduler.has_unfinished(), "nothing can be planned, and yet requests are unfinished"
+    return Outcome(config, tuple(steps), arrivals, times, tuple(refused), scheduler.stats().num_preemptions, sum(cached.values()))
+
+
+def _result(plan: StepPlan, script: dict[str, tuple[tuple[int, ...], int]]) -> tuple[StepResult, dict[int, Stop]]:
+    """The known token of each sample, and a stop at each sequence's last one. A token past it will be dropped."""
+    tokens, stops = [], {}
+    for i, (column, name) in enumerate(zip(plan.sample_from, plan.sample_ids, strict=True)):
+        known, prompt = script[name]
+        index = plan.starts[column] + plan.num_tokens[column] - prompt  # position of the sampled token, less the prompt
+        tokens.append((known[index] if index < len(known) else 0,))
+        if index == len(known) - 1:
+            stops[i] = Stop(keep=1, matched="end of record")
+    moves = tuple(move.move_id for move in (*plan.moves_in, *plan.moves_out))
+    return StepResult(plan.step_id, tuple(tokens), finished_moves=moves), stops
