@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from minivllm import __version__
-from minivllm.cli.flags import Parser, normalise, note
+from minivllm.cli.flags import Parser, normalise
 from minivllm.errors import EngineDead, InvalidInput
+from minivllm.server.config import say
 
-COMMANDS = ("serve", "chat", "complete", "pull", "collect_env")  # modules of this package
+COMMANDS = ("serve", "chat", "complete", "pull", "trace", "collect_env")  # modules of this package
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
@@ -45,7 +46,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return status
     except (InvalidInput, EngineDead) as error:
-        note(f"minivllm: error: {error}")
+        say(f"minivllm: error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -55,7 +56,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "minivllm":
             raise
-        note(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
+        say(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
         return 1
 
 
