@@ -40,10 +40,11 @@ class SchedulerConfig:
     max_queue: int | None = None
     planning_depth: int = 0  # 1: plan a step while the one before runs
     num_host_blocks: int = 0  # host block 0, like device block 0, is never used; 0: no host memory
-    # A sequence that must give way is recomputed later, or its blocks go to host memory and come back. In units of computing
-    # one token: a swap costs swap_fixed_cost (it comes back a step later) + swap_cost_per_block x blocks (there and back).
+    # A sequence that must give way is computed again later, or its blocks go to host memory and come back: whichever costs less.
+    # In units of computing one token, a swap costs swap_fixed_cost (it comes back a step later) and, for each token there is
+    # a slot for, swap_cost_per_token (there and back). The defaults are a guess: a link moves a token faster than a GPU computes it.
     swap_fixed_cost: float = 32.0
-    swap_cost_per_block: float = 1.0
+    swap_cost_per_token: float = 0.06
 
     def __post_init__(self) -> None:
         _at_least("num_blocks", self.num_blocks, 2, "one is the null block")
@@ -81,7 +82,8 @@ class SchedulerConfig:
 
     def swap_pays(self, num_tokens: int, num_blocks: int) -> bool:
         """Whether a sequence with this much computed costs less to move out and in than to compute again."""
-        return self.swap_fixed_cost + self.swap_cost_per_block * num_blocks < num_tokens
+        num_slots = num_blocks * self.block_size / len(self.kv_windows)
+        return self.swap_fixed_cost + self.swap_cost_per_token * num_slots < num_tokens
 
 
 def _at_least(name: str, value: int, low: int, meaning: str) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raise AssertionError naming the sequence or block that breaks a rule."""
-    running, waiting = scheduler._running, scheduler._queue.sequences()
+    running, waiting = scheduler._roster.running, scheduler._roster.queue.sequences()
     _check_ownership(scheduler, running, waiting)
     _check_places(scheduler, running, waiting)
     for sequence in running:
@@ -50,23 +50,21 @@ def _check_ownership(scheduler: Scheduler, running: list[Sequence], waiting: lis
 
 def _check_places(scheduler: Scheduler, running: list[Sequence], waiting: list[Sequence]) -> None:
     """Each row has one holder or is free; each unfinished sequence is in exactly one place; order is kept."""
-    rows = [s.row for s in running] + scheduler._free_rows
+    rows = [s.row for s in running] + scheduler._roster.free_rows
     assert sorted(rows) == list(range(scheduler.config.max_running)), f"rows {rows} are not each in one place"
     assert len(scheduler._launched) <= scheduler.config.planning_depth + 1, "too many plans in flight"
     assert [s.order for s in running] == sorted(s.order for s in running), "running sequences are out of order"
-    assert len(waiting) == len(scheduler._queue), "the queue is miscounted"
+    assert len(waiting) == len(scheduler._roster.queue), "the queue is miscounted"
     placed = [*running, *waiting]
     assert len({id(s) for s in placed}) == len(placed), "a sequence is in two places"
-    unfinished = [s for r in scheduler._requests.values() for s in r.sequences if s.state is not State.FINISHED]
+    unfinished = [s for r in scheduler._roster.requests.values() for s in r.sequences if s.state is not State.FINISHED]
     assert {id(s) for s in unfinished} == {id(s) for s in placed if s.state is not State.FINISHED}, "a sequence is nowhere"
-    for request in scheduler._requests.values():
+    for request in scheduler._roster.requests.values():
         assert not request.finished, f"{request.new.request_id} is over and still known"
     in_flight: dict[int, int] = defaultdict(int)
     for launched in scheduler._launched:
-        for sequence, count in zip(launched.sequences, launched.counts, strict=True):
+        for sequence, count in launched.shares():
             in_flight[id(sequence)] += count
-        for child, _, count in launched.forks:
-            in_flight[id(child)] += count
     for sequence in running:
         assert sequence.num_in_flight == in_flight[id(sequence)], f"{sequence.id}: in flight is not what launched plans will confirm"
 
@@ -90,9 +88,9 @@ def _check_running(scheduler: Scheduler, sequence: Sequence) -> None:
         lost = [i for i, b in enumerate(table.groups[group]) if b == NULL_BLOCK and i >= first_seen]
         assert not lost, f"{name}: group {group} still needs logical blocks {lost}"
     if not sequence.shares_tail and sequence.num_planned < table.capacity:
-        holders = [s.id for s in scheduler._running if s is not sequence]
+        holders = [s.id for s in scheduler._roster.running if s is not sequence]
         written = {group[sequence.num_planned // table.block_size] for group in table.groups}
-        others = {b for s in scheduler._running if s is not sequence for b in s.table.blocks()}
+        others = {b for s in scheduler._roster.running if s is not sequence for b in s.table.blocks()}
         assert not written & others, f"{name}: would write into a block of {holders}"
     if sequence.num_planned < sequence.plan_freely_until:
         special = sequence.drafts or sequence.must_readmit or sequence.dropped or sequence.shares_tail or sequence.waits_for_result

@@ -1,6 +1,7 @@
 """A step plan while it is being written, and what is remembered of it until its result comes back."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Column
 
 from minivllm.core.plan import BlockCopy, BlockId, BlockMove, RowAdmission, StepPlan
@@ -116,11 +117,23 @@ class LaunchedPlan:
         self.samplers = builder.samplers
         self.forks = builder.forks
         # column -> its own sample, for the columns after the decodes (for which the two are equal)
-        self.sample_of = {
-            column: index for index, column in enumerate(builder.sample_from)
-            if column >= builder.num_decodes and builder.samplers[index] is builder.sequences[column]
-        }
+        self.sample_of: dict[int, int] = {}
+        for sample in range(builder.num_decodes, len(builder.samplers)):
+            column = builder.sample_from[sample]
+            if builder.samplers[sample] is builder.sequences[column]:
+                self.sample_of[column] = sample
         self.retired: list[BlockId] = []  # blocks that nobody needs after this plan, freed with its update
+
+    def shares(self) -> Iterator[tuple[Sequence, int]]:
+        """Each sequence of the plan, and how many tokens its update confirms for it."""
+        yield from zip(self.sequences, self.counts, strict=True)
+        for child, _, count in self.forks:
+            yield child, count
+
+    def forked(self) -> Iterator[tuple[Sequence, Sequence]]:
+        """(child, parent)"""
+        for child, sample, _ in self.forks:
+            yield child, self.sequences[self.plan.sample_from[sample]]
 
     @property
     def move_ids(self) -> list[int]:

@@ -127,6 +127,7 @@ class Sequence:
         "order",
         "plan_freely_until",
         "request",
+        "request_id",
         "row",
         "shares_tail",
         "state",
@@ -139,6 +140,7 @@ class Sequence:
     def __init__(self, request: Request, index: int, tokens: list[int], max_tokens_total: int, table: BlockTable) -> None:
         new = request.new
         self.request = request
+        self.request_id = new.request_id
         self.index = index
         self.id = sequence_id(new.request_id, index, max(new.params.n, index + 1))
         self.order = (*request.order, index)  # who goes first; a preempted sequence keeps its place
@@ -204,8 +206,12 @@ class Sequence:
         self.shares_tail = False
         self.plan_freely_until = self.confirm_freely_until = 0
 
+    def inherit_report(self, parent: Sequence) -> None:
+        """A fork reports the prompt as its parent does."""
+        self.num_cached_tokens, self.first_scheduled_time = parent.num_cached_tokens, parent.first_scheduled_time
+
     def progress(
         self, sample_index: int | None, token_ids: tuple[int, ...], finish_reason: FinishReason | None, stop_reason: int | str | None,
     ) -> Progress:
-        return Progress(self.request.new.request_id, self.index, self.id, sample_index, token_ids, finish_reason, stop_reason,
+        return Progress(self.request_id, self.index, self.id, sample_index, token_ids, finish_reason, stop_reason,
                         self.num_cached_tokens, self.num_preemptions, self.first_scheduled_time)

@@ -5,8 +5,8 @@ back through the block table (as keys and values depend on all earlier tokens), 
 its position may see in each KV group. `expected_outputs` computes the same from plain lists, without blocks, rows or plans.
 
 The executor is as hostile as the bridge allows: unwritten cells are poison, moves finish late and in any order (what moves out
-is read from the device only then, what moves in is written again then), and a write to a block that another request's launched
-plan reads is refused.
+is read from the device only then, what moves in is written again then), a write to a block that another request's launched
+plan reads is refused, and a step that fails leaves junk wherever it wrote.
 """
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ class Launched:
     plan: StepPlan
     result: StepResult
     reads: dict[int, set[str]] = field(default_factory=dict)
+    fails: bool = False
 
 
 class FakeExecutor:
@@ -127,10 +128,10 @@ class FakeExecutor:
 
     # The executor's interface.
 
-    def launch(self, plan: StepPlan) -> None:
-        """Run the plan; only moves linger."""
+    def launch(self, plan: StepPlan, fails: bool = False) -> None:
+        """Run the plan; only moves linger. If it `fails`, its result will say so."""
         self._check_shape(plan)
-        entry = Launched(plan, StepResult(plan.step_id, ()))
+        entry = Launched(plan, StepResult(plan.step_id, ()), fails=fails)
         self.launched.append(entry)
         for admission in plan.admitted:
             self._admit(plan, admission)
@@ -156,6 +157,9 @@ class FakeExecutor:
         for column in range(len(plan.rows)):
             self._note_reads(entry, column)
         samples = tuple(self._sample(plan, i) for i in range(len(plan.sample_rows)))
+        if fails:
+            self._leave_junk(plan)
+            return
         entry.result = StepResult(plan.step_id, samples, drafts=self._propose(plan) if self.drafts else ())
 
     def wait(self) -> tuple[StepPlan, StepResult]:
@@ -164,7 +168,25 @@ class FakeExecutor:
         plan = entry.plan
         only_moves = not plan.rows and not plan.moves_out
         finished = self._finish_moves(at_least=1 if only_moves and self.moving else 0)
+        if entry.fails:
+            return plan, StepResult(plan.step_id, (), error="the step failed", finished_moves=finished)
         return plan, StepResult(plan.step_id, entry.result.token_ids, drafts=entry.result.drafts, finished_moves=finished)
+
+    def _leave_junk(self, plan: StepPlan) -> None:
+        size = self.config.block_size
+        for column, row in enumerate(plan.rows):
+            for table in self.rows[row].tables:
+                for position in range(plan.starts[column], plan.starts[column] + plan.num_tokens[column]):
+                    self.device[table[position // size]][position % size] = hash(("junk", plan.step_id, position))
+        for copy in plan.copies:
+            self.device[copy.dst] = [hash(("junk", plan.step_id))] * size
+        for move in (*plan.moves_out, *plan.moves_in):
+            _, content = self.moving.pop(move.move_id)
+            if content is None:
+                self.host[move.host_block] = [hash(("junk", plan.step_id))] * size
+            else:
+                del self.arriving[move.device_block]
+                self.device[move.device_block] = [hash(("junk", plan.step_id))] * size
 
     def drop_rows(self) -> None:
         self.rows.clear()

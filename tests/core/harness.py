@@ -24,7 +24,9 @@ class Answer:
 class Harness:
     """The engine loop of the design, with `check()` between all calls."""
 
-    def __init__(self, config: SchedulerConfig, *, chaos: random.Random | None = None, drafts: bool = False, stop_strings: bool = False) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, chaos: random.Random | None = None, drafts: bool = False, stop_strings: bool = False,
+    ) -> None:
         self.config = config
         self.scheduler = Scheduler(config)
         self.executor = FakeExecutor(config, chaos, drafts)
@@ -54,24 +56,22 @@ class Harness:
             self.aborted.add(request_id)
         return known
 
-    def launch(self) -> StepPlan | None:
-        """Plan and launch one step, if one can be planned."""
+    def launch(self, fails: bool = False) -> StepPlan | None:
+        """Plan and launch one step, if one can be planned. `fails`: it will turn out to have failed."""
         self.now += 1.0
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
         if plan is not None:
-            self.executor.launch(plan)
+            self.executor.launch(plan, fails)
             self.in_flight.append(plan)
             self.plans.append(plan)
         return plan
 
-    def finish(self, error: str | None = None) -> list[Progress]:
+    def finish(self) -> list[Progress]:
         """Take the oldest launched plan's result."""
         expected = self.in_flight.popleft()
         plan, result = self.executor.wait()
         assert plan is expected
-        if error is not None:
-            result = StepResult(plan.step_id, (), finished_moves=result.finished_moves, error=error)
         progress = self.scheduler.update(plan, result, self._stops(plan, result), self.now)
         self.scheduler.check()
         for p in progress:

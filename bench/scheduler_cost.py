@@ -1,0 +1,106 @@
+"""What the control plane costs: schedule + update of one step in which every running request decodes one token.
+
+    python bench/scheduler_cost.py [--planning-depth 1] [--profile]
+
+Rows: running requests; columns: tokens of history behind each. Prompts have slightly different lengths, so that every step sees
+its share of requests that cross a block's edge. Times are medians over steps, in microseconds; the best of several rounds,
+since other processes can only slow a round down. The last line is JSON.
+"""
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import platform
+import pstats
+import statistics
+import time
+from collections import deque
+
+from minivllm.core.plan import StepPlan, StepResult
+from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig
+from minivllm.sampling_params import SamplingParams
+
+BLOCK_SIZE = 16
+
+
+class Bench:
+    """A scheduler whose requests all decode, with results made up on the spot (outside the timings)."""
+
+    def __init__(self, num_requests: int, history: int, depth: int) -> None:
+        blocks_each = history // BLOCK_SIZE + 40
+        self.scheduler = Scheduler(SchedulerConfig(
+            num_blocks=num_requests * blocks_each + 1, block_size=BLOCK_SIZE, max_num_seqs=num_requests,
+            max_num_batched_tokens=max(65536, num_requests), max_model_len=history + 1024, planning_depth=depth))
+        self.in_flight: deque[StepPlan] = deque()
+        params = SamplingParams(max_tokens=None)
+        for i in range(num_requests):  # no two prompts share a block
+            prompt = (i, *range(history - 1 + i % BLOCK_SIZE))
+            self.scheduler.add(NewRequest(f"request-{i}", prompt, params, seed=i, eos_token_ids=(1,)))
+        while self.scheduler.stats().num_waiting:
+            self.step()
+        for _ in range(BLOCK_SIZE + 2):
+            self.step()
+
+    def step(self) -> tuple[float, float]:
+        """(schedule, update) in seconds."""
+        scheduler = self.scheduler
+        start = time.perf_counter()
+        plan = scheduler.schedule(0.0)
+        planned = time.perf_counter() - start
+        if plan is not None:
+            self.in_flight.append(plan)
+        if plan is not None and len(self.in_flight) <= scheduler.config.planning_depth:
+            return self.step()  # fill the pipeline
+        plan = self.in_flight.popleft()
+        result = StepResult(plan.step_id, ((7,),) * len(plan.sample_rows))
+        start = time.perf_counter()
+        scheduler.update(plan, result, {}, 0.0)
+        return planned, time.perf_counter() - start
+
+
+def measure(num_requests: int, history: int, depth: int, steps: int, rounds: int) -> tuple[float, float]:
+    """Median (schedule, update) in microseconds of the best round."""
+    bench = Bench(num_requests, history, depth)
+    best: tuple[float, float] | None = None
+    for _ in range(rounds):
+        times = [bench.step() for _ in range(steps)]
+        medians = statistics.median(t[0] for t in times) * 1e6, statistics.median(t[1] for t in times) * 1e6
+        best = medians if best is None or sum(medians) < sum(best) else best
+    assert best is not None
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--history", type=int, nargs="+", default=[100, 1000, 8000])
+    parser.add_argument("--planning-depth", type=int, default=0, choices=(0, 1))
+    parser.add_argument("--steps", type=int, default=64, help="a round, a multiple of the block size")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="profile 256 requests instead")
+    args = parser.parse_args()
+    if args.profile:
+        bench = Bench(256, 1000, args.planning_depth)
+        profile = cProfile.Profile()
+        profile.runcall(lambda: [bench.step() for _ in range(320)])
+        pstats.Stats(profile).sort_stats("tottime").print_stats(20)
+        return
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    print(f"schedule + update, microseconds a step (planning depth {args.planning_depth}, {machine})\n")
+    print("running  " + "".join(f"history {h:<24}" for h in args.history) + "per request")
+    results = []
+    for num_requests in args.requests:
+        cells = []
+        for history in args.history:
+            schedule, update = measure(num_requests, history, args.planning_depth, args.steps, args.rounds)
+            cells.append(schedule + update)
+            results.append({"running": num_requests, "history": history, "schedule_us": round(schedule, 1), "update_us": round(update, 1)})
+        last = results[-len(args.history):]
+        text = "".join(f"{r['schedule_us']:7.1f} + {r['update_us']:7.1f} = {c:7.1f}   " for r, c in zip(last, cells, strict=True))
+        print(f"{num_requests:7}  {text}{min(cells) / num_requests:6.2f}")
+    print(json.dumps({"bench": "scheduler_cost", "machine": machine, "planning_depth": args.planning_depth, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
