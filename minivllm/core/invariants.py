@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raise AssertionError naming the sequence or block that breaks a rule."""
-    running, waiting = scheduler._roster.running, scheduler._roster.queue.sequences()
+    running, waiting = list(scheduler.running), scheduler._roster.queue.sequences()
     _check_ownership(scheduler, running, waiting)
     _check_places(scheduler, running, waiting)
     for sequence in running:
@@ -88,9 +88,9 @@ def _check_running(scheduler: Scheduler, sequence: Sequence) -> None:
         lost = [i for i, b in enumerate(table.groups[group]) if b == NULL_BLOCK and i >= first_seen]
         assert not lost, f"{name}: group {group} still needs logical blocks {lost}"
     if not sequence.shares_tail and sequence.num_planned < table.capacity:
-        holders = [s.id for s in scheduler._roster.running if s is not sequence]
+        holders = [s.id for s in scheduler.running if s is not sequence]
         written = {group[sequence.num_planned // table.block_size] for group in table.groups}
-        others = {b for s in scheduler._roster.running if s is not sequence for b in s.table.blocks()}
+        others = {b for s in scheduler.running if s is not sequence for b in s.table.blocks()}
         assert not written & others, f"{name}: would write into a block of {holders}"
     if sequence.num_planned < sequence.plan_freely_until:
         special = sequence.drafts or sequence.must_readmit or sequence.dropped or sequence.shares_tail or sequence.waits_for_result

@@ -121,6 +121,11 @@ class Scheduler:
         """Launched plans that are not updated yet."""
         return len(self._launched)
 
+    @property
+    def running(self) -> Listing[Sequence]:
+        """Everybody who has a row, in order: to look at, for pictures and checks."""
+        return self._roster.running
+
     def reset_prefix_cache(self) -> None:
         """Find nothing of what was computed so far again: not finished requests' blocks, nor those of running ones."""
         self.pool.forget_all()
