@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minivllm.core.plan import NULL_BLOCK, StepPlan
+from minivllm.core.plan import NULL_BLOCK, BlockId, StepPlan
 from minivllm.core.request import Sequence, State
 from minivllm.core.scheduler import Scheduler, SchedulerStats
 from minivllm.core.trace import Arrival, Mismatch, Planned, Trace, Updated, replay
@@ -34,17 +34,23 @@ class KindCounter:
         self._num_prompt: dict[str, int] = {}
         self._reached: dict[str, int] = {}
 
-    def count(self, plan: StepPlan) -> Kinds:
+    def each(self, plan: StepPlan) -> list[Kinds]:
+        """Of each of the plan's columns. Plans are to be given in their order, each once."""
         for admission in plan.admitted:
             self._num_prompt[admission.request_id] = admission.num_prompt_tokens
-        prompt = output = recomputed = 0
+        kinds = []
         for name, start, n in zip(plan.request_ids, plan.starts, plan.num_tokens, strict=True):
             reached, end = self._reached.get(name, 0), start + n
             again = max(0, min(end, reached) - start)
             first = max(0, min(end, self._num_prompt[name]) - max(start, reached))
-            recomputed, prompt, output = recomputed + again, prompt + first, output + n - again - first
+            kinds.append(Kinds(prompt=first, output=n - again - first, recomputed=again))
             self._reached[name] = max(reached, end)
-        return Kinds(prompt, output, recomputed)
+        return kinds
+
+    def count(self, plan: StepPlan) -> Kinds:
+        """Of the whole plan."""
+        kinds = self.each(plan)
+        return Kinds(sum(k.prompt for k in kinds), sum(k.output for k in kinds), sum(k.recomputed for k in kinds))
 
 
 class StepRecord(NamedTuple):
@@ -72,8 +78,13 @@ def empty_slots(scheduler: Scheduler) -> int:
     return sum(size - used for used in partly.values())
 
 
+def block_tables(scheduler: Scheduler) -> dict[str, tuple[tuple[BlockId, ...], ...]]:
+    """Each running sequence's physical blocks, by KV group and logical index: what pictures of memory are drawn from."""
+    return {sequence.id: sequence.table.as_tuples() for sequence in _holders(scheduler)}
+
+
 def _holders(scheduler: Scheduler) -> Iterator[Sequence]:
-    return (s for s in scheduler._running if s.state is State.RUNNING)
+    return (s for s in scheduler.running if s.state is State.RUNNING)
 
 
 @dataclass(frozen=True)
