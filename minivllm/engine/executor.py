@@ -59,7 +59,9 @@ class Executor(Protocol):
 class LocalExecutor:
     """A model in this process, on one device."""
 
-    def __init__(self, runner: ModelRunner, *, device: torch.device, dtype: torch.dtype, max_model_len: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, *, device: torch.device, dtype: torch.dtype, max_model_len: int, max_num_batched_tokens: int,
+    ) -> None:
         self._runner: ModelRunner | None = runner
         self.device, self.dtype = device, str(dtype).removeprefix("torch.")
         self.max_model_len = max_model_len  # the model's or the user's, or less if the cache holds less
@@ -79,7 +81,8 @@ class LocalExecutor:
         shape = BlockShape(kv_groups(spec), config.block_size, dtype)
         chunk = min(budget, config.long_prefill_token_threshold or budget)
         wish = Wish(max_model_len=spec.max_model_len, length_is_explicit=config.max_model_len is not None, chunk=chunk,
-                    num_blocks=config.num_gpu_blocks_override, cache_bytes=config.kv_cache_memory_bytes, utilization=config.gpu_memory_utilization)
+                    num_blocks=config.num_gpu_blocks_override, cache_bytes=config.kv_cache_memory_bytes,
+                    utilization=config.gpu_memory_utilization)
         if device.type == "cuda":
             size = cuda_cache(wish, shape, model, config.max_num_seqs, budget)
         else:
@@ -87,7 +90,8 @@ class LocalExecutor:
         _announce(spec, device, dtype, config.dtype == "auto", size)
         host_blocks = host_block_count(config.kv_offloading_size, shape)
         kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
-        runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len, eos_token_ids=eos_token_ids)
+        runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
+                             eos_token_ids=eos_token_ids)
         return cls(runner, device=device, dtype=dtype, max_model_len=size.max_model_len, max_num_batched_tokens=budget)
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -164,8 +168,9 @@ def host_block_count(offloading_gib: float, shape: BlockShape) -> int:
     """Host blocks in `kv_offloading_size` GiB; block 0 is never used there either, so one block alone is none."""
     count = int(offloading_gib * GIB) // shape.block_bytes
     if offloading_gib and count < 2:
-        raise InvalidInput(f"kv_offloading_size {offloading_gib:g} GiB holds no block ({shape.block_bytes / GIB:.4f} GiB each, one is reserved): "
-                           f"set at least {2 * shape.block_bytes / GIB:.4f}, or 0", "kv_offloading_size")
+        each = shape.block_bytes / GIB
+        raise InvalidInput(f"kv_offloading_size {offloading_gib:g} GiB holds no block (of {each:.6f} GiB, and one is reserved): "
+                           f"set at least {2 * each:.6f}, or 0", "kv_offloading_size")
     return count
 
 
@@ -179,9 +184,10 @@ def _announce(spec: ModelSpec, device: torch.device, dtype: torch.dtype, automat
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     why = ""
     if automatic and device.type == "cpu":
-        why = " (this CPU multiplies bfloat16 fast)" if dtype == torch.bfloat16 else " (this CPU has no AMX or AVX512-BF16, so bfloat16 would be slower)"
+        fast = dtype == torch.bfloat16
+        why = " (this CPU multiplies bfloat16 fast)" if fast else " (no AMX or AVX512-BF16 here, so bfloat16 would be slower)"
     print(f"minivllm: {spec.architecture} on {where}, {name}{why}", file=sys.stderr, flush=True)
     if size.max_model_len < spec.max_model_len:
-        print(f"minivllm: max_model_len lowered from {spec.max_model_len} to {size.max_model_len}, which is what the KV cache holds", file=sys.stderr,
-              flush=True)
+        print(f"minivllm: max_model_len lowered from {spec.max_model_len} to {size.max_model_len}, which is what the KV cache holds",
+              file=sys.stderr, flush=True)
     log.info("%s", size.ledger)

@@ -18,9 +18,9 @@ _ALIGN = 16  # bytes, so that every column may be viewed as its own dtype
 
 def upload(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[Tensor]:
     """Tensors on `device` with the arrays' shapes and dtypes. On a CPU they share the arrays' memory."""
-    arrays = [np.ascontiguousarray(a) for a in arrays]
     if device.type == "cpu":
         return [torch.from_numpy(a) for a in arrays]
+    arrays = [np.ascontiguousarray(a) for a in arrays]
     offsets, total = [], 0
     for a in arrays:
         offsets.append(total)

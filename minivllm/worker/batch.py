@@ -61,6 +61,8 @@ class RowTable:
         self._num_prompt = np.zeros(num_rows, np.int64)
         self._owed_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are owed; -1: none are
         self._prompt_k = np.zeros(num_rows, np.int64)
+        self._num_owing = 0  # rows that owe any: mostly none, and then nobody looks
+        self._flat_tokens = self.tokens.view(-1)
         self._block_size, self._max_model_len, self._device = block_size, max_model_len, device
 
     # -- what plans say about rows --------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ class RowTable:
                 self._num_blocks[group, row] = 0
                 self._append(group, row, blocks)
             self._num_prompt[row] = a.num_prompt_tokens
-            self._owed_from[row] = -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1)  # nothing predicts position 0
+            self._owe(row, -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1))  # nothing predicts position 0
             self._prompt_k[row] = a.params.prompt_logprobs or 0
 
     def _append(self, group: int, row: int, blocks: tuple[int, ...]) -> None:
@@ -97,9 +99,13 @@ class RowTable:
         self.block_tables[group][row, at : at + len(blocks)] = blocks
         self._num_blocks[group, row] = at + len(blocks)
 
+    def _owe(self, row: int, first: int) -> None:
+        self._num_owing += (first >= 0) - int(self._owed_from[row] >= 0)
+        self._owed_from[row] = first
+
     def write_sampled(self, places: Tensor, token_ids: Tensor) -> None:
         """Each sampled token at its place, on the device."""
-        self.tokens.view(-1).index_copy_(0, places, token_ids.to(torch.int32))
+        self._flat_tokens.index_copy_(0, places, token_ids.to(torch.int32))
 
     # -- packing --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +130,8 @@ class RowTable:
         else:  # of each of the T tokens
             token_rows = np.repeat(rows, counts)
             positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
-        block, offset = np.divmod(positions, self._block_size)
+        block = positions // self._block_size
+        offset = positions - block * self._block_size
         slots = [table[token_rows, block].astype(np.int64) * self._block_size + offset for table in self.block_tables]
         width = -(-int(ends.max()) // self._block_size)
         tables = [table[rows, :width] for table in self.block_tables]
@@ -135,15 +142,17 @@ class RowTable:
         sample_rows, sample_positions = np.array(plan.sample_rows, np.int64), ends[source]
         assert not len(source) or sample_positions.max() < self._max_model_len
         pieces, piece_rows, piece_places = self._prompt_pieces(plan, where, query_start)
+        last_rows = query_start[source + 1] - 1
 
         uploaded = upload([
-            token_rows * self._max_model_len + positions, positions, np.concatenate([query_start[source + 1] - 1, piece_rows]),
+            token_rows * self._max_model_len + positions, positions,
+            np.concatenate([last_rows, piece_rows]) if pieces else last_rows,
             sample_rows * self._max_model_len + sample_positions, piece_places,
             query_start.astype(np.int32), ends.astype(np.int32), *slots, *tables], self._device)
         places, positions_d, logit_rows, sample_places, prompt_places, query_start_d, seq_lens = uploaded[:7]
         groups = len(slots)
         batch = InputBatch(
-            tokens=self.tokens.view(-1)[places], positions=positions_d, query_start=query_start_d, seq_lens=seq_lens,
+            tokens=self._flat_tokens.index_select(0, places), positions=positions_d, query_start=query_start_d, seq_lens=seq_lens,
             slots=tuple(uploaded[7 : 7 + groups]), block_tables=tuple(uploaded[7 + groups :]), logit_rows=logit_rows,
             num_decodes=num_decodes, query_lens_host=tuple(counts.tolist()), seq_lens_host=tuple(ends.tolist()))
         return Packed(batch, sample_rows, sample_positions, sample_places, pieces, prompt_places)
@@ -154,13 +163,15 @@ class RowTable:
             positions computed      start  start+1  ...  end-1
             tokens predicted               start+1  ...  end-1  end       kept: those of the prompt, from the first one owed
         """
+        if not self._num_owing:
+            return (), _NOTHING, _NOTHING
         pieces: list[PromptPiece] = []
         batch_rows, places = [_NOTHING], [_NOTHING]
         for i in np.flatnonzero(self._owed_from[list(plan.rows)] >= 0).tolist():
             row, start, end = plan.rows[i], plan.starts[i], plan.starts[i] + plan.num_tokens[i]
             first, after = max(start + 1, int(self._owed_from[row])), min(end + 1, int(self._num_prompt[row]))
             if after == self._num_prompt[row]:
-                self._owed_from[row] = -1
+                self._owe(row, -1)
             if first >= after:
                 continue
             pieces.append(PromptPiece(i, first, after - first, int(self._prompt_k[row])))

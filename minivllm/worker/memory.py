@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ def size_cache(wish: Wish, shape: BlockShape, budget: int, account: str, remedy:
         needed = (shape.blocks_of(wish.max_model_len, wish.chunk) + 1) * shape.block_bytes
         raise InvalidInput(
             f"max_model_len {wish.max_model_len} needs {needed / GIB:.2f} GiB of KV cache and there is room for "
-            f"{num_blocks * shape.block_bytes / GIB:.2f} GiB ({account}): lower max_model_len to {longest}, or for {field}: {fix}", "max_model_len")
+            f"{num_blocks * shape.block_bytes / GIB:.2f} GiB ({account}): lower max_model_len to {longest}, or for {field}: {fix}",
+            "max_model_len")
     return CacheSize(num_blocks, longest, f"KV cache: {size} ({account})")
 
 
@@ -112,8 +114,8 @@ def cuda_cache(wish: Wish, shape: BlockShape, model: Decoder, max_num_seqs: int,
     free, total = torch.cuda.mem_get_info(device)
     in_use, weights = total - free, torch.cuda.memory_allocated(device)
     budget = int(wish.utilization * total) - in_use - peak
-    account = (f"{wish.utilization:.2f} of {total / GIB:.2f} GiB, less {weights / GIB:.2f} weights, {(in_use - weights) / GIB:.2f} other use, "
-               f"{peak / GIB:.2f} peak of a step")
+    account = (f"{wish.utilization:.2f} of {total / GIB:.2f} GiB, less {weights / GIB:.2f} weights, "
+               f"{(in_use - weights) / GIB:.2f} other use, {peak / GIB:.2f} peak of a step")
     least = min(1.0, (in_use + peak + (shape.blocks_of(wish.max_model_len, wish.chunk) + 1) * shape.block_bytes) / total)
     fix = f"raise it to {least + 0.005:.2f}" if least < 0.99 else "there is no room on this GPU; use a smaller model"
     if max_num_batched_tokens > 1024:
@@ -150,7 +152,7 @@ def _dummy_batch(query_lens: list[int], seq_lens: list[int], shape: BlockShape, 
     positions = np.concatenate([np.arange(s - q, s) for q, s in zip(query_lens, seq_lens, strict=True)])
     width = -(-max(seq_lens) // shape.block_size)
 
-    def put(values: np.ndarray, dtype: torch.dtype) -> Tensor:  # type: ignore[type-arg]
+    def put(values: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(values).to(device=device, dtype=dtype)
 
     return InputBatch(

@@ -1,4 +1,5 @@
 """The sampling kernels against their definitions: hand-written filters, exact probabilities, HF's penalties."""
+
 from __future__ import annotations
 
 import math
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from minivllm.kernels.reference import sampling as ops
 from minivllm.sampling.noise import Purpose, row_keys, stream_key
 
-CHI2_999 = {7: 24.32, 15: 37.70, 31: 61.10, 63: 103.44, 255: 330.52, 1023: 1168.50}  # 99.9% points by degrees of freedom
+CHI2_999 = {
+    7: 24.32,
+    15: 37.70,
+    31: 61.10,
+    63: 103.44,
+    255: 330.52,
+    1023: 1168.50,
+}  # 99.9% points by degrees of freedom
 
 
 def lowbias32(x: int) -> int:
@@ -32,9 +40,13 @@ def word(key0: int, key1: int, token: int) -> int:
     return x ^ (x >> 16)
 
 
-def keys_of(seeds: list[int], positions: list[int] | None = None, child: int = 0, purpose: Purpose = Purpose.SAMPLE) -> torch.Tensor:
+def keys_of(
+    seeds: list[int], positions: list[int] | None = None, child: int = 0, purpose: Purpose = Purpose.SAMPLE
+) -> torch.Tensor:
     streams = np.array([stream_key(s, child) for s in seeds], np.uint64)
-    return torch.from_numpy(row_keys(streams, np.array(positions if positions is not None else [0] * len(seeds)), purpose))
+    return torch.from_numpy(
+        row_keys(streams, np.array(positions if positions is not None else [0] * len(seeds)), purpose)
+    )
 
 
 def unsigned(words: torch.Tensor) -> np.ndarray:
@@ -57,7 +69,9 @@ def test_the_published_vectors_of_the_hashes_are_met():
     assert unsigned(ops.hash_ids(torch.tensor(ids, dtype=torch.int32))).tolist() == [lowbias32(i) for i in ids]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5))
+@given(
+    st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
+)
 @settings(max_examples=200, deadline=None)
 def test_random_words_are_exact_32_bit_arithmetic(key0, key1, ids):
     keys = torch.from_numpy(np.array([[key0, key1]], np.uint32).view(np.int32))
@@ -68,8 +82,13 @@ def test_random_words_are_exact_32_bit_arithmetic(key0, key1, ids):
 def test_noise_depends_on_seed_child_position_purpose_and_token():
     ids = torch.arange(1000, dtype=torch.int32)
     base = ops.noise_words(keys_of([7], [3]), ids)
-    for other in (keys_of([8], [3]), keys_of([7], [4]), keys_of([7], [3], child=1), keys_of([7], [3], purpose=Purpose.ACCEPT),
-                  keys_of([7], [3], purpose=Purpose.RECOVER)):
+    for other in (
+        keys_of([8], [3]),
+        keys_of([7], [4]),
+        keys_of([7], [3], child=1),
+        keys_of([7], [3], purpose=Purpose.ACCEPT),
+        keys_of([7], [3], purpose=Purpose.RECOVER),
+    ):
         assert (ops.noise_words(other, ids) == base).sum() <= 1
     assert len(set(base[0].tolist())) == 1000
 
@@ -105,10 +124,12 @@ def test_neighbouring_words_are_independent(pair):
     n = 40_000
     ids = torch.arange(n + 1, dtype=torch.int32)
     a = unsigned(ops.noise_words(keys_of([3], [100]), ids))[0]
-    b = {"next position": lambda: unsigned(ops.noise_words(keys_of([3], [101]), ids))[0],
-         "next child": lambda: unsigned(ops.noise_words(keys_of([3], [100], child=1), ids))[0],
-         "next seed": lambda: unsigned(ops.noise_words(keys_of([4], [100]), ids))[0],
-         "next token": lambda: np.roll(a, -1)}[pair]()
+    b = {
+        "next position": lambda: unsigned(ops.noise_words(keys_of([3], [101]), ids))[0],
+        "next child": lambda: unsigned(ops.noise_words(keys_of([3], [100], child=1), ids))[0],
+        "next seed": lambda: unsigned(ops.noise_words(keys_of([4], [100]), ids))[0],
+        "next token": lambda: np.roll(a, -1),
+    }[pair]()
     a, b = a[:n], b[:n]
     cells = np.bincount((a >> np.uint32(27)).astype(np.int64) * 32 + (b >> np.uint32(27)), minlength=1024)
     assert chi_square(cells, np.full(1024, n / 1024)) < CHI2_999[1023]
@@ -118,10 +139,14 @@ def test_neighbouring_words_are_independent(pair):
 def test_no_two_rows_of_a_large_batch_are_correlated():
     n, rows = 4_000, 400
     ids = torch.arange(n, dtype=torch.int32)
-    words = unsigned(ops.noise_words(keys_of([i // 20 for i in range(rows)], [i % 20 for i in range(rows)]), ids)).astype(np.float64)
+    words = unsigned(
+        ops.noise_words(keys_of([i // 20 for i in range(rows)], [i % 20 for i in range(rows)]), ids)
+    ).astype(np.float64)
     correlation = np.abs(np.corrcoef(words) - np.eye(rows))
     assert correlation.max() < 5.5 / math.sqrt(n)  # 79,800 pairs: 5.5 sigma happens by chance once in 300 such tests
-    g = ops.gumbel(ops.noise_words(keys_of(list(range(rows))), ids)).double().numpy()  # and nor are the values that decide
+    g = (
+        ops.gumbel(ops.noise_words(keys_of(list(range(rows))), ids)).double().numpy()
+    )  # and nor are the values that decide
     assert np.abs(np.corrcoef(g) - np.eye(rows)).max() < 6.5 / math.sqrt(n)
 
 
@@ -150,7 +175,7 @@ def survivors(z: list[float], k: int, p: float, floor: float) -> set[int]:
         mass = probability(alive)
         alive = {i for i in alive if mass[i] >= floor * max(mass.values()) * (1 - 1e-6)}
     if k > 0:
-        kth = sorted((z[i] for i in alive), reverse=True)[: k][-1]
+        kth = sorted((z[i] for i in alive), reverse=True)[:k][-1]
         alive = {i for i in alive if z[i] >= kth}
     if p < 1:
         mass = probability(alive)
@@ -163,10 +188,17 @@ def survivors(z: list[float], k: int, p: float, floor: float) -> set[int]:
     return alive
 
 
-logit_rows = st.lists(st.integers(-12, 4).map(lambda n: n * math.log(2)), min_size=1, max_size=40)  # powers of two: many ties, exact sums
+logit_rows = st.lists(
+    st.integers(-12, 4).map(lambda n: n * math.log(2)), min_size=1, max_size=40
+)  # powers of two: many ties, exact sums
 
 
-@given(logit_rows, st.integers(0, 45), st.sampled_from([1.0, 0.9, 0.5, 0.25, 0.1, 1e-6, 0.999]), st.sampled_from([0.0, 0.3, 0.05, 1.0, 0.001]))
+@given(
+    logit_rows,
+    st.integers(0, 45),
+    st.sampled_from([1.0, 0.9, 0.5, 0.25, 0.1, 1e-6, 0.999]),
+    st.sampled_from([0.0, 0.3, 0.05, 1.0, 0.001]),
+)
 @settings(max_examples=300, deadline=None)
 def test_filters_keep_exactly_the_tokens_their_definitions_keep_ties_included(logits, k, p, floor):
     z = torch.tensor([logits])
@@ -182,13 +214,17 @@ def test_filters_keep_exactly_the_tokens_their_definitions_keep_ties_included(lo
 def test_filters_that_one_row_asks_for_leave_its_neighbours_alone():
     z = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]])).repeat(4, 1)
     z = z - z.max()
-    t = ops.filter_threshold(z, torch.tensor([0, 1, 0, 0]), torch.tensor([1.0, 1.0, 0.6, 1.0]), torch.tensor([0.0, 0.0, 0.0, 0.45]))
+    t = ops.filter_threshold(
+        z, torch.tensor([0, 1, 0, 0]), torch.tensor([1.0, 1.0, 0.6, 1.0]), torch.tensor([0.0, 0.0, 0.0, 0.45])
+    )
     assert (z >= t[:, None]).sum(-1).tolist() == [4, 1, 2, 2]
 
 
 def test_top_p_reaches_beyond_the_head_when_the_head_holds_too_little():
     rng = np.random.default_rng(0)
-    z = np.concatenate([[0.0], rng.uniform(-20, -9, 60_000)]).astype(np.float32)  # one token, and a wide tail with most of the mass
+    z = np.concatenate([[0.0], rng.uniform(-20, -9, 60_000)]).astype(
+        np.float32
+    )  # one token, and a wide tail with most of the mass
     for p in (0.3, 0.8, 0.99):
         mass = np.sort(np.exp(z.astype(np.float64)))[::-1]
         needed = int(np.searchsorted(mass.cumsum(), p * mass.sum())) + 1
@@ -199,7 +235,9 @@ def test_top_p_reaches_beyond_the_head_when_the_head_holds_too_little():
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
-def draw(logits: torch.Tensor, seed: int, count: int, way=ops.sample, temperature: float = 1.0, **filters) -> np.ndarray:
+def draw(
+    logits: torch.Tensor, seed: int, count: int, way=ops.sample, temperature: float = 1.0, **filters
+) -> np.ndarray:
     """`count` draws from one row of logits, at positions 0, 1, 2 ... of one seeded request."""
     columns = {name: torch.full((count,), value) for name, value in filters.items()}
     keys = keys_of([seed] * count, list(range(count)))
@@ -220,7 +258,11 @@ def test_filtered_draws_follow_the_renormalised_softmax():
     n = 6_000
     for filters in ({"top_k": 8}, {"top_p": 0.5}, {"min_p": 0.5}):
         counts = np.bincount(draw(logits, seed=9, count=n, **filters), minlength=64)
-        kept = sorted(survivors(logits.double().tolist(), filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0.0)))
+        kept = sorted(
+            survivors(
+                logits.double().tolist(), filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0.0)
+            )
+        )
         assert len(kept) >= 8 and counts.sum() == counts[kept].sum() == n
         expected = n * torch.softmax(logits[kept].double(), -1).numpy()
         assert chi_square(counts[kept], expected) < 2.5 * len(kept) + 15
@@ -236,8 +278,11 @@ def test_a_long_tail_of_improbable_tokens_is_drawn_as_often_as_it_should_be():
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 30.0])
-@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 3000, "top_p": 0.7, "min_p": 1e-4}],
-                         ids=lambda f: "+".join(f) or "no filter")
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 3000, "top_p": 0.7, "min_p": 1e-4}],
+    ids=lambda f: "+".join(f) or "no filter",
+)
 def test_the_short_way_on_a_cpu_draws_the_same_tokens_as_the_plain_one(spread, filters):
     logits = torch.randn(24, 9_000, generator=torch.Generator().manual_seed(1)) * spread
     keys = keys_of(list(range(24)), list(range(24)))
@@ -250,10 +295,23 @@ def test_the_short_way_on_a_cpu_draws_the_same_tokens_as_the_plain_one(spread, f
 @pytest.mark.parametrize("way", [ops.sample, ops.sample_plain])
 def test_degenerate_rows_give_the_only_token_possible_and_never_nan(way):
     inf = math.inf
-    logits = torch.tensor([[-inf, -inf, 0.0, -inf], [-inf, 1e30, -inf, -inf], [3.0, 3.0 + 1e-4, 2.0, 1.0], [-inf] * 4, [-inf, -3e38, -inf, -inf]])
+    logits = torch.tensor(
+        [
+            [-inf, -inf, 0.0, -inf],
+            [-inf, 1e30, -inf, -inf],
+            [3.0, 3.0 + 1e-4, 2.0, 1.0],
+            [-inf] * 4,
+            [-inf, -3e38, -inf, -inf],
+        ]
+    )
     temperature = torch.tensor([1.0, 1e-5, 1.01e-5, 1.0, 1e30])
     for seed in range(20):
-        for filters in ({}, {"top_k": torch.tensor([3] * 5)}, {"top_p": torch.tensor([0.01] * 5)}, {"min_p": torch.tensor([1.0] * 5)}):
+        for filters in (
+            {},
+            {"top_k": torch.tensor([3] * 5)},
+            {"top_p": torch.tensor([0.01] * 5)},
+            {"min_p": torch.tensor([1.0] * 5)},
+        ):
             tokens = way(logits.clone(), temperature, keys_of([seed] * 5), **filters).tolist()
             assert tokens[:2] == [2, 1] and tokens[2] in (0, 1) and tokens[3:] == [0, 1]
 

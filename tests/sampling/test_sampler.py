@@ -1,4 +1,5 @@
 """The sampler on whole batches: every row gets what it asked for, and never notices its neighbours."""
+
 from __future__ import annotations
 
 import math
@@ -26,10 +27,28 @@ class Bench:
         self.sampler = Sampler(num_rows, vocab, CPU, eos_token_ids=(EOS,))
         self.tokens = torch.zeros(num_rows, 64, dtype=torch.int32)
 
-    def admit(self, row: int, params: SamplingParams, tokens: tuple[int, ...] = (5, 6, 7), prompt: int = 3, seed: int = 0, child: int = 0) -> None:
+    def admit(
+        self,
+        row: int,
+        params: SamplingParams,
+        tokens: tuple[int, ...] = (5, 6, 7),
+        prompt: int = 3,
+        seed: int = 0,
+        child: int = 0,
+    ) -> None:
         self.tokens[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        self.sampler.admit(RowAdmission(row=row, request_id=f"r{row}", token_ids=tokens, num_prompt_tokens=prompt, block_ids=((1,),),
-                                        params=params, seed=seed, child_index=child))
+        self.sampler.admit(
+            RowAdmission(
+                row=row,
+                request_id=f"r{row}",
+                token_ids=tokens,
+                num_prompt_tokens=prompt,
+                block_ids=((1,),),
+                params=params,
+                seed=seed,
+                child_index=child,
+            )
+        )
 
     def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int], masks=None):
         choice = self.sampler.sample(logits.clone(), np.array(rows), np.array(positions), self.tokens, masks)
@@ -57,11 +76,19 @@ def ranked(*ids: int) -> torch.Tensor:
 
 any_params = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]), top_k=st.sampled_from([0, 1, 5]), top_p=st.sampled_from([1.0, 0.8, 0.1]),
-    min_p=st.sampled_from([0.0, 0.2]), presence_penalty=st.sampled_from([0.0, 1.5]), frequency_penalty=st.sampled_from([0.0, -1.0]),
-    repetition_penalty=st.sampled_from([1.0, 1.4]), min_tokens=st.sampled_from([0, 2]), logprobs=st.sampled_from([None, 0, 3]),
-    logit_bias=st.sampled_from([None, {4: 8.0, EOS: 3.0}]), allowed_token_ids=st.sampled_from([None, [2, 4, 6, 8, 10]]),
-    bad_words_token_ids=st.sampled_from([(), ((4,), (6, 8)), ((4, 4),)]))
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 1, 5]),
+    top_p=st.sampled_from([1.0, 0.8, 0.1]),
+    min_p=st.sampled_from([0.0, 0.2]),
+    presence_penalty=st.sampled_from([0.0, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, -1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.4]),
+    min_tokens=st.sampled_from([0, 2]),
+    logprobs=st.sampled_from([None, 0, 3]),
+    logit_bias=st.sampled_from([None, {4: 8.0, EOS: 3.0}]),
+    allowed_token_ids=st.sampled_from([None, [2, 4, 6, 8, 10]]),
+    bad_words_token_ids=st.sampled_from([(), ((4,), (6, 8)), ((4, 4),)]),
+)
 
 
 def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torch.Tensor, steps: int):
@@ -74,7 +101,9 @@ def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torc
         choice = bench.sample(torch.stack([logits[step, who] for who, _ in members]), rows, [3 + step] * len(rows))
         entries = {}
         if choice.logprobs:
-            entries = dict(zip(choice.logprobs.index.tolist(), choice.logprobs.entries(choice.logprobs.tensors()), strict=True))
+            entries = dict(
+                zip(choice.logprobs.index.tolist(), choice.logprobs.entries(choice.logprobs.tensors()), strict=True)
+            )
         for i, (who, _) in enumerate(members):
             history[who].append((int(choice.token_ids[i]), entries.get(i)))
     return history

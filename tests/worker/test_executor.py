@@ -1,0 +1,137 @@
+"""From a config to a running executor: devices, dtypes, budgets, and what is printed or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minivllm.config import EngineConfig
+from minivllm.engine import executor as module
+from minivllm.engine.executor import LocalExecutor, choose_device, choose_dtype, host_block_count, token_budget
+from minivllm.errors import InvalidInput
+from minivllm.families import kv_groups, parse_config
+from minivllm.models.hub import find_model
+from minivllm.worker.kv_cache import BlockShape
+from tests.worker.plans import Planner, Sequence
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def build(folder: Path, **config: Any) -> LocalExecutor:
+    engine_config = EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", **config})
+    files = find_model(engine_config)
+    spec = parse_config(files.config)
+    if engine_config.max_model_len is not None:
+        spec = dataclasses.replace(spec, max_model_len=engine_config.max_model_len)
+    return LocalExecutor.from_config(engine_config, spec, files, eos_token_ids=(1,))
+
+
+def test_an_executor_built_from_a_config_runs_plans(tiny_llama: Callable[..., Path]):
+    executor = build(tiny_llama())
+    assert executor.max_model_len == 256 and executor.kv_windows == (None,) and executor.dtype == "float32"
+    assert executor.num_blocks > 256 // 16 and executor.num_host_blocks == 0 and executor.max_num_batched_tokens == 2048
+    s = Sequence("a", 0, (5, 6, 7), 4)
+    planner = Planner(16, list(range(1, 9)))
+    for _ in range(2):
+        result = executor.sample(executor.launch(planner.plan([(s, s.left)]))).wait()
+        assert result.error is None and len(result.token_ids) == 1
+    executor.close()
+
+
+def test_closing_gives_all_memory_back(tiny_llama: Callable[..., Path]):
+    executor = build(tiny_llama())
+    runner = executor._runner
+    held = [weakref.ref(t) for t in (runner.kv.layers[0].k, runner.rows.tokens, runner.model.embedding.table)]
+    del runner
+    executor.close()
+    executor.close()
+    gc.collect()
+    assert [r() for r in held] == [None] * 3
+    with pytest.raises(AssertionError, match="closed"):
+        executor.launch(Planner(16, []).plan([]))
+
+
+def test_the_choices_made_for_the_user_are_printed_once(
+    tiny_llama: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    build(tiny_llama(), dtype="auto", num_gpu_blocks_override=9).close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "CPU" in lines[0] and "bfloat16" in lines[0]  # chosen, or named as what this CPU lacks
+    assert "max_model_len lowered from 256 to 128" in lines[1]
+
+
+def test_a_length_asked_for_that_does_not_fit_is_refused_with_the_one_that_would(tiny_llama: Callable[..., Path]):
+    with pytest.raises(InvalidInput, match="lower max_model_len to 128") as error:
+        build(tiny_llama(), max_model_len=200, num_gpu_blocks_override=9)
+    assert error.value.param == "max_model_len"
+
+
+def test_sizes_given_in_blocks_bytes_or_host_memory_are_honoured(tiny_llama: Callable[..., Path]):
+    executor = build(tiny_llama(), kv_cache_memory_bytes=1 << 20, kv_offloading_size=2**-10)
+    block = 2 * 2 * 16 * 2 * 8 * 4  # k and v, layers, tokens, heads, head_dim, bytes
+    assert executor.num_blocks == (1 << 20) // block and executor.num_host_blocks == (1 << 20) // block
+    executor.close()
+
+
+def test_a_host_pool_too_small_for_a_block_names_what_would_do(tiny_llama: Callable[..., Path]):
+    shape = BlockShape(
+        kv_groups(parse_config(find_model(EngineConfig(model=str(tiny_llama()))).config)), 16, torch.float32
+    )
+    assert host_block_count(0.0, shape) == 0
+    with pytest.raises(InvalidInput, match="set at least") as error:
+        host_block_count(1e-6, shape)
+    assert error.value.param == "kv_offloading_size"
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(InvalidInput, match="use device='cpu'"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "checkpoint", "device", "fast_bf16", "chosen"),
+    [
+        ("auto", "bfloat16", CPU, True, torch.bfloat16),
+        ("auto", "bfloat16", CPU, False, torch.float32),
+        ("auto", "float16", CPU, True, torch.bfloat16),
+        ("float16", "bfloat16", CPU, False, torch.float16),
+        ("float32", "bfloat16", CUDA, True, torch.float32),
+        ("auto", "bfloat16", CUDA, True, torch.bfloat16),
+        ("auto", "bfloat16", CUDA, False, torch.float16),
+        ("auto", "float32", CUDA, True, torch.bfloat16),
+        ("auto", "float32", CUDA, False, torch.float16),
+        ("auto", "float16", CUDA, True, torch.float16),
+    ],
+)
+def test_dtype_auto_follows_the_device_and_an_explicit_one_wins(
+    tiny_llama, monkeypatch, wanted, checkpoint, device, fast_bf16, chosen
+):
+    spec = dataclasses.replace(parse_config(find_model(EngineConfig(model=str(tiny_llama()))).config), dtype=checkpoint)
+    monkeypatch.setattr(module, "cpu_has_bfloat16", lambda: fast_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: fast_bf16)
+    assert choose_dtype(wanted, spec, device) == chosen
+
+
+def test_without_chunked_prefill_the_default_budget_holds_the_longest_prompt(tiny_llama: Callable[..., Path]):
+    spec = dataclasses.replace(
+        parse_config(find_model(EngineConfig(model=str(tiny_llama()))).config), max_model_len=30_000
+    )
+    assert [
+        token_budget(EngineConfig(**c), spec, d)
+        for c, d in (
+            ({}, CPU),
+            ({}, CUDA),
+            ({"enable_chunked_prefill": False}, CUDA),
+            ({"max_num_batched_tokens": 77}, CPU),
+        )
+    ] == [2048, 8192, 30_000, 77]

@@ -1,0 +1,191 @@
+"""Cache tensors, block copies and moves, and the arithmetic of how many blocks fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivllm.core.plan import BlockCopy, BlockMove
+from minivllm.errors import InvalidInput
+from minivllm.families import KVSpec
+from minivllm.kernels import select
+from minivllm.worker.kv_cache import BlockShape, KVCache
+from minivllm.worker.memory import CPU_MINIMUM, MIB, Wish, available_host_memory, cpu_cache, size_cache
+from tests.worker.test_batch import plan
+
+CPU = torch.device("cpu")
+
+
+def shape(
+    block_size: int = 4, windows: tuple[int | None, ...] = (None,), layers: int = 3, dtype: torch.dtype = torch.float32
+) -> BlockShape:
+    groups = tuple(
+        KVSpec("full" if w is None else "window", 2, 8, w, tuple(range(g * layers, (g + 1) * layers)))
+        for g, w in enumerate(windows)
+    )
+    return BlockShape(groups, block_size, dtype)
+
+
+def numbered(cache: KVCache) -> None:
+    """Every block of every tensor filled with a number of its own."""
+    for j, layer in enumerate(cache.layers):
+        for which, tensor in enumerate((layer.k, layer.v)):
+            for block in range(len(tensor)):
+                tensor[block].fill_(1000 * j + 500 * which + block)
+
+
+def content(cache: KVCache, block: int) -> list[float]:
+    values = [t[block] for layer in cache.layers for t in (layer.k, layer.v)]
+    assert all((v == v.flatten()[0]).all() for v in values)
+    return [v.flatten()[0].item() for v in values]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_zeroed_aligned_and_as_large_as_the_ledger_says(dtype):
+    s = shape(windows=(None, 5), dtype=dtype)
+    cache = KVCache(s, 9, 0, CPU, select(CPU))
+    assert len(cache.layers) == 3  # two groups of three layers share three pairs
+    for layer in cache.layers:
+        for t in (layer.k, layer.v):
+            assert t.shape == (9, 4, 2, 8) and t.dtype == dtype and not t.any() and t.data_ptr() % 64 == 0
+    assert 9 * s.block_bytes == sum(t.nbytes for layer in cache.layers for t in (layer.k, layer.v))
+
+
+def test_copy_on_write_copies_a_block_in_every_tensor():
+    cache = KVCache(shape(), 8, 0, CPU, select(CPU))
+    numbered(cache)
+    before = {b: content(cache, b) for b in range(8)}
+    cache.apply(plan([], [], [], copies=(BlockCopy(2, 5, 0, 0, 0), BlockCopy(2, 6, 1, 0, 0))))
+    assert {b: content(cache, b) for b in range(8)} == {**before, 5: before[2], 6: before[2]}
+
+
+def test_blocks_come_back_from_host_memory_as_they_left():
+    cache = KVCache(shape(), 30, 30, CPU, select(CPU))
+    numbered(cache)
+    before = {b: content(cache, b) for b in range(30)}
+    out = tuple(
+        BlockMove(100 + i, device_block=i, host_block=29 - i) for i in range(1, 21)
+    )  # more than are staged at once
+    assert cache.apply(plan([], [], [], moves_out=out)) == tuple(m.move_id for m in out)
+    for layer in cache.layers:
+        layer.k.zero_(), layer.v.zero_()
+    back = tuple(BlockMove(200 + i, device_block=i + 2, host_block=29 - i) for i in range(1, 21))
+    assert cache.apply(plan([], [], [], moves_in=back)) == tuple(m.move_id for m in back)
+    for i in range(1, 21):
+        assert content(cache, i + 2) == before[i]
+    assert cache.finished_moves(wait=True) == ()
+
+
+def test_within_a_step_blocks_leave_before_others_come_into_their_place_and_copies_are_last():
+    cache = KVCache(shape(), 8, 8, CPU, select(CPU))
+    numbered(cache)
+    two, three = content(cache, 2), content(cache, 3)
+    cache.apply(plan([], [], [], moves_out=(BlockMove(1, 3, 4),)))
+    cache.apply(
+        plan(
+            [],
+            [],
+            [],
+            moves_out=(BlockMove(2, 2, 5),),
+            moves_in=(BlockMove(3, 2, 4),),
+            copies=(BlockCopy(2, 7, 0, 0, 0),),
+        )
+    )
+    assert content(cache, 2) == three and content(cache, 7) == three
+    cache.apply(plan([], [], [], moves_in=(BlockMove(4, 6, 5),)))
+    assert content(cache, 6) == two
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 20),
+    st.lists(st.sampled_from([None, 1, 5, 16, 40]), min_size=1, max_size=3),
+    st.integers(1, 30),
+    st.integers(1, 60),
+)
+def test_a_sequence_never_holds_more_blocks_than_the_formula_allows(block_size, windows, chunk, length):
+    s = shape(block_size, tuple(windows))
+    most = 0
+    for phase in range(chunk):  # the first step may be shorter than the others
+        held = [set() for _ in windows]
+        at = 0
+        while at < length:
+            count = min(chunk if at else phase + 1, length - at)
+            for group, window in enumerate(windows):
+                if window is not None:
+                    held[group] = {b for b in held[group] if (b + 1) * block_size > at - window + 1}
+                held[group] |= {p // block_size for p in range(at, at + count)}
+            at += count
+            most = max(most, sum(map(len, held)))
+    assert most <= s.blocks_of(length, chunk)
+    if all(w is None for w in windows):
+        assert most == s.blocks_of(length, chunk)
+
+
+@given(
+    st.integers(1, 20),
+    st.lists(st.sampled_from([None, 1, 5, 16, 40]), min_size=1, max_size=3),
+    st.integers(1, 30),
+    st.integers(0, 80),
+    st.integers(1, 99),
+)
+def test_the_longest_sequence_is_the_last_that_fits(block_size, windows, chunk, num_blocks, limit):
+    s = shape(block_size, tuple(windows))
+    longest = s.longest(num_blocks, limit, chunk)
+    fits = [n for n in range(limit + 1) if s.blocks_of(n, chunk) <= num_blocks - 1]
+    assert longest == max(fits, default=0)
+
+
+def test_a_length_of_the_models_own_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
+    s = shape(block_size=4)
+    budget = 11 * s.block_bytes
+    wish = Wish(max_model_len=100, length_is_explicit=False, chunk=8)
+    size = size_cache(wish, s, budget, "account", ("gpu_memory_utilization", "raise it"))
+    assert (size.num_blocks, size.max_model_len) == (11, 40)
+    explicit = Wish(max_model_len=100, length_is_explicit=True, chunk=8)
+    with pytest.raises(InvalidInput, match="lower max_model_len to 40") as error:
+        size_cache(explicit, s, budget, "account", ("gpu_memory_utilization", "raise it to 0.95"))
+    assert error.value.param == "max_model_len" and "raise it to 0.95" in error.value.message
+    assert (
+        size_cache(
+            Wish(max_model_len=40, length_is_explicit=True, chunk=8), s, budget, "account", ("", "")
+        ).max_model_len
+        == 40
+    )
+
+
+@pytest.mark.parametrize("budget", [-5, 0, 1])
+def test_no_room_at_all_names_the_setting_to_change(budget):
+    s = shape()
+    with pytest.raises(InvalidInput) as error:
+        size_cache(
+            Wish(max_model_len=10, length_is_explicit=False, chunk=8),
+            s,
+            budget * s.block_bytes,
+            "weights 3 GiB",
+            ("gpu_memory_utilization", "raise it to 0.97"),
+        )
+    assert error.value.param == "gpu_memory_utilization" and "raise it to 0.97" in error.value.message
+
+
+def test_explicit_sizes_win_over_what_was_measured():
+    s = shape(block_size=4)
+    by_blocks = Wish(max_model_len=16, length_is_explicit=False, chunk=8, num_blocks=7)
+    assert size_cache(by_blocks, s, 10**9, "", ("", "")).num_blocks == 7
+    by_bytes = Wish(max_model_len=16, length_is_explicit=False, chunk=8, cache_bytes=6 * s.block_bytes + 1)
+    assert size_cache(by_bytes, s, 10**9, "", ("", "")).num_blocks == 6
+
+
+def test_the_cache_of_a_small_model_stays_small_on_a_cpu():
+    s = BlockShape((KVSpec("full", 3, 64, None, tuple(range(30))),), 16, torch.float32)  # the default model's
+    size = cpu_cache(Wish(max_model_len=8192, length_is_explicit=False, chunk=2048), s, weight_bytes=538_000_000)
+    assert size.max_model_len == 8192
+    assert size.num_blocks * s.block_bytes <= max(CPU_MINIMUM, 538_000_000)
+
+
+def test_the_systems_free_memory_is_read():
+    assert 64 * MIB < available_host_memory() < 1 << 50
