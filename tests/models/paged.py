@@ -19,9 +19,8 @@ from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 
 
-def cpu_build(dtype: torch.dtype = torch.float32) -> BuildContext:
-    device = torch.device("cpu")
-    return BuildContext(device, dtype, select(device))
+def make_build(dtype: torch.dtype = torch.float32, device: str = "cpu") -> BuildContext:
+    return BuildContext(torch.device(device), dtype, select(torch.device(device)))
 
 
 class Paged:
@@ -34,9 +33,8 @@ class Paged:
         per_seq = -(-capacity // block_size)
         num_blocks = 1 + per_seq * num_seqs * len(self.groups)
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        dtype = model.build.dtype
-        self.kv = [KVLayer(torch.full(shape, math.nan, dtype=dtype), torch.full(shape, math.nan, dtype=dtype))
-                   for _ in range(num_kv_tensors(self.groups))]
+        unwritten = torch.full(shape, math.nan, dtype=model.build.dtype, device=model.build.device)
+        self.kv = [KVLayer(unwritten.clone(), unwritten.clone()) for _ in range(num_kv_tensors(self.groups))]
         ids = random.Random(seed).sample(range(1, num_blocks), num_blocks - 1)
         self.tables = [[[ids.pop() for _ in range(per_seq)] for _ in range(num_seqs)] for _ in self.groups]  # [G][B][M]
         self.tokens: list[list[int]] = [[] for _ in range(num_seqs)]
@@ -62,19 +60,20 @@ class Paged:
                 rows[i, -(-ends[i] // bs) :] = 0
             tables.append(rows)
         lens = [len(t) for _, t in work]
+        device = self.model.build.device
         return InputBatch(
-            tokens=torch.tensor([t for _, ts in work for t in ts], dtype=torch.int32),
-            positions=torch.cat([torch.arange(a, e) for a, e in zip(starts, ends, strict=True)]),
-            query_start=torch.tensor([0, *lens]).cumsum(0).int(),
-            seq_lens=torch.tensor(ends, dtype=torch.int32),
-            slots=slots,
-            block_tables=tuple(tables),
-            logit_rows=torch.tensor(lens).cumsum(0) - 1,
+            tokens=torch.tensor([t for _, ts in work for t in ts], dtype=torch.int32, device=device),
+            positions=torch.cat([torch.arange(a, e) for a, e in zip(starts, ends, strict=True)]).to(device),
+            query_start=torch.tensor([0, *lens]).cumsum(0).int().to(device),
+            seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+            slots=tuple(s.to(device) for s in slots),
+            block_tables=tuple(t.to(device) for t in tables),
+            logit_rows=(torch.tensor(lens).cumsum(0) - 1).to(device),
             num_decodes=sum(n == 1 for n in lens),
             query_lens_host=tuple(lens),
             seq_lens_host=tuple(ends),
         )
 
     def run(self, *work: tuple[int, Sequence[int]]) -> Tensor:
-        """-> logits of every token of the step: [T, vocab]."""
-        return self.model.logits(self.model.forward(self.batch(work), self.kv, self.block_size))
+        """-> logits of every token of the step: [T, vocab], on the CPU."""
+        return self.model.logits(self.model.forward(self.batch(work), self.kv, self.block_size)).cpu()

@@ -38,8 +38,8 @@ QWEN2_5_7B = {
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
     "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,
-    "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
-    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+    "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
 }
 OPT_125M = {
     "_remove_final_layer_norm": False, "activation_function": "relu", "architectures": ["OPTForCausalLM"], "do_layer_norm_before": True,
@@ -184,6 +184,9 @@ def test_column_and_row_sharding_alternate_so_that_a_layer_needs_two_sums() -> N
     assert dims == {"attn_norm.weight": None, "qkv.weight": 0, "qkv.bias": 0, "o.weight": 1, "mlp_norm.weight": None, "gate_up.weight": 0,
                     "down.weight": 1}
     assert params["embed.weight"].shard_dim == params["head.weight"].shard_dim == 0
+    opt = parameters(parse_config(OPT_125M))
+    # A bias behind a product split along its columns must be added once, not by every rank.
+    assert [opt[f"layers.0.{name}.bias"].shard_dim for name in ("qkv", "o", "up", "down")] == [0, None, 0, None]
 
 
 @given(st.lists(st.sampled_from([None, None, 64, 128]), min_size=1, max_size=60))

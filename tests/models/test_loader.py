@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from minivllm.errors import ModelError
 from minivllm.models.decoder import Decoder
 from minivllm.models.loader import load_model
-from tests.models.paged import Paged, cpu_build
+from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits, load, make_hf, read_spec
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -62,7 +62,7 @@ def test_weights_of_a_pytorch_file_equal_those_of_safetensors(hf: Any, folder: P
     torch.save(hf.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     assert torch.equal(logits(load(folder)), want)
     with pytest.raises(ModelError, match=r"no weights .* expected one of model.safetensors"):
-        load_model(read_spec(folder), folder, "safetensors", cpu_build())
+        load_model(read_spec(folder), folder, "safetensors", make_build())
 
 
 def test_sharded_pytorch_files_load_too(hf: Any, folder: Path) -> None:
@@ -254,9 +254,10 @@ def test_a_pytorch_file_of_something_else_is_refused(folder: Path) -> None:
     ('{"weight_map": 3}', "is not a valid weight index"),
     ('{"weight_map": {"a": 3}}', "names 3, which is not in"),
     ('{"weight_map": {"model.norm.weight": "model-2-of-2.safetensors"}}', "names model-2-of-2.safetensors, which is not in"),
-    ('{"weight_map": {"model.norm.weight": "../model.safetensors"}}', "names ../model.safetensors, which is not in"),
+    ('{"weight_map": {"model.norm.weight": "../outside.safetensors"}}', "names ../outside.safetensors, which is not in"),
 ])
 def test_an_index_that_cannot_be_followed_is_named(folder: Path, index: str, message: str) -> None:
+    (folder.parent / "outside.safetensors").write_bytes(b"")
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=message):
         load(folder)
@@ -275,13 +276,13 @@ def test_a_folder_without_weights_says_what_was_looked_for(folder: Path) -> None
 def test_dummy_weights_need_no_folder_and_depend_on_the_seed_only(family: str, tmp_path: Path) -> None:
     make_hf(family, **({"num_key_value_heads": 2} if family == "Qwen3" else {})).save_pretrained(tmp_path)
     spec, nowhere = read_spec(tmp_path), tmp_path / "nowhere"
-    first, second, other = (logits(load_model(spec, nowhere, "dummy", cpu_build(), seed)) for seed in (1, 1, 2))
+    first, second, other = (logits(load_model(spec, nowhere, "dummy", make_build(), seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert first.isfinite().all() and 1e-4 < first.std() < 10
 
 
 def test_dummy_norms_are_one_and_matrices_small(tmp_path: Path) -> None:
     make_hf("Llama").save_pretrained(tmp_path)
-    model = load_model(read_spec(tmp_path), tmp_path, "dummy", cpu_build())
+    model = load_model(read_spec(tmp_path), tmp_path, "dummy", make_build())
     assert model.norm is not None and model.norm.weight is not None and bool((model.norm.weight == 1).all())
     assert 0.018 < model.embedding.table.std() < 0.022

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from minivllm.families import ModelSpec, parse_config
+from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.loader import load_model
-from tests.models.paged import cpu_build
+from tests.models.paged import make_build
 
 BASE = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80,
         "max_position_embeddings": 64}
@@ -35,8 +36,8 @@ def read_spec(folder: Path) -> ModelSpec:
     return parse_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
-def load(folder: Path, spec: ModelSpec | None = None) -> Decoder:
-    return load_model(spec or read_spec(folder), folder, "auto", cpu_build())
+def load(folder: Path, spec: ModelSpec | None = None, build: BuildContext | None = None) -> Decoder:
+    return load_model(spec or read_spec(folder), folder, "auto", build or make_build())
 
 
 def hf_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
