@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-lint  ## ruff, and mypy (strict on the control plane)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
 bench: $(VENV)/.installed  ## the same work under minivllm and Hugging Face generate: a table and a JSON line
-	$(VENV)/bin/python -m bench.throughput $(ARGS)
+	$(VENV)/bin/python -m bench.run $(ARGS)
 
 notebooks: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
 	$(VENV)/bin/jupyter lab notebooks

@@ -31,7 +31,7 @@ NOT_YET = {
 }
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:  # noqa: A002
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
     """A config field with what the command line needs to know about it."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 

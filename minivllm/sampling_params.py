@@ -74,7 +74,9 @@ class SamplingParams:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)  # frozen for everybody else
+
         _whole("n", self.n, 1, "ask for one completion or more")
         put("temperature", _number("temperature", self.temperature, 0.0, math.inf))
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
@@ -94,7 +96,8 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
-                raise InvalidInput("allowed_token_ids is empty, so no token could ever be generated: leave it out to allow all", "allowed_token_ids")
+                raise InvalidInput("allowed_token_ids is empty, so no token could ever be generated: leave it out to allow all",
+                                   "allowed_token_ids")
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, "the number of tokens to generate")
         _whole("min_tokens", self.min_tokens, 0, "0 turns it off")
