@@ -9,10 +9,10 @@ import contextlib
 import sys
 from typing import Any
 
-from minivllm.cli.flags import add_model_argument, note
+from minivllm.cli.flags import add_model_argument
 from minivllm.cli.local import Local, add_flags
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.config import NOT_YET
+from minivllm.server.config import NOT_YET, say
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 COMMANDS = ("/reset", "/exit", "/help")
@@ -49,7 +49,7 @@ class Chat:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  input() gets line editing and a history
-            note(HELP)
+            say(HELP)
         while (line := self._read()) is not None:
             if line.startswith("/"):
                 if line == "/exit":
@@ -68,17 +68,17 @@ class Chat:
             return None
         except KeyboardInterrupt:  # at the prompt there is nothing to stop
             print()
-            note(HELP)
+            say(HELP)
             return ""
 
     def _command(self, line: str) -> None:
         if line == "/reset":
             self.messages = list(self.opening)
-            note("(a new conversation)")
+            say("(a new conversation)")
         elif line == "/help":
-            note(HELP)
+            say(HELP)
         else:
-            note(f"no command {line!r}{nearest(line, COMMANDS)}. {HELP}")
+            say(f"no command {line!r}{nearest(line, COMMANDS)}. {HELP}")
 
     def _answer(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
@@ -91,9 +91,9 @@ class Chat:
                 print(piece, end="", flush=True)
         except InvalidInput as error:  # most often: the conversation has outgrown the context
             self.messages.pop()
-            note(f"error: {error} (/reset starts afresh)")
+            say(f"error: {error} (/reset starts afresh)")
             return
         print()
         if self.local.interrupt.pressed:
-            note("(stopped)")
+            say("(stopped)")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})

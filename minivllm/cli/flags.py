@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -120,7 +119,7 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
         if f.name in values:
             value = values[f.name]
             if str(f.type).startswith("tuple"):
-                value = (value,) if isinstance(value, str) else tuple(value)
+                value = tuple(value) if isinstance(value, list) else (value,)
             mine[f.name] = value
     return config(**mine)
 
@@ -164,8 +163,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InvalidInput(f"{path} must hold settings by name, got a {type(data).__name__}", "config")
     return data
-
-
-def note(message: str) -> None:
-    """A line for the person at the terminal, on stderr, so that stdout stays the answer."""
-    print(message, file=sys.stderr, flush=True)

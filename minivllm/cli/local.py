@@ -8,11 +8,11 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minivllm.cli.flags import add_config_file, add_config_flags, build, given, note
+from minivllm.cli.flags import add_config_file, add_config_flags, build, given
 from minivllm.config import EngineConfig
 from minivllm.errors import EngineDead
 from minivllm.sampling_params import SamplingParams
-from minivllm.server.config import LOG_LEVELS, configure_logging
+from minivllm.server.config import LOG_LEVELS, configure_logging, say
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine
@@ -77,7 +77,7 @@ class Local:
         SamplingParams(**overrides)  # a wrong value is told before the model is loaded
         config = build(EngineConfig, given(args, EngineConfig))
         configure_logging(args.log_level)
-        note(f"loading {config.model or 'the default model'} ...")
+        say(f"loading {config.model or 'the default model'} ...")
         from minivllm.engine.engine import LLMEngine
 
         engine = LLMEngine.from_config(config)

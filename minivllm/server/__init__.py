@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP server. It reaches the engine only through `EngineClient`.
 
-    run.py         from settings to a listening server: port, engine, signals
+    run.py         from settings to a listening server: port, engine, readiness
+    listen.py      uvicorn, and how it ends
     app.py         the application: which path does what
     protocol.py    what a request may say, strictly
     generation.py  a request on its way: prompts out, deltas in, bytes to the client

@@ -251,6 +251,7 @@ class Frontend:
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:
     """The server's application around a running engine. `app.state.frontend` is its `Frontend`."""
     frontend = Frontend(client, config, tokenizer)
+    client.metrics.model = frontend.names[0]  # the label: what clients call the model, not where it lies
     app = FastAPI(
         title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         middleware=[Middleware(Door, keys=config.keys())],

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +96,13 @@ def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
         raise InvalidInput(f"{f.name} must be {words}, got {value!r}", f.name)
 
 
+def say(message: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def configure_logging(level: str) -> None:
     """Log lines to stderr. Called by the commands, never on import."""
-    logging.basicConfig(level=level.upper(), format="%(levelname)s %(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpx2", "filelock", "urllib3", "asyncio", "uvicorn.error"):
         logging.getLogger(chatty).setLevel("DEBUG" if level == "debug" else "WARNING")

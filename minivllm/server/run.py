@@ -6,53 +6,43 @@
 """
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
+import importlib
+import importlib.util
 import shlex
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import uvicorn
 
 from minivllm import __version__
 from minivllm.config import EngineConfig
 from minivllm.engine.chat_template import ChatTemplate
-from minivllm.engine.client import EngineInfo
+from minivllm.engine.client import EngineClient, EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.server.app import Frontend, create_app
 from minivllm.server.build import start_engine
-from minivllm.server.config import ServerConfig, configure_logging
-
-CTRL_C_SECONDS = 5  # for aborted streams to say goodbye; a client that does not read is cut off then
+from minivllm.server.config import ServerConfig, configure_logging, say
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal ends it. Returns the exit status; raises `InvalidInput` for what the user can mend."""
     begun = time.monotonic()
     configure_logging(config.log_level)
+    check_packages()
     template = read_chat_template(config.chat_template)
     listener = bind(config.host, config.port)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with listener:
             say(f"minivllm {__version__}: loading {engine_config.model or 'the default model'} ...")
+            # The web server's packages take a second to import: time the engine needs anyway.
+            threading.Thread(target=importlib.import_module, args=("minivllm.server.listen",), daemon=True).start()
             client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level)
             with contextlib.closing(client):
-                app = create_app(client, config, build_tokenizer(client.info, template))
-                listen(listener)
-                names, chat = app.state.frontend.names, _has_chat(app.state.frontend)
-
-                def ready() -> None:
-                    say(readiness(client.info, config, listener.getsockname()[1], names[0], chat, time.monotonic() - begun))
-
-                Server(app, config, ready).run(sockets=[listener])
+                _run(client, config, template, listener, begun)
     except KeyboardInterrupt:
         pass
     finally:
@@ -61,12 +51,31 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     return 0
 
 
+def _run(client: EngineClient, config: ServerConfig, template: str | None, listener: socket.socket, begun: float) -> None:
+    from minivllm.server.app import create_app
+    from minivllm.server.listen import Server
+
+    tokenizer = build_tokenizer(client.info, template)
+    app = create_app(client, config, tokenizer)
+    listen(listener)
+    chat = tokenizer is not None and tokenizer.chat_template is not None
+
+    def ready() -> None:
+        port, name = listener.getsockname()[1], app.state.frontend.names[0]
+        say(readiness(client.info, config, port, name, chat, time.monotonic() - begun))
+
+    Server(app, config, ready).run(sockets=[listener])
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt  # SIGTERM while loading: unwind like Ctrl-C
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def check_packages() -> None:
+    """The engine needs none of these, so they may be missing."""
+    missing = [package for package in ("fastapi", "pydantic", "uvicorn") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InvalidInput(f"the server needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 # -- the port ---------------------------------------------------------------------------------------------------------
@@ -130,10 +139,6 @@ def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:
     return tokenizer
 
 
-def _has_chat(frontend: Frontend) -> bool:
-    return frontend.tokenizer is not None and frontend.tokenizer.chat_template is not None
-
-
 def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat: bool, seconds: float) -> str:
     """What is served and how to try it: the last line can be pasted into a shell."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, f"[{config.host}]" if ":" in config.host else config.host)
@@ -150,61 +155,3 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
         f"ready after {seconds:.1f} s at {url} (Ctrl-C ends it). Try:",
         f"curl {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))
-
-
-# -- serving ----------------------------------------------------------------------------------------------------------
-
-
-class Server(uvicorn.Server):
-    """uvicorn with our endings: it exits with status 0, says when it is ready, and sleeps when nothing happens."""
-
-    def __init__(self, app: object, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
-        super().__init__(uvicorn.Config(
-            app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,  # type: ignore[arg-type]
-        ))
-        self._running = app.state.frontend.running  # type: ignore[attr-defined]
-        self._drain_timeout = config.drain_timeout
-        self._ready = ready
-        self._wake = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-    async def main_loop(self) -> None:
-        counter = 0
-        while not await self.on_tick(counter):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 1.0)  # once a second for the Date header
-            counter += 10
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self.end, False)
-        loop.add_signal_handler(signal.SIGTERM, self.end, True)
-        try:
-            yield
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            loop.remove_signal_handler(signal.SIGTERM)
-
-    def end(self, drain: bool) -> None:
-        """Stop accepting; let running requests finish (`drain`) or abort them. Asked twice: end now."""
-        if self.should_exit:
-            self._running.stop()
-            self.force_exit = True
-            return
-        self.should_exit = True
-        self._wake.set()
-        patience = self._drain_timeout if drain else 0.0
-        self.config.timeout_graceful_shutdown = int(patience) + CTRL_C_SECONDS
-        if len(self._running):
-            say(f"ending: {len(self._running)} requests " + (f"may finish within {patience:g} s" if patience else "are aborted"))
-        if patience:
-            asyncio.get_running_loop().call_later(patience, self._running.stop)
-        else:
-            self._running.stop()

@@ -5,6 +5,7 @@ allows it, so that a test decides what has happened when, without sleeping.
 """
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -22,7 +23,7 @@ from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
 from minivllm.server.config import ServerConfig
-from minivllm.server.run import Server
+from minivllm.server.listen import Server
 
 Steps = list[tuple[tuple[int, ...], str]]
 EOS = 1
@@ -175,14 +176,17 @@ class LiveServer:
     url: str
     client: EngineClient
     server: Server
+    loop: asyncio.AbstractEventLoop
     thread: threading.Thread
+
+    def end(self, *, drain: bool) -> None:
+        """What a signal does: SIGTERM drains, SIGINT does not."""
+        self.loop.call_soon_threadsafe(self.server.end, drain)
 
 
 @contextlib.contextmanager
 def serving(client: EngineClient, tokenizer: Tokenizer | None, **settings: Any) -> Iterator[LiveServer]:
     """Serve a client's engine until the end of the block."""
-    import asyncio
-
     config = ServerConfig(access_log=False, **settings)
     app = create_app(client, config, tokenizer)
     listener = socket.socket()
@@ -200,9 +204,11 @@ def serving(client: EngineClient, tokenizer: Tokenizer | None, **settings: Any) 
     thread.start()
     assert ready.wait(30)
     try:
-        yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", client, server, thread)
+        yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", client, server, loops[0], thread)
     finally:
-        loops[0].call_soon_threadsafe(server.end, False)
+        if thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # it may end by itself in this moment
+                loops[0].call_soon_threadsafe(server.end, False)
         thread.join(30)
         assert not thread.is_alive(), "the server did not end"
         listener.close()

@@ -117,7 +117,7 @@ def test_no_task_is_left_when_all_is_done(engine: ScriptedEngine, live: LiveServ
     for stream in (True, False):
         httpx.post(live.url + PATH, json={"prompt": [[5], [6]], "stream": stream, "max_tokens": 3})
     assert live.client._streams == {}
-    assert len(live.server._running) == 0
+    assert len(live.server.running) == 0
 
 
 def open_request(live: LiveServer, body: dict[str, Any]) -> socket.socket:

@@ -1,0 +1,195 @@
+"""Flags are made from the config dataclasses; a wrong command line is one line that names the nearest right one."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minivllm.cli.flags import build, given
+from minivllm.cli.main import COMMANDS, build_parser, guarded, main
+from minivllm.config import NOT_YET, EngineConfig
+from minivllm.errors import EngineDead, InvalidInput
+from minivllm.server.config import ServerConfig
+
+
+def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
+    """The configs of a `serve` command line."""
+    from minivllm.cli.flags import normalise
+
+    args, extras = build_parser()[0].parse_known_args(normalise(["serve", *argv]))
+    assert not extras
+    values = given(args, EngineConfig, ServerConfig)
+    return build(EngineConfig, values), build(ServerConfig, values)
+
+
+def one_of(f: dataclasses.Field[Any]) -> tuple[list[str], Any]:
+    """Arguments that set a field to something else than its default, and that value."""
+    kind = str(f.type)
+    if kind == "bool":
+        return [], not f.default
+    if f.metadata.get("choices"):
+        value = next(choice for choice in f.metadata["choices"] if choice != f.default)
+        return [value], value
+    if kind.startswith("int"):
+        return ["77"], 77
+    if kind.startswith("float"):
+        return ["0.5"], 0.5
+    return ["word"], ("word",) if kind.startswith("tuple") else "word"
+
+
+@pytest.mark.parametrize("config, f", [(c, f) for c in (EngineConfig, ServerConfig) for f in dataclasses.fields(c)],
+                         ids=lambda x: getattr(x, "name", getattr(x, "__name__", "")))
+def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.Field[Any]) -> None:
+    argument, value = one_of(f)
+    if f.name == "max_body_size":
+        argument, value = ["7777"], 7777
+    for name in (f.name.replace("_", "-"), f.name):
+        flag = f"--{name}" if value is not False else f"--no-{name}"
+        found = parsed(flag, *argument)[config is ServerConfig]
+        assert getattr(found, f.name) == value
+        if argument:
+            assert getattr(parsed(f"{flag}={argument[0]}")[config is ServerConfig], f.name) == value
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert parsed() == (EngineConfig(), ServerConfig())
+
+
+def test_the_model_is_an_argument_or_a_flag_but_not_two_of_them() -> None:
+    assert parsed("org/model")[0].model == parsed("--model", "org/model")[0].model == "org/model"
+    with pytest.raises(InvalidInput, match="two models"):
+        parsed("org/model", "--model", "org/other")
+
+
+def test_keys_and_names_may_be_repeated() -> None:
+    _, server = parsed("--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--served-model-name", "z")
+    assert server.api_key == ("a", "b") and server.served_model_name == ("x", "y", "z")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line with which a wrong command line ends, status 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["serve", "--max-model-length", "5"], "unknown flag --max-model-length; did you mean '--max-model-len'?"),
+    (["serve", "--prot=80"], "did you mean '--port'?"),
+    (["serve", "--enable_prefix_cacheing"], "did you mean '--enable-prefix-caching'?"),
+    (["serve", "--quantization", "awq"], "--quantization (quantized weights) is not supported yet"),
+    (["serve", "--no-enforce-eager"], "is not supported yet"),
+    (["serve", "--tool_call_parser=hermes"], "--tool-call-parser (tool calls) is not supported yet"),
+    (["serve", "--port", "many"], "argument --port: invalid int value: 'many'"),
+    (["serve", "--dtype", "flot32"], "argument --dtype: invalid choice: 'flot32'"),
+    (["serve", "--max-model", "5"], "unknown flag --max-model"),
+    (["serve", "a", "b"], "unexpected argument 'b'"),
+    (["chat", "--skip-tokenizer-init"], "unknown flag --skip-tokenizer-init"),
+    (["server"], "invalid choice: 'server'"),
+    ([], "required: COMMAND"),
+])
+def test_a_wrong_command_line_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    assert words in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_YET))
+def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    assert "not supported yet" in refused(capsys, "serve", flag)
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert flag + " " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["serve", "--max-model-len", "0"], "max_model_len must be at least 1, got 0"),
+    (["serve", "--port", "70000"], "port must be between 0 and 65535"),
+    (["serve", "--api-key", ""], "api_key must not be empty"),
+    (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is no address"),
+    (["serve", "--chat-template", "/no/such/file"], "chat_template: cannot read /no/such/file"),
+    (["serve", "--config", "/no/such/file"], "cannot read the config file /no/such/file"),
+    (["complete", "x", "--temperature", "-1"], "temperature must be in [0, inf)"),
+    (["complete", ""], "the prompt is empty"),
+])
+def test_a_wrong_value_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("minivllm: error: ") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix, text", [
+    (".json", json.dumps({"port": 9000, "max-model-len": 64, "api_key": ["a", "b"]})),
+    (".toml", 'port = 9000\nmax-model-len = 64\napi_key = ["a", "b"]\n'),
+    (".yaml", "port: 9000\nmax_model_len: 64\napi-key: [a, b]\n"),
+])
+def test_settings_may_come_from_a_file_and_the_command_line_wins(tmp_path: Path, suffix: str, text: str) -> None:
+    file = tmp_path / ("settings" + suffix)
+    file.write_text(text)
+    engine, server = parsed("--config", str(file), "--port", "9001")
+    assert engine.max_model_len == 64 and server.port == 9001 and server.api_key == ("a", "b")
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"prot": 1}', "unknown setting 'prot'; did you mean 'port'?"),
+    ('{"quantization": "awq"}', "not supported yet"),
+    ("[1]", "got a list"),
+    ("{", "not a valid config file"),
+    ('{"port": "many"}', "port must be a whole number"),
+    ('{"port": true}', "port must be a whole number"),
+    ('{"api_key": [1]}', "api_key must be a list of strings"),
+    ('{"api_key": 5}', "api_key must be a list of strings"),
+    ('{"permissive": "yes"}', "permissive must be True or False"),
+])
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    with pytest.raises(InvalidInput, match=None) as caught:
+        parsed("--config", str(file))
+    assert words in str(caught.value)
+
+
+def test_help_and_version_load_neither_torch_nor_the_web_server() -> None:
+    code = (
+        "import sys; from minivllm.cli.main import main\n"
+        "for argv in (['--help'], ['serve', '--help'], ['--version']):\n"
+        "    try: main(argv)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'fastapi', 'pydantic', 'uvicorn', 'transformers', 'numpy', 'tokenizers'}\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & heavy))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+    assert output.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (InvalidInput("bad thing", "field"), 1, "minivllm: error: bad thing\n"),
+    (EngineDead("it died"), 1, "minivllm: error: it died\n"),
+    (KeyboardInterrupt(), 130, ""),
+    (ModuleNotFoundError("no", name="fancy.part"), 1, "minivllm: error: the package 'fancy.part' is missing"),
+])
+def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str) -> None:
+    def run() -> int:
+        raise error
+
+    assert guarded(run) == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_bug_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 // 0)
+
+
+def test_every_command_is_a_module_with_add_parser_and_run() -> None:
+    import importlib
+
+    for name in COMMANDS:
+        module = importlib.import_module(f"minivllm.cli.{name}")
+        assert callable(module.add_parser) and callable(module.run)

@@ -1,0 +1,146 @@
+"""A tiny real model behind the real server: the answers are those of `LLM.generate`, from a thread and from another process."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from minivllm import LLM, SamplingParams
+from minivllm.config import EngineConfig
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.server.build import start_engine
+from tests.server.scripted import LiveServer, serving
+
+SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 64, "num_gpu_blocks_override": 128}
+PROMPTS = ["the cat", "the hat and", "then that other thing in the end " * 8, "a"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def offline(folder: Path) -> Iterator[LLM]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny: a second thread only waits for the first
+    with LLM(model=str(folder), **SETTINGS) as llm:
+        yield llm
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def live(request: pytest.FixtureRequest, folder: Path) -> Iterator[LiveServer]:
+    config = EngineConfig(model=str(folder), **SETTINGS)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")  # for the engine's process
+        client = start_engine(config, process=request.param == "process", log_level="warning")
+    try:
+        with serving(client, Tokenizer(folder), served_model_name=("tiny",)) as live:
+            yield live
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def api(live: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
+        yield api
+
+
+def test_greedy_completions_equal_generate_whole_and_streamed(api: openai.OpenAI, offline: LLM) -> None:
+    wanted = [o.outputs[0].text for o in offline.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)]
+    whole = api.completions.create(model="tiny", prompt=PROMPTS, temperature=0, max_tokens=24)
+    assert [choice.text for choice in whole.choices] == wanted
+    pieces = [""] * len(PROMPTS)
+    for chunk in api.completions.create(model="tiny", prompt=PROMPTS, temperature=0, max_tokens=24, stream=True):
+        pieces[chunk.choices[0].index] += chunk.choices[0].text
+    assert pieces == wanted
+
+
+def test_a_greedy_chat_equals_chat(api: openai.OpenAI, offline: LLM) -> None:
+    messages: Any = [{"role": "user", "content": "the cat"}]
+    wanted = offline.chat(messages, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0].outputs[0].text
+    whole = api.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=16)
+    streamed = api.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=16, stream=True)
+    assert whole.choices[0].message.content == wanted == "".join(c.choices[0].delta.content or "" for c in streamed)
+
+
+def test_a_seeded_request_draws_the_same_tokens_whatever_else_is_running(api: openai.OpenAI, offline: LLM) -> None:
+    def ask(_: int) -> list[str]:
+        choices = api.completions.create(model="tiny", prompt="the cat", temperature=1, seed=7, n=3, max_tokens=12).choices
+        return [choice.text for choice in choices]
+
+    params = SamplingParams(temperature=1, seed=7, n=3, max_tokens=12)
+    wanted = [o.text for o in offline.generate("the cat", params, use_tqdm=False)[0].outputs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [wanted] * 8
+    assert len(set(wanted)) == 3
+
+
+def test_a_stop_string_ends_the_text_before_it_and_is_the_stop_reason(api: openai.OpenAI) -> None:
+    text = api.completions.create(model="tiny", prompt="the cat", temperature=0, max_tokens=40).choices[0].text
+    stop = text[5:8]
+    for stream in (False, True):
+        answer = api.completions.create(model="tiny", prompt="the cat", temperature=0, max_tokens=40, stop=stop, stream=stream)  # type: ignore[call-overload]
+        choices = [c.choices[0] for c in answer] if stream else [answer.choices[0]]
+        assert "".join(c.text for c in choices) == text[:text.index(stop)]
+        assert choices[-1].finish_reason == "stop" and choices[-1].model_dump()["stop_reason"] == stop
+
+
+def test_a_second_request_finds_the_first_ones_prompt_cached(api: openai.OpenAI) -> None:
+    prompt = "cats and hats " * 12
+    cached = [api.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage for _ in range(2)]
+    first, second = (usage.prompt_tokens_details.cached_tokens for usage in cached)  # type: ignore[union-attr]
+    assert first == 0 and second is not None and second >= 16
+
+
+def test_scoring_a_prompt_equals_generates_prompt_logprobs(api: openai.OpenAI, offline: LLM) -> None:
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    rows = offline.generate("the cat and the hat", params, use_tqdm=False)[0]
+    assert rows.prompt_logprobs is not None
+    wanted = [None if row is None else row[token].logprob for token, row in zip(rows.prompt_token_ids, rows.prompt_logprobs, strict=True)]
+    answer = api.completions.create(model="tiny", prompt="the cat and the hat", echo=True, logprobs=1, max_tokens=0).choices[0]
+    assert answer.logprobs is not None and answer.logprobs.token_logprobs is not None and answer.text == "the cat and the hat"
+    got = list(answer.logprobs.token_logprobs)
+    assert got[0] is None and got[1:] == pytest.approx(wanted[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("change, param", [
+    ({"prompt": [5, 320]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"logit_bias": {"320": 1}}, "logit_bias"),
+    ({"allowed_token_ids": [320]}, "allowed_token_ids"), ({"stop_token_ids": [10**12]}, "stop_token_ids"),
+])
+def test_token_ids_outside_the_vocabulary_are_400(live: LiveServer, change: dict[str, Any], param: str) -> None:
+    for stream in (False, True):
+        response = httpx.post(live.url + "/v1/completions", json={"prompt": "x", "stream": stream, **change})
+        assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+
+
+def test_a_client_that_leaves_gives_its_blocks_back(live: LiveServer) -> None:
+    body = {"prompt": PROMPTS, "n": 4, "max_tokens": 150, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", live.url + "/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        assert live.client.stats().used_blocks > 0
+    while len(live.server.running):  # until the server has noticed, answering others meanwhile
+        assert httpx.get(live.url + "/health").status_code == 200
+    # The aborts are in the engine's inbox, before this request: when it is answered they were obeyed.
+    httpx.post(live.url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60)
+    stats = live.client.stats()
+    assert (stats.used_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0)
+
+
+def test_metrics_count_what_was_done(live: LiveServer, api: openai.OpenAI) -> None:
+    def generated() -> float:
+        lines = httpx.get(live.url + "/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith('minivllm:generation_tokens_total{model_name="tiny"}')).split()[-1])
+
+    before = generated()
+    api.completions.create(model="tiny", prompt="the cat", max_tokens=9, extra_body={"ignore_eos": True})
+    assert generated() - before == 9
