@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -165,6 +166,14 @@ def test_lessons_import_neither_the_package_nor_another_lesson() -> None:
 def test_every_module_has_a_docstring() -> None:
     without = [name for name, text in sources().items() if text.strip() and not ast.get_docstring(ast.parse(text))]
     assert without == []
+
+
+def test_every_file_that_the_documents_name_exists() -> None:
+    files = ["/" + str(path.relative_to(ROOT)) for folder in ("minivllm", "tests", "bench", "lessons", "docs") for path in (ROOT / folder).rglob("*")]
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        named = set(re.findall(r"[\w/.-]*\w\.(?:py|md)\b", document.read_text(encoding="utf-8")))
+        missing = {name for name in named if not any(file.endswith(f"/{name.removeprefix('./')}") for file in files)}
+        assert missing <= {"README.md", "CONTRIBUTING.md"}, f"{document.name} names {missing}"
 
 
 def test_the_control_plane_leaves_torch_and_numpy_unimported() -> None:
