@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,19 +78,25 @@ class LocalExecutor:
         dtype = choose_dtype(config.dtype, spec, device)
         budget = token_budget(config, spec, device)
         build = BuildContext(device=device, dtype=dtype, ops=select(device))
-        model = load_model(spec, Path(files.folder), config.load_format, build, config.seed)
         shape = BlockShape(kv_groups(spec), config.block_size, dtype)
+        weights = _weight_bytes(spec, dtype)
+        with _enough_memory(f"the weights of {weights / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
+            model = load_model(spec, Path(files.folder), config.load_format, build, config.seed)
         chunk = min(budget, config.long_prefill_token_threshold or budget)
         wish = Wish(max_model_len=spec.max_model_len, length_is_explicit=config.max_model_len is not None, chunk=chunk,
                     num_blocks=config.num_gpu_blocks_override, cache_bytes=config.kv_cache_memory_bytes,
                     utilization=config.gpu_memory_utilization)
         if device.type == "cuda":
-            size = cuda_cache(wish, shape, model, config.max_num_seqs, budget)
+            with _enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
+                size = cuda_cache(wish, shape, model, config.max_num_seqs, budget)
         else:
-            size = cpu_cache(wish, shape, _weight_bytes(spec, dtype))
+            size = cpu_cache(wish, shape, weights)
         _announce(spec, device, dtype, config.dtype == "auto", size)
         host_blocks = host_block_count(config.kv_offloading_size, shape)
-        kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
+        field = "num_gpu_blocks_override" if config.num_gpu_blocks_override is not None else "kv_cache_memory_bytes"
+        pools = f"{size.num_blocks * shape.block_bytes / GIB:.2f} GiB and {host_blocks * shape.block_bytes / GIB:.2f} GiB in host memory"
+        with _enough_memory(f"a KV cache of {pools}", field, "lower it, or kv_offloading_size"):
+            kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
         runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids)
         return cls(runner, device=device, dtype=dtype, max_model_len=size.max_model_len, max_num_batched_tokens=budget)
@@ -176,6 +183,16 @@ def host_block_count(offloading_gib: float, shape: BlockShape) -> int:
 
 def _weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     return sum(int(np.prod(p.shape)) for p in parameters(spec).values()) * dtype.itemsize
+
+
+@contextmanager
+def _enough_memory(what: str, field: str, fix: str) -> Iterator[None]:
+    """Turns running out of memory into the user's error: what did not fit, and what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        torch.cuda.empty_cache()
+        raise InvalidInput(f"no memory for {what} ({str(error).split('. ')[0]}): for {field}: {fix}", field) from error
 
 
 def _announce(spec: ModelSpec, device: torch.device, dtype: torch.dtype, automatic: bool, size: CacheSize) -> None:

@@ -93,6 +93,17 @@ def test_noise_depends_on_seed_child_position_purpose_and_token():
     assert len(set(base[0].tolist())) == 1000
 
 
+def test_no_key_is_used_for_two_positions_purposes_or_children():
+    keys = [
+        tuple(keys_of([s] * 50, list(range(50)), child, purpose)[i].tolist())
+        for s in (0, 1)
+        for child in range(4)
+        for purpose in Purpose
+        for i in range(50)
+    ]
+    assert len(set(keys)) == 2 * 4 * 3 * 50
+
+
 def test_negative_and_huge_seeds_have_streams_of_their_own():
     seeds = [-(2**63), -1, 0, 1, 2**63 - 1]
     assert len({stream_key(s, c) for s in seeds for c in range(3)}) == 15

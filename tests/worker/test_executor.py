@@ -91,6 +91,12 @@ def test_a_host_pool_too_small_for_a_block_names_what_would_do(tiny_llama: Calla
     assert error.value.param == "kv_offloading_size"
 
 
+def test_a_cache_that_the_host_cannot_hold_is_refused(tiny_llama: Callable[..., Path]):
+    with pytest.raises(InvalidInput, match="no memory for a KV cache") as error:
+        build(tiny_llama(), kv_cache_memory_bytes=1 << 55)
+    assert error.value.param == "kv_cache_memory_bytes"
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU

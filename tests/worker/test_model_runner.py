@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, BlockMove, StepResult
 from minivllm.families import kv_groups
+from minivllm.kernels import select
+from minivllm.layers.build import BuildContext
+from minivllm.models.loader import load_model
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import model_runner
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import ModelRunner
-from tests.models.tiny import hf_logits, load, make_hf
+from tests.models.tiny import hf_logits, make_hf, read_spec
 from tests.worker.plans import GREEDY, Planner, Sequence
 
 NUM_BLOCKS, ROWS, LENGTH, VOCAB = 120, 6, 64, 97
@@ -30,7 +33,7 @@ TOKENS = 10
 class Tiny:
     """A tiny model for both sides. `windows`: with an alternating window of 6, so that there are two KV groups."""
 
-    def __init__(self, folder: Path, windows: bool) -> None:
+    def __init__(self, folder: Path, windows: bool, device: str = "cpu") -> None:
         extra: dict[str, Any] = (
             {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "num_hidden_layers": 4}
             if windows
@@ -38,7 +41,9 @@ class Tiny:
         )
         self.hf = make_hf("Qwen2", num_key_value_heads=2, **extra)
         self.hf.save_pretrained(folder)
-        self.model = load(folder)
+        self.device = torch.device(device)
+        build = BuildContext(self.device, torch.float32, select(self.device))
+        self.model = load_model(read_spec(folder), folder, "auto", build)
         assert len(kv_groups(self.model.spec)) == (2 if windows else 1)
         rng = random.Random(0)
         self.prompts = [tuple(rng.randrange(VOCAB) for _ in range(n)) for n in (1, 5, 23, 2, 11)]
@@ -52,7 +57,7 @@ class Tiny:
 
     def runner(self, block_size: int = 4, host_blocks: int = 0) -> ModelRunner:
         shape = BlockShape(kv_groups(self.model.spec), block_size, torch.float32)
-        kv = KVCache(shape, NUM_BLOCKS, host_blocks, torch.device("cpu"), self.model.build.ops)
+        kv = KVCache(shape, NUM_BLOCKS, host_blocks, self.device, self.model.build.ops)
         for layer in kv.layers:  # whoever reads what was never written gets NaN
             layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
         return ModelRunner(self.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,))
