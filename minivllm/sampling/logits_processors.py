@@ -127,7 +127,7 @@ class PenaltyCounts:
         self.seen[slot].fill_(False)
         self.counts[slot].zero_()
         ids = upload([np.array(token_ids, np.int64)], self.counts.device)[0]
-        self.seen[slot, ids] = True
+        self.seen[slot].index_fill_(0, ids, True)
         self.add(np.full(len(token_ids) - num_prompt_tokens, slot), ids[num_prompt_tokens:])
 
     def _take(self) -> int:
