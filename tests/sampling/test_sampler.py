@@ -95,10 +95,11 @@ def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torc
     """Sample `steps` tokens for the members (identity, params) in the given rows; per member its tokens and logprobs."""
     bench = Bench()
     for (who, params), row in zip(members, rows, strict=True):
-        bench.admit(row, params, seed=who)
+        bench.admit(row, params, tokens=(5, 6, 7, 8, 9, 10)[: 1 + who], prompt=1 + who, seed=who)
     history = {who: [] for who, _ in members}
     for step in range(steps):
-        choice = bench.sample(torch.stack([logits[step, who] for who, _ in members]), rows, [3 + step] * len(rows))
+        positions = [1 + who + step for who, _ in members]
+        choice = bench.sample(torch.stack([logits[step, who] for who, _ in members]), rows, positions)
         entries = {}
         if choice.logprobs:
             entries = dict(
@@ -132,7 +133,9 @@ def test_a_row_rebuilt_from_its_tokens_continues_as_if_nothing_had_happened(para
         if step == dropped_after:
             known = tuple(dropped.tokens[0, : 3 + step].tolist())
             dropped = Bench()
-            dropped.admit(6, greedy(repetition_penalty=3.0))
+            dropped.admit(
+                6, greedy(repetition_penalty=3.0, logit_bias={4: 100}, min_tokens=16, logprobs=2)
+            )  # an earlier tenant
             dropped.admit(6, params, tokens=known, seed=3)
         row = 6 if step >= dropped_after else 0
         assert dropped.one(logits[step], row, 3 + step) == steady.one(logits[step], 0, 3 + step)
