@@ -1,0 +1,175 @@
+"""The same work for every engine, one after another, each in its own process: a table, then one JSON line.
+
+    python -m bench.run --engines minivllm,hf-bf16,hf-fp32 --rows c1,c8,c32,mixed32,ttft1024,memory,start --threads 2
+    python -m bench.run --model smollm2-135m --device cuda --engines minivllm-bf16,hf-bf16 --rows bs1,bs32,ttft8000
+
+An engine is a name (minivllm, hf) and a dtype (bf16, fp32, fp16; left out: minivllm's own choice, hf bf16). The model is the
+default one, a folder, or a shape of bench/models.py with random weights that all engines read from one file. Before a row
+is timed its engine must be right: in fp32 greedy tokens equal Transformers', in every dtype the number of tokens is exact.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import machine, models
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+TIE = 1e-4  # greedy engines may part where the best two logits are closer than this (fp32)
+Results = dict[str, dict[str, Any]]  # engine -> row -> what the worker said
+
+
+def main() -> None:
+    args = parse()
+    scratch = tempfile.TemporaryDirectory(prefix="bench-")
+    with scratch:
+        shown, model = find_model(args.model, Path(scratch.name))
+        max_len = json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"]
+        names = args.engines.split(",")
+        rows = args.rows.split(",")
+        where = machine.describe(args.device, args.threads)
+        print(f"{machine.one_line(where)}\nmodel {shown}, device {args.device}, {args.repeats} repetitions, median", flush=True)
+        expected = None
+        if args.device == "cpu" or args.check:  # the oracle: Transformers in fp32, whether it is a column or not
+            expected = start_worker("hf-fp32", model, args, [], max_len)["check"]
+        results: Results = {}
+        for name in names:
+            print(f"  {name} ...", end="", flush=True)
+            begin = time.time()
+            results[name] = start_worker(name, model, args, rows, max_len)
+            print(f" {time.time() - begin:.0f} s", flush=True)
+            judge(results[name], expected)
+    report(results, rows)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"date": now, "command": "python -m bench.run " + " ".join(sys.argv[1:]), "model": shown,
+              "device": args.device, "machine": where, "results": {n: strip(r) for n, r in results.items()}}
+    print(json.dumps(record))
+    if args.save:
+        Path(args.save).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", default="minivllm,hf-bf16,hf-fp32")
+    parser.add_argument("--rows", default="c1,c8,c32,mixed32,ttft1024,memory,start")
+    parser.add_argument("--model", help="folder, or a shape with random weights: " + ", ".join(models.SHAPES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--check", action="store_true", help="compare greedy tokens on a GPU too")
+    parser.add_argument("--options", type=json.loads, default={}, help='more keywords for minivllm\'s LLM, as JSON: {"block_size": 32}')
+    parser.add_argument("--save", help="file for the JSON record, such as bench/results/NAME.json")
+    args = parser.parse_args()
+    for name in args.engines.split(","):
+        if not re.fullmatch(r"(minivllm|hf)(-(bf16|fp32|fp16))?", name):
+            parser.error(f"unknown engine {name!r}: minivllm or hf, then perhaps -bf16, -fp32 or -fp16")
+    for row in args.rows.split(","):
+        if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|nano|prefix|memory|start", row):
+            parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, nano, prefix, memory, start")
+    return args
+
+
+def find_model(name: str | None, scratch: Path) -> tuple[str, str]:
+    """-> (what to call it, its folder)."""
+    if name in models.SHAPES:
+        code = f"from pathlib import Path; from bench.models import write_random_model as w; w({name!r}, Path({str(scratch)!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+        return f"{name} shape with random weights", str(scratch)
+    if name:
+        return Path(name).name, name
+    from minivllm.config import EngineConfig
+    from minivllm.models.hub import find_model as find
+
+    files = find(EngineConfig())
+    return files.name, str(files.folder)
+
+
+def start_worker(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int) -> dict[str, Any]:
+    """Run one engine's process -> row -> its result; an engine that dies has "failed" with its last words."""
+    engine, _, short = name.partition("-")
+    dtype = DTYPES[short] if short else "auto" if engine == "minivllm" else "bfloat16"
+    job = {"engine": engine, "model": model, "dtype": dtype, "device": args.device, "threads": args.threads, "repeats": args.repeats,
+           "rows": [r for r in rows if r != "start"], "check": True, "max_len": max_len, "options": args.options, "started": time.time()}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "bench.worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    said = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("BENCH ")]
+    results = {row.pop("row"): row for row in said}
+    if "ready" in results:
+        results["start"] = {"value": results["ready"]["seconds"], "unit": "s"}
+    if done.returncode != 0:
+        results["failed"] = {"refused": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        print(done.stderr, file=sys.stderr)
+    return results
+
+
+def judge(results: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    """Compare the check row with the oracle's; a wrong fp32 engine loses its figures."""
+    if expected is None or "check" not in results:
+        return
+    equal = total = ties = 0
+    for got, want, gaps in zip(results["check"]["tokens"], expected["tokens"], expected["gaps"], strict=True):
+        differing = [i for i in range(len(want)) if got[i] != want[i]]
+        first = differing[0] if differing else len(want)
+        equal, total = equal + first, total + len(want)
+        ties += first < len(want) and gaps[first] < TIE
+        if results["ready"]["dtype"] == "float32" and first < len(want) and gaps[first] >= TIE:
+            for row in results.values():
+                row.pop("value", None)
+                row["refused"] = f"greedy tokens part from Transformers' at token {first} (gap {gaps[first]:.2g})"
+    results["check"] = {"equal_before_parting": equal, "of": total, "ties": ties}
+
+
+def report(results: Results, rows: list[str]) -> None:
+    """One line per engine, one column per row; then the ratios to hf-bf16 (or the first hf)."""
+    print(f"\n{'engine':<16}{'dtype':<10}" + "".join(f"{row:>12}" for row in rows) + f"{'same tokens':>14}")
+    for name, by_row in results.items():
+        cells = [cell(by_row.get(row)) for row in rows]
+        check = by_row.get("check", {})
+        same = f"{check['equal_before_parting']}/{check['of']}" if "of" in check else "-"
+        print(f"{name:<16}{by_row.get('ready', {}).get('dtype', '-'):<10}" + "".join(f"{c:>12}" for c in cells) + f"{same:>14}")
+    units = {row: r[row].get("unit") for r in results.values() for row in rows if row in r}
+    print(f"{'':<26}" + "".join(f"{units.get(row) or '':>12}" for row in rows))
+    peer = next((n for n in ("hf-bf16", "hf", *results) if n in results and n.startswith("hf")), None)
+    for name in results if peer else ():
+        if name != peer:
+            print(f"{name} / {peer:<{23 - len(name)}}" + "".join(f"{ratio(results[name].get(r), results[peer].get(r)):>12}" for r in rows))
+    for name, by_row in results.items():
+        for row, result in by_row.items():
+            if "refused" in result:
+                print(f"no figure for {name} {row}: {result['refused']}")
+    if "minivllm-bf16" in results and "minivllm-fp32" in results:
+        print("bf16 / fp32 in minivllm, the reason for its choice on a CPU: " + ", ".join(
+            f"{r} {ratio(results['minivllm-bf16'].get(r), results['minivllm-fp32'].get(r))}" for r in rows))
+    print()
+
+
+def cell(result: dict[str, Any] | None) -> str:
+    if not result or "value" not in result:
+        return "-"
+    return f"{result['value']:.4g}" if result["value"] < 1000 else f"{result['value']:,.0f}"
+
+
+def ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:
+    """How many times as good: throughput over throughput, time under time."""
+    if not ours or not theirs or "value" not in ours or "value" not in theirs:
+        return "-"
+    q = ours["value"] / theirs["value"]
+    return f"{q:.2f}x" if ours["unit"] == "tok/s" else f"{1 / q:.2f}x"
+
+
+def strip(by_row: dict[str, Any]) -> dict[str, Any]:
+    return {row: result for row, result in by_row.items() if row != "ready"} | {"dtype": by_row.get("ready", {}).get("dtype")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""One engine in one process: loads, then answers rows of work with JSON lines. Started by bench/run.py, job as argument.
+
+    -> {"row": "ready", "seconds": since the parent started this process}
+    -> {"row": "check", "tokens": [...], "gaps": [...] | null}
+    -> {"row": "c8", "value": 170.2, "unit": "tok/s", "spread": 0.02}      or {"row": ..., "refused": "why there is no figure"}
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minivllm.benchmarks import statistics, workloads
+from minivllm.benchmarks.workloads import Request
+
+ENGINES = {"minivllm": "bench.peers.minivllm_engine", "hf": "bench.peers.hf"}
+Row = dict[str, Any]
+
+
+class WrongOutput(Exception):
+    """The engine did not do the work, so the time it took means nothing."""
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    engine = importlib.import_module(ENGINES[job["engine"]]).Engine(job)
+    run(engine, workloads.uniform(1, 4, 1))
+    say({"row": "ready", "seconds": round(time.time() - job["started"], 2), "dtype": engine.dtype})
+    if job["check"]:
+        tokens, gaps = engine.generate_with_gaps(workloads.check_requests())
+        say({"row": "check", "tokens": tokens, "gaps": gaps})
+    for name in job["rows"]:
+        if name == "memory":
+            continue
+        try:
+            say({"row": name, **measure(name, engine, job["repeats"], job["max_len"])})
+        except Exception as error:  # one row's failure is its own result
+            say({"row": name, "refused": f"{type(error).__name__}: {error}"})
+    if "memory" in job["rows"]:
+        say({"row": "memory", **memory(job["device"])})
+
+
+def say(row: Row) -> None:
+    print("BENCH " + json.dumps(row), flush=True)
+
+
+def run(engine: Any, requests: list[Request]) -> float:
+    """Seconds for the whole work, its token counts checked."""
+    start = time.perf_counter()
+    tokens = engine.generate(requests)
+    seconds = time.perf_counter() - start
+    if [len(t) for t in tokens] != [r.output_len for r in requests]:
+        raise WrongOutput(f"asked for {[r.output_len for r in requests]} tokens, got {[len(t) for t in tokens]}")
+    return seconds
+
+
+def measure(name: str, engine: Any, repeats: int, max_len: int) -> Row:
+    """The figure of one row: the median over `repeats`, each with fresh prompts, after one small warm-up."""
+    kind, number = re.fullmatch(r"([a-z]+)(\d*)", name).groups()  # type: ignore[union-attr]
+    rows: dict[str, Callable[[int], tuple[float, str]]] = {
+        "c": lambda i: throughput(engine, workloads.uniform(int(number), 128, 128, seed=i)),
+        "mixed": lambda i: throughput(engine, workloads.mixed(int(number), seed=i)),
+        "nano": lambda i: throughput(engine, workloads.nano(seed=i)),
+        "ttft": lambda i: (1e3 * run(engine, workloads.uniform(1, int(number), 1, seed=i)), "ms"),
+        "bs": lambda i: tpot(engine, int(number), i),
+        "prefix": lambda i: prefix(engine, i),
+    }
+    if kind == "ttft" and int(number) + 1 > max_len:
+        raise WrongOutput(f"the model holds {max_len} tokens")
+    if kind in ("ttft", "bs"):
+        rows[kind](1000)  # warm-up with this very shape: these rows measure single steps
+    values = []
+    for i in range(repeats + 2 if kind == "ttft" else repeats):
+        value, unit = rows[kind](i)
+        values.append(value)
+    middle, spread = statistics.median(values), statistics.spread(values)
+    return {"value": round(middle, 3), "unit": unit, "spread": round(spread, 3), "repeats": len(values)}
+
+
+def throughput(engine: Any, requests: list[Request]) -> tuple[float, str]:
+    return workloads.output_tokens(requests) / run(engine, requests), "tok/s"
+
+
+def tpot(engine: Any, count: int, seed: int) -> tuple[float, str]:
+    """(time for 257 tokens - time for 1 token) / 256, in ms; the second with fresh prompts."""
+    one = run(engine, workloads.uniform(count, 128, 1, seed=2 * seed))
+    many = run(engine, workloads.uniform(count, 128, 257, seed=2 * seed + 1))
+    return 1e3 * (many - one) / 256, "ms"
+
+
+def prefix(engine: Any, seed: int) -> tuple[float, str]:
+    prime, requests = workloads.shared_prefix(seed=seed)
+    run(engine, [prime])
+    return run(engine, requests), "s"
+
+
+def memory(device: str) -> Row:
+    """Peak resident memory of this process, all rows before it included; on a GPU also the peak there."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) / 1024  # type: ignore[union-attr]
+    else:  # macOS counts bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    row: Row = {"value": round(peak), "unit": "MiB"}
+    if device == "cuda":
+        import torch
+
+        row["gpu_mib"] = round(torch.cuda.max_memory_reserved() / 2**20)
+    return row
+
+
+if __name__ == "__main__":
+    main()

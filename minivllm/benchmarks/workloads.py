@@ -1,0 +1,78 @@
+"""The work of each benchmark row, exactly: prompts as token ids, output lengths, temperature. Equal for every engine.
+
+    row        requests                    prompt            output           figure
+    cN         N at once                   128               128              output tokens / s
+    mixed32    32 at once                  20..200           20..200          output tokens / s
+    ttftL      one                         L                 1                median ms
+    bsB        B at once, greedy           128               1, then 257      ms per further output token (TPOT)
+    nano       256 at once                 100..1024         100..1024        output tokens / s
+    prefix     64 with a common prefix     2,048 + 64        64               seconds, the prefix being known already
+
+Output lengths are exact: end-of-sequence tokens are ignored. A repetition draws fresh prompts (another seed), so that no
+engine answers from what it remembers.
+"""
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+FIRST_ID, LAST_ID = 100, 10_000  # of random prompts: in every vocabulary, and past the special tokens that open most
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request. `output_len` tokens come back, whatever they are."""
+
+    prompt_token_ids: tuple[int, ...]
+    output_len: int
+    temperature: float = 0.0
+
+
+def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randint(FIRST_ID, LAST_ID) for _ in range(count))
+
+
+def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0) -> list[Request]:
+    """`count` greedy requests of one size: rows cN, bsB and ttftL."""
+    rng = random.Random(seed)
+    return [Request(_tokens(rng, prompt_len), output_len) for _ in range(count)]
+
+
+def mixed(count: int = 32, low: int = 20, high: int = 200, seed: int = 0) -> list[Request]:
+    """Greedy requests of all sizes: each draws its prompt's length, its output's length, then its prompt."""
+    rng = random.Random(seed)
+    requests = []
+    for _ in range(count):
+        prompt_len, output_len = rng.randint(low, high), rng.randint(low, high)
+        requests.append(Request(_tokens(rng, prompt_len), output_len))
+    return requests
+
+
+def nano(seed: int = 0) -> list[Request]:
+    """nano-vllm's benchmark: first all prompts are drawn, then all output lengths; 133,966 output tokens with seed 0."""
+    rng = random.Random(seed)
+    prompts = [tuple(rng.randint(0, LAST_ID) for _ in range(rng.randint(100, 1024))) for _ in range(256)]
+    return [Request(prompt, rng.randint(100, 1024), temperature=0.6) for prompt in prompts]
+
+
+def shared_prefix(
+    count: int = 64, prefix_len: int = 2048, own_len: int = 64, output_len: int = 64, seed: int = 0
+) -> tuple[Request, list[Request]]:
+    """-> (a request that makes the prefix known, requests that start with it)."""
+    rng = random.Random(seed)
+    prefix = _tokens(rng, prefix_len)
+    return Request(prefix, 1), [Request(prefix + _tokens(rng, own_len), output_len) for _ in range(count)]
+
+
+def with_output(requests: list[Request], output_len: int) -> list[Request]:
+    return [replace(request, output_len=output_len) for request in requests]
+
+
+def output_tokens(requests: list[Request]) -> int:
+    return sum(request.output_len for request in requests)
+
+
+def check_requests() -> list[Request]:
+    """A small mix whose greedy tokens are compared between engines before anything is timed."""
+    rng = random.Random(1)
+    return [Request(_tokens(rng, length), 16) for length in (1, 7, 64, 200)]
