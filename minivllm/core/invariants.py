@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raise AssertionError naming the sequence or block that breaks a rule."""
-    running, waiting = list(scheduler.running), scheduler._roster.queue.sequences()
+    running, waiting = list(scheduler.running), [*scheduler._roster.queue.sequences(), *scheduler._roster.parked]
     _check_ownership(scheduler, running, waiting)
     _check_places(scheduler, running, waiting)
     for sequence in running:
@@ -54,7 +54,8 @@ def _check_places(scheduler: Scheduler, running: list[Sequence], waiting: list[S
     assert sorted(rows) == list(range(scheduler.config.max_running)), f"rows {rows} are not each in one place"
     assert len(scheduler._launched) <= scheduler.config.planning_depth + 1, "too many plans in flight"
     assert [s.order for s in running] == sorted(s.order for s in running), "running sequences are out of order"
-    assert len(waiting) == len(scheduler._roster.queue), "the queue is miscounted"
+    assert len(waiting) == len(scheduler._roster.queue) + len(scheduler._roster.parked), "the queue is miscounted"
+    assert all(s.paused for s in scheduler._roster.parked), "a sequence is parked, and not paused"
     placed = [*running, *waiting]
     assert len({id(s) for s in placed}) == len(placed), "a sequence is in two places"
     unfinished = [s for r in scheduler._roster.requests.values() for s in r.sequences if s.state is not State.FINISHED]
@@ -88,10 +89,9 @@ def _check_running(scheduler: Scheduler, sequence: Sequence) -> None:
         lost = [i for i, b in enumerate(table.groups[group]) if b == NULL_BLOCK and i >= first_seen]
         assert not lost, f"{name}: group {group} still needs logical blocks {lost}"
     if not sequence.shares_tail and sequence.num_planned < table.capacity:
-        holders = [s.id for s in scheduler.running if s is not sequence]
         written = {group[sequence.num_planned // table.block_size] for group in table.groups}
         others = {b for s in scheduler.running if s is not sequence for b in s.table.blocks()}
-        assert not written & others, f"{name}: would write into a block of {holders}"
+        assert not written & others, f"{name} would write into blocks {written & others}, which others hold"
     if sequence.num_planned < sequence.plan_freely_until:
         special = sequence.drafts or sequence.must_readmit or sequence.dropped or sequence.shares_tail or sequence.waits_for_result
         plain = sequence.num_left_to_plan == 1 and not special and not leaves

@@ -42,7 +42,8 @@ class NewRequest:
     priority: int = 0  # lower goes first, under the priority policy
     cache_salt: str | None = None  # only requests with the same salt share blocks
     adapter: str | None = None
-    needs_result_each_step: bool = False  # a grammar, a beam, drafts: nothing is planned past a token whose value is unknown
+    needs_result_each_step: bool = False  # a grammar, drafts: nothing is planned past a token whose value is unknown
+    beam_search: bool = False  # after each token its sequences pause until `Scheduler.choose_beams`
 
 
 class Progress(NamedTuple):
@@ -125,6 +126,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "order",
+        "paused",
         "plan_freely_until",
         "request",
         "request_id",
@@ -168,7 +170,8 @@ class Sequence:
         self.host_blocks: list[list[int]] = []  # [G][blocks] while SWAPPED
         self.num_moves = 0  # moves out that it must wait for before it can come back
         self.must_readmit = False  # the worker's row is missing or wrong
-        self.waits_for_result = new.needs_result_each_step
+        self.waits_for_result = new.needs_result_each_step or new.beam_search
+        self.paused = False  # a beam that has its token and waits for the choice
         wants_logprobs = new.params.prompt_logprobs is not None and index == 0
         self.logprobs_owed_from: int | None = 1 if wants_logprobs else None  # the first token has no predecessor
 

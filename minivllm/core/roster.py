@@ -17,13 +17,14 @@ from minivllm.core.waiting_queue import WaitingQueue
 class Roster:
     """All unfinished requests and their sequences, and the rows."""
 
-    __slots__ = ("_kv", "_num_rowless", "free_rows", "num_preemptions", "num_swaps", "queue", "requests", "running")
+    __slots__ = ("_kv", "_num_rowless", "free_rows", "num_preemptions", "num_swaps", "parked", "queue", "requests", "running")
 
     def __init__(self, kv: KVManager, num_rows: int) -> None:
         self._kv = kv
         self.requests: dict[str, Request] = {}  # unfinished ones
         self.queue = WaitingQueue()
         self.running: list[Sequence] = []  # everybody who has a row, in order
+        self.parked: list[Sequence] = []  # paused beams that gave their row up
         self.free_rows = list(range(num_rows - 1, -1, -1))
         self.num_preemptions = self.num_swaps = self._num_rowless = 0
 
@@ -53,6 +54,15 @@ class Roster:
         self.start_running(child)
         return child
 
+    def resume(self, beam: Sequence) -> None:
+        """A paused beam was chosen."""
+        beam.must_readmit = True  # its newest token may be another than the one the worker sampled
+        beam.plan_freely_until = 0
+        if beam.paused and beam.row == NO_ROW:
+            self.parked.remove(beam)
+            self.queue.push(beam)
+        beam.paused = False
+
     # Going.
 
     def give_way(self, victim: Sequence) -> None:
@@ -67,11 +77,14 @@ class Roster:
         """FINISHED, wherever it was."""
         before, sequence.state = sequence.state, State.FINISHED
         sequence.plan_freely_until = sequence.confirm_freely_until = 0
-        if before in (State.WAITING, State.SWAPPED):
-            self.queue.count_out(sequence)
-            self._kv.host.release(sequence)
-        else:
+        if before in (State.RUNNING, State.PREEMPTED):
             self.settle(sequence)
+            return
+        self._kv.host.release(sequence)
+        if sequence in self.parked:
+            self.parked.remove(sequence)
+        elif before is not State.FINISHED:
+            self.queue.count_out(sequence)
 
     def settle(self, sequence: Sequence) -> None:
         """Let a sequence that is to leave its row do so, if no launched plan names it any more."""
@@ -87,7 +100,10 @@ class Roster:
             return
         sequence.state = self._kv.put_away(sequence)
         self.num_swaps += sequence.state is State.SWAPPED
-        self.queue.push(sequence)
+        if sequence.paused:
+            self.parked.append(sequence)
+        else:
+            self.queue.push(sequence)
 
     def tidy(self) -> None:
         """Take who left from `running`. Not done on leaving, since that may be in the middle of an iteration."""

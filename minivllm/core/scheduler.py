@@ -71,9 +71,9 @@ class Scheduler:
 
     Call `schedule` and launch what it returns until it returns None, then `update` (or `fail`) the oldest launched plan, and so on.
 
-    Beam search: add a request with `needs_result_each_step` (and `ignore_eos`), and after each update that brought its
-    sequences' tokens call `choose_beams` with the beams to go on with. Forks share all blocks, so a beam costs one partly
-    filled block.
+    Beam search: add a request with `beam_search` (and `ignore_eos`, since what an ending means is the searcher's business). Its
+    sequences pause after each token; when all have theirs, call `choose_beams` with the beams to go on with. Forks share all
+    blocks, so a beam costs one partly filled block.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -130,7 +130,7 @@ class Scheduler:
         """Find nothing of what was computed so far again: not finished requests' blocks, nor those of running ones."""
         self.pool.forget_all()
         self.host.forget_all()
-        for sequence in (*self._roster.running, *self._roster.queue.sequences()):
+        for sequence in (*self._roster.running, *self._roster.parked, *self._roster.queue.sequences()):
             sequence.commits = sequence.commits and sequence.num_computed == 0 and sequence.num_planned == 0
 
     def readmit_all(self) -> None:
@@ -195,7 +195,7 @@ class Scheduler:
 
     @staticmethod
     def _may_be_planned(sequence: Sequence) -> bool:
-        if sequence.state is not State.RUNNING or sequence.num_left_to_plan <= 0:
+        if sequence.state is not State.RUNNING or sequence.paused or sequence.num_left_to_plan <= 0:
             return False
         return sequence.num_placeholders == 0 or not (sequence.waits_for_result or sequence.must_readmit or sequence.drafts)
 
@@ -293,12 +293,22 @@ class Scheduler:
         if self.pool.num_free + plan.blocks_coming >= needed:
             return False
         victim = next((s for s in reversed(self._roster.running) if s.state is State.RUNNING or s is sequence), sequence)
-        if victim is sequence:
-            return False  # nobody behind it: it keeps its blocks and waits for those before it
+        if victim is sequence:  # nobody behind it: it keeps its blocks and waits for those before it
+            return self._push_out_a_paused_beam(sequence)
         if victim.num_in_flight:
             plan.blocks_coming += self.kv.num_freed_by(victim)
         self._roster.give_way(victim)
         return True
+
+    def _push_out_a_paused_beam(self, sequence: Sequence) -> bool:
+        """Paused beams hold rows and blocks. If they wait for `sequence`, or all who run are paused, one goes. Whether to look again."""
+        running = [s for s in self._roster.running if s.state is State.RUNNING]
+        paused = [s for s in running if s.paused]
+        if len(paused) < len(running):
+            paused = [s for s in paused if s.request is sequence.request]
+        if paused:
+            self._roster.give_way(paused[-1])
+        return bool(paused)
 
     def _count_blocks_coming(self) -> int:
         """Blocks that will be free without any further decision: leavers', out-of-window ones, and ones being moved out."""
@@ -310,10 +320,12 @@ class Scheduler:
     # Admission.
 
     def _plan_waiting(self, plan: PlanBuilder, now: float) -> None:
-        while plan.budget and self._roster.free_rows:
-            sequence = self._roster.queue.first()
-            if sequence is None or not self._admit(plan, sequence, now):
+        while plan.budget and (sequence := self._roster.queue.first()) is not None:
+            if self._roster.free_rows and self._admit(plan, sequence, now):
+                continue
+            if sequence.num_moves or not self._push_out_a_paused_beam(sequence):
                 return  # nobody overtakes the first in line
+            self._roster.tidy()
 
     def _admit(self, plan: PlanBuilder, sequence: Sequence, now: float) -> bool:
         """Give the first in line a row, the blocks it already has somewhere, and its first tokens; False if it does not fit."""
@@ -357,31 +369,30 @@ class Scheduler:
     def choose_beams(self, request_id: str, beams: Listing[tuple[str, int]]) -> list[str]:
         """Beam search: go on with these (sequence id, newest token) only. Returns the ids under which the beams go on, in order.
 
-        The newest token of each beam replaces the one the sampler drew. A sequence named once goes on itself, one named again
-        is forked, one not named is over. Nothing of the request may be in flight, which `needs_result_each_step` ensures
-        between an update and the next `schedule`.
+        To be called when every sequence of the request has brought its token. The newest token of each beam replaces the one
+        the sampler drew. A sequence named once goes on itself, one named again is forked, one not named is over.
         """
-        request = self._roster.requests[request_id]
+        request, roster = self._roster.requests[request_id], self._roster
         alive = {s.id: s for s in request.sequences if s.state is not State.FINISHED}
-        assert all(s.num_outputs and not s.num_in_flight and not s.num_placeholders for s in alive.values()), "beams are in flight"
-        chosen: dict[str, Sequence] = {}
+        has_token = all(s.num_outputs and not s.num_in_flight and s.paused == request.new.beam_search for s in alive.values())
+        assert has_token, "a beam has no token yet"
+        for name, sequence in alive.items():  # first, so that forks find their rows
+            if name not in {parent for parent, _ in beams}:
+                roster.end(sequence)
+        roster.tidy()
+        gone_on: set[str] = set()
         ids: list[str] = []
-        for parent_id, token in beams:
-            parent = alive[parent_id]
-            if parent_id in chosen:
-                beam = self._roster.fork(parent, request.next_index, parent.tokens.copy())
+        for name, token in beams:
+            beam = alive[name]
+            if name in gone_on:
+                beam = roster.fork(beam, request.next_index, beam.tokens.copy())
                 request.next_index += 1
             else:
-                beam = chosen[parent_id] = parent
+                gone_on.add(name)
+                roster.resume(beam)
             beam.tokens[-1] = token
-            beam.must_readmit = True
-            beam.plan_freely_until = 0
             ids.append(beam.id)
-        for parent_id, sequence in alive.items():
-            if parent_id not in chosen:
-                self._roster.end(sequence)
-        self._roster.tidy()
-        self._roster.forget_if_finished(request)
+        roster.forget_if_finished(request)
         return ids
 
     # Taking a result.
@@ -445,6 +456,7 @@ class Scheduler:
         if reason is None:
             if kept:
                 progress.append(sequence.progress(sample, kept, None, None))
+                sequence.paused = sequence.request.new.beam_search
             self._free_out_of_window(sequence)
             self._set_confirm_freely(sequence)
             self._roster.settle(sequence)
@@ -465,7 +477,7 @@ class Scheduler:
 
     def _set_confirm_freely(self, sequence: Sequence) -> None:
         """The computed count below which a token fills no block and reaches no limit; see `Sequence`."""
-        if sequence.state is not State.RUNNING:
+        if sequence.state is not State.RUNNING or sequence.paused:
             sequence.confirm_freely_until = 0
             return
         size = self.config.block_size

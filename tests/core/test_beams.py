@@ -1,0 +1,113 @@
+"""Beam search on forks: whatever beams are chosen, each goes on from exactly its own tokens, and shares all it can."""
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivllm.core.plan import StepPlan
+from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig
+from minivllm.sampling_params import SamplingParams
+from tests.core.fake_executor import VOCABULARY, FakeExecutor, Model
+
+
+class BeamSearch:
+    """The smallest controller: chooses beams at random and keeps each one's tokens in a list of its own."""
+
+    def __init__(self, config: SchedulerConfig, prompt: tuple[int, ...], max_tokens: int, seed: int) -> None:
+        self.chaos = random.Random(seed)
+        self.model = Model(config.kv_windows)
+        self.scheduler = Scheduler(config)
+        self.executor = FakeExecutor(config, self.chaos)
+        self.beams: dict[str, list[int]] = {"beam": list(prompt)}
+        self.index: dict[str, int] = {"beam": 0}
+        self.others: dict[str, list[int]] = {}
+        self.plans: list[StepPlan] = []
+        self.scheduler.add(NewRequest("beam", prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), 0,
+                                      beam_search=True))
+
+    def add_other(self, name: str, prompt: tuple[int, ...]) -> None:
+        """Somebody else's ordinary request."""
+        self.scheduler.add(NewRequest(name, prompt, SamplingParams(max_tokens=10), 0))
+        self.others[name] = list(prompt)
+
+    def run(self, width: int) -> None:
+        sampled: dict[str, int] = {}
+        while self.scheduler.has_unfinished():
+            while (plan := self.scheduler.schedule(0.0)) is not None:
+                self.scheduler.check()
+                self.executor.launch(plan)
+                self.plans.append(plan)
+            plan, result = self.executor.wait()
+            for progress in self.scheduler.update(plan, result, {}, 0.0):
+                self.scheduler.check()
+                name = progress.sequence_id
+                if name in self.others:
+                    assert progress.token_ids == (self.model.next_token(self.others[name], 0, 0),)
+                    self.others[name] += progress.token_ids
+                    continue
+                expected = self.model.next_token(self.beams[name], 0, self.index[name])
+                assert progress.token_ids == (expected,), f"{name} went on from other tokens than its own"
+                sampled[name] = expected
+                if progress.finish_reason:
+                    del self.beams[name]
+            if self.beams and sampled.keys() >= self.beams.keys():  # every beam has its next token
+                self._choose(width)
+                sampled = {}
+
+    def _choose(self, width: int) -> None:
+        choices = [(self.chaos.choice(sorted(self.beams)), self.chaos.randrange(VOCABULARY)) for _ in range(width)]
+        names = self.scheduler.choose_beams("beam", choices)
+        self.scheduler.check()
+        assert len(set(names)) == width
+        self.beams = {name: [*self.beams[parent], token] for name, (parent, token) in zip(names, choices, strict=True)}
+        self.index = {name: int(name.partition("#")[2] or 0) for name in names}
+
+
+@given(seed=st.integers(0, 2**32), width=st.integers(1, 5), block_size=st.sampled_from([1, 2, 4]), depth=st.integers(0, 1),
+       num_blocks=st.integers(26, 120), max_num_seqs=st.integers(1, 6), host=st.sampled_from([0, 30]),
+       windows=st.sampled_from([(None,), (None, 3)]), others=st.integers(0, 2))
+def test_each_beam_goes_on_from_its_own_tokens(
+    seed: int, width: int, block_size: int, depth: int, num_blocks: int, max_num_seqs: int, host: int, windows: tuple[int | None, ...],
+    others: int,
+) -> None:
+    """However few rows and blocks there are, and whoever else wants them."""
+    config = SchedulerConfig(
+        num_blocks=num_blocks * len(windows), block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=16,
+        max_model_len=25, planning_depth=depth, num_host_blocks=host, swap_fixed_cost=0.0, kv_windows=windows)
+    search = BeamSearch(config, (1, 2, 3, 4, 5, 6), 12, seed)
+    for i in range(others):
+        search.add_other(f"other {i}", tuple(range(i, i + 9)))
+    search.run(width)
+    stats = search.scheduler.stats()
+    assert stats.num_running == stats.num_waiting == 0 and (stats.num_moves or stats.num_used_blocks == 0)
+
+
+def test_a_beam_costs_one_partly_filled_block() -> None:
+    config = SchedulerConfig(num_blocks=100, block_size=16, max_model_len=128, max_num_batched_tokens=128)
+    search = BeamSearch(config, tuple(range(1, 23)) * 3, 6, 0)
+    scheduler = search.scheduler
+    most = 0
+    choose = search._choose
+
+    def observe(width: int) -> None:
+        nonlocal most
+        most = max(most, scheduler.stats().num_used_blocks)
+        choose(width)
+
+    search._choose = observe  # type: ignore[method-assign]
+    search.run(4)
+    assert most <= 4 + 4  # 66 tokens: 4 full blocks shared by all, and a last one for each
+
+
+def test_no_beams_end_the_request() -> None:
+    config = SchedulerConfig(num_blocks=100, max_model_len=128, max_num_batched_tokens=128)
+    search = BeamSearch(config, (1, 2, 3), 6, 0)
+    plan = search.scheduler.schedule(0.0)
+    assert plan is not None
+    search.executor.launch(plan)
+    search.scheduler.update(*search.executor.wait(), {}, 0.0)
+    assert search.scheduler.choose_beams("beam", []) == []
+    assert not search.scheduler.has_unfinished()
+    assert search.scheduler.stats().num_used_blocks == 0

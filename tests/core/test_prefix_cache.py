@@ -1,0 +1,136 @@
+"""The prefix cache against a model that stores whole prefixes instead of hashes."""
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from minivllm.core.block_pool import BlockPool
+from minivllm.core.block_table import BlockTable
+from minivllm.core.plan import NULL_BLOCK
+from minivllm.core.prefix_cache import PrefixCache, chain_digest, root_digest
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # two tokens: prefixes coincide often
+OWNER = st.sampled_from([(None, None), ("sql", None), (None, "salt")])  # (adapter, cache_salt)
+
+Name = tuple[tuple[str | None, str | None], tuple[int, ...]]  # everything a block's content depends on
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """Texts are computed and end; the model remembers, for each block of each group, the whole prefix it holds."""
+
+    @initialize(block_size=st.integers(1, 4), windows=st.sampled_from([(None,), (None, None), (None, 3), (5,), (2, 6), (1, None)]))
+    def start(self, block_size: int, windows: tuple[int | None, ...]) -> None:
+        self.size = block_size
+        self.windows = windows
+        self.pool = BlockPool(24)
+        self.cache = PrefixCache(self.pool, None, block_size, windows)
+        self.held: list[BlockTable] = []
+        self.prefix_of: dict[tuple[int, int], Name] = {}  # (group, block) -> what it holds
+
+    def _needed(self, group: int, num_blocks: int) -> range:
+        """Blocks that a query right after `num_blocks` full blocks can see in this group: the definition, token by token."""
+        window, end = self.windows[group], num_blocks * self.size
+        seen = range(end) if window is None else range(max(0, end - window + 1), end)
+        return range(seen.start // self.size, num_blocks) if seen else range(num_blocks, num_blocks)
+
+    def _expected(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
+        """The longest match, by trying all."""
+        present = {(group, name) for (group, _), name in self.prefix_of.items()}
+        for num_blocks in range(len(tokens) // self.size, 0, -1):
+            if all((group, (owner, tuple(tokens[:(i + 1) * self.size]))) in present
+                   for group in range(len(self.windows)) for i in self._needed(group, num_blocks)):
+                return num_blocks
+        return 0
+
+    @rule(owner=OWNER, tokens=TOKENS)
+    def compute(self, owner: tuple[str | None, str | None], tokens: list[int]) -> None:
+        """Match, take what is found, compute and commit the rest."""
+        digests: list[bytes] = []
+        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens))
+        match = self.cache.match(digests)
+        assert match.num_blocks == self._expected(owner, tokens)
+        for group, blocks in enumerate(match.device):
+            assert len(blocks) == match.num_blocks
+            for index, block in enumerate(blocks):
+                assert (block != NULL_BLOCK) == (index in self._needed(group, match.num_blocks))
+                if block != NULL_BLOCK:
+                    assert self.prefix_of[group, block] == (owner, tuple(tokens[:(index + 1) * self.size]))
+        revived = sum(self.pool.ref_counts[b] == 0 for b in match.hits)
+        if (len(digests) - match.num_blocks) * len(self.windows) + revived > self.pool.num_free:
+            return
+        for block in match.hits:
+            self.pool.touch(block)
+        table = BlockTable(self.size, [list(blocks) for blocks in match.device])
+        before = self._keys()
+        for group in table.grow(self.pool, len(digests) * self.size):
+            for block in group:
+                self._evict(block)
+        assert before.keys() - self._keys().keys() <= {b for blocks in table.groups for b in blocks}
+        self.cache.commit(table, digests, 0, len(digests))
+        for group, blocks in enumerate(table.groups):
+            for index, block in enumerate(blocks):
+                name = (owner, tuple(tokens[:(index + 1) * self.size]))
+                if block != NULL_BLOCK and (group, name) not in {(g, n) for (g, _), n in self.prefix_of.items()}:
+                    self.prefix_of[group, block] = name
+        self.held.append(table)
+
+    def _keys(self) -> dict[int, object]:
+        return {b: self.pool.key(b) for b in range(self.pool.num_blocks) if self.pool.key(b) is not None}
+
+    def _evict(self, block: int) -> None:
+        for group in range(len(self.windows)):
+            self.prefix_of.pop((group, block), None)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.held.pop(data.draw(st.integers(0, len(self.held) - 1))).release(self.pool)
+
+    @rule()
+    def reset(self) -> None:
+        self.pool.forget_all()
+        self.prefix_of.clear()
+
+    @invariant()
+    def as_many_blocks_have_a_name_as_the_model_remembers(self) -> None:
+        if hasattr(self, "pool"):
+            assert {block for _, block in self.prefix_of} == self._keys().keys()
+
+
+TestPrefixCache = PrefixMachine.TestCase
+
+
+@given(a=TOKENS, b=TOKENS, block_size=st.integers(1, 4))
+def test_digests_agree_exactly_as_far_as_full_blocks_of_tokens_do(a: list[int], b: list[int], block_size: int) -> None:
+    cache = PrefixCache(BlockPool(2), None, block_size, (None,))
+    digests: list[list[bytes]] = [[], []]
+    for tokens, into in zip((a, b), digests, strict=True):
+        cache.extend_digests(into, root_digest(None, None), tokens, len(tokens))
+    for index, (x, y) in enumerate(zip(*digests, strict=False)):
+        end = (index + 1) * block_size
+        assert (x == y) == (a[:end] == b[:end])
+
+
+@given(first=OWNER, second=OWNER)
+def test_another_adapter_or_salt_is_another_root(first: tuple[str | None, str | None], second: tuple[str | None, str | None]) -> None:
+    assert (root_digest(*first) == root_digest(*second)) == (first == second)
+
+
+def test_a_salt_that_looks_like_an_adapter_is_another_root() -> None:
+    roots = {root_digest("a", "b"), root_digest("b", "a"), root_digest("a, b", None), root_digest(None, "None"), root_digest(None, None)}
+    assert len(roots) == 5
+
+
+def test_equal_tokens_after_another_parent_are_another_block() -> None:
+    root = root_digest(None, None)
+    assert chain_digest(chain_digest(root, [1, 2]), [5, 6]) != chain_digest(chain_digest(root, [3, 4]), [5, 6])
+
+
+def test_token_boundaries_count() -> None:
+    root = root_digest(None, None)
+    assert chain_digest(root, [1, 23]) != chain_digest(root, [12, 3])
+
+
+def test_digests_are_cryptographic() -> None:
+    assert len(chain_digest(root_digest(None, None), [1])) == 32
