@@ -5,6 +5,8 @@ specification. Layers call `build.ops.rms_norm(...)` and never learn which one i
 """
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope
 from minivllm.kernels.reference import attention as attn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,5 +65,21 @@ REFERENCE = Ops(
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest kernels for a device; today the PyTorch ones serve all of them."""
-    return REFERENCE
+    """The fastest kernels for a device: Triton's on a CUDA GPU, PyTorch's elsewhere (and, with one warning, where Triton is missing)."""
+    if device.type != "cuda":
+        return REFERENCE
+    try:
+        from minivllm.kernels import triton
+    except ImportError as error:
+        logger.warning("Triton cannot be imported (%s): the slower PyTorch kernels serve. On Linux, pip install triton.", error)
+        return REFERENCE
+    return dataclasses.replace(
+        REFERENCE,
+        prepare_attention=triton.attention.prepare_attention,
+        attention=triton.attention.attention,
+        write_kv=triton.kv_cache.write_kv,
+        rms_norm=triton.norm.rms_norm,
+        add_rms_norm=triton.norm.add_rms_norm,
+        apply_rope=triton.rope.apply_rope,
+        silu_and_mul=triton.activation.silu_and_mul,
+    )

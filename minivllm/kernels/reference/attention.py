@@ -103,29 +103,35 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
     keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
+    if len(meta.decodes) == 1 and meta.num_decodes == q.shape[0]:  # decodes of one length: no other step is so short
+        return _decode(q, keys, values, meta.decodes[0], h // hk, scale, softcap)
     out = torch.empty_like(q)
-    out[meta.num_rows :] = 0
-    if meta.decodes:
-        first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
-        result = out[: meta.num_decodes] if meta.order is None else torch.empty_like(first)
-        for bucket in meta.decodes:
-            n = bucket.end - bucket.start
-            # The queries of one KV head's group stand where a sequence's queries usually stand: keys are read once for all.
-            qs = first[bucket.start : bucket.end].view(n, hk, h // hk, d)
-            ks = keys.index_select(0, bucket.slots).view(n, bucket.keys, hk, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
-            vs = values.index_select(0, bucket.slots).view(n, bucket.keys, hk, d).transpose(1, 2)
-            part = _attend(qs, ks, vs, bucket.mask, False, scale, softcap)  # [n, kv_heads, group, head_dim]
-            result[bucket.start : bucket.end] = part.reshape(n, h, d)
-        if meta.order is not None:
-            out.index_copy_(0, meta.order, result)
+    if meta.num_rows < q.shape[0]:
+        out[meta.num_rows :] = 0
+    first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
+    parts = [_decode(first[b.start : b.end], keys, values, b, h // hk, scale, softcap) for b in meta.decodes]
+    if meta.order is not None:
+        out.index_copy_(0, meta.order, torch.cat(parts))
+    elif parts:
+        out[: meta.num_decodes] = parts[0]
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
         ks = keys.index_select(0, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
         vs = values.index_select(0, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
         part = _attend(qs, ks, vs, chunk.mask, chunk.mask is None, scale, softcap)
-        out[chunk.start : chunk.end] = part.permute(2, 0, 1, 3).reshape(t, h, d)
+        out[chunk.start : chunk.end].view(t, hk, h // hk, d).copy_(part.permute(2, 0, 1, 3))
     return out
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, bucket: DecodeBucket, group: int, scale: float, softcap: float | None) -> Tensor:
+    """One padded batch, q: [n, heads, head_dim] -> the same shape."""
+    n, h, d = q.shape
+    # The query heads of one KV head stand where a sequence's queries usually stand: its keys are read once for all of them.
+    qs = q.view(n, h // group, group, d)
+    ks = keys.index_select(0, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
+    vs = values.index_select(0, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)
+    return _attend(qs, ks, vs, bucket.mask, False, scale, softcap).reshape(n, h, d)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None) -> Tensor:
