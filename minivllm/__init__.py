@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minivllm.config import EngineConfig as EngineConfig
     from minivllm.engine.async_llm import AsyncLLM as AsyncLLM
+    from minivllm.engine.beam_search import BeamSearchParams as BeamSearchParams
     from minivllm.engine.engine import LLMEngine as LLMEngine
     from minivllm.engine.llm import LLM as LLM
-    from minivllm.engine.llm import BeamSearchParams as BeamSearchParams
     from minivllm.errors import InvalidInput as InvalidInput
     from minivllm.outputs import CompletionOutput as CompletionOutput
     from minivllm.outputs import RequestOutput as RequestOutput
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AsyncLLM": "minivllm.engine.async_llm",
-    "BeamSearchParams": "minivllm.engine.llm",
+    "BeamSearchParams": "minivllm.engine.beam_search",
     "CompletionOutput": "minivllm.outputs",
     "EngineConfig": "minivllm.config",
     "InvalidInput": "minivllm.errors",

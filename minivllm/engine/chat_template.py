@@ -10,7 +10,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import InvalidInput
 
@@ -116,7 +116,7 @@ def _environment() -> jinja2.Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  as its base class declares it
 
         def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
             next(parser.stream)

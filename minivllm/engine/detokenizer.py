@@ -65,8 +65,9 @@ class _Sequence:
     """One sequence's text. `_text` is certain UTF-8 not handed out yet; its last `partial` characters are held back."""
 
     def __init__(
-        self, stream: TextStream, params: SamplingParams, ending: frozenset[int], max_tokens: int,
+        self, stream: TextStream, params: SamplingParams, ending: frozenset[int], max_tokens: int, first_step: int,
     ) -> None:
+        self.first_step = first_step
         self._stream = stream
         self._matcher = StopMatcher(params.stop or ())
         self._min_tokens = params.min_tokens
@@ -137,24 +138,26 @@ class Detokenizer:
         self._sequences: dict[str, _Sequence] = {}
 
     def add(
-        self, sequence_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, max_tokens: int,
-        output_token_ids: Sequence[int] = (),
+        self, sequence_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, max_tokens: int, first_step: int = 0,
     ) -> None:
-        """Start a sequence that may get at most `max_tokens` tokens, `output_token_ids` of which exist already."""
+        """Start a sequence that may get at most `max_tokens` tokens, from plan `first_step` on.
+
+        (An earlier plan that is still under way may name an earlier sequence of the same id.)
+        """
         if self._tokenizer is None or not params.detokenize:
             return
         ending = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
         stream = self._tokenizer.stream(prompt_token_ids, params.skip_special_tokens)
-        sequence = self._sequences[sequence_id] = _Sequence(stream, params, ending, max_tokens)
-        if output_token_ids:
-            sequence.push(output_token_ids)
+        self._sequences[sequence_id] = _Sequence(stream, params, ending, max_tokens, first_step)
 
     def scan(self, plan: StepPlan, result: StepResult) -> Mapping[int, Stop]:
         """Stops by sample index. A sequence that has ended since the plan was made is not known any more and is skipped."""
         stops: dict[int, Stop] = {}
         for i, (sequence_id, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
             sequence = self._sequences.get(sequence_id)
-            if sequence is not None and (stop := sequence.push(tokens)) is not None:
+            if sequence is None or plan.step_id < sequence.first_step:
+                continue
+            if (stop := sequence.push(tokens)) is not None:
                 stops[i] = stop
         return stops
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,12 +57,11 @@ class _Failed:
 class _Request:
     """What the engine remembers of a request for its outputs; everything else is the scheduler's."""
 
-    prompt_len: int
     params: SamplingParams
-    sequence_ids: tuple[str, ...]
+    sequences: dict[int, str]  # unfinished ones: index -> sequence id
     arrival_time: float
-    prompt_logprobs: list[TokenLogprobs | None] | None  # [prompt_len]; None: not asked for, or handed out
-    unfinished: set[int] = field(default_factory=set)
+    first_step: int  # plans launched before it may name an earlier request of the same id
+    prompt_logprobs: list[TokenLogprobs | None] | None  # [prompt length]; None: not asked for, or handed out
     first_token_times: dict[int, float] = field(default_factory=dict)
 
 
@@ -87,6 +86,7 @@ class LLMEngine:
         self._requests: dict[str, _Request] = {}
         self._owner: dict[str, str] = {}  # sequence id -> request id
         self._inflight: deque[tuple[StepPlan, Pending]] = deque()
+        self._next_step = 0
         self._num_added = 0
         self._num_steps = 0
         self._num_failed = 0
@@ -103,9 +103,12 @@ class LLMEngine:
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, arrival_time: float | None = None,
-        priority: int = 0, cache_salt: str | None = None,
+        priority: int = 0, cache_salt: str | None = None, beams: bool = False,
     ) -> None:
-        """Queue a request. Raises `InvalidInput` for anything this engine can never answer."""
+        """Queue a request. Raises `InvalidInput` for anything this engine can never answer.
+
+        `beams`: its sequences pause after each token until `choose_beams` says how to go on.
+        """
         if self._closed:
             raise EngineDead("the engine was closed")
         if not isinstance(params, SamplingParams):
@@ -120,7 +123,7 @@ class LLMEngine:
         arrival = self._clock() if arrival_time is None else arrival_time
         self.scheduler.add(NewRequest(
             request_id=request_id, prompt_token_ids=token_ids, params=params, seed=self._seed_for(params), arrival_time=arrival,
-            eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=cache_salt,
+            eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=cache_salt, beam_search=beams,
         ))
         self._num_added += 1
         self._remember(request_id, token_ids, params, arrival)
@@ -133,14 +136,14 @@ class LLMEngine:
         ids = self._sequence_ids(request_id, params)
         wanted = params.prompt_logprobs is not None
         self._requests[request_id] = _Request(
-            prompt_len=len(token_ids), params=params, sequence_ids=ids, arrival_time=arrival,
-            prompt_logprobs=[None] * len(token_ids) if wanted else None, unfinished=set(range(params.n)),
+            params=params, sequences=dict(enumerate(ids)), arrival_time=arrival, first_step=self._next_step,
+            prompt_logprobs=[None] * len(token_ids) if wanted else None,
         )
         room = self.max_model_len - len(token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
         for name in ids:
             self._owner[name] = request_id
-            self._detokenizer.add(name, token_ids, params, limit)
+            self._detokenizer.add(name, token_ids, params, limit, self._next_step)
 
     def _seed_for(self, params: SamplingParams) -> int:
         """The request's own seed, or one drawn from the engine's by the number of the request: reproducible, all different."""
@@ -148,17 +151,31 @@ class LLMEngine:
             return params.seed & _MASK
         return mix(self._seed, self._num_added)
 
+    def choose_beams(self, request_id: str, beams: Sequence[tuple[int, int]]) -> list[int]:
+        """Beam search, when every beam has its token: go on with these (index, newest token) only.
+
+        Returns the beams' indices from now on: an index named twice is forked. What is not named ends without a delta.
+        """
+        request = self._requests[request_id]
+        names = self.scheduler.choose_beams(request_id, [(_beam_name(request_id, index), token) for index, token in beams])
+        for name in request.sequences.values():
+            del self._owner[name]
+        indices = [_beam_index(request_id, name) for name in names]
+        request.sequences = dict(zip(indices, names, strict=True))
+        self._owner.update(dict.fromkeys(names, request_id))
+        return indices
+
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         """End a request now, all children. Returns their last deltas (finish reason "abort"); [] for an unknown id."""
         request = self._requests.get(request_id)
         if request is None:
             return []
         self.scheduler.abort(request_id)
-        return [self._end(request_id, request, index, "abort") for index in sorted(request.unfinished)]
+        return [self._end(request_id, request, index, "abort") for index in sorted(request.sequences)]
 
     def _end(self, request_id: str, request: _Request, index: int, reason: FinishReason) -> OutputDelta:
         """The last delta of a child that ends without a token."""
-        text = self._detokenizer.take(request.sequence_ids[index], reason)
+        text = self._detokenizer.take(request.sequences[index], reason)
         metrics = RequestMetrics(
             arrival_time=request.arrival_time, first_token_time=request.first_token_times.get(index),
             finished_time=self._clock(),
@@ -167,11 +184,9 @@ class LLMEngine:
         return OutputDelta(request_id=request_id, index=index, token_ids=(), text=text, finish_reason=reason, metrics=metrics)
 
     def _forget(self, request_id: str, request: _Request, index: int) -> None:
-        request.unfinished.discard(index)
-        if not request.unfinished:
+        del self._owner[request.sequences.pop(index)]
+        if not request.sequences:
             del self._requests[request_id]
-            for name in request.sequence_ids:
-                del self._owner[name]
 
     # -- the straight line ----------------------------------------------------------------------------------------------
 
@@ -181,6 +196,7 @@ class LLMEngine:
             plan = self.scheduler.schedule(self._clock())
             if plan is None:
                 break
+            self._next_step = plan.step_id + 1
             self._inflight.append((plan, self._launch(plan)))
         if not self._inflight:
             assert not self.scheduler.has_unfinished(), "requests are unfinished, but nothing can be planned"
@@ -220,7 +236,7 @@ class LLMEngine:
         """They come in chunks, each with its first position; a chunk recomputed after a preemption says the same again."""
         for column, first, entries in result.prompt_logprobs:
             request = self._requests.get(self._owner.get(plan.request_ids[column], ""))
-            if request is not None and request.prompt_logprobs is not None:
+            if request is not None and request.prompt_logprobs is not None and plan.step_id >= request.first_step:
                 request.prompt_logprobs[first: first + len(entries)] = entries
 
     def _assemble(self, progress: Progress, result: StepResult, now: float) -> OutputDelta:
@@ -287,6 +303,15 @@ class LLMEngine:
         if isinstance(self.scheduler, RecordingScheduler):
             self.scheduler.writer.close()
         self.executor.close()
+
+
+def _beam_name(request_id: str, index: int) -> str:
+    """Forks of a request with n = 1 are named as if it had more (see `core.request.sequence_id`)."""
+    return sequence_id(request_id, index, index + 1)
+
+
+def _beam_index(request_id: str, name: str) -> int:
+    return 0 if name == request_id else int(name.removeprefix(f"{request_id}#"))
 
 
 _MASK = (1 << 64) - 1

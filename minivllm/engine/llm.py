@@ -16,6 +16,7 @@ from typing import Any
 from minivllm.config import EngineConfig
 from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
+from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.engine import LLMEngine
 from minivllm.engine.prompts import Prompt, read_prompt
 from minivllm.engine.tokenizer import Tokenizer
@@ -71,6 +72,13 @@ class LLM:
             ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The `beam_width` most probable outputs of each prompt, best first."""
+        every = _as_list(prompts)
+        names = [f"beam-{self._num_requests + i}" for i in range(len(every))]
+        self._num_requests += len(every)
+        return beam_search(self.llm_engine, names, every, params)
 
     def get_tokenizer(self) -> Tokenizer:
         if self.llm_engine.tokenizer is None:

@@ -207,14 +207,6 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
     assert detokenizer.take("a", "stop") == ""
 
 
-def test_a_continued_sequence_goes_on_where_its_text_was(tokenizer: Tokenizer) -> None:
-    tokens = _bytes_as_tokens(tokenizer, "xé")
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(), 100, output_token_ids=tokens[:2])
-    assert _scan(detokenizer, tokens[2:]) is None
-    assert detokenizer.take("a", None) == "xé"
-
-
 def test_the_detokenizer_forgets_what_has_ended(tmp_path: Path) -> None:
     detokenizer = Detokenizer(Tokenizer(build.save(build.byte_level(), tmp_path)), [EOS])
     for i in range(3):

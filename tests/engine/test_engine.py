@@ -199,6 +199,25 @@ def test_an_aborted_request_ends_at_once_and_frees_its_blocks(depth: int, folder
     assert tokens_of(run(engine)) == expected(PROMPT, 5)
 
 
+@DEPTHS
+@pytest.mark.parametrize("how", ["abort", "stop"])
+def test_a_name_can_be_used_again_while_a_launched_plan_still_names_the_earlier_request(depth: int, how: str, folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode("the quick brown fox")
+    executor = FakeExecutor(choose=lambda history, admission: ids[len(history) % len(ids)])
+    engine = make_engine(executor, folder=folder, planning_depth=depth)
+    prompt = [5] * len(ids)
+    engine.add_request("a", prompt, greedy(prompt_logprobs=0, max_tokens=50, stop_token_ids=[ids[2]] if how == "stop" else None))
+    while not any(d.finish_reason for d in engine.step()):
+        if how == "abort":
+            engine.abort_request("a")
+            break
+    engine.add_request("a", prompt, greedy(max_tokens=len(ids), prompt_logprobs=0))
+    deltas = run(engine)
+    assert tokens_of(deltas) == ids
+    assert "".join(d.text for d in deltas) == "the quick brown fox"
+
+
 def test_a_waiting_request_can_be_aborted_before_its_first_step() -> None:
     engine = make_engine(max_num_seqs=1)
     engine.add_request("a", PROMPT, greedy())

@@ -159,7 +159,9 @@ def test_block_size_budget_and_prefix_cache_change_nothing(
 
 
 @pytest.mark.parametrize(("rows", "threshold", "ahead"), [(1, 4, True), (2, 0, False), (2, 3, True), (5, 0, True), (5, 4, False)])
-def test_the_number_of_rows_and_the_chunk_size_change_nothing(folder: Path, answers: Answers, rows: int, threshold: int, ahead: bool) -> None:
+def test_the_number_of_rows_and_the_chunk_size_change_nothing(
+    folder: Path, answers: Answers, rows: int, threshold: int, ahead: bool,
+) -> None:
     with engine(folder, max_num_seqs=rows, long_prefill_token_threshold=threshold, async_scheduling=ahead) as llm:
         assert ask(llm) == answers
 
