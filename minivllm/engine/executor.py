@@ -67,6 +67,7 @@ class LocalExecutor:
         self.device, self.dtype = device, str(dtype).removeprefix("torch.")
         self.max_model_len = max_model_len  # the model's or the user's, or less if the cache holds less
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.overlaps = device.type == "cuda"  # the host is free while a step runs, so planning ahead pays
         self.num_blocks = runner.kv.num_blocks
         self.num_host_blocks = runner.kv.num_host_blocks
         self.kv_windows = tuple(group.window for group in runner.kv.shape.groups)

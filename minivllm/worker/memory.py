@@ -111,6 +111,7 @@ def cuda_cache(wish: Wish, shape: BlockShape, model: Decoder, max_num_seqs: int,
     """The size of a cache on the GPU, with the weights loaded already; measures the peak of one step."""
     device = model.build.device
     peak = _peak_of_one_step(wish, shape, model, max_num_seqs, max_num_batched_tokens)
+    peak += max_num_seqs * wish.max_model_len * torch.int32.itemsize  # the token table, which comes with the cache
     free, total = torch.cuda.mem_get_info(device)
     in_use, weights = total - free, torch.cuda.memory_allocated(device)
     budget = int(wish.utilization * total) - in_use - peak

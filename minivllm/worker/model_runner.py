@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A launched step: what its sampling needs. `packed` and `hidden` are None if the plan held no request."""
+    """A launched step: what its sampling needs. `packed` and `hidden` are None if the plan held no request, or failed."""
 
     plan: StepPlan
     packed: Packed | None
@@ -111,16 +111,16 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Handle:
         """Everything up to the hidden states. Out of memory fails the step, not the worker."""
         self.rows.apply(plan)
-        for admission in plan.admitted:
-            self.sampler.admit(admission)
         moves = self.kv.apply(plan)
-        if not plan.rows:
-            return Handle(plan, None, None, moves)
-        packed = self.rows.pack(plan)
         try:
+            for admission in plan.admitted:
+                self.sampler.admit(admission)
+            if not plan.rows:
+                return Handle(plan, None, None, moves)
+            packed = self.rows.pack(plan)
             hidden = self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)
         except (RuntimeError, MemoryError) as error:
-            return Handle(plan, packed, None, moves, _failure(plan, error))
+            return Handle(plan, None, None, moves, _failure(plan, error))
         return Handle(plan, packed, hidden, moves)
 
     @torch.inference_mode()
