@@ -86,8 +86,8 @@ def test_serve_says_what_it_serves_prints_a_curl_line_that_works_and_ends_cleanl
             os.killpg(server.popen.pid, signal.SIGINT)  # as a terminal does: to the engine's process too
             assert [line for line in lines if line][-1] == "data: [DONE]"
         status, output = server.ends()
-    assert status == 0 and output.endswith("stopped\n")
-    assert "Traceback" not in output and "Error" not in output
+    assert status == 0 and output.endswith("stopped\n"), output
+    assert "Traceback" not in output and "Error" not in output, output
 
 
 def test_the_old_launch_line_serves_and_sigterm_ends_it_with_status_0(tiny_llama: Callable[..., Path]) -> None:
@@ -96,7 +96,7 @@ def test_the_old_launch_line_serves_and_sigterm_ends_it_with_status_0(tiny_llama
         assert httpx.get(url_of(server) + "/health").status_code == 200
         server.popen.send_signal(signal.SIGTERM)
         status, output = server.ends()
-    assert status == 0 and "Traceback" not in output
+    assert status == 0 and "Traceback" not in output, output
 
 
 def test_ctrl_c_while_loading_ends_cleanly(tiny_llama: Callable[..., Path]) -> None:
@@ -104,7 +104,7 @@ def test_ctrl_c_while_loading_ends_cleanly(tiny_llama: Callable[..., Path]) -> N
         server.wait_for("minivllm ")  # "... loading"
         os.killpg(server.popen.pid, signal.SIGINT)
         status, output = server.ends()
-    assert status == 0 and "Traceback" not in output and "ready" not in output
+    assert status == 0 and "Traceback" not in output and "ready" not in output, output
 
 
 def test_a_port_in_use_is_told_in_one_line_before_anything_is_loaded() -> None:
@@ -121,6 +121,6 @@ def test_a_port_in_use_is_told_in_one_line_before_anything_is_loaded() -> None:
 def test_a_model_that_is_not_there_is_told_in_one_line() -> None:
     with command("serve", "/no/such/model", "--port", "0") as server:
         status, output = server.ends()
-    assert status == 1 and "Traceback" not in output
+    assert status == 1 and "Traceback" not in output, output
     error = next(line for line in output.splitlines() if "error" in line.lower())
     assert error.startswith("minivllm: error:") and "/no/such/model" in error
