@@ -113,7 +113,7 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     if meta.order is not None:
         out.index_copy_(0, meta.order, torch.cat(parts))
     elif parts:
-        out[: meta.num_decodes] = parts[0]
+        torch.cat(parts, out=out[: meta.num_decodes])
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
