@@ -192,7 +192,8 @@ def main(train_steps: int = 150, n: int = 96) -> None:
     print("the same formula, 2-byte numbers              a token      2,000 tokens   131,072 tokens")
     for name, dims in {"SmolLM2-135M (30 layers, 3 kv heads of 64)": (30, 3, 64), "Llama-3-8B (32 layers, 8 of 128)": (32, 8, 128),
                        "Llama-3-70B (80 layers, 8 of 128)": (80, 8, 128), "the same without GQA (80, 64 of 128)": (80, 64, 128)}.items():
-        print(f"{name:43s} {kv_bytes(*dims) / 2**10:6.1f} KiB  {kv_bytes(*dims, 2000) / 2**20:9.1f} MiB  {kv_bytes(*dims, 2**17) / 2**30:10.1f} GiB")
+        one, some, many = kv_bytes(*dims) / 2**10, kv_bytes(*dims, 2000) / 2**20, kv_bytes(*dims, 2**17) / 2**30
+        print(f"{name:43s} {one:6.1f} KiB  {some:9.1f} MiB  {many:10.1f} GiB")
 
 
 if __name__ == "__main__":

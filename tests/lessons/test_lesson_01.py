@@ -2,10 +2,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,20 +18,16 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.loader import load_model
+from tests.lessons.loading import LESSONS, load_lesson, run_lesson_alone
 
-FOLDER = Path(__file__).parents[2] / "lessons" / "01_autoregression_and_kv_cache"
+FOLDER = LESSONS / "01_autoregression_and_kv_cache"
 NAMES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
          "up": "mlp.up_proj", "down": "mlp.down_proj", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
 
 @pytest.fixture(scope="module")
 def lesson() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lesson_01", FOLDER / "lesson.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_lesson(FOLDER)
 
 
 @pytest.fixture
@@ -89,11 +83,9 @@ def paged_logits(model: Decoder, ids: torch.Tensor, chunks: list[int], block_siz
 
 
 def test_the_lesson_runs_on_its_own_and_needs_only_torch() -> None:
-    code = f"import sys, runpy; runpy.run_path({str(FOLDER / 'lesson.py')!r}, run_name='__main__'); assert 'minivllm' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=FOLDER)
-    assert done.returncode == 0, done.stderr
-    assert "5328   103" in done.stdout and "52,736 bytes (formula: 52,736)" in done.stdout
-    assert "320.0 KiB      625.0 MiB        40.0 GiB" in done.stdout
+    printed = run_lesson_alone(FOLDER)
+    assert "5328   103" in printed and "52,736 bytes (formula: 52,736)" in printed
+    assert "320.0 KiB      625.0 MiB        40.0 GiB" in printed
 
 
 def test_with_and_without_a_cache_the_same_letters_are_written(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:

@@ -48,7 +48,8 @@ def test_a_notebook_runs_and_prints_again_what_is_the_same_everywhere(path: Path
     fresh = nbformat.read(path, as_version=4)
     for cell in code_cells(fresh):
         cell.outputs = []
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # One thread: a tiny batch gains little from a second one, and two that share a busy core lose much.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     nbclient.NotebookClient(fresh, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute(env=env)
     for before, after in zip(code_cells(saved), code_cells(fresh), strict=True):
         assert pictures(after) == pictures(before)
