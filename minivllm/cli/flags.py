@@ -76,7 +76,7 @@ def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None
     if f.default not in (None, (), ""):
         text += f" (default: {'on' if f.default is True else 'off' if f.default is False else f.default})"
     common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
-    if kind == "bool":
+    if kind in ("bool", "bool | None"):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         return
     parse = _PARSE[kind]

@@ -84,7 +84,8 @@ def check_packages() -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Take the port, before anything slow happens. Connections are refused until `listen`."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # "localhost" is 127.0.0.1, not ::1
     except (socket.gaierror, UnicodeError):
         raise InvalidInput(f"host {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host") from None
     listener = socket.socket(family, socket.SOCK_STREAM)

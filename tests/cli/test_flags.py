@@ -17,6 +17,17 @@ from minivllm.errors import EngineDead, InvalidInput
 from minivllm.server.config import ServerConfig
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line that should have been refused must not start a server: it ends where the model would be loaded."""
+    import minivllm.server.run
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the command line was not refused")
+
+    monkeypatch.setattr(minivllm.server.run, "start_engine", refuse)
+
+
 def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
     """The configs of a `serve` command line."""
     from minivllm.cli.flags import normalise
@@ -30,7 +41,7 @@ def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
 def one_of(f: dataclasses.Field[Any]) -> tuple[list[str], Any]:
     """Arguments that set a field to something else than its default, and that value."""
     kind = str(f.type)
-    if kind == "bool":
+    if kind.startswith("bool"):
         return [], not f.default
     if f.metadata.get("choices"):
         value = next(choice for choice in f.metadata["choices"] if choice != f.default)
@@ -85,7 +96,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["serve", "--prot=80"], "did you mean '--port'?"),
     (["serve", "--enable_prefix_cacheing"], "did you mean '--enable-prefix-caching'?"),
     (["serve", "--quantization", "awq"], "--quantization (quantized weights) is not supported yet"),
-    (["serve", "--no-enforce-eager"], "is not supported yet"),
+    (["serve", "--no-enable-lora"], "is not supported yet"),
     (["serve", "--tool_call_parser=hermes"], "--tool-call-parser (tool calls) is not supported yet"),
     (["serve", "--port", "many"], "argument --port: invalid int value: 'many'"),
     (["serve", "--dtype", "flot32"], "argument --dtype: invalid choice: 'flot32'"),
