@@ -17,7 +17,6 @@ NOT_YET = {
     "kv_cache_dtype": "a quantized KV cache",
     "tensor_parallel_size": "tensor parallelism",
     "pipeline_parallel_size": "pipeline parallelism",
-    "enforce_eager": "choosing between CUDA graphs and eager steps (all steps are eager)",
     "enable_lora": "LoRA adapters",
     "max_loras": "LoRA adapters",
     "max_lora_rank": "LoRA adapters",
@@ -60,7 +59,8 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "let a prompt be computed in several steps; off: a prompt waits until it fits one step")
     long_prefill_token_threshold: int = option(0, "most tokens of one prompt in one step, so that others keep their pace; 0: only the budget limits it")
     scheduling_policy: str = option("fcfs", "fcfs: by arrival; priority: by the request's priority (lower first), then arrival", choices=("fcfs", "priority"))
-    async_scheduling: bool = option(True, "plan and launch the next step while this one runs")
+    enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs of decode steps")
+    async_scheduling: bool | None = option(None, "plan and launch the next step while this one runs; left out: on a GPU, whose host is free meanwhile")
     kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that the device has no room for")
     max_queue: int | None = option(None, "most requests waiting; one more is refused")
     trace: str | None = option(None, "file to record every plan and result in, as JSON lines", metavar="FILE")
@@ -71,7 +71,7 @@ class EngineConfig:
             choices = f.metadata.get("choices")
             if choices and value not in choices:
                 raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
-            if f.type == "bool" and not isinstance(value, bool):
+            if (f.type == "bool" or (f.type == "bool | None" and value is not None)) and not isinstance(value, bool):
                 raise InvalidInput(f"{f.name} must be True or False, got {value!r}", f.name)
             if f.type in ("int", "int | None") and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise InvalidInput(f"{f.name} must be a whole number, got {value!r}", f.name)

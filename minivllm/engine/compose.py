@@ -55,13 +55,14 @@ def build_engine(config: EngineConfig) -> LLMEngine:
 
 
 def _scheduler(config: EngineConfig, executor: LocalExecutor, info: EngineInfo) -> Scheduler:
+    ahead = executor.overlaps if config.async_scheduling is None else config.async_scheduling
     scheduling = SchedulerConfig(
         num_blocks=executor.num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=executor.max_num_batched_tokens, max_model_len=executor.max_model_len,
         kv_windows=executor.kv_windows, enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
-        max_queue=config.max_queue, planning_depth=int(config.async_scheduling), num_host_blocks=executor.num_host_blocks,
+        max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=executor.num_host_blocks,
     )
     if config.trace is None:
         return Scheduler(scheduling)

@@ -27,6 +27,7 @@ from minivllm.kernels import select
 from minivllm.layers.build import BuildContext
 from minivllm.models.hub import ModelFiles
 from minivllm.models.loader import load_model
+from minivllm.worker.cuda_graphs import GRAPH_BYTES
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.memory import GIB, CacheSize, Wish, cpu_cache, cuda_cache
 from minivllm.worker.model_runner import Handle, ModelRunner
@@ -89,7 +90,8 @@ class LocalExecutor:
                     utilization=config.gpu_memory_utilization)
         if device.type == "cuda":
             with _enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
-                size = cuda_cache(wish, shape, model, config.max_num_seqs, budget)
+                graphs = 0 if config.enforce_eager else GRAPH_BYTES
+                size = cuda_cache(wish, shape, model, config.max_num_seqs, budget, graphs)
         else:
             size = cpu_cache(wish, shape, weights)
         _announce(spec, device, dtype, config.dtype == "auto", size)
@@ -99,7 +101,7 @@ class LocalExecutor:
         with _enough_memory(f"a KV cache of {pools}", field, "lower it, or kv_offloading_size"):
             kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
         runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
-                             eos_token_ids=eos_token_ids)
+                             eos_token_ids=eos_token_ids, cuda_graphs=device.type == "cuda" and not config.enforce_eager)
         return cls(runner, device=device, dtype=dtype, max_model_len=size.max_model_len, max_num_batched_tokens=budget)
 
     def launch(self, plan: StepPlan) -> Handle:

@@ -107,17 +107,19 @@ def available_host_memory() -> int:
 # --- GPU -----------------------------------------------------------------------------------------------------------
 
 
-def cuda_cache(wish: Wish, shape: BlockShape, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int) -> CacheSize:
+def cuda_cache(
+    wish: Wish, shape: BlockShape, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, graph_bytes: int = 0,
+) -> CacheSize:
     """The size of a cache on the GPU, with the weights loaded already; measures the peak of one step."""
     device = model.build.device
     peak = _peak_of_one_step(wish, shape, model, max_num_seqs, max_num_batched_tokens)
     peak += max_num_seqs * wish.max_model_len * torch.int32.itemsize  # the token table, which comes with the cache
     free, total = torch.cuda.mem_get_info(device)
     in_use, weights = total - free, torch.cuda.memory_allocated(device)
-    budget = int(wish.utilization * total) - in_use - peak
+    budget = int(wish.utilization * total) - in_use - peak - graph_bytes
     account = (f"{wish.utilization:.2f} of {total / GIB:.2f} GiB, less {weights / GIB:.2f} weights, "
-               f"{(in_use - weights) / GIB:.2f} other use, {peak / GIB:.2f} peak of a step")
-    least = min(1.0, (in_use + peak + (shape.blocks_of(wish.max_model_len, wish.chunk) + 1) * shape.block_bytes) / total)
+               f"{(in_use - weights) / GIB:.2f} other use, {peak / GIB:.2f} peak of a step, {graph_bytes / GIB:.2f} CUDA graphs")
+    least = min(1.0, (in_use + peak + graph_bytes + (shape.blocks_of(wish.max_model_len, wish.chunk) + 1) * shape.block_bytes) / total)
     fix = f"raise it to {least + 0.005:.2f}" if least < 0.99 else "there is no room on this GPU; use a smaller model"
     if max_num_batched_tokens > 1024:
         fix += ", or lower max_num_batched_tokens, which sets the peak of a step"

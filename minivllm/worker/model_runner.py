@@ -22,6 +22,7 @@ from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import LogprobColumns, Sampler
 from minivllm.worker.batch import Packed, RowTable
+from minivllm.worker.cuda_graphs import DecodeGraphs
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,10 @@ def _to_host(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event 
 class ModelRunner:
     """One model, its KV cache, and the rows under way."""
 
-    def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
+                 cuda_graphs: bool = False) -> None:
         self.model, self.kv = model, kv
+        self._graphs = DecodeGraphs(model, kv, max_num_seqs, max_model_len) if cuda_graphs else None
         self._sizes = max_num_seqs, max_model_len, tuple(eos_token_ids)
         self.drop_rows()
 
@@ -118,7 +121,10 @@ class ModelRunner:
             if not plan.rows:
                 return Handle(plan, None, None, moves)
             packed = self.rows.pack(plan)
-            hidden = self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)
+            if self._graphs is not None and self._graphs.covers(packed.batch):
+                hidden = self._graphs.forward(packed.batch)
+            else:
+                hidden = self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)
         except (RuntimeError, MemoryError) as error:
             return Handle(plan, None, None, moves, _failure(plan, error))
         return Handle(plan, packed, hidden, moves)
