@@ -15,7 +15,7 @@ from typing import Any
 
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.core.simulate import Outcome, StepCost, Work, percentile, recorded_work, simulate, synthetic_work
-from minivllm.core.trace import Planned, Trace, read, replay
+from minivllm.core.trace import Arrival, Planned, Trace, read, replay
 from minivllm.core.trace_summary import StepRecord, Summary, summarise
 from minivllm.errors import InvalidInput, nearest
 
@@ -52,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     if args.replay:
         return _replay(trace)
     if args.compare:
-        return _compare(trace.config, recorded_work(trace), _cost(args.step_cost, lambda: StepCost.fit(trace)), args.compare)
+        work = recorded_work(trace)
+        left_out = sum(isinstance(event, Arrival) for event in trace.events) - len(work)
+        if left_out:
+            print(f"{left_out} requests are left out: beam searches, or aborted before their first token")
+        return _compare(trace.config, work, _cost(args.step_cost, lambda: StepCost.fit(trace)), args.compare)
     return _summary(summarise(trace))
 
 

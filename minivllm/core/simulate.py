@@ -8,6 +8,7 @@ and no kernels that change at some size. Trust the direction of a difference bef
 """
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import deque
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.core.request import NewRequest, sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
-from minivllm.core.trace import Arrival, Planned, Trace, Updated, replay
+from minivllm.core.trace import Arrival, Beams, Planned, Trace, Updated, replay
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 
@@ -106,22 +107,33 @@ class Work(NamedTuple):
 
 
 def recorded_work(trace: Trace) -> list[Work]:
-    """The requests of a trace with the tokens they got. Who was aborted before the first token is left out."""
-    outputs: dict[str, dict[int, list[int]]] = {}
+    """The requests of a trace with the tokens they got.
+
+    Left out: who was aborted before the first token, and beam searches, whose work depends on what the model finds probable.
+    An id that was used again is told apart by a suffix: under other settings the two may run at the same time.
+    """
+    outputs: list[dict[int, list[int]]] = []  # by arrival: child -> tokens
     arrivals: list[NewRequest] = []
+    bearer: dict[str, int] = {}  # request id -> its latest arrival
+    beam_searches: set[int] = set()
     for step in replay(trace):
         if step.mismatch is not None:
             raise InvalidInput(f"the trace does not replay: {step.mismatch}", "trace")
         if isinstance(step.event, Arrival):
-            arrivals.append(step.event.new)
-            outputs[step.event.new.request_id] = {}
+            new = step.event.new
+            if new.request_id in bearer:
+                new = dataclasses.replace(new, request_id=f"{new.request_id}/{len(arrivals)}")
+            bearer[step.event.new.request_id] = len(arrivals)
+            arrivals.append(new)
+            outputs.append({})
+        elif isinstance(step.event, Beams):
+            beam_searches.add(bearer[step.event.request_id])
         for p in step.progress:
-            outputs[p.request_id].setdefault(p.index, []).extend(p.token_ids)
+            outputs[bearer[p.request_id]].setdefault(p.index, []).extend(p.token_ids)
     work = []
-    for new in arrivals:
-        got = outputs[new.request_id]
+    for number, (new, got) in enumerate(zip(arrivals, outputs, strict=True)):
         children = tuple(tuple(got.get(i, ())) for i in range(new.params.n))
-        if all(children):
+        if all(children) and number not in beam_searches:
             work.append(Work(new, children))
     return work
 

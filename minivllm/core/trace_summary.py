@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.plan import NULL_BLOCK, BlockId, StepPlan
-from minivllm.core.request import Sequence, State
+from minivllm.core.request import NewRequest, Sequence, State, sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerStats
 from minivllm.core.trace import Arrival, Mismatch, Planned, Trace, Updated, replay
 
@@ -33,6 +33,11 @@ class KindCounter:
     def __init__(self) -> None:
         self._num_prompt: dict[str, int] = {}
         self._reached: dict[str, int] = {}
+
+    def arrive(self, new: NewRequest) -> None:
+        """A request comes whose id may have been another's before."""
+        for index in range(new.params.n):
+            self._reached.pop(sequence_id(new.request_id, index, new.params.n), None)
 
     def each(self, plan: StepPlan) -> list[Kinds]:
         """Of each of the plan's columns. Plans are to be given in their order, each once."""
@@ -125,8 +130,9 @@ def summarise(trace: Trace) -> Summary:
     mismatch = None
     for step in replay(trace):
         match step.event:
-            case Arrival():
+            case Arrival(new):
                 requests += 1
+                counter.arrive(new)
             case Planned(now, plan) if plan is not None and step.mismatch is None:
                 started[plan.step_id] = len(steps)
                 steps.append(StepRecord(now, float("nan"), plan, counter.count(plan), step.scheduler.stats(), empty_slots(step.scheduler)))

@@ -160,6 +160,7 @@ def test_the_choices_of_a_beam_search_are_on_record_and_matter(tmp_path: Path) -
         beams = driver.scheduler.choose_beams("r0", [(beams[-1], step), (beams[-1], step + 5)])
     driver.finish()
     assert_replay_needs(Beams, path)
+    assert recorded_work(read(path)) == [], "a beam search depends on the model, so it is not simulated"
 
 
 def test_what_was_recorded_is_read_back_equal(tmp_path: Path) -> None:
@@ -337,6 +338,21 @@ def test_under_any_settings_every_request_writes_its_recorded_tokens(tmp_path: P
     for item in work:
         assert [len(outcome.token_times[item.new.request_id, i]) for i in range(item.new.params.n)] == [len(o) for o in item.outputs]
     assert outcome.output_tokens == summarise(read(path)).num_tokens_kept
+
+
+def test_requests_that_shared_an_id_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48, enable_prefix_caching=False), path)
+    for tokens in (3, 5):
+        driver.scheduler.add(NewRequest("same", (1, 2, 3), SamplingParams(max_tokens=tokens, ignore_eos=True), 0))
+        while driver.scheduler.has_unfinished():
+            driver.step()
+    driver.finish()
+    trace = read(path)
+    assert summarise(trace).kinds == (3 + 3, 2 + 4, 0), "the second one's prompt is no recomputation"
+    work = recorded_work(trace)
+    assert [(w.new.request_id, len(w.outputs[0])) for w in work] == [("same", 3), ("same/1", 5)]
+    assert simulate(trace.config, work, FIXED).output_tokens == 8
 
 
 def test_a_request_that_settings_can_never_serve_is_reported_as_refused() -> None:

@@ -1,6 +1,7 @@
 """The allocator laboratory: slots are owned once, waste is counted where it is, and paging's promise holds."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from bench import waste
 from minivllm.errors import InvalidInput
 from minivllm.planning.allocators import Allocator, BuddyAllocator, ContiguousAllocator, Job, PagedAllocator
 from minivllm.planning.laboratory import replay, sharegpt_like, with_system_prompt
@@ -204,3 +206,11 @@ def test_what_can_never_fit_is_refused_by_name(make: Callable[[], object], param
     with pytest.raises(InvalidInput) as error:
         make()
     assert error.value.param == param
+
+
+def test_the_bench_prints_a_table_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    waste.main(["--num-jobs", "20"])
+    *table, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)
+    assert len(table) == 1 + len(figures["rows"])
+    assert figures["rows"]["paged, block 1"]["waste"] == 0.0 < figures["rows"]["paged, block 16"]["waste"] < 0.04
