@@ -52,7 +52,7 @@ def engine_process(build: Callable[[], LLMEngine], connection: Connection) -> No
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(connection, inbox), name="minivllm-reader", daemon=True).start()
     run_engine(build, inbox, connection.send)
-    connection.close()
+    # The pipe closes with the process: closing it here would pull it from under the reader, which may be inside recv().
 
 
 class ProcessClient(EngineClient):
