@@ -7,9 +7,10 @@ A row is what the worker remembers of one sequence, so that a plan need not repe
      1      . . . . . . . .
      2      c c c .                       4  .  .  .
 
-The plan's columns are reordered so that sequences with one query come first; everything that goes back is in the plan's
-order again. Columns are numpy arrays on the host and reach the device in one copy (`upload`); tokens never leave it: the
-packer sends places in the token table, and the newest token is written there by the sampler.
+The plan's columns are reordered so that sequences with one query come first, and longer ones before shorter ones (attention
+pads neighbours to a common length); everything that goes back is in the plan's order again. Columns are numpy arrays on the
+host and reach the device in one copy (`upload`); tokens never leave it: the packer sends places in the token table, and the
+newest token is written there by the sampler.
 """
 from __future__ import annotations
 
@@ -116,8 +117,8 @@ class RowTable:
         single = counts == 1
         num_decodes = int(single.sum())
         where = None  # request -> its place in the batch; None: the same
-        if not single[:num_decodes].all():
-            order = np.argsort(~single, kind="stable")
+        order = np.lexsort((-starts - counts, ~single))  # single queries first, the longest sequence first
+        if (order[1:] < order[:-1]).any():
             where = np.empty_like(order)
             where[order] = np.arange(len(order))
             rows, starts, counts = rows[order], starts[order], counts[order]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import attention as module
 from minivllm.kernels.reference.attention import AttentionMeta, attention, prepare_attention
 from tests.kernels.paged import Case, make_case, naive_attention
@@ -47,14 +48,19 @@ sequences = st.lists(
     block_size=st.integers(1, 256) | st.sampled_from([1, 2, 16, 256]),
     window=st.none() | st.integers(1, 50),
     softcap=st.none() | st.sampled_from([0.5, 5.0]),
+    limits=st.tuples(st.sampled_from([1, 5000, 10**7]), st.sampled_from([0, 10, 400]), st.sampled_from([50, 10**7])),
     seed=st.integers(0, 1000),
 )
 def test_any_mix_of_prompts_chunks_and_decodes_over_scattered_blocks_equals_hand_written_maths(
     shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None,
-    softcap: float | None, seed: int,
+    softcap: float | None, limits: tuple[int, int, int], seed: int,
 ) -> None:
     case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window, seed=seed)
-    check(case, window=window, softcap=softcap)
+    with pytest.MonkeyPatch.context() as patch:  # small limits cut small batches
+        patch.setitem(module.GATHER_BYTES, "cpu", limits[0])
+        patch.setitem(module.FREE_PADDING, "cpu", limits[1])
+        patch.setattr(module, "MAX_SCORES", limits[2])
+        check(case, window=window, softcap=softcap)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -67,7 +73,7 @@ def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | Non
 
 def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
     case = make_case([(1, 1000)] + [(1, 10 + i) for i in range(20)], seed=2)
-    gathered = sum(len(bucket.slots) for bucket in prepare(case).decodes)
+    gathered = sum((bucket.end - bucket.start) * bucket.keys for bucket in prepare(case).decodes)
     assert gathered <= sum(case.batch.seq_lens_host) + module.FREE_PADDING["cpu"]
     check(case)
 
@@ -77,7 +83,7 @@ def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(mon
     case = make_case([(1, n) for n in (20, 21, 22, 23, 24, 90, 19)], seed=3)
     buckets = prepare(case).decodes
     assert [bucket.end - bucket.start for bucket in buckets] == [1, 2, 2, 2]
-    assert all(len(bucket.slots) <= 50 for bucket in buckets[1:])
+    assert all((bucket.end - bucket.start) * bucket.keys <= 50 for bucket in buckets[1:])
     check(case)
 
 
@@ -99,6 +105,22 @@ def test_a_long_chunk_is_computed_in_pieces_when_its_mask_would_take_too_much_me
     case = make_case([(30, 50), (4, 4), (2, 300)], window=window, seed=4)
     masks = [chunk.mask for chunk in prepare(case, window).chunks if chunk.mask is not None]
     assert len(masks) > 2 and all(m.numel() <= 300 for m in masks)
+    check(case, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", [(1, 30), (30, 30), (6, 30)])
+def test_a_sequence_in_consecutive_blocks_is_read_in_place(shape: tuple[int, int], window: int | None) -> None:
+    case = make_case([shape], window=window, seed=9)
+    table = case.batch.block_tables[0]
+    kv = KVLayer(torch.full_like(case.kv.k, torch.nan), torch.full_like(case.kv.v, torch.nan))
+    for logical in range(-(-30 // case.block_size)):  # move the sequence's blocks to 1, 2, 3 ...
+        block = int(table[0, logical])
+        kv.k[logical + 1], kv.v[logical + 1] = case.kv.k[block], case.kv.v[block]
+        table[0, logical] = logical + 1 if block else 0
+    case = dataclasses.replace(case, kv=kv)
+    meta = prepare(case, window)
+    assert all(isinstance(part.slots, slice) for part in (*meta.decodes, *meta.chunks))
     check(case, window=window)
 
 

@@ -58,3 +58,17 @@ def test_layer_norm_subtracts_the_mean_and_divides_by_the_deviation(affine: bool
     if weight is not None and bias is not None:
         want = want * weight + bias
     torch.testing.assert_close(layer_norm(x, weight, bias, 1e-5), want, atol=1e-5, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 9), st.integers(1, 70), st.sampled_from([1e-6, 1e-5, 0.1]), st.sampled_from([1e-4, 1.0, 1e3]))
+def test_rms_norm_of_few_bfloat16_rows_is_as_exact_as_bfloat16_allows(rows: int, width: int, eps: float, magnitude: float) -> None:
+    x, weight = (torch.randn(rows, width) * magnitude).bfloat16(), torch.randn(width).bfloat16()
+    got = rms_norm(x, weight, eps)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous()
+    torch.testing.assert_close(got.double(), rms_by_hand(x, weight, eps), atol=1e-6, rtol=2**-7)
+
+
+def test_many_bfloat16_rows_get_the_same_norm_as_few() -> None:
+    x, weight = torch.randn(200, 576).bfloat16(), torch.randn(576).bfloat16()
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5)[:3], rms_norm(x[:3], weight, 1e-5), atol=0, rtol=2**-6)

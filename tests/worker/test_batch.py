@@ -88,7 +88,7 @@ def check_batch(
     batch = packed.batch
     starts_in_batch = batch.query_start.tolist()
     assert starts_in_batch[0] == 0 and starts_in_batch[-1] == batch.num_tokens == sum(c for _, _, c in columns)
-    ordered = sorted(columns, key=lambda c: c[2] != 1)  # stable: single queries first
+    ordered = sorted(columns, key=lambda c: (c[2] != 1, -(c[1] + c[2])))  # single queries first, longest first
     assert batch.num_decodes == sum(c == 1 for _, _, c in columns)
     assert batch.query_lens_host == tuple(c for _, _, c in ordered)
     assert batch.seq_lens_host == tuple(batch.seq_lens.tolist()) == tuple(s + c for _, s, c in ordered)

@@ -37,7 +37,7 @@ class DecodeBucket:
     start: int  # first and last + 1 in the order of `AttentionMeta.order`
     end: int
     keys: int  # L: padded number of keys
-    slots: Tensor  # [n * L] int64
+    slots: Tensor | slice  # [n * L] int64; a slice: one sequence in consecutive slots, which is read in place
     mask: Tensor | None  # [n, 1, 1, L] additive; None: all have exactly L keys
 
 
@@ -47,7 +47,7 @@ class PromptChunk:
 
     start: int  # rows of q
     end: int
-    slots: Tensor  # [S] int64 of the keys that any of them sees
+    slots: Tensor | slice  # [S] int64 of the keys that any of them sees; a slice: they lie in consecutive slots
     mask: Tensor | None  # [q, S] additive; None: causal, and S == q
 
 
@@ -103,13 +103,13 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
     keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
-    if len(meta.decodes) == 1 and meta.num_decodes == q.shape[0]:  # decodes of one length: no other step is so short
-        return _decode(q, keys, values, meta.decodes[0], h // hk, scale, softcap)
+    first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
+    parts = [_decode(first[b.start : b.end], keys, values, b, h // hk, scale, softcap) for b in meta.decodes]
+    if meta.num_decodes == q.shape[0] and meta.order is None:  # the usual step: nothing to put together
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     out = torch.empty_like(q)
     if meta.num_rows < q.shape[0]:
         out[meta.num_rows :] = 0
-    first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
-    parts = [_decode(first[b.start : b.end], keys, values, b, h // hk, scale, softcap) for b in meta.decodes]
     if meta.order is not None:
         out.index_copy_(0, meta.order, torch.cat(parts))
     elif parts:
@@ -117,8 +117,8 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
-        ks = keys.index_select(0, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
-        vs = values.index_select(0, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
+        ks = _take(keys, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
+        vs = _take(values, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
         part = _attend(qs, ks, vs, chunk.mask, chunk.mask is None, scale, softcap)
         out[chunk.start : chunk.end].view(t, hk, h // hk, d).copy_(part.permute(2, 0, 1, 3))
     return out
@@ -129,9 +129,14 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, bucket: DecodeBucket, group
     n, h, d = q.shape
     # The query heads of one KV head stand where a sequence's queries usually stand: its keys are read once for all of them.
     qs = q.view(n, h // group, group, d)
-    ks = keys.index_select(0, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
-    vs = values.index_select(0, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)
+    ks = _take(keys, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
+    vs = _take(values, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)
     return _attend(qs, ks, vs, bucket.mask, False, scale, softcap).reshape(n, h, d)
+
+
+def _take(cache: Tensor, slots: Tensor | slice) -> Tensor:
+    """cache: [slots, kv_heads, head_dim] -> the rows `slots`, copied together unless they already lie together."""
+    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None) -> Tensor:
@@ -151,7 +156,7 @@ def _bucket(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], 
     """Cut decodes into spans that are padded to a common length -> (order, [(start, end)] in that order).
 
     A span holds at most `limit` keys (or one sequence) and about `free_padding` keys of padding. Unless one span in the
-    given order does, sequences are sorted by length, so that neighbours need little padding.
+    given order does, sequences are sorted by length (the packer's order already), so that neighbours need little padding.
     """
     if not lens:
         return [], []
@@ -174,6 +179,15 @@ def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return blocks * block_size + positions % block_size
 
 
+def _in_place(slots: Tensor) -> Tensor | slice:
+    """slots: [S] of one sequence, as a slice if they are consecutive. Asked on a CPU only: a GPU would have to be waited for."""
+    if slots.device.type == "cpu":
+        first, last = int(slots[0]), int(slots[-1])
+        if last - first + 1 == len(slots) and bool((slots.diff() == 1).all()):
+            return slice(first, last + 1)
+    return slots
+
+
 def _decode_bucket(
     table: Tensor, rows: list[int], start: int, seq_lens: list[int], block_size: int, window: int | None, dtype: torch.dtype
 ) -> DecodeBucket:
@@ -188,7 +202,7 @@ def _decode_bucket(
     mask = None
     if min(seq_lens) < keys:
         mask = torch.zeros(len(rows), keys, dtype=dtype, device=device).masked_fill_(offsets >= counts, -math.inf)[:, None, None]
-    return DecodeBucket(start, start + len(rows), keys, slots.flatten(), mask)
+    return DecodeBucket(start, start + len(rows), keys, _in_place(slots[0]) if len(rows) == 1 else slots.flatten(), mask)
 
 
 def _prompt_chunks(
@@ -212,5 +226,5 @@ def _prompt_chunks(
             if window is not None:
                 hidden |= positions <= queries - window
             mask = torch.zeros(end - begin, end - low, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-        chunks.append(PromptChunk(row + begin - first, row + end - first, slots, mask))
+        chunks.append(PromptChunk(row + begin - first, row + end - first, _in_place(slots), mask))
     return chunks
