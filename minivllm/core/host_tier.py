@@ -164,10 +164,10 @@ class HostTier:
     def spill(self, num_blocks: int) -> None:
         """Copy cached blocks that are soon to be handed out, of the next `num_blocks`, so that their content outlives that.
 
-        At most half of the free blocks, since they cannot be handed out meanwhile, and half of the host's, so that the copies
-        of the next blocks do not evict one another.
+        At most half of the free blocks, since they cannot be handed out meanwhile, and of the host's, so that the copies do not
+        evict one another, step after step.
         """
-        most = min(num_blocks, self.device.num_free // 2, self.pool.num_blocks // 2)
+        most = min(num_blocks, self.device.num_free // 2, self.pool.num_free // 2)
         for block in list(islice(self.device.free_blocks(), most)):
             key = self.device.key(block)
             if key is None or self.pool.lookup(key) is not None:

@@ -73,6 +73,15 @@ class Roster:
         victim.plan_freely_until = victim.confirm_freely_until = 0
         self.settle(victim)
 
+    def park_a_beam(self) -> bool:
+        """Take row and blocks from the last paused beam, if there is one."""
+        paused = next((s for s in reversed(self.running) if s.paused and s.state is State.RUNNING), None)
+        if paused is None:
+            return False
+        self.give_way(paused)
+        self.tidy()
+        return True
+
     def end(self, sequence: Sequence) -> None:
         """FINISHED, wherever it was."""
         before, sequence.state = sequence.state, State.FINISHED

@@ -73,7 +73,7 @@ class Scheduler:
 
     Beam search: add a request with `beam_search` (and `ignore_eos`, since what an ending means is the searcher's business). Its
     sequences pause after each token; when all have theirs, call `choose_beams` with the beams to go on with. Forks share all
-    blocks, so a beam costs one partly filled block.
+    blocks, so a beam costs one partly filled block. Paused beams keep rows and blocks, until nobody else can go on without.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -158,6 +158,13 @@ class Scheduler:
         """The next step, or None if nothing can be planned before the oldest launched plan is updated (or a request comes)."""
         if len(self._launched) > self.config.planning_depth:
             return None
+        plan = self._fill(now)
+        while not (plan.sequences or self._launched or self.host.moves) and self._roster.park_a_beam():
+            plan = self._fill(now)  # nothing could be planned, and paused beams hold what is lacking
+        return self._launch(plan)
+
+    def _fill(self, now: float) -> PlanBuilder:
+        """The three passes of the module's docstring."""
         plan = PlanBuilder(self._next_step_id, self.config.max_num_batched_tokens, len(self.config.kv_windows))
         verifications, prompts = self._plan_decodes(plan)
         plan.close_decodes()
@@ -170,7 +177,7 @@ class Scheduler:
         self._roster.tidy()
         if not plan.short_of_blocks:
             self._plan_waiting(plan, now)
-        return self._launch(plan)
+        return plan
 
     def _plan_decodes(self, plan: PlanBuilder) -> tuple[list[Sequence], list[Sequence]]:
         """Plan everybody's single next token. Returns who has drafts to verify, and who has a prompt to compute."""
@@ -263,7 +270,7 @@ class Scheduler:
         )
 
     def _launch(self, plan: PlanBuilder) -> StepPlan | None:
-        if self.config.num_host_blocks and not plan.short_of_blocks:
+        if plan.sequences and not plan.short_of_blocks and self.config.num_host_blocks:
             self.host.spill(self.config.max_num_batched_tokens // self.config.block_size + 1)
         moves_out, moves_in = self.host.take_moves()
         # With nothing to compute only a move that finishes can help, and only a result tells of it: an empty step fetches that.
@@ -293,22 +300,12 @@ class Scheduler:
         if self.pool.num_free + plan.blocks_coming >= needed:
             return False
         victim = next((s for s in reversed(self._roster.running) if s.state is State.RUNNING or s is sequence), sequence)
-        if victim is sequence:  # nobody behind it: it keeps its blocks and waits for those before it
-            return self._push_out_a_paused_beam(sequence)
+        if victim is sequence:
+            return False  # nobody behind it: it keeps its blocks and waits for those before it
         if victim.num_in_flight:
             plan.blocks_coming += self.kv.num_freed_by(victim)
         self._roster.give_way(victim)
         return True
-
-    def _push_out_a_paused_beam(self, sequence: Sequence) -> bool:
-        """Paused beams hold rows and blocks. If they wait for `sequence`, or all who run are paused, one goes. Whether to look again."""
-        running = [s for s in self._roster.running if s.state is State.RUNNING]
-        paused = [s for s in running if s.paused]
-        if len(paused) < len(running):
-            paused = [s for s in paused if s.request is sequence.request]
-        if paused:
-            self._roster.give_way(paused[-1])
-        return bool(paused)
 
     def _count_blocks_coming(self) -> int:
         """Blocks that will be free without any further decision: leavers', out-of-window ones, and ones being moved out."""
@@ -320,12 +317,10 @@ class Scheduler:
     # Admission.
 
     def _plan_waiting(self, plan: PlanBuilder, now: float) -> None:
-        while plan.budget and (sequence := self._roster.queue.first()) is not None:
-            if self._roster.free_rows and self._admit(plan, sequence, now):
-                continue
-            if sequence.num_moves or not self._push_out_a_paused_beam(sequence):
+        while plan.budget and self._roster.free_rows:
+            sequence = self._roster.queue.first()
+            if sequence is None or not self._admit(plan, sequence, now):
                 return  # nobody overtakes the first in line
-            self._roster.tidy()
 
     def _admit(self, plan: PlanBuilder, sequence: Sequence, now: float) -> bool:
         """Give the first in line a row, the blocks it already has somewhere, and its first tokens; False if it does not fit."""

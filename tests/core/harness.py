@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
@@ -56,13 +57,13 @@ class Harness:
             self.aborted.add(request_id)
         return known
 
-    def launch(self, fails: bool = False) -> StepPlan | None:
-        """Plan and launch one step, if one can be planned. `fails`: it will turn out to have failed."""
+    def launch(self, fails: bool | Callable[[StepPlan], bool] = False) -> StepPlan | None:
+        """Plan and launch one step, if one can be planned. `fails`: whether it will turn out to have failed."""
         self.now += 1.0
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
         if plan is not None:
-            self.executor.launch(plan, fails)
+            self.executor.launch(plan, fails(plan) if callable(fails) else fails)
             self.in_flight.append(plan)
             self.plans.append(plan)
         return plan

@@ -34,7 +34,9 @@ class BeamSearch:
 
     def run(self, width: int) -> None:
         sampled: dict[str, int] = {}
-        while self.scheduler.has_unfinished():
+        for _ in range(2000):
+            if not self.scheduler.has_unfinished():
+                return
             while (plan := self.scheduler.schedule(0.0)) is not None:
                 self.scheduler.check()
                 self.executor.launch(plan)
@@ -55,6 +57,7 @@ class BeamSearch:
             if self.beams and sampled.keys() >= self.beams.keys():  # every beam has its next token
                 self._choose(width)
                 sampled = {}
+        raise AssertionError("the search does not end")
 
     def _choose(self, width: int) -> None:
         choices = [(self.chaos.choice(sorted(self.beams)), self.chaos.randrange(VOCABULARY)) for _ in range(width)]

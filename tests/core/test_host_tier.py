@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from minivllm.core.plan import StepResult
 from minivllm.core.scheduler import SchedulerConfig
 from tests.core.harness import Harness
 from tests.core.test_scheduler import greedy, launch, prompt
@@ -135,22 +134,36 @@ def test_a_request_that_is_aborted_while_its_blocks_move_leaks_nothing() -> None
     h.check_answers()
 
 
-def test_a_swapped_request_whose_moves_fail_is_computed_again() -> None:
-    h = make()
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_swapped_request_whose_moves_fail_is_computed_again(depth: int) -> None:
+    h = make(enable_prefix_caching=False, planning_depth=depth)
     crowd(h)
-    while h.launch() is not None and not h.plans[-1].moves_out:
-        h.finish()
-    h.in_flight.pop()
-    plan, result = h.executor.wait()
-    assert plan.moves_out
-    victims = {s.id for s in h.scheduler._roster.queue.sequences()}
-    h.executor.moving.clear()
-    ended = {p.request_id for p in h.scheduler.update(plan, StepResult(plan.step_id, (), error="lost"), {}, 0.0)}
-    h.scheduler.check()
-    assert not ended & victims
+    while not (h.plans and h.plans[-1].moves_out):
+        while h.launch(fails=lambda plan: bool(plan.moves_out)) is not None:
+            pass
+        if not h.plans[-1].moves_out:
+            h.finish()
+    victims = {s.id for s in h.scheduler._roster.queue.sequences() if s.host_blocks}
     h.run()
-    assert all(h.answers[name, 0].finish_reason == "length" for name in victims)
+    ended = {name for (name, _), answer in h.answers.items() if answer.finish_reason == "error"}
+    assert ended and victims and not ended & victims
     assert h.scheduler.stats().num_used_host_blocks == 0
+    h.check_answers()
+
+
+def test_a_block_whose_move_failed_is_not_found_in_host_memory() -> None:
+    h = make(num_blocks=40)
+    h.add(prompt(17), greedy(4), "old")
+    h.run()
+    for i in range(7):
+        h.add(prompt(25, 7 + i), greedy(4), f"other {i}")
+        while h.scheduler.has_unfinished():
+            h.launch(fails=lambda plan: bool(plan.moves_out))
+            h.finish()
+    h.add(prompt(17), greedy(4), "again")
+    h.run()
+    assert h.answers["again", 0].num_cached_tokens == 0
+    h.check_answers()
 
 
 def test_a_reset_prefix_cache_forgets_host_memory_and_what_is_on_its_way_there() -> None:

@@ -472,11 +472,12 @@ def test_a_reset_prefix_cache_finds_nothing_not_even_what_still_runs() -> None:
     h.add(prompt(14), greedy(20), "runs")
     h.step()
     h.scheduler.reset_prefix_cache()
-    for _ in range(8):
-        h.step()
-    h.add(prompt(14), greedy(1), "b")
+    h.add(prompt(14), greedy(1), "new")
     h.run()
-    assert h.answers["b", 0].num_cached_tokens == 0
+    assert h.answers["new", 0].num_cached_tokens == 0
+    h.add((*prompt(14), *h.answers["runs", 0].tokens), greedy(1), "longer")
+    h.run()
+    assert h.answers["longer", 0].num_cached_tokens == 12, "only what was computed from scratch since"
     h.check_answers()
 
 
@@ -641,6 +642,18 @@ def test_rows_that_the_worker_lost_are_rebuilt_from_plans(depth: int) -> None:
         h.finish()
     h.executor.drop_rows()
     h.scheduler.readmit_all()
+    h.run()
+    h.check_answers()
+
+
+def test_a_row_is_rebuilt_only_once_all_its_tokens_are_known() -> None:
+    h = make(planning_depth=1)
+    h.add(prompt(9), greedy(12), "a")
+    launch(h)
+    h.scheduler.readmit_all()
+    assert h.launch() is None, "the token that the launched plan samples is not known yet"
+    h.finish()
+    assert len(launch(h).admitted[0].token_ids) == 10
     h.run()
     h.check_answers()
 
