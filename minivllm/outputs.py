@@ -6,7 +6,7 @@ The engine emits deltas, because a stream wants only what is new and a message b
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from minivllm.core.plan import TokenLogprobs
 
@@ -33,12 +33,11 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class OutputDelta:
-    """What one step added to one child of one request."""
+class OutputDelta(NamedTuple):
+    """What one step added to one child of one request. (A tuple: one is made and sent per token of every stream.)"""
 
     request_id: str
-    index: int  # child, 0..n-1
+    index: int  # type: ignore[assignment]  # child, 0..n-1 (hides tuple.index)
     token_ids: tuple[int, ...]
     text: str  # text that became certain with these tokens; may lag behind the tokens
     logprobs: tuple[TokenLogprobs, ...] | None = None

@@ -27,10 +27,12 @@ class StopMatcher:
         self.stops = tuple(stops)
         self._failure = [_failure_table(stop) for stop in self.stops]
         self._states = [0] * len(self.stops)
+        self.partial = 0  # how many characters at the text's end could still become a stop string
 
     def push(self, char: str) -> str | None:
         """The stop string that this character completes; the longest if there are several."""
         found: str | None = None
+        longest = 0
         for i, stop in enumerate(self.stops):
             state, failure = self._states[i], self._failure[i]
             while state and stop[state] != char:
@@ -42,12 +44,10 @@ class StopMatcher:
                 if found is None or len(stop) > len(found):
                     found = stop
             self._states[i] = state
+            if state > longest:
+                longest = state
+        self.partial = longest
         return found
-
-    @property
-    def partial(self) -> int:
-        """How many characters at the text's end could still become a stop string."""
-        return max(self._states, default=0)
 
 
 def _failure_table(stop: str) -> list[int]:
@@ -70,6 +70,7 @@ class _Sequence:
         self.first_step = first_step
         self._stream = stream
         self._matcher = StopMatcher(params.stop or ())
+        self._has_stops = bool(params.stop)
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
         self._ending = ending
@@ -88,17 +89,20 @@ class _Sequence:
             if ends and not self._include_stop:
                 self._ended = True  # EOS or a stop token: it counts as a token but is not text
                 break
-            matched = self._add_text(self._stream.push(token))
+            text = self._stream.push(token)
+            if not self._has_stops:
+                self._text += text
+                self._ended = ends
+                continue
+            matched = self._search(text)
             if matched is not None:
                 self._ended = True
                 return Stop(keep=i + 1, matched=matched)
             self._ended = ends
         return None
 
-    def _add_text(self, new: str) -> str | None:
-        if not self._matcher.stops:
-            self._text += new
-            return None
+    def _search(self, new: str) -> str | None:
+        """Add text up to the end of the first stop string in it."""
         for i, char in enumerate(new):
             matched = self._matcher.push(char)
             if matched is not None and self._num_tokens >= self._min_tokens:
@@ -113,6 +117,9 @@ class _Sequence:
     def take(self, finished: bool) -> str:
         if finished:
             text, self._text = self._text + self._stream.finish(), ""
+            return text
+        if not self._has_stops:
+            text, self._text = self._text, ""
             return text
         certain = len(self._text) - self._matcher.partial
         text, self._text = self._text[:certain], self._text[certain:]

@@ -241,14 +241,14 @@ class LLMEngine:
 
     def _assemble(self, progress: Progress, result: StepResult, now: float) -> OutputDelta:
         request = self._requests[progress.request_id]
-        name, index, reason = progress.sequence_id, progress.index, progress.finish_reason
-        if progress.token_ids:
-            request.first_token_times.setdefault(index, now)
+        index, tokens, reason = progress.index, progress.token_ids, progress.finish_reason
+        text = self._detokenizer.take(progress.sequence_id, reason)
+        if tokens and index not in request.first_token_times:
+            request.first_token_times[index] = now
         logprobs = None
         if request.params.logprobs is not None and progress.sample_index is not None and result.logprobs:
-            logprobs = (result.logprobs[progress.sample_index] or ())[: len(progress.token_ids)]
-        prompt_logprobs = request.prompt_logprobs
-        request.prompt_logprobs = None
+            logprobs = (result.logprobs[progress.sample_index] or ())[: len(tokens)]
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         metrics = None
         if reason is not None:
             metrics = RequestMetrics(
@@ -258,11 +258,8 @@ class LLMEngine:
             )
             self._forget(progress.request_id, request, index)
         return OutputDelta(
-            request_id=progress.request_id, index=index, token_ids=progress.token_ids,
-            text=self._detokenizer.take(name, reason), logprobs=logprobs, finish_reason=reason,
-            stop_reason=progress.stop_reason, num_cached_tokens=progress.num_cached_tokens,
-            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs), metrics=metrics,
-            error=result.error if reason == "error" else None,
+            progress.request_id, index, tokens, text, logprobs, reason, progress.stop_reason, progress.num_cached_tokens,
+            None if prompt_logprobs is None else tuple(prompt_logprobs), metrics, result.error if reason == "error" else None,
         )
 
     # -- state ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class TextStream(Protocol):
 
 
 class Tokenizer:
-    """One model's tokenizer. Stateless after construction, so any number of requests may share it."""
+    """One model's tokenizer. Nothing but caches changes after construction, so any number of requests may share it."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -58,6 +58,7 @@ class Tokenizer:
             token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
         )
         self._bytes: dict[int, bytes] = {}
+        self._stream_texts: tuple[dict[int, str | None], dict[int, str | None]] = ({}, {})  # by skip_special_tokens
 
     # -- text -> ids --------------------------------------------------------------------------------------------------
 
@@ -157,19 +158,35 @@ class Tokenizer:
 
 
 class _ByteStream:
-    """Bytes in, whole characters out."""
+    """Bytes in, whole characters out. Most tokens are whole characters by themselves: those are looked up as text."""
 
-    __slots__ = ("_skip_special", "_tokenizer", "_utf8")
+    __slots__ = ("_texts", "_tokenizer", "_utf8", "_whole")
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._texts = tokenizer._stream_texts[skip_special]
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._whole = True  # no character is unfinished
 
     def push(self, token_id: int) -> str:
-        if self._skip_special and token_id in self._tokenizer._special_ids:
+        try:
+            text = self._texts[token_id]
+        except KeyError:
+            text = self._texts[token_id] = self._text_alone(token_id)
+        if text == "" or (text is not None and self._whole):
+            return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._whole = not self._utf8.getstate()[0]
+        return text
+
+    def _text_alone(self, token_id: int) -> str | None:
+        """The text of a token, None if it is not UTF-8 by itself."""
+        if self._texts is self._tokenizer._stream_texts[True] and self._tokenizer.is_special(token_id):
             return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        try:
+            return self._tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return None
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -1,13 +1,19 @@
 """Beam search on the scheduler's forks: equal to a search that recomputes everything, and to HF's."""
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minivllm import LLM, BeamSearchParams, SamplingParams
+from minivllm.core.plan import TokenLogprobs
+from minivllm.engine.beam_search import _Search
 from minivllm.errors import InvalidInput
 from tests.engine.oracle import Oracle
 
@@ -37,8 +43,11 @@ def llm(folder: Path) -> Iterator[LLM]:
     torch.set_num_threads(before)
 
 
-def naive(oracle: Oracle, prompt: list[int], params: BeamSearchParams, eos: int = 1) -> Found:
-    """The specification: every beam is computed from its beginning, and the search always goes to its end."""
+def naive(best: Callable[[tuple[int, ...]], list[tuple[int, float]]], params: BeamSearchParams, eos: int = 1) -> Found:
+    """The specification: every beam is computed from its beginning, and the search always goes to its end.
+
+    `best` gives the most probable next tokens and their log-probabilities, at least beam_width + 1.
+    """
     live: Found = [((), 0.0)]
     done: list[tuple[float, tuple[int, ...], float]] = []
 
@@ -48,9 +57,7 @@ def naive(oracle: Oracle, prompt: list[int], params: BeamSearchParams, eos: int 
     for _ in range(params.max_tokens):
         ranked = []
         for tokens, total in live:
-            row = oracle.logits([*prompt, *tokens])[-1].log_softmax(-1)
-            values, ids = row.topk(params.beam_width + 1)
-            ranked += [((*tokens, i), total + v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+            ranked += [((*tokens, i), total + v) for i, v in best(tokens)]
         ranked.sort(key=lambda item: -item[1])
         live = []
         for tokens, total in ranked:
@@ -62,6 +69,14 @@ def naive(oracle: Oracle, prompt: list[int], params: BeamSearchParams, eos: int 
         complete(tokens, total)
     done.sort(key=lambda item: -item[0])
     return [(tokens, total) for _, tokens, total in done[: params.beam_width]]
+
+
+def best_by(oracle: Oracle, prompt: list[int], count: int) -> Callable[[tuple[int, ...]], list[tuple[int, float]]]:
+    def best(tokens: tuple[int, ...]) -> list[tuple[int, float]]:
+        values, ids = oracle.logits([*prompt, *tokens])[-1].log_softmax(-1).topk(count)
+        return list(zip(ids.tolist(), values.tolist(), strict=True))
+
+    return best
 
 
 def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list[Found]:
@@ -81,6 +96,36 @@ def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list
     return found
 
 
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 10**6), width=st.integers(1, 4), length=st.integers(1, 9), eos_share=st.sampled_from([0.05, 0.3, 0.9]),
+    penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, 4.0]),
+)
+def test_stopping_early_never_changes_the_result(seed: int, width: int, length: int, eos_share: float, penalty: float) -> None:
+    """On a made-up model of eight tokens whose probabilities depend on all tokens before."""
+    params = BeamSearchParams(beam_width=width, max_tokens=length, length_penalty=penalty)
+
+    def best(tokens: tuple[int, ...]) -> list[tuple[int, float]]:
+        rng = random.Random(f"{seed} {tokens}")
+        weights = [rng.random() ** 4 + 1e-3 for _ in range(8)]
+        weights[1] = eos_share * rng.random() * sum(weights)
+        ranked = sorted(((i, math.log(w / sum(weights))) for i, w in enumerate(weights)), key=lambda item: -item[1])
+        return ranked[: width + 1]
+
+    state = _Search("r", (5,), params, frozenset({1}))
+    chosen = [(0, -1)]
+    while chosen:
+        for index, beam in enumerate(state.beams):
+            beam.index = index
+        entries = {}
+        for beam in state.beams:
+            ids, logprobs = zip(*best(beam.tokens), strict=True)
+            entries[beam.index] = TokenLogprobs(ids[0], logprobs[0], 1, ids, logprobs)
+        chosen = state.advance(entries)
+    found = [(beam.tokens, beam.logprob) for _, _, beam, _ in sorted(state.completed, reverse=True)]
+    assert found == naive(best, params)
+
+
 @pytest.mark.parametrize("params", [
     BeamSearchParams(beam_width=1, max_tokens=6),
     BeamSearchParams(beam_width=2, max_tokens=12),
@@ -93,14 +138,14 @@ def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list
 ], ids=lambda p: f"{p.beam_width}x{p.max_tokens}{'-no-eos' if p.ignore_eos else ''}-penalty{p.length_penalty:g}")
 def test_the_result_is_that_of_a_search_which_recomputes_everything(llm: LLM, oracle: Oracle, params: BeamSearchParams) -> None:
     for prompt, found in zip(PROMPTS, search(llm, PROMPTS, params), strict=True):
-        expected = naive(oracle, prompt, params)
+        expected = naive(best_by(oracle, prompt, params.beam_width + 1), params)
         assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
         assert [total for _, total in found] == pytest.approx([total for _, total in expected], abs=1e-3)
 
 
 def test_some_searches_end_with_eos_and_some_beams_change_places(oracle: Oracle) -> None:
     """The cases above would show little on a model that never does either."""
-    results = [naive(oracle, prompt, BeamSearchParams(beam_width=4, max_tokens=10)) for prompt in PROMPTS]
+    results = [naive(best_by(oracle, prompt, 5), BeamSearchParams(beam_width=4, max_tokens=10)) for prompt in PROMPTS]
     assert any(tokens[-1] == 1 and len(tokens) < 10 for found in results for tokens, _ in found)
     assert any(found[0][0][:3] != found[1][0][:3] for found in results)
 

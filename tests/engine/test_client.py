@@ -352,7 +352,8 @@ def test_ctrl_c_leaves_the_engine_process_to_its_parent(folder: str) -> None:
     client.close()
 
 
-def test_an_engine_process_dies_with_its_parent(folder: str) -> None:
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_an_engine_process_dies_with_its_parent(folder: str, busy: bool) -> None:
     """Even in the middle of work, and even when the parent has no chance to clean up."""
     code = f"""
 import asyncio, functools, os, sys
@@ -361,6 +362,9 @@ from tests.engine.test_client import ask, build_plain
 from minivllm.engine.process import ProcessClient
 if __name__ == "__main__":
     client = ProcessClient.start_with(functools.partial(build_plain, {folder!r}))
+    if not {busy}:
+        print(client.pid, flush=True)
+        os._exit(9)
     async def main():
         async for _ in client.generate(ask("r", max_tokens=None)):
             print(client.pid, flush=True)

@@ -218,6 +218,18 @@ def test_a_name_can_be_used_again_while_a_launched_plan_still_names_the_earlier_
     assert "".join(d.text for d in deltas) == "the quick brown fox"
 
 
+@DEPTHS
+def test_prompt_logprobs_of_the_earlier_bearer_of_a_name_are_not_mixed_in(depth: int) -> None:
+    engine = make_engine(planning_depth=depth, max_num_batched_tokens=7, max_num_seqs=3, enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    engine.add_request("a", list(range(100, 130)), params)
+    engine.step()
+    engine.abort_request("a")
+    engine.add_request("a", list(range(3, 12)), params)
+    (delta,) = run(engine)
+    assert [e and e.token_id for e in delta.prompt_logprobs or ()] == [None, *range(4, 12)]
+
+
 def test_a_waiting_request_can_be_aborted_before_its_first_step() -> None:
     engine = make_engine(max_num_seqs=1)
     engine.add_request("a", PROMPT, greedy())
