@@ -16,23 +16,25 @@ _FEW = 1 << 16  # elements up to which `_by_layer_norm` is the faster way
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [..., N] / sqrt(mean(x^2) + eps) * weight, over the last dimension; weight: [N] or [heads, N].
-
-    Few and small operations, for a decode step on a CPU calls this twice a layer on one row: with |x| the length of a row,
-    1 / sqrt(|x|^2 / N + eps) = sqrt(N) / hypot(|x|, sqrt(N eps)). Statistics are in fp32 whatever x is.
-    """
+    """x: [..., N] / sqrt(mean(x^2) + eps) * weight, over the last dimension; weight: [N] or [heads, N]. Statistics are in fp32."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= _FEW:
         return _by_layer_norm(x, weight, eps)
+    return _step_by_step(x, weight, eps)
+
+
+def _step_by_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Few and small operations, for a decode step on a CPU calls this twice a layer on one row: with |x| the length of a row,
+    1 / sqrt(|x|^2 / N + eps) = sqrt(N) / hypot(|x|, sqrt(N eps))."""
     root, root_eps = _constants(x.shape[-1], eps, x.device)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return (x * (root / length.hypot_(root_eps))).to(x.dtype).mul_(weight)
 
 
 def _by_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same in two passes, for bfloat16 (which the operations above widen and round one after another).
+    """Fewer operations still, for bfloat16, which each of the above widens and rounds again.
 
     A row followed by its own negative has mean 0 and variance mean(x^2), so LayerNorm of [x, -x], which is one fused kernel,
-    is RMSNorm of x and of -x. A sixteenth of a decode step's time on a Xeon; for long prompts the doubled row costs more.
+    is RMSNorm of x and of -x. For long prompts the doubled row costs more than it saves (`python -m bench.cpu_kernels`).
     """
     n = x.shape[-1]
     both = (x.unsqueeze(-2) * _signs(x.dtype)).flatten(-2)  # [..., 2N]
