@@ -1,0 +1,1 @@
+"""The engine: requests in, plans through the executor, deltas out; and the client that a server talks to."""

@@ -1,0 +1,231 @@
+"""From a configuration to a running engine, on a tiny model: what is read, what is refused, what is given back."""
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minivllm import LLM, AsyncLLM, EngineConfig, SamplingParams
+from minivllm.core.trace import read, replay
+from minivllm.engine.client import AddRequest, EngineClient, start_client
+from minivllm.engine.compose import sampling_defaults
+from minivllm.errors import InvalidInput, ModelError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+PLAIN: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 64, "num_gpu_blocks_override": 60}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama()
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def generation_config(folder: Path, **values: Any) -> Path:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_all_eos_tokens_of_a_model_end_its_outputs(copy: Path) -> None:
+    with LLM(str(copy), **PLAIN) as llm:
+        assert llm.llm_engine.eos_token_ids == (1,)
+        said = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids  # type: ignore[list-item]
+    generation_config(copy, eos_token_id=[said[2], 1], max_length=20)
+    with LLM(str(copy), **PLAIN) as llm:
+        assert llm.llm_engine.eos_token_ids == (said[2], 1)
+        (output,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)  # type: ignore[list-item]
+        first = said.index(said[2])
+        assert output.outputs[0].token_ids == said[: first + 1]
+        assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+
+
+def test_sampling_defaults_come_from_the_models_generation_config(copy: Path) -> None:
+    generation_config(copy, temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=None, max_new_tokens=5, do_sample=True)
+    with LLM(str(copy), **PLAIN) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=5)
+
+
+def test_a_wrong_generation_config_is_the_models_error() -> None:
+    with pytest.raises(ModelError, match=r"generation_config\.json is wrong: temperature"):
+        sampling_defaults({"temperature": -1})
+
+
+def test_a_length_beyond_the_model_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="257 is more than the 256 positions") as error:
+        LLM(str(folder), device="cpu", max_model_len=257)
+    assert error.value.param == "max_model_len"
+
+
+def test_the_length_is_lowered_to_what_the_cache_holds_and_said_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(str(folder), **{**PLAIN, "max_model_len": None, "num_gpu_blocks_override": 5}) as llm:
+        assert llm.llm_engine.max_model_len == 64  # 4 usable blocks of 16
+        (output,) = llm.generate([[5]], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)  # type: ignore[list-item]
+        assert len(output.outputs[0].token_ids) == 63
+    assert "max_model_len lowered from 256 to 64" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_ids_go_in_and_ids_come_out(copy: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / file).unlink()
+    with LLM(str(copy), skip_tokenizer_init=True, **PLAIN) as llm:
+        (output,) = llm.generate({"prompt_token_ids": [5, 6]}, GREEDY, use_tqdm=False)
+        assert (len(output.outputs[0].token_ids), output.outputs[0].text) == (8, "")
+        with pytest.raises(InvalidInput, match="no tokenizer"):
+            llm.chat([{"role": "user", "content": "x"}], GREEDY)
+    with pytest.raises(ModelError, match="tokenizer"):
+        LLM(str(copy), **PLAIN)
+
+
+def test_a_tokenizer_may_come_from_elsewhere(folder: Path, copy: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / file).unlink()
+    with LLM(str(copy), tokenizer=str(folder), **PLAIN) as llm:
+        assert llm.generate("the cat", GREEDY, use_tqdm=False)[0].outputs[0].text
+
+
+def test_random_weights_need_no_checkpoint_and_follow_the_seed(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+
+    def tokens(seed: int) -> list[int]:
+        with LLM(str(copy), load_format="dummy", seed=seed, **PLAIN) as llm:
+            return llm.generate("the cat", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_requests_without_a_seed_repeat_with_the_engines_seed(folder: Path) -> None:
+    def tokens(seed: int) -> list[list[int]]:
+        with LLM(str(folder), seed=seed, **PLAIN) as llm:
+            outputs = llm.generate(["the cat"] * 2, SamplingParams(n=2, max_tokens=8, ignore_eos=True), use_tqdm=False)
+        return [c.token_ids for o in outputs for c in o.outputs]
+
+    first = tokens(0)
+    assert first == tokens(0) != tokens(1)
+    assert len({tuple(t) for t in first}) == 4
+
+
+def test_two_engines_live_in_one_process(folder: Path, tiny_llama: Callable[..., Path]) -> None:
+    other = tiny_llama(seed=9)
+    alone = []
+    for path in (folder, other):
+        with LLM(str(path), **PLAIN) as llm:
+            alone.append(llm.generate("the cat", GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
+    with LLM(str(folder), **PLAIN) as first, LLM(str(other), **PLAIN) as second:
+        for llm in (first, second):
+            llm.llm_engine.add_request("x", "the cat", GREEDY)
+        found: list[list[int]] = [[], []]
+        while first.llm_engine.has_unfinished_requests() or second.llm_engine.has_unfinished_requests():
+            for i, llm in enumerate((first, second)):
+                found[i] += [t for d in llm.llm_engine.step() for t in d.token_ids]
+    assert found == alone
+    assert alone[0] != alone[1]
+
+
+def test_closing_gives_weights_and_cache_back_while_the_object_is_still_held(folder: Path) -> None:
+    llm = LLM(str(folder), **PLAIN)
+    runner = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
+    gone = [weakref.ref(runner.model), weakref.ref(runner.kv.layers[0].k), weakref.ref(runner)]
+    del runner
+    llm.generate("the cat", GREEDY, use_tqdm=False)
+    llm.llm_engine.add_request("x", "the cat", GREEDY)
+    llm.llm_engine.step()  # something is in flight
+    llm.close()
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None, None]
+    llm.close()
+
+
+def test_a_failed_start_gives_back_what_it_had_loaded(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="chunked prefill"):
+        LLM(str(folder), **PLAIN, enable_chunked_prefill=False, max_num_batched_tokens=8)
+    gc.collect()
+    from minivllm.models.decoder import Decoder
+
+    assert not [o for o in gc.get_objects() if type(o) is Decoder]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_trace_of_a_run_replays_without_a_model(folder: Path, tmp_path: Path, ahead: bool) -> None:
+    file = tmp_path / "run.jsonl"
+    with LLM(str(folder), trace=str(file), async_scheduling=ahead, **{**PLAIN, "num_gpu_blocks_override": 8}) as llm:
+        llm.generate(["the cat and the hat"] * 3, SamplingParams(n=2, seed=1, max_tokens=30, stop=["the"]), use_tqdm=False)
+        llm.llm_engine.add_request("gone", "the end", GREEDY)
+        llm.llm_engine.step()
+        llm.llm_engine.abort_request("gone")
+        llm.reset_prefix_cache()
+        llm.generate(["the cat"], GREEDY, use_tqdm=False)
+    steps = list(replay(read(file)))
+    assert len(steps) > 30
+    assert all(step.mismatch is None for step in steps)
+
+
+def test_a_trace_file_that_cannot_be_written_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot write the trace"):
+        LLM(str(folder), trace="/nowhere/at/all.jsonl", **PLAIN)
+
+
+# -- the same behind a client -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["thread", "process"])
+def test_a_model_behind_a_client_gives_the_tokens_of_llm(folder: Path, process: bool) -> None:
+    with LLM(str(folder), **PLAIN) as llm:
+        (expected,) = llm.generate("the cat", GREEDY, use_tqdm=False)
+        info = llm.llm_engine.info()
+    client = start_client(EngineConfig(model=str(folder), **PLAIN), process=process)
+    try:
+        assert client.info == info
+        found = asyncio.run(_collect(client, tuple(expected.prompt_token_ids)))
+    finally:
+        client.close()
+    assert found == (expected.outputs[0].token_ids, expected.outputs[0].text)
+
+
+async def _collect(client: EngineClient, prompt: tuple[int, ...]) -> tuple[list[int], str]:
+    deltas = []
+    async for some in client.generate(AddRequest(request_id="r", prompt_token_ids=prompt, params=GREEDY)):
+        deltas += some
+    return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas)
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["thread", "process"])
+def test_a_client_reports_why_its_engine_could_not_start(tmp_path: Path, process: bool) -> None:
+    with pytest.raises(ModelError, match="nothing-here"):
+        start_client(EngineConfig(model=str(tmp_path / "nothing-here"), device="cpu"), process=process)
+
+
+def test_the_async_api_streams_growing_outputs(folder: Path) -> None:
+    with LLM(str(folder), **PLAIN) as llm:
+        (expected,) = llm.generate("the cat", GREEDY, use_tqdm=False)
+
+    async def main() -> None:
+        async with AsyncLLM(str(folder), **PLAIN) as llm:
+            lengths = []
+            async for output in llm.generate("the cat", GREEDY):
+                lengths.append(len(output.outputs[0].token_ids))
+            assert lengths == sorted(lengths)
+            assert output.finished
+            assert output.outputs[0] == expected.outputs[0]
+            async for _ in llm.generate("the cat", SamplingParams(max_tokens=50, ignore_eos=True), request_id="early"):
+                break
+            reasons = []
+            async for output in llm.generate("the cat", SamplingParams(max_tokens=50, ignore_eos=True), request_id="mine"):
+                await llm.abort("mine")
+                reasons.append(output.outputs[0].finish_reason)
+            assert reasons[-1] == "abort"
+            with pytest.raises(InvalidInput, match="prompt is empty"):
+                async for _ in llm.generate([], GREEDY):
+                    pass
+
+    asyncio.run(main())
