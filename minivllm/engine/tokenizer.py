@@ -64,7 +64,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `add_special_tokens`: with what the model expects around a text, such as BOS."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+                raise InvalidInput("the text holds a lone surrogate, which is not Unicode text: correct it", "prompt") from None
+            raise
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,

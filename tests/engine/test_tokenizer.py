@@ -97,6 +97,11 @@ def test_an_unreadable_or_missing_tokenizer_is_an_error_that_names_it(tmp_path: 
         Tokenizer(tmp_path)
 
 
+def test_text_that_is_not_unicode_is_refused(ours: dict[str, Tokenizer]) -> None:
+    with pytest.raises(InvalidInput, match="lone surrogate"):
+        ours["byte level"].encode("a\ud800b")
+
+
 # -- streaming --------------------------------------------------------------------------------------------------------
 
 
