@@ -414,13 +414,14 @@ class Scheduler:
 
     def _confirm_decodes(self, launched: LaunchedPlan, result: StepResult, stops: Mapping[int, Stop]) -> list[Progress]:
         progress: list[Progress] = []
-        for sample, sequence in enumerate(launched.sequences[:launched.num_decodes]):
-            token_ids = result.token_ids[sample]
-            computed = sequence.num_computed + 1
-            if computed < sequence.confirm_freely_until and token_ids[0] not in sequence.stop_ids and sample not in stops:
+        append = progress.append
+        decodes = zip(launched.sequences[:launched.num_decodes], result.token_ids, strict=False)
+        for sample, (sequence, token_ids) in enumerate(decodes):
+            token, computed = token_ids[0], sequence.num_computed + 1
+            if computed < sequence.confirm_freely_until and token not in sequence.stop_ids and sample not in stops:
                 sequence.num_computed = computed
-                sequence.tokens.append(token_ids[0])
-                progress.append(_new_progress(Progress, (
+                sequence.tokens.append(token)
+                append(_new_progress(Progress, (
                     sequence.request_id, sequence.index, sequence.id, sample, token_ids, None, None,
                     sequence.num_cached_tokens, sequence.num_preemptions, sequence.first_scheduled_time)))
             else:

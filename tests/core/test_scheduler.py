@@ -369,11 +369,12 @@ def test_a_request_that_needs_its_result_may_still_plan_its_prompts_chunks_ahead
     assert [launch(h).num_tokens, launch(h).num_tokens] == [(8,), (8,)]
 
 
+@pytest.mark.parametrize("needs_result", [True, False])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_drafts_are_verified_in_one_step_and_rejected_ones_not_confirmed(depth: int) -> None:
+def test_drafts_are_verified_in_one_step_and_rejected_ones_not_confirmed(depth: int, needs_result: bool) -> None:
     h = make(planning_depth=depth)
     outputs = _outputs(h, 6)
-    h.add(prompt(5), greedy(6), "a", needs_result_each_step=True)
+    h.add(prompt(5), greedy(6), "a", needs_result_each_step=needs_result)
     launch(h)
     _, result = h.executor.wait()
     plan = h.in_flight.popleft()
