@@ -6,6 +6,7 @@ cannot drift apart. Derived values (how many KV blocks fit, the dtype that "auto
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,8 @@ class EngineConfig:
                 raise InvalidInput(f"{f.name} must be True or False, got {value!r}", f.name)
             if f.type in ("int", "int | None") and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise InvalidInput(f"{f.name} must be a whole number, got {value!r}", f.name)
-            if f.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise InvalidInput(f"{f.name} must be a number, got {value!r}", f.name)
+            if f.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+                raise InvalidInput(f"{f.name} must be a finite number, got {value!r}", f.name)
         self._between("block_size", 1, 256)
         self._between("max_num_seqs", 1, 65536)
         self._between("long_prefill_token_threshold", 0, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,10 @@ from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
 MAX_LOGPROBS = 20  # the most alternatives a request may ask for (OpenAI's and vLLM's limit)
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
+MAX_TEMPERATURE = 1e4  # and far below this every token is equally likely; larger ones would leave float32's range
+MAX_TOP_K = 2**31 - 1  # what the sampler's columns hold
+MAX_REPETITION = 100.0  # the penalty and its inverse, for the same reason
+MAX_STRINGS = 1024  # stop strings or bad words: each is looked for at every token
 
 _NOT_YET = {
     "structured_outputs": "structured output",
@@ -36,8 +41,12 @@ def _whole(name: str, value: Any, low: int, fix: str) -> int:
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
     span = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidInput(f"{name} must be a finite number in {span}, got {value!r}", name)
+    try:
+        finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        finite = False
+    if not finite:
+        raise InvalidInput(f"{name} must be a finite number in {span}, got {reprlib.repr(value)}", name)
     if value < low or value > high or (open_low and value == low):
         raise InvalidInput(f"{name} must be in {span}, got {value!r}", name)
     return float(value)
@@ -54,7 +63,7 @@ class SamplingParams:
     min_p: float = 0.0  # drop tokens below min_p x the highest probability, [0, 1]
     presence_penalty: float = 0.0  # subtracted once from tokens already in the output, [-2, 2]
     frequency_penalty: float = 0.0  # subtracted per occurrence in the output, [-2, 2]
-    repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, > 0
+    repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, [0.01, 100]
     seed: int | None = None  # None: a seed is drawn from the engine's; the same seed draws the same tokens in any batch
     stop: Sequence[str] | str | None = None  # strings that end the output
     stop_token_ids: Sequence[int] | None = None
@@ -78,14 +87,14 @@ class SamplingParams:
             object.__setattr__(self, name, value)  # frozen for everybody else
 
         _whole("n", self.n, 1, "ask for one completion or more")
-        put("temperature", _number("temperature", self.temperature, 0.0, math.inf))
+        put("temperature", _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE))
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
         _whole("top_k", self.top_k, -1, "0 or -1 keeps all tokens")
-        put("top_k", max(self.top_k, 0))
+        put("top_k", min(max(self.top_k, 0), MAX_TOP_K))
         put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
         put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
         put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True))
+        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION, MAX_REPETITION))
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), "a 64-bit integer")
             if self.seed >= 2**63:
@@ -120,7 +129,12 @@ class SamplingParams:
         if value is None:
             return ()
         if not isinstance(value, Sequence) or not all(isinstance(s, str) and s for s in value):
-            raise InvalidInput(f"{name} must be a list of non-empty strings, got {value!r}", name)
+            raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
+        if len(value) > MAX_STRINGS:
+            raise InvalidInput(f"{name} has {len(value)} strings, and at most {MAX_STRINGS} are allowed: leave some out", name)
+        for string in value:
+            if not string.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in string):
+                raise InvalidInput(f"{name} holds {string!r}, which is not Unicode text (a lone surrogate): correct it", name)
         return tuple(value)
 
     @staticmethod

@@ -14,7 +14,7 @@ engine answers from what it remembers.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 FIRST_ID, LAST_ID = 100, 10_000  # of random prompts: in every vocabulary, and past the special tokens that open most
 
@@ -62,10 +62,6 @@ def shared_prefix(
     rng = random.Random(seed)
     prefix = _tokens(rng, prefix_len)
     return Request(prefix, 1), [Request(prefix + _tokens(rng, own_len), output_len) for _ in range(count)]
-
-
-def with_output(requests: list[Request], output_len: int) -> list[Request]:
-    return [replace(request, output_len=output_len) for request in requests]
 
 
 def output_tokens(requests: list[Request]) -> int:

@@ -61,7 +61,7 @@ class KVManager:
     def fits(self, match: PrefixMatch, num_tokens: int, reserve: int) -> bool:
         """Whether there are blocks for this many tokens, given what was found, and `reserve` more."""
         revived = sum(self.pool.ref_counts[block] == 0 for block in match.hits)  # free now, but not for long
-        growth = -(-num_tokens // self._size) - match.num_blocks
+        growth = max(0, -(-num_tokens // self._size) - match.num_blocks)  # a swapped table may reach past what is computed
         return revived + len(match.host) + growth * self._groups + reserve <= self.pool.num_free
 
     def take(self, sequence: Sequence, match: PrefixMatch, num_computed: int) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from minivllm.core.block_pool import BlockKey, BlockPool
+from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.core.plan import NULL_BLOCK, BlockId
 
@@ -92,9 +92,6 @@ class PrefixCache:
             for index in range(first, last):
                 if blocks[index] != NULL_BLOCK:
                     self._device.commit(blocks[index], (group, digests[index]))
-
-    def key(self, group: int, digest: bytes) -> BlockKey:
-        return group, digest
 
     def _present(self, group: int, digest: bytes) -> bool:
         key = (group, digest)

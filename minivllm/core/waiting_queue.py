@@ -42,6 +42,9 @@ class WaitingQueue:
         """`sequence` was waiting and is now FINISHED."""
         assert sequence.state is State.FINISHED
         self._length -= 1
+        if len(self._heap) > 2 * self._length + 64:  # mostly ended ones, behind a front that stays
+            self._heap = [entry for entry in self._heap if entry[1].state is not State.FINISHED]
+            heapq.heapify(self._heap)
 
     def sequences(self) -> list[Sequence]:
         """Everybody who waits, in no particular order."""

@@ -36,10 +36,10 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The output so far, each time it grows. Leaving the loop early aborts the request."""
         params = sampling_params or self.get_default_sampling_params()
-        text, ids = read_prompt(prompt, self.tokenizer)
+        text, ids, salt = read_prompt(prompt, self.tokenizer)
         name = request_id if request_id is not None else f"async-{next(self._names)}"
         builder = OutputBuilder(name, text, list(ids), params, self.tokenizer)
-        request = AddRequest(request_id=name, prompt_token_ids=ids, params=params, priority=priority)
+        request = AddRequest(request_id=name, prompt_token_ids=ids, params=params, priority=priority, cache_salt=salt)
         async with aclosing(self.client.generate(request)) as stream:
             async for deltas in stream:
                 for delta in deltas:

@@ -81,6 +81,7 @@ class _Search:
     prompt: tuple[int, ...]
     params: BeamSearchParams
     eos: frozenset[int]
+    cache_salt: str | None = None
     beams: list[_Beam] = field(default_factory=lambda: [_Beam(0, (), 0.0)])
     completed: list[tuple[float, int, _Beam, FinishReason]] = field(default_factory=list)  # heap of the best W: (score, tie-break, ...)
     _entries: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the beams that have their token, by index
@@ -168,8 +169,8 @@ def beam_search(
         temperature=0, max_tokens=params.max_tokens, logprobs=min(params.beam_width + len(eos), engine.vocab_size), ignore_eos=True,
         detokenize=False,
     )
-    ids = [read_prompt(prompt, engine.tokenizer)[1] for prompt in prompts]
-    searches = [_Search(name, tokens, params, eos) for name, tokens in zip(names, ids, strict=True)]
+    read = [read_prompt(prompt, engine.tokenizer) for prompt in prompts]
+    searches = [_Search(name, prompt.token_ids, params, eos, prompt.cache_salt) for name, prompt in zip(names, read, strict=True)]
     waiting = deque(searches)
     running: dict[str, _Search] = {}
     try:
@@ -189,7 +190,7 @@ def beam_search(
 
 def _start(engine: LLMEngine, search: _Search, asked: SamplingParams, others_run: bool) -> bool:
     try:
-        engine.add_request(search.request_id, search.prompt, asked, beams=True)
+        engine.add_request(search.request_id, search.prompt, asked, cache_salt=search.cache_salt, beams=True)
     except QueueFull:
         if others_run:
             return False  # steps will make room

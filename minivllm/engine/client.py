@@ -50,9 +50,9 @@ __all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ThreadCli
 
 
 class _Stream:
-    """What has arrived for one request and was not read yet. Touched only from its own event loop."""
+    """What has arrived for one request and was not read yet. Touched only from its own event loop, but for the last two fields."""
 
-    __slots__ = ("deltas", "error", "loop", "open_children", "wake")
+    __slots__ = ("deltas", "error", "left", "loop", "open_children", "unfinished", "wake")
 
     def __init__(self, n: int) -> None:
         self.loop = asyncio.get_running_loop()
@@ -60,6 +60,8 @@ class _Stream:
         self.deltas: list[OutputDelta] = []
         self.error: Exception | None = None
         self.open_children = n
+        self.unfinished = n  # children whose end the engine has not told yet; guarded by the client's lock
+        self.left = False  # nobody reads any more; likewise
 
     def put(self, delta: OutputDelta) -> None:
         self.deltas.append(delta)
@@ -147,7 +149,9 @@ class EngineClient(ABC):
                     return
         finally:
             with self._lock:
-                self._streams.pop(request_id, None)
+                stream.left = True
+                if stream.unfinished == 0 or stream.error is not None:
+                    self._streams.pop(request_id, None)  # else the id stays in use until the engine has ended the request
             if stream.open_children and stream.error is None:
                 self.abort(request_id)
 
@@ -201,8 +205,13 @@ class EngineClient(ABC):
             self.metrics.observe(message.deltas, message.stats)
             for delta in message.deltas:
                 stream = self._streams.get(delta.request_id)
-                if stream is not None:  # None: its reader has gone and the abort is on its way
+                if stream is None:
+                    continue
+                stream.unfinished -= delta.finish_reason is not None
+                if not stream.left:
                     per_loop.setdefault(stream.loop, []).append((stream, delta))
+                elif stream.unfinished == 0:
+                    del self._streams[delta.request_id]
         for loop, parts in per_loop.items():
             _call(loop, partial(_put_all, parts))
 
@@ -210,6 +219,8 @@ class EngineClient(ABC):
         with self._lock:
             self.metrics.refused(message.request_id)
             stream = self._streams.get(message.request_id)
+            if stream is not None and stream.left:
+                del self._streams[message.request_id]
         if stream is not None:
             _call(stream.loop, partial(stream.fail, message.error))
 

@@ -117,13 +117,13 @@ class LLMEngine:
             raise InvalidInput(f"request id {request_id!r} is in use: choose another", "request_id")
         if priority and self._info.scheduling_policy != "priority":
             raise InvalidInput(f"priority {priority} has no effect: start the engine with scheduling_policy='priority'", "priority")
-        _, token_ids = read_prompt(prompt, self.tokenizer)
+        _, token_ids, salt = read_prompt(prompt, self.tokenizer)
         check_prompt(token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
         params = check_params(params, self.tokenizer, self.vocab_size)
         arrival = self._clock() if arrival_time is None else arrival_time
         self.scheduler.add(NewRequest(
             request_id=request_id, prompt_token_ids=token_ids, params=params, seed=self._seed_for(params), arrival_time=arrival,
-            eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=cache_salt, beam_search=beams,
+            eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=salt if cache_salt is None else cache_salt, beam_search=beams,
         ))
         self._num_added += 1
         self._remember(request_id, token_ids, params, arrival)

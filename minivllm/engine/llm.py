@@ -130,10 +130,10 @@ class LLM:
             while waiting or builders:
                 while waiting:
                     i = waiting[0]
-                    text, ids = read_prompt(prompts[i], engine.tokenizer)
+                    text, ids, salt = read_prompt(prompts[i], engine.tokenizer)
                     name = str(self._num_requests)
                     try:
-                        engine.add_request(name, ids, params[i], priority=priorities[i])
+                        engine.add_request(name, ids, params[i], priority=priorities[i], cache_salt=salt)
                     except QueueFull:
                         if not builders:
                             raise

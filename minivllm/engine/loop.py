@@ -166,9 +166,12 @@ class EngineLoop:
             self.send(StepMessage(tuple(deltas), self.engine.stats()))
 
     def _commands(self, deltas: list[OutputDelta]) -> bool:
-        """Obey every command that has arrived; sleep until one does if there is no work. False: shut down."""
+        """Obey every command that has arrived; sleep until one does if there is no work. False: shut down.
+
+        Those that arrive meanwhile have their turn after the next step: a flood of commands cannot hold it up.
+        """
         wait = not self.engine.has_unfinished_requests()
-        while True:
+        for _ in range(max(self.inbox.qsize(), int(wait))):
             try:
                 command = self.inbox.get(block=wait)
             except queue.Empty:
@@ -183,6 +186,7 @@ class EngineLoop:
                 self.send(Answer(command.ticket))
             else:
                 self._add(command.request)
+        return True
 
     def _add(self, request: AddRequest) -> None:
         try:
@@ -192,3 +196,6 @@ class EngineLoop:
             )
         except InvalidInput as error:
             self.send(Refused(request.request_id, error))
+        except Exception as error:  # a bug of ours in reading one request must not end the others
+            log.exception("request %s could not be read", request.request_id)
+            self.send(Refused(request.request_id, InvalidInput(f"the request could not be read ({type(error).__name__})")))

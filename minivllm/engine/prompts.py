@@ -3,36 +3,52 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.sampling_params import SamplingParams
 
-Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}
+# Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}, with "cache_salt" if blocks are not for everybody to share.
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
-def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | None, tuple[int, ...]]:
-    """(text if there was one, token ids) of any form of prompt."""
+class ReadPrompt(NamedTuple):
+    """What any form of prompt says."""
+
+    text: str | None  # if there was one
+    token_ids: tuple[int, ...]
+    cache_salt: str | None = None
+
+
+def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
+    """The prompt's text, token ids and cache salt. Raises `InvalidInput` for what is none of the forms."""
+    salt = None
     if isinstance(prompt, Mapping):
         for key in prompt:
             if key not in _KEYS:
                 raise InvalidInput(f"unknown key {key!r} in a prompt{nearest(str(key), _KEYS)}", "prompt")
-        text = prompt.get("prompt")
+        text, salt = prompt.get("prompt"), prompt.get("cache_salt")
+        if salt is not None and not isinstance(salt, str):
+            raise InvalidInput(f"cache_salt must be text, got {salt!r}", "cache_salt")
         if prompt.get("prompt_token_ids") is not None:
-            return text, _ids(prompt["prompt_token_ids"])
+            return ReadPrompt(text, _ids(prompt["prompt_token_ids"]), salt)
         if not isinstance(text, str):
             raise InvalidInput('a prompt given as a dict needs "prompt" (text) or "prompt_token_ids"', "prompt")
         prompt = text
     if not isinstance(prompt, str):
-        return None, _ids(prompt)
+        return ReadPrompt(None, _ids(prompt), salt)
     if tokenizer is None:
         raise InvalidInput(
             'this engine has no tokenizer (skip_tokenizer_init): pass {"prompt_token_ids": [...]}', "prompt",
         )
-    return prompt, tuple(tokenizer.encode(prompt))
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"the prompt is not Unicode text: a lone surrogate at character {error.start}", "prompt") from None
+    return ReadPrompt(prompt, tuple(tokenizer.encode(prompt)), salt)
 
 
 def _ids(ids: Any) -> tuple[int, ...]:
@@ -49,16 +65,20 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, 
     """Raise `InvalidInput` for a prompt that this model cannot take."""
     if not token_ids:
         raise InvalidInput("the prompt is empty: give it at least one token", "prompt")
-    low, high = min(token_ids), max(token_ids)
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise InvalidInput(f"token id {bad} in the prompt is outside the vocabulary (0 to {vocab_size - 1})", "prompt")
+    check_vocabulary(token_ids, vocab_size)
     room = max_model_len if max_tokens == 0 else max_model_len - 1
     if len(token_ids) > room:
         raise InvalidInput(
             f"the prompt has {len(token_ids)} tokens, but the context length is {max_model_len}"
             f"{'' if max_tokens == 0 else ' and the output needs at least one'}: shorten it, or raise max_model_len", "prompt",
         )
+
+
+def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise `InvalidInput` for a prompt with a token id that the model does not have."""
+    low, high = min(token_ids, default=0), max(token_ids, default=0)
+    if low < 0 or high >= vocab_size:
+        raise InvalidInput(f"token id {low if low < 0 else high} in the prompt is outside the vocabulary (0 to {vocab_size - 1})", "prompt")
 
 
 def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
@@ -78,7 +98,8 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
         return params
     if not params.bad_words:
         return params
-    return dataclasses.replace(params, bad_words_token_ids=_bad_words(params.bad_words, tokenizer))
+    words = tuple(ids for ids in _bad_words(params.bad_words, tokenizer) if max(ids) < vocab_size)  # the model cannot write others
+    return dataclasses.replace(params, bad_words_token_ids=words)
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from minivllm import __version__
 from minivllm.engine.client import AddRequest, EngineClient
+from minivllm.engine.prompts import check_vocabulary
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.answers import Answer, ChatAnswer, CompletionAnswer, Job
@@ -113,7 +114,10 @@ class Frontend:
     async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         if not texts:
-            return [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+            prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+            for prompt in prompts:
+                check_vocabulary(prompt, self.client.info.vocab_size)
+            return prompts
         tokenizer = self.need_tokenizer("prompt")
         special = body.add_special_tokens is not False
         return await self.off_loop(sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=special) for text in texts])

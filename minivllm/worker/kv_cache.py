@@ -82,8 +82,9 @@ class KVCache:
     def apply(self, plan: StepPlan) -> tuple[int, ...]:
         """Start a plan's moves and make its copies; the ids of moves that are finished already.
 
-        Moves run beside the computation: nobody may name their blocks before they are reported finished. What earlier steps
-        still do with these blocks comes first, which is why the side stream waits for the computing one.
+        Moves out run beside the computation: their blocks are free for others only once they are reported finished. Blocks that
+        are moved in may be read by this very step, so the computing stream waits for them (the host does not). What earlier
+        steps still do with any of these blocks comes first, which is why the side stream waits for the computing one.
         """
         finished: tuple[int, ...] = ()
         if plan.moves_out or plan.moves_in:
@@ -98,6 +99,8 @@ class KVCache:
                     done = torch.cuda.Event()
                     done.record(self._stream)
                 self._moving.append((done, ids))
+                if plan.moves_in:
+                    torch.cuda.current_stream(self._device).wait_event(done)
         if plan.copies:
             src, dst = np.array([c.src for c in plan.copies], np.int64), np.array([c.dst for c in plan.copies], np.int64)
             self._ops.copy_blocks(self.layers, *upload([src, dst], self._device))

@@ -58,7 +58,8 @@ class Pending:
         if self._event is not None:
             self._event.synchronize()
         plan = self._handle.plan
-        moves = self._handle.finished_moves + self._kv.finished_moves(wait=not plan.rows)
+        # The blocks of a failed step are given up at once, so nothing may still be writing to them.
+        moves = self._handle.finished_moves + self._kv.finished_moves(wait=not plan.rows or self._error is not None)
         if self._error is not None:
             return StepResult(step_id=plan.step_id, token_ids=(), finished_moves=moves, error=self._error)
         host = iter(self._host)

@@ -123,6 +123,21 @@ def test_the_children_of_a_request_share_a_stream_that_ends_with_the_last(client
     assert found == {i: expected((5, 6, 7), 5, 7, i) for i in range(3)}
 
 
+def test_the_id_of_a_stream_left_early_is_free_once_its_request_has_ended_and_not_before(client: EngineClient) -> None:
+    async def main() -> None:
+        stream = client.generate(ask("again", max_tokens=10_000))
+        await anext(stream)
+        await stream.aclose()
+        with pytest.raises(InvalidInput, match="in use"):
+            client.add(ask("again"))
+        for _ in range(2):  # the second answer comes after the message with the abort's delta
+            await client.reset_prefix_cache()
+        assert await collect(client, ask("again")) == {0: expected((5, 6, 7), 5)}
+
+    asyncio.run(main())
+    assert client._streams == {}
+
+
 def test_a_refused_request_raises_and_leaves_nothing_behind(client: EngineClient) -> None:
     async def main() -> None:
         with pytest.raises(InvalidInput, match="outside the vocabulary") as error:

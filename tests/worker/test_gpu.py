@@ -138,6 +138,21 @@ def test_moves_run_beside_the_computation_and_are_reported_when_they_are_done() 
         assert content(cache, i + 5) == before[i]
 
 
+def test_blocks_that_are_moved_in_are_there_for_the_step_that_they_came_with() -> None:
+    cache = KVCache(shape(), 1000, 1000, CUDA, select(CUDA))
+    numbered(cache)
+    cache.apply(plan([], [], [], moves_out=tuple(BlockMove(i, device_block=i, host_block=i) for i in range(1, 1000))))
+    cache.finished_moves(wait=True)
+    want = cache.layers[-1].v[1:].clone()
+    for _ in range(5):
+        for layer in cache.layers:
+            layer.k.zero_(), layer.v.zero_()
+        cache.apply(plan([], [], [], moves_in=tuple(BlockMove(i, device_block=i, host_block=i) for i in range(1, 1000))))
+        read = cache.layers[-1].v[1:].clone()  # what a step's attention would see
+        assert torch.equal(read, want)
+        cache.finished_moves(wait=True)
+
+
 def test_an_executor_uses_the_share_of_memory_it_was_given(tiny_llama: Callable[..., Path]) -> None:
     torch.cuda.empty_cache()
     free_before, total = torch.cuda.mem_get_info()

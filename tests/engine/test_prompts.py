@@ -1,0 +1,54 @@
+"""What counts as a prompt, and what is said about what does not."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minivllm.engine.prompts import check_params, read_prompt
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput
+from minivllm.sampling_params import SamplingParams
+from tests.engine import tokenizers_for_tests as build
+from tests.engine.fake import make_engine
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(Path(build.save(build.byte_level(), tmp_path_factory.mktemp("tokenizer"))))
+
+
+def test_every_form_of_prompt_is_read(tokenizer: Tokenizer) -> None:
+    ids = tuple(tokenizer.encode("a cat"))
+    assert read_prompt("a cat", tokenizer) == read_prompt({"prompt": "a cat"}, tokenizer) == ("a cat", ids, None)
+    assert read_prompt([3, 4], None) == read_prompt({"prompt_token_ids": [3, 4]}, None) == (None, (3, 4), None)
+    assert read_prompt({"prompt": "a cat", "cache_salt": "s"}, tokenizer).cache_salt == "s"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [({"promt": "a"}, "did you mean 'prompt'"), ({}, "needs"), ({"prompt": 3}, "needs"), (5, "text or a list"), ([1.5], "whole numbers"),
+     ([True], "whole numbers"), ("\ud800", "lone surrogate"), ({"prompt": "a", "cache_salt": 5}, "cache_salt must be text")],
+)
+def test_anything_else_is_an_error_that_says_what_to_send(tokenizer: Tokenizer, prompt: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        read_prompt(prompt, tokenizer)
+
+
+def test_bad_words_that_the_model_has_no_tokens_for_ban_nothing(tokenizer: Tokenizer) -> None:
+    words = check_params(SamplingParams(bad_words=["cat"]), tokenizer, 10**6).bad_words_token_ids
+    assert words
+    assert check_params(SamplingParams(bad_words=["cat"]), tokenizer, 1).bad_words_token_ids == ()
+
+
+def test_a_salt_in_the_prompt_keeps_its_blocks_from_others() -> None:
+    engine = make_engine()
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+    cached = []
+    for name, salt in (("a", "x"), ("b", "x"), ("c", "y")):
+        engine.add_request(name, {"prompt_token_ids": list(range(5, 60)), "cache_salt": salt}, params)
+        while engine.has_unfinished_requests():
+            cached += [delta.num_cached_tokens for delta in engine.step() if delta.finish_reason]
+    assert cached[0] == 0 and cached[1] > 0 and cached[2] == 0
+    engine.close()

@@ -1,0 +1,41 @@
+"""What an engine may be told: each field checked, each wrong name answered with the nearest right one."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minivllm.config import NOT_YET, EngineConfig
+from minivllm.errors import InvalidInput, NotSupportedYet
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "float8"), ("device", "gpu"), ("load_format", "pt"), ("scheduling_policy", "lifo"), ("block_size", 0),
+        ("block_size", 257), ("block_size", "16"), ("max_num_seqs", 0), ("max_model_len", 0), ("max_num_batched_tokens", 0),
+        ("num_gpu_blocks_override", 1), ("gpu_memory_utilization", 0.0), ("gpu_memory_utilization", 1.5), ("kv_offloading_size", -1.0),
+        ("kv_offloading_size", float("nan")), ("kv_offloading_size", float("inf")), ("gpu_memory_utilization", float("nan")),
+        ("enable_prefix_caching", 1), ("async_scheduling", "yes"), ("max_queue", 0), ("seed", 1.5),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_field_and_value(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput) as error:
+        EngineConfig(**{field: value})
+    assert error.value.param == field and field in str(error.value)
+
+
+def test_a_choice_gets_the_nearest_one() -> None:
+    with pytest.raises(InvalidInput, match="did you mean 'bfloat16'"):
+        EngineConfig(dtype="bfloat")
+
+
+def test_an_unknown_keyword_is_a_type_error_with_the_nearest_name() -> None:
+    with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
+        EngineConfig.from_kwargs(max_modellen=5)
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
+    with pytest.raises(NotSupportedYet, match=f"{name}.*not supported yet"):
+        EngineConfig.from_kwargs(**{name: 1})
