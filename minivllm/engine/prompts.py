@@ -44,10 +44,6 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
         raise InvalidInput(
             'this engine has no tokenizer (skip_tokenizer_init): pass {"prompt_token_ids": [...]}', "prompt",
         )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"the prompt is not Unicode text: a lone surrogate at character {error.start}", "prompt") from None
     return ReadPrompt(prompt, tuple(tokenizer.encode(prompt)), salt)
 
 
