@@ -48,7 +48,7 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = repeatable("name (or names) that clients ask for; the model's own if left out",
                                                     metavar="NAME", nargs="+")
     chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's own", metavar="FILE")
-    max_body_size: int = option(4 * 2**20, "largest request body in bytes; JSON takes up to sixty times as much while it is read", metavar="BYTES")
+    max_body_size: int = option(4 * 2**20, "largest request body in bytes; reading JSON takes many times as much", metavar="BYTES")
     max_choices: int = option(1024, "most completions (prompts times n) of one request")
     permissive: bool = option(False, "ignore unknown request fields, naming them in a response header, instead of refusing them")
     engine_process: bool = option(True, "run the engine in a process of its own; off: in a thread of the server")
