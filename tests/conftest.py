@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Before anything imports torch: two threads, so that a test costs the same on every machine, and no test asks the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for one another crawl on a machine with other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
