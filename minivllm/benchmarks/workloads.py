@@ -39,13 +39,10 @@ def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0) -> list
 
 
 def mixed(count: int = 32, low: int = 20, high: int = 200, seed: int = 0) -> list[Request]:
-    """Greedy requests of all sizes: each draws its prompt's length, its output's length, then its prompt."""
-    rng = random.Random(seed)
-    requests = []
-    for _ in range(count):
-        prompt_len, output_len = rng.randint(low, high), rng.randint(low, high)
-        requests.append(Request(_tokens(rng, prompt_len), output_len))
-    return requests
+    """Greedy requests of all sizes. The lengths (per request: prompt, then output) are the same for every seed."""
+    lengths, rng = random.Random(0), random.Random(seed)
+    sizes = [(lengths.randint(low, high), lengths.randint(low, high)) for _ in range(count)]
+    return [Request(_tokens(rng, prompt_len), output_len) for prompt_len, output_len in sizes]
 
 
 def nano(seed: int = 0) -> list[Request]:

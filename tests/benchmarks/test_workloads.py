@@ -29,6 +29,12 @@ def test_mixed_requests_stay_within_their_bounds_and_differ() -> None:
     assert len({len(r.prompt_token_ids) for r in work}) > 16 and len({r.output_len for r in work}) > 16
 
 
+def test_repetitions_of_the_mixed_work_have_the_same_lengths_and_fresh_prompts() -> None:
+    first, second = workloads.mixed(seed=0), workloads.mixed(seed=1)
+    assert [(len(r.prompt_token_ids), r.output_len) for r in first] == [(len(r.prompt_token_ids), r.output_len) for r in second]
+    assert not {r.prompt_token_ids for r in first} & {r.prompt_token_ids for r in second}
+
+
 def test_the_same_seed_gives_the_same_work_and_another_seed_fresh_prompts() -> None:
     assert workloads.mixed(seed=3) == workloads.mixed(seed=3)
     first, second = workloads.uniform(4, 128, 8, seed=0), workloads.uniform(4, 128, 8, seed=1)

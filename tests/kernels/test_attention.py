@@ -73,7 +73,7 @@ def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | Non
 
 def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
     case = make_case([(1, 1000)] + [(1, 10 + i) for i in range(20)], seed=2)
-    gathered = sum((bucket.end - bucket.start) * bucket.keys for bucket in prepare(case).decodes)
+    gathered = sum(len(gather.slots) for gather in prepare(case).gathers)
     assert gathered <= sum(case.batch.seq_lens_host) + module.FREE_PADDING["cpu"]
     check(case)
 
@@ -81,20 +81,32 @@ def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
 def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.GATHER_BYTES, "cpu", 50 * 2 * 2 * 8 * 4)  # fifty keys
     case = make_case([(1, n) for n in (20, 21, 22, 23, 24, 90, 19)], seed=3)
-    buckets = prepare(case).decodes
-    assert [bucket.end - bucket.start for bucket in buckets] == [1, 2, 2, 2]
-    assert all((bucket.end - bucket.start) * bucket.keys <= 50 for bucket in buckets[1:])
+    gathers = prepare(case).gathers
+    assert [[bucket.end - bucket.start for bucket in gather.buckets] for gather in gathers] == [[1], [2], [2], [2]]
+    assert all(len(gather.slots) <= 50 for gather in gathers[1:])
+    check(case)
+
+
+def test_batches_of_different_lengths_share_a_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.FREE_PADDING, "cpu", 3)
+    case = make_case([(1, n) for n in (20, 21, 52, 51, 2)], seed=3)
+    (gather,) = prepare(case).gathers
+    assert [(bucket.end - bucket.start, bucket.keys) for bucket in gather.buckets] == [(2, 52), (2, 21), (1, 2)]
+    assert len(gather.slots) == 2 * 52 + 2 * 21 + 2
     check(case)
 
 
 @given(lens=st.lists(st.integers(1, 5000), max_size=60), limit=st.integers(1, 20000), free=st.integers(0, 500))
-def test_every_decode_is_in_exactly_one_bucket_and_no_bucket_of_two_exceeds_its_limits(lens: list[int], limit: int, free: int) -> None:
-    order, spans = module._bucket(lens, limit, free)
+def test_every_decode_is_in_exactly_one_batch_and_neither_padding_nor_memory_exceeds_its_limit(
+    lens: list[int], limit: int, free: int
+) -> None:
+    order, gathers = module._cut(lens, limit, free)
     assert sorted(order) == list(range(len(lens)))
-    assert [i for a, b in spans for i in range(a, b)] == list(range(len(lens)))
-    for a, b in spans:
-        members = [lens[i] for i in order[a:b]]
-        assert b - a == 1 or (len(members) * max(members) <= limit and len(members) * max(members) - sum(members) <= free)
+    assert [i for spans in gathers for a, b in spans for i in range(a, b)] == list(range(len(lens)))
+    for spans in gathers:
+        padded = [(b - a) * max(lens[i] for i in order[a:b]) for a, b in spans]
+        assert sum(padded) <= limit or spans[-1][1] - spans[0][0] == 1
+        assert all(p - sum(lens[i] for i in order[a:b]) <= free for p, (a, b) in zip(padded, spans, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -120,13 +132,13 @@ def test_a_sequence_in_consecutive_blocks_is_read_in_place(shape: tuple[int, int
         table[0, logical] = logical + 1 if block else 0
     case = dataclasses.replace(case, kv=kv)
     meta = prepare(case, window)
-    assert all(isinstance(part.slots, slice) for part in (*meta.decodes, *meta.chunks))
+    assert all(isinstance(part.slots, slice) for part in (*meta.gathers, *meta.chunks))
     check(case, window=window)
 
 
 def test_equal_decodes_need_neither_mask_nor_reordering() -> None:
     meta = prepare(make_case([(1, 12)] * 5))
-    assert meta.order is None and len(meta.decodes) == 1 and meta.decodes[0].mask is None
+    assert meta.order is None and [bucket.mask for gather in meta.gathers for bucket in gather.buckets] == [None]
 
 
 def test_rows_past_the_last_sequence_are_zero() -> None:

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from minivllm.kernels.layout import InputBatch, KVLayer
 
-# How decodes are cut into padded batches: bytes of keys and values that one may gather, and how many padded keys cost as
-# much as one batch more. On a CPU a gathered copy should still be in the second-level cache when it is read.
-GATHER_BYTES = {"cpu": 5 << 18, "cuda": 64 << 20}
-FREE_PADDING = {"cpu": 400, "cuda": 16384}
+# How decodes are cut into batches. GATHER_BYTES: keys and values that are copied together at once, which bounds memory and
+# should fit the caches. FREE_PADDING: padded keys that cost about as much as one batch more.
+GATHER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+FREE_PADDING = {"cpu": 256, "cuda": 16384}
 MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer chunks are computed in several pieces
 
 
@@ -36,9 +36,21 @@ class DecodeBucket:
 
     start: int  # first and last + 1 in the order of `AttentionMeta.order`
     end: int
+    offset: int  # where its keys begin among those gathered
     keys: int  # L: padded number of keys
-    slots: Tensor | slice  # [n * L] int64; a slice: one sequence in consecutive slots, which is read in place
     mask: Tensor | None  # [n, 1, 1, L] additive; None: all have exactly L keys
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Keys and values copied together for some buckets.
+
+        slots   | a a a a a a | b b b b b b | c c c | d d - | e e - |       -: padding, repeats the slot before
+        bucket         0, L = 6                  1, L = 3
+    """
+
+    slots: Tensor | slice  # [sum of n * L] int64; a slice: one sequence in consecutive slots, which is read in place
+    buckets: tuple[DecodeBucket, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,8 @@ class AttentionMeta:
     num_rows: int  # rows of q that belong to a sequence; any after them are padding
     num_decodes: int
     order: Tensor | None  # [num_decodes] int64: decode rows sorted by length; None: as they are
-    decodes: tuple[DecodeBucket, ...]
+    gathers: tuple[Gather, ...]
+    workspace: Tensor  # [2, keys of the largest gather, kv_heads, head_dim]: all layers gather into the same, still cached memory
     chunks: tuple[PromptChunk, ...]
 
 
@@ -82,12 +95,13 @@ def prepare_attention(
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
     limit = GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
-    order_host, spans = _bucket(lens, limit, FREE_PADDING[kind])
+    order_host, cuts = _cut(lens, limit, FREE_PADDING[kind])
     order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
-    decodes = tuple(
-        _decode_bucket(table, order_host[a:b], a, [batch.seq_lens_host[i] for i in order_host[a:b]], block_size, window, dtype)
-        for a, b in spans
-    )
+    seq_lens = [batch.seq_lens_host[i] for i in order_host]
+    tables = table if order is None else table.index_select(0, order)
+    gathers = tuple(_gather(tables, seq_lens, spans, block_size, window, dtype) for spans in cuts)
+    largest = max((len(g.slots) for g in gathers if isinstance(g.slots, Tensor)), default=0)
+    workspace = torch.empty((2, largest, num_kv_heads, head_dim), dtype=dtype, device=device)
     chunks: list[PromptChunk] = []
     row = batch.num_decodes
     for i in range(batch.num_decodes, batch.num_seqs):
@@ -95,7 +109,7 @@ def prepare_attention(
         assert 1 <= query_len <= seq_len
         chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)
         row += query_len
-    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, batch.num_decodes, order, decodes, tuple(chunks))
+    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, batch.num_decodes, order, gathers, workspace, tuple(chunks))
 
 
 def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
@@ -103,17 +117,18 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
     keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
-    first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
-    parts = [_decode(first[b.start : b.end], keys, values, b, h // hk, scale, softcap) for b in meta.decodes]
-    if meta.num_decodes == q.shape[0] and meta.order is None:  # the usual step: nothing to put together
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
     out = torch.empty_like(q)
     if meta.num_rows < q.shape[0]:
         out[meta.num_rows :] = 0
-    if meta.order is not None:
-        out.index_copy_(0, meta.order, torch.cat(parts))
-    elif parts:
-        torch.cat(parts, out=out[: meta.num_decodes])
+    if meta.gathers:
+        first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
+        result = out[: meta.num_decodes] if meta.order is None else torch.empty_like(first)
+        for gather in meta.gathers:
+            ks, vs = _take(keys, gather.slots, meta.workspace[0]), _take(values, gather.slots, meta.workspace[1])
+            for bucket in gather.buckets:
+                _decode(first, ks, vs, result, bucket, scale, softcap)
+        if meta.order is not None:
+            out.index_copy_(0, meta.order, result)
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
@@ -124,19 +139,24 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     return out
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, bucket: DecodeBucket, group: int, scale: float, softcap: float | None) -> Tensor:
-    """One padded batch, q: [n, heads, head_dim] -> the same shape."""
-    n, h, d = q.shape
+def _decode(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, bucket: DecodeBucket, scale: float, softcap: float | None) -> None:
+    """One padded batch. q, out: [decodes, heads, head_dim], of which the bucket's rows; keys, values: as gathered."""
+    rows, (_, hk, d), n = slice(bucket.start, bucket.end), keys.shape, bucket.end - bucket.start
+    part = slice(bucket.offset, bucket.offset + n * bucket.keys)
     # The query heads of one KV head stand where a sequence's queries usually stand: its keys are read once for all of them.
-    qs = q.view(n, h // group, group, d)
-    ks = _take(keys, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
-    vs = _take(values, bucket.slots).view(n, bucket.keys, h // group, d).transpose(1, 2)
-    return _attend(qs, ks, vs, bucket.mask, False, scale, softcap).reshape(n, h, d)
+    qs = q[rows].view(n, hk, -1, d)  # [n, kv_heads, group, head_dim]
+    ks = keys[part].view(n, bucket.keys, hk, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
+    vs = values[part].view(n, bucket.keys, hk, d).transpose(1, 2)
+    out[rows].view(n, hk, -1, d).copy_(_attend(qs, ks, vs, bucket.mask, False, scale, softcap))
 
 
-def _take(cache: Tensor, slots: Tensor | slice) -> Tensor:
+def _take(cache: Tensor, slots: Tensor | slice, workspace: Tensor | None = None) -> Tensor:
     """cache: [slots, kv_heads, head_dim] -> the rows `slots`, copied together unless they already lie together."""
-    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
+    if isinstance(slots, slice):
+        return cache[slots]
+    if workspace is None:
+        return cache.index_select(0, slots)
+    return torch.index_select(cache, 0, slots, out=workspace[: len(slots)])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None) -> Tensor:
@@ -152,25 +172,31 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return torch.softmax(scores, -1).to(v.dtype) @ v
 
 
-def _bucket(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Cut decodes into spans that are padded to a common length -> (order, [(start, end)] in that order).
+def _cut(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], list[list[tuple[int, int]]]]:
+    """Cut decodes into spans that are padded to a common length -> (order, spans [start, end) in that order, by gather).
 
-    A span holds at most `limit` keys (or one sequence) and about `free_padding` keys of padding. Unless one span in the
-    given order does, sequences are sorted by length (the packer's order already), so that neighbours need little padding.
+    A span holds at most `free_padding` keys of padding and a gather at most `limit` keys (or one sequence). Unless one span
+    in the given order does, sequences are sorted by length (the packer's order already), so that neighbours need little padding.
     """
     if not lens:
         return [], []
     if len(lens) * max(lens) <= min(limit, sum(lens) + free_padding):
-        return list(range(len(lens))), [(0, len(lens))]
+        return list(range(len(lens))), [[(0, len(lens))]]
     order = sorted(range(len(lens)), key=lambda i: -lens[i])
-    spans: list[tuple[int, int]] = []
-    start, longest, padding = 0, lens[order[0]], 0
+    gathers: list[list[tuple[int, int]]] = [[]]
+    start, longest, padding, held = 0, lens[order[0]], 0, 0  # held: keys in the gather's finished spans
     for i in range(1, len(order)):
         padding += longest - lens[order[i]]
-        if padding > free_padding or longest * (i + 1 - start) > limit:
-            spans.append((start, i))
+        full = held + longest * (i + 1 - start) > limit
+        if full or padding > free_padding:
+            gathers[-1].append((start, i))
+            held += longest * (i - start)
             start, longest, padding = i, lens[order[i]], 0
-    return order, [*spans, (start, len(order))]
+            if full or held + longest > limit:
+                gathers.append([])
+                held = 0
+    gathers[-1].append((start, len(order)))
+    return order, gathers
 
 
 def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
@@ -188,21 +214,27 @@ def _in_place(slots: Tensor) -> Tensor | slice:
     return slots
 
 
-def _decode_bucket(
-    table: Tensor, rows: list[int], start: int, seq_lens: list[int], block_size: int, window: int | None, dtype: torch.dtype
-) -> DecodeBucket:
-    device = table.device
-    ends = torch.tensor(seq_lens, device=device)[:, None]  # [n, 1]
-    counts = ends if window is None else ends.clamp(max=window)
-    keys = max(seq_lens) if window is None else min(max(seq_lens), window)
-    offsets = torch.arange(keys, device=device)[None]  # [1, L]
-    # Padding repeats the sequence's last key, which exists and is finite, and the mask removes it.
-    positions = torch.minimum(ends - counts + offsets, ends - 1)
-    slots = _slots(table.index_select(0, torch.tensor(rows, device=device)), positions, block_size)
-    mask = None
-    if min(seq_lens) < keys:
-        mask = torch.zeros(len(rows), keys, dtype=dtype, device=device).masked_fill_(offsets >= counts, -math.inf)[:, None, None]
-    return DecodeBucket(start, start + len(rows), keys, _in_place(slots[0]) if len(rows) == 1 else slots.flatten(), mask)
+def _gather(
+    tables: Tensor, seq_lens: list[int], spans: list[tuple[int, int]], block_size: int, window: int | None, dtype: torch.dtype
+) -> Gather:
+    """Slots and masks of the decodes [start, end) of each span; tables: [decodes, M], seq_lens: [decodes]."""
+    device = tables.device
+    slots, buckets, offset = [], [], 0
+    for start, end in spans:
+        ends = torch.tensor(seq_lens[start:end], device=device)[:, None]  # [n, 1]
+        counts = ends if window is None else ends.clamp(max=window)
+        keys = max(seq_lens[start:end]) if window is None else min(max(seq_lens[start:end]), window)
+        index = torch.arange(keys, device=device)[None]  # [1, L]
+        # Padding repeats the sequence's last key, which exists and is finite, and the mask removes it.
+        positions = torch.minimum(ends - counts + index, ends - 1)
+        slots.append(_slots(tables[start:end], positions, block_size).flatten())
+        mask = None
+        if min(seq_lens[start:end]) < keys:
+            mask = torch.zeros(end - start, keys, dtype=dtype, device=device).masked_fill_(index >= counts, -math.inf)[:, None, None]
+        buckets.append(DecodeBucket(start, end, offset, keys, mask))
+        offset += (end - start) * keys
+    together = slots[0] if len(slots) == 1 else torch.cat(slots)
+    return Gather(_in_place(together) if spans[-1][1] - spans[0][0] == 1 else together, tuple(buckets))
 
 
 def _prompt_chunks(
