@@ -82,6 +82,14 @@ class SamplingParams:
     # Filled by the engine, which knows the tokenizer: token sequences of `bad_words`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
+        """Only here can a misspelt name get a hint; everything else is done on the fields."""
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                hint = f" ({_NOT_YET[name]}) is not supported yet" if name in _NOT_YET else nearest(name, cls.__dataclass_fields__)
+                raise TypeError(f"SamplingParams has no parameter {name!r}{hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)  # frozen for everybody else

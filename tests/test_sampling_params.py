@@ -66,3 +66,8 @@ def test_whatever_is_accepted_fits_the_columns_of_the_sampler(fields: dict[str, 
     repetition = np.float32(params.repetition_penalty)
     assert 0 < repetition < np.inf and 0 < 1 / repetition < np.inf
     assert params.greedy or 0 < np.float32(params.temperature) < np.inf
+
+
+def test_a_misspelt_keyword_of_the_constructor_gets_the_nearest_name_too() -> None:
+    with pytest.raises(TypeError, match="no parameter 'temprature'; did you mean 'temperature'"):
+        SamplingParams(temprature=1.0)  # type: ignore[call-arg]

@@ -9,19 +9,21 @@ from minivllm.cli.local import Local, add_flags
 from minivllm.errors import InvalidInput
 from minivllm.server.config import NOT_YET
 
+DEFAULT_TOKENS = 128  # a text, unlike an answer in a chat, seldom ends by itself
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("complete", help="continue a text", not_yet=NOT_YET,
                                  description="Continue a text. Only the continuation goes to stdout.")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
-    add_flags(parser)
+    add_flags(parser, f"longest continuation in tokens (default: {DEFAULT_TOKENS})")
 
 
 def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise InvalidInput("the prompt is empty: give at least one character", "prompt")
-    with Local.start(args) as local:
+    with Local.start(args, max_tokens=DEFAULT_TOKENS) as local:
         tokenizer = local.engine.tokenizer
         assert tokenizer is not None  # skip_tokenizer_init is no flag here
         for piece in local.stream(tokenizer.encode(prompt)):

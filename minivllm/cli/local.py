@@ -49,12 +49,12 @@ class Interrupt:
         self.pressed = True
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = None) -> None:
     add_config_file(parser)
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING:
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is int else "X",
-                           default=argparse.SUPPRESS, help=text)
+                           default=argparse.SUPPRESS, help=max_tokens_help if name == "max_tokens" and max_tokens_help else text)
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="how much to log (default: warning)")
     add_config_flags(parser, EngineConfig, "engine", skip=NOT_FOR_ONE)
 
@@ -72,7 +72,8 @@ class Local:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, args: argparse.Namespace) -> Iterator[Local]:
+    def start(cls, args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[Local]:
+        """`max_tokens`: when no flag says it; None: as the context allows."""
         overrides = {name: getattr(args, name) for name, _, _ in SAMPLING if name in vars(args)}
         SamplingParams(**overrides)  # a wrong value is told before the model is loaded
         config = build(EngineConfig, given(args, EngineConfig))
@@ -82,7 +83,7 @@ class Local:
 
         engine = LLMEngine.from_config(config)
         try:
-            yield cls(engine, overrides)
+            yield cls(engine, {"max_tokens": max_tokens} | overrides)
         finally:
             engine.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -112,6 +112,8 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * count
+        if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+            raise InvalidInput(f"sampling_params must be SamplingParams or a list of them, got {type(params).__name__}", "sampling_params")
         if len(params) != count:
             raise InvalidInput(f"{count} prompts, but {len(params)} SamplingParams: give one for all or one each", "sampling_params")
         return list(params)
@@ -157,6 +159,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several? A list of ints is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidInput(f"prompts are texts or lists of token ids, got {prompts!r}", "prompts")
     every = list(prompts)
     return [every] if every and isinstance(every[0], int) else every  # type: ignore[return-value,list-item]
 

@@ -65,7 +65,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `add_special_tokens`: with what the model expects around a text, such as BOS."""
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # A batch of one: unlike `encode` it lets other Python threads (a server's event loop) run meanwhile.
+            return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError:
             if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
                 raise InvalidInput("the text holds a lone surrogate, which is not Unicode text: correct it", "prompt") from None

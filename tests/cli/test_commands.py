@@ -205,4 +205,4 @@ def test_settings_may_come_from_a_file(words: Words, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Local, "__init__", lambda self, engine, overrides: (seen.append(overrides), started(self, engine, overrides))[1])
     typed(monkeypatch, "hello")
     assert main(["chat", "--config", str(file)]) == 0
-    assert seen == [{}]
+    assert seen == [{"max_tokens": None}]

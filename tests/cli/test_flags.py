@@ -126,7 +126,7 @@ def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: py
     (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is no address"),
     (["serve", "--chat-template", "/no/such/file"], "chat_template: cannot read /no/such/file"),
     (["serve", "--config", "/no/such/file"], "cannot read the config file /no/such/file"),
-    (["complete", "x", "--temperature", "-1"], "temperature must be in [0, inf)"),
+    (["complete", "x", "--temperature", "-1"], "temperature must be in [0, 10000]"),
     (["complete", ""], "the prompt is empty"),
 ])
 def test_a_wrong_value_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
