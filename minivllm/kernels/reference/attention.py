@@ -192,7 +192,7 @@ def _cut(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], lis
             gathers[-1].append((start, i))
             held += longest * (i - start)
             start, longest, padding = i, lens[order[i]], 0
-            if full or held + longest > limit:
+            if full:
                 gathers.append([])
                 held = 0
     gathers[-1].append((start, len(order)))
