@@ -176,6 +176,7 @@ def test_a_reset_prefix_cache_forgets_host_memory_and_what_is_on_its_way_there()
     h.scheduler.reset_prefix_cache()
     h.executor.chaos = None
     h.finish()
+    assert h.scheduler.stats().num_moves == h.scheduler.stats().num_cached_host_blocks == 0
     h.run()
     h.add(prompt(17), greedy(1), "again")
     h.run()

@@ -95,6 +95,17 @@ def test_a_long_prompt_takes_at_most_the_threshold_per_step() -> None:
     assert tokens_by_request(launch(h)) == {"long": 5, "other": 5}
 
 
+def test_prompts_get_what_decodes_leave_in_their_order() -> None:
+    h = make(long_prefill_token_threshold=5, max_num_batched_tokens=8, max_num_seqs=3)
+    h.add(prompt(1), greedy(9), "decode")
+    h.step()
+    h.add(prompt(20), greedy(), "first")
+    h.add(prompt(20, 5), greedy(), "second")
+    for _ in range(3):
+        assert tokens_by_request(launch(h)) == {"decode": 1, "first": 5, "second": 2}
+        h.finish()
+
+
 def test_without_chunked_prefill_a_prompt_waits_until_it_fits_one_step() -> None:
     h = make(enable_chunked_prefill=False, max_num_batched_tokens=64)
     h.add(prompt(40), greedy(3), "a")
