@@ -27,11 +27,13 @@ BLOCK_SIZE = 16
 class Bench:
     """A scheduler whose requests all decode, with results made up on the spot (outside the timings)."""
 
-    def __init__(self, num_requests: int, history: int, depth: int) -> None:
-        blocks_each = history // BLOCK_SIZE + 40
+    def __init__(self, num_requests: int, history: int, depth: int, steps: int) -> None:
+        room = steps + 4 * BLOCK_SIZE  # for the steps measured, and to get there
+        blocks_each = (history + room) // BLOCK_SIZE + 1
         self.scheduler = Scheduler(SchedulerConfig(
             num_blocks=num_requests * blocks_each + 1, block_size=BLOCK_SIZE, max_num_seqs=num_requests,
-            max_num_batched_tokens=max(65536, num_requests), max_model_len=history + 1024, planning_depth=depth))
+            max_num_batched_tokens=max(65536, num_requests), max_model_len=history + room, planning_depth=depth))
+        self.num_decoding = 0
         self.in_flight: deque[StepPlan] = deque()
         params = SamplingParams(max_tokens=None)
         for i in range(num_requests):  # no two prompts share a block
@@ -48,11 +50,12 @@ class Bench:
         start = time.perf_counter()
         plan = scheduler.schedule(0.0)
         planned = time.perf_counter() - start
-        if plan is not None:
-            self.in_flight.append(plan)
-        if plan is not None and len(self.in_flight) <= scheduler.config.planning_depth:
+        assert plan is not None
+        self.in_flight.append(plan)
+        if len(self.in_flight) <= scheduler.config.planning_depth:
             return self.step()  # fill the pipeline
         plan = self.in_flight.popleft()
+        self.num_decoding = len(plan.sample_rows)
         result = StepResult(plan.step_id, ((7,),) * len(plan.sample_rows))
         start = time.perf_counter()
         scheduler.update(plan, result, {}, 0.0)
@@ -61,10 +64,11 @@ class Bench:
 
 def measure(num_requests: int, history: int, depth: int, steps: int, rounds: int) -> tuple[float, float]:
     """Median (schedule, update) in microseconds of the best round."""
-    bench = Bench(num_requests, history, depth)
+    bench = Bench(num_requests, history, depth, steps * rounds)
     best: tuple[float, float] | None = None
     for _ in range(rounds):
         times = [bench.step() for _ in range(steps)]
+        assert bench.num_decoding == num_requests, "not everybody decoded"
         medians = statistics.median(t[0] for t in times) * 1e6, statistics.median(t[1] for t in times) * 1e6
         best = medians if best is None or sum(medians) < sum(best) else best
     assert best is not None
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="profile 256 requests instead")
     args = parser.parse_args()
     if args.profile:
-        bench = Bench(256, 1000, args.planning_depth)
+        bench = Bench(256, 1000, args.planning_depth, 320)
         profile = cProfile.Profile()
         profile.runcall(lambda: [bench.step() for _ in range(320)])
         pstats.Stats(profile).sort_stats("tottime").print_stats(20)

@@ -51,7 +51,8 @@ class BlockPool:
         """The free block at the front of the ring, forgotten by the cache and referenced once. There must be one."""
         block = self._next[NULL_BLOCK]
         assert block != NULL_BLOCK, "no free block: ask `num_free` first"
-        self.forget(block)
+        if self._keys[block] is not None:
+            self.forget(block)
         self._unlink(block)
         self.ref_counts[block] = 1
         return block

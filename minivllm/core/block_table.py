@@ -43,10 +43,12 @@ class BlockTable:
     def grow(self, pool: BlockPool, num_tokens: int) -> tuple[tuple[BlockId, ...], ...]:
         """Append blocks until there are slots for `num_tokens`; what was appended, by group."""
         missing = -(-num_tokens // self.block_size) - len(self.groups[0])
-        appended = tuple(tuple(pool.allocate() for _ in range(missing)) for _ in self.groups)
-        for group, blocks in zip(self.groups, appended, strict=True):
+        appended = []
+        for group in self.groups:
+            blocks = [pool.allocate() for _ in range(missing)]
             group.extend(blocks)
-        return appended
+            appended.append(tuple(blocks))
+        return tuple(appended)
 
     def drop_before(self, group: int, position: int) -> list[tuple[int, BlockId]]:
         """Null the group's entries that lie wholly before `position`: [(logical index, block)]. Their references pass to the caller."""

@@ -453,9 +453,11 @@ class Scheduler:
             if kept:
                 progress.append(sequence.progress(sample, kept, None, None))
                 sequence.paused = sequence.request.new.beam_search
-            self._free_out_of_window(sequence)
+            if self._any_window:
+                self._free_out_of_window(sequence)
             self._set_confirm_freely(sequence)
-            self._roster.settle(sequence)
+            if sequence.state is not State.RUNNING:
+                self._roster.settle(sequence)
         else:
             progress.append(sequence.progress(sample, kept, reason, stop_reason))
             self._finish(sequence, reason, progress)
