@@ -30,6 +30,9 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
+    # OpenMP threads wait for one another at each of a step's hundreds of operations. GNU's spin for milliseconds by default, which
+    # makes generation many times slower as soon as anything else wants a core; must be set before torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parser, commands = build_parser()
     args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
     if extras:
