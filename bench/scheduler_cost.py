@@ -28,11 +28,11 @@ class Bench:
     """A scheduler whose requests all decode, with results made up on the spot (outside the timings)."""
 
     def __init__(self, num_requests: int, history: int, depth: int, steps: int) -> None:
-        room = steps + 4 * BLOCK_SIZE  # for the steps measured, and to get there
+        room = steps + 4 * BLOCK_SIZE  # for the steps measured, and those before
         blocks_each = (history + room) // BLOCK_SIZE + 1
         self.scheduler = Scheduler(SchedulerConfig(
             num_blocks=num_requests * blocks_each + 1, block_size=BLOCK_SIZE, max_num_seqs=num_requests,
-            max_num_batched_tokens=max(65536, num_requests), max_model_len=history + room, planning_depth=depth))
+            max_num_batched_tokens=num_requests * (history + BLOCK_SIZE), max_model_len=history + room, planning_depth=depth))
         self.num_decoding = 0
         self.in_flight: deque[StepPlan] = deque()
         params = SamplingParams(max_tokens=None)
