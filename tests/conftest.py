@@ -27,9 +27,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with `&` by a script: Ctrl-C would be ignored, in children too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 IN_CI = bool(os.environ.get("CI"))
 
 # `pytest --hypothesis-profile=long tests/core` is the nightly size: 10,000 steps and more for each state machine.
