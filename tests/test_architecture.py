@@ -200,7 +200,7 @@ def test_the_engine_imports_without_the_servers_packages_and_without_gguf() -> N
     modules = [name for name in sources() if unit(name) not in ("server", "entrypoints", "__main__") and not is_triton(name)]
     code = f"""
 import importlib, sys
-for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton"):
+for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton", "llguidance"):
     sys.modules[blocked] = None
 for module in {[m for m in modules if m != "minivllm.__init__"]}:
     importlib.import_module(module)
