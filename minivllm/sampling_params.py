@@ -26,7 +26,7 @@ MAX_REGEX = 1 << 14  # characters
 MAX_NESTING = 64  # JSON objects and arrays inside one another in a schema
 
 _NOT_YET = {
-    "guided_decoding": "vLLM's older name of structured_outputs",
+    "guided_decoding": "the older name of structured_outputs",
     "best_of": "best_of",
     "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
     "logits_processors": "Python logits processors",
