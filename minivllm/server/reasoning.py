@@ -16,7 +16,6 @@ from typing import Literal
 from minivllm.server.tool_parsers import Content, Event, Reasoning, settled
 
 OPEN, CLOSE = "<think>", "</think>"
-REASONING_PARSERS = ("qwen3", "deepseek_r1")
 
 Beginning = Literal["inside", "answer", "undecided"]
 

@@ -1,6 +1,7 @@
 """Parsers of tool calls and of reasoning: text in, events out, the same however the text is cut."""
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -211,7 +212,7 @@ TEXTS = st.one_of(
 
 def cut(text: str, places: Sequence[int]) -> list[str]:
     at = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
-    return [text[a:b] for a, b in zip(at, at[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(at)]
 
 
 @pytest.mark.parametrize("make", [Hermes, Llama3Json, Pythonic, Required, lambda names: Named("f")],
