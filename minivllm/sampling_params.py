@@ -24,7 +24,6 @@ MAX_STRINGS = 1024  # stop strings or bad words: each is looked for at every tok
 _NOT_YET = {
     "structured_outputs": "structured output",
     "guided_decoding": "structured output",
-    "truncate_prompt_tokens": "prompt truncation",
     "best_of": "best_of",
     "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
     "logits_processors": "Python logits processors",
@@ -78,6 +77,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # only these may be generated
     skip_special_tokens: bool = True
     detokenize: bool = True
+    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: as many as leave room for the output
 
     # Filled by the engine, which knows the tokenizer: token sequences of `bad_words`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
@@ -124,6 +124,11 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and _whole(name, value, 0, f"0 to {MAX_LOGPROBS}") > MAX_LOGPROBS:
                 raise InvalidInput(f"{name} must be at most {MAX_LOGPROBS}, got {value}", name)
+        if self.truncate_prompt_tokens is not None and _whole(
+            "truncate_prompt_tokens", self.truncate_prompt_tokens, -1, "-1 keeps what leaves room for the output",
+        ) == 0:
+            raise InvalidInput("truncate_prompt_tokens must be at least 1, or -1 for as many as leave room for the output, got 0",
+                               "truncate_prompt_tokens")
         if self.stop and not self.detokenize:
             raise InvalidInput("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on", "stop")
         if self.logit_bias is not None:

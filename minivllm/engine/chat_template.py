@@ -103,7 +103,8 @@ class ChatTemplate:
             raise InvalidInput(f"this model's chat template has no place for tools: {fix}", "tools")
         for i, message in enumerate(chat):
             if message.get("tool_calls") and "tool_calls" not in self.source:
-                raise InvalidInput(f"this model's chat template cannot write tool calls: {fix}", f"messages.{i}.tool_calls")
+                where = f"messages.{i}.tool_calls"
+                raise InvalidInput(f"{where}: this model's chat template cannot write tool calls: {fix}", where)
 
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -113,6 +114,40 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidInput(f'messages[{i}] must be an object with a "role", got {message!r}', f"messages.{i}")
     return [_plain(dict(message)) for message in messages]
+
+
+def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form as templates want them: text parts joined, the arguments of calls as objects."""
+    plain = _messages(messages)
+    for i, message in enumerate(plain):
+        if isinstance(message.get("content"), list):
+            message["content"] = "\n".join(_part_text(part, f"messages.{i}.content.{j}") for j, part in enumerate(message["content"]))
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_with_object(call, f"messages.{i}.tool_calls.{j}") for j, call in enumerate(message["tool_calls"])]
+    return plain
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise InvalidInput(f'{where} must be {{"type": "text", "text": ...}}: this model takes text only', where)
+    text: str = part["text"]
+    return text
+
+
+def _with_object(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidInput(f'{where} must be {{"function": {{"name": ..., "arguments": ...}}}}, got {call!r}', where)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        where += ".function.arguments"
+        raise InvalidInput(f"{where} must be a JSON object or its text, got {function.get('arguments')!r}", where)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _with_tag(content: Any) -> Any:

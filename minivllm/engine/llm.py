@@ -17,8 +17,9 @@ from minivllm.config import EngineConfig
 from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from minivllm.engine.chat_template import conversation
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.prompts import Prompt, read_prompt
+from minivllm.engine.prompts import Prompt, read_prompt, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.outputs import RequestOutput
@@ -59,13 +60,16 @@ class LLM:
         chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several (a list of such lists)."""
+        """Answer one conversation (a list of messages) or several (a list of such lists).
+
+        `tools` are shown to the model; its calls are in the output's text, in the model's own format.
+        """
         tokenizer = self.get_tokenizer()
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
-        for conversation in conversations:
+        for one in conversations:
             text = tokenizer.apply_chat_template(
-                conversation, tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,  # type: ignore[arg-type]
+                conversation(one), tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
             )
             assert isinstance(text, str)
@@ -132,7 +136,8 @@ class LLM:
             while waiting or builders:
                 while waiting:
                     i = waiting[0]
-                    text, ids, salt = read_prompt(prompts[i], engine.tokenizer)
+                    text, every, salt = read_prompt(prompts[i], engine.tokenizer)
+                    ids = truncate(every, params[i].truncate_prompt_tokens, engine.max_model_len, params[i].max_tokens)
                     name = str(self._num_requests)
                     try:
                         engine.add_request(name, ids, params[i], priority=priorities[i], cache_salt=salt)

@@ -15,21 +15,25 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from minivllm import __version__
 from minivllm.engine.client import AddRequest, EngineClient
-from minivllm.engine.prompts import check_vocabulary
+from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.answers import Answer, ChatAnswer, CompletionAnswer, Job
+from minivllm.server.answers import Answer, CompletionAnswer, Job
+from minivllm.server.chat import Chats
 from minivllm.server.config import ServerConfig
+from minivllm.server.control import add_control
 from minivllm.server.door import Door
 from minivllm.server.errors import ApiError, context_error, engine_dead, json_response, shorten, to_api_error
 from minivllm.server.generation import GenerationResponse, Running
-from minivllm.server.logprobs import NoNames
+from minivllm.server.logprobs import NoNames, TokenNames
 from minivllm.server.protocol import (
+    IGNORED_HEADER,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -38,8 +42,12 @@ from minivllm.server.protocol import (
     TokenizeRequest,
     parse,
 )
+from minivllm.server.read_answers import chat_answer
+from minivllm.server.reading import Reading
+from minivllm.server.responses import ResponsesRequest, respond
 
 MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
+DEFAULT_OUTPUT = 16  # tokens of a completion that does not say; a chat's answer may fill the context
 LONG_TEXT = 4096  # characters: longer texts are tokenized off the event loop, so that streams keep their pace
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # honoured of a generation_config.json
 
@@ -54,6 +62,7 @@ class Frontend:
         self.client = client
         self.config = config
         self.tokenizer = tokenizer
+        self.chats = Chats(config, tokenizer)
         self.running = Running(client)
         self.created = int(time.time())
         info = client.info
@@ -111,9 +120,9 @@ class Frontend:
         body.check()
         model = self.check_model(body.model)
         self._limit_choices(len(body.prompt), body.n or 1)
-        prompts = await self._completion_prompts(body)
+        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body)]
         echo = await self._echo(body, prompts) if body.echo else None
-        job = self._job("cmpl-", body, model, prompts, ignored, default_output=16, echo=echo)
+        job = self._job("cmpl-", body, model, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
         return self._respond(CompletionAnswer, job)
 
     async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
@@ -137,44 +146,26 @@ class Frontend:
                            param=param, code="context_length_exceeded")
 
     async def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
-        if isinstance(body.prompt[0], str):
+        if isinstance(body.prompt[0], str) and body.truncate_prompt_tokens is None:
             return tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
         tokenizer = self.need_tokenizer("echo")
         return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
 
     async def chat(self, body: ChatRequest) -> Response:
-        ignored = body.ignored(self.config.permissive)
+        return self._respond(chat_answer, await self.chat_job(body, body.ignored(self.config.permissive), "chatcmpl-"))
+
+    async def chat_job(self, body: ChatRequest, ignored: list[str], prefix: str) -> Job:
         body.check()
         model = self.check_model(body.model)
         self._limit_choices(1, body.n or 1)
-        prompt = await self._chat_prompt(body, ignored)
-        job = self._job("chatcmpl-", body, model, [prompt], ignored, default_output=None, echo=None)
-        return self._respond(ChatAnswer, job)
+        prompt, reading = await self._chat_prompt(body, ignored)
+        prompts = [self._truncated(body, prompt, None)]
+        return self._job(prefix, body, model, prompts, ignored, default_output=None, echo=None, reading=reading)
 
-    async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> list[int]:
-        tokenizer = self.need_tokenizer("messages")
-        messages = self._known_roles(tokenizer, body.conversation(ignored))
-        self._refuse_hopeless("".join(message["content"] for message in messages), "messages")
-        open_answer = body.add_generation_prompt
-        if open_answer is None:
-            open_answer = not body.continue_final_message
-
-        def write() -> list[int]:
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=open_answer, continue_final_message=bool(body.continue_final_message),
-                **(body.chat_template_kwargs or {}),
-            )
-            assert isinstance(ids, list)
-            return ids
-
-        return await self.off_loop(sum(len(message["content"]) for message in messages), write)
-
-    @staticmethod
-    def _known_roles(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """OpenAI's newer name for the system role, for templates that were written before it."""
-        if tokenizer.chat_template is not None and "developer" in tokenizer.chat_template.source:
-            return messages
-        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> tuple[list[int], Reading | None]:
+        draft = self.chats.draft(body, self.need_tokenizer("messages"), ignored)
+        self._refuse_hopeless("".join(message["content"] for message in draft.messages), "messages")
+        return await self.off_loop(draft.size, draft.write)
 
     def _limit_choices(self, prompts: int, n: int) -> None:
         limit = self.config.max_choices
@@ -184,19 +175,20 @@ class Frontend:
 
     def _job(
         self, prefix: str, body: GenerationRequest, model: str, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
-        default_output: int | None, echo: tuple[str, ...] | None,
+        default_output: int | None, echo: tuple[str, ...] | None, reading: Reading | None = None,
     ) -> Job:
         if self.client.dead is not None:
             raise engine_dead()
         if body.priority and self.client.info.scheduling_policy != "priority":
             raise InvalidInput("priority changes nothing here: leave it out, or start the server with --scheduling-policy priority",
                                "priority")
-        request_id = prefix + uuid.uuid4().hex
+        request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
+        defaults = self.defaults if reading is None else {**self.defaults, **reading.sampling()}
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
-                params=body.sampling(self.defaults, self._output_limit(body, len(prompt), default_output)),
+                params=body.sampling(defaults, self._output_limit(body, len(prompt), default_output)),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
             )
             for i, prompt in enumerate(prompts)
@@ -207,8 +199,12 @@ class Frontend:
             include_usage=options is not None and bool(options.include_usage),
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
             return_token_ids=bool(body.return_token_ids), show_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
-            ignored=tuple(dict.fromkeys(ignored)),
+            ignored=tuple(dict.fromkeys(ignored)), reading=reading,
         )
+
+    def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
+        wanted, _ = body.output_limit()
+        return truncate(prompt, body.truncate_prompt_tokens, self.client.info.max_model_len, default_output if wanted is None else wanted)
 
     def _output_limit(self, body: GenerationRequest, prompt_tokens: int, default: int | None) -> int:
         """The longest output of one prompt: what was asked for if it fits, else the default as far as the context goes."""
@@ -225,7 +221,7 @@ class Frontend:
             raise context_error(prompt_tokens, None, limit, "messages" if isinstance(body, ChatRequest) else "prompt")
         return room if default is None else min(default, room)
 
-    def _respond(self, kind: type[Answer], job: Job) -> Response:
+    def _respond(self, kind: Callable[[Job, TokenNames], Answer], job: Job) -> Response:
         return GenerationResponse(self.client, self.running, kind(job, self.tokenizer or NoNames()))
 
     # -- models, tokens -----------------------------------------------------------------------------------------------
@@ -246,7 +242,7 @@ class Frontend:
             chat = ChatRequest(messages=body.messages, add_generation_prompt=body.add_generation_prompt)
             chat.ignored(self.config.permissive)
             chat.check()
-            tokens = await self._chat_prompt(chat, [])
+            tokens, _ = await self._chat_prompt(chat, [])
         else:
             text = body.prompt or ""
             special = body.add_special_tokens is not False
@@ -273,13 +269,25 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     client.metrics.model = frontend.names[0]  # the label: what clients call the model, not where it lies
     app = FastAPI(
         title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        middleware=[Middleware(Door, keys=config.keys())],
+        middleware=[*_cors(config), Middleware(Door, keys=config.keys())],
     )
     app.state.frontend = frontend
     _add_generation(app, frontend)
     _add_queries(app, frontend)
+    add_control(app, frontend, _body_of)
     _add_errors(app)
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """In front of the door: a browser asks for leave without the key."""
+    if not config.allowed_origins:
+        return []
+    return [Middleware(
+        CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=config.allowed_methods or ("*",),
+        allow_headers=config.allowed_headers or ("*",), allow_credentials=config.allow_credentials,
+        expose_headers=("x-request-id", IGNORED_HEADER, "retry-after"),
+    )]
 
 
 def _body_of(kind: type[Strict]) -> dict[str, Any]:
@@ -295,6 +303,10 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await frontend.chat(await frontend.read(request, ChatRequest))
+
+    @app.post("/v1/responses", openapi_extra=_body_of(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await respond(frontend, await frontend.read(request, ResponsesRequest))
 
 
 def _add_queries(app: FastAPI, frontend: Frontend) -> None:

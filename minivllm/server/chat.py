@@ -139,4 +139,5 @@ def _variables(body: ChatRequest, template: ChatTemplate | None, ignored: list[s
     if effort == "none":
         return {"enable_thinking": False, **variables} if "enable_thinking" in known else variables
     hint = "; chat_template_kwargs takes enable_thinking" if "enable_thinking" in known else ""
-    raise InvalidInput(f"reasoning_effort {effort!r} is nothing that this model's chat template takes: leave it out{hint}", "reasoning_effort")
+    raise InvalidInput(f"reasoning_effort {effort!r} is nothing that this model's chat template takes: leave it out{hint}",
+                       "reasoning_effort")

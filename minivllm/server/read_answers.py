@@ -101,8 +101,8 @@ class ReadAnswer(ChatAnswer):
             entries.append({"index": index, "id": new.id, "type": "function", "function": {"name": new.name, "arguments": ""}})
         elif not entries or entries[-1]["index"] != index:
             entries.append({"index": index, "function": {"arguments": ""}})
-        function = entries[-1]["function"]
-        return function
+        called: dict[str, Any] = entries[-1]["function"]
+        return called
 
     # -- whole --------------------------------------------------------------------------------------------------------
 

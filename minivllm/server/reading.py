@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.errors import NotSupportedYet
 from minivllm.server.reasoning import Beginning, ReasoningSplitter
 from minivllm.server.tool_parsers import PARSERS, Content, Event, Named, Required, ToolParser
 from minivllm.server.tools import ToolUse
@@ -38,7 +38,7 @@ class Reading:
         schema = None if self.tools is None else self.tools.schema()
         needs: dict[str, Any] = {"skip_special_tokens": False} if self.show_special else {}
         if schema is not None:
-            needs["structured_outputs"] = StructuredOutputsParams(json=schema, origin="tools")
+            raise NotSupportedYet("tool_choice other than 'none' and 'auto' is not supported yet: leave it out", "tool_choice")
         return needs
 
 

@@ -129,8 +129,8 @@ def read_chat_template(file: str | None) -> str | None:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        names = ", ".join(BUILT_IN)
-        raise InvalidInput(f"chat_template: cannot read {file}: {reason}; give a file, or a built-in one: {names}", "chat_template") from None
+        raise InvalidInput(f"chat_template: cannot read {file}: {reason}; give a file, or a built-in one: {', '.join(BUILT_IN)}",
+                           "chat_template") from None
 
 
 def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:

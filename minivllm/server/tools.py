@@ -115,7 +115,8 @@ class ToolUse:
     def for_template(self) -> list[dict[str, Any]]:
         """As chat templates expect them."""
         return [{"type": "function", "function": {
-            "name": f.name, **({} if f.description is None else {"description": f.description}), "parameters": f.parameters or _NO_PARAMETERS,
+            "name": f.name, **({} if f.description is None else {"description": f.description}),
+            "parameters": f.parameters or _NO_PARAMETERS,
         }} for f in self.functions]
 
     def schema(self) -> dict[str, Any] | None:
@@ -228,7 +229,8 @@ def _named(choice: Mapping[str, Any], field: str, names: set[str], legacy: bool)
         inner = choice.get("function")
         unknown = choice.keys() - {"type", "function"}
         if kind not in (None, "function") or not isinstance(inner, Mapping) or unknown:
-            raise InvalidInput(f'{field} must be a word or {{"type": "function", "function": {{"name": ...}}}}, got {dict(choice)!r}', field)
+            raise InvalidInput(f'{field} must be a word or {{"type": "function", "function": {{"name": ...}}}}, got {dict(choice)!r}',
+                               field)
     name = inner.get("name")
     if not isinstance(name, str) or inner.keys() != {"name"}:
         raise InvalidInput(f"{field} must name a function and nothing else, got {dict(choice)!r}", field)

@@ -59,12 +59,13 @@ def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.F
     argument, value = one_of(f)
     if f.name == "max_body_size":
         argument, value = ["7777"], 7777
+    others = ["--allowed-origins=https://a"] if f.name in ("allowed_methods", "allowed_headers", "allow_credentials") else []  # need it
     for name in (f.name.replace("_", "-"), f.name):
         flag = f"--{name}" if value is not False else f"--no-{name}"
-        found = parsed(flag, *argument)[config is ServerConfig]
+        found = parsed(flag, *argument, *others)[config is ServerConfig]
         assert getattr(found, f.name) == value
         if argument:
-            assert getattr(parsed(f"{flag}={argument[0]}")[config is ServerConfig], f.name) == value
+            assert getattr(parsed(f"{flag}={argument[0]}", *others)[config is ServerConfig], f.name) == value
 
 
 def test_no_flags_are_the_defaults() -> None:
@@ -97,7 +98,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["serve", "--enable_prefix_cacheing"], "did you mean '--enable-prefix-caching'?"),
     (["serve", "--quantization", "awq"], "--quantization (quantized weights) is not supported yet"),
     (["serve", "--no-enable-lora"], "is not supported yet"),
-    (["serve", "--tool_call_parser=hermes"], "--tool-call-parser (tool calls) is not supported yet"),
+    (["serve", "--ssl_keyfile=key.pem"], "--ssl-keyfile (TLS (put a reverse proxy in front)) is not supported yet"),
+    (["serve", "--tool_call_parser=hermse"], "argument --tool-call-parser: invalid choice: 'hermse'"),
     (["serve", "--port", "many"], "argument --port: invalid int value: 'many'"),
     (["serve", "--dtype", "flot32"], "argument --dtype: invalid choice: 'flot32'"),
     (["serve", "--max-model", "5"], "unknown flag --max-model"),

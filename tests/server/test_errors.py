@@ -88,6 +88,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"seed": 1.5}, "seed"),
     (COMPLETIONS, {"stop": 5}, "stop"),
     (COMPLETIONS, {"stop": [""]}, "stop"),
+    (COMPLETIONS, {"stop": ""}, "stop"),
     (COMPLETIONS, {"stop": ["a", 5]}, "stop"),
     (COMPLETIONS, {"stop": {"a": 1}}, "stop"),
     (COMPLETIONS, {"stop_token_ids": ["a"]}, "stop_token_ids"),
@@ -130,8 +131,20 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     (CHAT, {"messages": [*HELLO, {"role": "user", "content": []}]}, "messages.1.content"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages.0.nam"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
-    (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
+    (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages.0.name"),
+    (CHAT, {"messages": [{"role": "tool", "content": None}]}, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages.0.tool_calls.0.function"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+     "messages.0.tool_calls.0.function.arguments"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
+     "messages.0.tool_calls.0.function.arguments"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "argument": "{}"}}]}]},
+     "messages.0.tool_calls.0.function.argument"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]},
+     "messages.0.tool_calls.0.type"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "messages.0.tool_calls"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content.0.type"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
     (CHAT, {"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
@@ -141,7 +154,33 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logprobs": 1}, "logprobs"),
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
     (CHAT, {"tools": []}, "tools"),
+    (CHAT, {"tools": [{}]}, "tools.0.function"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function"),
+    (CHAT, {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
+    (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools.0.function.name"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools.0.function.name"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools.1.function.name"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, "tools.0.function.params"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools.0.function.parameters"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools.0.function.parameters"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": 5}, "tool_choice"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "reqired"}, "tool_choice"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function"}}, "tool_choice"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+     "tool_choice"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+    (CHAT, {"functions": []}, "functions"),
+    (CHAT, {"functions": [{"name": "f"}], "function_call": "required"}, "function_call"),
+    (CHAT, {"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+    (CHAT, {"functions": [{"name": "f"}], "tools": [{"type": "function", "function": {"name": "f"}}]}, "functions"),
+    (CHAT, {"reasoning_effort": "hard"}, "reasoning_effort"),
+    (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
+    (CHAT, {"include_reasoning": False}, "include_reasoning"),
+    (CHAT, {"chat_template": "x"}, "chat_template"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),
     (CHAT, {"web_search_options": {}}, "web_search_options"),
     (CHAT, {"prediction": {"type": "content", "content": "x"}}, "prediction"),
@@ -164,6 +203,23 @@ def test_a_wrong_field_is_refused_with_400_and_named(http: httpx.Client, path: s
 def test_numbers_that_are_no_numbers_are_refused(http: httpx.Client, number: str) -> None:
     body = f'{{"prompt": "x", "temperature": {number}}}'
     assert error_of(http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"}), 400)["param"] == "temperature"
+
+
+def test_a_body_of_too_many_little_lists_is_refused_before_it_takes_a_second_to_read(tokenizer_folder: Path) -> None:
+    headers = {"content-type": "application/json"}
+    with scripted_server(ScriptedEngine(tokenizer_folder)) as live:
+        for body in (b'{"prompt": [' + b"[5]," * 100_000 + b"[5]]}", b'{"prompt": "x", "user": [' + b'{"a":1},' * 100_000 + b"1]}"):
+            error = error_of(httpx.post(live.url + COMPLETIONS, content=body, headers=headers), 400)
+            assert error["code"] == "too_many_values"
+        for text in ("[" * 200_000, '\\"[{' * 70_000):  # brackets of a text do not count, quoted quotes or not
+            error = error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": text}), 400)
+            assert error["code"] == "context_length_exceeded"
+
+
+def test_max_completion_tokens_wins_over_max_tokens_and_the_answer_says_so(http: httpx.Client) -> None:
+    response = http.post(CHAT, json={"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 3})
+    assert response.json()["usage"]["completion_tokens"] == 3 and response.headers["x-minivllm-ignored"] == "max_tokens"
+    assert "x-minivllm-ignored" not in http.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 3}).headers
 
 
 def test_a_missing_prompt_is_named(http: httpx.Client) -> None:
