@@ -19,7 +19,11 @@ GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
 MAX_TEMPERATURE = 1e4  # and far below this every token is equally likely; larger ones would leave float32's range
 MAX_TOP_K = 2**31 - 1  # what the sampler's columns hold
 MAX_REPETITION = 100.0  # the penalty and its inverse, for the same reason
-MAX_STRINGS = 1024  # stop strings or bad words: each is looked for at every token
+# Stop strings and bad words are looked for at every token, so their number and size are everybody's business.
+MAX_STRINGS = 1024
+MAX_STRING = 1024  # characters of one
+MAX_CHARACTERS = 16_384  # of all together
+MAX_BIASES = 4096  # entries of logit_bias, which are added at every token
 
 _NOT_YET = {
     "structured_outputs": "structured output",
@@ -145,6 +149,10 @@ class SamplingParams:
             raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
         if len(value) > MAX_STRINGS:
             raise InvalidInput(f"{name} has {len(value)} strings, and at most {MAX_STRINGS} are allowed: leave some out", name)
+        longest, total = max(map(len, value), default=0), sum(map(len, value))
+        if longest > MAX_STRING or total > MAX_CHARACTERS:
+            raise InvalidInput(f"{name} has strings of up to {longest} characters, {total} in all, and {MAX_STRING} each and "
+                               f"{MAX_CHARACTERS} in all are allowed: shorten them", name)
         for string in value:
             if not string.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in string):
                 raise InvalidInput(f"{name} holds {string!r}, which is not Unicode text (a lone surrogate): correct it", name)
@@ -158,11 +166,13 @@ class SamplingParams:
             raise InvalidInput(f"{name} must be a list of token ids, got {value!r}", name)
         for token in value:
             _whole(name, token, 0, "token ids start at 0")
-        return tuple(value)
+        return tuple(dict.fromkeys(value))
 
     @staticmethod
     def _bias(value: Mapping[int, float]) -> dict[int, float]:
         clean: dict[int, float] = {}
+        if len(value) > MAX_BIASES:
+            raise InvalidInput(f"logit_bias has {len(value)} entries, and at most {MAX_BIASES} are allowed: leave some out", "logit_bias")
         for key, bias in value.items():
             try:
                 token = int(key)

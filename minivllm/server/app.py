@@ -77,6 +77,7 @@ class Frontend:
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body, checked for size, content type, JSON and types."""
+        self.check_alive()
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
             raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")
@@ -94,6 +95,10 @@ class Frontend:
         except ClientDisconnect:  # nobody is left to read this
             raise ApiError(400, "the connection was closed before the whole body had come") from None
         return parse(kind, bytes(raw))
+
+    def check_alive(self) -> None:
+        if self.client.dead is not None:
+            raise engine_dead()
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under."""
@@ -177,8 +182,7 @@ class Frontend:
         self, prefix: str, body: GenerationRequest, model: str, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
         default_output: int | None, echo: tuple[str, ...] | None, reading: Reading | None = None,
     ) -> Job:
-        if self.client.dead is not None:
-            raise engine_dead()
+        self.check_alive()  # it may have died while the prompt was read
         if body.priority and self.client.info.scheduling_policy != "priority":
             raise InvalidInput("priority changes nothing here: leave it out, or start the server with --scheduling-policy priority",
                                "priority")
@@ -314,17 +318,18 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
+        frontend.check_alive()
         return json_response({"object": "list", "data": [frontend.card(name) for name in frontend.names]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
+        frontend.check_alive()
         return json_response(frontend.card(frontend.check_model(model)))
 
     @app.head("/health", include_in_schema=False)  # what some load balancers send
     @app.get("/health")
     async def health() -> Response:
-        if client.dead is not None:
-            raise engine_dead()
+        frontend.check_alive()
         return json_response({"status": "ok"})
 
     @app.get("/metrics")

@@ -143,4 +143,4 @@ def configure_logging(level: str) -> None:
     """Log lines to stderr. Called by the commands, never on import."""
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpx2", "filelock", "urllib3", "asyncio", "uvicorn.error"):
-        logging.getLogger(chatty).setLevel("DEBUG" if level == "debug" else "WARNING")
+        logging.getLogger(chatty).setLevel("DEBUG" if level == "debug" else "ERROR" if level == "error" else "WARNING")

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from minivllm.errors import InvalidInput
-from minivllm.server.errors import ApiError, engine_dead, json_response
+from minivllm.server.errors import ApiError, json_response
 from minivllm.server.protocol import Strict, Strings
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class AbortRequest(Strict):
 def add_control(app: FastAPI, frontend: Frontend, body_of: Any) -> None:
     @app.get("/load")
     async def load() -> Response:
+        frontend.check_alive()
         stats = frontend.client.stats()
         return json_response({
             "server_load": len(frontend.running), "num_running": stats.num_running, "num_waiting": stats.num_waiting,
@@ -50,8 +51,7 @@ def add_control(app: FastAPI, frontend: Frontend, body_of: Any) -> None:
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
-        if frontend.client.dead is not None:
-            raise engine_dead()
+        frontend.check_alive()
         await frontend.client.reset_prefix_cache()
         return json_response({"status": "ok"})
 
@@ -60,8 +60,6 @@ def add_control(app: FastAPI, frontend: Frontend, body_of: Any) -> None:
         body = await frontend.read(request, AbortRequest)
         body.extras("", frontend.config.permissive)
         body.check()
-        if frontend.client.dead is not None:
-            raise engine_dead()
         return json_response({"aborted": frontend.running.abort(None if body.all else body.request_ids or [])})
 
     for path, what in NOT_BUILT.items():

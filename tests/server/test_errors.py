@@ -89,6 +89,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stop": 5}, "stop"),
     (COMPLETIONS, {"stop": [""]}, "stop"),
     (COMPLETIONS, {"stop": ""}, "stop"),
+    (COMPLETIONS, {"stop": "y" * 1025}, "stop"),
+    (COMPLETIONS, {"stop": ["y" * 1024] * 17}, "stop"),
+    (COMPLETIONS, {"stop": ["y"] * 1025}, "stop"),
+    (COMPLETIONS, {"bad_words": ["y" * 1025]}, "bad_words"),
+    (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": [[5]] * 17}, "n"),
     (COMPLETIONS, {"stop": ["a", 5]}, "stop"),
     (COMPLETIONS, {"stop": {"a": 1}}, "stop"),
     (COMPLETIONS, {"stop_token_ids": ["a"]}, "stop_token_ids"),
@@ -379,6 +385,7 @@ def test_a_dead_engine_is_503_everywhere_and_never_a_hang(tokenizer_folder: Path
             error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": "x", "stream": stream}), 503)
             error_of(httpx.post(live.url + CHAT, json={"messages": HELLO, "stream": stream}), 503)
         error_of(httpx.get(live.url + "/health"), 503)
+        error_of(httpx.get(live.url + "/v1/models"), 503)
         assert httpx.get(live.url + "/metrics").status_code == 200
 
 
