@@ -136,6 +136,21 @@ class Answer(ABC):
                 out.append(self._event([body], self.usage() if self.job.continuous_usage else None))
         return b"".join(out)
 
+    def plain(self, deltas: Sequence[OutputDelta]) -> bytes | None:
+        """`chunk` for the midst of a single prompt's stream: text and nothing else. None: this is something else."""
+        if not self._plain:
+            return None
+        events = ""
+        for delta in deltas:
+            choice = self.choices[delta.index]
+            if delta.finish_reason is not None or not choice.started:
+                return None
+            if delta.text:
+                events += choice.head + encode_basestring(delta.text) + self._tail
+        for delta in deltas:
+            self.choices[delta.index].num_tokens += len(delta.token_ids)
+        return events.encode("utf-8", "replace")
+
     def last(self) -> bytes:
         """The events after everything."""
         return (self._event([], self.usage()) if self.job.include_usage else b"") + DONE
