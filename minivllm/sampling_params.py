@@ -19,12 +19,15 @@ GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
 MAX_TEMPERATURE = 1e4  # and far below this every token is equally likely; larger ones would leave float32's range
 MAX_TOP_K = 2**31 - 1  # what the sampler's columns hold
 MAX_REPETITION = 100.0  # the penalty and its inverse, for the same reason
-MAX_STRINGS = 1024  # stop strings or bad words: each is looked for at every token
+# Stop strings and bad words are looked for at every token, so their number and size are everybody's business.
+MAX_STRINGS = 1024
+MAX_STRING = 1024  # characters of one
+MAX_CHARACTERS = 16_384  # of all together
+MAX_BIASES = 4096  # entries of logit_bias, which are added at every token
 
 _NOT_YET = {
     "structured_outputs": "structured output",
     "guided_decoding": "structured output",
-    "truncate_prompt_tokens": "prompt truncation",
     "best_of": "best_of",
     "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
     "logits_processors": "Python logits processors",
@@ -78,6 +81,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # only these may be generated
     skip_special_tokens: bool = True
     detokenize: bool = True
+    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: as many as leave room for the output
 
     # Filled by the engine, which knows the tokenizer: token sequences of `bad_words`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
@@ -124,6 +128,11 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and _whole(name, value, 0, f"0 to {MAX_LOGPROBS}") > MAX_LOGPROBS:
                 raise InvalidInput(f"{name} must be at most {MAX_LOGPROBS}, got {value}", name)
+        if self.truncate_prompt_tokens is not None and _whole(
+            "truncate_prompt_tokens", self.truncate_prompt_tokens, -1, "-1 keeps what leaves room for the output",
+        ) == 0:
+            raise InvalidInput("truncate_prompt_tokens must be at least 1, or -1 for as many as leave room for the output, got 0",
+                               "truncate_prompt_tokens")
         if self.stop and not self.detokenize:
             raise InvalidInput("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on", "stop")
         if self.logit_bias is not None:
@@ -140,6 +149,10 @@ class SamplingParams:
             raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
         if len(value) > MAX_STRINGS:
             raise InvalidInput(f"{name} has {len(value)} strings, and at most {MAX_STRINGS} are allowed: leave some out", name)
+        longest, total = max(map(len, value), default=0), sum(map(len, value))
+        if longest > MAX_STRING or total > MAX_CHARACTERS:
+            raise InvalidInput(f"{name} has strings of up to {longest} characters, {total} in all, and {MAX_STRING} each and "
+                               f"{MAX_CHARACTERS} in all are allowed: shorten them", name)
         for string in value:
             if not string.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in string):
                 raise InvalidInput(f"{name} holds {string!r}, which is not Unicode text (a lone surrogate): correct it", name)
@@ -153,11 +166,13 @@ class SamplingParams:
             raise InvalidInput(f"{name} must be a list of token ids, got {value!r}", name)
         for token in value:
             _whole(name, token, 0, "token ids start at 0")
-        return tuple(value)
+        return tuple(dict.fromkeys(value))
 
     @staticmethod
     def _bias(value: Mapping[int, float]) -> dict[int, float]:
         clean: dict[int, float] = {}
+        if len(value) > MAX_BIASES:
+            raise InvalidInput(f"logit_bias has {len(value)} entries, and at most {MAX_BIASES} are allowed: leave some out", "logit_bias")
         for key, bias in value.items():
             try:
                 token = int(key)

@@ -387,6 +387,7 @@ class Scheduler:
                 roster.resume(beam)
             beam.tokens[-1] = token
             ids.append(beam.id)
+        request.sequences = [s for s in request.sequences if s.state is not State.FINISHED]  # else a search would keep every fork it made
         roster.forget_if_finished(request)
         return ids
 

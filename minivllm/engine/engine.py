@@ -24,7 +24,7 @@ from minivllm.core.trace import RecordingScheduler
 from minivllm.engine.detokenizer import Detokenizer
 from minivllm.engine.loop import EngineInfo
 from minivllm.engine.metrics import EngineStats
-from minivllm.engine.prompts import Prompt, check_params, check_prompt, read_prompt
+from minivllm.engine.prompts import Prompt, check_params, check_prompt, read_prompt, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
@@ -117,7 +117,8 @@ class LLMEngine:
             raise InvalidInput(f"request id {request_id!r} is in use: choose another", "request_id")
         if priority and self._info.scheduling_policy != "priority":
             raise InvalidInput(f"priority {priority} has no effect: start the engine with scheduling_policy='priority'", "priority")
-        _, token_ids, salt = read_prompt(prompt, self.tokenizer)
+        _, every, salt = read_prompt(prompt, self.tokenizer)
+        token_ids = tuple(truncate(every, params.truncate_prompt_tokens, self.max_model_len, params.max_tokens))
         check_prompt(token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
         params = check_params(params, self.tokenizer, self.vocab_size)
         arrival = self._clock() if arrival_time is None else arrival_time

@@ -18,7 +18,7 @@ from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.prompts import Prompt, read_prompt
+from minivllm.engine.prompts import Prompt, read_prompt, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.outputs import RequestOutput
@@ -132,7 +132,8 @@ class LLM:
             while waiting or builders:
                 while waiting:
                     i = waiting[0]
-                    text, ids, salt = read_prompt(prompts[i], engine.tokenizer)
+                    text, every, salt = read_prompt(prompts[i], engine.tokenizer)
+                    ids = truncate(every, params[i].truncate_prompt_tokens, engine.max_model_len, params[i].max_tokens)
                     name = str(self._num_requests)
                     try:
                         engine.add_request(name, ids, params[i], priority=priorities[i], cache_salt=salt)

@@ -70,6 +70,18 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, 
         )
 
 
+def truncate(token_ids: Sequence[int], keep: int | None, max_model_len: int, max_tokens: int | None) -> Sequence[int]:
+    """The prompt's last `keep` tokens; -1: as many as leave room for the output; None: all."""
+    if keep is None:
+        return token_ids
+    if keep == 0 or not -1 <= keep <= max_model_len:
+        raise InvalidInput(f"truncate_prompt_tokens must be between 1 and the context, {max_model_len} tokens, or -1 for what leaves room "
+                           f"for the output; got {keep}", "truncate_prompt_tokens")
+    if keep == -1:
+        keep = max(max_model_len - (1 if max_tokens is None else max_tokens), 1)
+    return token_ids[-keep:]
+
+
 def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
     """Raise `InvalidInput` for a prompt with a token id that the model does not have."""
     low, high = min(token_ids, default=0), max(token_ids, default=0)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import AddRequest
-from minivllm.outputs import OutputDelta
-from minivllm.server.errors import encode
+from minivllm.outputs import OutputDelta, RequestMetrics
+from minivllm.server.errors import ApiError, encode
 from minivllm.server.logprobs import CompletionLogprobs, TokenNames, chat_entries, prompt_logprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -81,6 +81,7 @@ class Answer(ABC):
         self.top_logprobs = params.logprobs
         self.skip_special = params.skip_special_tokens
         self.cached = [0] * len(job.requests)
+        self._times: list[RequestMetrics] = []  # of children that have ended
         self.prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None] = [None] * len(job.requests)
         opening = encode({"id": job.id, "object": self.CHUNK_OBJECT, "created": job.created, "model": job.model,
                           "system_fingerprint": job.fingerprint}).decode()[:-1]
@@ -89,8 +90,9 @@ class Answer(ABC):
             for index in range(len(job.requests) * job.n)
         ]
         self._tail = self.TAIL + ('],"usage":null}\n\n' if job.include_usage else "]}\n\n")
-        # Whether a chunk may hold more than text.
+        # Whether a token's chunk is its text and nothing else; then `plain` may speak for `chunk`, where that is this class's own.
         self._plain = not (job.continuous_usage or job.return_token_ids or self.top_logprobs is not None)
+        self._plain_alone = self._plain and type(self).chunk is Answer.chunk
 
     # -- what differs between the endpoints ---------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class Answer(ABC):
 
     def plain(self, deltas: Sequence[OutputDelta]) -> bytes | None:
         """`chunk` for the midst of a single prompt's stream: text and nothing else. None: this is something else."""
-        if not self._plain:
+        if not self._plain_alone:
             return None
         events = ""
         for delta in deltas:
@@ -153,14 +155,20 @@ class Answer(ABC):
 
     def last(self) -> bytes:
         """The events after everything."""
-        return (self._event([], self.usage()) if self.job.include_usage else b"") + DONE
+        return (self._event([], self.usage(), self.metrics()) if self.job.include_usage else b"") + DONE
 
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
+    def failed(self, error: ApiError) -> bytes:
+        """The events after everything, when it went wrong in the middle."""
+        return event(error.body()) + DONE
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, metrics: dict[str, Any] | None = None) -> bytes:
         job = self.job
         body: dict[str, Any] = {"id": job.id, "object": self.CHUNK_OBJECT, "created": job.created, "model": job.model,
                                 "system_fingerprint": job.fingerprint, "choices": choices}
         if job.include_usage or usage is not None:
             body["usage"] = usage
+        if metrics is not None:
+            body["metrics"] = metrics
         return event(body)
 
     # -- whole --------------------------------------------------------------------------------------------------------
@@ -179,7 +187,7 @@ class Answer(ABC):
         job = self.job
         return {
             "id": job.id, "object": self.OBJECT, "created": job.created, "model": job.model, "system_fingerprint": job.fingerprint,
-            "choices": [self._full_choice(choice) for choice in self.choices], "usage": self.usage(),
+            "choices": [self._full_choice(choice) for choice in self.choices], "usage": self.usage(), "metrics": self.metrics(),
         }
 
     def _full_choice(self, choice: Choice) -> dict[str, Any]:
@@ -199,6 +207,20 @@ class Answer(ABC):
             "prompt_tokens_details": {"cached_tokens": sum(self.cached)},
         }
 
+    def metrics(self) -> dict[str, Any] | None:
+        """How long this request took, in seconds since it arrived; None if no child says so."""
+        times = self._times
+        if not times:
+            return None
+        arrival = min(t.arrival_time for t in times)
+        scheduled = [t.first_scheduled_time for t in times if t.first_scheduled_time is not None]
+        tokens = [t.first_token_time for t in times if t.first_token_time is not None]
+        ends = [t.finished_time for t in times if t.finished_time is not None]
+        return {
+            "queue_time": min(scheduled) - arrival if scheduled else None, "time_to_first_token": min(tokens) - arrival if tokens else None,
+            "e2e_latency": max(ends) - arrival if ends else None, "num_preemptions": sum(t.num_preemptions for t in times),
+        }
+
     # -- both ---------------------------------------------------------------------------------------------------------
 
     def _take(self, prompt: int, deltas: Sequence[OutputDelta]) -> Iterator[tuple[Choice, OutputDelta]]:
@@ -211,6 +233,8 @@ class Answer(ABC):
             choice = self.choices[prompt * self.job.n + delta.index]
             choice.num_tokens += len(delta.token_ids)
             choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+            if delta.metrics is not None:
+                self._times.append(delta.metrics)
             yield choice, delta
 
     def _news(self, choice: Choice, delta: OutputDelta) -> tuple[str, Any]:

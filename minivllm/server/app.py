@@ -15,21 +15,24 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from minivllm import __version__
 from minivllm.engine.client import AddRequest, EngineClient
-from minivllm.engine.prompts import check_vocabulary
+from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.answers import Answer, ChatAnswer, CompletionAnswer, Job
 from minivllm.server.config import ServerConfig
+from minivllm.server.control import add_control
 from minivllm.server.door import Door
 from minivllm.server.errors import ApiError, context_error, engine_dead, json_response, shorten, to_api_error
 from minivllm.server.generation import GenerationResponse, Running
 from minivllm.server.logprobs import NoNames
 from minivllm.server.protocol import (
+    IGNORED_HEADER,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -38,8 +41,10 @@ from minivllm.server.protocol import (
     TokenizeRequest,
     parse,
 )
+from minivllm.server.responses import ResponsesRequest, respond
 
 MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
+DEFAULT_OUTPUT = 16  # tokens of a completion that does not say; a chat's answer may fill the context
 LONG_TEXT = 4096  # characters: longer texts are tokenized off the event loop, so that streams keep their pace
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # honoured of a generation_config.json
 
@@ -68,6 +73,7 @@ class Frontend:
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body, checked for size, content type, JSON and types."""
+        self.check_alive()
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
             raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")
@@ -85,6 +91,10 @@ class Frontend:
         except ClientDisconnect:  # nobody is left to read this
             raise ApiError(400, "the connection was closed before the whole body had come") from None
         return parse(kind, bytes(raw))
+
+    def check_alive(self) -> None:
+        if self.client.dead is not None:
+            raise engine_dead()
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under."""
@@ -111,9 +121,9 @@ class Frontend:
         body.check()
         model = self.check_model(body.model)
         self._limit_choices(len(body.prompt), body.n or 1)
-        prompts = await self._completion_prompts(body)
+        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body)]
         echo = await self._echo(body, prompts) if body.echo else None
-        job = self._job("cmpl-", body, model, prompts, ignored, default_output=16, echo=echo)
+        job = self._job("cmpl-", body, model, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
         return self._respond(CompletionAnswer, job)
 
     async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
@@ -137,19 +147,20 @@ class Frontend:
                            param=param, code="context_length_exceeded")
 
     async def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
-        if isinstance(body.prompt[0], str):
+        if isinstance(body.prompt[0], str) and body.truncate_prompt_tokens is None:
             return tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
         tokenizer = self.need_tokenizer("echo")
         return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
 
     async def chat(self, body: ChatRequest) -> Response:
-        ignored = body.ignored(self.config.permissive)
+        return self._respond(ChatAnswer, await self.chat_job(body, body.ignored(self.config.permissive), "chatcmpl-"))
+
+    async def chat_job(self, body: ChatRequest, ignored: list[str], prefix: str) -> Job:
         body.check()
         model = self.check_model(body.model)
         self._limit_choices(1, body.n or 1)
-        prompt = await self._chat_prompt(body, ignored)
-        job = self._job("chatcmpl-", body, model, [prompt], ignored, default_output=None, echo=None)
-        return self._respond(ChatAnswer, job)
+        prompt = self._truncated(body, await self._chat_prompt(body, ignored), None)
+        return self._job(prefix, body, model, [prompt], ignored, default_output=None, echo=None)
 
     async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> list[int]:
         tokenizer = self.need_tokenizer("messages")
@@ -186,12 +197,11 @@ class Frontend:
         self, prefix: str, body: GenerationRequest, model: str, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
         default_output: int | None, echo: tuple[str, ...] | None,
     ) -> Job:
-        if self.client.dead is not None:
-            raise engine_dead()
+        self.check_alive()  # it may have died while the prompt was read
         if body.priority and self.client.info.scheduling_policy != "priority":
             raise InvalidInput("priority changes nothing here: leave it out, or start the server with --scheduling-policy priority",
                                "priority")
-        request_id = prefix + uuid.uuid4().hex
+        request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
         requests = tuple(
             AddRequest(
@@ -209,6 +219,10 @@ class Frontend:
             return_token_ids=bool(body.return_token_ids), show_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
             ignored=tuple(dict.fromkeys(ignored)),
         )
+
+    def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
+        wanted, _ = body.output_limit()
+        return truncate(prompt, body.truncate_prompt_tokens, self.client.info.max_model_len, default_output if wanted is None else wanted)
 
     def _output_limit(self, body: GenerationRequest, prompt_tokens: int, default: int | None) -> int:
         """The longest output of one prompt: what was asked for if it fits, else the default as far as the context goes."""
@@ -273,13 +287,25 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     client.metrics.model = frontend.names[0]  # the label: what clients call the model, not where it lies
     app = FastAPI(
         title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        middleware=[Middleware(Door, keys=config.keys())],
+        middleware=[*_cors(config), Middleware(Door, keys=config.keys())],
     )
     app.state.frontend = frontend
     _add_generation(app, frontend)
     _add_queries(app, frontend)
+    add_control(app, frontend, _body_of)
     _add_errors(app)
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """In front of the door: a browser asks for leave without the key."""
+    if not config.allowed_origins:
+        return []
+    return [Middleware(
+        CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=config.allowed_methods or ("*",),
+        allow_headers=config.allowed_headers or ("*",), allow_credentials=config.allow_credentials,
+        expose_headers=("x-request-id", IGNORED_HEADER, "retry-after"),
+    )]
 
 
 def _body_of(kind: type[Strict]) -> dict[str, Any]:
@@ -296,23 +322,28 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
     async def chat_completions(request: Request) -> Response:
         return await frontend.chat(await frontend.read(request, ChatRequest))
 
+    @app.post("/v1/responses", openapi_extra=_body_of(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await respond(frontend, await frontend.read(request, ResponsesRequest))
+
 
 def _add_queries(app: FastAPI, frontend: Frontend) -> None:
     client = frontend.client
 
     @app.get("/v1/models")
     async def models() -> Response:
+        frontend.check_alive()
         return json_response({"object": "list", "data": [frontend.card(name) for name in frontend.names]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
+        frontend.check_alive()
         return json_response(frontend.card(frontend.check_model(model)))
 
     @app.head("/health", include_in_schema=False)  # what some load balancers send
     @app.get("/health")
     async def health() -> Response:
-        if client.dead is not None:
-            raise engine_dead()
+        frontend.check_alive()
         return json_response({"status": "ok"})
 
     @app.get("/metrics")

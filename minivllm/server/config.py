@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -24,7 +25,6 @@ NOT_YET = types.MappingProxyType({
     "ssl_certfile": "TLS (put a reverse proxy in front)",
     "uds": "listening on a Unix socket",
     "root_path": "serving below a path",
-    "allowed_origins": "CORS",
     "chat_template_content_format": "templates that take content parts",
 })
 
@@ -50,6 +50,11 @@ class ServerConfig:
     chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's own", metavar="FILE")
     max_body_size: int = option(4 * 2**20, "largest request body in bytes; reading JSON takes many times as much", metavar="BYTES")
     max_choices: int = option(1024, "most completions (prompts times n) of one request")
+    allowed_origins: tuple[str, ...] = repeatable("web origins whose pages may call this server (CORS), such as https://example.org; "
+                                                  "*: all; none if left out", metavar="ORIGIN", nargs="+")
+    allowed_methods: tuple[str, ...] = repeatable("methods that those pages may use; all if left out", metavar="METHOD", nargs="+")
+    allowed_headers: tuple[str, ...] = repeatable("headers that those pages may send; all if left out", metavar="HEADER", nargs="+")
+    allow_credentials: bool = option(False, "let those pages send cookies and HTTP credentials")
     permissive: bool = option(False, "ignore unknown request fields, naming them in a response header, instead of refusing them")
     engine_process: bool = option(True, "run the engine in a process of its own; off: in a thread of the server")
     drain_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM", metavar="SECONDS")
@@ -67,7 +72,15 @@ class ServerConfig:
             raise InvalidInput(f"max_choices must be at least 1, got {self.max_choices}", "max_choices")
         if not 0 <= self.drain_timeout < float("inf"):
             raise InvalidInput(f"drain_timeout must be a number of seconds from 0, got {self.drain_timeout}", "drain_timeout")
-        for name in ("api_key", "served_model_name"):
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            object.__setattr__(self, name, _from_json_lists(name, getattr(self, name)))
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise InvalidInput("allow_credentials with allowed_origins '*' would let every web page act with its visitor's credentials: "
+                               "name the origins", "allow_credentials")
+        for name in ("allowed_methods", "allowed_headers", "allow_credentials"):
+            if getattr(self, name) and not self.allowed_origins:
+                raise InvalidInput(f"{name} has no effect without allowed_origins: give both", name)
+        for name in ("api_key", "served_model_name", "allowed_origins", "allowed_methods", "allowed_headers"):
             if any(not value.strip() for value in getattr(self, name)):
                 raise InvalidInput(f"{name} must not be empty: give a value, or leave it out", name)
         if not all(key.isascii() for key in self.api_key):
@@ -79,6 +92,23 @@ class ServerConfig:
             return self.api_key
         key = os.environ.get("MINIVLLM_API_KEY", "").strip()
         return (key,) if key else ()
+
+
+def _from_json_lists(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """vLLM's flags take a JSON list in one argument; ours also plain words."""
+    found: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            found.append(value)
+            continue
+        try:
+            listed = json.loads(value)
+        except ValueError:
+            listed = None
+        if not isinstance(listed, list) or not all(isinstance(v, str) for v in listed):
+            raise InvalidInput(f"{name} must be words or a JSON list of strings, got {value!r}", name)
+        found += listed
+    return tuple(found)
 
 
 def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
@@ -105,4 +135,4 @@ def configure_logging(level: str) -> None:
     """Log lines to stderr. Called by the commands, never on import."""
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpx2", "filelock", "urllib3", "asyncio", "uvicorn.error"):
-        logging.getLogger(chatty).setLevel("DEBUG" if level == "debug" else "WARNING")
+        logging.getLogger(chatty).setLevel("DEBUG" if level == "debug" else "ERROR" if level == "error" else "WARNING")

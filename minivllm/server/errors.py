@@ -2,6 +2,7 @@
 
     InvalidInput   400   the request is wrong: message names the field, the value and the fix; `param` is the dotted field
     QueueFull      429   with Retry-After
+    ApiError       ...   as it says: 401, 404, 405, 413, 415; 501 for paths known elsewhere and not built here
     EngineDead     503   nothing will be answered until a restart
     anything else  500   a bug of ours: logged with its traceback, which never leaves the process
 """
@@ -27,7 +28,7 @@ LONGEST_QUOTE = 80
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
     413: "PayloadTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
-    500: "InternalServerError", 503: "ServiceUnavailableError",
+    500: "InternalServerError", 501: "NotImplementedError", 503: "ServiceUnavailableError",
 }
 
 

@@ -13,8 +13,9 @@ later ends with an error event. A client that goes away is noticed at once, stre
 from __future__ import annotations
 
 import asyncio
+import re
 import types
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Collection, Generator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -22,42 +23,52 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minivllm.engine.client import AddRequest, EngineClient, Shortcut
+from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta
-from minivllm.server.answers import DONE, Answer, event
+from minivllm.server.answers import Answer, Job
 from minivllm.server.door import RAW_SEND
 from minivllm.server.errors import ApiError, generation_failed, json_response, to_api_error
 from minivllm.server.protocol import ignored_header
 
+_PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
 Batch = tuple[int, list[OutputDelta]]  # index of the prompt, what is new for it
 
 
 class Running:
-    """The requests that are being answered, so that a server that ends can end them."""
+    """The HTTP requests that are being answered, by their responses' ids, so that they can be ended."""
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._ids: set[str] = set()
+        self._ids: dict[str, tuple[str, ...]] = {}  # of the response -> of its prompts in the engine
         self.stopping = False
 
     def __len__(self) -> int:
         return len(self._ids)
 
     @contextmanager
-    def track(self, requests: tuple[AddRequest, ...]) -> Iterator[None]:
+    def track(self, job: Job) -> Iterator[None]:
         if self.stopping:
             raise ApiError(503, "the server is shutting down: send the request again later", headers={"retry-after": "5"})
-        ids = {request.request_id for request in requests}
-        self._ids |= ids
+        if job.id in self._ids:
+            raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
+        self._ids[job.id] = tuple(request.request_id for request in job.requests)
         try:
             yield
         finally:
-            self._ids -= ids
+            del self._ids[job.id]
+
+    def abort(self, names: Collection[str] | None) -> list[str]:
+        """End the requests of these names (a response's id, or the `request_id` in it), or all. Returns the responses' ids."""
+        ended = [i for i in self._ids if names is None or i in names or _PREFIX.sub("", i) in names]
+        for request_id in ended:
+            for prompt in self._ids[request_id]:
+                self._client.abort(prompt)
+        return ended
 
     def stop(self) -> None:
         """End every request now, with finish reason "abort", and let no other begin."""
         self.stopping = True
-        for request_id in list(self._ids):
-            self._client.abort(request_id)
+        self.abort(None)
 
 
 class GenerationResponse(Response):
@@ -87,7 +98,7 @@ class GenerationResponse(Response):
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._running.track(self._job.requests):
+            with self._running.track(self._job):
                 shortcut = self._shortcut if self._job.stream else None
                 async with aclosing(merged(self._client, self._job.requests, shortcut)) as batches:
                     if self._job.stream:
@@ -130,7 +141,7 @@ class GenerationResponse(Response):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             ending = answer.last()
         except Exception as error:
-            ending = event(to_api_error(error).body()) + DONE
+            ending = answer.failed(to_api_error(error))
         self._send_plain = None
         await send({"type": "http.response.body", "body": ending, "more_body": False})
 

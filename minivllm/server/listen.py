@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from minivllm.server.config import ServerConfig, say
 from minivllm.server.generation import Running
+from minivllm.server.wire import Protocol
 
 CTRL_C_SECONDS = 5  # for aborted streams to say goodbye; a client that does not read is cut off then
 
@@ -23,6 +24,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
         super().__init__(uvicorn.Config(
             app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,
+            http=Protocol,
         ))
         self.running: Running = app.state.frontend.running
         self._drain_timeout = config.drain_timeout

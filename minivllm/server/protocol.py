@@ -25,6 +25,8 @@ from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from minivllm.server.errors import ApiError, shorten
 
 IGNORED_HEADER = "x-minivllm-ignored"
+MAX_CONTAINERS = 65_536  # lists and objects in one body
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # a JSON string, or what should have become one
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
@@ -36,7 +38,7 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
 
 # vLLM's fields that are not built yet, on both endpoints; with the values that ask for nothing.
 _VLLM_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (False,), "length_penalty": (1, 1.0), "truncate_prompt_tokens": (), "request_id": (),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0),
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
     "guided_decoding_backend": (), "guided_whitespace_pattern": (), "logits_processors": (), "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,), "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (),
@@ -63,6 +65,8 @@ def _strings(value: Any) -> list[str] | None:
 
 
 def _stop(value: Any) -> str | list[str] | None:
+    if value == "":
+        raise PydanticCustomError("stop", "Input should be text to stop at, or null for none: every output contains the empty string")
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(s, str) for s in value)):
         return value
     raise PydanticCustomError("stop", "Input should be a string or a list of strings")
@@ -153,6 +157,9 @@ class GenerationRequest(Strict):
     return_token_ids: bool | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: what leaves room for the output
+    # The response's id, less its prefix; what /abort_requests takes.
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
 
     INERT = frozenset({
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
@@ -164,7 +171,7 @@ class GenerationRequest(Strict):
     SAMPLING: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "stop",
         "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "logit_bias", "bad_words", "allowed_token_ids",
-        "skip_special_tokens", "prompt_logprobs",
+        "skip_special_tokens", "prompt_logprobs", "truncate_prompt_tokens",
     )
 
     def ignored(self, permissive: bool) -> list[str]:
@@ -299,6 +306,8 @@ class ChatRequest(GenerationRequest):
         names = super().ignored(permissive)
         for i, message in enumerate(self.messages):
             names += message.extras(f"messages.{i}.", permissive)
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            names.append("max_tokens")
         return names
 
     def check(self) -> None:
@@ -354,10 +363,32 @@ Request = TypeVar("Request", bound=Strict)
 
 def parse(kind: type[Request], raw: bytes) -> Request:
     """The body of a request, checked for types. Raises `ApiError` naming the first field that is wrong."""
+    _limit_containers(raw)
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         raise _describe(error.errors(include_url=False, include_context=False)[0]) from None
+
+
+def convert(kind: type[Request], fields: Mapping[str, Any]) -> Request:
+    """A request made of another one's fields, checked as if a client had sent it."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _describe(error.errors(include_url=False, include_context=False)[0]) from None
+
+
+def _limit_containers(raw: bytes) -> None:
+    """Refuse what takes long to read: a body of megabytes is quickly read unless it is a million little lists.
+
+    Reading JSON holds Python's lock to its end, so a thread would not keep the event loop free; a limit does. Brackets inside
+    strings do not count. (The pattern never looks at a byte twice, however the quotes and backslashes are set.)
+    """
+    def count(text: bytes) -> int:
+        return text.count(b"[") + text.count(b"{")
+
+    if count(raw) > MAX_CONTAINERS and count(_STRING.sub(b"", raw)) > MAX_CONTAINERS:
+        raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects: send several requests", code="too_many_values")
 
 
 def _describe(first: ErrorDetails) -> ApiError:

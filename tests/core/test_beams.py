@@ -104,6 +104,21 @@ def test_a_beam_costs_one_partly_filled_block() -> None:
     assert most <= 4 + 4  # 66 tokens: 4 full blocks shared by all, and a last one for each
 
 
+def test_a_search_does_not_remember_the_forks_that_are_over() -> None:
+    config = SchedulerConfig(num_blocks=400, block_size=4, max_model_len=128, max_num_batched_tokens=128)
+    search = BeamSearch(config, (1, 2, 3), 60, 0)
+    request = search.scheduler._roster.requests["beam"]
+    choose = search._choose
+
+    def observe(width: int) -> None:
+        choose(width)
+        assert len(request.sequences) == width
+
+    search._choose = observe  # type: ignore[method-assign]
+    search.run(4)
+    assert request.next_index > 50, "many forks were made"
+
+
 def test_no_beams_end_the_request() -> None:
     config = SchedulerConfig(num_blocks=100, max_model_len=128, max_num_batched_tokens=128)
     search = BeamSearch(config, (1, 2, 3), 6, 0)

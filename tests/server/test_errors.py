@@ -88,6 +88,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"seed": 1.5}, "seed"),
     (COMPLETIONS, {"stop": 5}, "stop"),
     (COMPLETIONS, {"stop": [""]}, "stop"),
+    (COMPLETIONS, {"stop": ""}, "stop"),
+    (COMPLETIONS, {"stop": "y" * 1025}, "stop"),
+    (COMPLETIONS, {"stop": ["y" * 1024] * 17}, "stop"),
+    (COMPLETIONS, {"stop": ["y"] * 1025}, "stop"),
+    (COMPLETIONS, {"bad_words": ["y" * 1025]}, "bad_words"),
+    (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": [[5]] * 17}, "n"),
     (COMPLETIONS, {"stop": ["a", 5]}, "stop"),
     (COMPLETIONS, {"stop": {"a": 1}}, "stop"),
     (COMPLETIONS, {"stop_token_ids": ["a"]}, "stop_token_ids"),
@@ -164,6 +171,23 @@ def test_a_wrong_field_is_refused_with_400_and_named(http: httpx.Client, path: s
 def test_numbers_that_are_no_numbers_are_refused(http: httpx.Client, number: str) -> None:
     body = f'{{"prompt": "x", "temperature": {number}}}'
     assert error_of(http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"}), 400)["param"] == "temperature"
+
+
+def test_a_body_of_too_many_little_lists_is_refused_before_it_takes_a_second_to_read(tokenizer_folder: Path) -> None:
+    headers = {"content-type": "application/json"}
+    with scripted_server(ScriptedEngine(tokenizer_folder)) as live:
+        for body in (b'{"prompt": [' + b"[5]," * 100_000 + b"[5]]}", b'{"prompt": "x", "user": [' + b'{"a":1},' * 100_000 + b"1]}"):
+            error = error_of(httpx.post(live.url + COMPLETIONS, content=body, headers=headers), 400)
+            assert error["code"] == "too_many_values"
+        for text in ("[" * 200_000, '\\"[{' * 70_000):  # brackets of a text do not count, quoted quotes or not
+            error = error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": text}), 400)
+            assert error["code"] == "context_length_exceeded"
+
+
+def test_max_completion_tokens_wins_over_max_tokens_and_the_answer_says_so(http: httpx.Client) -> None:
+    response = http.post(CHAT, json={"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 3})
+    assert response.json()["usage"]["completion_tokens"] == 3 and response.headers["x-minivllm-ignored"] == "max_tokens"
+    assert "x-minivllm-ignored" not in http.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 3}).headers
 
 
 def test_a_missing_prompt_is_named(http: httpx.Client) -> None:
@@ -323,6 +347,7 @@ def test_a_dead_engine_is_503_everywhere_and_never_a_hang(tokenizer_folder: Path
             error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": "x", "stream": stream}), 503)
             error_of(httpx.post(live.url + CHAT, json={"messages": HELLO, "stream": stream}), 503)
         error_of(httpx.get(live.url + "/health"), 503)
+        error_of(httpx.get(live.url + "/v1/models"), 503)
         assert httpx.get(live.url + "/metrics").status_code == 200
 
 

@@ -1,0 +1,144 @@
+"""What operators ask: load, the prefix cache, aborting by id; and prompts cut to fit."""
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from minivllm.server.control import NOT_BUILT
+from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def engine(tokenizer_folder: Path) -> ScriptedEngine:
+    engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
+    engine.script = lambda prompt, params, child: [((5,), "x")] * 40
+    return engine
+
+
+@pytest.fixture
+def live(engine: ScriptedEngine) -> Iterator[LiveServer]:
+    with scripted_server(engine) as live:
+        yield live
+
+
+def ask(live: LiveServer, answers: dict[str, Any], **body: Any) -> threading.Thread:
+    def post() -> None:
+        answers[body["request_id"]] = httpx.post(live.url + PATH, json=body, timeout=60)
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    return thread
+
+
+def test_abort_requests_ends_the_named_ones_and_no_others(engine: ScriptedEngine, live: LiveServer) -> None:
+    answers: dict[str, Any] = {}
+    threads = [ask(live, answers, prompt=[[5], [6]], n=2, request_id="mine", max_tokens=40),
+               ask(live, answers, prompt=[7], request_id="other", max_tokens=3)]
+    while httpx.get(live.url + "/load").json()["server_load"] < 2:  # both are on their way before the first step
+        pass
+    engine.run_until(lambda: len(engine.seen) == 3)
+    response = httpx.post(live.url + "/abort_requests", json={"request_ids": ["mine", "nobody"]})
+    assert response.json() == {"aborted": ["cmpl-mine"]}
+    assert engine.gate is not None
+    engine.gate.release(100)
+    for thread in threads:
+        thread.join(60)
+    assert {choice["finish_reason"] for choice in answers["mine"].json()["choices"]} == {"abort"}
+    assert answers["mine"].json()["id"] == "cmpl-mine"
+    assert [choice["finish_reason"] for choice in answers["other"].json()["choices"]] == ["length"]
+
+
+def test_abort_requests_takes_a_responses_whole_id_or_everything(engine: ScriptedEngine, live: LiveServer) -> None:
+    for body in ({"request_ids": ["cmpl-a-1"]}, {"all": True}):
+        answers: dict[str, Any] = {}
+        thread = ask(live, answers, prompt=[5], request_id="a-1", max_tokens=40)
+        engine.run_until(lambda: len(engine.requests) == 1)
+        assert httpx.post(live.url + "/abort_requests", json=body).json() == {"aborted": ["cmpl-a-1"]}
+        engine.run_until(lambda: not engine.requests)
+        thread.join(60)
+        assert answers["a-1"].json()["choices"][0]["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize("body", [{}, {"request_ids": []}, {"request_ids": ["a"], "all": True}, {"request_ids": [5]}, {"ids": ["a"]}])
+def test_abort_requests_must_name_something(live: LiveServer, body: dict[str, Any]) -> None:
+    assert httpx.post(live.url + "/abort_requests", json=body).status_code == 400
+
+
+def test_a_request_id_in_use_is_400_and_a_strange_one_too(engine: ScriptedEngine, live: LiveServer) -> None:
+    answers: dict[str, Any] = {}
+    thread = ask(live, answers, prompt=[5], request_id="same", max_tokens=3)
+    engine.wait_until(lambda: len(engine.requests) == 1)
+    error = httpx.post(live.url + PATH, json={"prompt": [5], "request_id": "same"})
+    assert error.status_code == 400 and error.json()["error"]["param"] == "request_id"
+    assert httpx.post(live.url + PATH, json={"prompt": [5], "request_id": "a\nb"}).status_code == 400
+    assert engine.gate is not None
+    engine.gate.release(10)
+    thread.join(60)
+    assert answers["same"].status_code == 200, "the first one is untouched"
+
+
+def test_load_counts_requests_under_way(engine: ScriptedEngine, live: LiveServer) -> None:
+    assert httpx.get(live.url + "/load").json()["server_load"] == 0
+    answers: dict[str, Any] = {}
+    thread = ask(live, answers, prompt=[[5], [6]], request_id="two", max_tokens=3)
+    engine.wait_until(lambda: len(engine.requests) >= 1)
+    assert httpx.get(live.url + "/load").json()["server_load"] == 1
+    assert engine.gate is not None
+    engine.gate.release(10)
+    thread.join(60)
+    assert httpx.get(live.url + "/load").json()["server_load"] == 0
+
+
+def test_the_prefix_cache_can_be_reset(engine: ScriptedEngine, live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: calls.append(True))
+    assert httpx.post(live.url + "/reset_prefix_cache").json() == {"status": "ok"}
+    assert calls == [True]
+
+
+def test_paths_that_are_known_elsewhere_and_not_built_are_501(live: LiveServer) -> None:
+    for path in NOT_BUILT:
+        response = httpx.post(live.url + path, json={})
+        assert response.status_code == 501 and response.json()["error"]["code"] == "not_supported"
+
+
+@pytest.mark.parametrize("body, left", [
+    ({"truncate_prompt_tokens": 2}, [7, 8]), ({"truncate_prompt_tokens": 9}, [5, 6, 7, 8]), ({"truncate_prompt_tokens": 256}, [5, 6, 7, 8]),
+])
+def test_a_prompt_keeps_its_last_tokens_when_it_is_truncated(
+    engine: ScriptedEngine, live: LiveServer, body: dict[str, Any], left: list[int],
+) -> None:
+    engine.gate = None
+    usage = httpx.post(live.url + PATH, json={"prompt": [5, 6, 7, 8], "max_tokens": 1, **body}).json()["usage"]
+    assert list(engine.seen[-1].prompt) == left and usage["prompt_tokens"] == len(left)
+
+
+def test_truncating_by_minus_one_leaves_room_for_the_output(engine: ScriptedEngine, live: LiveServer) -> None:
+    engine.gate = None
+    for fields, room in (({"max_tokens": 56}, 56), ({}, 16)):
+        assert httpx.post(live.url + PATH, json={"prompt": [5] * 300, "truncate_prompt_tokens": -1, **fields}).status_code == 200
+        assert len(engine.seen[-1].prompt) == 256 - room
+
+
+def test_an_echo_shows_what_was_left_of_a_truncated_prompt(engine: ScriptedEngine, live: LiveServer) -> None:
+    engine.gate = None
+    text = "the cat and the hat"
+    tokens = engine.tokenizer.encode(text)
+    body = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1, "truncate_prompt_tokens": 2}
+    choice = httpx.post(live.url + PATH, json=body).json()["choices"][0]
+    assert choice["text"] == engine.tokenizer.decode(tokens[-2:]) + "x"
+    assert len(choice["logprobs"]["tokens"]) == 3
+
+
+@pytest.mark.parametrize("value", [0, -2, 257, "2"])
+def test_a_senseless_truncation_is_400(live: LiveServer, value: Any) -> None:
+    response = httpx.post(live.url + PATH, json={"prompt": [5], "truncate_prompt_tokens": value})
+    assert response.status_code == 400 and json.loads(response.text)["error"]["param"] == "truncate_prompt_tokens"
