@@ -21,6 +21,7 @@ from minivllm import __version__
 from minivllm.config import EngineConfig
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.engine.client import EngineClient, EngineInfo
+from minivllm.engine.process import freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.server.build import start_engine
@@ -61,6 +62,7 @@ def _run(client: EngineClient, config: ServerConfig, template: str | None, liste
     chat = tokenizer is not None and tokenizer.chat_template is not None
 
     def ready() -> None:
+        freeze_heap()
         port, name = listener.getsockname()[1], app.state.frontend.names[0]
         say(readiness(client.info, config, port, name, chat, time.monotonic() - begun))
 

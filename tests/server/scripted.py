@@ -182,6 +182,14 @@ class LiveServer:
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until something that the event loop does makes it true."""
+        async def look() -> None:
+            while not condition():
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(look(), self.loop).result(30)
+
     def end(self, *, drain: bool) -> None:
         """What a signal does: SIGTERM drains, SIGINT does not."""
         self.loop.call_soon_threadsafe(self.server.end, drain)
