@@ -24,6 +24,7 @@ from minivllm.engine.client import AddRequest, EngineClient
 from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
+from minivllm.sampling_params import SamplingParams
 from minivllm.server.answers import Answer, CompletionAnswer, Job
 from minivllm.server.chat import Chats
 from minivllm.server.config import ServerConfig
@@ -188,11 +189,10 @@ class Frontend:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
-        defaults = self.defaults if reading is None else {**self.defaults, **reading.sampling()}
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
-                params=body.sampling(defaults, self._output_limit(body, len(prompt), default_output)),
+                params=self._params(body, reading, self._output_limit(body, len(prompt), default_output)),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
             )
             for i, prompt in enumerate(prompts)
@@ -205,6 +205,10 @@ class Frontend:
             return_token_ids=bool(body.return_token_ids), show_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
             ignored=tuple(dict.fromkeys(ignored)), reading=reading,
         )
+
+    def _params(self, body: GenerationRequest, reading: Reading | None, max_tokens: int) -> SamplingParams:
+        params = body.sampling(self.defaults, max_tokens)
+        return params if reading is None else reading.apply(params)
 
     def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
         wanted, _ = body.output_limit()
