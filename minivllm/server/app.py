@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -189,10 +189,12 @@ class Frontend:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
+        structure = body.structure()
+        defaults = self.defaults if structure is None else {**self.defaults, "structured_outputs": structure}
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
-                params=self._params(body, reading, self._output_limit(body, len(prompt), default_output)),
+                params=_params(body, defaults, self._output_limit(body, len(prompt), default_output), reading),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
             )
             for i, prompt in enumerate(prompts)
@@ -205,10 +207,6 @@ class Frontend:
             return_token_ids=bool(body.return_token_ids), show_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
             ignored=tuple(dict.fromkeys(ignored)), reading=reading,
         )
-
-    def _params(self, body: GenerationRequest, reading: Reading | None, max_tokens: int) -> SamplingParams:
-        params = body.sampling(self.defaults, max_tokens)
-        return params if reading is None else reading.apply(params)
 
     def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
         wanted, _ = body.output_limit()
@@ -269,6 +267,11 @@ class Frontend:
             if not 0 <= token < vocabulary:
                 raise InvalidInput(f"tokens must be ids from 0 to {vocabulary - 1}, got {token}", "tokens")
         return json_response({"prompt": await self.off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))})
+
+
+def _params(body: GenerationRequest, defaults: Mapping[str, Any], max_tokens: int, reading: Reading | None) -> SamplingParams:
+    params = body.sampling(defaults, max_tokens)
+    return params if reading is None else reading.apply(params)
 
 
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:

@@ -245,6 +245,16 @@ def test_a_strict_schema_is_taken_where_a_grammar_enforces_it(tools: Stage) -> N
         tools.chat(tools=[strict])
 
 
+def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:
+    form: Any = {"type": "json_object"}
+    for choice in ("auto", "required"):
+        with pytest.raises(openai.BadRequestError, match="tools ask for different outputs") as refused:
+            tools.chat(tools=TOOLS, tool_choice=choice, response_format=form)
+        assert refused.value.param == "response_format"
+    tools.chat(tools=TOOLS, tool_choice="none", response_format=form)
+    assert tools.engine.seen[-1].params.structured_outputs.kind == "json_object"
+
+
 def test_definitions_of_several_tools_move_to_the_root_of_the_schema(tools: Stage) -> None:
     def tool(name: str, **definitions: Any) -> Any:
         schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": definitions}
@@ -392,6 +402,18 @@ def test_a_model_told_not_to_think_only_answers(thinker: Stage, fields: Any) -> 
     thinker.says("Paris.</think>")
     assert thinker.chat(**fields).choices[0].message.content == "Paris.</think>"
     assert thinker.prompt.endswith("<think></think>")
+
+
+def test_a_structure_is_for_the_answer_and_not_for_the_reasoning(thinker: Stage) -> None:
+    form: Any = {"type": "json_object"}
+    thinker.says('<think>{</think>{"a": 1}')
+    message = thinker.chat(response_format=form).choices[0].message
+    assert (message.content, message.model_extra["reasoning"]) == ('{"a": 1}', "{")
+    assert thinker.engine.seen[-1].params.structured_outputs.kind == "grammar"
+    thinker.chat(response_format=form, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert thinker.engine.seen[-1].params.structured_outputs.kind == "json_object"
+    with pytest.raises(openai.BadRequestError, match="enable_thinking"):
+        thinker.chat(extra_body={"structured_outputs": {"choice": ["a", "b"]}})
 
 
 def test_reasoning_can_be_left_out(thinker: Stage) -> None:
