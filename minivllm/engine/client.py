@@ -49,13 +49,18 @@ if TYPE_CHECKING:
 __all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ThreadClient", "start_client"]
 
 
+Shortcut = Callable[[list[OutputDelta]], bool]
+
+
 class _Stream:
     """What has arrived for one request and was not read yet. Touched only from its own event loop, but for the last two fields."""
 
-    __slots__ = ("deltas", "error", "left", "loop", "open_children", "unfinished", "wake")
+    __slots__ = ("deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
 
     def __init__(self, n: int) -> None:
         self.loop = asyncio.get_running_loop()
+        self.shortcut: Shortcut | None = None
+        self.waiting = False  # the reader has dealt with everything so far
         self.wake = asyncio.Event()
         self.deltas: list[OutputDelta] = []
         self.error: Exception | None = None
@@ -63,11 +68,12 @@ class _Stream:
         self.unfinished = n  # children whose end the engine has not told yet; guarded by the client's lock
         self.left = False  # nobody reads any more; likewise
 
-    def put(self, delta: OutputDelta) -> None:
-        self.deltas.append(delta)
-        if delta.finish_reason is not None:
-            self.open_children -= 1
-        self.wake.set()
+    def tell(self) -> None:
+        """Something was added to `deltas`, which were empty before."""
+        if self.shortcut is not None and self.waiting and self.shortcut(self.deltas):
+            self.deltas = []
+        else:
+            self.wake.set()
 
     def fail(self, error: Exception) -> None:
         self.error = error
@@ -78,8 +84,9 @@ class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which is the four together. Made by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the four below: streams come and go on event loops, answers on another thread
+        self._lock = threading.Lock()  # guards the five below: streams come and go on event loops, answers on another thread
         self._streams: dict[str, _Stream] = {}
+        self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = {}  # not sorted into streams yet
         self._tickets: dict[int, Future[None]] = {}
         self._dead: str | None = None
         self._stats = EngineStats()
@@ -130,24 +137,32 @@ class EngineClient(ABC):
         if self._dead is None:
             self._send(Abort(request_id))
 
-    async def outputs(self, request_id: str) -> AsyncGenerator[list[OutputDelta], None]:
+    async def outputs(self, request_id: str, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
         """Everything new of one request, each time there is something; ends when all its children have ended.
 
         Raises `InvalidInput` if the engine refused the request and `EngineDead` if it died. Leaving early aborts.
+
+        `shortcut` saves waking a task for each token: while the reader waits for news it is called with what is new, on the event
+        loop; what it returns True for is dealt with and is not yielded. It must return False if a child ends, and must not raise.
         """
         stream = self._streams[request_id]
+        stream.shortcut = shortcut
         try:
             while True:
+                stream.waiting = True
                 await stream.wake.wait()
+                stream.waiting = False
                 stream.wake.clear()
                 if stream.deltas:
                     new, stream.deltas = stream.deltas, []
+                    stream.open_children -= sum(delta.finish_reason is not None for delta in new)
                     yield new
                 if stream.error is not None:
                     raise stream.error
                 if stream.open_children == 0 and not stream.deltas:
                     return
         finally:
+            stream.shortcut = None
             with self._lock:
                 stream.left = True
                 if stream.unfinished == 0 or stream.error is not None:
@@ -155,10 +170,10 @@ class EngineClient(ABC):
             if stream.open_children and stream.error is None:
                 self.abort(request_id)
 
-    async def generate(self, request: AddRequest) -> AsyncGenerator[list[OutputDelta], None]:
+    async def generate(self, request: AddRequest, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
         """`add`, then `outputs`; closing the generator (a client that went away) aborts the request."""
         self.add(request)
-        async with contextlib.aclosing(self.outputs(request.request_id)) as stream:
+        async with contextlib.aclosing(self.outputs(request.request_id, shortcut)) as stream:
             async for deltas in stream:
                 yield deltas
 
@@ -199,7 +214,8 @@ class EngineClient(ABC):
             self._die(message)
 
     def _deliver(self, message: StepMessage) -> None:
-        per_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = {}
+        """Sort a step's deltas by event loop. A loop that has not got round to the last step's gets both in one call."""
+        called: list[asyncio.AbstractEventLoop] = []
         with self._lock:
             self._stats = message.stats
             self.metrics.observe(message.deltas, message.stats)
@@ -209,11 +225,29 @@ class EngineClient(ABC):
                     continue
                 stream.unfinished -= delta.finish_reason is not None
                 if not stream.left:
-                    per_loop.setdefault(stream.loop, []).append((stream, delta))
+                    arrived = self._arrived.get(stream.loop)
+                    if arrived is None:
+                        arrived = self._arrived[stream.loop] = []
+                        called.append(stream.loop)
+                    arrived.append((stream, delta))
                 elif stream.unfinished == 0:
                     del self._streams[delta.request_id]
-        for loop, parts in per_loop.items():
-            _call(loop, partial(_put_all, parts))
+        for loop in called:
+            if not _call(loop, partial(self._sort_into_streams, loop)):
+                with self._lock:
+                    del self._arrived[loop]
+
+    def _sort_into_streams(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs on the event loop."""
+        with self._lock:
+            arrived = self._arrived.pop(loop)
+        news = []
+        for stream, delta in arrived:
+            if not stream.deltas:
+                news.append(stream)
+            stream.deltas.append(delta)
+        for stream in news:
+            stream.tell()
 
     def _refuse(self, message: Refused) -> None:
         with self._lock:
@@ -246,14 +280,13 @@ class EngineClient(ABC):
             raise EngineDead(self._dead)
 
 
-def _put_all(parts: list[tuple[_Stream, OutputDelta]]) -> None:
-    for stream, delta in parts:
-        stream.put(delta)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # that event loop was closed under its streams: nobody is left to read them
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool:
+    """False: that event loop was closed under its streams, and nobody is left to read them."""
+    try:
         loop.call_soon_threadsafe(function)
+    except RuntimeError:
+        return False
+    return True
 
 
 class ThreadClient(EngineClient):

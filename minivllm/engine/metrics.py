@@ -103,10 +103,20 @@ class EngineMetrics:
         """One step's deltas of all requests, at the time they arrive here."""
         self._stats = stats
         now = self._clock()
+        gaps: dict[float, int] = {}  # since when -> tokens: nearly all streams had their last token with the same step
         for delta in deltas:
             tracked = self._tracked.get(delta.request_id)
-            if tracked is not None:
+            if tracked is None:
+                continue
+            last = tracked.last.get(delta.index)
+            if last is not None and delta.finish_reason is None and len(delta.token_ids) == 1:
+                gaps[last] = gaps.get(last, 0) + 1
+                tracked.last[delta.index] = now
+            else:
                 self._delta(tracked, delta, now)
+        for last, count in gaps.items():
+            self.inter_token_latency.observe(now - last, count)
+            self.generation_tokens += count
 
     def _delta(self, tracked: _Tracked, delta: OutputDelta, now: float) -> None:
         if delta.token_ids:

@@ -19,6 +19,7 @@ from minivllm.engine.client import AddRequest
 from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.logprobs import CompletionLogprobs, TokenNames, chat_entries, prompt_logprobs
+from minivllm.server.reading import Reading
 
 DONE = b"data: [DONE]\n\n"
 
@@ -44,6 +45,7 @@ class Job:
     show_prompt_logprobs: bool = False  # asked for by name; echo uses them for itself
     echo: tuple[str, ...] | None = None  # each prompt's text
     ignored: tuple[str, ...] = ()  # fields that changed nothing
+    reading: Reading | None = None  # of a chat whose output is more than text
 
     @property
     def n(self) -> int:
@@ -90,8 +92,9 @@ class Answer(ABC):
             for index in range(len(job.requests) * job.n)
         ]
         self._tail = self.TAIL + ('],"usage":null}\n\n' if job.include_usage else "]}\n\n")
-        # Whether a chunk may hold more than text.
+        # Whether a token's chunk is its text and nothing else; then `plain` may speak for `chunk`, where that is this class's own.
         self._plain = not (job.continuous_usage or job.return_token_ids or self.top_logprobs is not None)
+        self._plain_alone = self._plain and type(self).chunk is Answer.chunk
 
     # -- what differs between the endpoints ---------------------------------------------------------------------------
 
@@ -136,6 +139,21 @@ class Answer(ABC):
                     body["token_ids"] = list(delta.token_ids)
                 out.append(self._event([body], self.usage() if self.job.continuous_usage else None))
         return b"".join(out)
+
+    def plain(self, deltas: Sequence[OutputDelta]) -> bytes | None:
+        """`chunk` for the midst of a single prompt's stream: text and nothing else. None: this is something else."""
+        if not self._plain_alone:
+            return None
+        events = ""
+        for delta in deltas:
+            choice = self.choices[delta.index]
+            if delta.finish_reason is not None or not choice.started:
+                return None
+            if delta.text:
+                events += choice.head + encode_basestring(delta.text) + self._tail
+        for delta in deltas:
+            self.choices[delta.index].num_tokens += len(delta.token_ids)
+        return events.encode("utf-8", "replace")
 
     def last(self) -> bytes:
         """The events after everything."""

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.server.errors import ApiError, to_api_error
 
+RAW_SEND = "minivllm.send"  # in the scope: a `send` for the many pieces of a body, past the layers that only look at its head
 OPEN_PATHS = frozenset({"/health"})  # answered without a key: load balancers have none
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -47,6 +48,7 @@ class Door:
             )
             await refusal.response()(scope, receive, send_named)
             return
+        scope[RAW_SEND] = send
         try:
             await self._app(scope, receive, send_named)
         except Exception as error:

@@ -4,6 +4,9 @@
                         ▲                                   │
                         └── closing a generator aborts ◀────┴── the client went away, or a prompt failed
 
+Most deltas of a stream are one token's text. Those take a shortcut: they are sent from within the callback that brings a step's
+deltas, without waking this request's task, unless its client reads too slowly (`started`).
+
 The HTTP status is held back until the first token, so whatever goes wrong before is a real 4xx or 5xx; a stream that fails
 later ends with an error event. A client that goes away is noticed at once, streaming or not, by listening beside the work.
 """
@@ -11,16 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Collection, Iterator
+import types
+from collections.abc import AsyncGenerator, Collection, Generator, Iterator
 from contextlib import aclosing, contextmanager
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minivllm.engine.client import AddRequest, EngineClient
+from minivllm.engine.client import AddRequest, EngineClient, Shortcut
 from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.server.answers import Answer, Job
+from minivllm.server.door import RAW_SEND
 from minivllm.server.errors import ApiError, generation_failed, json_response, to_api_error
 from minivllm.server.protocol import ignored_header
 
@@ -74,6 +80,8 @@ class GenerationResponse(Response):
         self._answer = answer
         self._job = answer.job
         self._notes = ignored_header(answer.job.ignored)
+        self._send_plain: Send | None = None  # set while the shortcut is open
+        self._unsent: asyncio.Future[None] | None = None  # what the client has no room for yet
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,9 +99,10 @@ class GenerationResponse(Response):
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self._running.track(self._job):
-                async with aclosing(merged(self._client, self._job.requests)) as batches:
+                shortcut = self._shortcut if self._job.stream else None
+                async with aclosing(merged(self._client, self._job.requests, shortcut)) as batches:
                     if self._job.stream:
-                        await self._stream(batches, send)
+                        await self._stream(batches, send, scope.get(RAW_SEND, send))
                         return
                     async for prompt, deltas in batches:
                         self._answer.keep(prompt, _unless_failed(deltas))
@@ -102,7 +111,16 @@ class GenerationResponse(Response):
             response = to_api_error(error).response()
         await response(scope, receive, send)
 
-    async def _stream(self, batches: AsyncGenerator[Batch, None], send: Send) -> None:
+    def _shortcut(self, deltas: list[OutputDelta]) -> bool:
+        """Send deltas at once if they are plain text and the client keeps up."""
+        if self._send_plain is None or self._unsent is not None:
+            return False
+        data = self._answer.plain(deltas)
+        if data:
+            self._unsent = started(self._send_plain({"type": "http.response.body", "body": data, "more_body": True}).__await__())
+        return data is not None
+
+    async def _stream(self, batches: AsyncGenerator[Batch, None], send: Send, raw_send: Send) -> None:
         """Raises only before the first byte."""
         answer = self._answer
         prompt, deltas = await anext(batches)
@@ -114,12 +132,17 @@ class GenerationResponse(Response):
         if opening:
             await send({"type": "http.response.body", "body": opening, "more_body": True})
         try:
+            self._send_plain = raw_send
             async for prompt, deltas in batches:
+                if self._unsent is not None:
+                    await self._unsent
+                    self._unsent = None
                 if data := answer.chunk(prompt, _unless_failed(deltas)):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             ending = answer.last()
         except Exception as error:
             ending = answer.failed(to_api_error(error))
+        self._send_plain = None
         await send({"type": "http.response.body", "body": ending, "more_body": False})
 
 
@@ -134,10 +157,37 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def merged(client: EngineClient, requests: tuple[AddRequest, ...]) -> AsyncGenerator[Batch, None]:
-    """What the engine says about several requests, as it comes. The first failure ends them all; so does closing."""
+def started(work: Generator[Any, Any, None]) -> asyncio.Future[None] | None:
+    """Run an awaitable at once, up to its first wait. None if it had none, else a future for the rest, or for what went wrong.
+
+    (What `asyncio.eager_task_factory` does, from Python 3.12 on.)
+    """
+    try:
+        waits_for = next(work)
+    except StopIteration:
+        return None
+    except Exception as error:
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        failed.set_exception(error)
+        return failed
+    return asyncio.ensure_future(_rest(work, waits_for))
+
+
+@types.coroutine
+def _rest(work: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, None, None]:
+    yield waits_for
+    yield from work
+
+
+async def merged(
+    client: EngineClient, requests: tuple[AddRequest, ...], shortcut: Shortcut | None = None,
+) -> AsyncGenerator[Batch, None]:
+    """What the engine says about several requests, as it comes. The first failure ends them all; so does closing.
+
+    `shortcut` is for a request that is alone (see `EngineClient.outputs`): several would overtake each other.
+    """
     if len(requests) == 1:
-        async with aclosing(client.generate(requests[0])) as stream:
+        async with aclosing(client.generate(requests[0], shortcut)) as stream:
             async for deltas in stream:
                 yield 0, deltas
         return

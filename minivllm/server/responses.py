@@ -395,5 +395,7 @@ async def respond(frontend: Frontend, body: ResponsesRequest) -> Response:
     with own_names():
         chat = body.as_chat(ignored)
         chat.ignored(False)  # raises over what the chat endpoint does not support
+        if chat.tool_use() is not None:
+            raise NotSupportedYet("tools are not supported yet at this endpoint: use /v1/chat/completions", "tools")
         job = await frontend.chat_job(chat, ignored, "resp_")
     return GenerationResponse(frontend.client, frontend.running, ResponsesAnswer(job, frontend.tokenizer or NoNames(), body))

@@ -17,11 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
+from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import AddRequest, EngineClient, ThreadClient
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import Add, EngineLoop, Refused, Shutdown
+from minivllm.engine.loop import Add, EngineLoop, Refused, Shutdown, StepMessage
+from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
 from minivllm.errors import EngineDead, InvalidInput, ModelError
+from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
 from tests.engine import tokenizers_for_tests as build
 from tests.engine.fake import FakeExecutor, expected, make_engine
@@ -466,3 +469,36 @@ def test_messages_are_plain_and_small(folder: str) -> None:
     assert max(steady) < 32 * 200
     assert max(steady) - min(steady) < 200  # not growing with the history
     gc.collect()
+
+
+# -- the shortcut past a task, and what a step weighs -----------------------------------------------------------------
+
+
+def test_what_a_shortcut_takes_is_not_yielded_and_what_it_leaves_comes_in_order(client: EngineClient) -> None:
+    async def main() -> None:
+        taken: list[int] = []
+
+        def take(deltas: list[OutputDelta]) -> bool:
+            if any(delta.finish_reason is not None for delta in deltas) or len(taken) > 200:
+                return False
+            taken.extend(token for delta in deltas for token in delta.token_ids)
+            return True
+
+        yielded = [token async for deltas in client.generate(ask("short", max_tokens=400), take) for d in deltas for token in d.token_ids]
+        assert len(taken) > 200
+        assert taken + yielded == expected((5, 6, 7), 400)
+
+    asyncio.run(main())
+
+
+def test_a_step_message_crosses_a_pipe_unchanged_and_takes_less_than_eighty_bytes_a_token() -> None:
+    metrics = RequestMetrics(1.0, 2.0, 3.0, 4.0, 1)
+    logprobs = (TokenLogprobs(5, -0.5, 1, (5, 6), (-0.5, -1.0)),)
+    odd = OutputDelta("a", 1, (5,), "é", logprobs, "stop", "</s>", 3, (None, *logprobs), metrics, None)
+    for deltas in ((), (odd,), (OutputDelta("b", 0, (1, 2), "x"), odd)):
+        message = StepMessage(deltas, EngineStats(num_running=3))
+        again = pickle.loads(pickle.dumps(message))
+        assert again == message
+        assert [type(delta) for delta in again.deltas] == [OutputDelta] * len(deltas)
+    many = StepMessage(tuple(OutputDelta(f"cmpl-{i:032x}", 0, (i,), " word") for i in range(256)), EngineStats())
+    assert len(pickle.dumps(many)) < 80 * 256

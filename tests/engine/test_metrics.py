@@ -92,3 +92,22 @@ def test_every_metric_name_of_the_interface_is_there() -> None:
         "request_queue_time_seconds_count", "request_prefill_time_seconds_count", "request_decode_time_seconds_count",
     ):
         assert f"minivllm:{name}" in found
+
+
+def test_single_tokens_of_several_requests_in_one_step_are_all_counted_with_their_own_gaps() -> None:
+    clock = Clock()
+    metrics = EngineMetrics("m", clock)
+    for name in "abc":
+        metrics.added(name, 0.0, prompt_tokens=1, n=1)
+
+    def step(at: float, names: str) -> None:
+        clock.now = at
+        metrics.observe([OutputDelta(name, 0, (7,), "") for name in names], EngineStats())
+
+    step(1.0, "ab")
+    step(2.0, "c")
+    step(4.0, "abc")  # gaps of 3, 3 and 2 s
+    step(4.5, "a")
+    assert metrics.generation_tokens == 7
+    assert metrics.inter_token_latency.total == 3.0 + 3.0 + 2.0 + 0.5
+    assert sum(metrics.inter_token_latency.counts) == 4

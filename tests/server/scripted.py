@@ -91,6 +91,9 @@ class ScriptedEngine:
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 
+    def preparation(self, params: SamplingParams) -> Callable[[], object] | None:
+        return None
+
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         with self.changed:
             self.aborted.append(request_id)
@@ -178,6 +181,14 @@ class LiveServer:
     server: Server
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until something that the event loop does makes it true."""
+        async def look() -> None:
+            while not condition():
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(look(), self.loop).result(30)
 
     def end(self, *, drain: bool) -> None:
         """What a signal does: SIGTERM drains, SIGINT does not."""
