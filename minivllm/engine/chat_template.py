@@ -3,6 +3,9 @@
 A template is a Jinja program that came with the model, so it runs in Jinja's sandbox, sees only plain data, and has the few
 helpers that templates on the hub rely on (`raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls,
 and the `{% generation %}` tag, which marks the assistant's words for training and does nothing here).
+
+Some models bring a second template, "tool_use", for conversations with tools. What a template cannot write is refused: tools that
+it never shows to the model, or calls that it would leave out.
 """
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import InvalidInput
@@ -17,14 +21,36 @@ from minivllm.errors import InvalidInput
 if TYPE_CHECKING:
     import jinja2
 
+BUILT_IN = ("tool_chatml",)  # templates that come with the package
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the final message ends in the rendered text
 
 
-class ChatTemplate:
-    """One template, compiled on first use."""
+def built_in_template(name: str) -> str:
+    """The source of one of `BUILT_IN`."""
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
-    def __init__(self, source: str) -> None:
+
+class ChatTemplate:
+    """One template, compiled on first use; `tool_use` is the source of the one for conversations with tools."""
+
+    def __init__(self, source: str, tool_use: str | None = None) -> None:
         self.source = source
+        self._tool_use = None if tool_use is None else ChatTemplate(tool_use)
+
+    def for_tools(self) -> ChatTemplate:
+        """The one that conversations with tools are written with."""
+        return self._tool_use or self
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Every name that the template reads."""
+        from jinja2 import TemplateError, nodes
+
+        try:
+            tree = _environment().parse(self.source)
+        except TemplateError:
+            return frozenset()  # `render` says what is wrong with it
+        return frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
@@ -46,12 +72,18 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
+        if self._tool_use is not None and (tools or any(message.get("tool_calls") for message in _messages(messages))):
+            return self._tool_use.render(
+                messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+                tools=tools, variables=variables,
+            )
         if add_generation_prompt and continue_final_message:
             raise InvalidInput(
                 "add_generation_prompt opens a new message and continue_final_message continues the last one: set one of them",
                 "continue_final_message",
             )
         chat = _messages(messages)
+        self._check_tools(chat, tools)
         if continue_final_message:
             chat[-1] = {**chat[-1], "content": _with_tag(chat[-1].get("content"))}
         try:
@@ -65,6 +97,15 @@ class ChatTemplate:
             raise InvalidInput(f"the chat template cannot write these messages: {error}", "messages") from None
         return _cut_at_tag(text) if continue_final_message else text
 
+    def _check_tools(self, chat: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> None:
+        fix = 'use a model made for tools, or a template that takes them, such as the built-in chat template "tool_chatml"'
+        if tools and "tools" not in self.variables:
+            raise InvalidInput(f"this model's chat template has no place for tools: {fix}", "tools")
+        for i, message in enumerate(chat):
+            if message.get("tool_calls") and "tool_calls" not in self.source:
+                where = f"messages.{i}.tool_calls"
+                raise InvalidInput(f"{where}: this model's chat template cannot write tool calls: {fix}", where)
+
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
@@ -73,6 +114,40 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidInput(f'messages[{i}] must be an object with a "role", got {message!r}', f"messages.{i}")
     return [_plain(dict(message)) for message in messages]
+
+
+def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form as templates want them: text parts joined, the arguments of calls as objects."""
+    plain = _messages(messages)
+    for i, message in enumerate(plain):
+        if isinstance(message.get("content"), list):
+            message["content"] = "\n".join(_part_text(part, f"messages.{i}.content.{j}") for j, part in enumerate(message["content"]))
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_with_object(call, f"messages.{i}.tool_calls.{j}") for j, call in enumerate(message["tool_calls"])]
+    return plain
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise InvalidInput(f'{where} must be {{"type": "text", "text": ...}}: this model takes text only', where)
+    text: str = part["text"]
+    return text
+
+
+def _with_object(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidInput(f'{where} must be {{"function": {{"name": ..., "arguments": ...}}}}, got {call!r}', where)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        where += ".function.arguments"
+        raise InvalidInput(f"{where} must be a JSON object or its text, got {function.get('arguments')!r}", where)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _with_tag(content: Any) -> Any:

@@ -17,6 +17,7 @@ from minivllm.config import EngineConfig
 from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from minivllm.engine.chat_template import conversation
 from minivllm.engine.engine import LLMEngine
 from minivllm.engine.prompts import Prompt, read_prompt, truncate
 from minivllm.engine.tokenizer import Tokenizer
@@ -59,13 +60,16 @@ class LLM:
         chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several (a list of such lists)."""
+        """Answer one conversation (a list of messages) or several (a list of such lists).
+
+        `tools` are shown to the model; its calls are in the output's text, in the model's own format.
+        """
         tokenizer = self.get_tokenizer()
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
-        for conversation in conversations:
+        for one in conversations:
             text = tokenizer.apply_chat_template(
-                conversation, tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,  # type: ignore[arg-type]
+                conversation(one), tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
             )
             assert isinstance(text, str)

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from minivllm.engine.chat_template import ChatTemplate
+from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Tokenizer:
         self._backend = _load_backend(self.folder, config)
         self._special_tokens = _special_tokens(self.folder, config)
         _add_tokens(self._backend, config, self._special_tokens)
-        template = _chat_template(self.folder, config)
-        self.chat_template = ChatTemplate(template) if template is not None else None
+        self.chat_template = _chat_template(self.folder, config)
         self._special_ids = frozenset(
             token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
         )
@@ -75,10 +74,15 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
         continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None, tokenize: bool = True, **kwargs: Any,
+        chat_template: str | ChatTemplate | None = None, tokenize: bool = True, **kwargs: Any,
     ) -> list[int] | str:
-        """A conversation as the model saw it in training. The template writes special tokens itself."""
-        template = self.chat_template if chat_template is None else ChatTemplate(chat_template)
+        """A conversation as the model saw it in training. The template writes special tokens itself.
+
+        `chat_template`: another than the model's own: Jinja, or the name of a built-in one.
+        """
+        if isinstance(chat_template, str):
+            chat_template = ChatTemplate(built_in_template(chat_template) if chat_template in BUILT_IN else chat_template)
+        template = chat_template or self.chat_template
         if template is None:
             raise InvalidInput(
                 "this model has no chat template: use a chat model, pass chat_template, or send a plain prompt", "messages",
@@ -154,6 +158,10 @@ class Tokenizer:
         """The vocabulary's own spelling, such as "Ġthe"."""
         token = self._backend.id_to_token(token_id)
         return None if token is None else str(token)
+
+    def serialized(self) -> str:
+        """The text of a `tokenizer.json` that means this tokenizer, tokens of other files included."""
+        return str(self._backend.to_str())
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -368,11 +376,17 @@ def _add(backend: Backend, tokens: Iterable[Any], special: bool) -> None:
     (backend.add_special_tokens if special else backend.add_tokens)(list(tokens))
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
+    """The model's template and, where it has a second one for tools, that too."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        other = folder / "additional_chat_templates" / "tool_use.jinja"
+        return ChatTemplate(file.read_text(encoding="utf-8"), other.read_text(encoding="utf-8") if other.is_file() else None)
     template = config.get("chat_template")
+    if isinstance(template, str):
+        return ChatTemplate(template)
     if isinstance(template, list):  # several, by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    return template if isinstance(template, str) else None
+        named = {t["name"]: t["template"] for t in template}
+        if isinstance(named.get("default"), str):
+            return ChatTemplate(named["default"], named.get("tool_use"))
+    return None

@@ -10,7 +10,7 @@ step only gathers a few integers on the host; nothing waits for the device.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from minivllm.core.plan import RowAdmission, TokenLogprobs
 from minivllm.kernels.reference import sampling as ops
 from minivllm.kernels.upload import upload
-from minivllm.sampling.logits_processors import Constraints, PenaltyCounts, apply_constraints, apply_masks
+from minivllm.sampling.logits_processors import Constraints, PenaltyCounts, TokenMasks, apply_constraints
 from minivllm.sampling.noise import row_keys, stream_key
 
 Array = np.ndarray[Any, Any]
@@ -99,11 +99,11 @@ class Sampler:
             self._constraints.pop(row, None)
         self._penalties.admit(row, params.has_penalties, admission.token_ids, admission.num_prompt_tokens)
 
-    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: Mapping[int, Array] | None = None) -> Choice:
+    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> Choice:
         """Choose a token for each of S samples and count it.
 
         logits [S, V] float32 (overwritten); rows [S]: whose parameters; positions [S]: of the token being chosen;
-        tokens [R, max_model_len]: the token table, for bad words; masks: sample index -> grammar bit mask.
+        tokens [R, max_model_len]: the token table, for bad words; masks: what grammars allow.
         """
         wanted = np.flatnonzero(self._logprobs[rows] >= 0)
         slots = self._penalties.slot[rows]
@@ -112,10 +112,10 @@ class Sampler:
 
         raw = None
         if len(wanted):
-            altered = bool(masks or constrained or len(penalized))
+            altered = bool(masks is not None or constrained or len(penalized))
             raw = logits if len(wanted) == len(rows) and not altered else logits[upload([wanted], logits.device)[0]]
-        if masks:
-            apply_masks(logits, masks)
+        if masks is not None:
+            masks.apply(logits)
         if constrained:
             apply_constraints(logits, constrained, rows, positions, tokens)
         if len(penalized):

@@ -19,6 +19,7 @@ from minivllm.engine.client import AddRequest
 from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.logprobs import CompletionLogprobs, TokenNames, chat_entries, prompt_logprobs
+from minivllm.server.reading import Reading
 
 DONE = b"data: [DONE]\n\n"
 
@@ -44,6 +45,7 @@ class Job:
     show_prompt_logprobs: bool = False  # asked for by name; echo uses them for itself
     echo: tuple[str, ...] | None = None  # each prompt's text
     ignored: tuple[str, ...] = ()  # fields that changed nothing
+    reading: Reading | None = None  # of a chat whose output is more than text
 
     @property
     def n(self) -> int:

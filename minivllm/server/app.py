@@ -24,13 +24,14 @@ from minivllm.engine.client import AddRequest, EngineClient
 from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.answers import Answer, ChatAnswer, CompletionAnswer, Job
+from minivllm.server.answers import Answer, CompletionAnswer, Job
+from minivllm.server.chat import Chats
 from minivllm.server.config import ServerConfig
 from minivllm.server.control import add_control
 from minivllm.server.door import Door
 from minivllm.server.errors import ApiError, context_error, engine_dead, json_response, shorten, to_api_error
 from minivllm.server.generation import GenerationResponse, Running
-from minivllm.server.logprobs import NoNames
+from minivllm.server.logprobs import NoNames, TokenNames
 from minivllm.server.protocol import (
     IGNORED_HEADER,
     ChatRequest,
@@ -41,6 +42,8 @@ from minivllm.server.protocol import (
     TokenizeRequest,
     parse,
 )
+from minivllm.server.read_answers import chat_answer
+from minivllm.server.reading import Reading
 from minivllm.server.responses import ResponsesRequest, respond
 
 MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
@@ -59,6 +62,7 @@ class Frontend:
         self.client = client
         self.config = config
         self.tokenizer = tokenizer
+        self.chats = Chats(config, tokenizer)
         self.running = Running(client)
         self.created = int(time.time())
         info = client.info
@@ -153,39 +157,20 @@ class Frontend:
         return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
 
     async def chat(self, body: ChatRequest) -> Response:
-        return self._respond(ChatAnswer, await self.chat_job(body, body.ignored(self.config.permissive), "chatcmpl-"))
+        return self._respond(chat_answer, await self.chat_job(body, body.ignored(self.config.permissive), "chatcmpl-"))
 
     async def chat_job(self, body: ChatRequest, ignored: list[str], prefix: str) -> Job:
         body.check()
         model = self.check_model(body.model)
         self._limit_choices(1, body.n or 1)
-        prompt = self._truncated(body, await self._chat_prompt(body, ignored), None)
-        return self._job(prefix, body, model, [prompt], ignored, default_output=None, echo=None)
+        prompt, reading = await self._chat_prompt(body, ignored)
+        prompts = [self._truncated(body, prompt, None)]
+        return self._job(prefix, body, model, prompts, ignored, default_output=None, echo=None, reading=reading)
 
-    async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> list[int]:
-        tokenizer = self.need_tokenizer("messages")
-        messages = self._known_roles(tokenizer, body.conversation(ignored))
-        self._refuse_hopeless("".join(message["content"] for message in messages), "messages")
-        open_answer = body.add_generation_prompt
-        if open_answer is None:
-            open_answer = not body.continue_final_message
-
-        def write() -> list[int]:
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=open_answer, continue_final_message=bool(body.continue_final_message),
-                **(body.chat_template_kwargs or {}),
-            )
-            assert isinstance(ids, list)
-            return ids
-
-        return await self.off_loop(sum(len(message["content"]) for message in messages), write)
-
-    @staticmethod
-    def _known_roles(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """OpenAI's newer name for the system role, for templates that were written before it."""
-        if tokenizer.chat_template is not None and "developer" in tokenizer.chat_template.source:
-            return messages
-        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    async def _chat_prompt(self, body: ChatRequest, ignored: list[str]) -> tuple[list[int], Reading | None]:
+        draft = self.chats.draft(body, self.need_tokenizer("messages"), ignored)
+        self._refuse_hopeless("".join(message["content"] for message in draft.messages), "messages")
+        return await self.off_loop(draft.size, draft.write)
 
     def _limit_choices(self, prompts: int, n: int) -> None:
         limit = self.config.max_choices
@@ -195,7 +180,7 @@ class Frontend:
 
     def _job(
         self, prefix: str, body: GenerationRequest, model: str, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
-        default_output: int | None, echo: tuple[str, ...] | None,
+        default_output: int | None, echo: tuple[str, ...] | None, reading: Reading | None = None,
     ) -> Job:
         self.check_alive()  # it may have died while the prompt was read
         if body.priority and self.client.info.scheduling_policy != "priority":
@@ -203,10 +188,17 @@ class Frontend:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
+        defaults = {**self.defaults, **({} if reading is None else reading.sampling())}
+        structure = body.structure()
+        if structure is not None:
+            if "structured_outputs" in defaults:
+                where = structure.where
+                raise InvalidInput(f"the tool choice already says what the output must look like: leave {where} out", where)
+            defaults["structured_outputs"] = structure
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
-                params=body.sampling(self.defaults, self._output_limit(body, len(prompt), default_output)),
+                params=body.sampling(defaults, self._output_limit(body, len(prompt), default_output)),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
             )
             for i, prompt in enumerate(prompts)
@@ -217,7 +209,7 @@ class Frontend:
             include_usage=options is not None and bool(options.include_usage),
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
             return_token_ids=bool(body.return_token_ids), show_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
-            ignored=tuple(dict.fromkeys(ignored)),
+            ignored=tuple(dict.fromkeys(ignored)), reading=reading,
         )
 
     def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
@@ -239,7 +231,7 @@ class Frontend:
             raise context_error(prompt_tokens, None, limit, "messages" if isinstance(body, ChatRequest) else "prompt")
         return room if default is None else min(default, room)
 
-    def _respond(self, kind: type[Answer], job: Job) -> Response:
+    def _respond(self, kind: Callable[[Job, TokenNames], Answer], job: Job) -> Response:
         return GenerationResponse(self.client, self.running, kind(job, self.tokenizer or NoNames()))
 
     # -- models, tokens -----------------------------------------------------------------------------------------------
@@ -260,7 +252,7 @@ class Frontend:
             chat = ChatRequest(messages=body.messages, add_generation_prompt=body.add_generation_prompt)
             chat.ignored(self.config.permissive)
             chat.check()
-            tokens = await self._chat_prompt(chat, [])
+            tokens, _ = await self._chat_prompt(chat, [])
         else:
             text = body.prompt or ""
             special = body.add_special_tokens is not False

@@ -17,10 +17,7 @@ from minivllm.errors import InvalidInput, nearest
 # Flags vLLM users know that are not built yet: refused by name, absent from the help.
 NOT_YET = types.MappingProxyType({
     **ENGINE_NOT_YET,
-    "enable_auto_tool_choice": "tool calls",
-    "tool_call_parser": "tool calls",
-    "reasoning_parser": "splitting off reasoning",
-    "enable_reasoning": "splitting off reasoning",
+    "enable_reasoning": "vLLM's older switch: --reasoning-parser alone turns it on",
     "ssl_keyfile": "TLS (put a reverse proxy in front)",
     "ssl_certfile": "TLS (put a reverse proxy in front)",
     "uds": "listening on a Unix socket",
@@ -34,6 +31,8 @@ def repeatable(help: str, *, metavar: str, nargs: str | int) -> Any:
     return dataclasses.field(default=(), metadata={"help": help, "metavar": metavar, "nargs": nargs})
 
 
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -47,7 +46,15 @@ class ServerConfig:
                                           "MINIVLLM_API_KEY in the environment if left out", metavar="KEY", nargs=1)
     served_model_name: tuple[str, ...] = repeatable("name (or names) that clients ask for; the model's own if left out",
                                                     metavar="NAME", nargs="+")
-    chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's own", metavar="FILE")
+    chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's own; or tool_chatml, the built-in "
+                                             "one for ChatML models whose own knows no tools", metavar="FILE")
+    trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
+    enable_auto_tool_choice: bool | None = option(None, "let the model decide whether to call tools; if left out: on where the format of "
+                                                        "its calls is known")
+    tool_call_parser: str | None = option(None, "format of the model's tool calls; guessed from its chat template if left out",
+                                          choices=TOOL_CALL_PARSERS)
+    reasoning_parser: str | None = option(None, "split what the model thinks from its answer; deepseek_r1: outputs begin with thinking, "
+                                                "qwen3: where they say so", choices=REASONING_PARSERS)
     max_body_size: int = option(4 * 2**20, "largest request body in bytes; reading JSON takes many times as much", metavar="BYTES")
     max_choices: int = option(1024, "most completions (prompts times n) of one request")
     allowed_origins: tuple[str, ...] = repeatable("web origins whose pages may call this server (CORS), such as https://example.org; "
@@ -113,15 +120,16 @@ def _from_json_lists(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
     choices = f.metadata.get("choices")
-    if choices and value not in choices:
+    if choices and value not in choices and not (value is None and "None" in str(f.type)):
         raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
     wanted: dict[str, tuple[type | tuple[type, ...], str]] = {
-        "bool": (bool, "True or False"), "int": (int, "a whole number"), "float": ((int, float), "a number"),
+        "bool": (bool, "True or False"), "bool | None": ((bool, types.NoneType), "True or False"),
+        "int": (int, "a whole number"), "float": ((int, float), "a number"),
         "str": (str, "a string"), "str | None": ((str, types.NoneType), "a string"),
         "tuple[str, ...]": (tuple, "a list of strings"),
     }
     kind, words = wanted[str(f.type)]
-    wrong = not isinstance(value, kind) or (isinstance(value, bool) and f.type != "bool")
+    wrong = not isinstance(value, kind) or (isinstance(value, bool) and "bool" not in str(f.type))
     if wrong or (kind is tuple and not all(isinstance(v, str) for v in value)):
         raise InvalidInput(f"{f.name} must be {words}, got {value!r}", f.name)
 

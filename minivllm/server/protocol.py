@@ -15,14 +15,17 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
+from pydantic import FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
-from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from minivllm.server.errors import ApiError, shorten
+from minivllm.server.strict import Strict
+from minivllm.server.structured import Schema, read_wish, unknown_fields
+from minivllm.server.tools import CalledFunction, Choice, Functions, ToolCalls, Tools, ToolUse, read_tools
 
 IGNORED_HEADER = "x-minivllm-ignored"
 MAX_CONTAINERS = 65_536  # lists and objects in one body
@@ -39,9 +42,8 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
 # vLLM's fields that are not built yet, on both endpoints; with the values that ask for nothing.
 _VLLM_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
-    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
-    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "logits_processors": (), "response_format": ({"type": "text"},),
-    "spaces_between_special_tokens": (True,), "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (),
+    "guided_decoding_backend": ("auto", "guidance"), "logits_processors": (), "spaces_between_special_tokens": (True,),
+    "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (),
     "thinking_token_budget": (),
 }
 
@@ -97,32 +99,6 @@ TokenIds: TypeAlias = Annotated[list[int] | None, PlainValidator(_token_ids, jso
 Strings: TypeAlias = Annotated[list[str] | None, PlainValidator(_strings, json_schema_input_type=list[str] | None)]
 
 
-class Strict(BaseModel):
-    """A JSON object whose unknown names are sorted into the four classes by `extras`."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    INERT: ClassVar[frozenset[str]] = frozenset()
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({})
-
-    def extras(self, path: str, permissive: bool) -> list[str]:
-        """Names to report as ignored; raises over those that must not be."""
-        ignored = []
-        for name, value in (self.model_extra or {}).items():
-            where = path + name
-            if name in self.UNSUPPORTED:
-                if value is not None and not any(value == v and type(value) is type(v) for v in self.UNSUPPORTED[name]):
-                    raise NotSupportedYet(f"{where} is not supported yet: leave it out", where)
-            elif name in self.INERT:
-                if value is not None:
-                    ignored.append(where)
-            elif permissive:
-                ignored.append(where)
-            else:
-                known = [*type(self).model_fields, *self.INERT, *self.UNSUPPORTED]
-                raise InvalidInput(f"unknown field {where!r}{nearest(name, known)}", where)
-        return ignored
-
-
 class StreamOptions(Strict):
     include_usage: bool | None = None  # one more chunk at the end, with the usage of the whole request
     continuous_usage_stats: bool | None = None  # usage so far in every chunk
@@ -153,6 +129,13 @@ class GenerationRequest(Strict):
     bad_words: Strings = None
     allowed_token_ids: TokenIds = None
     skip_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Schema = None
+    guided_regex: str | None = None
+    guided_choice: Strings = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
@@ -174,9 +157,13 @@ class GenerationRequest(Strict):
         "skip_special_tokens", "prompt_logprobs", "truncate_prompt_tokens",
     )
 
+    FORMAT: ClassVar[str] = "response_format"  # what errors call it
+    GUIDED: ClassVar[tuple[str, ...]] = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
     def ignored(self, permissive: bool) -> list[str]:
         """Every field of the request that changes nothing; raises over unsupported and unknown ones."""
         names = self.extras("", permissive)
+        names += unknown_fields(self.structured_outputs, self.response_format, self.FORMAT, permissive)
         if self.stream_options is not None:
             names += self.stream_options.extras("stream_options.", permissive)
         return names
@@ -196,8 +183,13 @@ class GenerationRequest(Strict):
         """The longest output asked for, and the name of the field that asks."""
         raise NotImplementedError
 
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the output must look like."""
+        guided = {name: value for name in self.GUIDED if (value := getattr(self, name)) is not None}
+        return read_wish(self.structured_outputs, self.response_format, self.FORMAT, guided, self.guided_whitespace_pattern)
+
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int) -> SamplingParams:
-        """The engine's parameters; `defaults` are the model's own."""
+        """The engine's parameters; `defaults` are the model's own, and the request's `structure`."""
         chosen = {name: value for name in self.SAMPLING if (value := getattr(self, name)) is not None}
         return SamplingParams(**{**defaults, **chosen, "logprobs": self.top_logprobs_wanted(), "max_tokens": max_tokens})
 
@@ -240,19 +232,59 @@ class Message(Strict):
     role: str
     content: Content = None
     name: str | None = None
+    tool_calls: ToolCalls = None  # of an assistant
+    tool_call_id: str | None = None  # of a tool: the call whose result this is
+    function_call: CalledFunction | None = None  # the old form of tool_calls
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # another name for it
 
     INERT = frozenset({"annotations"})
     UNSUPPORTED = types.MappingProxyType({
-        "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": (), "audio": (), "reasoning": (), "reasoning_content": (),
+        "refusal": (), "audio": (),
     })
-    ROLES: ClassVar[tuple[str, ...]] = ("developer", "system", "user", "assistant")
+    ROLES: ClassVar[tuple[str, ...]] = ("developer", "system", "user", "assistant", "tool", "function")
+    ONLY_OF: ClassVar[Mapping[str, tuple[str, ...]]] = types.MappingProxyType({
+        "tool_calls": ("assistant",), "function_call": ("assistant",), "reasoning": ("assistant",), "reasoning_content": ("assistant",),
+        "tool_call_id": ("tool",),
+    })
+
+    def extras(self, path: str, permissive: bool) -> list[str]:
+        names = super().extras(path, permissive)
+        for i, call in enumerate(self.tool_calls or ()):
+            names += call.extras(f"{path}tool_calls.{i}.", permissive)
+        return names if self.function_call is None else names + self.function_call.extras(path + "function_call.", permissive)
 
     def check(self, path: str) -> None:
-        if self.role in ("tool", "function"):
-            raise NotSupportedYet(f"{path}role: messages of role {self.role!r} are not supported yet", path + "role")
         if self.role not in self.ROLES:
             hint = nearest(self.role, self.ROLES)
             raise InvalidInput(f"{path}role must be one of {', '.join(self.ROLES)}, got {self.role!r}{hint}", path + "role")
+        for name, roles in self.ONLY_OF.items():
+            if getattr(self, name) and self.role not in roles:
+                raise InvalidInput(f"{path}{name} belongs to messages of role {roles[0]}, and this one's is {self.role!r}", path + name)
+        if self.tool_calls and self.function_call is not None:
+            raise InvalidInput(f"{path}function_call is the old name of tool_calls: send one of them", path + "function_call")
+        if self.role == "function" and not self.name:
+            raise InvalidInput(f"{path}name is required: the function whose result this is", path + "name")
+
+    def calls(self, path: str) -> list[dict[str, Any]]:
+        """The calls of an assistant's message, as chat templates want them: arguments are objects."""
+        if self.function_call is not None:
+            function = self.function_call
+            return [{"type": "function", "function": {"name": function.name, "arguments": function.read(path + "function_call.")}}]
+        return [
+            {**({} if call.id is None else {"id": call.id}), "type": "function",
+             "function": {"name": call.function.name, "arguments": call.function.read(f"{path}tool_calls.{i}.function.")}}
+            for i, call in enumerate(self.tool_calls or ())
+        ]
+
+    def plain(self, path: str, ignored: list[str]) -> dict[str, Any]:
+        """As a chat template wants it."""
+        calls, thought = self.calls(path), self.reasoning_content or self.reasoning
+        empty = self.content is None and self.role == "assistant" and (calls or thought)
+        entry: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role,
+                                 "content": "" if empty else self.text(path, ignored)}
+        more = {"name": self.name, "tool_calls": calls or None, "tool_call_id": self.tool_call_id, "reasoning_content": thought or None}
+        return {**entry, **{name: value for name, value in more.items() if value is not None}}
 
     def text(self, path: str, ignored: list[str]) -> str:
         """The content as one string; parts are joined by newlines."""
@@ -290,6 +322,14 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None  # open the assistant's answer; on unless the final message is continued
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None  # if the server trusts its clients with that
+    tools: Tools = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None  # false: at most one call
+    functions: Functions = None  # OpenAI's names of 2023 for tools and tool_choice
+    function_call: Choice = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = None  # false: reasoning is split off and dropped
 
     TEMPLATE_OWN: ClassVar[frozenset[str]] = frozenset({
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "self",
@@ -297,8 +337,7 @@ class ChatRequest(GenerationRequest):
     UNSUPPORTED = types.MappingProxyType({
         **_VLLM_UNSUPPORTED,
         "audio": (), "modalities": (["text"],), "moderation": (), "prediction": (), "web_search_options": (), "verbosity": ("medium",),
-        "reasoning_effort": ("none",), "include_reasoning": (True, False), "tools": (), "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False), "functions": (), "function_call": ("none", "auto"), "echo": (False,), "chat_template": (),
+        "echo": (False,),
         "add_special_tokens": (False,), "documents": (), "mm_processor_kwargs": (), "best_of": (1,),
     })
 
@@ -306,6 +345,10 @@ class ChatRequest(GenerationRequest):
         names = super().ignored(permissive)
         for i, message in enumerate(self.messages):
             names += message.extras(f"messages.{i}.", permissive)
+        for i, tool in enumerate(self.tools or ()):
+            names += tool.extras(f"tools.{i}.", permissive)
+        for i, function in enumerate(self.functions or ()):
+            names += function.extras(f"functions.{i}.", permissive)
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             names.append("max_tokens")
         return names
@@ -324,12 +367,20 @@ class ChatRequest(GenerationRequest):
                                    f"chat_template_kwargs.{name}")
 
     def conversation(self, ignored: list[str]) -> list[dict[str, Any]]:
-        """The messages as a chat template wants them."""
-        plain = []
+        """The messages as a chat template wants them; a tool's result also has the name of its function."""
+        plain: list[dict[str, Any]] = []
+        called: dict[str, str] = {}
         for i, message in enumerate(self.messages):
-            entry = {"role": message.role, "content": message.text(f"messages.{i}.", ignored)}
-            plain.append(entry if message.name is None else {**entry, "name": message.name})
+            entry = message.plain(f"messages.{i}.", ignored)
+            called |= {call["id"]: call["function"]["name"] for call in entry.get("tool_calls", ()) if "id" in call}
+            if entry["role"] == "tool" and entry.get("tool_call_id") in called:
+                entry.setdefault("name", called[entry["tool_call_id"]])
+            plain.append(entry)
         return plain
+
+    def tool_use(self) -> ToolUse | None:
+        """What is wanted of the tools; None if the model is to know of none."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)
 
     def top_logprobs_wanted(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None

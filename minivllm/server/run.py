@@ -19,7 +19,7 @@ from pathlib import Path
 
 from minivllm import __version__
 from minivllm.config import EngineConfig
-from minivllm.engine.chat_template import ChatTemplate
+from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.engine.client import EngineClient, EngineInfo
 from minivllm.engine.process import freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
@@ -125,11 +125,14 @@ def _port_error(error: OSError, host: str, port: int) -> InvalidInput:
 def read_chat_template(file: str | None) -> str | None:
     if file is None:
         return None
+    if file in BUILT_IN:
+        return built_in_template(file)
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InvalidInput(f"chat_template: cannot read {file}: {reason}", "chat_template") from None
+        raise InvalidInput(f"chat_template: cannot read {file}: {reason}; give a file, or a built-in one: {', '.join(BUILT_IN)}",
+                           "chat_template") from None
 
 
 def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:

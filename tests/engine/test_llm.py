@@ -85,6 +85,18 @@ def test_chat_writes_the_models_template(llm: LLM) -> None:
     assert two[1].prompt == "<s><|user|>the fox</s>\n<|assistant|>x</s>\n<|assistant|>"
 
 
+def test_chat_takes_tools_and_text_parts_in_openais_form(llm: LLM) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "fox"}]},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}]
+    template = "{{ tools[0].function.name }}{% for m in messages %}|{{ m.content }}"\
+               "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    (output,) = llm.chat(messages, GREEDY, tools=tools, chat_template=template, use_tqdm=False)
+    assert output.prompt == "f|the\nfox|{'a': 1}"
+    with pytest.raises(InvalidInput, match="no place for tools"):
+        llm.chat(messages[:1], GREEDY, tools=tools, use_tqdm=False)
+
+
 def test_the_models_own_defaults_are_used_where_none_are_given(llm: LLM) -> None:
     assert llm.get_default_sampling_params() == SamplingParams(temperature=0.5)
     (output,) = llm.generate("the fox", use_tqdm=False)

@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm.engine.chat_template import ChatTemplate, conversation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from tests.engine import tokenizers_for_tests as build
@@ -196,7 +198,7 @@ def test_a_rendered_chat_equals_transformers(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = build.save(build.byte_level(), tmp_path, chat_template=TEMPLATES[name])
     hf = transformers.AutoTokenizer.from_pretrained(folder)
-    tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}] if "tools" in TEMPLATES[name] else None
     for prompt in (True, False):
         arguments = {"tools": tools, "add_generation_prompt": prompt, "extra": 3}
         text = hf.apply_chat_template(CHAT, tokenize=False, **arguments)
@@ -218,6 +220,75 @@ def test_a_template_in_its_own_file_wins_over_the_config(tmp_path: Path) -> None
     folder = build.save(build.byte_level(), tmp_path)
     (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
     assert Tokenizer(folder).apply_chat_template(CHAT, tokenize=False) == "file be brief"
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALLS = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}},
+]}]
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_a_second_template_for_tools_is_used_with_tools_as_in_transformers(tmp_path: Path, own_file: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    default, tool_use = "plain {{ messages[0].content }}", "{{ tools }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}"
+    if own_file:
+        folder = build.save(build.byte_level(), tmp_path, chat_template=None)
+        (folder / "chat_template.jinja").write_text(default)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    else:
+        both = [{"name": "default", "template": default}, {"name": "tool_use", "template": tool_use}]
+        folder = build.save(build.byte_level(), tmp_path, chat_template=both)
+    hf, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    for tools in (None, TOOLS):
+        assert ours.apply_chat_template(CHAT, tools=tools, tokenize=False) == hf.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    assert str(CALLS[1]["tool_calls"]) in str(ours.apply_chat_template(CALLS, tokenize=False)), "earlier calls are not lost without tools"
+
+
+def test_a_template_says_which_variables_it_reads() -> None:
+    template = ChatTemplate("{%- if not tools is defined %}{% set tools = none %}{% endif %}{% if thinking %}{{ x.y }}{% endif %}")
+    assert {"tools", "thinking", "x"} <= template.variables and "y" not in template.variables
+
+
+def test_what_a_template_would_leave_out_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path))
+    with pytest.raises(InvalidInput, match="no place for tools") as refused:
+        tokenizer.apply_chat_template(CHAT, tools=TOOLS)
+    assert refused.value.param == "tools"
+    with pytest.raises(InvalidInput, match="cannot write tool calls") as refused:
+        tokenizer.apply_chat_template(CALLS)
+    assert refused.value.param == "messages.1.tool_calls"
+
+
+def test_the_built_in_template_for_tools_can_be_named(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path))
+    messages = [*CALLS, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, {"role": "user", "content": "so?"}]
+    text = str(tokenizer.apply_chat_template(messages, tools=TOOLS, chat_template="tool_chatml", tokenize=False))
+    opening, _, turns = text.partition("<|im_end|>\n")
+    assert opening.startswith("<|im_start|>system\nYou are a helpful assistant.\n\n# Tools\n") and json.dumps(TOOLS[0]) in opening
+    assert turns == (
+        "<|im_start|>user\nx<|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain = tokenizer.apply_chat_template(CHAT, chat_template="tool_chatml", tokenize=False)
+    assert str(plain).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n")
+
+
+def test_a_conversation_in_openais_form_becomes_what_templates_want() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    (user, assistant) = conversation([{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call]}])
+    assert user["content"] == "a\nb" and assistant["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert call["function"]["arguments"] == '{"a": 1}', "the caller's own stays as it is"
+    with pytest.raises(InvalidInput, match=r"messages\.0\.content\.1"):
+        conversation([{"role": "user", "content": [parts[0], {"type": "image_url", "image_url": {}}]}])
+    for wrong in ("{", "[1]", 5):
+        call["function"]["arguments"] = wrong
+        with pytest.raises(InvalidInput, match=r"messages\.0\.tool_calls\.0\.function\.arguments"):
+            conversation([{"role": "assistant", "tool_calls": [call]}])
 
 
 def test_chat_errors_name_what_is_wrong(tmp_path: Path) -> None:

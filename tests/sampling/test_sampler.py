@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.core.plan import RowAdmission
-from minivllm.sampling.logits_processors import PenaltyCounts
+from minivllm.sampling.logits_processors import PenaltyCounts, TokenMasks
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 
@@ -221,7 +221,7 @@ def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
     words[0] = 1 << 31 | 1 << 4
     words[1] = 1 << 3  # token 35
     logits = torch.stack([ranked(9, 8), ranked(9, 31, 35)])
-    choice = bench.sample(logits, [0, 1], [3, 3], masks={1: words.view(np.int32)})
+    choice = bench.sample(logits, [0, 1], [3, 3], masks=TokenMasks(np.array([1]), words.view(np.int32)[None]))
     assert choice.token_ids.tolist() == [9, 31]
     assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
 

@@ -10,16 +10,22 @@ from openai.types import completion_create_params
 from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
     ChatCompletionDeveloperMessageParam,
+    ChatCompletionFunctionMessageParam,
+    ChatCompletionFunctionToolParam,
+    ChatCompletionMessageFunctionToolCallParam,
     ChatCompletionStreamOptionsParam,
     ChatCompletionSystemMessageParam,
+    ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
 )
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.shared_params import FunctionDefinition
 
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions, Strict, parse
+from minivllm.server.tools import Function, Tool, ToolCall
 
 NOT_CALLERS = {"role", "content", "stream"}
 
@@ -36,6 +42,11 @@ def known(kind: type[Strict]) -> set[str]:
     (Message, ChatCompletionSystemMessageParam),
     (Message, ChatCompletionDeveloperMessageParam),
     (Message, ChatCompletionAssistantMessageParam),
+    (Message, ChatCompletionToolMessageParam),
+    (Message, ChatCompletionFunctionMessageParam),
+    (ToolCall, ChatCompletionMessageFunctionToolCallParam),
+    (Tool, ChatCompletionFunctionToolParam),
+    (Function, FunctionDefinition),
 ], ids=lambda kind: kind.__name__)
 def test_every_field_of_the_official_sdk_has_a_class(ours: type[Strict], sdk: type) -> None:
     assert set(typing.get_type_hints(sdk)) <= known(ours)
@@ -50,7 +61,7 @@ def test_no_field_has_two_classes(kind: type[Strict]) -> None:
 def test_every_sampling_parameter_is_honoured_refused_or_derived() -> None:
     import dataclasses
 
-    derived = {"logprobs", "max_tokens", "detokenize", "bad_words_token_ids"}
+    derived = {"logprobs", "max_tokens", "detokenize", "bad_words_token_ids", "structured_outputs"}
     names = {f.name for f in dataclasses.fields(SamplingParams)} - derived
     assert names == set(CompletionRequest.SAMPLING) == set(ChatRequest.SAMPLING)
     assert set(CompletionRequest.SAMPLING) <= set(CompletionRequest.model_fields)

@@ -1,0 +1,316 @@
+"""Parsers of tool calls and of reasoning: text in, events out, the same however the text is cut."""
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from minivllm.server.json_calls import JsonScanner, is_object
+from minivllm.server.reasoning import Beginning, ReasoningSplitter, beginning
+from minivllm.server.tool_parsers import (
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    Hermes,
+    Llama3Json,
+    Named,
+    Pythonic,
+    Reasoning,
+    Required,
+    ToolParser,
+    guess_parser,
+    read_python_call,
+)
+
+NAMES = ("f", "get_weather")
+Read = tuple[str, list[tuple[str, str]]]  # content, and each call's name and arguments
+
+
+def read(parser: ToolParser, pieces: Sequence[str]) -> Read:
+    """Feed the pieces; check the order of events on the way."""
+    events: list[Event] = []
+    for piece in pieces:
+        events += parser.push(piece)
+    events += parser.finish()
+    assert parser.finish() == [], "nothing is told twice"
+    content, calls, is_open = "", [], False
+    for event in events:
+        if isinstance(event, Content):
+            assert event.text and not is_open
+            content += event.text
+        elif isinstance(event, CallStart):
+            assert not is_open and event.index == len(calls)
+            is_open = True
+            calls.append((event.name, ""))
+        elif isinstance(event, CallArguments):
+            assert is_open and event.fragment and event.index == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + event.fragment)
+        else:
+            assert isinstance(event, CallEnd) and is_open and event.index == len(calls) - 1
+            is_open = False
+    assert not is_open, "every call that begins ends"
+    return content, calls
+
+
+def whole(kind: Callable[[Any], ToolParser], text: str) -> Read:
+    return read(kind(NAMES), [text])
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+ONE = [("f", '{"a": 1}')]
+
+
+@pytest.mark.parametrize("text, content, calls", [
+    ('<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "", ONE),
+    ('Let me look.\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', "Let me look.", ONE),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call> \n<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>\n',
+     "", [*ONE, ("get_weather", "{}")]),
+    ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', "", ONE),
+    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", ONE),
+    ('<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
+    ('<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    ('<tool_call>{"id": 7.5, "x": [{"name": 1}], "name": "f", "arguments": {"a": {"b": ["}", "\\""]}}}', "",
+     [("f", '{"a": {"b": ["}", "\\""]}}')]),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call> Done.', "Done.", ONE),
+    ("no call, a <tool and an end <tool_c", "no call, a <tool and an end <tool_c", []),
+])
+def test_hermes(text: str, content: str, calls: Any) -> None:
+    assert whole(Hermes, text) == (content, calls)
+
+
+@pytest.mark.parametrize("text, content, calls", [
+    ('{"name": "f", "parameters": {"a": 1}}', "", ONE),
+    ('\n{"type": "function", "name": "f", "parameters": {"a": 1}}', "", ONE),
+    ('<|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", ONE),
+    ('{"name": "f", "parameters": {"a": 1}}; {"name": "get_weather", "parameters": {}}', "", [*ONE, ("get_weather", "{}")]),
+    ('{"name": "f", "parameters": {"a": 1}}\n{"name": "f", "arguments": {"a": 1}}', "", ONE * 2),
+    ('{"name": "f", "parameters": {"a": 1}}; <|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", ONE * 2),
+    ('I call <|python_tag|>{"name": "f", "parameters": {"a": 1}}', "I call", ONE),
+    ('An object: {"name": "f", "parameters": {}}', 'An object: {"name": "f", "parameters": {}}', []),
+    ('{"name": "Bob", "age": 7}', '{"name": "Bob", "age": 7}', []),
+    ("Paris.", "Paris.", []),
+])
+def test_llama3_json(text: str, content: str, calls: Any) -> None:
+    assert whole(Llama3Json, text) == (content, calls)
+
+
+@pytest.mark.parametrize("text, content, calls", [
+    ("[f(a=1)]", "", ONE),
+    ("[f(a=1), get_weather()]", "", [*ONE, ("get_weather", "{}")]),
+    ("<|python_start|>[f(a=1)]<|python_end|>", "", ONE),
+    (" [ f( a = 1 ), ] ", "", ONE),
+    ("""[f(s="a, b)]", t='it\\'s', x=[1, (-2.5, None)], y={"k": True, "j": false})]""", "",
+     [("f", '{"s": "a, b)]", "t": "it\'s", "x": [1, [-2.5, null]], "y": {"k": true, "j": false}}')]),
+    ("[1] says so, f(a=1)", "[1] says so, f(a=1)", []),
+    ("[g(a=1)]", "[g(a=1)]", []),
+    ("[f(a=1), g(a=1)]", ", g(a=1)]", ONE),
+    ("[f(1)]", "[f(1)]", []),
+    ("[f(**{})]", "[f(**{})]", []),
+    ("[f(a=open('/etc/passwd'))]", "[f(a=open('/etc/passwd'))]", []),
+    ("[f(a=f'{1}')]", "[f(a=f'{1}')]", []),
+    ("[f(a=1 if 1 else 2)]", "[f(a=1 if 1 else 2)]", []),
+    ("[f(a=b'x')]", "[f(a=b'x')]", []),
+    ("[f(a=1e999)]", "[f(a=1e999)]", []),
+    ("[f(a={1: 2})]", "[f(a={1: 2})]", []),
+    ("[]", "[]", []),
+    ("Paris.", "Paris.", []),
+])
+def test_pythonic(text: str, content: str, calls: Any) -> None:
+    assert whole(Pythonic, text) == (content, calls)
+
+
+@pytest.mark.parametrize("value", [
+    "(" * 10_000, "[" * 10_000, "-" * 100_000 + "1", "not " * 100_000 + "1", "a" + ".b" * 100_000, "x" + "[1]" * 50_000, "9" * 10_000,
+    "1" + "+1" * 50_000, "'" + "\\x" * 1000 + "'", "'\0'", "'\ud800'", "lambda: " * 10_000 + "1",
+], ids=lambda value: value[:8].encode("unicode_escape").decode())
+def test_a_call_that_is_an_attack_on_pythons_compiler_is_content(value: str) -> None:
+    text = f"[f(a={value})]"
+    content, calls = whole(Pythonic, text)
+    assert (content, calls) == (text, []) or json.loads(calls[0][1])
+
+
+def test_only_literals_of_python_are_read() -> None:
+    assert read_python_call("f(a=1, b='x')") == ("f", '{"a": 1, "b": "x"}')
+    for text in ("f", "f(", "f)(", "f(a=b)", "f(a=1)(b=2)", "f(a=[x for x in y])", "f(a=...)", "f(a:=1)", "f(a=1j)", "(a=1)", ""):
+        assert read_python_call(text) is None, text
+
+
+@pytest.mark.parametrize("text", [
+    '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', "<tool_call>", "<tool_call>{", "<tool_call>[]</tool_call>",
+    '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '<tool_call>{"name": "f", "arguments": "x"}</tool_call>',
+    '<tool_call>{"name": "f", "name": "f", "arguments": {}}</tool_call>', '<tool_call>{"name": 1}</tool_call>', "</tool_call>",
+    "<tool_call>{'name': 'f', 'arguments': {}}</tool_call>", '<tool_call>{"arguments": {}}</tool_call>', " <tool_call> x",
+    '<tool_call>{"name": "f", "arguments', '<tool_call>{"arguments": {"a": 1}, "na',
+])
+def test_what_is_no_call_of_a_known_tool_is_content_and_nothing_is_lost(text: str) -> None:
+    assert whole(Hermes, text) == (text, [])
+
+
+def test_a_call_that_breaks_after_it_began_keeps_its_arguments_and_the_rest_is_content() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"a": 1,,}}</tool_call>'
+    assert whole(Hermes, text) == (",}}</tool_call>", [("f", '{"a": 1,')])
+    assert whole(Hermes, text[:40]) == ("", [("f", '{"')]), "cut off by the length"
+
+
+def test_a_call_can_follow_a_broken_one() -> None:
+    good = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    assert whole(Hermes, "<tool_call>{" + good) == ("<tool_call>{", ONE)
+    assert whole(Hermes, '<tool_call>{"name": "f", "arguments": {"b": ' + good) == ("", [("f", '{"b": '), *ONE])
+
+
+def test_arguments_are_told_while_they_are_written() -> None:
+    parser = Hermes(NAMES)
+    assert parser.push('Hm <tool_call>{"name": "f", "arguments": {"city": "Par') == [
+        Content("Hm"), CallStart(0, "f"), CallArguments(0, '{"city": "Par'),
+    ]
+    assert parser.push('is"') == [CallArguments(0, 'is"')]
+    assert parser.push("}}</tool_") == [CallArguments(0, "}"), CallEnd(0)]
+    assert parser.push("call>") == parser.finish() == []
+
+
+def test_text_is_held_back_only_while_it_may_become_a_call() -> None:
+    parser = Hermes(NAMES)
+    assert parser.push("The <tool") == [Content("The")]
+    assert parser.push("box>") == [Content(" <toolbox>")]
+
+
+def test_what_the_grammar_of_required_writes_is_read_back() -> None:
+    text = '[{"name": "f", "parameters": {"a": 1}}, {"name":"get_weather","parameters":{}}]'
+    assert whole(Required, text) == ("", [*ONE, ("get_weather", "{}")])
+    assert whole(Required, text[:35]) == ("", [("f", '{"a": ')])
+    assert whole(Required, text[:10]) == (text[:10], [])
+
+
+def test_what_the_grammar_of_a_named_function_writes_is_its_arguments() -> None:
+    assert read(Named("f"), ['{"a"', ": 1}"]) == ("", ONE)
+    assert read(Named("f"), [""]) == ("", [("f", "")])
+
+
+# -- the same however it is cut ---------------------------------------------------------------------------------------
+
+CALL = '{"name": "f", "arguments": {"a": [1, "x\\"}"]}}'
+FRAGMENTS = (
+    "<tool_call>", "</tool_call>", "<|python_tag|>", "<|python_start|>", "<|python_end|>", "<tool", CALL, '{"name": "f"}', '{"name": "g"',
+    '"name": "f", ', '"parameters": {"b": null}', "{", "}", "[", "]", "(", ")", ",", ";", " ", "\n", '"', "'", "\\", "f(a=1)", "f(",
+    "get_weather(s='x,]')", "x", "=", ":", "-1", "1.5e3", "true", "nul", "é", "\u2028", "\U0001f389", "\x00",
+)
+TEXTS = st.one_of(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    st.lists(st.sampled_from([f"<tool_call>{CALL}</tool_call>", CALL, "; ", " so ", "[f(a=1), get_weather()]", f"[{CALL}, {CALL}]"]),
+             max_size=5).map("".join),
+    st.text(max_size=20),
+)
+
+
+def cut(text: str, places: Sequence[int]) -> list[str]:
+    at = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
+    return [text[a:b] for a, b in itertools.pairwise(at)]
+
+
+@pytest.mark.parametrize("make", [Hermes, Llama3Json, Pythonic, Required, lambda names: Named("f")],
+                         ids=["hermes", "llama3_json", "pythonic", "required", "named"])
+@given(text=TEXTS, places=st.lists(st.integers(0, 500), max_size=12))
+@example(text=f"a <tool_call>{CALL}</tool_call> \n<tool_call>{CALL}", places=list(range(200)))
+@example(text=f"{CALL} ;\n<|python_tag|>{CALL};", places=list(range(200)))
+@example(text="<|python_start|> [f(a=1) , get_weather(s='x')]<|python_end|> x", places=list(range(200)))
+@example(text=f"[ {CALL} ,{CALL}] ", places=list(range(200)))
+def test_any_cutting_of_any_text_gives_the_same_calls_and_content(make: Any, text: str, places: list[int]) -> None:
+    content, calls = whole(make, text)
+    assert read(make(NAMES), cut(text, places)) == (content, calls)
+    if not calls:
+        assert content == text
+    rest = iter(text)
+    assert all(char in rest for char in content), "content is the text less the calls"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text(max_size=4),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=12),
+       st.sampled_from([None, 1]), st.booleans())
+def test_the_scanner_takes_every_json_text(value: Any, indent: int | None, ascii_only: bool) -> None:
+    scanner = JsonScanner()
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    assert all(map(scanner.push, text))
+    assert is_object(text) == isinstance(value, dict)
+
+
+@given(st.lists(st.sampled_from(['{"a":', "}", *'{}[],:"\\ue1.-+', "tru", "null", "E5", " ", "\n", "01"]), max_size=9).map("".join))
+def test_the_scanner_takes_objects_and_no_more(text: str) -> None:
+    try:
+        valid = isinstance(json.loads(text), dict)
+    except ValueError:
+        valid = False
+    assert is_object(text) == valid
+
+
+@given(value=st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(max_size=5), max_size=4))
+def test_any_arguments_come_back(value: dict[str, Any]) -> None:
+    arguments = json.dumps(value)
+    text = '<tool_call>{"name": "f", "arguments": ' + arguments + "}</tool_call>"
+    assert whole(Hermes, text) == ("", [("f", arguments)])
+    calls = whole(Pythonic, f"[f(a={value!r})]")[1]
+    assert [json.loads(arguments) for _, arguments in calls] == [{"a": value}]
+
+
+# -- which format -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("template, wanted", [
+    ('return a json object within <tool_call></tool_call> tags', "hermes"),
+    ("<tool_call>\n<function=example_function_name>", None),
+    ('Respond in the format {"name": function name, "parameters": dictionary}. {{- "<|python_tag|>" }} "parameters": ', "llama3_json"),
+    ("in the format of [func_name1(params_name1=params_value1), func_name2(params)]", "pythonic"),
+    ("{{ messages }}", None),
+])
+def test_a_parser_is_guessed_where_the_template_is_clear(template: str, wanted: str | None) -> None:
+    assert guess_parser(template) == wanted
+
+
+# -- reasoning --------------------------------------------------------------------------------------------------------
+
+def split(begin: Beginning, pieces: Sequence[str]) -> tuple[str, str]:
+    splitter = ReasoningSplitter(begin)
+    events = [event for piece in pieces for event in splitter.push(piece)] + splitter.finish()
+    return ("".join(e.text for e in events if isinstance(e, Reasoning)), "".join(e.text for e in events if isinstance(e, Content)))
+
+
+@pytest.mark.parametrize("begin, text, reasoning, content", [
+    ("undecided", "<think>\nhm\n</think>\n\nyes", "hm", "yes"),
+    ("undecided", " yes", "", " yes"),
+    ("undecided", "<think>\n\n</think>\n\nyes", "", "yes"),
+    ("undecided", "<thin", "", "<thin"),
+    ("inside", "hm\n</think>\n\nyes </think>", "hm", "yes </think>"),
+    ("inside", "<think>hm</think>yes", "hm", "yes"),
+    ("inside", "hm, cut of", "hm, cut of", ""),
+    ("answer", "<think>yes</think>", "", "<think>yes</think>"),
+])
+def test_reasoning_is_split_off(begin: Beginning, text: str, reasoning: str, content: str) -> None:
+    assert split(begin, [text]) == (reasoning, content)
+
+
+@given(text=st.lists(st.sampled_from(["<think>", "</think>", "<th", "</", " ", "\n", "a", "b ", ">"]), max_size=10).map("".join),
+       begin=st.sampled_from(["undecided", "inside", "answer"]), places=st.lists(st.integers(0, 60), max_size=10))
+def test_any_cutting_of_any_text_gives_the_same_reasoning(text: str, begin: Beginning, places: list[int]) -> None:
+    reasoning, content = split(begin, [text])
+    assert split(begin, cut(text, places)) == (reasoning, content)
+    if begin == "answer":
+        assert (reasoning, content) == ("", text)
+
+
+@pytest.mark.parametrize("parser, prompt, continued, wanted", [
+    ("qwen3", "<|im_start|>assistant\n", "", "undecided"),
+    ("qwen3", "<|im_start|>assistant\n<think>\n", "", "inside"),
+    ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "", "answer"),
+    ("deepseek_r1", "<|Assistant|>", "", "inside"),
+    ("deepseek_r1", "<|Assistant|></think>", "", "answer"),
+    ("qwen3", "... <think> so", "<think> so", "inside"),
+    ("deepseek_r1", "... well", "well", "answer"),
+])
+def test_the_prompt_says_where_the_output_begins(parser: str, prompt: str, continued: str, wanted: str) -> None:
+    assert beginning(parser, prompt, continued) == wanted

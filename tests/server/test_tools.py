@@ -1,0 +1,382 @@
+"""Tools and reasoning through the official client, with an engine that says what a model would."""
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from minivllm.engine.chat_template import ChatTemplate, built_in_template
+from minivllm.errors import InvalidInput
+from tests.server.scripted import EOS, LiveServer, ScriptedEngine, scripted_server
+
+MODEL = "org/fake-model"
+HELLO: Any = [{"role": "user", "content": "hello"}]
+WEATHER: Any = {"type": "function", "function": {
+    "name": "get_weather", "description": "Weather of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}}
+CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
+TOOLS: Any = [WEATHER, CLOCK]
+PARIS = '{"city": "Paris"}'
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TICK = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}{{ m.content }}{% endfor %}{{ reasoning_effort }}" \
+           "{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %}<think></think>" \
+           "{% elif open %}<think>\n{% endif %}{% endif %}"
+
+
+@dataclass
+class Stage:
+    """A server, a client for it, and what its model will say."""
+
+    engine: ScriptedEngine
+    live: LiveServer
+    api: openai.OpenAI
+
+    def says(self, *texts: str, ends: bool = True) -> None:
+        """Child c of the next requests says texts[c], or the last."""
+        encode = self.engine.tokenizer.encode
+
+        def script(prompt: Any, params: Any, child: int) -> Any:
+            stream = self.engine.tokenizer.stream(prompt)
+            steps = [((t,), stream.push(t)) for t in encode(texts[min(child, len(texts) - 1)], add_special_tokens=False)]
+            return [*steps, ((EOS,), "")] if ends else steps
+
+        self.engine.script = script
+
+    def chat(self, **fields: Any) -> Any:
+        return self.api.chat.completions.create(**{"model": MODEL, "messages": HELLO, **fields})
+
+    @property
+    def prompt(self) -> str:
+        return self.engine.tokenizer.decode(self.engine.seen[-1].prompt)
+
+
+@contextlib.contextmanager
+def stage(folder: Path, template: str, **settings: Any) -> Iterator[Stage]:
+    engine = ScriptedEngine(folder, max_model_len=2048)
+    engine.tokenizer.chat_template = ChatTemplate(template)
+    with scripted_server(engine, **settings) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
+        yield Stage(engine, live, api)
+
+
+@pytest.fixture(scope="module")
+def tools(tokenizer_folder: Path) -> Iterator[Stage]:
+    """A model whose template has tools, in the Hermes format."""
+    with stage(tokenizer_folder, built_in_template("tool_chatml")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def thinker(tokenizer_folder: Path) -> Iterator[Stage]:
+    with stage(tokenizer_folder, THINKING, reasoning_parser="qwen3", trust_request_chat_template=True) as made:
+        yield made
+
+
+@dataclass
+class Joined:
+    """A stream's chunks, put together as clients do."""
+
+    content: str
+    reasoning: str
+    calls: list[tuple[str, str]]
+    finish_reason: str | None
+
+
+def join(chunks: Any, index: int = 0) -> Joined:
+    content = reasoning = ""
+    calls: list[dict[str, str]] = []
+    finish_reason = None
+    for choice in (c for chunk in chunks for c in chunk.choices if c.index == index):
+        assert finish_reason is None, "nothing follows the finish reason"
+        finish_reason = choice.finish_reason
+        content += choice.delta.content or ""
+        thought = (choice.delta.model_extra or {}).get("reasoning")
+        assert thought == (choice.delta.model_extra or {}).get("reasoning_content")
+        reasoning += thought or ""
+        for call in choice.delta.tool_calls or ():
+            if call.id is not None:
+                assert call.index == len(calls) and call.type == "function" and call.function.name
+                calls.append({"id": call.id, "name": call.function.name, "arguments": ""})
+            else:
+                assert call.index == len(calls) - 1 and call.function.name is None
+            calls[call.index]["arguments"] += call.function.arguments
+    assert len({c["id"] for c in calls}) == len(calls)
+    return Joined(content, reasoning, [(c["name"], c["arguments"]) for c in calls], finish_reason)
+
+
+def calls_of(message: Any) -> list[tuple[str, str]]:
+    assert all(c.type == "function" and c.id.startswith("call_") for c in message.tool_calls or ())
+    return [(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
+
+
+# -- calls that the model chooses to make -----------------------------------------------------------------------------
+
+
+def test_the_model_is_told_of_the_tools_and_its_call_is_answered_as_a_call(tools: Stage) -> None:
+    tools.says(CALL)
+    choice = tools.chat(tools=TOOLS).choices[0]
+    assert calls_of(choice.message) == [("get_weather", PARIS)] and choice.message.content is None
+    assert choice.finish_reason == "tool_calls"
+    assert json.dumps(WEATHER) in tools.prompt and '"clock"' in tools.prompt
+    assert tools.prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_parallel_calls_and_content_around_them_are_told_apart_whole_and_streamed(tools: Stage) -> None:
+    tools.says(f"Let me look. {CALL}\n{TICK}")
+    choice = tools.chat(tools=TOOLS, tool_choice="auto").choices[0]
+    wanted = [("get_weather", PARIS), ("clock", "{}")]
+    assert (choice.message.content, calls_of(choice.message)) == ("Let me look.", wanted)
+    streamed = join(tools.chat(tools=TOOLS, stream=True))
+    assert streamed == Joined("Let me look.", "", wanted, "tool_calls")
+
+
+def test_arguments_are_streamed_in_fragments_and_the_name_comes_once(tools: Stage) -> None:
+    tools.says(CALL)
+    deltas = [c for chunk in tools.chat(tools=TOOLS, stream=True) for c in chunk.choices[0].delta.tool_calls or ()]
+    assert [d.function.name for d in deltas] == ["get_weather"] + [None] * (len(deltas) - 1)
+    assert len(deltas) > 5 and all(d.function.arguments for d in deltas[1:])
+
+
+def test_the_clients_own_stream_helper_reads_the_calls(tools: Stage) -> None:
+    tools.says(f"{CALL}{TICK}")
+    with tools.api.chat.completions.stream(model=MODEL, messages=HELLO, tools=TOOLS) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
+    assert calls_of(final.choices[0].message) == [("get_weather", PARIS), ("clock", "{}")]
+
+
+def test_an_answer_without_calls_is_text(tools: Stage) -> None:
+    tools.says("It is <b>sunny</b>.")
+    choice = tools.chat(tools=TOOLS).choices[0]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("It is <b>sunny</b>.", None, "stop")
+    assert join(tools.chat(tools=TOOLS, stream=True)) == Joined("It is <b>sunny</b>.", "", [], "stop")
+
+
+def test_what_is_no_call_of_the_requests_tools_is_content(tools: Stage) -> None:
+    text = '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'
+    tools.says(text)
+    choice = tools.chat(tools=TOOLS).choices[0]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
+    tools.says(CALL)
+    assert tools.chat().choices[0].message.content == CALL, "without tools nothing is parsed"
+
+
+def test_a_call_that_the_length_cuts_off_is_finished_by_length(tools: Stage) -> None:
+    tools.says(CALL[:CALL.index('"Paris')], ends=False)
+    choice = tools.chat(tools=TOOLS).choices[0]
+    assert calls_of(choice.message) == [("get_weather", '{"city": ')] and choice.finish_reason == "length"
+    assert join(tools.chat(tools=TOOLS, stream=True)) == Joined("", "", [("get_weather", '{"city": ')], "length")
+
+
+def test_without_parallel_calls_only_the_first_is_told(tools: Stage) -> None:
+    tools.says(f"{CALL}{TICK}")
+    assert calls_of(tools.chat(tools=TOOLS, parallel_tool_calls=False).choices[0].message) == [("get_weather", PARIS)]
+    assert join(tools.chat(tools=TOOLS, parallel_tool_calls=False, stream=True)).calls == [("get_weather", PARIS)]
+
+
+def test_with_tool_choice_none_the_model_knows_of_no_tools(tools: Stage) -> None:
+    tools.says(CALL)
+    choice = tools.chat(tools=TOOLS, tool_choice="none").choices[0]
+    assert choice.message.content == CALL and choice.message.tool_calls is None and "clock" not in tools.prompt
+
+
+def test_several_choices_are_read_separately_with_log_probabilities(tools: Stage) -> None:
+    tools.says(CALL, "No need.", f"So: {TICK}")
+    wanted = [(None, [("get_weather", PARIS)], "tool_calls"), ("No need.", [], "stop"), ("So:", [("clock", "{}")], "tool_calls")]
+    fields: dict[str, Any] = {"tools": TOOLS, "n": 3, "logprobs": True, "top_logprobs": 1, "extra_body": {"return_token_ids": True}}
+    whole = tools.chat(**fields)
+    assert [(c.message.content, calls_of(c.message), c.finish_reason) for c in whole.choices] == wanted
+    chunks = list(tools.chat(**fields, stream=True, stream_options={"include_usage": True}))
+    for i, (content, calls, reason) in enumerate(wanted):
+        assert join(chunks, i) == Joined(content or "", "", calls, reason)
+        mine = [c for chunk in chunks for c in chunk.choices if c.index == i]
+        entries = [e for c in mine if c.logprobs for e in c.logprobs.content or ()]
+        assert entries == whole.choices[i].logprobs.content and len(entries) > 3
+        assert [t for c in mine for t in (c.model_extra or {}).get("token_ids", ())] == whole.choices[i].model_extra["token_ids"]
+    assert chunks[-1].usage == whole.usage
+
+
+# -- calls and results sent back --------------------------------------------------------------------------------------
+
+
+def test_an_answer_with_calls_can_be_sent_back_as_it_came_with_the_results(tools: Stage) -> None:
+    tools.says(f"Let me look. {CALL}{TICK}")
+    answer = tools.chat(tools=TOOLS).choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": f"result {i}"} for i, call in enumerate(answer.tool_calls)]
+    tools.says("Sunny.")
+    tools.chat(tools=TOOLS, messages=[*HELLO, answer.model_dump(), *results])
+    assert f"<|im_start|>assistant\nLet me look.\n{CALL}\n{TICK}<|im_end|>\n" in tools.prompt
+    responses = "\n".join(f"<tool_response>\nresult {i}\n</tool_response>" for i in range(2))
+    assert f"<|im_start|>user\n{responses}<|im_end|>\n" in tools.prompt
+
+
+def test_templates_are_given_arguments_as_objects_and_results_the_name_of_their_function(tokenizer_folder: Path) -> None:
+    with stage(tokenizer_folder, "{{ messages | tojson }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}{{ tools }}") as made:
+        messages: Any = [*HELLO, {"role": "assistant", "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": PARIS}, "index": 0},
+            {"id": "b", "type": "function", "function": {"name": "clock", "arguments": ""}},
+        ]}, {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "noon"}]}]
+        made.chat(messages=messages, tools=TOOLS, tool_choice="none")
+        written = json.JSONDecoder().raw_decode(made.prompt)[0]
+        assert written[1]["content"] == "" and [c["function"]["arguments"] for c in written[1]["tool_calls"]] == [{"city": "Paris"}, {}]
+        assert written[2] == {"role": "tool", "content": "noon", "tool_call_id": "b", "name": "clock"}
+        assert made.prompt.endswith("None"), "no tools with tool_choice none"
+
+
+# -- the functions of 2023 --------------------------------------------------------------------------------------------
+
+
+def test_functions_are_answered_in_their_own_form_and_taken_back(tools: Stage) -> None:
+    functions: Any = [WEATHER["function"]]
+    tools.says(f"{CALL}{CALL}")
+    choice = tools.chat(functions=functions, function_call="auto").choices[0]
+    assert choice.finish_reason == "function_call" and choice.message.tool_calls is None and choice.message.content is None
+    assert (choice.message.function_call.name, choice.message.function_call.arguments) == ("get_weather", PARIS)
+    deltas = [c.choices[0].delta.function_call for c in tools.chat(functions=functions, stream=True) if c.choices[0].delta.function_call]
+    assert [d.name for d in deltas] == ["get_weather"] + [None] * (len(deltas) - 1)
+    assert "".join(d.arguments for d in deltas) == PARIS
+    result = {"role": "function", "name": "get_weather", "content": "sunny"}
+    tools.chat(functions=functions, messages=[*HELLO, choice.message.model_dump(), result])
+    assert CALL in tools.prompt and "<tool_response>\nsunny\n" in tools.prompt
+
+
+# -- which format -----------------------------------------------------------------------------------------------------
+
+BARE = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ tools }}"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("llama3_json", '{"name": "get_weather", "parameters": {"city": "Paris"}}; {"name": "clock", "parameters": {}}'),
+    ("pythonic", "[get_weather(city='Paris'), clock()]"),
+    ("hermes", CALL + TICK),
+])
+def test_the_format_can_be_set(tokenizer_folder: Path, name: str, text: str) -> None:
+    with stage(tokenizer_folder, BARE, tool_call_parser=name, enable_auto_tool_choice=True) as made:
+        made.says(text)
+        wanted = [("get_weather", PARIS), ("clock", "{}")]
+        assert calls_of(made.chat(tools=TOOLS).choices[0].message) == wanted
+        assert join(made.chat(tools=TOOLS, stream=True)).calls == wanted
+
+
+def test_auto_without_a_known_format_is_refused_and_says_which_flag_helps(tokenizer_folder: Path) -> None:
+    with stage(tokenizer_folder, BARE) as made, pytest.raises(openai.BadRequestError, match="--tool-call-parser hermes"):
+        made.chat(tools=TOOLS)
+    with pytest.raises(InvalidInput, match="--tool-call-parser"), stage(tokenizer_folder, BARE, enable_auto_tool_choice=True):
+        pass
+
+
+def test_auto_can_be_turned_off(tokenizer_folder: Path) -> None:
+    with stage(tokenizer_folder, built_in_template("tool_chatml"), enable_auto_tool_choice=False) as made:
+        with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
+            made.chat(tools=TOOLS)
+        made.chat(tools=TOOLS, tool_choice="none")
+
+
+def test_a_template_without_tools_refuses_them_and_says_what_helps(tokenizer_folder: Path) -> None:
+    with stage(tokenizer_folder, "{% for m in messages %}{{ m.content }}{% endfor %}") as made:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="tool_chatml") as refused:
+                made.chat(tools=TOOLS, stream=stream)
+            assert refused.value.param == "tools"
+        made.chat(tools=TOOLS, tool_choice="none")
+
+
+def test_marks_that_are_special_tokens_reach_the_parser(tokenizer_folder: Path) -> None:
+    from tokenizers import AddedToken
+
+    from minivllm.engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_folder)
+    tokenizer._backend.add_special_tokens([AddedToken("<tool_call>", special=True)])
+    tokenizer._special_ids |= {tokenizer._backend.token_to_id("<tool_call>")}
+    engine = ScriptedEngine(tokenizer_folder, max_model_len=2048)
+    engine.tokenizer = tokenizer
+    tokenizer.chat_template = ChatTemplate(built_in_template("tool_chatml"))
+    with scripted_server(engine) as live:
+        httpx.post(live.url + "/v1/chat/completions", json={"messages": HELLO, "tools": TOOLS})
+        assert engine.seen[-1].params.skip_special_tokens is False
+        httpx.post(live.url + "/v1/chat/completions", json={"messages": HELLO})
+        assert engine.seen[-1].params.skip_special_tokens is True
+
+
+# -- reasoning --------------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_is_split_off_whole_and_streamed(thinker: Stage) -> None:
+    thinker.says("<think>\nHm. Yes.\n</think>\n\nParis.")
+    message = thinker.chat().choices[0].message
+    assert message.content == "Paris." and message.model_extra["reasoning"] == message.model_extra["reasoning_content"] == "Hm. Yes."
+    assert join(thinker.chat(stream=True)) == Joined("Paris.", "Hm. Yes.", [], "stop")
+
+
+def test_a_template_that_opens_the_tag_begins_inside(thinker: Stage) -> None:
+    thinker.says("Hm.</think>Paris.")
+    fields: Any = {"extra_body": {"chat_template_kwargs": {"open": True}}}
+    message = thinker.chat(**fields).choices[0].message
+    assert (message.content, message.model_extra["reasoning"]) == ("Paris.", "Hm.")
+    assert join(thinker.chat(stream=True, **fields)) == Joined("Paris.", "Hm.", [], "stop")
+    thinker.says("Hm, cut", ends=False)
+    choice = thinker.chat(**fields).choices[0]
+    assert (choice.message.content, choice.message.model_extra["reasoning"], choice.finish_reason) == (None, "Hm, cut", "length")
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_effort": "none", "extra_body": {"chat_template": THINKING.replace("_effort", "")}},
+                                    {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}], ids=["effort", "kwargs"])
+def test_a_model_told_not_to_think_only_answers(thinker: Stage, fields: Any) -> None:
+    thinker.says("Paris.</think>")
+    assert thinker.chat(**fields).choices[0].message.content == "Paris.</think>"
+    assert thinker.prompt.endswith("<think></think>")
+
+
+def test_reasoning_can_be_left_out(thinker: Stage) -> None:
+    thinker.says("<think>Hm.</think>Paris.")
+    message = thinker.chat(extra_body={"include_reasoning": False}).choices[0].message
+    assert (message.content, message.model_extra["reasoning"]) == ("Paris.", None)
+    assert join(thinker.chat(stream=True, extra_body={"include_reasoning": False})) == Joined("Paris.", "", [], "stop")
+
+
+def test_the_template_is_given_the_effort_and_earlier_reasoning(thinker: Stage) -> None:
+    messages: Any = [*HELLO, {"role": "assistant", "content": "a", "reasoning": "because "}, *HELLO]
+    thinker.says("x")
+    thinker.chat(messages=messages, reasoning_effort="low")
+    assert thinker.prompt == "[user]hello[assistant]because a[user]hellolow[assistant]"
+
+
+def test_what_no_template_variable_takes_is_named_as_ignored(thinker: Stage) -> None:
+    body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinkin": False, "open": False}}
+    response = httpx.post(thinker.live.url + "/v1/chat/completions", json=body)
+    assert response.headers["x-minivllm-ignored"] == "chat_template_kwargs.enable_thinkin"
+
+
+def test_reasoning_that_a_template_leaves_out_is_named_as_ignored(tools: Stage) -> None:
+    body = {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}, *HELLO]}
+    response = httpx.post(tools.live.url + "/v1/chat/completions", json=body)
+    assert response.headers["x-minivllm-ignored"] == "messages.0.reasoning_content"
+
+
+def test_a_request_may_bring_its_template_where_the_server_trusts_it(thinker: Stage, tools: Stage) -> None:
+    thinker.says("x")
+    thinker.chat(extra_body={"chat_template": "mine: {{ messages[0].content }}"})
+    assert thinker.prompt == "mine: hello"
+    with pytest.raises(openai.BadRequestError, match="not valid Jinja"):
+        thinker.chat(extra_body={"chat_template": "{% if"})
+    with pytest.raises(openai.BadRequestError, match="--trust-request-chat-template"):
+        tools.chat(extra_body={"chat_template": "mine"})
+
+
+def test_reasoning_and_calls_are_read_together_and_no_call_is_made_in_thought(tokenizer_folder: Path) -> None:
+    with stage(tokenizer_folder, built_in_template("tool_chatml"), reasoning_parser="deepseek_r1") as made:
+        made.says(f"I could {TICK}, but\n</think>\n\nSo: {CALL}")
+        choice = made.chat(tools=TOOLS).choices[0]
+        assert choice.message.model_extra["reasoning"] == f"I could {TICK}, but"
+        assert (choice.message.content, calls_of(choice.message)) == ("So:", [("get_weather", PARIS)])
+        assert join(made.chat(tools=TOOLS, stream=True)) == Joined("So:", f"I could {TICK}, but", [("get_weather", PARIS)], "tool_calls")
