@@ -190,7 +190,13 @@ class Frontend:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
-        defaults = self.defaults if reading is None else {**self.defaults, **reading.sampling()}
+        defaults = {**self.defaults, **({} if reading is None else reading.sampling())}
+        structure = body.structure()
+        if structure is not None:
+            if "structured_outputs" in defaults:
+                where = structure.where
+                raise InvalidInput(f"the tool choice already says what the output must look like: leave {where} out", where)
+            defaults["structured_outputs"] = structure
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),

@@ -4,11 +4,13 @@ The model is a tiny random one, which would never write JSON by itself: every va
 """
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm import LLM, InvalidInput, SamplingParams, StructuredOutputs
+from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan
 from minivllm.engine import grammar
+from minivllm.engine.client import ThreadClient
 from minivllm.engine.grammar import GrammarCompiler, fill_masks
+from minivllm.engine.loop import AddRequest
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.models.hub import ModelFiles
 from minivllm.outputs import CompletionOutput, OutputDelta
@@ -317,6 +322,48 @@ def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_dropped(folde
         compiler.compile(wanted)
         assert compiler.knows(wanted)
     assert compiled == ["a", "b", "c", "b"]
+
+
+def test_steps_go_on_while_a_grammar_is_compiled_and_an_abort_does_not_wait_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, gate, begun = grammar._compile, threading.Event(), threading.Semaphore(0)
+
+    def slow(*args: Any) -> Any:
+        begun.release()
+        gate.wait()
+        return compile_(*args)
+
+    monkeypatch.setattr(grammar, "_compile", slow)
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", max_model_len=200, num_gpu_blocks_override=100)
+    client = ThreadClient.start(config)
+
+    async def text(name: str, **params: Any) -> tuple[str, str | None]:
+        deltas: list[OutputDelta] = []
+        async for new in client.generate(AddRequest(request_id=name, prompt_token_ids=(5, 6), params=SamplingParams(**params))):
+            deltas += new
+        return "".join(d.text for d in deltas), deltas[-1].finish_reason
+
+    async def scenario() -> None:
+        waiting, bad, gone = (
+            asyncio.create_task(text(regex, structured_outputs={"regex": regex}, n=2 if regex == "gone" else 1))
+            for regex in ("ok", "a(", "gone"))
+        for _ in range(2):  # there are two compiling threads
+            await asyncio.to_thread(begun.acquire)
+        assert await text("plain", ignore_eos=True, max_tokens=20, detokenize=False) == ("", "length")
+        assert not (waiting.done() or bad.done() or gone.done())
+        client.abort("gone")
+        assert await gone == ("", "abort")
+        gate.set()
+        assert await waiting == ("ok", "stop")
+        with pytest.raises(InvalidInput, match="structured_outputs"):
+            await bad
+        assert await text("gone", structured_outputs={"regex": "back"}) == ("back", "stop")
+
+    try:
+        asyncio.run(scenario())
+        assert client.stats().used_blocks == 0
+    finally:
+        gate.set()
+        client.close()
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
