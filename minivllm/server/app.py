@@ -32,6 +32,7 @@ from minivllm.server.door import Door
 from minivllm.server.errors import ApiError, context_error, engine_dead, json_response, shorten, to_api_error
 from minivllm.server.generation import GenerationResponse, Running
 from minivllm.server.logprobs import NoNames, TokenNames
+from minivllm.server.page import add_page
 from minivllm.server.protocol import (
     IGNORED_HEADER,
     ChatRequest,
@@ -285,6 +286,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     _add_generation(app, frontend)
     _add_queries(app, frontend)
     add_control(app, frontend, _body_of)
+    add_page(app, frontend)
     _add_errors(app)
     return app
 
