@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -24,6 +24,7 @@ from minivllm.engine.client import AddRequest, EngineClient
 from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
+from minivllm.sampling_params import SamplingParams
 from minivllm.server.answers import Answer, CompletionAnswer, Job
 from minivllm.server.chat import Chats
 from minivllm.server.config import ServerConfig
@@ -190,17 +191,12 @@ class Frontend:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
-        defaults = {**self.defaults, **({} if reading is None else reading.sampling())}
         structure = body.structure()
-        if structure is not None:
-            if "structured_outputs" in defaults:
-                where = structure.where
-                raise InvalidInput(f"the tool choice already says what the output must look like: leave {where} out", where)
-            defaults["structured_outputs"] = structure
+        defaults = self.defaults if structure is None else {**self.defaults, "structured_outputs": structure}
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
-                params=body.sampling(defaults, self._output_limit(body, len(prompt), default_output)),
+                params=_params(body, defaults, self._output_limit(body, len(prompt), default_output), reading),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
             )
             for i, prompt in enumerate(prompts)
@@ -273,6 +269,11 @@ class Frontend:
             if not 0 <= token < vocabulary:
                 raise InvalidInput(f"tokens must be ids from 0 to {vocabulary - 1}, got {token}", "tokens")
         return json_response({"prompt": await self.off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))})
+
+
+def _params(body: GenerationRequest, defaults: Mapping[str, Any], max_tokens: int, reading: Reading | None) -> SamplingParams:
+    params = body.sampling(defaults, max_tokens)
+    return params if reading is None else reading.apply(params)
 
 
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:
