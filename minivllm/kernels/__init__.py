@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope
+from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Ops:
     relu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
+    sample: Callable[..., Tensor]
 
 
 REFERENCE = Ops(
@@ -61,6 +62,7 @@ REFERENCE = Ops(
     relu=activation.relu,
     gelu=activation.gelu,
     gelu_tanh=activation.gelu_tanh,
+    sample=sampling.sample,
 )
 
 
@@ -82,4 +84,5 @@ def select(device: torch.device) -> Ops:
         add_rms_norm=triton.norm.add_rms_norm,
         apply_rope=triton.rope.apply_rope,
         silu_and_mul=triton.activation.silu_and_mul,
+        sample=triton.sampling.sample,
     )

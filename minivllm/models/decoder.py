@@ -98,11 +98,12 @@ class Decoder:
         return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] fp32."""
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] in `dtype`; None: as the head leaves them."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        return self.head(hidden).float()
+        logits = self.head(hidden)
+        return logits if dtype is None else logits.to(dtype)
 
     def _prepare(self, batch: InputBatch, block_size: int) -> StepContext:
         spec = self.spec
