@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from minivllm.outputs import CompletionOutput as CompletionOutput
     from minivllm.outputs import RequestOutput as RequestOutput
     from minivllm.sampling_params import SamplingParams as SamplingParams
+    from minivllm.sampling_params import StructuredOutputs as StructuredOutputs
+    from minivllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,8 @@ _HOME = {
     "LLMEngine": "minivllm.engine.engine",
     "RequestOutput": "minivllm.outputs",
     "SamplingParams": "minivllm.sampling_params",
+    "StructuredOutputs": "minivllm.sampling_params",
+    "StructuredOutputsParams": "minivllm.sampling_params",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -47,6 +47,7 @@ class OutputDelta(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, if asked for
     metrics: RequestMetrics | None = None  # with the last delta
     error: str | None = None
+    error_param: str | None = None  # the field of the request that is to blame, if one is
 
 
 @dataclass(slots=True)

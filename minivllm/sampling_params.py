@@ -6,6 +6,7 @@ unchanged. Field names and defaults are vLLM's; ranges are the OpenAI API's wher
 from __future__ import annotations
 
 import dataclasses
+import json as jsonlib
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,15 @@ MAX_STRINGS = 1024
 MAX_STRING = 1024  # characters of one
 MAX_CHARACTERS = 16_384  # of all together
 MAX_BIASES = 4096  # entries of logit_bias, which are added at every token
+MAX_GRAMMAR = 1 << 17  # characters of a JSON schema, a grammar, or all choices together
+MAX_REGEX = 1 << 14  # characters
+# What may stand between the tokens of JSON, unless the request says otherwise: a space, or a new line and its indentation.
+# Free white space is a trap for small models, which then write nothing else until their tokens are used up.
+JSON_WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
+MAX_NESTING = 64  # JSON objects and arrays inside one another in a schema
 
 _NOT_YET = {
-    "structured_outputs": "structured output",
-    "guided_decoding": "structured output",
+    "guided_decoding": "the older name of structured_outputs",
     "best_of": "best_of",
     "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
     "logits_processors": "Python logits processors",
@@ -56,6 +62,124 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the whole output must look like: exactly one of the first five fields (vLLM's names). Raises `InvalidInput`.
+
+    Checked here: type, size, nesting. Whether a grammar can be compiled the engine says when the request comes in.
+    """
+
+    json: str | Mapping[str, Any] | None = None  # a JSON schema; kept as its text
+    regex: str | None = None  # the whole output matches it; Rust's regex syntax without look-around, \d is 0 to 9
+    choice: Sequence[str] | None = None  # one of these
+    grammar: str | None = None  # in llguidance's dialect of Lark, or GBNF
+    json_object: bool | None = None  # any JSON object
+    disable_any_whitespace: bool = False  # JSON on one line, without spaces
+    whitespace_pattern: str | None = None  # a regex: what may stand between the tokens of JSON
+    origin: str = field(default="structured_outputs", repr=False, compare=False)  # what errors call it: a server has several names
+
+    def __post_init__(self) -> None:
+        given = [name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False]
+        if len(given) != 1:
+            said = ", ".join(given) or "none"
+            raise InvalidInput(f"{self.origin} needs exactly one of {', '.join(STRUCTURES)}, got {said}", self.origin)
+        where = self.where
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json, where))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice, where))
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if getattr(self, name) is not None:
+                _pattern(getattr(self, name), where if name in given else f"{self.origin}.{name}", _LONGEST[name])
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise InvalidInput(f"{name} must be true or false, got {getattr(self, name)!r}", f"{self.origin}.{name}")
+        if (self.whitespace_pattern is not None or self.disable_any_whitespace) and self.kind not in ("json", "json_object"):
+            raise InvalidInput(f"whitespace settings are for JSON, and {self.origin} asks for {self.kind}: leave them out", self.origin)
+        if self.whitespace_pattern is not None and self.disable_any_whitespace:
+            raise InvalidInput("whitespace_pattern and disable_any_whitespace exclude each other: leave one out", self.origin)
+
+    @classmethod
+    def of(cls, value: StructuredOutputsParams | Mapping[str, Any]) -> StructuredOutputsParams:
+        """From an object, or from a dict with the same names."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise InvalidInput(f"structured_outputs must be StructuredOutputsParams or a dict, got {reprlib.repr(value)}",
+                               "structured_outputs")
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "origin"]
+        for name in value:
+            if name not in known:
+                raise InvalidInput(f"unknown field {name!r} in structured_outputs{nearest(str(name), known)}", "structured_outputs")
+        return cls(**value)
+
+    @property
+    def kind(self) -> str:
+        """Which of the five it is."""
+        return next(name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False)
+
+    @property
+    def where(self) -> str:
+        """What errors call the field that was given. (A dotted origin, or a legacy name such as guided_json, is that field.)"""
+        return f"{self.origin}.{self.kind}" if self.origin == "structured_outputs" else self.origin
+
+
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
+_LONGEST = {"regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "whitespace_pattern": 256}
+StructuredOutputs = StructuredOutputsParams
+
+
+def _pattern(value: Any, where: str, longest: int) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidInput(f"{where} must be a non-empty string, got {reprlib.repr(value)}", where)
+    if len(value) > longest:
+        raise InvalidInput(f"{where} has {len(value)} characters, and at most {longest} are allowed: make it shorter", where)
+    _unicode(value, where)
+
+
+def _unicode(value: str, where: str) -> None:
+    if not value.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        raise InvalidInput(f"{where} holds a lone surrogate, which is not Unicode text: correct it", where)
+
+
+def _choices(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or not value:
+        raise InvalidInput(f"{where} must be a non-empty list of strings, got {reprlib.repr(value)}", where)
+    for choice in value:
+        if not isinstance(choice, str) or not choice:
+            raise InvalidInput(f"{where} must hold non-empty strings, got {reprlib.repr(choice)}", where)
+        _unicode(choice, where)
+    size = sum(map(len, value))
+    if size > MAX_GRAMMAR:
+        raise InvalidInput(f"{where} has {size} characters, and at most {MAX_GRAMMAR} are allowed: leave some out", where)
+    return tuple(value)
+
+
+def _schema_text(value: Any, where: str) -> str:
+    """The schema as JSON text, keys in their order: generated objects have it too."""
+    if isinstance(value, str):
+        if len(value) > MAX_GRAMMAR:
+            raise InvalidInput(f"{where} has {len(value)} characters, and at most {MAX_GRAMMAR} are allowed: make it shorter", where)
+        try:
+            value = jsonlib.loads(value)
+        except (ValueError, RecursionError):
+            raise InvalidInput(f"{where} is not valid JSON: correct it", where) from None
+    if not isinstance(value, Mapping):
+        raise InvalidInput(f"{where} must be a JSON schema (an object), got {reprlib.repr(value)}", where)
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        level = [item for part in level for item in (part.values() if isinstance(part, Mapping) else part)
+                 if isinstance(item, (Mapping, list, tuple))]
+    if level:
+        raise InvalidInput(f"{where} is nested deeper than {MAX_NESTING} levels: use $defs and $ref, or make it flatter", where)
+    try:
+        text = jsonlib.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{where} is not plain JSON ({error}): correct it", where) from None
+    _pattern(text, where, MAX_GRAMMAR)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling settings of one request. Raises `InvalidInput` naming the field, the value and the range."""
 
@@ -81,6 +205,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # only these may be generated
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None  # what the output must look like; a dict with its fields will do
     truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: as many as leave room for the output
 
     # Filled by the engine, which knows the tokenizer: token sequences of `bad_words`.
@@ -135,6 +260,8 @@ class SamplingParams:
                                "truncate_prompt_tokens")
         if self.stop and not self.detokenize:
             raise InvalidInput("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on", "stop")
+        if self.structured_outputs is not None:
+            put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if self.logit_bias is not None:
             put("logit_bias", self._bias(self.logit_bias))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 EVERYBODY = ("minivllm",)  # the package itself, for its version and its lazy names
 
-# Third parties that only these folders may import.
+# Third parties that only these folders or files may import.
 CONFINED = {
     "triton": "minivllm.kernels.triton",
     "fastapi": "minivllm.server",
@@ -70,6 +70,7 @@ CONFINED = {
     "pydantic": "minivllm.server",
     "pydantic_core": "minivllm.server",
     "uvicorn": "minivllm.server",
+    "llguidance": "minivllm.engine.grammar",
 }
 STANDARD_LIBRARY_ONLY = ("errors", "sampling_params", "config", "families", "outputs", "core", "planning")
 OUTSIDE = ("lessons", "notebooks", "bench", "tests")  # they import the package, never the other way round
@@ -199,7 +200,7 @@ def test_the_engine_imports_without_the_servers_packages_and_without_gguf() -> N
     modules = [name for name in sources() if unit(name) not in ("server", "entrypoints", "__main__") and not is_triton(name)]
     code = f"""
 import importlib, sys
-for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton"):
+for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton", "llguidance"):
     sys.modules[blocked] = None
 for module in {[m for m in modules if m != "minivllm.__init__"]}:
     importlib.import_module(module)
@@ -240,6 +241,7 @@ CLEAN = {"minivllm.core.plan": "import dataclasses", "minivllm.core.scheduler": 
     ("minivllm.kernels.reference.norm", "import triton", "only minivllm.kernels.triton may"),
     ("minivllm.kernels.triton_extra", "import triton.language as tl", "only minivllm.kernels.triton may"),
     ("minivllm.engine.client", "from pydantic import BaseModel", "only minivllm.server may"),
+    ("minivllm.server.app", "import llguidance", "only minivllm.engine.grammar may"),
     ("minivllm.server.app", "from minivllm.worker.batch import Rows", "may not import minivllm.worker.batch"),
     ("minivllm.server.app", "from minivllm.core.scheduler import Scheduler", "may not import minivllm.core.scheduler"),
     ("minivllm.engine.llm", "from tests.models.tiny import load", "does not know what is built on it"),

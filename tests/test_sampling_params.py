@@ -39,7 +39,7 @@ def test_an_unknown_name_gets_the_nearest_known_one_and_a_known_absent_one_says_
     with pytest.raises(InvalidInput, match="did you mean 'temperature'"):
         SamplingParams.from_kwargs(temprature=1.0)
     with pytest.raises(NotSupportedYet, match="not supported yet"):
-        SamplingParams.from_kwargs(structured_outputs={})
+        SamplingParams.from_kwargs(best_of=2)
 
 
 def test_forms_that_mean_the_same_become_the_same() -> None:

@@ -117,7 +117,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The detokenizer's verdict on one sample: keep this many of the result's tokens; `matched` is the stop string found."""
+    """The engine's verdict on one sample: it ends with this many of the result's tokens, because of what the core cannot see.
+
+    `matched` is the stop string that was found; None: the output's grammar is complete.
+    """
 
     keep: int
-    matched: str
+    matched: str | None

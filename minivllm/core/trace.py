@@ -25,14 +25,15 @@ from minivllm.core.plan import BlockCopy, BlockMove, RowAdmission, StepPlan, Ste
 from minivllm.core.request import NewRequest, Progress
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.errors import InvalidInput
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 VERSION = 1
 
 # -- lines -----------------------------------------------------------------------------------------------------------------
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (
-    SchedulerConfig, NewRequest, SamplingParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult, TokenLogprobs, Stop)}
+    SchedulerConfig, NewRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
+    TokenLogprobs, Stop)}
 _DEFAULTS = {name: {f.name: f.default for f in dataclasses.fields(c)} for name, c in _CLASSES.items()}
 
 

@@ -19,6 +19,8 @@ from minivllm.engine.tokenizer import TextStream, Tokenizer
 from minivllm.outputs import FinishReason
 from minivllm.sampling_params import SamplingParams
 
+NO_STOPS: Mapping[int, Stop] = {}
+
 
 class StopMatcher:
     """Searches a growing text for stop strings: O(1) amortised per character and stop string, whatever their lengths."""
@@ -157,13 +159,18 @@ class Detokenizer:
         stream = self._tokenizer.stream(prompt_token_ids, params.skip_special_tokens)
         self._sequences[sequence_id] = _Sequence(stream, params, ending, max_tokens, first_step)
 
-    def scan(self, plan: StepPlan, result: StepResult) -> Mapping[int, Stop]:
-        """Stops by sample index. A sequence that has ended since the plan was made is not known any more and is skipped."""
+    def scan(self, plan: StepPlan, result: StepResult, ended: Mapping[int, Stop] = NO_STOPS) -> Mapping[int, Stop]:
+        """Stops by sample index. A sequence that has ended since the plan was made is not known any more and is skipped.
+
+        `ended`: samples that end by their grammar, with the tokens to keep; a stop string found in those goes before.
+        """
         stops: dict[int, Stop] = {}
         for i, (sequence_id, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
             sequence = self._sequences.get(sequence_id)
             if sequence is None or plan.step_id < sequence.first_step:
                 continue
+            if i in ended:
+                tokens = tokens[: ended[i].keep]
             if (stop := sequence.push(tokens)) is not None:
                 stops[i] = stop
         return stops

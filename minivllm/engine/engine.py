@@ -1,8 +1,8 @@
 """`LLMEngine`: the straight line from requests to outputs, one step at a time.
 
-    add_request ─▶ scheduler ┐
-                             │ schedule() ─▶ plan ─▶ executor.launch, .sample ─▶ in flight ─┐   (ahead: at most depth + 1)
-    OutputDelta ◀─ assemble ◀┴ update() ◀─ stops ◀─ detokenizer.scan ◀──── result ◀─ wait ──┘
+    add_request ─▶ scheduler ┐                               ┌ masks ◀─ grammars
+                             │ schedule() ─▶ plan ─▶ launch ─┴▶ sample ─▶ in flight ──────────┐   (ahead: at most depth + 1)
+    OutputDelta ◀─ assemble ◀┴ update() ◀─ stops ◀─ detokenizer, grammars ◀─ result ◀─ wait ──┘
 
 `step()` first launches what may be planned ahead, then waits for the oldest plan, so that with depth 1 the device already has
 its next step while the host looks at this one. The engine owns no thread and no loop: whoever calls `step()` is the loop.
@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from minivllm.config import EngineConfig
@@ -22,6 +23,7 @@ from minivllm.core.request import NewRequest, Progress, sequence_id
 from minivllm.core.scheduler import Scheduler
 from minivllm.core.trace import RecordingScheduler
 from minivllm.engine.detokenizer import Detokenizer
+from minivllm.engine.grammar import GrammarCompiler, Grammars
 from minivllm.engine.loop import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.prompts import Prompt, check_params, check_prompt, read_prompt, truncate
@@ -83,6 +85,8 @@ class LLMEngine:
         self._depth = planning_depth
         self._clock = clock
         self._detokenizer = Detokenizer(tokenizer, info.eos_token_ids)
+        self._compiler = GrammarCompiler(tokenizer, info.eos_token_ids)
+        self._grammars = Grammars(self._compiler)
         self._requests: dict[str, _Request] = {}
         self._owner: dict[str, str] = {}  # sequence id -> request id
         self._inflight: deque[tuple[StepPlan, Pending]] = deque()
@@ -121,13 +125,26 @@ class LLMEngine:
         token_ids = tuple(truncate(every, params.truncate_prompt_tokens, self.max_model_len, params.max_tokens))
         check_prompt(token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
         params = check_params(params, self.tokenizer, self.vocab_size)
+        wanted = params.structured_outputs
+        if wanted is not None and beams:
+            raise InvalidInput("beam search with structured_outputs is not supported: leave one of them out", "structured_outputs")
+        start = None if wanted is None else self._compiler.compile(wanted)
         arrival = self._clock() if arrival_time is None else arrival_time
         self.scheduler.add(NewRequest(
             request_id=request_id, prompt_token_ids=token_ids, params=params, seed=self._seed_for(params), arrival_time=arrival,
             eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=salt if cache_salt is None else cache_salt, beam_search=beams,
+            needs_result_each_step=start is not None,
         ))
         self._num_added += 1
         self._remember(request_id, token_ids, params, arrival)
+        if start is not None:
+            for name in self._sequence_ids(request_id, params):
+                self._grammars.add(name, start, self._next_step)
+
+    def preparation(self, params: SamplingParams) -> Callable[[], object] | None:
+        """What `add_request` would compile first, if anything: callable on another thread, so that steps go on meanwhile."""
+        wanted = params.structured_outputs
+        return None if wanted is None or self._compiler.knows(wanted) else partial(self._compiler.compile, wanted)
 
     @staticmethod
     def _sequence_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
@@ -174,7 +191,9 @@ class LLMEngine:
         self.scheduler.abort(request_id)
         return [self._end(request_id, request, index, "abort") for index in sorted(request.sequences)]
 
-    def _end(self, request_id: str, request: _Request, index: int, reason: FinishReason) -> OutputDelta:
+    def _end(
+        self, request_id: str, request: _Request, index: int, reason: FinishReason, error: str | None = None, param: str | None = None,
+    ) -> OutputDelta:
         """The last delta of a child that ends without a token."""
         text = self._detokenizer.take(request.sequences[index], reason)
         metrics = RequestMetrics(
@@ -182,10 +201,13 @@ class LLMEngine:
             finished_time=self._clock(),
         )
         self._forget(request_id, request, index)
-        return OutputDelta(request_id=request_id, index=index, token_ids=(), text=text, finish_reason=reason, metrics=metrics)
+        return OutputDelta(request_id=request_id, index=index, token_ids=(), text=text, finish_reason=reason, metrics=metrics,
+                           error=error, error_param=param)
 
     def _forget(self, request_id: str, request: _Request, index: int) -> None:
-        del self._owner[request.sequences.pop(index)]
+        name = request.sequences.pop(index)
+        del self._owner[name]
+        self._grammars.forget(name)
         if not request.sequences:
             del self._requests[request_id]
 
@@ -210,7 +232,9 @@ class LLMEngine:
 
     def _launch(self, plan: StepPlan) -> Pending:
         try:
-            return self.executor.sample(self.executor.launch(plan))
+            handle = self.executor.launch(plan)
+            masks = self._grammars.masks(plan)  # on a GPU the step runs meanwhile
+            return self.executor.sample(handle, masks)
         except Exception as error:
             return _Failed(plan.step_id, error)
 
@@ -226,12 +250,29 @@ class LLMEngine:
         if result.error is not None:
             self._num_failed += 1
             stops = {}
+            failed = []
         else:
-            stops = dict(self._detokenizer.scan(plan, result))
+            stops = self._grammars.advance(plan, result)
+            failed = self._end_failed()
+            stops |= self._detokenizer.scan(plan, result, stops)
             self._collect_prompt_logprobs(plan, result)
         now = self._clock()
         done = self.scheduler.update(plan, result, stops, now)
-        return [self._assemble(progress, result, now) for progress in done if progress.request_id in self._requests]
+        return failed + [self._assemble(progress, result, now) for progress in done if progress.request_id in self._requests]
+
+    def _end_failed(self) -> list[OutputDelta]:
+        """A request whose grammar could not be followed ends, all children; nobody else notices."""
+        deltas: list[OutputDelta] = []
+        for name, why in self._grammars.take_failed().items():
+            request_id = self._owner.get(name)
+            if request_id is None:
+                continue  # it ended with a sibling
+            request = self._requests[request_id]
+            assert request.params.structured_outputs is not None
+            self.scheduler.abort(request_id)
+            field = request.params.structured_outputs.where
+            deltas += [self._end(request_id, request, index, "error", f"{field}: {why}", field) for index in sorted(request.sequences)]
+        return deltas
 
     def _collect_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
         """They come in chunks, each with its first position; a chunk recomputed after a preemption says the same again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from minivllm.kernels import select
 from minivllm.layers.build import BuildContext
 from minivllm.models.hub import ModelFiles
 from minivllm.models.loader import load_model
+from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.worker.cuda_graphs import GRAPH_BYTES
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.memory import GIB, CacheSize, Wish, cpu_cache, cuda_cache
@@ -36,7 +37,6 @@ from minivllm.worker.model_runner import Pending as LocalPending
 log = logging.getLogger(__name__)
 
 CUDA_BUDGET, CPU_BUDGET = 8192, 2048  # default max_num_batched_tokens
-Masks = Mapping[int, "np.ndarray[Any, Any]"]  # sample index -> grammar bit mask, see sampling.logits_processors.apply_masks
 
 
 class Pending(Protocol):
@@ -53,7 +53,7 @@ class Executor(Protocol):
 
     def launch(self, plan: StepPlan) -> Any: ...
 
-    def sample(self, handle: Any, masks: Masks | None = None) -> Pending: ...
+    def sample(self, handle: Any, masks: TokenMasks | None = None) -> Pending: ...
 
     def close(self) -> None: ...
 
@@ -109,7 +109,7 @@ class LocalExecutor:
         assert self._runner is not None, "the executor was closed"
         return self._runner.launch(plan)
 
-    def sample(self, handle: Handle, masks: Masks | None = None) -> LocalPending:
+    def sample(self, handle: Handle, masks: TokenMasks | None = None) -> LocalPending:
         """Finish a step: choose its tokens."""
         assert self._runner is not None, "the executor was closed"
         return self._runner.sample(handle, masks)

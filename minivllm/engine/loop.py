@@ -14,6 +14,7 @@ import logging
 import queue
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -75,6 +76,14 @@ class ResetPrefixCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """From the loop's own helper threads: what a request needed has been compiled, or is no good."""
+
+    request: AddRequest
+    error: Exception | None
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     pass
 
@@ -122,7 +131,7 @@ class Dead:
     error: InvalidInput | None = None
 
 
-Command: TypeAlias = Add | Abort | ResetPrefixCache | Shutdown
+Command: TypeAlias = Add | Abort | ResetPrefixCache | Prepared | Shutdown
 Message: TypeAlias = Ready | StepMessage | Refused | Answer | Dead
 
 
@@ -166,8 +175,16 @@ class EngineLoop:
         self.inbox = inbox
         self.send = send
         self.rounds = 0
+        self._helpers = ThreadPoolExecutor(2, "minivllm-compile")  # starts its threads when they are needed
+        self._preparing: dict[str, AddRequest] = {}
 
     def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            self._helpers.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
         while True:
             self.rounds += 1
             deltas: list[OutputDelta] = []
@@ -192,16 +209,51 @@ class EngineLoop:
             if isinstance(command, Shutdown):
                 return False
             if isinstance(command, Abort):
-                deltas += self.engine.abort_request(command.request_id)
+                deltas += self._abort(command.request_id)
             elif isinstance(command, ResetPrefixCache):
                 self.engine.reset_prefix_cache()
                 self.send(Answer(command.ticket))
+            elif isinstance(command, Prepared):
+                self._prepared(command)
             else:
-                self._add(command.request)
+                self._prepare(command.request)
         return True
 
-    def _add(self, request: AddRequest) -> None:
+    def _abort(self, request_id: str) -> list[OutputDelta]:
+        request = self._preparing.pop(request_id, None)
+        if request is None:
+            return self.engine.abort_request(request_id)
+        return [OutputDelta(request_id, index, (), "", finish_reason="abort") for index in range(request.params.n)]
+
+    def _prepare(self, request: AddRequest) -> None:
+        """Let a helper thread compile the request's grammar while steps go on; most requests have none, or a known one."""
+        work = self.engine.preparation(request.params)
+        if work is None:
+            self._add(request)
+            return
+
+        def prepare() -> None:
+            error = None
+            try:
+                work()
+            except Exception as failure:
+                error = failure
+            self.inbox.put(Prepared(request, error))
+
+        self._preparing[request.request_id] = request
+        self._helpers.submit(prepare)
+
+    def _prepared(self, command: Prepared) -> None:
+        request = command.request
+        if self._preparing.get(request.request_id) is not request:
+            return  # aborted meanwhile
+        del self._preparing[request.request_id]
+        self._add(request, command.error)
+
+    def _add(self, request: AddRequest, error: Exception | None = None) -> None:
         try:
+            if error is not None:
+                raise error
             self.engine.add_request(
                 request.request_id, {"prompt_token_ids": request.prompt_token_ids}, request.params,
                 arrival_time=request.arrival_time, priority=request.priority, cache_salt=request.cache_salt,

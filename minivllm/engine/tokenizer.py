@@ -159,6 +159,10 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         return None if token is None else str(token)
 
+    def serialized(self) -> str:
+        """The text of a `tokenizer.json` that means this tokenizer, tokens of other files included."""
+        return str(self._backend.to_str())
+
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self.token_to_id(token)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.kernels.reference import sampling as ops
 from minivllm.kernels.upload import upload
 from minivllm.sampling_params import SamplingParams
 
@@ -93,13 +94,25 @@ def _ban_last_tokens(row: Tensor, words: Sequence[tuple[int, ...]], history: Ten
     row.index_add_(0, last, torch.where(matched, -math.inf, 0.0).to(row.dtype))
 
 
-def apply_masks(logits: Tensor, masks: Mapping[int, Array]) -> None:
-    """In place on logits [S, V]: grammars' bit masks, sample index -> [ceil(V / 32)] int32 words, bit set = token allowed."""
-    index, words = upload([np.fromiter(masks, np.int64, len(masks)), np.stack(list(masks.values())).astype(np.int32, copy=False)],
-                          logits.device)
-    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
-    allowed = bits.view(len(masks), -1)[:, : logits.shape[-1]].bool()
-    logits[index] = logits[index].masked_fill_(~allowed, -math.inf)
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens the grammars of some samples allow: one packed row each, so that 256 rows of a large vocabulary are 5 MB."""
+
+    samples: Array  # [m] int64, ascending: sample indices of the plan
+    words: Array  # [m, W] int32: bit t % 32 of word t // 32 is set if token t is allowed
+
+    def part(self, start: int, stop: int) -> TokenMasks | None:
+        """Those of the samples start .. stop - 1, counted from start; None if there are none."""
+        first, last = np.searchsorted(self.samples, (start, stop)).tolist()
+        return TokenMasks(self.samples[first:last] - start, self.words[first:last]) if last > first else None
+
+    def apply(self, logits: Tensor) -> None:
+        """In place on logits [S, V]. One upload, one operation."""
+        if len(self.samples) == len(logits):
+            ops.apply_bitmask(logits, None, upload([self.words], logits.device)[0])
+        else:
+            index, words = upload([self.samples, self.words], logits.device)
+            ops.apply_bitmask(logits, index, words)
 
 
 class PenaltyCounts:

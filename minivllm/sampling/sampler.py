@@ -11,7 +11,7 @@ log-probabilities) does so in float32; other rows are compared by the same value
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from minivllm.core.plan import RowAdmission, TokenLogprobs
 from minivllm.kernels import Ops, select
 from minivllm.kernels.reference import sampling
 from minivllm.kernels.upload import upload
-from minivllm.sampling.logits_processors import Constraints, PenaltyCounts, apply_constraints, apply_masks
+from minivllm.sampling.logits_processors import Constraints, PenaltyCounts, TokenMasks, apply_constraints
 from minivllm.sampling.noise import row_keys, stream_key
 
 Array = np.ndarray[Any, Any]
@@ -104,11 +104,11 @@ class Sampler:
             self._constraints.pop(row, None)
         self._penalties.admit(row, params.has_penalties, admission.token_ids, admission.num_prompt_tokens)
 
-    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: Mapping[int, Array] | None = None) -> Choice:
+    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> Choice:
         """Choose a token for each of S samples and count it.
 
         logits [S, V] float32 or half (overwritten); rows [S]: whose parameters; positions [S]: of the token being chosen;
-        tokens [R, max_model_len]: the token table, for bad words; masks: sample index -> grammar bit mask.
+        tokens [R, max_model_len]: the token table, for bad words; masks: what grammars allow.
         """
         wanted = np.flatnonzero(self._logprobs[rows] >= 0)
         slots = self._penalties.slot[rows]
@@ -117,13 +117,13 @@ class Sampler:
 
         raw = None
         if len(wanted):
-            altered = bool(masks or constrained or len(penalized))
+            altered = bool(masks is not None or constrained or len(penalized))
             raw = logits if len(wanted) == len(rows) and not altered else logits[upload([wanted], logits.device)[0]]
             raw = raw.float()
         if len(penalized) or any(len(c.bias_ids) for c in constrained.values()):
             logits = logits.float()
-        if masks:
-            apply_masks(logits, masks)
+        if masks is not None:
+            masks.apply(logits)
         if constrained:
             apply_constraints(logits, constrained, rows, positions, tokens)
         if len(penalized):

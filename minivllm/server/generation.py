@@ -147,8 +147,9 @@ class GenerationResponse(Response):
 
 
 def _unless_failed(deltas: list[OutputDelta]) -> list[OutputDelta]:
-    if any(delta.finish_reason == "error" for delta in deltas):
-        raise generation_failed()
+    for delta in deltas:
+        if delta.finish_reason == "error":
+            raise generation_failed() if delta.error_param is None else ApiError(400, delta.error or "", param=delta.error_param)
     return deltas
 
 

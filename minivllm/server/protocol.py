@@ -21,9 +21,10 @@ from pydantic import FailFast, Field, PlainValidator, StringConstraints, Validat
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
-from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from minivllm.server.errors import ApiError, shorten
 from minivllm.server.strict import Strict
+from minivllm.server.structured import Schema, read_wish, unknown_fields
 from minivllm.server.tools import CalledFunction, Choice, Functions, ToolCalls, Tools, ToolUse, read_tools
 
 IGNORED_HEADER = "x-minivllm-ignored"
@@ -41,9 +42,8 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
 # vLLM's fields that are not built yet, on both endpoints; with the values that ask for nothing.
 _VLLM_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
-    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
-    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "logits_processors": (), "response_format": ({"type": "text"},),
-    "spaces_between_special_tokens": (True,), "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (),
+    "guided_decoding_backend": ("auto", "guidance"), "logits_processors": (), "spaces_between_special_tokens": (True,),
+    "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (),
     "thinking_token_budget": (),
 }
 
@@ -129,6 +129,13 @@ class GenerationRequest(Strict):
     bad_words: Strings = None
     allowed_token_ids: TokenIds = None
     skip_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Schema = None
+    guided_regex: str | None = None
+    guided_choice: Strings = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
@@ -150,9 +157,13 @@ class GenerationRequest(Strict):
         "skip_special_tokens", "prompt_logprobs", "truncate_prompt_tokens",
     )
 
+    FORMAT: ClassVar[str] = "response_format"  # what errors call it
+    GUIDED: ClassVar[tuple[str, ...]] = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
     def ignored(self, permissive: bool) -> list[str]:
         """Every field of the request that changes nothing; raises over unsupported and unknown ones."""
         names = self.extras("", permissive)
+        names += unknown_fields(self.structured_outputs, self.response_format, self.FORMAT, permissive)
         if self.stream_options is not None:
             names += self.stream_options.extras("stream_options.", permissive)
         return names
@@ -172,8 +183,13 @@ class GenerationRequest(Strict):
         """The longest output asked for, and the name of the field that asks."""
         raise NotImplementedError
 
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the output must look like."""
+        guided = {name: value for name in self.GUIDED if (value := getattr(self, name)) is not None}
+        return read_wish(self.structured_outputs, self.response_format, self.FORMAT, guided, self.guided_whitespace_pattern)
+
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int) -> SamplingParams:
-        """The engine's parameters; `defaults` are the model's own."""
+        """The engine's parameters; `defaults` are the model's own, and the request's `structure`."""
         chosen = {name: value for name in self.SAMPLING if (value := getattr(self, name)) is not None}
         return SamplingParams(**{**defaults, **chosen, "logprobs": self.top_logprobs_wanted(), "max_tokens": max_tokens})
 

@@ -76,6 +76,7 @@ class ResponsesRequest(Strict):
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
     truncate_prompt_tokens: int | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     cache_salt: str | None = None
@@ -88,14 +89,14 @@ class ResponsesRequest(Strict):
         "access_programs": (), "background": (False,), "background_options": (), "image": (), "conversation": (),
         "previous_response_id": (), "max_tool_calls": (), "moderation": (), "prompt": (),
         "reasoning": ({}, {"effort": None}, {"effort": "none"}), "truncation": ("disabled",), "context_management": ([],),
-        "n": (1,), "structured_outputs": (), "prompt_logprobs": (), "return_token_ids": (False,),
+        "n": (1,), "prompt_logprobs": (), "return_token_ids": (False,),
     })
     # Names here -> names of the chat request.
     RENAMED: ClassVar[dict[str, str]] = {"max_output_tokens": "max_completion_tokens"}
     SAME: ClassVar[tuple[str, ...]] = (
         "model", "stream", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "logit_bias", "skip_special_tokens",
-        "truncate_prompt_tokens", "priority", "cache_salt", "request_id", "chat_template_kwargs",
+        "structured_outputs", "truncate_prompt_tokens", "priority", "cache_salt", "request_id", "chat_template_kwargs",
     )
 
     def ignored(self, permissive: bool) -> list[str]:
@@ -139,7 +140,13 @@ class ResponsesRequest(Strict):
             fields["tools"] = [_chat_tool(tool, f"tools.{i}") for i, tool in enumerate(self.tools)]
         if self.tool_choice is not None and (self.tools or self.tool_choice not in ("auto", "none")):
             fields["tool_choice"] = _chat_tool_choice(self.tool_choice)
-        return convert(ChatRequest, fields)
+        return convert(_Chat, fields)
+
+
+class _Chat(ChatRequest):
+    """A chat that was asked for here."""
+
+    FORMAT: ClassVar[str] = "text.format"
 
 
 # Names of the chat request -> names here, for errors.

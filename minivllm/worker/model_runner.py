@@ -10,7 +10,7 @@ Logits are never held for more than MAX_LOGIT_ROWS rows at a time, prompt logpro
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from minivllm.models.decoder import Decoder
+from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling.sampler import LogprobColumns, Sampler
 from minivllm.worker.batch import Packed, RowTable
 from minivllm.worker.cuda_graphs import DecodeGraphs
@@ -131,25 +132,25 @@ class ModelRunner:
         return Handle(plan, packed, hidden, moves)
 
     @torch.inference_mode()
-    def sample(self, handle: Handle, masks: Mapping[int, Array] | None = None) -> Pending:
-        """Choose the plan's samples and put them into the token table; `masks`: sample index -> grammar bit mask."""
+    def sample(self, handle: Handle, masks: TokenMasks | None = None) -> Pending:
+        """Choose the plan's samples and put them into the token table; `masks`: what grammars allow."""
         error = handle.error
         if handle.packed is not None and handle.hidden is not None:
             try:
-                tokens, logprobs = self._sample(handle.packed, handle.hidden, masks or {})
+                tokens, logprobs = self._sample(handle.packed, handle.hidden, masks)
                 return Pending(handle, self.kv, tokens, logprobs, self._prompt_logprobs(handle.packed, handle.hidden), None)
             except (RuntimeError, MemoryError) as failure:
                 error = _failure(handle.plan, failure)
         return Pending(handle, self.kv, (), (), (), error)
 
-    def _sample(self, packed: Packed, hidden: Tensor, masks: Mapping[int, Array]) -> tuple[list[Tensor], list[tuple[int, LogprobColumns]]]:
+    def _sample(self, packed: Packed, hidden: Tensor, masks: TokenMasks | None) -> tuple[list[Tensor], list[tuple[int, LogprobColumns]]]:
         tokens: list[Tensor] = []
         logprobs: list[tuple[int, LogprobColumns]] = []
         rows = packed.sample_rows
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, min(start + MAX_LOGIT_ROWS, len(rows)))
             logits = self.model.logits(hidden[packed.batch.logit_rows[part]], dtype=None)  # [n, V]
-            some_masks = {i - start: mask for i, mask in masks.items() if part.start <= i < part.stop}
+            some_masks = None if masks is None else masks.part(part.start, part.stop)
             choice = self.sampler.sample(logits, rows[part], packed.sample_positions[part], self.rows.tokens, some_masks)
             self.rows.write_sampled(packed.sample_places[part], choice.token_ids)
             tokens.append(choice.token_ids)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minivllm.core.plan import RowAdmission
 from minivllm.kernels import REFERENCE
-from minivllm.sampling.logits_processors import PenaltyCounts
+from minivllm.sampling.logits_processors import PenaltyCounts, TokenMasks
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 
@@ -222,7 +222,7 @@ def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
     words[0] = 1 << 31 | 1 << 4
     words[1] = 1 << 3  # token 35
     logits = torch.stack([ranked(9, 8), ranked(9, 31, 35)])
-    choice = bench.sample(logits, [0, 1], [3, 3], masks={1: words.view(np.int32)})
+    choice = bench.sample(logits, [0, 1], [3, 3], masks=TokenMasks(np.array([1]), words.view(np.int32)[None]))
     assert choice.token_ids.tolist() == [9, 31]
     assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
 
@@ -328,7 +328,7 @@ def test_half_precision_logits_are_compared_as_they_are_whatever_the_neighbours_
     assert together.logprobs.logprob[0].item() == pytest.approx(exact[together.token_ids[2]].item(), abs=1e-5)
     words = np.full((VOCAB + 31) // 32, 0, np.uint32)
     words[0] = 1 << 20
-    assert both.sample(logits[:1], [0], [9], masks={0: words.view(np.int32)}).token_ids.tolist() == [20]
+    assert both.sample(logits[:1], [0], [9], masks=TokenMasks(np.array([0]), words.view(np.int32)[None])).token_ids.tolist() == [20]
 
 
 def test_the_kernels_of_the_model_choose_for_greedy_and_drawn_rows_in_one_call():

@@ -91,6 +91,9 @@ class ScriptedEngine:
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 
+    def preparation(self, params: SamplingParams) -> Callable[[], object] | None:
+        return None
+
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         with self.changed:
             self.aborted.append(request_id)

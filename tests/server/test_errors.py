@@ -126,8 +126,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": [[1], ["a"]]}, "prompt"),
     (COMPLETIONS, {"prompt": {"text": "x"}}, "prompt"),
     (COMPLETIONS, {"prompt": [True]}, "prompt"),
-    (COMPLETIONS, {"guided_json": {}}, "guided_json"),
-    (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
+    (COMPLETIONS, {"guided_json": []}, "guided_json"),
+    (COMPLETIONS, {"response_format": {"type": "jsn_object"}}, "response_format.type"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": "hello"}, "messages"),
     (CHAT, {"messages": [1, 2]}, "messages.0"),
@@ -259,7 +259,7 @@ def test_a_permissive_server_ignores_unknown_fields_and_says_so(tokenizer_folder
         response = httpx.post(live.url + COMPLETIONS, json={"prompt": "x", "temprature": 1, "a\r\nx-evil: 1": 2, "ü": 3})
         assert response.status_code == 200 and "x-evil" not in response.headers
         assert response.headers["x-minivllm-ignored"].startswith("temprature, ")
-        error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": "x", "tools": [], "guided_json": {}}), 400)
+        error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": "x", "tools": [], "use_beam_search": True}), 400)
 
 
 def test_an_unknown_model_is_404(http: httpx.Client) -> None:

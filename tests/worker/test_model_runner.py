@@ -19,6 +19,7 @@ from minivllm.families import kv_groups
 from minivllm.kernels import select
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
+from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import model_runner
 from minivllm.worker.kv_cache import BlockShape, KVCache
@@ -336,7 +337,7 @@ def test_grammar_masks_reach_the_samples_they_are_meant_for(plain, monkeypatch):
     monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 2)
     runner, planner = plain.runner(), plain.planner()
     plan = planner.plan([(s, s.left) for s in sequences_of(plain)])
-    only_40 = np.zeros(4, np.int32)
-    only_40[40 // 32] = 1 << (40 % 32)
-    tokens = runner.sample(runner.launch(plan), masks={3: only_40}).wait().token_ids
+    only_40 = np.zeros((1, 4), np.int32)
+    only_40[0, 40 // 32] = 1 << (40 % 32)
+    tokens = runner.sample(runner.launch(plan), masks=TokenMasks(np.array([3]), only_40)).wait().token_ids
     assert [t for (t,) in tokens] == [*[e[0] for e in plain.expected[:3]], 40, plain.expected[4][0]]

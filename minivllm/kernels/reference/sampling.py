@@ -242,7 +242,28 @@ def _word_limit(v: float) -> np.uint32:
     return np.uint32(min(int(v * 1.001 * 2.0**32) | 0xFFFF, 0xFFFFFFFF))
 
 
-# --- penalties and log-probabilities -------------------------------------------------------------------------------
+# --- grammar masks, penalties and log-probabilities -------------------------------------------------------------------------------
+
+
+def apply_bitmask(logits: Tensor, index: Tensor | None, words: Tensor) -> None:
+    """In place on logits [n, V]: row index[i] (None: row i) keeps the tokens whose bits are set in words [m, W] int32.
+
+    Bit t % 32 of word t // 32 is token t; tokens beyond 32 W are not allowed. The bits are spread as bytes, eight times
+    smaller than as the words they come in.
+    """
+    vocab, masked = logits.shape[-1], len(words)
+    octets = words.view(torch.uint8)[:, :, None]  # [m, 4 W, 1]: bit t % 8 of byte t // 8, as every device here is little-endian
+    bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    banned = (octets >> bit).bitwise_and_(1).eq_(0).view(torch.bool).reshape(masked, -1)[:, :vocab]
+    covered = banned.shape[1]
+    if index is None:
+        logits[:, :covered].masked_fill_(banned, -math.inf)
+        logits[:, covered:] = -math.inf
+        return
+    some = logits[index]
+    some[:, :covered].masked_fill_(banned, -math.inf)
+    some[:, covered:] = -math.inf
+    logits[index] = some
 
 
 def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> None:

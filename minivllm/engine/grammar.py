@@ -1,0 +1,243 @@
+"""Structured output: before each token, which tokens keep the output inside its grammar.
+
+    StructuredOutputsParams ─▶ GrammarCompiler: once per grammar, kept ─▶ one matcher per sequence
+
+    masks(plan)             while the forward runs: for each sample of a sequence with a grammar, one bit per token
+    advance(plan, result)   after it: the matchers take the sampled tokens; who can take no more is complete -> Stop
+
+A matcher belongs to a sequence, not to a row, so neither preemption nor a rebuilt row table touches it; it moves only with tokens
+that are confirmed, which is why such a request is never planned past a token whose value is unknown (`needs_result_each_step`).
+EOS is allowed exactly where the output may end. Where only EOS could follow, the sequence ends without it.
+
+The automata are llguidance's (derivatives of regular expressions under an Earley parser). Its limits are counts, not clocks: about 20 ms
+to set a grammar up, about 15 ms for one mask, on any input. This is the only file that knows it, and it is imported on first use.
+"""
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput
+from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.sampling_params import JSON_WHITESPACE, StructuredOutputsParams
+
+Matcher: TypeAlias = Any  # llguidance.LLMatcher
+
+MAX_KEPT = 32  # grammars; the least recently used one is compiled again when it is wanted again
+MAX_LEXER_STATES = 30_000  # of one grammar, 1 to 2 kB each
+
+
+class GrammarCompiler:
+    """From a request's wish to a matcher at its start. May be called on any thread."""
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = list(eos_token_ids)
+        self._lock = threading.Lock()  # guards the next two
+        self._kept: OrderedDict[StructuredOutputsParams, Matcher] = OrderedDict()
+        self._vocabulary: Any = None  # llguidance's trie of all tokens; built when the first grammar comes
+
+    @property
+    def num_tokens(self) -> int:
+        """Bits in a mask. Only after `compile`."""
+        return int(self._vocabulary.vocab_size)
+
+    def knows(self, wanted: StructuredOutputsParams) -> bool:
+        """Whether `compile` returns at once."""
+        with self._lock:
+            return wanted in self._kept
+
+    def compile(self, wanted: StructuredOutputsParams) -> Matcher:
+        """A matcher to copy. Raises `InvalidInput` naming the field."""
+        with self._lock:
+            if wanted in self._kept:
+                self._kept.move_to_end(wanted)
+                return self._kept[wanted]
+            vocabulary = self._build_vocabulary(wanted.origin)
+        matcher = _compile(wanted, vocabulary)  # lets other threads run
+        with self._lock:
+            self._kept[wanted] = matcher
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return matcher
+
+    def _build_vocabulary(self, origin: str) -> Any:
+        if self._vocabulary is None:
+            if self._tokenizer is None:
+                raise InvalidInput(f"{origin} needs a tokenizer, and this engine has none (skip_tokenizer_init)", origin)
+            try:
+                from llguidance import LLTokenizer
+            except ImportError:
+                raise InvalidInput(f"{origin} needs a package that is not installed here: pip install llguidance", origin) from None
+            try:
+                self._vocabulary = LLTokenizer(self._tokenizer.serialized(), eos_token=self._eos_token_ids or None)
+            except ValueError as error:
+                raise InvalidInput(f"{origin} is not possible with this model's tokenizer ({_one_line(str(error))}): leave it out",
+                                   origin) from None
+        return self._vocabulary
+
+
+def _compile(wanted: StructuredOutputsParams, vocabulary: Any) -> Matcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    where = wanted.where
+    try:
+        grammar = _grammar_text(wanted)
+    except ValueError as error:
+        raise InvalidInput(f"{where} is no grammar ({_one_line(str(error))}): correct it", where) from None
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise InvalidInput(f"{where} cannot be used: {_one_line(matcher.get_error())}", where)
+    return matcher
+
+
+def _grammar_text(wanted: StructuredOutputsParams) -> str:
+    """llguidance's own form of a grammar."""
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
+
+    if wanted.kind in ("json", "json_object"):
+        schema = wanted.json if wanted.json is not None else '{"type":"object"}'
+        pattern = "" if wanted.disable_any_whitespace else wanted.whitespace_pattern or JSON_WHITESPACE
+        options: Any = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))
+    if wanted.kind == "regex":
+        return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(wanted.regex or '', use_ascii='d')}/"))
+    if wanted.kind == "choice":
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, wanted.choice or ()))))
+    return str(grammar_from("grammar", wanted.grammar or ""))
+
+
+def _quoted(text: str) -> str:
+    """A string literal of Lark, whose escapes are JSON's."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def fill_masks(pool: Any, work: Sequence[tuple[Matcher, Sequence[int]]], words: np.ndarray[Any, Any]) -> None:
+    """Masks of every matcher, in parallel: for each 1 + len(drafts) rows of words [n, W] int32, in order.
+
+    The first row is for the next token, row i + 1 for the token after the first i + 1 drafts. Rows after a draft that the grammar
+    does not allow stay as they are: that draft is rejected, and nothing behind it is looked at.
+    """
+    row = 0
+    plain: list[tuple[Matcher, int]] = []
+    drafted: list[tuple[Matcher, int, list[int]]] = []
+    for matcher, drafts in work:
+        if drafts:
+            drafted.append((matcher, row, list(drafts)))
+        else:
+            plain.append((matcher, row))
+        row += 1 + len(drafts)
+    assert row <= len(words) and words.flags.c_contiguous and words.dtype == np.int32
+    width = words.shape[1] * words.itemsize
+    if len(plain) == 1:  # a usual case, which does without the pool
+        matcher, row = plain[0]
+        matcher.unsafe_compute_mask_ptr(words[row].ctypes.data, width)
+    elif plain:
+        pool.unsafe_compute_mask_ptr(plain, words.ctypes.data, width, len(words))
+    if drafted:
+        pool.unsafe_compute_mask_ptr_with_draft_token(drafted, words.ctypes.data, width, len(words))
+
+
+@dataclass(slots=True)
+class _State:
+    """One sequence's place in its grammar."""
+
+    start: Matcher
+    first_step: int  # an earlier plan that is still under way may name an earlier sequence of the same id
+    matcher: Matcher | None = None  # a copy of `start`, from the first mask on
+
+
+class Grammars:
+    """The matchers of all running sequences that have a grammar."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self.compiler = compiler
+        self._states: dict[str, _State] = {}
+        self._failed: dict[str, str] = {}
+        self._pool: Any = None
+        self._width = 0
+
+    def add(self, sequence_id: str, start: Matcher, first_step: int) -> None:
+        """Begin a sequence: each child of a request has its own state."""
+        self._states[sequence_id] = _State(start, first_step)
+
+    def forget(self, sequence_id: str) -> None:
+        self._states.pop(sequence_id, None)
+        self._failed.pop(sequence_id, None)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def masks(self, plan: StepPlan) -> TokenMasks | None:
+        """What each sample of a sequence with a grammar may be; None if there is none in the plan.
+
+        A matcher that meets a limit allows only EOS here, and `advance` reports it.
+        """
+        if not self._states:
+            return None
+        samples = [i for i, sequence_id in enumerate(plan.sample_ids) if sequence_id in self._states]
+        if not samples:
+            return None
+        words = np.zeros((len(samples), self._words_per_mask()), np.int32)
+        fill_masks(self._pool, [(self._matcher(plan.sample_ids[i]), ()) for i in samples], words)
+        return TokenMasks(np.array(samples, np.int64), words)
+
+    def _words_per_mask(self) -> int:
+        if self._pool is None:
+            from llguidance import LLExecutor
+
+            self._pool = LLExecutor()
+            self._width = -(-self.compiler.num_tokens // 32)
+        return self._width
+
+    def _matcher(self, sequence_id: str) -> Matcher:
+        state = self._states[sequence_id]
+        if state.matcher is None:
+            state.matcher = state.start.deep_copy()
+        return state.matcher
+
+    def advance(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
+        """Take the sampled tokens in. Stops by sample index: outputs that are complete (or that failed, see `take_failed`)."""
+        stops: dict[int, Stop] = {}
+        if self._states:
+            for i, (sequence_id, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
+                state = self._states.get(sequence_id)
+                if state is not None and state.matcher is not None and plan.step_id >= state.first_step:
+                    keep = self._take(sequence_id, state.matcher, tokens)
+                    if keep is not None:
+                        stops[i] = Stop(keep=keep, matched=None)
+        return stops
+
+    def _take(self, sequence_id: str, matcher: Matcher, tokens: Sequence[int]) -> int | None:
+        """How many tokens are the end of the output; None if it goes on."""
+        for count, token in enumerate(tokens):
+            if matcher.is_error():
+                self._failed[sequence_id] = f"the grammar became too complex: {_one_line(matcher.get_error())}"
+                return count
+            if matcher.try_consume_tokens([token]) != 1:
+                # The request's other settings (bad_words, min_tokens ...) ban all that the grammar allows, so nothing was drawn.
+                if not matcher.is_accepting():
+                    self._failed[sequence_id] = "no token is allowed by both structured_outputs and the request's other settings"
+                return count
+            if matcher.is_stopped() and not matcher.is_error():
+                return count + 1
+        return None
+
+    def take_failed(self) -> dict[str, str]:
+        """Sequences whose grammar could not be followed since the last call, and why. The caller ends them."""
+        failed, self._failed = self._failed, {}
+        return failed
