@@ -46,7 +46,7 @@ def add_page(app: FastAPI, frontend: Frontend) -> None:
         _add_file(app, path, (folder / name).read_bytes(), media_type)
     watchers = Watchers(frontend)
 
-    @app.get("/v1/engine/live")
+    @app.get("/v1/engine/live", include_in_schema=False)  # its answer has no end: docs/page.md describes it
     async def live(request: Request) -> Response:
         frontend.check_alive()
         if watchers.count >= MOST_WATCHERS:
