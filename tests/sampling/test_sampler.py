@@ -226,6 +226,16 @@ def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
     assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
 
 
+def test_tokens_beyond_a_mask_are_not_allowed_whether_all_rows_have_masks_or_some():
+    for index in ([0, 1, 2], [0, 2]):
+        logits = torch.zeros(3, VOCAB)
+        words = np.full((len(index), 1), -1, np.int32)  # the first 32 tokens
+        TokenMasks(np.array(index), words).apply(logits)
+        allowed = torch.isfinite(logits)
+        assert [int(row.sum()) for row in allowed] == [32 if i in index else VOCAB for i in range(3)]
+        assert allowed[:, :32].all()
+
+
 def test_filters_work_on_what_penalties_and_bias_left():
     bench = Bench()
     bench.admit(0, SamplingParams(temperature=1.0, top_k=1, logit_bias={8: 5.0}))
