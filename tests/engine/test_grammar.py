@@ -290,7 +290,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         digits = [core.tokenizer.token_to_id(c) for c in "0123"]  # type: ignore[union-attr]
         core.add_request("conflict", [5, 6], SamplingParams(
             structured_outputs={"regex": "1[a-z]+"}, allowed_token_ids=digits, n=3, max_tokens=9))
-        core.add_request("complex", [5, 6], SamplingParams(structured_outputs={"regex": "(.{1,9}a.*b){9}"}, max_tokens=60, seed=1))
+        core.add_request("complex", [5, 6], SamplingParams(structured_outputs={"regex": "(.{1,9}a.*b){9}"}, max_tokens=60, seed=1, n=3))
         core.add_request("plain", [5, 6], SamplingParams(temperature=0, ignore_eos=True, max_tokens=40))
         core.add_request("fine", [5, 6], SamplingParams(structured_outputs={"regex": "[ab]{30}"}, max_tokens=40))
         ends: dict[tuple[str, int], OutputDelta] = {}
@@ -298,7 +298,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
             ends |= {(d.request_id, d.index): d for d in core.step() if d.finish_reason is not None}
             at_work = {s.request_id for s in core.scheduler.running if s.state.value != "finished"}
             assert not at_work & {request_id for request_id, _ in ends}
-        assert len(ends) == 6
+        assert len(ends) == 8
         for index in range(3):
             end = ends["conflict", index]
             assert end.finish_reason == "error" and "other settings" in str(end.error) and end.error_param == "structured_outputs.regex"
