@@ -22,6 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     },
 }
+SHAPES["bytes"] = {**SHAPES["tiny"], "vocab_size": 320}  # room for a tokenizer of single bytes, where text must go in and out
 COMMON = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 0}
 
 

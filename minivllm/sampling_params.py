@@ -27,6 +27,9 @@ MAX_CHARACTERS = 16_384  # of all together
 MAX_BIASES = 4096  # entries of logit_bias, which are added at every token
 MAX_GRAMMAR = 1 << 17  # characters of a JSON schema, a grammar, or all choices together
 MAX_REGEX = 1 << 14  # characters
+# What may stand between the tokens of JSON, unless the request says otherwise: a space, or a new line and its indentation.
+# Free white space is a trap for small models, which then write nothing else until their tokens are used up.
+JSON_WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
 MAX_NESTING = 64  # JSON objects and arrays inside one another in a schema
 
 _NOT_YET = {

@@ -1,1 +1,1 @@
-"""What is measured, without who is measured: workloads and statistics. Standard library only."""
+"""Workloads, statistics, and the load generator and offline runs of `minivllm bench`. Knows servers only by their sockets."""

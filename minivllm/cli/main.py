@@ -15,7 +15,7 @@ from minivllm.cli.flags import Parser, normalise
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.server.config import say
 
-COMMANDS = ("serve", "chat", "complete", "pull", "trace", "collect_env")  # modules of this package
+COMMANDS = ("serve", "chat", "complete", "bench", "pull", "trace", "collect_env")  # modules of this package
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = build_parser()
     args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
     if extras:
-        command = commands[args.command]
+        command = getattr(args, "command_parser", commands[args.command])  # of `bench serve`, not of `bench`
         (command if isinstance(command, Parser) else parser).refuse(extras)
     module = importlib.import_module(f"minivllm.cli.{args.command.replace('-', '_')}")
     return guarded(lambda: module.run(args))

@@ -253,8 +253,10 @@ class EngineClient(ABC):
         with self._lock:
             self.metrics.refused(message.request_id)
             stream = self._streams.get(message.request_id)
-            if stream is not None and stream.left:
-                del self._streams[message.request_id]
+            if stream is not None:
+                stream.unfinished = 0  # nothing more will come, even if its reader leaves before it hears of it
+                if stream.left:
+                    del self._streams[message.request_id]
         if stream is not None:
             _call(stream.loop, partial(stream.fail, message.error))
 

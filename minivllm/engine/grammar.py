@@ -27,15 +27,12 @@ from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling.logits_processors import TokenMasks
-from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.sampling_params import JSON_WHITESPACE, StructuredOutputsParams
 
 Matcher: TypeAlias = Any  # llguidance.LLMatcher
 
 MAX_KEPT = 32  # grammars; the least recently used one is compiled again when it is wanted again
 MAX_LEXER_STATES = 30_000  # of one grammar, 1 to 2 kB each
-# What may stand between the tokens of JSON, unless the request says otherwise: a space, or a new line and its indentation.
-# Free white space is a trap for small models, which then write nothing else until their tokens are used up.
-WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
 
 
 class GrammarCompiler:
@@ -109,7 +106,7 @@ def _grammar_text(wanted: StructuredOutputsParams) -> str:
 
     if wanted.kind in ("json", "json_object"):
         schema = wanted.json if wanted.json is not None else '{"type":"object"}'
-        pattern = "" if wanted.disable_any_whitespace else wanted.whitespace_pattern or WHITESPACE
+        pattern = "" if wanted.disable_any_whitespace else wanted.whitespace_pattern or JSON_WHITESPACE
         options: Any = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
         return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))
     if wanted.kind == "regex":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope
+from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -25,42 +25,36 @@ class Ops:
     """Every kernel a model needs. Signatures and shapes: the functions of the same names in `kernels/reference`."""
 
     prepare_attention: Callable[..., Any]  # once per step and KV group
-    attention: Callable[..., Tensor]
-    write_kv: Callable[[Tensor, Tensor, Any, Tensor], None]
+    self_attention: Callable[..., Tensor]
     copy_blocks: Callable[..., None]
     move_blocks: Callable[..., None]
     pack_weight: Callable[[Tensor, torch.dtype], Any]
-    linear: Callable[..., Tensor]
+    fused_linear: Callable[..., Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
-    apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
-    silu_and_mul: Callable[[Tensor], Tensor]
     silu: Callable[[Tensor], Tensor]
     relu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
+    sample: Callable[..., Tensor]
 
 
 REFERENCE = Ops(
     prepare_attention=attn.prepare_attention,
-    attention=attn.attention,
-    write_kv=kv_cache.write_kv,
+    self_attention=attn.self_attention,
     copy_blocks=kv_cache.copy_blocks,
     move_blocks=kv_cache.move_blocks,
     pack_weight=linear.pack_weight,
-    linear=linear.linear,
+    fused_linear=linear.fused_linear,
     rms_norm=norm.rms_norm,
-    add_rms_norm=norm.add_rms_norm,
     layer_norm=norm.layer_norm,
     rope_angles=rope.rope_angles,
-    apply_rope=rope.apply_rope,
-    silu_and_mul=activation.silu_and_mul,
     silu=activation.silu,
     relu=activation.relu,
     gelu=activation.gelu,
     gelu_tanh=activation.gelu_tanh,
+    sample=sampling.sample,
 )
 
 
@@ -76,10 +70,8 @@ def select(device: torch.device) -> Ops:
     return dataclasses.replace(
         REFERENCE,
         prepare_attention=triton.attention.prepare_attention,
-        attention=triton.attention.attention,
-        write_kv=triton.kv_cache.write_kv,
+        self_attention=triton.attention.self_attention,
+        fused_linear=triton.linear.fused_linear,
         rms_norm=triton.norm.rms_norm,
-        add_rms_norm=triton.norm.add_rms_norm,
-        apply_rope=triton.rope.apply_rope,
-        silu_and_mul=triton.activation.silu_and_mul,
+        sample=triton.sampling.sample,
     )

@@ -1,7 +1,7 @@
 """Self-attention over the paged KV cache: project, position, store the new keys and values, attend, project back.
 
-    x [T, hidden] -> qkv [T, (H + 2 Hk) * D]  =  | q heads | k heads | v heads |
-                                                 |-- norm, rotate ---|              both act per head: one call for q and k
+    x [T, hidden] -> norm -> qkv [T, (H + 2 Hk) * D]  =  | q heads | k heads | v heads |  -> heads' outputs [T, H * D] -> o -> + x
+                                                         |-- norm, rotate ---|
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from minivllm.families import ModelSpec
 from minivllm.kernels.layout import KVLayer
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.linear import Linear
+from minivllm.layers.norm import Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,31 +28,21 @@ class StepContext:
 
 
 class Attention:
-    __slots__ = ("_apply_rope", "_attention", "_norm", "_write_kv", "eps", "group", "head_dim", "num_heads", "num_kv_heads", "o",
-                 "qk_weight", "qkv", "scale")
+    __slots__ = ("_self_attention", "group", "o", "qk_norm", "qkv", "scale")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, layer: int, group: int) -> None:
         name = f"layers.{layer}"
-        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self.scale, self.eps, self.group = spec.head_dim**-0.5, spec.norm_eps, group
+        self.scale, self.group = spec.head_dim**-0.5, group
         self.qkv = Linear(build, take(f"{name}.qkv.weight"), take(f"{name}.qkv.bias") if spec.qkv_bias else None)
         self.o = Linear(build, take(f"{name}.o.weight"), take(f"{name}.o.bias") if spec.out_bias else None)
-        self.qk_weight: Tensor | None = None  # [H + Hk, D]: one row of norm weights per head
+        self.qk_norm: tuple[Tensor, float] | None = None  # one row of weights per head: [H + Hk, D]
         if spec.qk_norm:
             q, k = take(f"{name}.q_norm.weight"), take(f"{name}.k_norm.weight")
-            self.qk_weight = torch.cat((q.expand(spec.num_heads, -1), k.expand(spec.num_kv_heads, -1)))
-        ops = build.ops
-        self._norm, self._apply_rope, self._write_kv, self._attention = ops.rms_norm, ops.apply_rope, ops.write_kv, ops.attention
+            self.qk_norm = torch.cat((q.expand(spec.num_heads, -1), k.expand(spec.num_kv_heads, -1))), spec.norm_eps
+        self._self_attention = build.ops.self_attention
 
-    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer) -> Tensor:
-        """x: [T, hidden] -> [T, hidden]; writes this layer's keys and values of the T tokens into `kv`."""
-        h, hk, d = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = self.qkv(x).view(-1, h + 2 * hk, d)
-        qk, v = qkv[:, : h + hk], qkv[:, h + hk :]  # [T, H + Hk, D], [T, Hk, D]
-        if self.qk_weight is not None:
-            qk = self._norm(qk, self.qk_weight, self.eps)
-        if step.rope is not None:
-            qk = self._apply_rope(qk, *step.rope)
-        self._write_kv(qk[:, h:], v, kv, step.slots[self.group])
-        out = self._attention(qk[:, :h], kv, step.metas[self.group], scale=self.scale)  # [T, H, D]
-        return self.o(out.view(-1, h * d))
+    def __call__(self, x: Tensor, norm: Norm | None, step: StepContext, kv: KVLayer) -> Tensor:
+        """x: [T, hidden] -> x + attention(norm(x)), which may be written over x; stores this layer's keys and values in `kv`."""
+        heads = self._self_attention(self.qkv(x, norm=norm), kv, step.slots[self.group], step.metas[self.group], scale=self.scale,
+                                     rope=step.rope, qk_norm=self.qk_norm)
+        return self.o(heads, residual=x)

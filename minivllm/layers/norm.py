@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with one interface: normalise, or add to the residual stream and normalise the sum."""
+"""RMSNorm and LayerNorm with one interface."""
 from __future__ import annotations
 
 from typing import TypeAlias
@@ -9,20 +9,16 @@ from minivllm.layers.build import BuildContext
 
 
 class RMSNorm:
-    __slots__ = ("_add_norm", "_norm", "eps", "weight")
+    __slots__ = ("_norm", "eps", "weight")
 
     def __init__(self, build: BuildContext, weight: Tensor, eps: float) -> None:
         """weight: [N]."""
         self.weight, self.eps = weight, eps
-        self._norm, self._add_norm = build.ops.rms_norm, build.ops.add_rms_norm
+        self._norm = build.ops.rms_norm
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, N] -> [T, N]."""
         return self._norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x, residual: [T, N] -> (norm(x + residual), x + residual); `residual` may be overwritten."""
-        return self._add_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm:
@@ -36,11 +32,6 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, N] -> [T, N]."""
         return self._norm(x, self.weight, self.bias, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x, residual: [T, N] -> (norm(x + residual), x + residual)."""
-        total = x + residual
-        return self._norm(total, self.weight, self.bias, self.eps), total
 
 
 Norm: TypeAlias = RMSNorm | LayerNorm

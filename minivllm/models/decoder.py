@@ -1,8 +1,7 @@
 """The one decoder. Every family is this code with other flags (families.py).
 
-    tokens -> embedding -> [ norm -> attention -> + -> norm -> MLP -> + ] x layers -> norm -> (rows asked for) -> logits
-                         |___________________________^                 ^
-                            residual stream  ______________________________|
+    tokens -> embedding -> x [ + attention(norm(x)) ] [ + mlp(norm(x)) ] ... -> (rows asked for) -> norm -> logits
+                           '------------- a layer ---------------------'
 
 Run state is an argument: the batch and the KV cache come with each call, and the model itself never changes.
 """
@@ -25,24 +24,17 @@ from minivllm.layers.rope import RotaryEmbedding
 
 
 class PreNormLayer:
-    """x + attention(norm(x)), then the same with the MLP.
-
-    A sublayer's output is added to the stream together with the next norm, wherever that is; so a layer takes and returns
-    (what is not yet added, the stream).
-    """
+    """x + attention(norm(x)), then the same with the MLP."""
 
     __slots__ = ("attention", "attn_norm", "mlp", "mlp_norm")
 
     def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
         self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
 
-    def __call__(self, x: Tensor, residual: Tensor | None, step: StepContext, kv: KVLayer) -> tuple[Tensor, Tensor | None]:
-        if residual is None:
-            x, residual = self.attn_norm(x), x
-        else:
-            x, residual = self.attn_norm.add(x, residual)
-        x, residual = self.mlp_norm.add(self.attention(x, step, kv), residual)
-        return self.mlp(x), residual
+    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer) -> Tensor:
+        """x: [T, hidden] -> the same shape, written over x or not."""
+        x = self.attention(x, self.attn_norm, step, kv)
+        return self.mlp(x, self.mlp_norm)
 
 
 class PostNormLayer:
@@ -53,10 +45,9 @@ class PostNormLayer:
     def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
         self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
 
-    def __call__(self, x: Tensor, residual: Tensor | None, step: StepContext, kv: KVLayer) -> tuple[Tensor, Tensor | None]:
-        x, _ = self.attn_norm.add(self.attention(x, step, kv), x)
-        x, _ = self.mlp_norm.add(self.mlp(x), x)
-        return x, None
+    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer) -> Tensor:
+        x = self.attn_norm(self.attention(x, None, step, kv))
+        return self.mlp_norm(self.mlp(x, None))
 
 
 class Decoder:
@@ -88,21 +79,21 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int) -> Tensor:
-        """-> hidden states after the final norm: [T, hidden]. kv[j] holds the j-th layer of every KV group."""
+        """-> hidden states before the final norm: [T, hidden]. kv[j] holds the j-th layer of every KV group."""
         step = self._prepare(batch, block_size)
-        x, residual = self.embedding(batch), None
+        x = self.embedding(batch)
         for layer, j in zip(self.layers, self.kv_tensors, strict=True):
-            x, residual = layer(x, residual, step, kv[j])
-        if self.norm is None:
-            return x if residual is None else x + residual
-        return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
+            x = layer(x, step, kv[j])
+        return x
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] fp32."""
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] in `dtype`; None: as the head leaves them."""
         if self.project_out is not None:
-            hidden = self.project_out(hidden)
-        return self.head(hidden).float()
+            logits = self.head(self.project_out(hidden, norm=self.norm))
+        else:
+            logits = self.head(hidden, norm=self.norm)
+        return logits if dtype is None else logits.to(dtype)
 
     def _prepare(self, batch: InputBatch, block_size: int) -> StepContext:
         spec = self.spec

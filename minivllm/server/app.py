@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -24,14 +24,16 @@ from minivllm.engine.client import AddRequest, EngineClient
 from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
+from minivllm.sampling_params import SamplingParams
 from minivllm.server.answers import Answer, CompletionAnswer, Job
 from minivllm.server.chat import Chats
 from minivllm.server.config import ServerConfig
-from minivllm.server.control import add_control
+from minivllm.server.control import AbortRequest, add_control
 from minivllm.server.door import Door
 from minivllm.server.errors import ApiError, context_error, engine_dead, json_response, shorten, to_api_error
 from minivllm.server.generation import GenerationResponse, Running
 from minivllm.server.logprobs import NoNames, TokenNames
+from minivllm.server.openapi import body_of, describe
 from minivllm.server.protocol import (
     IGNORED_HEADER,
     ChatRequest,
@@ -51,6 +53,7 @@ DEFAULT_OUTPUT = 16  # tokens of a completion that does not say; a chat's answer
 LONG_TEXT = 4096  # characters: longer texts are tokenized off the event loop, so that streams keep their pace
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # honoured of a generation_config.json
 
+BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
 Body = TypeVar("Body", bound=Strict)
 Result = TypeVar("Result")
 
@@ -188,17 +191,12 @@ class Frontend:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
-        defaults = {**self.defaults, **({} if reading is None else reading.sampling())}
         structure = body.structure()
-        if structure is not None:
-            if "structured_outputs" in defaults:
-                where = structure.where
-                raise InvalidInput(f"the tool choice already says what the output must look like: leave {where} out", where)
-            defaults["structured_outputs"] = structure
+        defaults = self.defaults if structure is None else {**self.defaults, "structured_outputs": structure}
         requests = tuple(
             AddRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
-                params=body.sampling(defaults, self._output_limit(body, len(prompt), default_output)),
+                params=_params(body, defaults, self._output_limit(body, len(prompt), default_output), reading),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
             )
             for i, prompt in enumerate(prompts)
@@ -273,6 +271,11 @@ class Frontend:
         return json_response({"prompt": await self.off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))})
 
 
+def _params(body: GenerationRequest, defaults: Mapping[str, Any], max_tokens: int, reading: Reading | None) -> SamplingParams:
+    params = body.sampling(defaults, max_tokens)
+    return params if reading is None else reading.apply(params)
+
+
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:
     """The server's application around a running engine. `app.state.frontend` is its `Frontend`."""
     frontend = Frontend(client, config, tokenizer)
@@ -284,8 +287,9 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     app.state.frontend = frontend
     _add_generation(app, frontend)
     _add_queries(app, frontend)
-    add_control(app, frontend, _body_of)
+    add_control(app, frontend)
     _add_errors(app)
+    app.openapi = lambda: describe(app, BODIES, bool(config.keys()))  # type: ignore[method-assign]
     return app
 
 
@@ -300,21 +304,16 @@ def _cors(config: ServerConfig) -> list[Middleware]:
     )]
 
 
-def _body_of(kind: type[Strict]) -> dict[str, Any]:
-    """OpenAPI's description of an endpoint that reads its own body."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
-
-
 def _add_generation(app: FastAPI, frontend: Frontend) -> None:
-    @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await frontend.completion(await frontend.read(request, CompletionRequest))
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await frontend.chat(await frontend.read(request, ChatRequest))
 
-    @app.post("/v1/responses", openapi_extra=_body_of(ResponsesRequest))
+    @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
     async def responses(request: Request) -> Response:
         return await respond(frontend, await frontend.read(request, ResponsesRequest))
 
@@ -346,11 +345,11 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
     async def version() -> Response:
         return json_response({"version": __version__})
 
-    @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         return await frontend.tokenize(await frontend.read(request, TokenizeRequest))
 
-    @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         return await frontend.detokenize(await frontend.read(request, DetokenizeRequest))
 

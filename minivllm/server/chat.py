@@ -102,14 +102,15 @@ class Chats:
         return Reading(
             begin="answer" if name is None else beginning(name, prompt, continued), splits=name is not None,
             include_reasoning=body.include_reasoning is not False, tools=use, format=call_format,
-            show_special=any(_is_special(tokenizer, mark) for mark in marks),
+            show_special=any(_special_id(tokenizer, mark) is not None for mark in marks),
+            think_ids=(None, None) if name is None else (_special_id(tokenizer, OPEN), _special_id(tokenizer, CLOSE)),
         )
 
 
-def _is_special(tokenizer: Tokenizer, mark: str) -> bool:
-    """Whether a mark is a special token, which is normally left out of the text."""
+def _special_id(tokenizer: Tokenizer, mark: str) -> int | None:
+    """The special token that a mark is, if it is one."""
     ids = tokenizer.encode(mark, add_special_tokens=False)
-    return len(ids) == 1 and tokenizer.is_special(ids[0])
+    return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
 
 
 def _for_template(template: ChatTemplate, messages: list[dict[str, Any]], ignored: list[str]) -> list[dict[str, Any]]:

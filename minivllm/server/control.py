@@ -6,13 +6,14 @@
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from minivllm.errors import InvalidInput
 from minivllm.server.errors import ApiError, json_response
+from minivllm.server.openapi import body_of
 from minivllm.server.protocol import Strict, Strings
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class AbortRequest(Strict):
             raise InvalidInput("send request_ids (a non-empty list), or all: true", "request_ids")
 
 
-def add_control(app: FastAPI, frontend: Frontend, body_of: Any) -> None:
+def add_control(app: FastAPI, frontend: Frontend) -> None:
     @app.get("/load")
     async def load() -> Response:
         frontend.check_alive()

@@ -5,7 +5,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
@@ -16,6 +17,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     INERT: ClassVar[frozenset[str]] = frozenset()
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({})
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Unknown fields are refused, unless the server is permissive; the other classes are as good as declared."""
+        schema = handler.resolve_ref_schema(handler(core))
+        fields = schema.setdefault("properties", {})
+        for name in sorted(cls.INERT):
+            fields[name] = {"description": "accepted; changes nothing"}
+        for name, harmless in sorted(cls.UNSUPPORTED.items()):
+            fields[name] = {"enum": [None, *harmless], "description": "not supported: only values that ask for nothing are accepted"}
+        schema["additionalProperties"] = False
+        return schema
 
     def extras(self, path: str, permissive: bool) -> list[str]:
         """Names to report as ignored; raises over those that must not be."""

@@ -418,18 +418,18 @@ class Required(_Json):
 
 
 class Named(ToolParser):
-    """What the grammar of a named function allows: its arguments."""
+    """What the grammar of a named function allows: its arguments. No text, as when reasoning took all tokens, is no call."""
 
     def __init__(self, name: str) -> None:
         super().__init__((name,))
         self._name = name
 
     def _first(self) -> bool:
-        if self._rest or self._ended:
-            self._start(self._name)
-            self._state = self._arguments
-            return True
-        return False
+        if not self._rest:
+            return False
+        self._start(self._name)
+        self._state = self._arguments
+        return True
 
     def _arguments(self) -> bool:
         self._argue(self._rest)

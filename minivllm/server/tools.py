@@ -109,6 +109,11 @@ class ToolUse:
     legacy: bool = False  # asked for as `functions`
 
     @property
+    def field(self) -> str:
+        """What errors call them."""
+        return "functions" if self.legacy else "tools"
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(function.name for function in self.functions)
 
@@ -124,7 +129,7 @@ class ToolUse:
         if self.mode == "auto":
             return None
         if self.mode == "named":
-            return next(f.parameters or _NO_PARAMETERS for f in self.functions if f.name == self.named)
+            return next(_arguments(f) for f in self.functions if f.name == self.named)
         definitions: dict[str, Any] = {}
         calls = [{
             "type": "object", "required": ["name", "parameters"], "additionalProperties": False,
@@ -136,9 +141,14 @@ class ToolUse:
         return {**array, "$defs": definitions} if definitions else array
 
 
+def _arguments(function: Function) -> dict[str, Any]:
+    """The schema of a function's arguments: an object in any case, and an empty one if it has no parameters."""
+    return {**function.parameters, "type": "object"} if function.parameters else {**_NO_PARAMETERS, "additionalProperties": False}
+
+
 def _hoist(function: Function, definitions: dict[str, Any]) -> dict[str, Any]:
     """A function's schema as a part of another: its own definitions, which references look for at the root, move there."""
-    schema = dict(function.parameters or _NO_PARAMETERS)
+    schema = _arguments(function)
     for key in ("$defs", "definitions"):
         found = schema.pop(key, None)
         if not isinstance(found, dict):

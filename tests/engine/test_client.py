@@ -20,7 +20,7 @@ import pytest
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import AddRequest, EngineClient, ThreadClient
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import Add, EngineLoop, Shutdown, StepMessage
+from minivllm.engine.loop import Add, EngineLoop, Refused, Shutdown, StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
 from minivllm.errors import EngineDead, InvalidInput, ModelError
@@ -154,6 +154,22 @@ def test_a_refused_request_raises_and_leaves_nothing_behind(client: EngineClient
         assert await collect(client, ask("bad")) == {0: expected((5, 6, 7), 5)}  # the id is free again
 
     asyncio.run(main())
+
+
+def test_a_reader_that_leaves_in_the_moment_its_request_is_refused_leaves_nothing_behind(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "_send", lambda command: None)  # the answer is the test's
+
+    async def main() -> None:
+        reading = asyncio.ensure_future(collect(client, ask("bad")))
+        await asyncio.sleep(0)  # until it waits
+        reading.cancel()
+        client._receive(Refused("bad", InvalidInput("no")))  # comes while the reader is there, and is passed on when it has left
+        await asyncio.gather(reading, return_exceptions=True)
+
+    asyncio.run(main())
+    assert client._streams == {}
 
 
 def test_an_id_in_use_is_refused_and_the_first_request_goes_on(client: EngineClient) -> None:

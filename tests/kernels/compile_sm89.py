@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minivllm.kernels.triton import activation, attention, kv_cache, norm, rope
+from minivllm.kernels.triton import activation, attention, linear, norm, sampling
+from minivllm.kernels.triton.decode_attention import _decode_attention
+from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -39,39 +42,77 @@ def measure(name: str, fn: Any, types: Mapping[str, str], constants: Mapping[str
 
 
 def attention_variants() -> Iterator[dict[str, Any]]:
-    types = {"out": "*bf16", "partial": "*fp32", "log_weight": "*fp32", "q": "*bf16", "k": "*bf16", "v": "*bf16", "query_start": "*i32",
-             "seq_lens": "*i32", "block_table": "*i32", "scale": "fp32", "softcap": "fp32"}
-    sizes = ("first_seq", "num_seqs", "num_tokens", "q_stride_t", "q_stride_h", "kv_stride_block", "kv_stride_slot", "kv_stride_head",
-             "table_stride")
+    cache = {"cache_k": "*bf16", "cache_v": "*bf16", "seq_lens": "*i32", "block_table": "*i32", "scale": "fp32", "softcap": "fp32",
+             "table_stride": "i32"}
+    source = {"qkv": "*bf16", "norm_weight": "*bf16", "eps": "fp32", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "qkv_stride": "i32"}
+    decode = {**cache, **source, "out": "*bf16", "partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32"}
+    store = {**source, "qk": "*bf16", "cache_k": "*bf16", "cache_v": "*bf16", "first": "i32"}
+    sizes = dict.fromkeys(("first_seq", "num_seqs", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")
+    prompt = {**cache, **sizes, **dict.fromkeys(("out", "q", "k", "v"), "*bf16"), "query_start": "*i32"}
     for head_dim in (64, 128):
-        for heads_per_kv in (2, 3):
-            for decode in (True, False):
-                tile = attention.tile_for(head_dim, heads_per_kv, decode)
-                constants = dict(NUM_HEADS=heads_per_kv * 8, HEADS_PER_KV=heads_per_kv, HEAD_DIM=head_dim, PADDED_DIM=head_dim,
-                                 BLOCK_SIZE=16, BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                                 SPLITS=8 if decode else 1, WINDOW=0, SOFTCAP=False, DECODE=decode)
-                name = f"{'decode' if decode else 'prefill'} attention, head_dim {head_dim}, {heads_per_kv} heads per KV head"
-                yield measure(name, attention._attention, {**types, **dict.fromkeys(sizes, "i32")}, constants,
-                              num_warps=tile.num_warps, num_stages=tile.num_stages)
-        merge = {"out": "*bf16", "partial": "*fp32", "log_weight": "*fp32", "num_rows": "i32"}
-        yield measure(f"decode split merge, head_dim {head_dim}", attention._merge_splits, merge,
-                      dict(HEAD_DIM=head_dim, PADDED_DIM=head_dim, SPLITS=8, PADDED_SPLITS=8), num_warps=4)
+        for group in (2, 3):
+            name = f"attention, head_dim {head_dim}, {group} heads per KV head"
+            shape = dict(NUM_HEADS=group * 8, D=head_dim, PADDED_D=head_dim)
+            tile = attention.decode_tile(head_dim, group, 89)
+            one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
+            yield measure(f"decode {name}", _decode_attention, decode,
+                          dict(SPLITS=8, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),
+                          num_warps=tile.num_warps, num_stages=tile.num_stages)
+            tile = attention.prompt_tile(head_dim, group, 89)
+            one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q)
+            yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
+                          num_warps=tile.num_warps, num_stages=tile.num_stages)
+        yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, store,
+                      dict(KV_HEADS=8, HEADS=8, NORM=True, ROPE=True, **shape), num_warps=4)
+
+
+def linear_variants() -> Iterator[dict[str, Any]]:
+    types = {**dict.fromkeys(("out", "x", "weight", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32"}
+    shapes = {"0.6B": (1024, 2048, 4096, 3072), "135M": (576, 576, 960, 1536), "7B": (4096, 4096, 6144, 14336)}
+    for model, (hidden, heads, qkv, inner) in shapes.items():
+        for layer, n, k, gated in (("qkv", qkv, hidden, False), ("o", hidden, heads, False), ("gate_up", inner, hidden, True),
+                                   ("down", hidden, inner, False)):
+            before = layer in ("qkv", "gate_up")
+            flags = dict(N=n, K=k, NORM=before, GATED=gated, BIAS=False, ADD=not before, PDL=False)
+            for rows in (1, 16):
+                if rows > 1 and n * k * (1 + gated) > linear.MAX_WEIGHT:
+                    continue
+                shape = linear.shape_for(rows, n, k, gated, 89)
+                blocks = dict(BLOCK_N=shape.block_n, BLOCK_K=shape.block_k)
+                name = f"decode {layer} of {model}, {rows} rows"
+                if rows == 1:
+                    yield measure(name, linear._matvec, types, {**flags, **blocks}, num_warps=shape.num_warps)
+                else:
+                    yield measure(name, linear._few_rows, {**types, "rows": "i32"},
+                                  {**flags, **blocks, "BLOCK_M": 16, "PARTS": min(shape.num_warps, shape.block_k // 16)},
+                                  num_warps=shape.num_warps)
 
 
 def small_variants() -> Iterator[dict[str, Any]]:
-    types = {"out": "*bf16", "x": "*bf16", "residual": "*bf16", "weight": "*bf16", "eps": "fp32", "x_stride_row": "i32",
-             "x_stride_head": "i32", "heads": "i32"}
-    for width, heads in ((576, False), (4096, False), (128, True)):
-        constants = dict(N=width, PADDED=triton.next_power_of_2(width), ADD=not heads, PER_HEAD=heads)
+    types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "eps": "fp32"}
+    for width in (576, 1024, 4096):
+        constants = dict(N=width, PADDED=triton.next_power_of_2(width), PDL=False)
         yield measure(f"decode rms_norm of {width}", norm._rms_norm, types, constants, num_warps=norm.warps_for(width))
-    types_of_silu = {"out": "*bf16", "x": "*bf16", "size": "i32"}
-    yield measure("decode silu_and_mul", activation._silu_and_mul, types_of_silu, dict(BLOCK=1024), num_warps=4)
-    types = {"out": "*bf16", "x": "*bf16", "cos": "*bf16", "sin": "*bf16", "x_stride_row": "i32", "x_stride_head": "i32", "heads": "i32"}
-    yield measure("decode apply_rope", rope._apply_rope, types, dict(D=128, PADDED=128), num_warps=1)
-    types = {"cache_k": "*bf16", "cache_v": "*bf16", "k": "*bf16", "v": "*bf16", "slots": "*i64", "k_stride": "i32", "v_stride": "i32"}
-    yield measure("decode write_kv", kv_cache._write_kv, types, dict(SIZE=1024, PADDED=1024), num_warps=4)
+    yield measure("decode silu_and_mul", activation._silu_and_mul, {"out": "*bf16", "x": "*bf16", "size": "i32"},
+                  dict(BLOCK=1024, PDL=False), num_warps=4)
+
+
+def sampling_variants() -> Iterator[dict[str, Any]]:
+    rows = {"row_stride": "i32", "size": "i32", "temperature": "*fp32", "threshold": "*fp32"}
+    chunks = {"peaks": "*fp32", "costs": "*fp32", "winners": "*i32", "temperature": "*fp32"}
+    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        types = {**rows, "logits": kind, "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
+        for filters in ("TOP_K", "TOP_P", "MIN_P", "TOP_K TOP_P MIN_P"):
+            constants = dict(TOP_K="TOP_K" in filters, TOP_P="TOP_P" in filters, MIN_P="MIN_P" in filters,
+                             SHIFT=sampling.KEY_SHIFT[dtype], POSITIONS=sampling.POSITIONS)
+            yield measure(f"decode sampling threshold {filters}, {kind}", sampling._thresholds, types, constants,
+                          num_warps=sampling.THRESHOLD_WARPS)
+        for filtered in (False, True):
+            yield measure(f"decode sampling draw, {kind}", sampling._draw, {**rows, **chunks, "logits": kind, "keys": "*i32"},
+                          dict(FILTERED=filtered, CHUNK=sampling.CHUNK), num_warps=sampling.DRAW_WARPS)
+    yield measure("decode sampling combine", sampling._combine, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *small_variants()):
+    for row in (*attention_variants(), *linear_variants(), *small_variants(), *sampling_variants()):
         print(json.dumps(row), flush=True)

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import activation as activation_twin
-from minivllm.kernels.reference import kv_cache as kv_cache_twin
+from minivllm.kernels.reference import attention as attention_twin
+from minivllm.kernels.reference import linear as linear_twin
 from minivllm.kernels.reference import norm as norm_twin
 from minivllm.kernels.reference import rope as rope_twin
-from tests.kernels.paged import make_case, naive_attention
+from tests.kernels.paged import Case, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from minivllm.kernels.triton import activation, attention, kv_cache, norm, rope
+from minivllm.kernels.triton import activation, attention, linear, norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes in numpy, which has no bfloat16 products.
@@ -28,15 +29,35 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
+def fused(case: Case) -> torch.Tensor:
+    """The projection that a case's newest tokens come from: [T, (H + 2 KV) * D]."""
+    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]).to(DEVICE) for t in (case.keys, case.values)]
+    return torch.cat((case.q, *new), 1).flatten(1)
+
+
+def forget_new(case: Case) -> KVLayer:
+    """A copy of the case's cache without its newest tokens."""
+    kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
+    for t in (kv.k, kv.v):
+        t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan
+    return kv
+
+
+def same_cache(a: KVLayer, b: KVLayer) -> bool:
+    return all(torch.equal(x.nan_to_num(99.0), y.nan_to_num(99.0)) for x, y in ((a.k, b.k), (a.v, b.v)))
+
+
 def check_attention(shape: list[tuple[int, int]], *, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int | None = None,
                     softcap: float | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> attention.AttentionMeta:
     case = make_case(shape, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype,
                      seed=seed, device=DEVICE)
     meta = attention.prepare_attention(case.batch, 0, block_size=block_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
                                        window=window, dtype=dtype)
-    got = attention.attention(case.q, case.kv, meta, scale=head_dim**-0.5, softcap=softcap)
+    kv = forget_new(case)
+    got = attention.self_attention(fused(case), kv, case.batch.slots[0], meta, scale=head_dim**-0.5, softcap=softcap)
     want = naive_attention(case, scale=head_dim**-0.5, window=window, softcap=softcap)
-    torch.testing.assert_close(got.cpu().double(), want, atol=HALF_ULP[dtype], rtol=HALF_ULP[dtype])
+    torch.testing.assert_close(got.view(case.q.shape).cpu().double(), want, atol=HALF_ULP[dtype], rtol=HALF_ULP[dtype])
+    assert same_cache(kv, case.kv)
     return meta
 
 
@@ -71,37 +92,82 @@ def test_attention_of_any_mix_over_scattered_poisoned_blocks_equals_hand_written
 
 
 @pytest.mark.parametrize("window", [None, 300])
-def test_few_decodes_share_their_keys_out_over_splits_and_the_merge_equals_the_whole(window: int | None) -> None:
-    meta = check_attention([(1, 700), (1, 3), (5, 30)], heads=2, kv_heads=1, head_dim=16, block_size=16, window=window)
-    assert meta.launches[0].splits > 1
+def test_few_decodes_share_their_keys_out_over_splits_and_the_last_one_takes_the_mean(window: int | None) -> None:
+    meta = check_attention([(1, 700), (1, 3), (1, 130), (5, 30)], heads=2, kv_heads=1, head_dim=16, block_size=16, window=window)
+    assert meta.splits > 1 and meta.tickets is not None
+    assert not meta.tickets.any(), "the next layer counts from zero"
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    shape=sequences,
+    heads=st.sampled_from([(4, 2), (9, 3)]),
+    head_dim=st.sampled_from([8, 20]),
+    normed=st.booleans(),
+    roped=st.booleans(),
+    dtype=st.sampled_from(DOT_DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_heads_are_normalised_and_rotated_before_they_attend_as_in_the_reference(
+    shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, normed: bool, roped: bool, dtype: torch.dtype, seed: int,
+) -> None:
+    case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, seed=seed, device=DEVICE)
+    qkv = fused(case)
+    qk_norm = (torch.randn(sum(heads), head_dim, device=DEVICE).to(dtype), 1e-6) if normed else None
+    rope = rope_twin.rope_angles(case.batch.positions, torch.rand(head_dim // 2, device=DEVICE), 1.0, dtype) if roped else None
+    results = []
+    for twin in (attention, attention_twin):
+        meta = twin.prepare_attention(case.batch, 0, block_size=4, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
+                                      window=None, dtype=dtype)
+        kv = forget_new(case)
+        out = twin.self_attention(qkv, kv, case.batch.slots[0], meta, scale=head_dim**-0.5, rope=rope, qk_norm=qk_norm)
+        results.append((out, kv.k.nan_to_num(99.0), kv.v.nan_to_num(99.0)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=4 * HALF_ULP[dtype], rtol=4 * HALF_ULP[dtype])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 5, 16, 17]),
+    width=st.sampled_from([16, 40, 300]),
+    columns=st.sampled_from([1, 8, 50]),
+    normed=st.booleans(), gated=st.booleans(), biased=st.booleans(), added=st.booleans(),
+    dtype=st.sampled_from(DOT_DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_a_linear_layer_with_its_norm_gate_and_residual_equals_its_twin(
+    rows: int, width: int, columns: int, normed: bool, gated: bool, biased: bool, added: bool, dtype: torch.dtype, seed: int
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen).to(DEVICE, dtype)
+
+    x, weight = random(rows, width), random(columns * (1 + gated), width) * width**-0.5
+    bias = random(columns * (1 + gated)) if biased else None
+    norm_of = (random(width), 1e-5) if normed else None
+    residual = random(rows, columns) if added else None
+
+    def run(twin: object) -> torch.Tensor:
+        return twin.fused_linear(x, weight, bias, norm=norm_of, gated=gated, residual=None if residual is None else residual.clone())
+
+    torch.testing.assert_close(run(linear), run(linear_twin), atol=6 * HALF_ULP[dtype], rtol=4 * HALF_ULP[dtype])
+
+
+def test_a_norm_in_float16_does_not_leave_the_range_of_float16() -> None:
+    x = torch.full((2, 32), 6e4, dtype=torch.float16, device=DEVICE)
+    weight = torch.full((8, 32), 1 / 32, dtype=torch.float16, device=DEVICE)
+    got = linear.fused_linear(x, weight, norm=(torch.full((32,), 4.0, dtype=torch.float16, device=DEVICE), 1e-5))
+    close(got, torch.full((2, 8), 4.0, dtype=torch.float16, device=DEVICE))
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_norms_equal_their_twins(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
-    x, residual, weight = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
+    x, weight = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((rows, width), (width,)))
     close(norm.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5))
-    got, stream = norm.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    want, stream_twin = norm_twin.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    close(stream, stream_twin)
-    close(got, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 64, 80])
-def test_per_head_norm_rope_and_cache_write_equal_their_twins_on_slices_of_a_fused_projection(dtype: torch.dtype, head_dim: int) -> None:
-    torch.manual_seed(1)
-    qkv = torch.randn(5, 9, head_dim, device=DEVICE).to(dtype)  # 5 query heads, 2 key heads, 2 value heads
-    weight = torch.randn(7, head_dim, device=DEVICE).to(dtype)
-    close(norm.rms_norm(qkv[:, :7], weight, 1e-6), norm_twin.rms_norm(qkv[:, :7], weight, 1e-6))
-    angles = rope_twin.rope_angles(torch.arange(5, device=DEVICE) * 9, torch.rand(head_dim // 2, device=DEVICE), 1.0, dtype)
-    close(rope.apply_rope(qkv[:, :7], *angles), rope_twin.apply_rope(qkv[:, :7], *angles))
-    slots = torch.tensor([3, 9, 20, 7, 1], device=DEVICE)
-    ours, twins = (KVLayer(*(torch.full((6, 4, 2, head_dim), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv")) for _ in range(2))
-    kv_cache.write_kv(qkv[:, 5:7], qkv[:, 7:], ours, slots)
-    kv_cache_twin.write_kv(qkv[:, 5:7], qkv[:, 7:], twins, slots)
-    assert torch.equal(ours.k.nan_to_num(99.0), twins.k.nan_to_num(99.0)) and torch.equal(ours.v.nan_to_num(99.0), twins.v.nan_to_num(99.0))
+    close(norm.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

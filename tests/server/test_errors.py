@@ -413,6 +413,7 @@ def test_version_and_metrics_answer(http: httpx.Client) -> None:
 
 
 def test_the_openapi_document_describes_the_request_bodies(http: httpx.Client) -> None:
-    paths = http.get("/openapi.json").json()["paths"]
-    schema = paths[COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"prompt", "temperature", "stop"} <= set(schema["properties"])
+    document = http.get("/openapi.json").json()
+    for path, names in ((COMPLETIONS, {"prompt", "temperature", "stop"}), (CHAT, {"messages", "tools", "tool_choice"})):
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert names <= set(document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]["properties"])

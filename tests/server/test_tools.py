@@ -205,6 +205,73 @@ def test_several_choices_are_read_separately_with_log_probabilities(tools: Stage
     assert chunks[-1].usage == whole.usage
 
 
+# -- calls that are demanded ------------------------------------------------------------------------------------------
+
+
+def test_a_demanded_call_is_enforced_by_a_grammar_of_all_parameters(tools: Stage) -> None:
+    tools.says('[{"name": "get_weather", "parameters": {"city": "Paris"}}, {"name": "clock", "parameters": {}}]')
+    wanted = [("get_weather", PARIS), ("clock", "{}")]
+    choice = tools.chat(tools=TOOLS, tool_choice="required").choices[0]
+    assert (choice.message.content, calls_of(choice.message), choice.finish_reason) == (None, wanted, "tool_calls")
+    assert join(tools.chat(tools=TOOLS, tool_choice="required", stream=True)) == Joined("", "", wanted, "tool_calls")
+    structure = tools.engine.seen[-1].params.structured_outputs
+    assert structure is not None and structure.kind == "json"
+    schema = json.loads(str(structure.json))
+    assert [call["properties"]["name"]["enum"] for call in schema["items"]["anyOf"]] == [["get_weather"], ["clock"]]
+    assert schema["items"]["anyOf"][0]["properties"]["parameters"] == WEATHER["function"]["parameters"]
+    assert schema["minItems"] == 1 and "maxItems" not in schema
+    tools.chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert '"maxItems":1' in str(tools.engine.seen[-1].params.structured_outputs)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_named_functions_output_is_its_arguments_and_finishes_with_stop(tools: Stage, legacy: bool) -> None:
+    tools.says(PARIS)
+    fields: dict[str, Any] = {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}} if legacy else {
+        "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
+    choice = tools.chat(**fields).choices[0]
+    called = choice.message.function_call if legacy else choice.message.tool_calls[0].function
+    assert (called.name, called.arguments, choice.message.content, choice.finish_reason) == ("get_weather", PARIS, None, "stop")
+    assert json.loads(str(tools.engine.seen[-1].params.structured_outputs.json)) == WEATHER["function"]["parameters"]
+    if not legacy:
+        assert join(tools.chat(**fields, stream=True)) == Joined("", "", [("get_weather", PARIS)], "stop")
+
+
+def test_a_strict_schema_is_taken_where_a_grammar_enforces_it(tools: Stage) -> None:
+    strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    tools.says('[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
+    assert calls_of(tools.chat(tools=[strict], tool_choice="required").choices[0].message) == [("get_weather", PARIS)]
+    with pytest.raises(openai.BadRequestError, match="strict"):
+        tools.chat(tools=[strict])
+
+
+def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:
+    form: Any = {"type": "json_object"}
+    for choice in ("auto", "required"):
+        with pytest.raises(openai.BadRequestError, match="tools ask for different outputs") as refused:
+            tools.chat(tools=TOOLS, tool_choice=choice, response_format=form)
+        assert refused.value.param == "response_format"
+    tools.chat(tools=TOOLS, tool_choice="none", response_format=form)
+    assert tools.engine.seen[-1].params.structured_outputs.kind == "json_object"
+
+
+def test_definitions_of_several_tools_move_to_the_root_of_the_schema(tools: Stage) -> None:
+    def tool(name: str, **definitions: Any) -> Any:
+        schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": definitions}
+        return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+    old = {"type": "function", "function": {"name": "c", "parameters": {
+        "type": "object", "properties": {"y": {"$ref": "#/definitions/Y"}}, "definitions": {"Y": {"type": "null"}}}}}
+    tools.says('[{"name": "a", "parameters": {}}]')
+    same = [tool("a", X={"type": "integer"}), tool("b", X={"type": "integer"}), old]
+    tools.chat(tools=same, tool_choice="required")
+    schema = json.loads(str(tools.engine.seen[-1].params.structured_outputs.json))
+    assert schema["$defs"] == {"X": {"type": "integer"}, "Y": {"type": "null"}}
+    assert schema["items"]["anyOf"][2]["properties"]["parameters"]["properties"] == {"y": {"$ref": "#/$defs/Y"}}
+    with pytest.raises(openai.BadRequestError, match="'X'"):
+        tools.chat(tools=[tool("a", X={"type": "integer"}), tool("b", X={"type": "string"})], tool_choice="required")
+
+
 # -- calls and results sent back --------------------------------------------------------------------------------------
 
 
@@ -335,6 +402,18 @@ def test_a_model_told_not_to_think_only_answers(thinker: Stage, fields: Any) -> 
     thinker.says("Paris.</think>")
     assert thinker.chat(**fields).choices[0].message.content == "Paris.</think>"
     assert thinker.prompt.endswith("<think></think>")
+
+
+def test_a_structure_is_for_the_answer_and_not_for_the_reasoning(thinker: Stage) -> None:
+    form: Any = {"type": "json_object"}
+    thinker.says('<think>{</think>{"a": 1}')
+    message = thinker.chat(response_format=form).choices[0].message
+    assert (message.content, message.model_extra["reasoning"]) == ('{"a": 1}', "{")
+    assert thinker.engine.seen[-1].params.structured_outputs.kind == "grammar"
+    thinker.chat(response_format=form, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert thinker.engine.seen[-1].params.structured_outputs.kind == "json_object"
+    with pytest.raises(openai.BadRequestError, match="enable_thinking"):
+        thinker.chat(extra_body={"structured_outputs": {"choice": ["a", "b"]}})
 
 
 def test_reasoning_can_be_left_out(thinker: Stage) -> None:

@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.reference.kv_cache import write_kv
+from minivllm.kernels.reference.norm import rms_norm
+from minivllm.kernels.reference.rope import apply_rope
 
 # How decodes are cut into batches. GATHER_BYTES: keys and values that are copied together at once, which bounds memory and
 # should fit the caches. FREE_PADDING: padded keys that cost about as much as one batch more.
@@ -110,6 +113,26 @@ def prepare_attention(
         chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)
         row += query_len
     return AttentionMeta(num_heads, num_kv_heads, head_dim, row, batch.num_decodes, order, gathers, workspace, tuple(chunks))
+
+
+def self_attention(
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
+    qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
+) -> Tensor:
+    """All that happens between a layer's two projections: qkv: [T, (H + 2 KV) * D] -> the heads' outputs [T, H * D].
+
+    The T new keys and values are written to `slots`: [T]. rope: (cos, signed sin) of `rope_angles`. qk_norm: weights
+    [H + KV, D] and epsilon of the norm that some families give each head's queries and keys before they are rotated.
+    """
+    h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
+    heads = qkv.view(-1, h + 2 * hk, d)
+    qk, v = heads[:, : h + hk], heads[:, h + hk :]  # [T, H + KV, D], [T, KV, D]: norm and rotation act per head, one call for q and k
+    if qk_norm is not None:
+        qk = rms_norm(qk, *qk_norm)
+    if rope is not None:
+        qk = apply_rope(qk, *rope)
+    write_kv(qk[:, h:], v, kv, slots)
+    return attention(qk[:, :h], kv, meta, scale=scale, softcap=softcap).view(-1, h * d)
 
 
 def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivllm.kernels.reference.activation import silu_and_mul
+from minivllm.kernels.reference.norm import rms_norm
+
 # Rows of x that the packed layout is chosen for; other numbers work with it too. The values were measured over 1 to 1,024
 # rows: with AMX a layout for one row is as fast as any for small batches and the only one that is fast for long prompts.
 _ROWS_PACKED_FOR = {torch.bfloat16: 1, torch.float32: 32}
@@ -34,3 +37,20 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, packed.shape[0])
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def fused_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear layer and its surroundings: x: [T, K] -> [T, N].
+
+    norm: weight [K] and epsilon of an RMSNorm of x before it. gated: the layer gives [gate | up], the result is silu(gate) * up.
+    residual: [T, N] is added to the result, and may be overwritten.
+    """
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    y = linear(x, packed, bias)
+    if gated:
+        y = silu_and_mul(y)
+    return y if residual is None else residual.add_(y)

@@ -1,8 +1,4 @@
-"""Normalisation. RMSNorm (Zhang and Sennrich 2019) is x / rms(x) * weight; LayerNorm also subtracts the mean.
-
-The residual stream of a decoder is only ever read through a norm, so "add the sublayer's output to the stream, then
-normalise" is one operation: a fused twin makes one pass over memory of it.
-"""
+"""Normalisation. RMSNorm (Zhang and Sennrich 2019) is x / rms(x) * weight; LayerNorm also subtracts the mean."""
 from __future__ import annotations
 
 import math
@@ -39,12 +35,6 @@ def _by_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     n = x.shape[-1]
     both = (x.unsqueeze(-2) * _signs(x.dtype)).flatten(-2)  # [..., 2N]
     return F.layer_norm(both, (2 * n,), None, None, eps)[..., :n] * weight
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual: [T, N] -> (rms_norm(x + residual), x + residual). May overwrite `residual`."""
-    residual.add_(x)
-    return rms_norm(residual, weight, eps), residual
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -6,16 +6,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minivllm.kernels.triton.device import early_start
+
 
 @triton.jit
-def _silu_and_mul(out, x, size, BLOCK: tl.constexpr):
+def silu_mul(gate, up, dtype: tl.constexpr):
+    """Float32 values, rounded as the reference rounds: both products to dtype, then the activation."""
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return silu * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _silu_and_mul(out, x, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < size
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     gate = tl.load(x + row * 2 * size + columns, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * size + size + columns, mask=live, other=0.0)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype).to(tl.float32)  # rounded as the reference rounds
-    tl.store(out + row * size + columns, (silu * up.to(tl.float32)).to(out.dtype.element_ty), mask=live)
+    up = tl.load(x + row * 2 * size + size + columns, mask=live, other=0.0).to(tl.float32)
+    y = silu_mul(gate, up, out.dtype.element_ty)
+    tl.store(out + row * size + columns, y.to(out.dtype.element_ty), mask=live)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -23,5 +36,5 @@ def silu_and_mul(x: Tensor) -> Tensor:
     rows, double = x.shape
     out = torch.empty(rows, double // 2, dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(double // 2))
-    _silu_and_mul[(rows, triton.cdiv(double // 2, block))](out, x, double // 2, BLOCK=block, num_warps=4)
+    _silu_and_mul[(rows, triton.cdiv(double // 2, block))](out, x, double // 2, BLOCK=block, num_warps=4, **early_start(x.device))
     return out

@@ -1,0 +1,168 @@
+"""What a serving benchmark sends and when: prompts and lengths from a distribution, from nano's work, or from a trace; arrivals.
+
+    random    lengths fixed, uniform within a ratio, or log-normal; random tokens, after an optional common prefix
+    nano      `workloads.nano`: 256 requests of 100 to 1,024 tokens in and out
+    trace     a file with one JSON object a line: what was asked of a real server, when
+
+Arrivals are a renewal process with gamma-distributed gaps: burstiness 1 is Poisson, below 1 comes in bursts, above 1 is steadier.
+"""
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minivllm.benchmarks.workloads import FIRST_ID, LAST_ID, nano
+from minivllm.errors import InvalidInput
+
+HASH_BLOCK = 512  # tokens that one entry of a trace's hash_ids stands for (as in the traces published with Mooncake, FAST '25)
+_WORDS = ("the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "they", "at", "be", "this", "have",
+          "from", "or", "one", "had", "by", "word", "but", "not", "what", "all", "were", "we", "when", "your", "can", "said", "there")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: its prompt, as token ids or text, and how long the answer is to be."""
+
+    prompt: tuple[int, ...] | str
+    output_len: int
+    at: float | None = None  # seconds after the start, if a trace says so
+    temperature: float | None = None  # None: the run's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """A distribution of lengths around a middle."""
+
+    middle: int
+    ratio: float = 0.0  # uniform from (1 - ratio) to (1 + ratio) times the middle
+    sigma: float = 0.0  # log-normal with the middle as its median; 0: not
+
+    def draw(self, rng: random.Random) -> int:
+        if self.sigma:
+            return max(1, round(self.middle * math.exp(rng.gauss(0.0, self.sigma))))
+        low, high = round(self.middle * (1 - self.ratio)), round(self.middle * (1 + self.ratio))
+        return max(1, rng.randint(low, high))
+
+
+def random_asks(
+    count: int, inputs: Lengths, outputs: Lengths, *, seed: int, prefix_len: int = 0, last_id: int = LAST_ID, text: bool = False,
+) -> list[Ask]:
+    """Random prompts; the first `prefix_len` tokens are the same for all, in addition to their own."""
+    rng = random.Random(seed)
+    prefix = _prompt(rng, prefix_len, last_id, text)
+    asks = []
+    for _ in range(count):
+        own, output_len = _prompt(rng, inputs.draw(rng), last_id, text), outputs.draw(rng)
+        asks.append(Ask(_joined(prefix, own), output_len))
+    return asks
+
+
+def _prompt(rng: random.Random, length: int, last_id: int, text: bool) -> tuple[int, ...] | str:
+    """Token ids, or as many words, most of which are one token."""
+    return " ".join(rng.choices(_WORDS, k=length)) if text else _ids(rng, length, last_id)
+
+
+def _ids(rng: random.Random, length: int, last_id: int) -> tuple[int, ...]:
+    return tuple(rng.randint(min(FIRST_ID, last_id), last_id) for _ in range(length))
+
+
+def _joined(prefix: tuple[int, ...] | str, own: tuple[int, ...] | str) -> tuple[int, ...] | str:
+    if isinstance(prefix, str) or isinstance(own, str):
+        return f"{prefix} {own}" if prefix else own
+    return prefix + own
+
+
+def nano_asks(count: int | None, seed: int) -> list[Ask]:
+    return [Ask(r.prompt_token_ids, r.output_len, temperature=r.temperature) for r in nano(seed)[:count]]
+
+
+# -- traces -----------------------------------------------------------------------------------------------------------
+
+
+def trace_asks(path: str, count: int | None, *, seed: int, last_id: int = LAST_ID, text: bool = False) -> list[Ask]:
+    """Requests of a JSONL file: {"prompt": text or ids} or {"input_length": n, "hash_ids": [...]}, "output_length", "timestamp" (ms)."""
+    rng = random.Random(seed)
+    asks = []
+    for number, line in _lines(path):
+        try:
+            asks.append(_trace_ask(line, rng, seed, last_id, text))
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+            raise InvalidInput(f"{path}, line {number}: {what}; a line is an object such as "
+                               '{"timestamp": 1500, "input_length": 300, "output_length": 20}', "dataset_path") from None
+        if len(asks) == count:
+            break
+    if not asks:
+        raise InvalidInput(f"{path} holds no request", "dataset_path")
+    first = min((ask.at for ask in asks if ask.at is not None), default=0.0)
+    return sorted((Ask(a.prompt, a.output_len, None if a.at is None else a.at - first) for a in asks), key=lambda ask: ask.at or 0.0)
+
+
+def _lines(path: str) -> Iterator[tuple[int, Any]]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InvalidInput(f"cannot read the trace {path}: {reason}", "dataset_path") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise InvalidInput(f"{path}, line {number} is not JSON: {error}", "dataset_path") from None
+
+
+def _trace_ask(entry: Any, rng: random.Random, seed: int, last_id: int, text: bool) -> Ask:
+    if not isinstance(entry, dict):
+        raise ValueError("it is not an object")
+    output_len = _count(entry, "output_length")
+    at = entry.get("timestamp")
+    if at is not None and not (isinstance(at, (int, float)) and math.isfinite(at)):
+        raise ValueError(f"timestamp must be a number of milliseconds, got {at!r}")
+    prompt = entry.get("prompt")
+    if prompt is None:
+        prompt = _known_blocks(entry, _count(entry, "input_length"), rng, seed, last_id, text)
+    elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        prompt = tuple(prompt)
+    elif not (isinstance(prompt, str) and prompt):
+        raise ValueError("prompt must be a text or a list of token ids")
+    return Ask(prompt, output_len, None if at is None else at / 1e3)
+
+
+def _count(entry: dict[str, Any], name: str) -> int:
+    value = entry[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _known_blocks(
+    entry: dict[str, Any], length: int, rng: random.Random, seed: int, last_id: int, text: bool,
+) -> tuple[int, ...] | str:
+    """A prompt in which each hash id stands for the same block of tokens wherever it occurs, so that prefixes are shared."""
+    hash_ids = entry.get("hash_ids") or ()
+    if text or not hash_ids:
+        return _prompt(rng, length, last_id, text)
+    tokens: list[int] = []
+    for hash_id in hash_ids:
+        tokens += _ids(random.Random(f"{seed} {hash_id}"), HASH_BLOCK, last_id)
+    return (*tokens, *_ids(rng, max(0, length - len(tokens)), last_id))[:length]
+
+
+# -- arrivals ---------------------------------------------------------------------------------------------------------
+
+
+def arrivals(asks: Sequence[Ask], rate: float, burstiness: float, seed: int) -> list[float]:
+    """When each request is due. An infinite rate: at once, or when the trace says."""
+    if math.isinf(rate):
+        return [ask.at or 0.0 for ask in asks]
+    rng, now, due = random.Random(seed + 1), 0.0, []
+    for _ in asks:
+        due.append(now)
+        now += rng.gammavariate(burstiness, 1.0 / (rate * burstiness))
+    return due

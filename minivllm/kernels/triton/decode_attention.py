@@ -1,0 +1,171 @@
+"""Attention of decodes in Triton, from the fused projection to the heads' outputs in one kernel.
+
+Each sequence has one new token. A program owns one KV head of one sequence; the rows of its matrix are the query heads that
+share it and, below them, the new key, all normalised and rotated together. The online softmax starts with the new token's own
+key and value, which are also written to the cache, and goes on over the cached ones. So the new key is never read back.
+
+    cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     one program each; the last one starts with the new key
+
+When there are too few sequences to fill the GPU, the keys are shared out over up to SPLITS programs (Flash-Decoding, Dao et
+al. 2023), but never less than MIN_KEYS each: how many a sequence uses depends on its length, on the device, so a captured
+graph serves every length. Each leaves a partial average and the logarithm of its weight; the one that finishes last takes
+the weighted mean, in the splits' order, so it does not matter which one that is.
+
+The softmax runs online (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023), in base 2.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAX_SPLITS = 16
+
+
+@triton.jit
+def rotated_heads(
+    token_qkv, head, dims, live, norm_weight, eps, cos, sin,
+    D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows of a fused projection, normalised per head and rotated: [rows, PADDED_D] of DTYPE. cos, sin: of the token.
+
+    sin carries the sign, and the partner of dimension d is d + D/2 (mod D). Rounds wherever the reference does.
+    """
+    x = tl.load(token_qkv + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
+    other = (dims + D // 2) % D
+    partner = x
+    if ROPE:
+        partner = tl.load(token_qkv + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        w = tl.load(norm_weight + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
+        x = ((x * scale).to(DTYPE).to(tl.float32) * w).to(DTYPE).to(tl.float32)
+        if ROPE:
+            w = tl.load(norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
+            partner = ((partner * scale).to(DTYPE).to(tl.float32) * w).to(DTYPE).to(tl.float32)
+    if ROPE:
+        live_dim = dims < D
+        c = tl.load(cos + dims, mask=live_dim, other=0.0).to(tl.float32)
+        s = tl.load(sin + dims, mask=live_dim, other=0.0).to(tl.float32)
+        x = x * c[None, :] + partner * s[None, :]
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _decode_attention(
+    out, partial, log_weight, tickets,  # [T, H, D]; with splits: [SPLITS, T, H, D], [SPLITS, T, H] float32 and [T, KV] int32 of 0
+    qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
+    slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
+    DTYPE: tl.constexpr = cache_k.dtype.element_ty
+    last = tl.load(seq_lens + seq) - 1  # the new token's position: keys before it are cached
+    oldest = 0
+    if WINDOW > 0:
+        oldest = tl.maximum(last - WINDOW + 1, 0)
+    begin = oldest // BLOCK_N * BLOCK_N
+    end = last
+    used = 1
+    if SPLITS > 1:
+        run = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), SPLITS) * BLOCK_N, MIN_KEYS)
+        used = tl.maximum(tl.cdiv(last - begin, run), 1)
+        if split >= used:
+            return
+        begin += split * run
+        end = tl.minimum(last, begin + run)
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, PADDED_D)
+    table = block_table + seq * table_stride
+    if PDL:  # the cached keys and values are long there: bring the first ones near while the projection still runs
+        near = begin + tl.arange(0, PREFETCH)
+        near_block = tl.load(table + near // BLOCK_SIZE, mask=near < end, other=0).to(tl.int64)
+        near_place = ((near_block * BLOCK_SIZE + near % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+        for line in tl.static_range(0, D, 64):
+            prefetch(cache_k + near_place + line)
+            prefetch(cache_v + near_place + line)
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+    live_row = rows < HEADS_PER_KV
+    live_dim = dims < D
+    head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
+    token = qkv + seq * qkv_stride
+    live = (rows <= HEADS_PER_KV)[:, None] & live_dim[None, :]
+    q = rotated_heads(token, head, dims, live, norm_weight, eps, cos + seq * D, sin + seq * D, D, NORM, ROPE, DTYPE)
+    new_key = tl.sum(tl.where((rows == HEADS_PER_KV)[:, None], q.to(tl.float32), 0.0), 0)  # [PADDED_D], exact: one row
+    new_value = tl.load(token + (NUM_HEADS + KV_HEADS + kv_head) * D + dims, mask=live_dim, other=0.0).to(tl.float32)
+    mine = split == used - 1
+    if mine:
+        own_place = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
+        tl.store(cache_k + own_place + dims, new_key.to(DTYPE), mask=live_dim)
+        tl.store(cache_v + own_place + dims, new_value.to(DTYPE), mask=live_dim)
+
+    scale *= 1.4426950408889634  # log2(e)
+    score = tl.sum(q.to(tl.float32) * new_key[None, :], 1) * scale
+    if SOFTCAP:
+        score = _cap(score, softcap)
+    peak = tl.where(mine, score, -float("inf"))
+    total = tl.where(mine, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
+    acc = tl.where(mine, tl.zeros([BLOCK_M, PADDED_D], tl.float32) + new_value[None, :], 0.0)
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        live_key = (key >= oldest) & (key < end)  # the rest of a block may hold anything, NaN included, and is never loaded
+        block = tl.load(table + key // BLOCK_SIZE, mask=live_key, other=0).to(tl.int64)
+        place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+        k = tl.load(cache_k + place[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP:
+            scores = _cap(scores, softcap)
+        scores = tl.where(live_key[None, :], scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shrink = tl.exp2(peak - new_peak)
+        weights = tl.exp2(scores - new_peak[:, None])
+        v = tl.load(cache_v + place[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(DTYPE), v, input_precision="ieee")
+        total = total * shrink + tl.sum(weights, 1)
+        peak = new_peak
+
+    mean = acc / total[:, None]  # every program saw at least one key
+    live_q = live_row[:, None] & live_dim[None, :]
+    row = seq * NUM_HEADS + head  # of [T, H]
+    if SPLITS > 1 and used > 1:
+        num_rows = num_seqs * NUM_HEADS
+        at = split * num_rows + row
+        tl.store(partial + at[:, None] * D + dims[None, :], mean, mask=live_q)
+        tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)
+        tl.debug_barrier()  # all of this program's stores come before its ticket
+        ticket = tickets + seq * KV_HEADS + kv_head
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") < used - 1:
+            return
+        tl.store(ticket, 0)  # as it was, for the next layer
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        for i in tl.range(used, loop_unroll_factor=8):
+            top = tl.maximum(top, tl.load(log_weight + i * num_rows + row, mask=live_row, other=0.0, cache_modifier=".cg"))
+        total = tl.zeros([BLOCK_M], tl.float32)
+        mean = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+        for i in tl.range(used, loop_unroll_factor=8):
+            at = i * num_rows + row
+            weight = tl.exp2(tl.load(log_weight + at, mask=live_row, other=0.0, cache_modifier=".cg") - top)
+            part = tl.load(partial + at[:, None] * D + dims[None, :], mask=live_q, other=0.0, cache_modifier=".cg")
+            mean += weight[:, None] * part
+            total += weight
+        mean = mean / total[:, None]
+    tl.store(out + row[:, None] * D + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the line of 128 bytes that each of `pointers` lies in to the L2 cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _cap(scores, softcap):
+    """softcap * tanh(scores / softcap), where scores and result carry a factor log2(e)."""
+    raw = scores * 0.6931471805599453
+    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * raw / softcap) + 1.0)) * 1.4426950408889634

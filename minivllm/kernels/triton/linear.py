@@ -1,0 +1,198 @@
+"""Linear layers of few rows, with what stands around them: the norm before, the residual stream or the gate after.
+
+With one to a few dozen rows a linear layer is as fast as its weight can be read, and a kernel of its own for each norm,
+activation and addition costs more than the arithmetic. So there is one kernel for
+
+    norm -> qkv         out = rms_norm(x) W^T            the sum of squares is taken on the way, the scale applied at the end
+    o, down             out = x W^T + residual
+    norm -> gate | up   out = silu(x Wg^T) * (x Wu^T)    one program owns the same columns of both
+
+A program owns BLOCK_N output columns. For one row the product is a sum over registers (`_matvec`), for more it is a tensor
+core tile (`_few_rows`).
+
+On Hopper each kernel starts while the one before still runs (programmatic dependent launch): it fetches its weights,
+which nobody writes, and only then waits for its input.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
+from minivllm.kernels.triton.device import capability, early_start
+from minivllm.kernels.triton.norm import rms_norm
+
+MAX_ROWS = 16  # beyond, and for the largest weights, cuBLAS is as fast
+MAX_WEIGHT = 16 << 20  # elements, for two rows or more
+
+
+@triton.jit
+def _matvec(
+    out, x, weight, norm_weight, bias, residual, eps,  # [N], [K], [N or 2N, K], [K], [N or 2N], [N]
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_n = n < N
+    w = weight + n.to(tl.int64)[:, None] * K
+    k = tl.arange(0, BLOCK_K)
+    first = tl.load(w + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+    if GATED:
+        first_up = tl.load(w + N * K + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else acc
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live_k = k < K
+        live = live_n[:, None] & live_k[None, :]
+        value = tl.load(x + k, mask=live_k, other=0.0).to(tl.float32)
+        if NORM:
+            squares += value * value
+            value *= tl.load(norm_weight + k, mask=live_k, other=0.0).to(tl.float32)
+        tile = first if start == 0 else tl.load(w + k[None, :], mask=live, other=0.0)
+        acc += tile.to(tl.float32) * value[None, :]
+        if GATED:
+            tile = first_up if start == 0 else tl.load(w + N * K + k[None, :], mask=live, other=0.0)
+            acc_up += tile.to(tl.float32) * value[None, :]
+    y = tl.sum(acc, 1)
+    scale = tl.rsqrt(tl.sum(squares, 0) / K + eps) if NORM else 1.0
+    y *= scale
+    if BIAS:
+        y += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.sum(acc_up, 1) * scale
+        if BIAS:
+            up += tl.load(bias + N + n, mask=live_n, other=0.0).to(tl.float32)
+        y = silu_mul(y, up, out.dtype.element_ty)
+    if ADD:
+        y += tl.load(residual + n, mask=live_n, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=live_n)
+
+
+@triton.jit
+def _few_rows(
+    out, x, weight, norm_weight, bias, residual, eps, rows,  # [rows, N], [rows, K], [N or 2N, K], [K], [N or 2N], [rows, N]
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Each of PARTS warps multiplies its own part of BLOCK_K: a batched product over parts, which are added up at the end.
+
+        k of a chunk   | part 0 ....... | part 1 ....... | part 2 ....... | part 3 ....... |
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_n = n < N
+    w = weight + n.to(tl.int64)[:, None] * K
+    k = tl.arange(0, BLOCK_K)
+    first = tl.load(w + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+    if GATED:
+        first_up = tl.load(w + N * K + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    m = tl.arange(0, BLOCK_M)
+    live_m = m < rows
+    source = x + m[:, None] * K
+    scale = tl.full([BLOCK_M], 1.0, tl.float32)
+    if NORM:
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            value = tl.load(source + k[None, :], mask=live_m[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+            squares += tl.sum(value * value, 1)
+        scale = tl.rsqrt(squares / K + eps)
+    acc = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
+    acc_up = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live_k = k < K
+        live = live_n[:, None] & live_k[None, :]
+        value = tl.load(source + k[None, :], mask=live_m[:, None] & live_k[None, :], other=0.0)
+        if NORM:
+            weights = tl.load(norm_weight + k, mask=live_k, other=0.0).to(tl.float32)
+            normed = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32)
+            value = (normed * weights[None, :]).to(value.dtype)
+        value = value.reshape(BLOCK_M, PARTS, BLOCK_K // PARTS).permute(1, 0, 2)
+        tile = first if start == 0 else tl.load(w + k[None, :], mask=live, other=0.0)
+        acc = tl.dot(value, tile.reshape(BLOCK_N, PARTS, BLOCK_K // PARTS).permute(1, 2, 0), acc, input_precision="ieee")
+        if GATED:
+            tile = first_up if start == 0 else tl.load(w + N * K + k[None, :], mask=live, other=0.0)
+            acc_up = tl.dot(value, tile.reshape(BLOCK_N, PARTS, BLOCK_K // PARTS).permute(1, 2, 0), acc_up, input_precision="ieee")
+    y = tl.sum(acc, 0)
+    if BIAS:
+        y += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        up = tl.sum(acc_up, 0)
+        if BIAS:
+            up += tl.load(bias + N + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+        y = silu_mul(y, up, out.dtype.element_ty)
+    live = live_m[:, None] & live_n[None, :]
+    at = m[:, None] * N + n[None, :]
+    if ADD:
+        y += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a product is cut: columns of a program (of gate and up each), elements of K at a time."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+def shape_for(rows: int, n: int, k: int, gated: bool, arch: int) -> Shape:
+    """From a table by shape, measured on an H200: no tuning at run time. Before Hopper wide blocks would spill registers."""
+    block_k = max(16, min(triton.next_power_of_2(k), 2048))
+    if rows == 1:
+        block_n = 4 if n < 1024 or (gated and block_k > 1024) else 8
+        return Shape(block_n, block_k, 8 if gated or block_k > 1024 else 4)
+    return Shape(16 if arch >= 90 and n >= 1024 and k <= 2048 else 8, block_k, 8 if k > 2048 else 4)
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x: [T, K], weight: [N, K] (gated: [2N, K], gate rows first) -> [T, N]. May overwrite `residual`: [T, N]."""
+    rows, k = x.shape
+    if (rows > 1 and (rows > MAX_ROWS or weight.numel() > MAX_WEIGHT or x.dtype == torch.float32)) or rows == 0:
+        return _many_rows(x, weight, bias, norm, gated, residual)
+    x = x.contiguous()
+    n = weight.shape[0] // (2 if gated else 1)
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    shape = shape_for(rows, n, k, gated, capability(x.device))
+    norm_weight, eps = norm or (x, 0.0)
+    flags = dict(NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, num_warps=shape.num_warps,
+                 **early_start(x.device))
+    grid = (triton.cdiv(n, shape.block_n),)
+    tensors = out, x, weight, norm_weight, x if bias is None else bias, x if residual is None else residual, eps
+    if rows == 1:
+        _matvec[grid](*tensors, N=n, K=k, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k, **flags)
+    else:
+        _few_rows[grid](*tensors, rows, N=n, K=k, BLOCK_M=16, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
+                        PARTS=min(shape.num_warps, shape.block_k // 16), **flags)
+    return out
+
+
+def _many_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None, gated: bool, residual: Tensor | None
+) -> Tensor:
+    """One kernel each: here reading the rows once more costs little beside the product."""
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    if residual is not None and bias is None and not gated:
+        return residual.addmm_(x, weight.t())
+    y = F.linear(x, weight, bias)
+    if gated:
+        y = silu_and_mul(y)
+    return y if residual is None else residual.add_(y)

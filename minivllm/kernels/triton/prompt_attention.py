@@ -1,0 +1,174 @@
+"""Attention of prompt chunks in Triton, and what comes before it: norm, rotation and the write to the cache.
+
+A program owns a tile of consecutive queries of one sequence together with all the query heads that share one KV head, packed
+into the rows of one matrix, so that keys are read once for a whole group and tensor cores get full tiles:
+
+    row m of the tile  ->  query m // HEADS_PER_KV of the tile,  head kv_head * HEADS_PER_KV + m % HEADS_PER_KV
+
+Its keys come from two places. Those computed in earlier steps lie in scattered blocks and are all visible; those of the chunk
+itself lie together, as the projection left them, and are causal. Only the tiles on the diagonal need a mask:
+
+    keys       | context, paged | own chunk ....... | diagonal |
+    mask       | its end        | none              | causal   |         (a sliding window masks all of them)
+
+Which tile belongs to which sequence is found by binary search, so that the grid depends on T and B alone:
+
+    sequence         |---- 0 ----|- 1 -|------- 2 -------|      BLOCK_Q = 4
+    query_start      0           10    15                31
+    first tile       0 // 4 + 0  10//4 + 1 = 3  15//4 + 2 = 5    an upper bound: some tiles are empty and return at once
+
+The softmax runs online (FlashAttention-2, Dao 2023), in base 2.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from minivllm.kernels.triton.decode_attention import _cap, rotated_heads
+
+
+@triton.jit
+def _position_and_store(
+    qk, qkv, cache_k, cache_v, norm_weight, eps, cos, sin, slots, first, qkv_stride,  # qk: [T, H + KV, D]
+    NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, HEADS: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """One program per token (from `first` on) and HEADS heads: queries and keys to `qk`, keys and values to the cache."""
+    token = first + tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    dims = tl.arange(0, PADDED_D)
+    live_dim = (dims < D)[None, :]
+    source = qkv + token * qkv_stride
+    DTYPE: tl.constexpr = cache_k.dtype.element_ty
+    positioned = (head < NUM_HEADS + KV_HEADS)[:, None] & live_dim
+    x = rotated_heads(source, head, dims, positioned, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE, DTYPE)
+    tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
+    place = tl.load(slots + token) * KV_HEADS * D
+    is_key = (head >= NUM_HEADS)[:, None] & positioned
+    tl.store(cache_k + place + (head - NUM_HEADS)[:, None] * D + dims[None, :], x, mask=is_key)
+    is_value = ((head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS))[:, None] & live_dim
+    value = tl.load(source + head[:, None] * D + dims[None, :], mask=is_value, other=0.0)
+    tl.store(cache_v + place + (head - NUM_HEADS - KV_HEADS)[:, None] * D + dims[None, :], value.to(DTYPE), mask=is_value)
+
+
+@triton.jit
+def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constexpr, SOFTCAP: tl.constexpr):
+    """One tile of keys [D, N] and values [N, D] into the running averages of queries [M, D]; scale includes log2(e)."""
+    scores = tl.dot(q, k, input_precision="ieee")
+    if SOFTCAP:
+        scores = _cap(scores * scale, softcap)
+        factor = 1.0
+    else:
+        factor = scale  # applied with the subtraction below, in one instruction
+    if MASK:
+        scores = tl.where(visible, scores, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+    safe_peak = new_peak
+    if MASK:
+        safe_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # rows that have seen no key yet
+    weights = tl.exp2(scores * factor - safe_peak[:, None])
+    shrink = tl.exp2(peak - safe_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, new_peak, total
+
+
+@triton.jit
+def _prompt_attention(
+    out, q, k, v,  # [T, H, D]; new queries, keys and values as pointers, or k, v as descriptors of [T, heads * D]
+    cache_k, cache_v, query_start, seq_lens, block_table,  # [blocks, BLOCK_SIZE, KV, D] twice; [B + 1], [B], [B, M]
+    scale, softcap, first_seq, num_seqs, num_tiles, q_stride, k_stride, v_stride, k_column, v_column, table_stride,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    tile = num_tiles - 1 - tl.program_id(0)  # late queries see most keys: first come, first done
+    kv_head = tl.program_id(1)
+    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
+    base = tl.load(query_start + first_seq) // BLOCK_Q
+    low = first_seq
+    high = num_seqs
+    while low < high:  # the last sequence whose first tile is not after this one
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // BLOCK_Q - base + middle - first_seq <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    seq = low - 1
+    first_query = tl.load(query_start + seq)
+    num_queries = tl.load(query_start + seq + 1) - first_query
+    first_in_tile = (tile - (first_query // BLOCK_Q - base + seq - first_seq)) * BLOCK_Q
+    if first_in_tile >= num_queries:
+        return
+    context = tl.load(seq_lens + seq) - num_queries  # keys of earlier steps
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, PADDED_D)
+    query = first_in_tile + rows // HEADS_PER_KV
+    head = kv_head * HEADS_PER_KV + rows % HEADS_PER_KV
+    live_row = (rows < BLOCK_Q * HEADS_PER_KV) & (query < num_queries)
+    live_dim = dims < D
+    live_q = live_row[:, None] & live_dim[None, :]
+    token = (first_query + query).to(tl.int64)
+    q_tile = tl.load(q + (token * q_stride + head * D)[:, None] + dims[None, :], mask=live_q, other=0.0)
+
+    scale *= 1.4426950408889634  # log2(e)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+    oldest = 0  # the first position that any of the tile's queries sees
+    if WINDOW > 0:
+        oldest = tl.maximum(context + first_in_tile - WINDOW + 1, 0)
+
+    table = block_table + seq.to(tl.int64) * table_stride
+    for start in range(oldest // BLOCK_N * BLOCK_N, context, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        live_key = (key >= oldest) & (key < context)  # the rest of a block may hold anything, NaN included, and is never loaded
+        block = tl.load(table + key // BLOCK_SIZE, mask=live_key, other=0).to(tl.int64)
+        place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+        k_tile = tl.load(cache_k + place[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
+        v_tile = tl.load(cache_v + place[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
+        visible = live_key[None, :]
+        if WINDOW > 0:
+            visible = visible & (key[None, :] > (context + query)[:, None] - WINDOW)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
+
+    # The chunk's own keys, counted from its beginning.
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(oldest - context, 0) // BLOCK_N * BLOCK_N
+    diagonal = tl.maximum(first_in_tile // BLOCK_N * BLOCK_N, begin)
+    end = tl.minimum(first_in_tile + BLOCK_Q, num_queries)
+    columns_k = k_column + kv_head * D
+    columns_v = v_column + kv_head * D
+    for start in range(begin, diagonal, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        if DESCRIPTORS:
+            k_tile = k.load([first_query + start, columns_k]).T
+            v_tile = v.load([first_query + start, columns_v])
+        else:
+            at = (first_query + key).to(tl.int64)
+            k_tile = tl.load(k + (at * k_stride + columns_k)[None, :] + dims[:, None], mask=live_dim[:, None], other=0.0)
+            v_tile = tl.load(v + (at * v_stride + columns_v)[:, None] + dims[None, :], mask=live_dim[None, :], other=0.0)
+        visible = live_row[:, None]
+        if WINDOW > 0:
+            visible = key[None, :] > query[:, None] - WINDOW
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, WINDOW > 0, SOFTCAP)
+    for start in range(diagonal, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        if DESCRIPTORS:
+            k_tile = k.load([first_query + start, columns_k]).T
+            v_tile = v.load([first_query + start, columns_v])
+        else:
+            at = (first_query + key).to(tl.int64)
+            live = (key < num_queries)[:, None] & live_dim[None, :]
+            k_tile = tl.trans(tl.load(k + (at * k_stride + columns_k)[:, None] + dims[None, :], mask=live, other=0.0))
+            v_tile = tl.load(v + (at * v_stride + columns_v)[:, None] + dims[None, :], mask=live, other=0.0)
+        visible = key[None, :] <= query[:, None]
+        if WINDOW > 0:
+            visible = visible & (key[None, :] > query[:, None] - WINDOW)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
+
+    mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + ((token * NUM_HEADS + head) * D)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)

@@ -1,0 +1,166 @@
+"""Demanded calls from a tiny random model: whatever it would say, the grammar makes it a call that fits the tools."""
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from minivllm.config import EngineConfig
+from minivllm.engine.chat_template import ChatTemplate
+from minivllm.engine.grammar import GrammarCompiler
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput
+from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.server.build import start_engine
+from minivllm.server.reading import after_reasoning
+from tests.conftest import write_tiny_tokenizer
+from tests.server.scripted import serving
+from tests.server.test_tools import calls_of, join
+
+pytest.importorskip("llguidance")
+
+HELLO: Any = [{"role": "user", "content": "the cat"}]
+TEMPLATE = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def tool(name: str, **properties: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}}}
+
+
+TOOLS = [tool("weather", city={"enum": ["Paris", "Rome"]}, days={"type": "integer", "minimum": 1, "maximum": 9}),
+         tool("switch", on={"type": "boolean"}), {"type": "function", "function": {"name": "clock"}}]
+
+
+def check(name: str, arguments: str) -> None:
+    value = json.loads(arguments)
+    if name == "weather":
+        assert value.keys() == {"city", "days"} and value["city"] in ("Paris", "Rome") and 1 <= value["days"] <= 9
+    elif name == "switch":
+        assert value in ({"on": True}, {"on": False})
+    else:
+        assert (name, value) == ("clock", {})
+
+
+@contextlib.contextmanager
+def server(folder: Path, **settings: Any) -> Iterator[openai.OpenAI]:
+    tokenizer = Tokenizer(folder)
+    tokenizer.chat_template = ChatTemplate(TEMPLATE)
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", max_num_batched_tokens=64, num_gpu_blocks_override=256)
+    client = start_engine(config, process=False, log_level="warning")
+    try:
+        with serving(client, tokenizer, served_model_name=("tiny",), **settings) as live, \
+                openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
+            yield api
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def api(tiny_llama: Callable[..., Path]) -> Iterator[openai.OpenAI]:
+    with server(tiny_llama()) as api:
+        yield api
+
+
+def chat(api: openai.OpenAI, **fields: Any) -> Any:
+    return api.chat.completions.create(**{"model": "tiny", "messages": HELLO, "seed": 7, **fields})
+
+
+def test_required_calls_fit_the_tools_in_every_child_whole_and_streamed(api: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "n": 6, "parallel_tool_calls": False, "logprobs": True}
+    whole = chat(api, **fields)
+    names = set()
+    for choice in whole.choices:
+        ((name, arguments),) = calls_of(choice.message)
+        check(name, arguments)
+        names.add(name)
+        assert choice.message.content is None and choice.finish_reason == "tool_calls"
+    assert len(names) > 1, "the model, not the grammar, chooses"
+    chunks = list(chat(api, **fields, stream=True))
+    assert [join(chunks, i).calls for i in range(6)] == [calls_of(choice.message) for choice in whole.choices]
+
+
+def test_several_calls_may_come_at_once(api: openai.OpenAI, tiny_llama: Callable[..., Path]) -> None:
+    (bracket,) = Tokenizer(tiny_llama()).encode("]", add_special_tokens=False)  # banned, so that the array goes on
+    choice = chat(api, tools=TOOLS, tool_choice="required", max_tokens=180, logit_bias={str(bracket): -100}).choices[0]
+    calls = calls_of(choice.message)
+    assert len(calls) > 1 and choice.finish_reason == "length"
+    for call in calls[:-1]:
+        check(*call)
+
+
+def named(name: str) -> Any:
+    return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize("name", ["weather", "switch", "clock"])
+def test_a_named_call_fits_its_function(api: openai.OpenAI, name: str) -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": named(name), "n": 3}
+    whole = chat(api, **fields)
+    for choice in whole.choices:
+        ((called, arguments),) = calls_of(choice.message)
+        check(called, arguments)
+        assert called == name and choice.finish_reason == "stop"
+    chunks = list(chat(api, **fields, stream=True))
+    assert [join(chunks, i).calls for i in range(3)] == [calls_of(choice.message) for choice in whole.choices]
+
+
+def test_a_demanded_call_comes_after_the_reasoning(tiny_llama: Callable[..., Path]) -> None:
+    """A random model does not end its reasoning, so the first half is one that its tokens run out in."""
+    with server(tiny_llama(), reasoning_parser="deepseek_r1") as api:
+        for choice in (named("clock"), "required"):
+            (thinks,) = chat(api, tools=TOOLS, tool_choice=choice, max_tokens=30).choices
+            assert thinks.message.model_extra["reasoning"] and thinks.message.content is None and thinks.message.tool_calls is None
+            assert thinks.finish_reason == "length"
+        closed: Any = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>hm</think>"}]
+        extra = {"continue_final_message": True}
+        (answers,) = chat(api, tools=TOOLS, tool_choice=named("switch"), messages=closed, extra_body=extra).choices
+        check(*calls_of(answers.message)[0])
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("begin, text, taken", [
+    ("inside", 'hm {"on": 1} <think> x</think>\n\n{"on": true}', True),
+    ("inside", 'hm</think>{"on":false}', True),
+    ("inside", '{"on":false}', None),  # thought, so far
+    ("inside", 'hm</think>so: {"on":false}', False),
+    ("inside", 'hm</think>{"off":false}', False),
+    ("undecided", '<think>\nhm\n</think>\n\n{"on": true}', True),
+    ("undecided", '{"on": true}', True),
+    ("undecided", 'hm</think>{"on": true}', False),
+    ("undecided", '<think>{"on": true}', None),
+])
+def test_the_grammar_waits_for_the_end_of_the_reasoning(tmp_path: Path, begin: Any, text: str, taken: bool | None, special: bool) -> None:
+    from tokenizers import AddedToken
+
+    write_tiny_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    ids: tuple[int | None, int | None] = (None, None)
+    if special:
+        tokenizer._backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<think>", "</think>")])
+        ids = (tokenizer._backend.token_to_id("<think>"), tokenizer._backend.token_to_id("</think>"))
+    wanted = StructuredOutputsParams(json=TOOLS[1]["function"]["parameters"], origin="tools")
+    matcher = GrammarCompiler(tokenizer, [1]).compile(after_reasoning(wanted, begin, ids)).deep_copy()
+    tokens = tokenizer.encode(text.replace(" <think>", "") if special else text, add_special_tokens=False)
+    complete = matcher.try_consume_tokens(tokens) == len(tokens)
+    assert complete == (taken is not False)
+    assert matcher.is_stopped() == (taken is True)
+
+
+def test_only_json_can_follow_reasoning() -> None:
+    with pytest.raises(InvalidInput, match="enable_thinking") as refused:
+        after_reasoning(StructuredOutputsParams(regex="a+"), "inside", (None, None))
+    assert refused.value.param == "structured_outputs.regex"
+
+
+def test_a_schema_that_no_grammar_can_be_made_of_is_named(api: openai.OpenAI) -> None:
+    bad: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nothing"}}}}}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as refused:
+            chat(api, tools=[bad], tool_choice="required", stream=stream)
+        assert refused.value.param == "tools"
