@@ -110,7 +110,7 @@ class ModelRunner:
         max_num_seqs, max_model_len, eos_token_ids = self._sizes
         shape, device = self.kv.shape, self.model.build.device
         self.rows = RowTable(max_num_seqs, len(shape.groups), max_model_len, shape.block_size, device)
-        self.sampler = Sampler(max_num_seqs, self.model.spec.vocab_size, device, eos_token_ids)
+        self.sampler = Sampler(max_num_seqs, self.model.spec.vocab_size, device, eos_token_ids, self.model.build.ops)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
@@ -149,7 +149,7 @@ class ModelRunner:
         rows = packed.sample_rows
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, min(start + MAX_LOGIT_ROWS, len(rows)))
-            logits = self.model.logits(hidden[packed.batch.logit_rows[part]])  # [n, V]
+            logits = self.model.logits(hidden[packed.batch.logit_rows[part]], dtype=None)  # [n, V]
             some_masks = None if masks is None else masks.part(part.start, part.stop)
             choice = self.sampler.sample(logits, rows[part], packed.sample_positions[part], self.rows.tokens, some_masks)
             self.rows.write_sampled(packed.sample_places[part], choice.token_ids)

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minivllm.kernels.triton import activation, attention, linear, norm
+from minivllm.kernels.triton import activation, attention, linear, norm, sampling
 from minivllm.kernels.triton.decode_attention import _decode_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -96,6 +97,22 @@ def small_variants() -> Iterator[dict[str, Any]]:
                   dict(BLOCK=1024, PDL=False), num_warps=4)
 
 
+def sampling_variants() -> Iterator[dict[str, Any]]:
+    rows = {"row_stride": "i32", "size": "i32", "temperature": "*fp32", "threshold": "*fp32"}
+    chunks = {"peaks": "*fp32", "costs": "*fp32", "winners": "*i32", "temperature": "*fp32"}
+    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        types = {**rows, "logits": kind, "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
+        for filters in ("TOP_K", "TOP_P", "MIN_P", "TOP_K TOP_P MIN_P"):
+            constants = dict(TOP_K="TOP_K" in filters, TOP_P="TOP_P" in filters, MIN_P="MIN_P" in filters,
+                             SHIFT=sampling.KEY_SHIFT[dtype], POSITIONS=sampling.POSITIONS)
+            yield measure(f"decode sampling threshold {filters}, {kind}", sampling._thresholds, types, constants,
+                          num_warps=sampling.THRESHOLD_WARPS)
+        for filtered in (False, True):
+            yield measure(f"decode sampling draw, {kind}", sampling._draw, {**rows, **chunks, "logits": kind, "keys": "*i32"},
+                          dict(FILTERED=filtered, CHUNK=sampling.CHUNK), num_warps=sampling.DRAW_WARPS)
+    yield measure("decode sampling combine", sampling._combine, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
+
+
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *small_variants()):
+    for row in (*attention_variants(), *linear_variants(), *small_variants(), *sampling_variants()):
         print(json.dumps(row), flush=True)
