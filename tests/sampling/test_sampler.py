@@ -356,3 +356,10 @@ def test_the_kernels_of_the_model_choose_for_greedy_and_drawn_rows_in_one_call()
     tokens = sampler.sample(logits[[0, 2]], np.array([0, 2]), np.ones(2, np.int64), table).token_ids
     assert calls == [([0.0, 1.0, 0.0, 2.0], False, True, True), ([0.0, 0.0], True, True, True)]
     assert tokens.tolist() == logits[[0, 2]].argmax(-1).tolist()
+
+
+def test_penalties_smaller_than_a_step_of_half_precision_still_count():
+    bench, logits = Bench(), torch.full((VOCAB,), -5.0)
+    bench.admit(0, greedy(frequency_penalty=0.006))
+    logits[[10, 20]] = torch.tensor([3.0, 2.984375])  # neighbours in bfloat16
+    assert [bench.one(logits.to(torch.bfloat16), position=3 + s) for s in range(4)] == [10, 10, 10, 20]
