@@ -5,15 +5,12 @@ import argparse
 import asyncio
 import contextlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, add_model_argument, build, given
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.server.config import NOT_YET, ServerConfig, configure_logging, say
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
 
 # What of a server's settings means something without one.
 FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "enable_auto_tool_choice", "tool_call_parser",
@@ -57,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _answer(app: ASGIApp, lines: list[str], at_once: int, output: IO[str]) -> int:
+async def _answer(app: Any, lines: list[str], at_once: int, output: IO[str]) -> int:
     """Write every entry as soon as those before it are written. Returns how many are errors."""
     from tqdm import tqdm
 

@@ -73,5 +73,6 @@ def select(device: torch.device) -> Ops:
         self_attention=triton.attention.self_attention,
         fused_linear=triton.linear.fused_linear,
         rms_norm=triton.norm.rms_norm,
+        rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,
     )

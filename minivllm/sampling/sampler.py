@@ -81,6 +81,7 @@ class Sampler:
         self._presence = np.zeros(num_rows, np.float32)
         self._logprobs = np.full(num_rows, -1, np.int32)  # -1: none wanted
         self._streams = np.zeros(num_rows, np.uint64)
+        self._plain = np.ones(num_rows, np.bool_)  # asks for the largest logit or a draw, and nothing else
         self._constraints: dict[int, Constraints] = {}
         self._zeros = torch.zeros(num_rows, 2, dtype=torch.int32, device=device)
         self._penalties = PenaltyCounts(num_rows, vocab_size, device)
@@ -97,12 +98,22 @@ class Sampler:
         self._presence[row] = params.presence_penalty
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._streams[row] = stream_key(admission.seed, admission.child_index)
+        filtered = not params.greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
         constraints = Constraints.of(params, self._eos_token_ids, admission.num_prompt_tokens)
         if constraints:
             self._constraints[row] = constraints
         else:
             self._constraints.pop(row, None)
+        self._plain[row] = not (filtered or constraints or params.has_penalties or params.logprobs is not None)
         self._penalties.admit(row, params.has_penalties, admission.token_ids, admission.num_prompt_tokens)
+
+    def all_plain(self, rows: Array) -> bool:
+        """Whether these rows ask for the largest logit or a draw from all of them, and for nothing else."""
+        return bool(self._plain[rows].all())
+
+    def plain_columns(self, rows: Array, positions: Array) -> tuple[Array, Array]:
+        """What that needs: temperatures [S] and keys [S, 2] of rows [S] at the positions [S] of the tokens to be chosen."""
+        return self._temperature[rows], row_keys(self._streams[rows], positions)
 
     def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> Choice:
         """Choose a token for each of S samples and count it.

@@ -45,7 +45,8 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     cache = {"cache_k": "*bf16", "cache_v": "*bf16", "seq_lens": "*i32", "block_table": "*i32", "scale": "fp32", "softcap": "fp32",
              "table_stride": "i32"}
     source = {"qkv": "*bf16", "norm_weight": "*bf16", "eps": "fp32", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "qkv_stride": "i32"}
-    decode = {**cache, **source, "out": "*bf16", "partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32"}
+    parts = {"partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32", "splits": "i32"}
+    decode = {**cache, **source, **parts, "out": "*bf16"}
     store = {**source, "qk": "*bf16", "cache_k": "*bf16", "cache_v": "*bf16", "first": "i32"}
     sizes = dict.fromkeys(("first_seq", "num_seqs", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")
     prompt = {**cache, **sizes, **dict.fromkeys(("out", "q", "k", "v"), "*bf16"), "query_start": "*i32"}
@@ -53,12 +54,12 @@ def attention_variants() -> Iterator[dict[str, Any]]:
         for group in (2, 3):
             name = f"attention, head_dim {head_dim}, {group} heads per KV head"
             shape = dict(NUM_HEADS=group * 8, D=head_dim, PADDED_D=head_dim)
-            tile = attention.decode_tile(head_dim, group, 89)
+            tile = attention.decode_tile(head_dim, group, 2, 89)
             one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
             yield measure(f"decode {name}", _decode_attention, decode,
-                          dict(SPLITS=8, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),
+                          dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
-            tile = attention.prompt_tile(head_dim, group, 89)
+            tile = attention.prompt_tile(head_dim, group, 2, 89)
             one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q)
             yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)

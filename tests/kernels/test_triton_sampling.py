@@ -129,6 +129,21 @@ def test_thresholds_keep_exactly_the_tokens_their_definitions_keep(
         assert kept in allowed, (i, len(kept), [len(a) for a in allowed])
 
 
+@pytest.mark.parametrize("filters", [{"top_k": [3, 4, 5, 6, 7]}, {"top_p": [0.3, 0.55, 0.68, 0.8, 0.9]}], ids=lambda f: "+".join(f))
+def test_the_largest_logits_may_all_stand_where_only_four_are_kept(
+    monkeypatch: pytest.MonkeyPatch, filters: dict[str, list[float]],
+) -> None:
+    """Six of them, a position's four kept: the threshold is among those, just below them, or further down."""
+    monkeypatch.setattr(sampling, "POSITIONS", 16)
+    row = torch.linspace(-1.0, 0.0, 96)
+    row[::16] = torch.tensor([2.8, 2.75, 2.7, 2.65, 2.6, 2.55])
+    got = thresholds(row.expand(5, -1).contiguous().to(DEVICE), torch.full((5,), 0.5, device=DEVICE), **columns(**filters)).cpu()
+    z = ((row - row.max()) / 0.5).double().tolist()
+    for i, (name, value) in enumerate((n, v) for n, values in filters.items() for v in values):
+        kept = set((row >= got[i]).nonzero().flatten().tolist())
+        assert kept == survivors(z, value if name == "top_k" else 0, value if name == "top_p" else 1.0, 0.0), (value, len(kept))
+
+
 def test_a_row_without_a_filter_is_not_filtered_by_its_neighbours() -> None:
     logits = torch.randn(3, 50).to(DEVICE)
     t = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)

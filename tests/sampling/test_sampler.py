@@ -227,6 +227,16 @@ def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
     assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
 
 
+def test_tokens_beyond_a_mask_are_not_allowed_whether_all_rows_have_masks_or_some():
+    for index in ([0, 1, 2], [0, 2]):
+        logits = torch.zeros(3, VOCAB)
+        words = np.full((len(index), 1), -1, np.int32)  # the first 32 tokens
+        TokenMasks(np.array(index), words).apply(logits)
+        allowed = torch.isfinite(logits)
+        assert [int(row.sum()) for row in allowed] == [32 if i in index else VOCAB for i in range(3)]
+        assert allowed[:, :32].all()
+
+
 def test_filters_work_on_what_penalties_and_bias_left():
     bench = Bench()
     bench.admit(0, SamplingParams(temperature=1.0, top_k=1, logit_bias={8: 5.0}))
@@ -346,3 +356,10 @@ def test_the_kernels_of_the_model_choose_for_greedy_and_drawn_rows_in_one_call()
     tokens = sampler.sample(logits[[0, 2]], np.array([0, 2]), np.ones(2, np.int64), table).token_ids
     assert calls == [([0.0, 1.0, 0.0, 2.0], False, True, True), ([0.0, 0.0], True, True, True)]
     assert tokens.tolist() == logits[[0, 2]].argmax(-1).tolist()
+
+
+def test_penalties_smaller_than_a_step_of_half_precision_still_count():
+    bench, logits = Bench(), torch.full((VOCAB,), -5.0)
+    bench.admit(0, greedy(frequency_penalty=0.006))
+    logits[[10, 20]] = torch.tensor([3.0, 2.984375])  # neighbours in bfloat16
+    assert [bench.one(logits.to(torch.bfloat16), position=3 + s) for s in range(4)] == [10, 10, 10, 20]
