@@ -58,6 +58,9 @@ class TalkingEngine:
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         return [OutputDelta(request_id, 0, (), "", finish_reason="abort")] if self._left.pop(request_id, None) else []
 
+    def preparation(self, params: SamplingParams) -> None:
+        return None
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._left)
 

@@ -14,8 +14,8 @@ from minivllm.cli.local import Local, add_flags
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.config import NOT_YET, say
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-COMMANDS = ("/reset", "/exit", "/help")
+HELP = "/reset forgets the conversation, /system TEXT begins one with this system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+COMMANDS = ("/reset", "/system", "/exit", "/help")
 
 
 def add_parser(commands: Any) -> None:
@@ -75,6 +75,11 @@ class Chat:
         if line == "/reset":
             self.messages = list(self.opening)
             say("(a new conversation)")
+        elif line == "/system" or line.startswith("/system "):
+            system = line.removeprefix("/system").strip()
+            self.opening = [{"role": "system", "content": system}] if system else []
+            self.messages = list(self.opening)
+            say("(a new conversation, with this system message)" if system else "(a new conversation, without a system message)")
         elif line == "/help":
             say(HELP)
         else:

@@ -15,7 +15,7 @@ from minivllm.cli.flags import Parser, normalise
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.server.config import say
 
-COMMANDS = ("serve", "chat", "complete", "bench", "pull", "trace", "collect_env")  # modules of this package
+COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "trace", "collect_env")  # modules of this package
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:

@@ -126,6 +126,11 @@ class Scheduler:
         """Everybody who has a row, in order: to look at, for pictures and checks."""
         return self._roster.running
 
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Everybody in the queue, in no particular order: likewise to look at."""
+        return self._roster.queue.sequences()
+
     def reset_prefix_cache(self) -> None:
         """Find nothing of what was computed so far again: not finished requests' blocks, nor those of running ones."""
         self.pool.forget_all()

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -37,9 +37,11 @@ from minivllm.engine.loop import (
     ResetPrefixCache,
     Shutdown,
     StepMessage,
+    WatchEngine,
     run_engine,
 )
 from minivllm.engine.metrics import EngineMetrics, EngineStats
+from minivllm.engine.watch import EngineView
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 
@@ -90,6 +92,8 @@ class EngineClient(ABC):
         self._tickets: dict[int, Future[None]] = {}
         self._dead: str | None = None
         self._stats = EngineStats()
+        self._watchers = 0
+        self._view: EngineView | None = None
         self._next_ticket = itertools.count()
         self._started: Future[EngineInfo] = Future()
         self._metrics: EngineMetrics | None = None
@@ -187,6 +191,23 @@ class EngineClient(ABC):
         self._send(ResetPrefixCache(ticket))
         await asyncio.wrap_future(future)
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Callable[[], EngineView | None]]:
+        """Make the engine show what it is doing, as long as anybody is inside; gives a function that tells the latest view."""
+        with self._lock:
+            self._check_alive()
+            self._watchers += 1
+            if self._watchers == 1:
+                self._view = None
+                self._send(WatchEngine(True))
+        try:
+            yield lambda: self._view
+        finally:
+            with self._lock:
+                self._watchers -= 1
+                if self._watchers == 0 and self._dead is None:
+                    self._send(WatchEngine(False))
+
     @abstractmethod
     def close(self) -> None:
         """End the engine and give everything back. Pending streams get `EngineDead`. Safe to call twice."""
@@ -218,6 +239,7 @@ class EngineClient(ABC):
         called: list[asyncio.AbstractEventLoop] = []
         with self._lock:
             self._stats = message.stats
+            self._view = message.view or self._view
             self.metrics.observe(message.deltas, message.stats)
             for delta in message.deltas:
                 stream = self._streams.get(delta.request_id)

@@ -28,6 +28,7 @@ from minivllm.engine.loop import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.prompts import Prompt, check_params, check_prompt, read_prompt, truncate
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine.watch import EngineView, Watch
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
@@ -94,6 +95,7 @@ class LLMEngine:
         self._num_added = 0
         self._num_steps = 0
         self._num_failed = 0
+        self._watch: Watch | None = None
         self._closed = False
 
     @classmethod
@@ -247,6 +249,8 @@ class LLMEngine:
                 raise EngineDead(f"{type(error).__name__}: {error}") from error
             log.exception("step %d failed; its requests end with an error", plan.step_id)
             result = StepResult(step_id=plan.step_id, token_ids=(), error=f"{type(error).__name__}: {error}")
+        if self._watch is not None:
+            self._watch.saw(plan)
         if result.error is not None:
             self._num_failed += 1
             stops = {}
@@ -318,6 +322,14 @@ class LLMEngine:
             prefix_cache_hits=core.prefix_hits, num_preemptions=core.num_preemptions, num_steps=self._num_steps,
             num_failed_steps=self._num_failed,
         )
+
+    def watch(self, on: bool) -> None:
+        """Begin or cease to look at what `view` shows."""
+        self._watch = Watch(self.scheduler) if on else None
+
+    def view(self) -> EngineView | None:
+        """What there is to see since the last view; None while it is not due, or nobody watches."""
+        return None if self._watch is None else self._watch.view(at_rest=not self.has_unfinished_requests())
 
     def info(self) -> EngineInfo:
         return self._info

@@ -28,7 +28,7 @@ from minivllm.layers.build import BuildContext
 from minivllm.models.hub import ModelFiles
 from minivllm.models.loader import load_model
 from minivllm.sampling.logits_processors import TokenMasks
-from minivllm.worker.cuda_graphs import GRAPH_BYTES
+from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.memory import GIB, CacheSize, Wish, cpu_cache, cuda_cache
 from minivllm.worker.model_runner import Handle, ModelRunner
@@ -90,7 +90,7 @@ class LocalExecutor:
                     utilization=config.gpu_memory_utilization)
         if device.type == "cuda":
             with _enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
-                graphs = 0 if config.enforce_eager else GRAPH_BYTES
+                graphs = 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs)
                 size = cuda_cache(wish, shape, model, config.max_num_seqs, budget, graphs)
         else:
             size = cpu_cache(wish, shape, weights)

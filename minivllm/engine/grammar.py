@@ -9,8 +9,8 @@ A matcher belongs to a sequence, not to a row, so neither preemption nor a rebui
 that are confirmed, which is why such a request is never planned past a token whose value is unknown (`needs_result_each_step`).
 EOS is allowed exactly where the output may end. Where only EOS could follow, the sequence ends without it.
 
-The automata are llguidance's (derivatives of regular expressions under an Earley parser). Its limits are counts, not clocks: about 20 ms
-to set a grammar up, about 15 ms for one mask, on any input. This is the only file that knows it, and it is imported on first use.
+The automata are llguidance's (derivatives of regular expressions under an Earley parser). Every piece of its work has a limit that is
+a count of operations, so that no grammar can hold a step up for long. This is the only file that knows it; it is imported on first use.
 """
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from minivllm.engine.metrics import EngineStats
+from minivllm.engine.watch import EngineView
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
@@ -76,6 +77,13 @@ class ResetPrefixCache:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchEngine:
+    """Put views of the engine into the step messages, or no longer."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """From the loop's own helper threads: what a request needed has been compiled, or is no good."""
 
@@ -99,14 +107,15 @@ class StepMessage:
 
     deltas: tuple[OutputDelta, ...]
     stats: EngineStats
+    view: EngineView | None = None  # some times a second, while somebody watches
 
     def __reduce__(self) -> tuple[Callable[..., StepMessage], tuple[object, ...]]:
         """Pickled as columns, for a fifth of the time: most columns hold one value over and over."""
-        return _step_message, (tuple(zip(*self.deltas, strict=True)), self.stats)
+        return _step_message, (tuple(zip(*self.deltas, strict=True)), self.stats, self.view)
 
 
-def _step_message(columns: tuple[tuple[object, ...], ...], stats: EngineStats) -> StepMessage:
-    return StepMessage(tuple(map(_new_delta, zip(*columns, strict=True))), stats)
+def _step_message(columns: tuple[tuple[object, ...], ...], stats: EngineStats, view: EngineView | None) -> StepMessage:
+    return StepMessage(tuple(map(_new_delta, zip(*columns, strict=True))), stats, view)
 
 
 _new_delta = partial(tuple.__new__, OutputDelta)
@@ -131,7 +140,7 @@ class Dead:
     error: InvalidInput | None = None
 
 
-Command: TypeAlias = Add | Abort | ResetPrefixCache | Prepared | Shutdown
+Command: TypeAlias = Add | Abort | ResetPrefixCache | WatchEngine | Prepared | Shutdown
 Message: TypeAlias = Ready | StepMessage | Refused | Answer | Dead
 
 
@@ -175,6 +184,7 @@ class EngineLoop:
         self.inbox = inbox
         self.send = send
         self.rounds = 0
+        self._watched = False
         self._helpers = ThreadPoolExecutor(2, "minivllm-compile")  # starts its threads when they are needed
         self._preparing: dict[str, AddRequest] = {}
 
@@ -192,7 +202,7 @@ class EngineLoop:
                 return
             if self.engine.has_unfinished_requests():
                 deltas += self.engine.step()
-            self.send(StepMessage(tuple(deltas), self.engine.stats()))
+            self.send(StepMessage(tuple(deltas), self.engine.stats(), self.engine.view() if self._watched else None))
 
     def _commands(self, deltas: list[OutputDelta]) -> bool:
         """Obey every command that has arrived; sleep until one does if there is no work. False: shut down.
@@ -213,6 +223,9 @@ class EngineLoop:
             elif isinstance(command, ResetPrefixCache):
                 self.engine.reset_prefix_cache()
                 self.send(Answer(command.ticket))
+            elif isinstance(command, WatchEngine):
+                self._watched = command.on
+                self.engine.watch(command.on)
             elif isinstance(command, Prepared):
                 self._prepared(command)
             else:

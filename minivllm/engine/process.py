@@ -3,9 +3,10 @@
     parent: event loop ─ add, abort ─▶ pipe ─▶ reader thread ─▶ inbox ─▶ engine loop   :child
             receiver thread ◀───────── pipe ◀─────────────────────────── one message a step
 
-Who ends whom. The parent ends the child: `close` asks, waits, and kills if it must. Ctrl-C reaches only the parent (the child
-ignores it), which then closes. If the parent vanishes the child sees the pipe's end and leaves at once, in the middle of a
-step if need be: nobody is left to answer. If the child vanishes the parent sees the same and every request gets `EngineDead`.
+Who ends whom. The parent ends the child: `close` asks, waits, and kills if it must. Ctrl-C and SIGTERM are for the parent only (the
+child ignores them), which then closes, at once or when its requests are done. If the parent vanishes the child sees the pipe's end
+and leaves at once, in the middle of a step if need be: nobody is left to answer. If the child vanishes the parent sees the same and
+every request gets `EngineDead`.
 """
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from minivllm.engine.engine import LLMEngine
 
+# Terminals send Ctrl-C to a whole group of processes, and service managers SIGTERM; the parent decides what they mean for the engine.
+PARENTS_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 CLOSE_SECONDS = 10.0  # a step in progress is waited for this long, then the process is killed
 
 
@@ -63,9 +66,10 @@ def _build_frozen(build: Callable[[], LLMEngine]) -> LLMEngine:
 
 def engine_process(build: Callable[[], LLMEngine], connection: Connection) -> None:
     """Main function of the child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the parent blocked it until we could ignore it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)  # the parent blocked them until we could ignore them
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(connection, inbox), name="minivllm-reader", daemon=True).start()
     run_engine(partial(_build_frozen, build), inbox, connection.send)
@@ -99,7 +103,7 @@ class ProcessClient(EngineClient):
         )
         client._process = process
         try:
-            _start_without_sigint(process)
+            _start_without_signals(process)
             client._child_end.close()  # from here on only the child holds its end, so its death is seen as an end of file
             client._receiver = threading.Thread(target=client._read_answers, name="minivllm-answers", daemon=True)
             client._receiver.start()
@@ -143,12 +147,12 @@ class ProcessClient(EngineClient):
         self._connection.close()
 
 
-def _start_without_sigint(process: SpawnProcess) -> None:
-    """Start the child with SIGINT blocked: a Ctrl-C before its first line must not reach it."""
+def _start_without_signals(process: SpawnProcess) -> None:
+    """Start the child with its signals blocked: a Ctrl-C before its first line must not reach it."""
     if not hasattr(signal, "pthread_sigmask"):
         process.start()
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
     try:
         process.start()
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope
+from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Ops:
     relu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
+    sample: Callable[..., Tensor]
 
 
 REFERENCE = Ops(
@@ -53,6 +54,7 @@ REFERENCE = Ops(
     relu=activation.relu,
     gelu=activation.gelu,
     gelu_tanh=activation.gelu_tanh,
+    sample=sampling.sample,
 )
 
 
@@ -71,4 +73,6 @@ def select(device: torch.device) -> Ops:
         self_attention=triton.attention.self_attention,
         fused_linear=triton.linear.fused_linear,
         rms_norm=triton.norm.rms_norm,
+        rope_angles=triton.rope.rope_angles,
+        sample=triton.sampling.sample,
     )

@@ -87,11 +87,13 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] fp32."""
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] in `dtype`; None: as the head leaves them."""
         if self.project_out is not None:
-            return self.head(self.project_out(hidden, norm=self.norm)).float()
-        return self.head(hidden, norm=self.norm).float()
+            logits = self.head(self.project_out(hidden, norm=self.norm))
+        else:
+            logits = self.head(hidden, norm=self.norm)
+        return logits if dtype is None else logits.to(dtype)
 
     def _prepare(self, batch: InputBatch, block_size: int) -> StepContext:
         spec = self.spec

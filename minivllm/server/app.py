@@ -34,6 +34,7 @@ from minivllm.server.errors import ApiError, context_error, engine_dead, json_re
 from minivllm.server.generation import GenerationResponse, Running
 from minivllm.server.logprobs import NoNames, TokenNames
 from minivllm.server.openapi import body_of, describe
+from minivllm.server.page import add_page
 from minivllm.server.protocol import (
     IGNORED_HEADER,
     ChatRequest,
@@ -288,6 +289,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     _add_generation(app, frontend)
     _add_queries(app, frontend)
     add_control(app, frontend)
+    add_page(app, frontend)
     _add_errors(app)
     app.openapi = lambda: describe(app, BODIES, bool(config.keys()))  # type: ignore[method-assign]
     return app

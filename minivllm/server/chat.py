@@ -13,7 +13,7 @@ from typing import Any
 
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.errors import InvalidInput
+from minivllm.errors import InvalidInput, NotSupportedYet
 from minivllm.server.config import TOOL_CALL_PARSERS, ServerConfig
 from minivllm.server.protocol import ChatRequest
 from minivllm.server.reading import Reading
@@ -86,6 +86,10 @@ class Chats:
         if template is not None and "tools" not in template.for_tools().variables:
             return "hermes"  # never used: writing the prompt will say that the template has no place for tools
         found = self._format(template)
+        if use.strict is not None and found not in (None, "hermes"):
+            where = f"functions.{use.strict}.strict" if use.legacy else f"tools.{use.strict}.function.strict"
+            raise NotSupportedYet(f"{where} with {field} 'auto' is not supported yet in the format {found}, only in hermes: leave strict "
+                                  "out, or require a call", where)
         if found is None:
             raise InvalidInput(f"{field} 'auto' needs the format of the model's calls, which its chat template does not tell: start the "
                                f"server with --enable-auto-tool-choice --tool-call-parser {'|'.join(TOOL_CALL_PARSERS)}, or name a "
@@ -102,8 +106,7 @@ class Chats:
         return Reading(
             begin="answer" if name is None else beginning(name, prompt, continued), splits=name is not None,
             include_reasoning=body.include_reasoning is not False, tools=use, format=call_format,
-            show_special=any(_special_id(tokenizer, mark) is not None for mark in marks),
-            think_ids=(None, None) if name is None else (_special_id(tokenizer, OPEN), _special_id(tokenizer, CLOSE)),
+            special_ids={mark: found for mark in marks if (found := _special_id(tokenizer, mark)) is not None},
         )
 
 

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minivllm.server.errors import ApiError, to_api_error
 
 RAW_SEND = "minivllm.send"  # in the scope: a `send` for the many pieces of a body, past the layers that only look at its head
-OPEN_PATHS = frozenset({"/health"})  # answered without a key: load balancers have none
+# Answered without a key: load balancers have none, and the page's files hold no data (see `page`; a test compares the two).
+OPEN_PATHS = frozenset({"/health", "/", "/static/app.js", "/static/live.js", "/static/style.css"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import types
-from collections.abc import AsyncGenerator, Collection, Generator, Iterator
+from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ class Running:
     def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._ids: dict[str, tuple[str, ...]] = {}  # of the response -> of its prompts in the engine
+        self.ending = False  # the server has been told to end: streams that would go on for ever end now
         self.stopping = False
 
     def __len__(self) -> int:
@@ -85,16 +86,7 @@ class GenerationResponse(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._work(scope, receive, send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()  # does nothing if it is done
-            gone.cancel()
-            results = await asyncio.gather(work, gone, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            raise results[0]
+        await while_listening(self._work(scope, receive, send), receive)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -151,6 +143,20 @@ def _unless_failed(deltas: list[OutputDelta]) -> list[OutputDelta]:
         if delta.finish_reason == "error":
             raise generation_failed() if delta.error_param is None else ApiError(400, delta.error or "", param=delta.error_param)
     return deltas
+
+
+async def while_listening(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Run `work`, but no longer than its client stays: a server's `send` does not tell."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        task.cancel()  # does nothing if it is done
+        gone.cancel()
+        results = await asyncio.gather(task, gone, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
 
 
 async def _disconnected(receive: Receive) -> None:

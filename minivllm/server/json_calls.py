@@ -44,7 +44,7 @@ class JsonScanner:
         self.at = At.VALUE
         self._stack: list[str] = []
         self._in_key = False
-        self._word = ""
+        self._word: list[str] = []
 
     @property
     def depth(self) -> int:
@@ -59,17 +59,18 @@ class JsonScanner:
             return self._escape(char)
         if at is At.NUMBER:
             if char in "0123456789+-.eE":
-                self._word += char
+                self._word.append(char)
                 return True
-            if not _NUMBER.fullmatch(self._word):
+            if not _NUMBER.fullmatch("".join(self._word)):
                 return False
             self._ended()
             return self.push(char)
         if at is At.LITERAL:
-            self._word += char
-            if self._word in _LITERALS:
+            self._word.append(char)
+            word = "".join(self._word)
+            if word in _LITERALS:
                 self._ended()
-            return any(word.startswith(self._word) for word in _LITERALS)
+            return any(literal.startswith(word) for literal in _LITERALS)
         if at is At.END:
             return False
         return char in _SPACE or self._structure(char)
@@ -96,9 +97,9 @@ class JsonScanner:
             self._stack.append(char)
             self.at = At.FIRST_KEY if char == "{" else At.FIRST_VALUE
         elif char in "-0123456789":
-            self.at, self._word = At.NUMBER, char
+            self.at, self._word = At.NUMBER, [char]
         elif char in "tfn":
-            self.at, self._word = At.LITERAL, char
+            self.at, self._word = At.LITERAL, [char]
         else:
             return False
         return True
@@ -125,9 +126,9 @@ class JsonScanner:
 
     def _escape(self, char: str) -> bool:
         if self.at is At.ESCAPE:
-            self.at, self._word = (At.HEX if char == "u" else At.STRING), ""
+            self.at, self._word = (At.HEX if char == "u" else At.STRING), []
             return char in '"\\/bfnrtu'
-        self._word += char
+        self._word.append(char)
         if len(self._word) == 4:
             self.at = At.STRING
         return char in _HEX
@@ -156,8 +157,8 @@ class CallReader:
         self._scanner = JsonScanner()
         self._key = ""
         self._seen: set[str] = set()
-        self._token = ""  # the key or the value that is being read, where it matters
-        self._arguments: str | None = None  # not handed out yet; None: have not begun
+        self._token: list[str] = []  # the key or the value that is being read, where it matters
+        self._arguments: list[str] | None = None  # not handed out yet; None: have not begun
         self._streams = False  # inside of an object of arguments
 
     @property
@@ -169,7 +170,7 @@ class CallReader:
         """The next fragment of the arguments."""
         if self.name is None or not self._arguments:
             return ""
-        fragment, self._arguments = self._arguments, ""
+        fragment, self._arguments = "".join(self._arguments), []
         return fragment
 
     def feed(self, text: str) -> int:
@@ -193,11 +194,13 @@ class CallReader:
             return False
         if self._streams:
             assert self._arguments is not None
-            self._arguments += char
+            self._arguments.append(char)
         elif depth == 1 and scanner.at is not At.NEXT:
-            self._token = char if at in (At.KEY, At.FIRST_KEY, At.VALUE) else self._token + char
+            if at in (At.KEY, At.FIRST_KEY, At.VALUE):
+                self._token.clear()
+            self._token.append(char)
         elif depth == 1 and at is not At.NEXT:
-            self._token += char
+            self._token.append(char)
         if scanner.depth == 1 and at is At.STRING and scanner.at is At.COLON:
             return self._key_ends()
         if scanner.depth == 1 and scanner.at is At.NEXT and (depth, at) != (1, At.NEXT):
@@ -205,7 +208,7 @@ class CallReader:
         return scanner.depth > 0 or self._object_ends()
 
     def _key_ends(self) -> bool:
-        self._key = json.loads(self._token)
+        self._key = json.loads("".join(self._token))
         role = "arguments" if self._key in self.ARGUMENTS else self._key
         if role in ("name", "arguments"):
             if role in self._seen:
@@ -220,26 +223,26 @@ class CallReader:
         if self._key != "arguments":
             return True
         if char == "{":
-            self._arguments, self._streams = "", True
+            self._arguments, self._streams = [], True
         return char in '{"n'  # null: none; a string: some models write the object as one
 
     def _value_ends(self) -> bool:
         if self._streams:
             self._streams = False
         elif self._key == "name":
-            name = json.loads(self._token)
+            name = json.loads("".join(self._token))
             if name not in self._names:
                 return False
             self.name = name
         elif self._key == "arguments":
-            arguments = json.loads(self._token) or "{}"
+            arguments = json.loads("".join(self._token)) or "{}"
             if not is_object(arguments):
                 return False
-            self._arguments = arguments
+            self._arguments = [arguments]
         return True
 
     def _object_ends(self) -> bool:
         if self._arguments is None:
-            self._arguments = "{}"
+            self._arguments = ["{}"]
         self.done = self.name is not None
         return self.done

@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             self.running.stop()
             self.force_exit = True
             return
-        self.should_exit = True
+        self.should_exit = self.running.ending = True
         self._wake.set()
         patience = self._drain_timeout if drain else 0.0
         self.config.timeout_graceful_shutdown = int(patience) + CTRL_C_SECONDS

@@ -120,7 +120,7 @@ def _responses(path: str, has_body: bool, secured: bool) -> dict[str, Any]:
     if path in ANSWERS:
         content["application/json"] = {"schema": ANSWERS[path]}
     if path in STREAMS:
-        content["text/event-stream"] = {"schema": STRING}
+        content["text/event-stream"] = {"schema": record({"data": STRING}, event=STRING)}  # one event
     if path in OTHER_MEDIA or not content:
         content[OTHER_MEDIA.get(path, "*/*")] = {"schema": STRING}
     errors = {**_ALWAYS, **(_WITH_BODY if has_body else {}), **(_GENERATING if path in STREAMS else {})}

@@ -23,7 +23,9 @@ from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.server.answers import Answer, Choice, Job
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.logprobs import TokenNames, chat_entries
-from minivllm.server.protocol import ChatRequest, Content, Stop, StreamOptions, Strict, Strings, TokenIds, convert
+from minivllm.server.protocol import ChatRequest, Stop, StreamOptions, Strict, Strings, TokenIds, convert
+from minivllm.server.reading import OutputReader
+from minivllm.server.tool_parsers import Content
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -213,7 +215,7 @@ def _message(item: dict[str, Any], where: str, ignored: list[str]) -> dict[str, 
     return {"role": item["role"], "content": _content(item["content"], where + ".content", ignored)}
 
 
-def _content(content: Any, where: str, ignored: list[str]) -> Content:
+def _content(content: Any, where: str, ignored: list[str]) -> str | list[dict[str, str]]:
     """Text parts under the names that they have in a chat."""
     if isinstance(content, str):
         return content
@@ -281,6 +283,7 @@ class ResponsesAnswer(Answer):
         self._item_id = "msg_" + uuid.uuid4().hex
         self._number = 0  # of the next event
         self._logprobs: list[dict[str, Any]] = []
+        self._reader = None if job.reading is None else OutputReader(job.reading)
 
     @staticmethod
     def text_opening() -> str:
@@ -340,6 +343,9 @@ class ResponsesAnswer(Answer):
     def _texts(self, prompt: int, deltas: Sequence[OutputDelta]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         for choice, delta in self._take(prompt, deltas):
             text, logprobs = self._news(choice, delta)
+            if self._reader is not None:  # reasoning is not part of the output text
+                events = self._reader.push(text) + (self._reader.finish() if delta.finish_reason is not None else [])
+                text = "".join(event.text for event in events if isinstance(event, Content))
             choice.pieces.append(text)
             self._logprobs += logprobs or []
             yield text, logprobs or []

@@ -266,8 +266,8 @@ class Pythonic(_Marked):
         return True
 
     def _next_item(self) -> None:
-        self._item, self._quote, self._escaped = "", "", False
-        self._depth = 0
+        self._item: list[str] = []  # its characters
+        self._quote, self._escaped, self._depth = "", False, 0
         self._state = self._read_item
 
     def _read_item(self) -> bool:
@@ -282,7 +282,7 @@ class Pythonic(_Marked):
                 self._rest = self._rest[i:]
                 self._give_up()
                 return True
-            self._item += char
+            self._item.append(char)
         self._raw += self._rest
         self._rest = ""
         if self._ended:
@@ -301,7 +301,7 @@ class Pythonic(_Marked):
         elif self._depth == 0:
             if char == "(":
                 self._depth = 1
-                return self._item.strip() in self._names
+                return "".join(self._item).strip() in self._names
             return char.isalnum() or char.isspace() or char in "_.-"
         elif char in self._QUOTES:
             self._quote = char
@@ -313,8 +313,9 @@ class Pythonic(_Marked):
         return True
 
     def _item_ends(self, char: str) -> None:
-        call = read_python_call(self._item.strip())
-        if call is None and not (self._num_calls and char == "]" and not self._item.strip()):  # a comma may stand behind the last
+        item = "".join(self._item).strip()
+        call = read_python_call(item)
+        if call is None and not (self._num_calls and char == "]" and not item):  # a comma may stand behind the last
             self._give_up()
             return
         if call is not None:
@@ -338,8 +339,9 @@ class Pythonic(_Marked):
 
 # Python that can be a call with literals and nothing else. In particular no chain of operators or keywords, which the compiler
 # would follow by recursion, and no string with a prefix.
-_PLAIN = re.compile(r"""(?: '(?:[^'\\]|\\.)*+' | "(?:[^"\\]|\\.)*+" | [\w.]++ (?!\s*["'\w.]) | [,:=()\[\]{}\s] | [+-] (?!\s*[+-]) )*+""",
-                    re.DOTALL | re.VERBOSE)
+_PLAIN = re.compile(r"""
+    (?: '(?:[^'\\]|\\.)*+' | "(?:[^"\\]|\\.)*+" | (?!lambda) [\w.]++ (?!\s*["'\w.]) | [,:=()\[\]{}\s] | [+-] (?!\s*[+-]) )*+
+""", re.DOTALL | re.VERBOSE)
 _CALL = re.compile(r"([^()\s]+)\s*(\(.*\))", re.DOTALL)
 _NAMES = {"true": True, "false": False, "null": None}  # JSON's spelling: models mix the two languages
 

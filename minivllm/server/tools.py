@@ -2,7 +2,7 @@
 
     tool_choice   the output is                                    enforced by
     none          text; the model is not told of the tools
-    auto          text, calls in the model's own format, or both   nothing: a parser looks for calls
+    auto          text, calls in the model's own format, or both   a parser looks for calls; a grammar only for `strict` tools
     required      a JSON array of calls                            a grammar made of all parameters' schemas
     a function    a JSON object, its arguments                     a grammar: the schema of its parameters
 
@@ -34,7 +34,7 @@ class Function(Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # arguments must match the schema: so they do wherever a grammar writes them
+    strict: bool | None = None  # arguments must match the schema even where a call is the model's own choice
 
 
 class Tool(Strict):
@@ -114,6 +114,11 @@ class ToolUse:
         return "functions" if self.legacy else "tools"
 
     @property
+    def strict(self) -> int | None:
+        """The first function whose schema must be kept to even where the model is free to call or not."""
+        return next((i for i, function in enumerate(self.functions) if function.strict), None) if self.mode == "auto" else None
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(function.name for function in self.functions)
 
@@ -131,14 +136,22 @@ class ToolUse:
         if self.mode == "named":
             return next(_arguments(f) for f in self.functions if f.name == self.named)
         definitions: dict[str, Any] = {}
-        calls = [{
-            "type": "object", "required": ["name", "parameters"], "additionalProperties": False,
-            "properties": {"name": {"enum": [f.name]}, "parameters": _hoist(f, definitions)},
-        } for f in self.functions]
+        calls = [_call(f, "parameters", _hoist(f, definitions)) for f in self.functions]
         array: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
         if not self.parallel:
             array["maxItems"] = 1
         return {**array, "$defs": definitions} if definitions else array
+
+    def call_schema(self) -> dict[str, Any]:
+        """The JSON schema of one call in the Hermes format; arguments of functions that are not strict are any object."""
+        definitions: dict[str, Any] = {}
+        calls = [_call(f, "arguments", _hoist(f, definitions) if f.strict else {"type": "object"}) for f in self.functions]
+        return {"anyOf": calls, "$defs": definitions} if definitions else {"anyOf": calls}
+
+
+def _call(function: Function, key: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": ["name", key], "additionalProperties": False,
+            "properties": {"name": {"enum": [function.name]}, key: arguments}}
 
 
 def _arguments(function: Function) -> dict[str, Any]:
@@ -201,11 +214,6 @@ def _use(
     if choice == "none":
         return None
     mode: Literal["auto", "required", "named"] = "named" if named is not None else "required" if choice == "required" else "auto"
-    for i, function in enumerate(functions):
-        if function.strict and mode == "auto":
-            where = f"{field}.{i}.strict" if legacy else f"{field}.{i}.function.strict"
-            raise NotSupportedYet(f"{where} with {choice_field} 'auto' is not supported: nothing enforces the schema there; leave strict "
-                                  "out, or require a call", where)
     return ToolUse(mode=mode, functions=tuple(functions), named=named, parallel=parallel, legacy=legacy)
 
 

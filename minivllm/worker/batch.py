@@ -2,15 +2,16 @@
 
 A row is what the worker remembers of one sequence, so that a plan need not repeat it:
 
-    row     tokens (on the device)        block table per group (on the host)
+    row     tokens (on the device)        block table per group (on the host, a copy on the device)
      0      a a a a a a x .               7  3  9  .       x: sampled on the device; the host may not know it yet
      1      . . . . . . . .
      2      c c c .                       4  .  .  .
+     R      (the null row)                0  0  0  .       what padded batches compute: position 0, in the null block
 
 The plan's columns are reordered so that sequences with one query come first, and longer ones before shorter ones (attention
 pads neighbours to a common length); everything that goes back is in the plan's order again. Columns are numpy arrays on the
 host and reach the device in one copy (`upload`); tokens never leave it: the packer sends places in the token table, and the
-newest token is written there by the sampler.
+newest token is written there by the sampler. Of the block tables only changes are sent.
 """
 from __future__ import annotations
 
@@ -52,12 +53,44 @@ class Packed:
     prompt_places: Tensor  # [P] int64: the tokens that the prompt's logits predict
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A plan as numpy columns, in the batch's order: B sequences, T tokens, S samples."""
+
+    rows: Array  # [B] of the row table
+    query_lens: Array  # [B]
+    seq_lens: Array  # [B]
+    num_decodes: int  # sequences with one query come first
+    query_start: Array  # [B + 1]
+    places: Array  # [T] of the tokens, in the flat token table
+    positions: Array  # [T]
+    slots: list[Array]  # [G] of [T]
+    source: Array  # [S] which sequence each sample comes from; samples are in the plan's order
+    sample_rows: Array  # [S]
+    sample_positions: Array  # [S] of the tokens to be sampled
+    sample_places: Array  # [S]
+    prompt_pieces: tuple[PromptPiece, ...]
+    prompt_rows: Array  # [P] batch rows whose logits predict owed prompt tokens
+    prompt_places: Array  # [P] of those tokens
+
+    @property
+    def simple(self) -> bool:
+        """Whether each sequence has at most one sample, drawn with its own row's parameters, and no prompt logprobs are owed."""
+        return not self.prompt_pieces and len(set(self.source.tolist())) == len(self.source) and bool(
+            (self.rows[self.source] == self.sample_rows).all())
+
+
 class RowTable:
     """Every row's tokens and blocks. A cache: `admit` alone can rebuild it."""
 
     def __init__(self, num_rows: int, num_groups: int, max_model_len: int, block_size: int, device: torch.device) -> None:
-        self.tokens = torch.zeros((num_rows, max_model_len), dtype=torch.int32, device=device)
-        self.block_tables = [np.full((num_rows, -(-max_model_len // block_size)), NULL_BLOCK, np.int32) for _ in range(num_groups)]
+        width = -(-max_model_len // block_size)
+        self.null_row = num_rows
+        self.tokens = torch.zeros((num_rows + 1, max_model_len), dtype=torch.int32, device=device)
+        self.block_tables = np.full((num_groups, num_rows + 1, width), NULL_BLOCK, np.int32)
+        shared = torch.from_numpy(self.block_tables)
+        self.device_tables = shared if device.type == "cpu" else shared.to(device)  # [G, R + 1, M]
+        self._changed: list[tuple[int, int]] = []  # spans of the flat block tables that the device does not know yet
         self._num_blocks = np.zeros((num_groups, num_rows), np.int64)
         self._num_prompt = np.zeros(num_rows, np.int64)
         self._owed_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are owed; -1: none are
@@ -66,6 +99,16 @@ class RowTable:
         self._flat_tokens = self.tokens.view(-1)
         self._block_size, self._max_model_len, self._device = block_size, max_model_len, device
 
+    def reset(self) -> None:
+        """Forget all rows; the tensors stay, since captured graphs hold their addresses."""
+        self.block_tables.fill(NULL_BLOCK)
+        self.device_tables.fill_(NULL_BLOCK)
+        self._changed.clear()
+        self.tokens.zero_()
+        self._num_blocks.fill(0)
+        self._owed_from.fill(-1)
+        self._num_owing = 0
+
     # -- what plans say about rows --------------------------------------------------------------------------------------
 
     def apply(self, plan: StepPlan) -> None:
@@ -73,14 +116,15 @@ class RowTable:
         if plan.admitted:
             self._admit(plan.admitted)
         for row, group, index in plan.freed_blocks:
-            self.block_tables[group][row, index] = NULL_BLOCK
+            self._put(group, row, index, (NULL_BLOCK,))
         for copy in plan.copies:
             assert self.block_tables[copy.group][copy.row, copy.index] in (copy.src, copy.dst)
-            self.block_tables[copy.group][copy.row, copy.index] = copy.dst
+            self._put(copy.group, copy.row, copy.index, (copy.dst,))
         for row, per_group in zip(plan.rows, plan.new_blocks, strict=True):
             for group, blocks in enumerate(per_group):
                 if blocks:
                     self._append(group, row, blocks)
+        self._send_changes()
 
     def _admit(self, admissions: Iterable[RowAdmission]) -> None:
         for a in admissions:
@@ -88,7 +132,7 @@ class RowTable:
             row, n = a.row, len(a.token_ids)
             self.tokens[row, :n] = upload([np.array(a.token_ids, np.int32)], self._device)[0]
             for group, blocks in enumerate(a.block_ids):
-                self.block_tables[group][row, : self._num_blocks[group, row]] = NULL_BLOCK
+                self._put(group, row, 0, (NULL_BLOCK,) * int(self._num_blocks[group, row]))
                 self._num_blocks[group, row] = 0
                 self._append(group, row, blocks)
             self._num_prompt[row] = a.num_prompt_tokens
@@ -97,8 +141,23 @@ class RowTable:
 
     def _append(self, group: int, row: int, blocks: tuple[int, ...]) -> None:
         at = int(self._num_blocks[group, row])
-        self.block_tables[group][row, at : at + len(blocks)] = blocks
+        self._put(group, row, at, blocks)
         self._num_blocks[group, row] = at + len(blocks)
+
+    def _put(self, group: int, row: int, index: int, blocks: tuple[int, ...]) -> None:
+        self.block_tables[group, row, index : index + len(blocks)] = blocks
+        if self._device.type != "cpu" and blocks:
+            _, rows, width = self.block_tables.shape
+            at = (group * rows + row) * width + index
+            self._changed.append((at, at + len(blocks)))
+
+    def _send_changes(self) -> None:
+        """Bring the device's copy of the block tables up to date. Changed twice is sent twice, with the same, last value."""
+        if self._changed:
+            places = np.concatenate([np.arange(*span) for span in self._changed])
+            self._changed.clear()
+            where, values = upload([places, self.block_tables.reshape(-1)[places]], self._device)
+            self.device_tables.view(-1).index_copy_(0, where, values)
 
     def _owe(self, row: int, first: int) -> None:
         self._num_owing += (first >= 0) - int(self._owed_from[row] >= 0)
@@ -112,6 +171,10 @@ class RowTable:
 
     def pack(self, plan: StepPlan) -> Packed:
         """The forward pass of a plan that was applied. Reads no device value on the host."""
+        return self.send(self.columns(plan))
+
+    def columns(self, plan: StepPlan) -> Columns:
+        """The host's part of packing."""
         rows, starts, counts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64), np.array(plan.num_tokens, np.int64)
         assert not any(plan.drafts), "a plan with drafts needs a verifier"
         single = counts == 1
@@ -134,29 +197,33 @@ class RowTable:
         block = positions // self._block_size
         offset = positions - block * self._block_size
         slots = [table[token_rows, block].astype(np.int64) * self._block_size + offset for table in self.block_tables]
-        width = -(-int(ends.max()) // self._block_size)
-        tables = [table[rows, :width] for table in self.block_tables]
 
-        source = np.array(plan.sample_from, np.int64)  # of each sample
+        source = np.array(plan.sample_from, np.int64)
         if where is not None:
             source = where[source]
         sample_rows, sample_positions = np.array(plan.sample_rows, np.int64), ends[source]
         assert not len(source) or sample_positions.max() < self._max_model_len
         pieces, piece_rows, piece_places = self._prompt_pieces(plan, where, query_start)
-        last_rows = query_start[source + 1] - 1
+        return Columns(
+            rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_start=query_start,
+            places=token_rows * self._max_model_len + positions, positions=positions, slots=slots, source=source,
+            sample_rows=sample_rows, sample_positions=sample_positions, sample_places=sample_rows * self._max_model_len + sample_positions,
+            prompt_pieces=pieces, prompt_rows=piece_rows, prompt_places=piece_places)
 
+    def send(self, c: Columns) -> Packed:
+        """The device's part: one copy, and a few gathers there."""
+        last_rows = c.query_start[c.source + 1] - 1
         uploaded = upload([
-            token_rows * self._max_model_len + positions, positions,
-            np.concatenate([last_rows, piece_rows]) if pieces else last_rows,
-            sample_rows * self._max_model_len + sample_positions, piece_places,
-            query_start.astype(np.int32), ends.astype(np.int32), *slots, *tables], self._device)
-        places, positions_d, logit_rows, sample_places, prompt_places, query_start_d, seq_lens = uploaded[:7]
-        groups = len(slots)
+            c.places, c.positions, np.concatenate([last_rows, c.prompt_rows]) if c.prompt_pieces else last_rows,
+            c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *c.slots], self._device)
+        places, positions, logit_rows, sample_places, prompt_places, query_start, seq_lens, rows, *slots = uploaded
+        width = -(-int(c.seq_lens.max()) // self._block_size)
         batch = InputBatch(
-            tokens=self._flat_tokens.index_select(0, places), positions=positions_d, query_start=query_start_d, seq_lens=seq_lens,
-            slots=tuple(uploaded[7 : 7 + groups]), block_tables=tuple(uploaded[7 + groups :]), logit_rows=logit_rows,
-            num_decodes=num_decodes, query_lens_host=tuple(counts.tolist()), seq_lens_host=tuple(ends.tolist()))
-        return Packed(batch, sample_rows, sample_positions, sample_places, pieces, prompt_places)
+            tokens=self._flat_tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens,
+            slots=tuple(slots), block_tables=tuple(table[:, :width].index_select(0, rows) for table in self.device_tables),
+            logit_rows=logit_rows, num_decodes=c.num_decodes, query_lens_host=tuple(c.query_lens.tolist()),
+            seq_lens_host=tuple(c.seq_lens.tolist()))
+        return Packed(batch, c.sample_rows, c.sample_positions, sample_places, c.prompt_pieces, prompt_places)
 
     def _prompt_pieces(self, plan: StepPlan, where: Array | None, query_start: Array) -> tuple[tuple[PromptPiece, ...], Array, Array]:
         """Prompt logprobs owed by this step's requests: the pieces, the batch rows that predict them, the tokens' places.

@@ -1,113 +1,145 @@
-"""CUDA graphs: a decode step's hundreds of kernel launches, recorded once and replayed with one call.
+"""CUDA graphs: a small step's hundreds of kernel launches, recorded once and replayed with one call.
 
-At small batch sizes a decode step is a chain of kernels of a few microseconds each, and launching them from Python takes longer
-than running them. A graph fixes everything that is not data: the number of sequences, the kernels' grids, the addresses.
-So there is one per batch size out of a short list, captured at start-up; a batch is padded to the next size.
+At small batch sizes a step is a chain of kernels of a few microseconds each, and launching them from Python takes longer than
+running them. A graph fixes everything that is not data: the numbers of tokens and sequences, the kernels' grids, the addresses.
+So there is one per shape out of a short list, captured at start-up; a batch is padded to the next shape.
 
-    batch of 5       a b c d e           copied into the static tensors of size 8
-    static tensors   a b c d e . . .     padding: one query at position 0, whose key goes to the null block
+    shapes           decodes only: as many tokens as sequences;  mixed: prompt chunks and decodes, up to some hundreds of tokens
 
-What a graph needs to be told stays on the device (tokens, positions, lengths, slots, block tables); grids depend on the size
-alone, since the attention is prepared for sequences of the greatest length. Steps with prompt chunks run eagerly: they have
-tokens enough to keep the GPU busy while Python launches.
+    batch of 5       a b c d e           one copy into the static inputs of size 8
+    static inputs    a b c d e R R R     padding: the null row, whose one token at position 0 lies in the null block
+
+A graph goes all the way from the token table and back: gather the newest tokens, the model, logits of each sequence's last
+token, a plain draw from them (greedy or with a temperature), the drawn tokens into the table. So the next step can follow
+without the host knowing a token. Where a row asks for more than a plain draw, the sampler draws again from the same logits.
+
+What a graph needs to be told stays on the device (rows, positions, lengths, slots, block tables); grids depend on the shape
+alone, since the attention is prepared for sequences of the greatest length. Larger steps run eagerly: they are bound by
+arithmetic, and Python launches while the GPU computes.
 """
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
+from minivllm.families import ModelSpec
 from minivllm.kernels.layout import InputBatch
+from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
+from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
 
-GRAPH_BYTES = 256 << 20  # set aside for all of them; how much they took is in the log
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
+Array = np.ndarray[Any, Any]
+
+
+def graph_bytes(spec: ModelSpec, max_num_seqs: int) -> int:
+    """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
+    rows, tokens = min(max_num_seqs, DECODES[-1]), MIXED[-1][0]
+    return (192 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
 
 
 class Graph:
-    """One batch size: its static inputs, the recorded step, its static output."""
+    """One shape: its static inputs, the recorded step, its static outputs."""
 
-    def __init__(self, size: int, model: Decoder, kv: KVCache, max_model_len: int, pool: Any) -> None:
-        device, groups, block_size = model.build.device, len(kv.shape.groups), kv.shape.block_size
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        width = -(-max_model_len // block_size)
-        self._batch = InputBatch(
-            tokens=zeros(size),
-            positions=zeros(size, dtype=torch.int64),
-            query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
-            seq_lens=torch.ones(size, dtype=torch.int32, device=device),
-            slots=tuple(zeros(size, dtype=torch.int64) for _ in range(groups)),
-            block_tables=tuple(zeros(size, width) for _ in range(groups)),
-            logit_rows=zeros(0, dtype=torch.int64),
-            num_decodes=size,
-            query_lens_host=(1,) * size,
-            seq_lens_host=(max_model_len,) * size,
-        )
-        self._filled = 0  # leading entries that hold sequences
-        self._model, self._kv = model, kv
+    def __init__(self, tokens: int, seqs: int, decodes: int, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
+        """tokens T and sequences B in all, of which the first `decodes` have one token each: all, or none in particular."""
+        self._model, self._kv, self._table = model, kv, table
+        self.tokens, self.seqs, self._decodes = tokens, seqs, decodes
+        null, max_model_len = table.null_row, table.tokens.shape[1]
+        by_token = [np.full(tokens, null * max_model_len), np.zeros(tokens, np.int64),
+                    *(np.full(tokens, NULL_BLOCK * kv.shape.block_size) for _ in kv.shape.groups)]  # fmt: skip
+        query_start = np.minimum(np.arange(seqs + 1), decodes).astype(np.int32)  # mixed: padding has no tokens
+        by_seq = [np.full(seqs, null), np.full(seqs, 1 if decodes else 0, np.int32), np.zeros(seqs, np.int64),
+                  np.full(seqs, null * max_model_len + 1), np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
+        self._empty = [query_start, *by_seq, *by_token]
+        self._longest = max_model_len
+        self._inputs = StaticColumns(self._empty, model.build.device)
         self._step()  # compiles kernels and fills their caches, which a capture must not do
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(model.build.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self.hidden = self._step()  # [size, hidden]
+            self._logits, self._drawn = self._step()  # [B, V] in the model's dtype, [B] int64
 
     @property
     def pool(self) -> Any:
         """The memory that its intermediate values live in; graphs that never run at once may share it."""
         return self._graph.pool()
 
-    def _step(self) -> Tensor:
-        return self._model.forward(self._batch, self._kv.layers, self._kv.shape.block_size)
+    def _step(self) -> tuple[Tensor, Tensor]:
+        query_start, rows, seq_lens, logit_rows, sample_places, temperature, keys, places, positions, *slots = self._inputs.tensors
+        tokens = self._table.tokens.view(-1)
+        chunk = self.tokens // self.seqs
+        lens = (chunk + self.tokens % self.seqs, *(chunk,) * (self.seqs - 1))  # whatever they are: only their sum counts
+        batch = InputBatch(
+            tokens=tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens, slots=tuple(slots),
+            block_tables=tuple(table.index_select(0, rows) for table in self._table.device_tables), logit_rows=logit_rows,
+            num_decodes=self._decodes, query_lens_host=lens, seq_lens_host=(self._longest,) * self.seqs,
+        )
+        hidden = self._model.forward(batch, self._kv.layers, self._kv.shape.block_size)
+        if not self._decodes:
+            hidden = hidden.index_select(0, logit_rows)
+        logits = self._model.logits(hidden, dtype=None)
+        drawn = self._model.build.ops.sample(logits, temperature, keys)
+        tokens.index_copy_(0, sample_places, drawn.to(torch.int32))
+        return logits, drawn
 
-    def replay(self, batch: InputBatch) -> Tensor:
-        """-> hidden states [n, hidden], valid until the next replay of this size."""
-        n, static = batch.num_seqs, self._batch
-        static.tokens[:n] = batch.tokens
-        static.positions[:n] = batch.positions
-        static.seq_lens[:n] = batch.seq_lens
-        for mine, theirs in zip(static.slots, batch.slots, strict=True):
-            mine[:n] = theirs
-        for mine, theirs in zip(static.block_tables, batch.block_tables, strict=True):
-            mine[:n, : theirs.shape[1]] = theirs  # what lies beyond a sequence's end is never read
-        if n < self._filled:  # what an earlier, larger batch left must not be written through
-            static.positions[n : self._filled] = 0
-            static.seq_lens[n : self._filled] = 1
-            for mine in (*static.slots, *(table[:, :1] for table in static.block_tables)):
-                mine[n : self._filled] = NULL_BLOCK
-        self._filled = n
+    def replay(self, c: Columns, temperature: Array, keys: Array) -> tuple[Tensor, Tensor]:
+        n = len(c.rows)
+        sample_places = self._empty[4][:n].copy()
+        sample_places[c.source] = c.sample_places
+        by_seq = [c.rows, c.seq_lens, c.query_start[1:] - 1, sample_places, temperature, keys]
+        columns = [c.query_start, *by_seq, c.places, c.positions, *c.slots]
+        padded = []
+        for column, empty in zip(columns, self._empty, strict=True):
+            if len(column) < len(empty):
+                whole = empty.copy()
+                whole[: len(column)] = column
+            else:
+                whole = column.astype(empty.dtype, copy=False)
+            padded.append(whole)
+        if not self._decodes:
+            padded[0][n:] = c.query_start[-1]
+        self._inputs.fill(padded)
         self._graph.replay()
-        return self.hidden[:n]
+        return self._logits[:n], self._drawn[:n]
 
 
-class DecodeGraphs:
-    """Graphs for batches of decodes of up to `max_num_seqs` sequences, captured largest first so that they share memory."""
+class StepGraphs:
+    """All graphs of a runner, captured largest first so that they share memory."""
 
-    def __init__(self, model: Decoder, kv: KVCache, max_num_seqs: int, max_model_len: int, sizes: Sequence[int] = SIZES) -> None:
-        self._sizes = [size for size in sizes if size < max_num_seqs] + [min(max_num_seqs, max(sizes))]
-        self._graphs: dict[int, Graph] = {}
+    def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, decodes: Sequence[int] = DECODES,
+                 mixed: Sequence[tuple[int, int]] = MIXED) -> None:
+        most = min(max_num_seqs, max(decodes))
+        sizes = [size for size in decodes if size < most] + [most]
+        shapes = [(size, size, size) for size in sizes] + [(t, b, 0) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
+        graphs: dict[tuple[int, int, int], Graph] = {}
         pool = None
         free_before = torch.cuda.mem_get_info(model.build.device)[0]
         with torch.inference_mode():
-            for size in reversed(self._sizes):
-                self._graphs[size] = Graph(size, model, kv, max_model_len, pool)
-                pool = self._graphs[size].pool
+            for shape in sorted(shapes, reverse=True):
+                graphs[shape] = Graph(*shape, model, kv, table, pool)
+                pool = graphs[shape].pool
+        self._decodes = [graphs[shape] for shape in shapes if shape[2]]
+        self._mixed = [graphs[shape] for shape in shapes if not shape[2]]
         taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
-        log.info("captured %d CUDA graphs for up to %d decodes: %d MiB", len(self._graphs), self._sizes[-1], taken >> 20)
+        log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
+                 max((g.tokens for g in self._mixed), default=0), taken >> 20)
 
-    def covers(self, batch: InputBatch) -> bool:
-        return batch.num_decodes == batch.num_seqs <= self._sizes[-1]
-
-    def forward(self, batch: InputBatch) -> Tensor:
-        """-> hidden states [n, hidden] of a batch that `covers` says yes to; valid until the next call."""
-        return self._graphs[self._sizes[bisect_left(self._sizes, batch.num_seqs)]].replay(batch)
+    def find(self, columns: Columns) -> Graph | None:
+        """The smallest graph that a step fits into; None: it runs eagerly."""
+        if not columns.simple:
+            return None
+        n = len(columns.rows)
+        if columns.num_decodes == n:
+            return next((graph for graph in self._decodes if n <= graph.seqs), None)
+        return next((graph for graph in self._mixed if len(columns.places) <= graph.tokens and n <= graph.seqs), None)

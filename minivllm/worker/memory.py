@@ -169,9 +169,9 @@ def _dummy_batch(query_lens: list[int], seq_lens: list[int], shape: BlockShape, 
 
 def _dummy_sampling(model: Decoder, hidden: Tensor) -> None:
     """Logits and sampling of as many rows as are ever held at once, in the most expensive way."""
-    logits = model.logits(hidden[torch.arange(MAX_LOGIT_ROWS, device=hidden.device) % len(hidden)])
-    sampler = Sampler(1, logits.shape[-1], hidden.device)
-    params = SamplingParams(top_p=0.9, top_k=10, min_p=0.01, logprobs=20)
+    logits = model.logits(hidden[torch.arange(MAX_LOGIT_ROWS, device=hidden.device) % len(hidden)], dtype=None)
+    sampler = Sampler(1, logits.shape[-1], hidden.device, ops=model.build.ops)
+    params = SamplingParams(top_p=0.9, top_k=10, min_p=0.01, logprobs=20, logit_bias={0: 0.0})
     sampler.admit(RowAdmission(0, "dummy", (0,), 1, ((),), params, 0, 0))
     zeros = np.zeros(MAX_LOGIT_ROWS, np.int64)
     sampler.sample(logits, zeros, zeros, torch.zeros((1, 1), dtype=torch.int32, device=hidden.device))

@@ -2,6 +2,7 @@
 
     launch(plan)     row table, block copies and moves, pack, forward       returns while a GPU still computes
     sample(handle)   pick rows -> logits -> sample -> into the token table   likewise; a copy to the host is started
+                     (a captured graph has done all of this in `launch`, unless a row asks for more than a plain draw)
     wait()           the only place that waits for the device
 
 Logits are never held for more than MAX_LOGIT_ROWS rows at a time, prompt logprobs included: 256 rows of a vocabulary of
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
+from minivllm.kernels.upload import upload
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling.sampler import LogprobColumns, Sampler
-from minivllm.worker.batch import Packed, RowTable
-from minivllm.worker.cuda_graphs import DecodeGraphs
+from minivllm.worker.batch import Columns, Packed, RowTable
+from minivllm.worker.cuda_graphs import StepGraphs
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
@@ -34,21 +36,31 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A launched step: what its sampling needs. `packed` and `hidden` are None if the plan held no request, or failed."""
+    """A launched step: what its sampling needs. Neither `forward` nor `replay` is there if the plan held no request, or failed."""
 
     plan: StepPlan
-    packed: Packed | None
-    hidden: Tensor | None  # [T, hidden]
     finished_moves: tuple[int, ...]
+    forward: tuple[Packed, Tensor] | None = None  # an eager step, and its hidden states [T, hidden]
+    replay: Replay | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A step that a graph has computed, in the batch's order."""
+
+    columns: Columns
+    logits: Tensor  # [n, V] in the model's dtype
+    drawn: Tensor  # [n] int64: a plain draw for each sequence
 
 
 class Pending:
     """A step on its way: results are on the device, their copies to the host under way."""
 
     def __init__(self, handle: Handle, kv: KVCache, token_ids: Sequence[Tensor], logprobs: Sequence[tuple[int, LogprobColumns]],
-                 prompt_logprobs: Sequence[LogprobColumns], error: str | None) -> None:
-        self._handle, self._kv, self._error = handle, kv, error
+                 prompt_logprobs: Sequence[LogprobColumns], error: str | None, order: Array | None = None) -> None:
+        """order: where each sample's token is among `token_ids`; None: they are in order."""
+        self._handle, self._kv, self._error, self._order = handle, kv, error, order
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         tensors = [*token_ids, *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
         self._num_token_tensors = len(token_ids)
@@ -65,6 +77,8 @@ class Pending:
             return StepResult(step_id=plan.step_id, token_ids=(), finished_moves=moves, error=self._error)
         host = iter(self._host)
         token_ids = [t for _ in range(self._num_token_tensors) for t in next(host).tolist()]
+        if self._order is not None:
+            token_ids = [token_ids[i] for i in self._order.tolist()]
         logprobs: list[tuple[TokenLogprobs, ...] | None] = []
         if self._logprobs:
             logprobs = [None] * len(token_ids)
@@ -77,9 +91,8 @@ class Pending:
                           prompt_logprobs=self._by_request(prompt), finished_moves=moves)
 
     def _by_request(self, entries: list[TokenLogprobs]) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]:
-        packed = self._handle.packed
         pieces, at = [], 0
-        for piece in packed.prompt_pieces if packed else ():
+        for piece in self._handle.forward[0].prompt_pieces if self._handle.forward else ():
             pieces.append((piece.request, piece.first, tuple(entries[at : at + piece.count])))
             at += piece.count
         return tuple(pieces)
@@ -101,47 +114,66 @@ class ModelRunner:
     def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
                  cuda_graphs: bool = False) -> None:
         self.model, self.kv = model, kv
-        self._graphs = DecodeGraphs(model, kv, max_num_seqs, max_model_len) if cuda_graphs else None
-        self._sizes = max_num_seqs, max_model_len, tuple(eos_token_ids)
-        self.drop_rows()
+        self._sizes = max_num_seqs, tuple(eos_token_ids)
+        self.rows = RowTable(max_num_seqs, len(kv.shape.groups), max_model_len, kv.shape.block_size, model.build.device)
+        self.sampler = self._new_sampler()
+        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs) if cuda_graphs else None
+
+    def _new_sampler(self) -> Sampler:
+        max_num_seqs, eos_token_ids = self._sizes
+        return Sampler(max_num_seqs, self.model.spec.vocab_size, self.model.build.device, eos_token_ids, self.model.build.ops)
 
     def drop_rows(self) -> None:
         """Start with an empty row table. It is a cache of what plans said: every row must be admitted again."""
-        max_num_seqs, max_model_len, eos_token_ids = self._sizes
-        shape, device = self.kv.shape, self.model.build.device
-        self.rows = RowTable(max_num_seqs, len(shape.groups), max_model_len, shape.block_size, device)
-        self.sampler = Sampler(max_num_seqs, self.model.spec.vocab_size, device, eos_token_ids)
+        self.rows.reset()
+        self.sampler = self._new_sampler()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
-        """Everything up to the hidden states. Out of memory fails the step, not the worker."""
+        """Everything up to the hidden states, or beyond. Out of memory fails the step, not the worker."""
         self.rows.apply(plan)
         moves = self.kv.apply(plan)
         try:
             for admission in plan.admitted:
                 self.sampler.admit(admission)
             if not plan.rows:
-                return Handle(plan, None, None, moves)
-            packed = self.rows.pack(plan)
-            if self._graphs is not None and self._graphs.covers(packed.batch):
-                hidden = self._graphs.forward(packed.batch)
-            else:
-                hidden = self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)
+                return Handle(plan, moves)
+            columns = self.rows.columns(plan)
+            graph = self._graphs.find(columns) if self._graphs is not None else None
+            if graph is not None:
+                logits, drawn = graph.replay(columns, *self.sampler.plain_columns(columns.rows, columns.seq_lens))
+                return Handle(plan, moves, replay=Replay(columns, logits, drawn))
+            packed = self.rows.send(columns)
+            return Handle(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)))
         except (RuntimeError, MemoryError) as error:
-            return Handle(plan, None, None, moves, _failure(plan, error))
-        return Handle(plan, packed, hidden, moves)
+            return Handle(plan, moves, error=_failure(plan, error))
 
     @torch.inference_mode()
     def sample(self, handle: Handle, masks: TokenMasks | None = None) -> Pending:
         """Choose the plan's samples and put them into the token table; `masks`: what grammars allow."""
         error = handle.error
-        if handle.packed is not None and handle.hidden is not None:
-            try:
-                tokens, logprobs = self._sample(handle.packed, handle.hidden, masks)
-                return Pending(handle, self.kv, tokens, logprobs, self._prompt_logprobs(handle.packed, handle.hidden), None)
-            except (RuntimeError, MemoryError) as failure:
-                error = _failure(handle.plan, failure)
+        try:
+            if handle.replay is not None:
+                return self._sample_replay(handle, handle.replay, masks)
+            if handle.forward is not None:
+                tokens, logprobs = self._sample(*handle.forward, masks)
+                return Pending(handle, self.kv, tokens, logprobs, self._prompt_logprobs(*handle.forward), None)
+        except (RuntimeError, MemoryError) as failure:
+            error = _failure(handle.plan, failure)
         return Pending(handle, self.kv, (), (), (), error)
+
+    def _sample_replay(self, handle: Handle, replay: Replay, masks: TokenMasks | None) -> Pending:
+        """The graph's own draw if that is enough, else a new one from its logits."""
+        c = replay.columns
+        in_order = np.array_equal(c.source, np.arange(len(c.rows)))
+        if masks is None and self.sampler.all_plain(c.sample_rows):
+            return Pending(handle, self.kv, [replay.drawn], (), (), None, None if in_order else c.source)
+        source, places = upload([c.source, c.sample_places], replay.logits.device)
+        logits = replay.logits if in_order else replay.logits.index_select(0, source)
+        choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks)
+        self.rows.write_sampled(places, choice.token_ids)
+        logprobs = () if choice.logprobs is None else ((0, choice.logprobs),)
+        return Pending(handle, self.kv, [choice.token_ids], logprobs, (), None)
 
     def _sample(self, packed: Packed, hidden: Tensor, masks: TokenMasks | None) -> tuple[list[Tensor], list[tuple[int, LogprobColumns]]]:
         tokens: list[Tensor] = []
@@ -149,7 +181,7 @@ class ModelRunner:
         rows = packed.sample_rows
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, min(start + MAX_LOGIT_ROWS, len(rows)))
-            logits = self.model.logits(hidden[packed.batch.logit_rows[part]])  # [n, V]
+            logits = self.model.logits(hidden[packed.batch.logit_rows[part]], dtype=None)  # [n, V]
             some_masks = None if masks is None else masks.part(part.start, part.stop)
             choice = self.sampler.sample(logits, rows[part], packed.sample_positions[part], self.rows.tokens, some_masks)
             self.rows.write_sampled(packed.sample_places[part], choice.token_ids)

@@ -149,6 +149,17 @@ def test_chat_sends_the_whole_conversation_until_reset(
     ]
 
 
+def test_system_begins_a_conversation_with_another_system_message(
+    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    typed(monkeypatch, "hello", "/system be long", "hello", "/reset", "hello", "/system", "hello", "/systems")
+    assert main(["chat", "--system", "be brief"]) == 0
+    asked = "<s>user: hello</s><s>assistant: "
+    long = "<s>system: be long</s>"
+    assert words.prompts == [f"<s>system: be brief</s>{asked}", long + asked, long + asked, asked]
+    assert "did you mean '/system'" in capsys.readouterr().err
+
+
 def test_chat_uses_the_models_sampling_defaults_unless_told_otherwise(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     typed(monkeypatch, "hello")
     assert main(["chat", "--temperature", "0.7", "--seed", "3"]) == 0

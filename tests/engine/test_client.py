@@ -378,10 +378,11 @@ def test_a_killed_engine_process_is_noticed_and_reaped(folder: str) -> None:
 
 
 @pytest.mark.usefixtures("no_children_left")
-def test_ctrl_c_leaves_the_engine_process_to_its_parent(folder: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_leaves_the_engine_process_to_its_parent(folder: str, number: signal.Signals) -> None:
     client = start("process", build_plain, folder)
     assert isinstance(client, ProcessClient) and client.pid is not None
-    os.kill(client.pid, signal.SIGINT)
+    os.kill(client.pid, number)
     assert asyncio.run(collect(client, ask("r"))) == {0: expected((5, 6, 7), 5)}
     client.close()
 

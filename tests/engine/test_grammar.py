@@ -180,6 +180,13 @@ def test_eos_is_allowed_exactly_where_the_output_may_end(llm: LLM) -> None:
     assert len(output.token_ids) >= 20 and re.fullmatch("(ab){10,}", output.text)
 
 
+def test_an_output_that_may_end_ends_where_the_requests_other_settings_ban_all_that_could_follow(llm: LLM) -> None:
+    """EOS by min_tokens, and the rest by bad_words: rather a short output than a wrong one."""
+    output = ask(llm, {"regex": "ab(cd)?"}, min_tokens=10, bad_words=["c"])
+    assert (output.text, output.finish_reason) == ("ab", "stop")
+    assert len(output.token_ids) == len(llm.get_tokenizer().encode("ab"))
+
+
 def test_a_stop_string_ends_the_output_before_its_grammar_does(llm: LLM) -> None:
     output = ask(llm, {"regex": "abcdef"}, stop="cd")
     assert (output.text, output.stop_reason) == ("ab", "cd")
@@ -283,11 +290,15 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         digits = [core.tokenizer.token_to_id(c) for c in "0123"]  # type: ignore[union-attr]
         core.add_request("conflict", [5, 6], SamplingParams(
             structured_outputs={"regex": "1[a-z]+"}, allowed_token_ids=digits, n=3, max_tokens=9))
-        core.add_request("complex", [5, 6], SamplingParams(structured_outputs={"regex": "(.{1,9}a.*b){9}"}, max_tokens=60, seed=1))
+        core.add_request("complex", [5, 6], SamplingParams(structured_outputs={"regex": "(.{1,9}a.*b){9}"}, max_tokens=60, seed=1, n=3))
         core.add_request("plain", [5, 6], SamplingParams(temperature=0, ignore_eos=True, max_tokens=40))
         core.add_request("fine", [5, 6], SamplingParams(structured_outputs={"regex": "[ab]{30}"}, max_tokens=40))
-        ends = {(d.request_id, d.index): d for d in steps_to_the_end(llm) if d.finish_reason is not None}
-        assert len(ends) == 6
+        ends: dict[tuple[str, int], OutputDelta] = {}
+        while core.has_unfinished_requests():
+            ends |= {(d.request_id, d.index): d for d in core.step() if d.finish_reason is not None}
+            at_work = {s.request_id for s in core.scheduler.running if s.state.value != "finished"}
+            assert not at_work & {request_id for request_id, _ in ends}
+        assert len(ends) == 8
         for index in range(3):
             end = ends["conflict", index]
             assert end.finish_reason == "error" and "other settings" in str(end.error) and end.error_param == "structured_outputs.regex"
@@ -296,16 +307,26 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         assert core.stats().used_blocks == 0 and len(core._grammars) == 0
 
 
-def test_ended_and_aborted_requests_leave_no_state_behind(llm: LLM) -> None:
-    core = llm.llm_engine
-    core.add_request("x", [5, 6], SamplingParams(structured_outputs=COMPACT, n=3, max_tokens=50))
-    for _ in range(4):
-        core.step()
-    assert len(core._grammars) == 3
-    core.abort_request("x")
-    core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "ok"}, max_tokens=50))  # the same name anew
-    text = "".join(delta.text for delta in steps_to_the_end(llm) if delta.request_id == "x")
-    assert text == "ok" and len(core._grammars) == 0
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: bool) -> None:
+    """Planning ahead, a step of the aborted request is still under way when another one takes its name."""
+    with engine(folder, async_scheduling=ahead) as llm:
+        core = llm.llm_engine
+        core.add_request("plain", [7], SamplingParams(max_tokens=50, ignore_eos=True))  # so that there is always a next step
+        for steps in range(3, 7):
+            core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "[a-f]{40}"}, max_tokens=50))
+            core.add_request("y", [5, 6], SamplingParams(structured_outputs=COMPACT, n=3, max_tokens=90))
+            for _ in range(steps):
+                core.step()
+            assert len(core._grammars) == 4
+            core.abort_request("x")
+            core.abort_request("y")
+            core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "ok"}, max_tokens=50))  # the same name anew
+            found: list[OutputDelta] = []
+            while not found or found[-1].finish_reason is None:
+                found += [delta for delta in core.step() if delta.request_id == "x"]
+            assert "".join(delta.text for delta in found) == "ok" and found[-1].finish_reason == "stop"
+            assert len(core._grammars) == 0
 
 
 # -- compiled once ----------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minivllm.kernels.triton import activation, attention, linear, norm
+from minivllm.kernels.triton import activation, attention, linear, norm, sampling
 from minivllm.kernels.triton.decode_attention import _decode_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -44,7 +45,8 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     cache = {"cache_k": "*bf16", "cache_v": "*bf16", "seq_lens": "*i32", "block_table": "*i32", "scale": "fp32", "softcap": "fp32",
              "table_stride": "i32"}
     source = {"qkv": "*bf16", "norm_weight": "*bf16", "eps": "fp32", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "qkv_stride": "i32"}
-    decode = {**cache, **source, "out": "*bf16", "partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32"}
+    parts = {"partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32", "splits": "i32"}
+    decode = {**cache, **source, **parts, "out": "*bf16"}
     store = {**source, "qk": "*bf16", "cache_k": "*bf16", "cache_v": "*bf16", "first": "i32"}
     sizes = dict.fromkeys(("first_seq", "num_seqs", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")
     prompt = {**cache, **sizes, **dict.fromkeys(("out", "q", "k", "v"), "*bf16"), "query_start": "*i32"}
@@ -52,12 +54,12 @@ def attention_variants() -> Iterator[dict[str, Any]]:
         for group in (2, 3):
             name = f"attention, head_dim {head_dim}, {group} heads per KV head"
             shape = dict(NUM_HEADS=group * 8, D=head_dim, PADDED_D=head_dim)
-            tile = attention.decode_tile(head_dim, group, 89)
+            tile = attention.decode_tile(head_dim, group, 2, 89)
             one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
             yield measure(f"decode {name}", _decode_attention, decode,
-                          dict(SPLITS=8, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),
+                          dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
-            tile = attention.prompt_tile(head_dim, group, 89)
+            tile = attention.prompt_tile(head_dim, group, 2, 89)
             one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q)
             yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
@@ -96,6 +98,22 @@ def small_variants() -> Iterator[dict[str, Any]]:
                   dict(BLOCK=1024, PDL=False), num_warps=4)
 
 
+def sampling_variants() -> Iterator[dict[str, Any]]:
+    rows = {"row_stride": "i32", "size": "i32", "temperature": "*fp32", "threshold": "*fp32"}
+    chunks = {"peaks": "*fp32", "costs": "*fp32", "winners": "*i32", "temperature": "*fp32"}
+    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        types = {**rows, "logits": kind, "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
+        for filters in ("TOP_K", "TOP_P", "MIN_P", "TOP_K TOP_P MIN_P"):
+            constants = dict(TOP_K="TOP_K" in filters, TOP_P="TOP_P" in filters, MIN_P="MIN_P" in filters,
+                             SHIFT=sampling.KEY_SHIFT[dtype], POSITIONS=sampling.POSITIONS)
+            yield measure(f"decode sampling threshold {filters}, {kind}", sampling._thresholds, types, constants,
+                          num_warps=sampling.THRESHOLD_WARPS)
+        for filtered in (False, True):
+            yield measure(f"decode sampling draw, {kind}", sampling._draw, {**rows, **chunks, "logits": kind, "keys": "*i32"},
+                          dict(FILTERED=filtered, CHUNK=sampling.CHUNK), num_warps=sampling.DRAW_WARPS)
+    yield measure("decode sampling combine", sampling._combine, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
+
+
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *small_variants()):
+    for row in (*attention_variants(), *linear_variants(), *small_variants(), *sampling_variants()):
         print(json.dumps(row), flush=True)

@@ -327,6 +327,21 @@ def test_degenerate_rows_give_the_only_token_possible_and_never_nan(way):
             assert tokens[:2] == [2, 1] and tokens[2] in (0, 1) and tokens[3:] == [0, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [ops.sample, ops.sample_plain])
+def test_temperature_0_takes_the_largest_logit_and_leaves_the_rows_that_draw_alone(way, dtype):
+    logits = (torch.randn(6, 500, generator=torch.Generator().manual_seed(8)) * 3).to(dtype)
+    logits[2, [100, 400]] = 20.0  # a tie
+    t, keys = torch.tensor([0.0, 0.7, 0.0, 1.0, 0.0, 2.0]), keys_of(list(range(6)))
+    filters = {"top_p": torch.full((6,), 0.5)}
+    tokens = way(logits.float(), t, keys, **filters)
+    assert tokens[::2].tolist() == [logits[0].float().argmax(), 100, logits[4].float().argmax()]
+    some = {name: column[1::2] for name, column in filters.items()}
+    assert torch.equal(tokens[1::2], way(logits[1::2].float(), t[1::2], keys[1::2], **some))
+    out = torch.zeros(6, dtype=torch.int64)
+    assert ops.sample(logits, t, keys, **filters, out=out) is out and torch.equal(out, tokens)
+
+
 def test_argmax_takes_the_first_of_equals():
     assert ops.argmax(torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 0.0]])).tolist() == [1, 0]
 

@@ -15,7 +15,7 @@ from minivllm.kernels.reference import rope as rope_twin
 from tests.kernels.paged import Case, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from minivllm.kernels.triton import activation, attention, linear, norm
+from minivllm.kernels.triton import activation, attention, linear, norm, rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes in numpy, which has no bfloat16 products.
@@ -175,3 +175,12 @@ def test_norms_equal_their_twins(rows: int, width: int, dtype: torch.dtype, seed
 def test_silu_and_mul_equals_its_twin(dtype: torch.dtype, width: int) -> None:
     x = torch.randn(3, 2 * width, device=DEVICE).to(dtype)
     close(activation.silu_and_mul(x), activation_twin.silu_and_mul(x))
+
+
+@pytest.mark.parametrize("half", [4, 10, 64])
+def test_rope_angles_equal_their_twins_at_positions_near_and_far(half: int) -> None:
+    positions = torch.tensor([0, 1, 77, 4095, 131071], device=DEVICE)
+    inv_freq = 10000.0 ** -(torch.arange(half, device=DEVICE) / half)
+    twins = [twin.rope_angles(positions, inv_freq, 1.1, torch.float32) for twin in (rope, rope_twin)]
+    for got, want in zip(*twins, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

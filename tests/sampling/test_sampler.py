@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.core.plan import RowAdmission
+from minivllm.kernels import REFERENCE
 from minivllm.sampling.logits_processors import PenaltyCounts, TokenMasks
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
@@ -226,6 +227,16 @@ def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
     assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
 
 
+def test_tokens_beyond_a_mask_are_not_allowed_whether_all_rows_have_masks_or_some():
+    for index in ([0, 1, 2], [0, 2]):
+        logits = torch.zeros(3, VOCAB)
+        words = np.full((len(index), 1), -1, np.int32)  # the first 32 tokens
+        TokenMasks(np.array(index), words).apply(logits)
+        allowed = torch.isfinite(logits)
+        assert [int(row.sum()) for row in allowed] == [32 if i in index else VOCAB for i in range(3)]
+        assert allowed[:, :32].all()
+
+
 def test_filters_work_on_what_penalties_and_bias_left():
     bench = Bench()
     bench.admit(0, SamplingParams(temperature=1.0, top_k=1, logit_bias={8: 5.0}))
@@ -306,3 +317,49 @@ def test_drawn_tokens_follow_the_softmax_over_many_requests():
     alive = [0, 1, 2, 3, 4, 6]
     expected = n * torch.softmax(logits.double(), -1).numpy()[alive]
     assert counts[5] == 0 and ((counts[alive] - expected) ** 2 / expected).sum() < 20.5  # 99.9%
+
+
+def test_half_precision_logits_are_compared_as_they_are_whatever_the_neighbours_ask_for():
+    """A row that asks for nothing gets the same token alone (bfloat16 all the way) and beside rows that need float32."""
+    rng = torch.Generator().manual_seed(5)
+    logits = (torch.randn(4, VOCAB, generator=rng) * 0.02 + 3).to(torch.bfloat16)  # few distinct values: many ties
+    plain = [greedy(), SamplingParams(temperature=0.8, top_p=0.9)]
+    demanding = [greedy(frequency_penalty=0.5, logprobs=2), SamplingParams(logit_bias={7: 50.0}, temperature=0.5)]
+    both, alone = Bench(), Bench()
+    for row, params in enumerate([*plain, *demanding]):
+        both.admit(row, params, seed=row)
+        alone.admit(row, params, seed=row)
+    for position in range(3, 9):
+        together = both.sample(logits, [0, 1, 2, 3], [position] * 4)
+        assert alone.sample(logits[:2], [0, 1], [position] * 2).token_ids.tolist() == together.token_ids.tolist()[:2]
+        assert together.token_ids[3] == 7
+        assert together.logprobs.logprob.dtype == torch.float32
+    exact = torch.log_softmax(logits[2].double(), -1)
+    assert together.logprobs.logprob[0].item() == pytest.approx(exact[together.token_ids[2]].item(), abs=1e-5)
+    words = np.full((VOCAB + 31) // 32, 0, np.uint32)
+    words[0] = 1 << 20
+    assert both.sample(logits[:1], [0], [9], masks=TokenMasks(np.array([0]), words.view(np.int32)[None])).token_ids.tolist() == [20]
+
+
+def test_the_kernels_of_the_model_choose_for_greedy_and_drawn_rows_in_one_call():
+    calls = []
+
+    def choose(logits, temperature, keys, top_k=None, top_p=None, min_p=None):
+        calls.append((temperature.tolist(), top_k is None, top_p is None, min_p is None))
+        return REFERENCE.sample(logits, temperature, keys, top_k, top_p, min_p)
+
+    sampler = Sampler(4, VOCAB, CPU, ops=replace(REFERENCE, sample=choose))
+    for row, params in enumerate([greedy(top_p=0.5), SamplingParams(), greedy(), SamplingParams(temperature=2.0, top_k=3)]):
+        sampler.admit(RowAdmission(row, str(row), (1,), 1, ((1,),), params, row, 0))
+    table, logits = torch.zeros(4, 8, dtype=torch.int32), torch.randn(4, VOCAB)
+    sampler.sample(logits, np.arange(4), np.ones(4, np.int64), table)
+    tokens = sampler.sample(logits[[0, 2]], np.array([0, 2]), np.ones(2, np.int64), table).token_ids
+    assert calls == [([0.0, 1.0, 0.0, 2.0], False, True, True), ([0.0, 0.0], True, True, True)]
+    assert tokens.tolist() == logits[[0, 2]].argmax(-1).tolist()
+
+
+def test_penalties_smaller_than_a_step_of_half_precision_still_count():
+    bench, logits = Bench(), torch.full((VOCAB,), -5.0)
+    bench.admit(0, greedy(frequency_penalty=0.006))
+    logits[[10, 20]] = torch.tensor([3.0, 2.984375])  # neighbours in bfloat16
+    assert [bench.one(logits.to(torch.bfloat16), position=3 + s) for s in range(4)] == [10, 10, 10, 20]

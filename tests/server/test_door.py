@@ -9,6 +9,8 @@ import openai
 import pytest
 
 from minivllm.server.config import ServerConfig
+from minivllm.server.door import OPEN_PATHS
+from minivllm.server.page import FILES
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 
@@ -36,7 +38,8 @@ def test_any_of_the_keys_opens(live: LiveServer, key: str) -> None:
 ])
 @pytest.mark.parametrize("method, path", [
     ("GET", "/v1/models"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/version"),
-    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/nothing"), ("GET", "/health/"), ("GET", "//health"),
+    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/nothing"), ("GET", "/health/"),
+    ("GET", "/health//"),
 ])
 def test_without_a_key_everything_is_401(http: httpx.Client, method: str, path: str, authorization: str | None) -> None:
     headers = {} if authorization is None else {"authorization": authorization.encode("latin-1")}
@@ -47,7 +50,7 @@ def test_without_a_key_everything_is_401(http: httpx.Client, method: str, path: 
     assert "first-key" not in response.text
 
 
-def test_every_registered_path_but_health_needs_a_key(live: LiveServer) -> None:
+def test_every_registered_path_but_health_and_the_pages_files_needs_a_key(live: LiveServer) -> None:
     from fastapi import FastAPI
 
     app = live.server.config.app
@@ -55,7 +58,7 @@ def test_every_registered_path_but_health_needs_a_key(live: LiveServer) -> None:
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     assert "/health" in paths
     open_paths = {path for path in paths if httpx.get(live.url + path).status_code != 401}
-    assert open_paths == {"/health"}
+    assert open_paths == {"/health", *FILES} == OPEN_PATHS
 
 
 def test_health_needs_no_key(live: LiveServer) -> None:

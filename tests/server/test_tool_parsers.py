@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,15 @@ def test_a_call_that_is_an_attack_on_pythons_compiler_is_content(value: str) -> 
     assert (content, calls) == (text, []) or json.loads(calls[0][1])
 
 
+def test_pythons_compiler_sees_no_chain_of_operators_or_keywords_and_no_string_with_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it was called")
+
+    monkeypatch.setattr("minivllm.server.tool_parsers.ast", SimpleNamespace(parse=forbidden))
+    for value in ("--1", "+ -1", "not 1", "lambda: 1", "1 if 1 else 2", "f'{1}'", "b'x'", "1 + 1 ** 2", "a @ b"):
+        assert read_python_call(f"f(a={value})") is None, value
+
+
 def test_only_literals_of_python_are_read() -> None:
     assert read_python_call("f(a=1, b='x')") == ("f", '{"a": 1, "b": "x"}')
     for text in ("f", "f(", "f)(", "f(a=b)", "f(a=1)(b=2)", "f(a=[x for x in y])", "f(a=...)", "f(a:=1)", "f(a=1j)", "(a=1)", ""):
@@ -248,6 +258,12 @@ def test_the_scanner_takes_objects_and_no_more(text: str) -> None:
     except ValueError:
         valid = False
     assert is_object(text) == valid
+
+
+def test_a_string_holds_no_control_characters_and_no_unknown_escapes() -> None:
+    for inside in ("\n", "\t", "\x00", "\\x", "\\u12g4", "\\"):
+        assert not is_object('{"a": "' + inside + '"}'), inside
+    assert is_object('{"a": "\x7f\u2028\\n\\u00e9"}')
 
 
 @given(value=st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(max_size=5), max_size=4))

@@ -177,6 +177,12 @@ def test_a_call_that_the_length_cuts_off_is_finished_by_length(tools: Stage) -> 
     assert join(tools.chat(tools=TOOLS, stream=True)) == Joined("", "", [("get_weather", '{"city": ')], "length")
 
 
+def test_what_was_held_back_comes_at_the_end(tools: Stage) -> None:
+    tools.says("2 <tool_c")
+    assert tools.chat(tools=TOOLS).choices[0].message.content == "2 <tool_c"
+    assert join(tools.chat(tools=TOOLS, stream=True)).content == "2 <tool_c"
+
+
 def test_without_parallel_calls_only_the_first_is_told(tools: Stage) -> None:
     tools.says(f"{CALL}{TICK}")
     assert calls_of(tools.chat(tools=TOOLS, parallel_tool_calls=False).choices[0].message) == [("get_weather", PARIS)]
@@ -237,12 +243,30 @@ def test_a_named_functions_output_is_its_arguments_and_finishes_with_stop(tools:
         assert join(tools.chat(**fields, stream=True)) == Joined("", "", [("get_weather", PARIS)], "stop")
 
 
-def test_a_strict_schema_is_taken_where_a_grammar_enforces_it(tools: Stage) -> None:
+def test_a_strict_schema_is_enforced_by_a_grammar_or_refused(tools: Stage, tokenizer_folder: Path) -> None:
     strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     tools.says('[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
     assert calls_of(tools.chat(tools=[strict], tool_choice="required").choices[0].message) == [("get_weather", PARIS)]
-    with pytest.raises(openai.BadRequestError, match="strict"):
-        tools.chat(tools=[strict])
+    tools.says(CALL)
+    assert calls_of(tools.chat(tools=[strict, CLOCK]).choices[0].message) == [("get_weather", PARIS)]
+    assert tools.engine.seen[-1].params.structured_outputs.kind == "grammar"
+    with stage(tokenizer_folder, BARE, tool_call_parser="pythonic") as made:
+        with pytest.raises(openai.BadRequestError, match="only in hermes") as refused:
+            made.chat(tools=[CLOCK, strict])
+        assert refused.value.param == "tools.1.function.strict"
+
+
+def test_the_clients_parse_helper_which_wants_strict_tools_works(tools: Stage) -> None:
+    import pydantic
+
+    class GetWeather(pydantic.BaseModel):
+        city: str
+
+    tools.says(CALL)
+    parsed = tools.api.chat.completions.parse(
+        model=MODEL, messages=HELLO, tools=[openai.pydantic_function_tool(GetWeather, name="get_weather")],
+    ).choices[0].message.tool_calls
+    assert parsed is not None and parsed[0].function.parsed_arguments == GetWeather(city="Paris")
 
 
 def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:

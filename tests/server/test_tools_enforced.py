@@ -15,9 +15,12 @@ from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.grammar import GrammarCompiler
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from minivllm.server.build import start_engine
-from minivllm.server.reading import after_reasoning
+from minivllm.server.reading import Reading
+from minivllm.server.reasoning import CLOSE, OPEN
+from minivllm.server.tool_parsers import Hermes
+from minivllm.server.tools import Tool, read_tools
 from tests.conftest import write_tiny_tokenizer
 from tests.server.scripted import serving
 from tests.server.test_tools import calls_of, join
@@ -123,9 +126,27 @@ def test_a_demanded_call_comes_after_the_reasoning(tiny_llama: Callable[..., Pat
         check(*calls_of(answers.message)[0])
 
 
+def take(folder: Path, special: bool, reading: Callable[[dict[str, int]], Reading], params: SamplingParams, text: str) -> Any:
+    """Feed a text to the grammar of a reading: the matcher, and whether it took all."""
+    from tokenizers import AddedToken
+
+    write_tiny_tokenizer(folder)
+    tokenizer = Tokenizer(folder)
+    ids: dict[str, int] = {}
+    if special:
+        marks = (OPEN, CLOSE, Hermes.OPEN, Hermes.CLOSE)
+        tokenizer._backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+        ids = {mark: tokenizer._backend.token_to_id(mark) for mark in marks}
+    changed = reading(ids).apply(params)
+    assert changed.skip_special_tokens is not special and changed.structured_outputs is not None
+    matcher = GrammarCompiler(tokenizer, [1]).compile(changed.structured_outputs).deep_copy()
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return matcher, matcher.try_consume_tokens(tokens) == len(tokens)
+
+
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("begin, text, taken", [
-    ("inside", 'hm {"on": 1} <think> x</think>\n\n{"on": true}', True),
+    ("inside", 'hm {"on": 1} <b> x</think>\n\n{"on": true}', True),
     ("inside", 'hm</think>{"on":false}', True),
     ("inside", '{"on":false}', None),  # thought, so far
     ("inside", 'hm</think>so: {"on":false}', False),
@@ -136,25 +157,42 @@ def test_a_demanded_call_comes_after_the_reasoning(tiny_llama: Callable[..., Pat
     ("undecided", '<think>{"on": true}', None),
 ])
 def test_the_grammar_waits_for_the_end_of_the_reasoning(tmp_path: Path, begin: Any, text: str, taken: bool | None, special: bool) -> None:
-    from tokenizers import AddedToken
-
-    write_tiny_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path)
-    ids: tuple[int | None, int | None] = (None, None)
-    if special:
-        tokenizer._backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<think>", "</think>")])
-        ids = (tokenizer._backend.token_to_id("<think>"), tokenizer._backend.token_to_id("</think>"))
-    wanted = StructuredOutputsParams(json=TOOLS[1]["function"]["parameters"], origin="tools")
-    matcher = GrammarCompiler(tokenizer, [1]).compile(after_reasoning(wanted, begin, ids)).deep_copy()
-    tokens = tokenizer.encode(text.replace(" <think>", "") if special else text, add_special_tokens=False)
-    complete = matcher.try_consume_tokens(tokens) == len(tokens)
+    use = read_tools([Tool.model_validate(tool) for tool in TOOLS], named("switch"), None)
+    matcher, complete = take(tmp_path, special, lambda ids: Reading(begin=begin, splits=True, tools=use, special_ids=ids),
+                             SamplingParams(), text)
     assert complete == (taken is not False)
     assert matcher.is_stopped() == (taken is True)
 
 
+ON = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("text, taken", [
+    ("no call {", True),
+    (ON, True),
+    (f"So: {ON}\n{ON} done", True),
+    (f"<think>hm</think>{ON}", True),
+    ('<tool_call>{"name": "clock", "arguments": {"any": ["thing"]}}</tool_call>', True),  # is not strict
+    ('<tool_call>{"name": "switch", "arguments": {"on"', None),
+    ('<tool_call>{"name": "switch", "arguments": {"off"', False),
+    ('<tool_call>{"name": "other"', False),
+    ("<tool_call>so", False),
+    (f"{ON[:-2]} ", False),
+])
+def test_a_strict_tool_is_kept_to_where_the_model_is_free_to_call(tmp_path: Path, special: bool, text: str, taken: bool | None) -> None:
+    strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}
+    use = read_tools([Tool.model_validate(tool) for tool in (strict, TOOLS[2])], "auto", None)
+    begin: Any = "undecided" if "<think>" in text else "answer"
+    matcher, complete = take(tmp_path, special, lambda ids: Reading(begin=begin, splits=True, tools=use, format="hermes", special_ids=ids),
+                             SamplingParams(), text)
+    assert complete == (taken is not False)
+    assert matcher.is_accepting() == (taken is True) or not complete
+
+
 def test_only_json_can_follow_reasoning() -> None:
     with pytest.raises(InvalidInput, match="enable_thinking") as refused:
-        after_reasoning(StructuredOutputsParams(regex="a+"), "inside", (None, None))
+        Reading(begin="inside", splits=True).apply(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+")))
     assert refused.value.param == "structured_outputs.regex"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minivllm.families import kv_groups
-from minivllm.worker.cuda_graphs import DecodeGraphs
+from minivllm.worker.cuda_graphs import Graph
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import ModelRunner
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, sequences_of
@@ -42,15 +42,12 @@ def test_greedy_tokens_equal_transformers_in_batches_of_changing_size(tiny: Tiny
         assert [s.outputs for s in sequences] == tiny.expected
 
 
-def test_decodes_are_covered_up_to_the_largest_size_and_prompt_chunks_are_not(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed: list[int] = []
-    forward = DecodeGraphs.forward
-    monkeypatch.setattr(DecodeGraphs, "forward", lambda self, batch: (replayed.append(batch.num_seqs), forward(self, batch))[1])
+def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[tuple[int, int]] = []
+    replay = Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda self, c, *draw: (replayed.append((len(c.places), len(c.rows))), replay(self, c, *draw))[1])
     runner, planner = runner_with_graphs(tiny, 4), tiny.planner()
     sequences = sequences_of(tiny)
-    plan = planner.plan([(s, len(s.prompt)) for s in sequences if len(s.prompt) > 1])
-    runner.sample(runner.launch(plan)).wait()
-    assert replayed == []
-    plan = planner.plan([(s, 1) for s in sequences])
-    runner.sample(runner.launch(plan)).wait()
-    assert replayed == [len(sequences)]
+    runner.sample(runner.launch(planner.plan([(s, len(s.prompt)) for s in sequences]))).wait()
+    runner.sample(runner.launch(planner.plan([(s, 1) for s in sequences]))).wait()
+    assert replayed == [(sum(len(p) for p in tiny.prompts), len(sequences)), (len(sequences), len(sequences))]

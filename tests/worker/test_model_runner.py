@@ -173,7 +173,7 @@ def test_more_samples_than_logit_rows_are_drawn_in_parts(plain, monkeypatch):
     parts = sequences_of(plain, SamplingParams(logprobs=2, temperature=0.9))
     held = []
     original = plain.model.logits
-    monkeypatch.setattr(plain.model, "logits", lambda hidden: held.append(len(hidden)) or original(hidden))
+    monkeypatch.setattr(plain.model, "logits", lambda hidden, **how: held.append(len(hidden)) or original(hidden, **how))
     assert [r.token_ids for r in run(plain.runner(), plain.planner(), parts, random.Random(5))] == [
         r.token_ids for r in whole
     ]

@@ -106,25 +106,27 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None,
-           min_p: Tensor | None = None) -> Tensor:
-    """Draw one token per row: logits [n, V] float32, the rest one value (keys: two) per row -> [n] int64.
+           min_p: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """One token per row: logits [n, V] float32 or half, the rest one value (keys: two) per row -> [n] int64, in `out` if given.
 
-    Filters that no row asks for are None. A row of -inf alone has no distribution and gives token 0, never NaN.
+    temperature 0 takes the largest logit, of equals the first; other rows draw. Filters that no row asks for are None.
+    A row of -inf alone has no distribution and gives token 0, never NaN.
     """
-    if logits.device.type == "cpu":
-        return _sample_cpu(logits, temperature, keys, top_k, top_p, min_p)
-    return sample_plain(logits, temperature, keys, top_k, top_p, min_p)
+    way = _sample_cpu if logits.device.type == "cpu" else sample_plain
+    tokens = way(logits.float(), temperature, keys, top_k, top_p, min_p)
+    return tokens if out is None else out.copy_(tokens)
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None,
                  min_p: Tensor | None = None) -> Tensor:
-    """`sample` as the formulas say it, on any device."""
+    """`sample` as the formulas say it, on any device: logits float32."""
+    greedy = (temperature == 0)[:, None]  # the same without noise
     largest = logits.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)  # -inf - -inf would be NaN
-    z = (logits - largest) / temperature[:, None]
+    z = (logits - largest) / torch.where(greedy, 1.0, temperature[:, None])
     noise = gumbel(noise_words(keys, torch.arange(z.shape[-1], dtype=torch.int32, device=z.device)))
     if top_k is not None or top_p is not None or min_p is not None:
         z.masked_fill_(z < filter_threshold(z, top_k, top_p, min_p)[:, None], NO_FILTER)
-    return noise.add_(z).argmax(dim=-1)
+    return noise.masked_fill_(greedy, 0.0).add_(z).argmax(dim=-1)
 
 
 # --- the same on a CPU ---------------------------------------------------------------------------------------------
@@ -150,6 +152,8 @@ def _finish(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _sample_cpu(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | None, top_p: Tensor | None,
                 min_p: Tensor | None) -> Tensor:
     n, size = logits.shape
+    if not temperature.any():
+        return argmax(logits)
     rows, words = logits.numpy(), keys.numpy().view(np.uint32)
     temperatures = temperature.tolist()
     ks = top_k.tolist() if top_k is not None else [0] * n
@@ -159,6 +163,9 @@ def _sample_cpu(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor
     z, x, shifted = np.empty(size, np.float32), np.empty(size, np.uint32), np.empty(size, np.uint32)  # stay in the L2 cache
     tokens = np.empty(n, np.int64)
     for i in range(n):
+        if temperatures[i] == 0.0:
+            tokens[i] = rows[i].argmax()
+            continue
         largest = rows[i].max()
         if largest == -np.inf:
             tokens[i] = 0

@@ -35,21 +35,23 @@ class Tile:
     num_stages: int
 
 
-def decode_tile(head_dim: int, heads_per_kv: int, arch: int) -> Tile:
-    """From a table by shape and architecture: no tuning at run time."""
+def decode_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
+    """From a table by shape and architecture: no tuning at run time. itemsize: bytes of an element."""
     block_m = max(16, triton.next_power_of_2(heads_per_kv + 1))
+    row = head_dim * itemsize  # bytes of a key
     if arch >= 90:
-        return Tile(1, block_m, 128 if head_dim <= 128 else 64, 4, 2)
-    return Tile(1, block_m, 64 if head_dim <= 128 else 32, 4, 3)
+        return Tile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
+    return Tile(1, block_m, 64 if row <= 256 else 32 if row <= 512 else 16, 4, 3 if row <= 512 else 2)
 
 
-def prompt_tile(head_dim: int, heads_per_kv: int, arch: int) -> Tile:
+def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
     """Likewise. 99 KB of shared memory before Hopper, 227 KB from it on."""
+    row = head_dim * itemsize
     if arch >= 90:
         block_m = max(64, triton.next_power_of_2(heads_per_kv))
-        return Tile(block_m // heads_per_kv, block_m, 64 if head_dim <= 128 else 32, 4, 3)
-    block_m = max(128, triton.next_power_of_2(heads_per_kv))
-    return Tile(block_m // heads_per_kv, block_m, 64 if head_dim <= 64 else 32, 8, 2)
+        return Tile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 3 if row <= 256 else 2)
+    block_m = max(128 if row <= 256 else 64, triton.next_power_of_2(heads_per_kv))
+    return Tile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +115,14 @@ def self_attention(
     cos, sin = rope or (qkv, qkv)
     shared: dict[str, Any] = dict(NUM_HEADS=h, D=d, PADDED_D=triton.next_power_of_2(max(d, 16)))
     flags = dict(NORM=qk_norm is not None, ROPE=rope is not None)
-    arch = capability(qkv.device)
+    arch, size = capability(qkv.device), qkv.element_size()
     if meta.num_decodes:
-        tile = decode_tile(d, h // hk, arch)
+        tile = decode_tile(d, h // hk, size, arch)
         partial, log_weight, tickets = (meta.partial, meta.log_weight, meta.tickets) if meta.splits > 1 else (out, out, out)
         _decode_attention[(meta.num_decodes, hk, meta.splits)](
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,
-            scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0),
-            HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLITS=meta.splits,
+            scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0), meta.splits,
+            HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=meta.splits > 1,
             MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SOFTCAP=softcap is not None, PREFETCH=MIN_KEYS, **shared, **flags,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(qkv.device),
         )  # fmt: skip
@@ -130,7 +132,8 @@ def self_attention(
             qk, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.num_decodes, qkv.stride(0),
             KV_HEADS=hk, HEADS=8, **shared, **flags, num_warps=4,
         )  # fmt: skip
-        _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, arch), arch >= 90 and d in (64, 128, 256), shared)
+        _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, size, arch),
+                        arch >= 90 and size == 2 and d in (64, 128, 256), shared)
     return out
 
 

@@ -6,7 +6,7 @@ key and value, which are also written to the cache, and goes on over the cached 
 
     cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     one program each; the last one starts with the new key
 
-When there are too few sequences to fill the GPU, the keys are shared out over up to SPLITS programs (Flash-Decoding, Dao et
+When there are too few sequences to fill the GPU, the keys are shared out over up to `splits` programs (Flash-Decoding, Dao et
 al. 2023), but never less than MIN_KEYS each: how many a sequence uses depends on its length, on the device, so a captured
 graph serves every length. Each leaves a partial average and the logarithm of its weight; the one that finishes last takes
 the weighted mean, in the splits' order, so it does not matter which one that is.
@@ -50,13 +50,13 @@ def rotated_heads(
     return x.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits"])
 def _decode_attention(
-    out, partial, log_weight, tickets,  # [T, H, D]; with splits: [SPLITS, T, H, D], [SPLITS, T, H] float32 and [T, KV] int32 of 0
+    out, partial, log_weight, tickets,  # [T, H, D]; if SPLIT: [splits, T, H, D], [splits, T, H] float32 and [T, KV] int32 of 0
     qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
-    slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride,
+    slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride, splits,
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_KEYS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     seq = tl.program_id(0).to(tl.int64)
@@ -71,8 +71,8 @@ def _decode_attention(
     begin = oldest // BLOCK_N * BLOCK_N
     end = last
     used = 1
-    if SPLITS > 1:
-        run = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), SPLITS) * BLOCK_N, MIN_KEYS)
+    if SPLIT:
+        run = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), splits) * BLOCK_N, MIN_KEYS)
         used = tl.maximum(tl.cdiv(last - begin, run), 1)
         if split >= used:
             return
@@ -133,7 +133,7 @@ def _decode_attention(
     mean = acc / total[:, None]  # every program saw at least one key
     live_q = live_row[:, None] & live_dim[None, :]
     row = seq * NUM_HEADS + head  # of [T, H]
-    if SPLITS > 1 and used > 1:
+    if SPLIT and used > 1:
         num_rows = num_seqs * NUM_HEADS
         at = split * num_rows + row
         tl.store(partial + at[:, None] * D + dims[None, :], mean, mask=live_q)

@@ -78,7 +78,7 @@ def _matvec(
     tl.store(out + n, y.to(out.dtype.element_ty), mask=live_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows(
     out, x, weight, norm_weight, bias, residual, eps, rows,  # [rows, N], [rows, K], [N or 2N, K], [K], [N or 2N], [rows, N]
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,

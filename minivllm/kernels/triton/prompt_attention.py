@@ -27,7 +27,7 @@ import triton.language as tl
 from minivllm.kernels.triton.decode_attention import _cap, rotated_heads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _position_and_store(
     qk, qkv, cache_k, cache_v, norm_weight, eps, cos, sin, slots, first, qkv_stride,  # qk: [T, H + KV, D]
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, HEADS: tl.constexpr,
@@ -74,7 +74,7 @@ def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constex
     return acc, new_peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "num_tiles", "table_stride"])
 def _prompt_attention(
     out, q, k, v,  # [T, H, D]; new queries, keys and values as pointers, or k, v as descriptors of [T, heads * D]
     cache_k, cache_v, query_start, seq_lens, block_table,  # [blocks, BLOCK_SIZE, KV, D] twice; [B + 1], [B], [B, M]

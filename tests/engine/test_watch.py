@@ -1,0 +1,146 @@
+"""Watching an engine: views some times a second while somebody looks, nothing at all otherwise."""
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from minivllm.engine import watch
+from minivllm.engine.client import EngineClient
+from minivllm.engine.engine import LLMEngine
+from minivllm.engine.loop import StepMessage
+from minivllm.engine.metrics import EngineStats
+from minivllm.engine.watch import EngineView, Watch
+from minivllm.sampling_params import SamplingParams
+from tests.engine.fake import FakeExecutor, make_engine
+from tests.engine.test_client import CLIENTS, ask
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def busy_engine(requests: int) -> LLMEngine:
+    engine = make_engine()
+    for i in range(requests):
+        params = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0)
+        engine.add_request(f"r{i}", {"prompt_token_ids": (5, 6, 7, i + 3)}, params)
+    return engine
+
+
+def test_a_view_holds_the_steps_since_the_last_one_and_comes_when_it_is_due() -> None:
+    engine, clock = busy_engine(2), Clock()
+    engine._watch = looking = Watch(engine.scheduler, clock)
+    assert looking.view(at_rest=False) is not None
+    for _ in range(3):
+        engine.step()
+        clock.now += watch.INTERVAL / 4
+        assert looking.view(at_rest=False) is None
+    clock.now += watch.INTERVAL
+    view = looking.view(at_rest=False)
+    assert view is not None
+    assert [step.work for step in view.steps] == [((1, 4, True), (2, 4, True)), *[((1, 1, False), (2, 1, False))] * 2]
+    assert view.num_skipped == 0
+    clock.now += 1
+    assert (again := looking.view(at_rest=False)) is not None and again.steps == ()
+
+
+def test_the_last_view_before_the_engine_rests_does_not_wait() -> None:
+    engine, clock = busy_engine(1), Clock()
+    looking = Watch(engine.scheduler, clock)
+    assert looking.view(at_rest=False) is not None
+    assert looking.view(at_rest=True) is not None
+
+
+def test_of_many_steps_the_newest_are_told_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MOST_WORK", 7)
+    engine = busy_engine(3)
+    engine.watch(True)
+    for _ in range(10):
+        engine.step()
+    view = engine.view()
+    assert view is not None
+    assert ([step.step_id for step in view.steps], view.num_skipped) == ([8, 9], 8)
+
+
+def test_a_dear_view_is_made_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, clock = busy_engine(1), Clock()
+    looking = Watch(engine.scheduler, clock)
+    take = watch.take_snapshot
+
+    def slowly(scheduler: object) -> object:
+        clock.now += 1.0
+        return take(engine.scheduler)
+
+    monkeypatch.setattr(watch, "take_snapshot", slowly)
+    assert looking.view(at_rest=False) is not None
+    clock.now += 0.9 * watch.SHARE
+    assert looking.view(at_rest=False) is None
+    clock.now += 0.2 * watch.SHARE
+    assert looking.view(at_rest=False) is not None
+
+
+def test_a_view_crosses_a_pipe_unchanged() -> None:
+    engine = busy_engine(2)
+    engine.watch(True)
+    engine.step()
+    message = StepMessage((), EngineStats(), engine.view())
+    assert isinstance(message.view, EngineView)
+    assert pickle.loads(pickle.dumps(message)) == message
+
+
+def long_engine() -> LLMEngine:
+    """With room for requests that last as long as a test looks at them."""
+    return make_engine(FakeExecutor(1 << 15), max_model_len=1 << 16)
+
+
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> Iterator[EngineClient]:
+    client = CLIENTS[request.param].start_with(long_engine)
+    yield client
+    client.close()
+
+
+async def until(latest: Callable[[], EngineView | None], condition: Callable[[EngineView], bool]) -> EngineView:
+    while True:
+        view = latest()
+        if view is not None and condition(view):
+            return view
+        await asyncio.sleep(0)
+
+
+def test_an_idle_engine_shows_itself_and_then_what_it_does(client: EngineClient) -> None:
+    async def main() -> None:
+        with client.watching() as latest:
+            assert (await until(latest, lambda view: True)).snapshot.num_running == 0
+            stream = client.generate(ask("seen", max_tokens=50_000))
+            await anext(stream)
+            view = await until(latest, lambda view: view.snapshot.num_running == 1)
+            assert "seen" not in repr(view), "owners are numbers"
+            await stream.aclose()
+            await until(latest, lambda view: view.snapshot.num_running == 0)
+
+    asyncio.run(main())
+
+
+def test_when_the_last_watcher_leaves_the_engine_makes_no_more_views(client: EngineClient) -> None:
+    async def main() -> None:
+        with client.watching() as latest:
+            with client.watching() as other:
+                await until(other, lambda view: True)
+            async for _ in client.generate(ask("first", max_tokens=20)):
+                pass
+            await until(latest, lambda view: view.snapshot.num_running == 0 and bool(view.steps))
+        await client.reset_prefix_cache()  # the engine has heard it
+        before = client._view
+        async for _ in client.generate(ask("second", max_tokens=20)):
+            pass
+        await client.reset_prefix_cache()
+        assert client._view is before
+
+    asyncio.run(main())

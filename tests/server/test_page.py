@@ -1,0 +1,102 @@
+"""The page's files, and the live view it looks at, without a browser."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from minivllm.server import page
+from minivllm.server.page import FILES
+from tests.server.page_server import Pace, page_server
+from tests.server.scripted import LiveServer
+
+LIVE = "/v1/engine/live"
+KEY = {"authorization": "Bearer secret"}
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[LiveServer, Pace]]:
+    with page_server(tmp_path, api_key=("secret",)) as served:
+        yield served
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line[6:])
+
+
+def test_the_page_needs_no_key_runs_only_its_own_scripts_and_names_no_other_address(served: tuple[LiveServer, Pace]) -> None:
+    live, _ = served
+    for path, (_, media_type) in FILES.items():
+        response = httpx.get(live.url + path)
+        assert (response.status_code, response.headers["content-type"]) == (200, media_type)
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+        assert "://" not in response.text
+        assert "eval(" not in response.text and "innerHTML" not in response.text and "style=" not in response.text
+    page_text = httpx.get(live.url + "/").text
+    assert "onclick" not in page_text and page_text.count("<script") == 1
+
+
+def test_other_files_are_not_there(served: tuple[LiveServer, Pace]) -> None:
+    for path in ("/static/", "/static/index.html", "/static/../config.py", "/static/%2e%2e/config.py"):
+        assert httpx.get(served[0].url + path, headers=KEY).status_code == 404
+
+
+def test_the_live_view_needs_a_key(served: tuple[LiveServer, Pace]) -> None:
+    assert httpx.get(served[0].url + LIVE).status_code == 401
+
+
+def test_the_live_view_shows_the_engine_at_work_and_nothing_of_what_is_said(served: tuple[LiveServer, Pace]) -> None:
+    live, pace = served
+    pace.seconds = 0.02
+    with httpx.Client(base_url=live.url, headers=KEY, timeout=30) as http, http.stream("GET", LIVE) as watched:
+        views = events(watched)
+        constant = next(views)
+        assert (constant["model"], constant["num_blocks"], constant["block_size"]) == ("fox", 199, 4)
+        assert next(views)["running"] == []
+        body = {"prompt": "a secret word " * 4, "max_tokens": 300, "n": 2, "stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            view = next(view for view in views if len(view["running"]) == 2 and view["generation_tokens"] >= 4)
+            pace.seconds = 0.0
+            request_id, *_ = [event["id"] for event in events(answer)]
+        assert [row[:2] for row in view["running"]] == [[1, 0], [1, 1]]
+        assert set(view["cells"]) == {0, 1} and view["shared"] != []
+        assert view["used_blocks"] == sum(cell > 0 for cell in view["cells"])
+        text = json.dumps(view)
+        assert "secret" not in text and request_id not in text
+        last = next(view for view in views if not view["running"])
+        assert last["generation_tokens"] == 600 and -1 in last["cells"]
+
+
+def test_a_watcher_who_leaves_is_noticed_and_the_number_of_watchers_is_limited(
+    served: tuple[LiveServer, Pace], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live, _ = served
+    monkeypatch.setattr(page, "MOST_WATCHERS", 1)
+    with httpx.stream("GET", live.url + LIVE, headers=KEY) as first:
+        views = events(first)  # kept: a generator that is dropped closes its connection
+        next(views)
+        live.wait_until(lambda: live.client._watchers == 1)
+        refused = httpx.get(live.url + LIVE, headers=KEY)
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+    live.wait_until(lambda: live.client._watchers == 0)
+    with httpx.stream("GET", live.url + LIVE, headers=KEY) as second:
+        views = events(second)
+        next(views)
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_a_server_that_ends_does_not_wait_for_those_who_watch(tmp_path: Path, drain: bool) -> None:
+    with page_server(tmp_path, drain_timeout=1000.0) as (live, _), httpx.stream("GET", live.url + LIVE, timeout=30) as watched:
+        views = events(watched)
+        next(views)
+        live.end(drain=drain)
+        assert list(views) is not None  # the stream ends
+        live.thread.join(30)
+        assert not live.thread.is_alive()
