@@ -81,6 +81,8 @@ def _decode_attention(
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED_D)
     table = block_table + seq * table_stride
+    live_row = rows < HEADS_PER_KV
+    head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
     if PDL:  # the cached keys and values are long there: bring the first ones near while the projection still runs
         near = begin + tl.arange(0, PREFETCH)
         near_block = tl.load(table + near // BLOCK_SIZE, mask=near < end, other=0).to(tl.int64)
@@ -88,12 +90,12 @@ def _decode_attention(
         for line in tl.static_range(0, D, 64):
             prefetch(cache_k + near_place + line)
             prefetch(cache_v + near_place + line)
+            if NORM:
+                prefetch(norm_weight + head * D + line)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    live_row = rows < HEADS_PER_KV
     live_dim = dims < D
-    head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
     token = qkv + seq * qkv_stride
     live = (rows <= HEADS_PER_KV)[:, None] & live_dim[None, :]
     q = rotated_heads(token, head, dims, live, norm_weight, eps, cos + seq * D, sin + seq * D, D, NORM, ROPE, DTYPE)

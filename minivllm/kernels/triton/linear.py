@@ -27,8 +27,9 @@ from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
 from minivllm.kernels.triton.device import capability, early_start
 from minivllm.kernels.triton.norm import rms_norm
 
-MAX_ROWS = 16  # beyond, and for the largest weights, cuBLAS is as fast
-MAX_WEIGHT = 16 << 20  # elements, for two rows or more
+TILE_ROWS = 16  # of a tensor core tile
+MAX_WEIGHT = 16 << 20  # elements: with more of them, and two rows or more, cuBLAS is as fast
+MAX_WEIGHT_OF_TWO_TILES = 2 << 20
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _few_rows(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live_m = m < rows
     source = x + m[:, None] * K
     scale = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -159,13 +160,22 @@ def shape_for(rows: int, n: int, k: int, gated: bool, arch: int) -> Shape:
     return Shape(16 if arch >= 90 and n >= 1024 and k <= 2048 else 8, block_k, 8 if k > 2048 else 4)
 
 
+def suits(rows: int, weights: int, gated: bool, dtype: torch.dtype) -> bool:
+    """Whether these kernels are faster than cuBLAS with a kernel for each of norm, activation and addition."""
+    if rows <= 1:
+        return rows == 1
+    if rows > TILE_ROWS and (gated or rows > 2 * TILE_ROWS or weights > MAX_WEIGHT_OF_TWO_TILES):
+        return False
+    return weights <= MAX_WEIGHT and dtype != torch.float32
+
+
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
     """x: [T, K], weight: [N, K] (gated: [2N, K], gate rows first) -> [T, N]. May overwrite `residual`: [T, N]."""
     rows, k = x.shape
-    if (rows > 1 and (rows > MAX_ROWS or weight.numel() > MAX_WEIGHT or x.dtype == torch.float32)) or rows == 0:
+    if not suits(rows, weight.numel(), gated, x.dtype):
         return _many_rows(x, weight, bias, norm, gated, residual)
     x = x.contiguous()
     n = weight.shape[0] // (2 if gated else 1)
@@ -179,8 +189,10 @@ def fused_linear(
     if rows == 1:
         _matvec[grid](*tensors, N=n, K=k, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k, **flags)
     else:
-        _few_rows[grid](*tensors, rows, N=n, K=k, BLOCK_M=16, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
-                        PARTS=min(shape.num_warps, shape.block_k // 16), **flags)
+        _few_rows[(*grid, triton.cdiv(rows, TILE_ROWS))](
+            *tensors, rows, N=n, K=k, BLOCK_M=TILE_ROWS, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
+            PARTS=min(shape.num_warps, shape.block_k // 16), **flags,
+        )  # fmt: skip
     return out
 
 
