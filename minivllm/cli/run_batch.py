@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput(f"{name} means nothing for run-batch: leave it out of the file", name)
     server, engine = build(ServerConfig, values), build(EngineConfig, values)
     lines = _read(Path(args.input_file))
+    if Path(args.output_file).exists() and Path(args.output_file).samefile(args.input_file):
+        raise InvalidInput(f"the answers would overwrite the requests in {args.input_file}: name another output file", "output_file")
     configure_logging(args.log_level)
     with _open(Path(args.output_file)) as output:
         from minivllm.server.app import create_app
@@ -72,7 +74,7 @@ async def _answer(app: Any, lines: list[str], at_once: int, output: IO[str]) -> 
 
 def _read(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InvalidInput(f"cannot read {path}: {reason}", "input_file") from None

@@ -93,7 +93,10 @@ class ChatTemplate:
             )
         except TemplateError as error:  # raise_exception in the template: the conversation does not fit the model
             raise InvalidInput(f"the chat template refused the messages: {error}", "messages") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except RecursionError:
+            raise InvalidInput("the chat template cannot write these messages: they are, or it is, nested too deeply",
+                               "messages") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InvalidInput(f"the chat template cannot write these messages: {error}", "messages") from None
         return _cut_at_tag(text) if continue_final_message else text
 
@@ -113,7 +116,10 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidInput(f'messages[{i}] must be an object with a "role", got {message!r}', f"messages.{i}")
-    return [_plain(dict(message)) for message in messages]
+    try:
+        return [_plain(dict(message)) for message in messages]
+    except RecursionError:
+        raise InvalidInput("messages are nested too deeply: make them flatter", "messages") from None
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

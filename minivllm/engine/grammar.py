@@ -44,6 +44,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()  # guards the next two
         self._kept: OrderedDict[StructuredOutputsParams, Matcher] = OrderedDict()
         self._vocabulary: Any = None  # llguidance's trie of all tokens; built when the first grammar comes
+        self._special: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +63,7 @@ class GrammarCompiler:
                 self._kept.move_to_end(wanted)
                 return self._kept[wanted]
             vocabulary = self._build_vocabulary(wanted.origin)
-        matcher = _compile(wanted, vocabulary)  # lets other threads run
+        matcher = _compile(wanted, vocabulary, self._special)  # lets other threads run
         with self._lock:
             self._kept[wanted] = matcher
             if len(self._kept) > MAX_KEPT:
@@ -78,14 +79,16 @@ class GrammarCompiler:
             except ImportError:
                 raise InvalidInput(f"{origin} needs a package that is not installed here: pip install llguidance", origin) from None
             try:
-                self._vocabulary = LLTokenizer(self._tokenizer.serialized(), eos_token=self._eos_token_ids or None)
+                text = self._tokenizer.serialized()
+                self._vocabulary = LLTokenizer(text, eos_token=self._eos_token_ids or None)
             except ValueError as error:
                 raise InvalidInput(f"{origin} is not possible with this model's tokenizer ({_one_line(str(error))}): leave it out",
                                    origin) from None
+            self._special = tuple(token["content"] for token in json.loads(text).get("added_tokens", ()) if token["special"])
         return self._vocabulary
 
 
-def _compile(wanted: StructuredOutputsParams, vocabulary: Any) -> Matcher:
+def _compile(wanted: StructuredOutputsParams, vocabulary: Any, special: Sequence[str]) -> Matcher:
     from llguidance import LLMatcher, LLParserLimits
 
     where = wanted.where
@@ -93,11 +96,24 @@ def _compile(wanted: StructuredOutputsParams, vocabulary: Any) -> Matcher:
         grammar = _grammar_text(wanted)
     except ValueError as error:
         raise InvalidInput(f"{where} is no grammar ({_one_line(str(error))}): correct it", where) from None
+    plain = grammar.replace("\\", "")
+    if any(token in plain for token in special):
+        grammar = _unforced(grammar)
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
     if matcher.is_error():
         raise InvalidInput(f"{where} cannot be used: {_one_line(matcher.get_error())}", where)
     return matcher
+
+
+def _unforced(grammar: str) -> str:
+    """A grammar whose only possible text is not tokenized in advance.
+
+    llguidance does that as for a prompt, where text such as "<|im_end|>" is the special token, which no grammar's text allows.
+    """
+    if grammar.startswith("{"):
+        grammar = "start: %json " + json.dumps(json.loads(grammar)["grammars"][0]["json_schema"])
+    return '%llguidance {"no_forcing": true}\n' + grammar
 
 
 def _grammar_text(wanted: StructuredOutputsParams) -> str:
@@ -121,8 +137,14 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def _why(matcher: Matcher) -> str:
+    """What went wrong while an output was written."""
+    error = _one_line(matcher.get_error())
+    return "the grammar allows no text here: correct it" if error == "NoExtensionBias" else f"the grammar became too complex: {error}"
+
+
 def _one_line(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text.replace("<non-verbose/>", "").split())
     return text if len(text) <= 300 else text[:300] + "..."
 
 
@@ -226,11 +248,13 @@ class Grammars:
         """How many tokens are the end of the output; None if it goes on."""
         for count, token in enumerate(tokens):
             if matcher.is_error():
-                self._failed[sequence_id] = f"the grammar became too complex: {_one_line(matcher.get_error())}"
+                self._failed[sequence_id] = _why(matcher)
                 return count
             if matcher.try_consume_tokens([token]) != 1:
+                if matcher.is_error():  # a limit that only this token brought about
+                    self._failed[sequence_id] = _why(matcher)
                 # The request's other settings (bad_words, min_tokens ...) ban all that the grammar allows, so nothing was drawn.
-                if not matcher.is_accepting():
+                elif not matcher.is_accepting():
                     self._failed[sequence_id] = "no token is allowed by both structured_outputs and the request's other settings"
                 return count
             if matcher.is_stopped() and not matcher.is_error():

@@ -85,6 +85,8 @@ class Frontend:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
             raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")
+        if (packed := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+            raise ApiError(415, f"the content encoding {packed!r} is not supported: send the body as it is")
         limit = self.config.max_body_size
         too_large = ApiError(413, f"the body is larger than {limit} bytes: send less, or start the server with a larger --max-body-size")
         declared = request.headers.get("content-length", "")
@@ -92,10 +94,11 @@ class Frontend:
             raise too_large
         raw = bytearray()
         try:
-            async for piece in request.stream():
-                raw += piece
-                if len(raw) > limit:
-                    raise too_large
+            async with self.running.receiving():
+                async for piece in request.stream():
+                    raw += piece
+                    if len(raw) > limit:
+                        raise too_large
         except ClientDisconnect:  # nobody is left to read this
             raise ApiError(400, "the connection was closed before the whole body had come") from None
         return parse(kind, bytes(raw))

@@ -26,7 +26,7 @@ LONGEST_MESSAGE = 600
 LONGEST_QUOTE = 80
 
 _TYPES = {
-    400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
+    400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError", 408: "RequestTimeoutError",
     413: "PayloadTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
     500: "InternalServerError", 501: "NotImplementedError", 503: "ServiceUnavailableError",
 }

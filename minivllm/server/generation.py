@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import re
 import types
-from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Generator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 from starlette.responses import Response
@@ -34,6 +34,14 @@ _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
 Batch = tuple[int, list[OutputDelta]]  # index of the prompt, what is new for it
 
 
+BODY_SECONDS = 60.0
+ENDING_SECONDS = 2.0
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down: send the request again later", headers={"retry-after": "5", "connection": "close"})
+
+
 class Running:
     """The HTTP requests that are being answered, by their responses' ids, so that they can be ended."""
 
@@ -42,6 +50,7 @@ class Running:
         self._ids: dict[str, tuple[str, ...]] = {}  # of the response -> of its prompts in the engine
         self.ending = False  # the server has been told to end: streams that would go on for ever end now
         self.stopping = False
+        self._bodies: set[asyncio.Timeout] = set()  # of requests that are still being received
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -49,7 +58,7 @@ class Running:
     @contextmanager
     def track(self, job: Job) -> Iterator[None]:
         if self.stopping:
-            raise ApiError(503, "the server is shutting down: send the request again later", headers={"retry-after": "5"})
+            raise shutting_down()
         if job.id in self._ids:
             raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
         self._ids[job.id] = tuple(request.request_id for request in job.requests)
@@ -57,6 +66,28 @@ class Running:
             yield
         finally:
             del self._ids[job.id]
+
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[None]:
+        """Around the wait for a request's body, which takes no longer than `BODY_SECONDS`, and less if the server ends."""
+        try:
+            async with asyncio.timeout(ENDING_SECONDS if self.ending else BODY_SECONDS) as patience:
+                self._bodies.add(patience)
+                try:
+                    yield
+                finally:
+                    self._bodies.discard(patience)
+        except TimeoutError:
+            if self.ending:
+                raise shutting_down() from None
+            message = f"the body did not come within {BODY_SECONDS:g} s: send it faster"
+            raise ApiError(408, message, headers={"connection": "close"}) from None
+
+    def hurry(self, seconds: float) -> None:
+        """Wait no longer than this for the rest of what is being received."""
+        for patience in self._bodies:
+            until = asyncio.get_running_loop().time() + seconds
+            patience.reschedule(min(until, patience.when() or until))
 
     def abort(self, names: Collection[str] | None) -> list[str]:
         """End the requests of these names (a response's id, or the `request_id` in it), or all. Returns the responses' ids."""
@@ -69,6 +100,7 @@ class Running:
     def stop(self) -> None:
         """End every request now, with finish reason "abort", and let no other begin."""
         self.stopping = True
+        self.hurry(0)
         self.abort(None)
 
 

@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from minivllm.server.config import ServerConfig, say
-from minivllm.server.generation import Running
+from minivllm.server.generation import ENDING_SECONDS, Running
 from minivllm.server.wire import Protocol
 
 CTRL_C_SECONDS = 5  # for aborted streams to say goodbye; a client that does not read is cut off then
@@ -66,6 +66,7 @@ class Server(uvicorn.Server):
             return
         self.should_exit = self.running.ending = True
         self._wake.set()
+        self.running.hurry(ENDING_SECONDS)
         patience = self._drain_timeout if drain else 0.0
         self.config.timeout_graceful_shutdown = int(patience) + CTRL_C_SECONDS
         if len(self.running):

@@ -136,7 +136,7 @@ class ToolUse:
         if self.mode == "named":
             return next(_arguments(f) for f in self.functions if f.name == self.named)
         definitions: dict[str, Any] = {}
-        calls = [_call(f, "parameters", _hoist(f, definitions)) for f in self.functions]
+        calls = [_call(f, "parameters", _hoist(f, i, definitions)) for i, f in enumerate(self.functions)]
         array: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
         if not self.parallel:
             array["maxItems"] = 1
@@ -145,7 +145,8 @@ class ToolUse:
     def call_schema(self) -> dict[str, Any]:
         """The JSON schema of one call in the Hermes format; arguments of functions that are not strict are any object."""
         definitions: dict[str, Any] = {}
-        calls = [_call(f, "arguments", _hoist(f, definitions) if f.strict else {"type": "object"}) for f in self.functions]
+        calls = [_call(f, "arguments", _hoist(f, i, definitions) if f.strict else {"type": "object"})
+                 for i, f in enumerate(self.functions)]
         return {"anyOf": calls, "$defs": definitions} if definitions else {"anyOf": calls}
 
 
@@ -159,27 +160,36 @@ def _arguments(function: Function) -> dict[str, Any]:
     return {**function.parameters, "type": "object"} if function.parameters else {**_NO_PARAMETERS, "additionalProperties": False}
 
 
-def _hoist(function: Function, definitions: dict[str, Any]) -> dict[str, Any]:
-    """A function's schema as a part of another: its own definitions, which references look for at the root, move there."""
+def _hoist(function: Function, index: int, definitions: dict[str, Any]) -> dict[str, Any]:
+    """A function's schema as a part of another. One that refers to itself ("#...") becomes a definition, and its references follow."""
     schema = _arguments(function)
-    for key in ("$defs", "definitions"):
-        found = schema.pop(key, None)
-        if not isinstance(found, dict):
-            continue
-        if key == "definitions":
-            schema = _with_new_references(schema)
-            found = _with_new_references(found)
-        for name, definition in found.items():
-            if definitions.setdefault(name, definition) != definition:
-                raise InvalidInput(f"two tools define {name!r} in their $defs, and differently: rename one", "tools")
-    return schema
+    name = f"tool{index}"
+    moved = _moved({k: v for k, v in schema.items() if k != "$id"}, f"#/$defs/{name}")
+    if moved == schema:
+        return schema
+    definitions[name] = moved
+    return {"$ref": f"#/$defs/{name}"}
 
 
-def _with_new_references(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: v.replace("#/definitions/", "#/$defs/", 1) if k == "$ref" and isinstance(v, str) else _with_new_references(v)
-                for k, v in value.items()}
-    return [_with_new_references(v) for v in value] if isinstance(value, list) else value
+_NAMED_PARTS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("const", "enum", "default", "examples")  # no schemas: what looks like a reference in them is none
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references to its own root lead to `root`."""
+    if isinstance(schema, list):
+        return [_moved(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[key] = root + value[1:]
+        elif key in _NAMED_PARTS and isinstance(value, dict):
+            moved[key] = {name: _moved(part, root) for name, part in value.items()}
+        else:
+            moved[key] = value if key in _VALUES else _moved(value, root)
+    return moved
 
 
 def read_tools(

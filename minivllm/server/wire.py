@@ -11,6 +11,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from minivllm.server.errors import ApiError, encode
 
 MAX_HEAD = 65_536  # bytes of request line and headers together
+MAX_PIPELINED = 8  # requests of one connection that are read before the first is answered
 NEEDS_LIMIT = hasattr(AutoHTTPProtocol, "on_headers_complete")  # httptools has none; h11 has
 
 
@@ -30,6 +31,10 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     _head = 0  # bytes of a head that is not complete
     _in_body = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unanswered: list[Any] = []  # the cycles of requests; more than one if a client does not wait for answers
+
     def data_received(self, data: bytes) -> None:
         if NEEDS_LIMIT and not self._in_body:
             before, self._head = self._head, self._head + len(data)
@@ -44,6 +49,17 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def on_headers_complete(self) -> None:  # called by httptools only
         self._in_body, self._head = True, 0
         super().on_headers_complete()
+        self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        if all(cycle is not self.cycle for cycle in self._unanswered):
+            self._unanswered.append(self.cycle)
+        if 1 < len(self._unanswered) <= MAX_PIPELINED:
+            self.flow.resume_reading()  # who does not read does not notice that the client goes away
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)  # tells the latest request only
+        for cycle in self._unanswered:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         self._in_body = False

@@ -25,7 +25,7 @@ def folder(tiny_llama: Callable[..., Path]) -> str:
 
 def run(folder: str, tmp_path: Path, lines: list[str]) -> list[dict[str, Any]]:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")  # with the mark that some editors put in front
     assert main(["run-batch", "-i", str(source), "-o", str(target), folder, *ENGINE_FLAGS]) == 0
     return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
 
@@ -79,3 +79,12 @@ def test_files_that_cannot_be_read_or_written_are_one_line(folder: str, tmp_path
     assert main(["run-batch", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "no" / "folder"), folder]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "cannot read" in errors[0] and "cannot write" in errors[1]
+
+
+def test_requests_are_not_overwritten_by_their_answers(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, link = tmp_path / "in", tmp_path / "link"
+    source.write_text(request("a", "/v1/completions", prompt="x"))
+    link.symlink_to(source)
+    before = source.read_text()
+    assert main(["run-batch", "-i", str(source), "-o", str(link), folder]) == 1
+    assert "overwrite" in capsys.readouterr().err and source.read_text() == before

@@ -307,6 +307,30 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         assert core.stats().used_blocks == 0 and len(core._grammars) == 0
 
 
+@pytest.mark.parametrize("wish, why", [
+    ({"grammar": "start: " + " | ".join(f'"w{i}x"' for i in range(3000))}, "became too complex: Parser Error: Current row has"),
+    ({"grammar": 'start: start "a"'}, "allows no text"),
+    ({"json": {"$ref": "#"}}, "allows no text"),
+], ids=["too many alternatives", "endless rule", "endless schema"])
+def test_a_grammar_that_fails_says_why(llm: LLM, wish: dict[str, Any], why: str) -> None:
+    """Not that other settings are in its way: there are none."""
+    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, max_tokens=9))
+    (end,) = [delta for delta in steps_to_the_end(llm) if delta.finish_reason is not None]
+    assert end.finish_reason == "error" and why in str(end.error) and "verbose" not in str(end.error)
+
+
+@pytest.mark.parametrize("wish, text", [
+    ({"choice": ["a</s>b"]}, "a</s>b"),
+    ({"regex": r"a<\/s>b"}, "a</s>b"),
+    ({"json": {"const": "</s>"}}, '"</s>"'),
+    ({"grammar": 'start: "a</s>" "b"'}, "a</s>b"),
+], ids=["choice", "regex", "schema", "grammar"])
+def test_the_text_of_a_special_token_is_text_where_a_grammar_asks_for_it(llm: LLM, wish: dict[str, Any], text: str) -> None:
+    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, max_tokens=30))
+    deltas = steps_to_the_end(llm)
+    assert "".join(delta.text for delta in deltas) == text and deltas[-1].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: bool) -> None:
     """Planning ahead, a step of the aborted request is still under way when another one takes its name."""
@@ -335,7 +359,7 @@ def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: b
 def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str | None] = []
     compile_ = grammar._compile
-    monkeypatch.setattr(grammar, "_compile", lambda wanted, vocabulary: (compiled.append(wanted.regex), compile_(wanted, vocabulary))[1])
+    monkeypatch.setattr(grammar, "_compile", lambda wanted, *rest: (compiled.append(wanted.regex), compile_(wanted, *rest))[1])
     monkeypatch.setattr(grammar, "MAX_KEPT", 2)
     compiler = GrammarCompiler(Tokenizer(folder), (1,))
     for name in "aabacab":

@@ -308,6 +308,15 @@ def test_chat_errors_name_what_is_wrong(tmp_path: Path) -> None:
         plain.apply_chat_template(CHAT)
 
 
+@pytest.mark.parametrize("template", [
+    "{{ 1 // 0 }}", "{{ range(10 ** 9) }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ (10.0 ** 308) ** 9 }}",
+], ids=["division", "range", "recursion", "overflow"])
+def test_a_template_that_fails_is_an_error_of_the_input(tmp_path: Path, template: str) -> None:
+    tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path))
+    with pytest.raises(InvalidInput, match="the chat template cannot write these messages"):
+        tokenizer.apply_chat_template(CHAT, chat_template=template)
+
+
 def test_a_template_cannot_reach_python_internals(tmp_path: Path) -> None:
     tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path))
     for attack in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ strftime_now.__globals__ }}"):

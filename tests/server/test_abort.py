@@ -77,6 +77,20 @@ def test_a_client_that_leaves_before_the_first_token_is_noticed(
     assert engine.steps == 1 and not engine.requests
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_noticed_though_it_sent_more_than_one_request(
+    engine: ScriptedEngine, live: LiveServer, caplog: pytest.LogCaptureFixture, stream: bool,
+) -> None:
+    """HTTP lets a client send requests without waiting for answers; none of those that waited is begun then."""
+    connection = open_request(live, {"prompt": "x", "stream": stream, "max_tokens": 200}, times=3)
+    engine.wait_until(lambda: len(engine.requests) == 1)
+    (first,) = engine.requests
+    connection.close()
+    engine.run_until(lambda: engine.aborted == [first])
+    assert httpx.get(live.url + "/load").json()["server_load"] == 0
+    assert not engine.requests and caplog.records == []
+
+
 def test_leaving_aborts_every_prompt_of_a_request(engine: ScriptedEngine, live: LiveServer) -> None:
     connection = open_request(live, {"prompt": [[5], [6], [7], [8]], "n": 2, "max_tokens": 200})
     engine.run_until(lambda: len(engine.requests) == 4)
@@ -122,11 +136,11 @@ def test_no_task_is_left_when_all_is_done(engine: ScriptedEngine, live: LiveServ
     assert len(live.server.running) == 0
 
 
-def open_request(live: LiveServer, body: dict[str, Any]) -> socket.socket:
+def open_request(live: LiveServer, body: dict[str, Any], times: int = 1) -> socket.socket:
     """A request over a bare socket, so that the test decides when it is closed."""
     raw = json.dumps(body).encode()
     host, port = live.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
-    connection.sendall(head.encode() + raw)
+    connection.sendall((head.encode() + raw) * times)
     return connection

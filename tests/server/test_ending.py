@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,35 @@ def test_a_request_that_arrives_while_draining_on_an_open_connection_gets_503_or
     live.server.running.stop()
     response = httpx.post(live.url + "/v1/completions", json={"prompt": "x"})
     assert response.status_code == 503 and "shutting down" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_a_body_that_does_not_come_holds_no_ending_up(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, drain: bool,
+) -> None:
+    monkeypatch.setattr("minivllm.server.listen.ENDING_SECONDS", 0.05)
+    with half_sent(live) as connection:
+        live.wait_until(lambda: len(live.server.running._bodies) == 1)
+        live.end(drain=drain)
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503") and b"shutting down" in answer
+        live.thread.join(30)
+    assert not live.thread.is_alive() and caplog.records == []
+
+
+def test_a_body_that_does_not_come_is_waited_for_so_long_and_no_longer(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minivllm.server.generation.BODY_SECONDS", 0.05)
+    with half_sent(live) as connection:
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # to the end: the server hangs up
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not come within" in answer
+
+
+def half_sent(live: LiveServer) -> socket.socket:
+    """The head of a request, and less of its body than the head says."""
+    host, port = live.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{")
+    return connection
 
 
 def until_refused(live: LiveServer) -> None:

@@ -1,6 +1,7 @@
 """Every failure has its status and OpenAI's shape, whatever is sent; nothing of the machine leaks."""
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -285,6 +286,11 @@ def test_a_large_body_is_413_declared_or_not(http: httpx.Client) -> None:
 
     error_of(http.post(COMPLETIONS, content=pieces(), headers={"content-type": "application/json"}), 413)
     assert http.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200, "the connection is still good"
+
+
+def test_a_packed_body_is_415_and_not_called_bad_json(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert "gzip" in error_of(http.post(COMPLETIONS, content=gzip.compress(b'{"prompt": "x"}'), headers=headers), 415)["message"]
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonp", "multipart/x"])

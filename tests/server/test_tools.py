@@ -279,21 +279,34 @@ def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:
     assert tools.engine.seen[-1].params.structured_outputs.kind == "json_object"
 
 
-def test_definitions_of_several_tools_move_to_the_root_of_the_schema(tools: Stage) -> None:
-    def tool(name: str, **definitions: Any) -> Any:
-        schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": definitions}
-        return {"type": "function", "function": {"name": name, "parameters": schema}}
+def test_references_in_the_schemas_of_several_tools_stay_with_their_tool(tools: Stage) -> None:
+    """The grammar's schema holds all tools' schemas; "#" must go on meaning the tool's own."""
+    def tool(name: str, properties: Any, **more: Any) -> Any:
+        return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties, **more}}}
 
-    old = {"type": "function", "function": {"name": "c", "parameters": {
-        "type": "object", "properties": {"y": {"$ref": "#/definitions/Y"}}, "definitions": {"Y": {"type": "null"}}}}}
-    tools.says('[{"name": "a", "parameters": {}}]')
-    same = [tool("a", X={"type": "integer"}), tool("b", X={"type": "integer"}), old]
-    tools.chat(tools=same, tool_choice="required")
-    schema = json.loads(str(tools.engine.seen[-1].params.structured_outputs.json))
-    assert schema["$defs"] == {"X": {"type": "integer"}, "Y": {"type": "null"}}
-    assert schema["items"]["anyOf"][2]["properties"]["parameters"]["properties"] == {"y": {"$ref": "#/$defs/Y"}}
-    with pytest.raises(openai.BadRequestError, match="'X'"):
-        tools.chat(tools=[tool("a", X={"type": "integer"}), tool("b", X={"type": "string"})], tool_choice="required")
+    def schema_of(*sent: Any) -> Any:
+        tools.says('[{"name": "a", "parameters": {}}]')
+        tools.chat(tools=list(sent), tool_choice="required")
+        return json.loads(str(tools.engine.seen[-1].params.structured_outputs.json))
+
+    schema = schema_of(
+        tool("a", {"x": {"$ref": "#/$defs/X"}}, **{"$defs": {"X": {"type": "integer"}}}),
+        tool("b", {"x": {"$ref": "#/$defs/X"}}, **{"$defs": {"X": {"type": "string"}}}),
+        tool("c", {"tree": {"$ref": "#"}, "$ref": {"const": {"$ref": "#"}}}, **{"$id": "https://example.org/c"}),
+        tool("d", {"plain": {"type": "null"}}))
+    parts = [call["properties"]["parameters"] for call in schema["items"]["anyOf"]]
+    assert parts[:3] == [{"$ref": f"#/$defs/tool{i}"} for i in range(3)] and parts[3]["properties"] == {"plain": {"type": "null"}}
+    assert schema["$defs"]["tool0"]["properties"] == {"x": {"$ref": "#/$defs/tool0/$defs/X"}}
+    assert schema["$defs"]["tool1"]["$defs"] == {"X": {"type": "string"}}
+    assert schema["$defs"]["tool2"]["properties"] == {"tree": {"$ref": "#/$defs/tool2"}, "$ref": {"const": {"$ref": "#"}}}
+    assert "$id" not in schema["$defs"]["tool2"]
+
+
+def test_arguments_nested_deeper_than_a_template_can_write_are_refused(tools: Stage) -> None:
+    function = {"name": "f", "arguments": '{"a":' + "[" * 900 + "]" * 900 + "}"}
+    called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    with pytest.raises(openai.BadRequestError, match="nested too deep"):
+        tools.chat(messages=[*HELLO, called])
 
 
 # -- calls and results sent back --------------------------------------------------------------------------------------

@@ -113,6 +113,20 @@ def test_a_named_call_fits_its_function(api: openai.OpenAI, name: str) -> None:
     assert [join(chunks, i).calls for i in range(3)] == [calls_of(choice.message) for choice in whole.choices]
 
 
+def test_a_demanded_call_may_hold_itself(api: openai.OpenAI) -> None:
+    """A schema that refers to its own root and to its own parts, as one of several tools."""
+    tree = tool("tree", leaf={"enum": ["x"]}, same={"$ref": "#/properties/leaf"}, left={"anyOf": [{"type": "null"}, {"$ref": "#"}]})
+    whole = chat(api, tools=[tree], tool_choice="required", parallel_tool_calls=False, n=4, max_tokens=200)
+    complete = [choice for choice in whole.choices if choice.finish_reason == "tool_calls"]
+    assert complete
+    for choice in complete:
+        ((_, arguments),) = calls_of(choice.message)
+        node = json.loads(arguments)
+        while node is not None:
+            assert node.keys() == {"leaf", "same", "left"} and node["leaf"] == node["same"] == "x"
+            node = node["left"]
+
+
 def test_a_demanded_call_comes_after_the_reasoning(tiny_llama: Callable[..., Path]) -> None:
     """A random model does not end its reasoning, so the first half is one that its tokens run out in."""
     with server(tiny_llama(), reasoning_parser="deepseek_r1") as api:
