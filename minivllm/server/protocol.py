@@ -392,14 +392,39 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(Strict):
-    """`POST /tokenize`: a text, or messages through the chat template."""
+    """`POST /tokenize`: a text, or messages through the chat template, as the endpoints themselves would read them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], FailFast()] = Field(default=[])
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: Tools = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
     return_token_strs: bool | None = None
+
+    UNSUPPORTED = types.MappingProxyType({"mm_processor_kwargs": ()})
+    OF_A_CHAT: ClassVar[tuple[str, ...]] = (
+        "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs", "chat_template",
+    )
+
+    def chat(self) -> ChatRequest | None:
+        """The messages as a chat; None if this is a text."""
+        if (self.prompt is None) == (not self.messages):
+            raise InvalidInput("send exactly one of prompt and messages", "prompt")
+        fields = {name: value for name in self.OF_A_CHAT if (value := getattr(self, name)) is not None}
+        if not self.messages:
+            for name in fields:
+                raise InvalidInput(f"{name} is for messages, and this is a prompt: leave it out", name)
+            return None
+        if self.add_special_tokens:
+            raise InvalidInput("add_special_tokens is for prompts: a chat template writes special tokens itself; leave it out",
+                               "add_special_tokens")
+        if self.tools is not None:
+            fields["tool_choice"] = "required"  # how calls are to be read does not matter here
+        return ChatRequest(messages=self.messages, **fields)
 
 
 class DetokenizeRequest(Strict):
