@@ -314,7 +314,7 @@ def _part_text(part: Any, where: str, ignored: list[str]) -> str:
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], FailFast()]
+    messages: Annotated[list[Message], FailFast()] = Field(json_schema_extra={"minItems": 1})
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; wins
     logprobs: bool | None = None
@@ -431,7 +431,7 @@ class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[int], FailFast()]
+    tokens: Annotated[list[Annotated[int, Field(json_schema_extra={"minimum": 0})]], FailFast()]
 
 
 Request = TypeVar("Request", bound=Strict)

@@ -332,7 +332,8 @@ def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_st
         assert complete and all(delta.finish_reason == "stop" and texts[index] == "c" for index, delta in complete.items())
         assert {texts[index][0] for index in ends[-1]} == {"a", "b"}, "the seed is one that has all three kinds"
         for delta in ends[-1].values():
-            assert (delta.finish_reason, delta.error_param) == ("error", "structured_outputs.regex") and "other settings" in str(delta.error)
+            assert (delta.finish_reason, delta.error_param) == ("error", "structured_outputs.regex")
+            assert "other settings" in str(delta.error)
         assert core.stats().used_blocks == 0 and len(core._grammars) == 0
 
 
