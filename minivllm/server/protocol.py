@@ -94,7 +94,8 @@ Stop: TypeAlias = Annotated[str | list[str] | None, PlainValidator(_stop, json_s
 Prompt: TypeAlias = Annotated[
     list[str] | list[list[int]], PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
-Content: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
+_TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
+Content: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]})]
 TokenIds: TypeAlias = Annotated[list[int] | None, PlainValidator(_token_ids, json_schema_input_type=list[int] | None)]
 Strings: TypeAlias = Annotated[list[str] | None, PlainValidator(_strings, json_schema_input_type=list[str] | None)]
 
@@ -226,10 +227,13 @@ class CompletionRequest(GenerationRequest):
         return super().sampling(defaults, max_tokens)
 
 
+_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
+
 class Message(Strict):
     """One message of a chat."""
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": list(_ROLES)})
     content: Content = None
     name: str | None = None
     tool_calls: ToolCalls = None  # of an assistant
@@ -242,7 +246,7 @@ class Message(Strict):
     UNSUPPORTED = types.MappingProxyType({
         "refusal": (), "audio": (),
     })
-    ROLES: ClassVar[tuple[str, ...]] = ("developer", "system", "user", "assistant", "tool", "function")
+    ROLES: ClassVar[tuple[str, ...]] = _ROLES
     ONLY_OF: ClassVar[Mapping[str, tuple[str, ...]]] = types.MappingProxyType({
         "tool_calls": ("assistant",), "function_call": ("assistant",), "reasoning": ("assistant",), "reasoning_content": ("assistant",),
         "tool_call_id": ("tool",),
