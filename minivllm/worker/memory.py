@@ -74,8 +74,9 @@ class Ledger:
         columns = {"weights": self.weights, "peak of a step": self.step, "CUDA graphs": self.graphs_taken,
                    "(set aside)": self.graphs_planned, "KV cache": self.cache, "other use": self.other,
                    "left": self.total - used, "total": self.total}
-        return ("GPU memory, GiB" + "".join(f"  {name}" for name in columns),
-                " " * 15 + "".join(f"{value / GIB:{len(name) + 2}.2f}" for name, value in columns.items()))
+        widths = [max(len(name), 7) + 2 for name in columns]
+        return ("GPU memory, GiB" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)),
+                " " * 15 + "".join(f"{value / GIB:{width}.2f}" for value, width in zip(columns.values(), widths, strict=True)))
 
 
 def size_cache(wish: Wish, shape: BlockShape, budget: int, account: str, remedy: tuple[str, str]) -> CacheSize:

@@ -46,7 +46,8 @@ def shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return lambda *args, **options: function(*args, **options).roll(1, 0)
 
 
-@pytest.mark.parametrize("kind, op", [("linear", "fused_linear"), ("decode", "self_attention"), ("norm", "rms_norm"), ("sampler", "sample")])
+@pytest.mark.parametrize(
+    "kind, op", [("linear", "fused_linear"), ("decode", "self_attention"), ("norm", "rms_norm"), ("sampler", "sample")])
 def test_a_wrong_kernel_has_no_figure(kind: str, op: str) -> None:
     found = verdicts(replace(REFERENCE, **{op: shifted(getattr(REFERENCE, op))}), kind)
     assert all(wrong for name, wrong in found.items() if " 1 x" not in name or kind == "sampler"), found  # a single row has no neighbour
