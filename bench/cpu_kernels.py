@@ -19,7 +19,7 @@ from torch import Tensor
 from bench import machine
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import attention as paged
-from minivllm.kernels.reference import norm
+from minivllm.kernels.reference import norm, rope
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 30, 576, 9, 3, 64, 49152
 SHAPES = [(960, HIDDEN), (HIDDEN, HIDDEN), (3072, HIDDEN), (HIDDEN, 1536)]  # of one layer: qkv, o, gate_up, down
@@ -38,6 +38,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             linears(dtype)
             decodes(dtype)
+            gathers(dtype)
             norms(dtype)
 
 
@@ -72,17 +73,53 @@ def linears(dtype: torch.dtype) -> None:
 
 
 def decodes(dtype: torch.dtype) -> None:
-    """Attention of one decode step with batches of several sizes; "one" is a single padded batch."""
-    for what, lens in (("32 x 160 keys", [160] * 32), ("16 of 60..300 keys", [300 - 16 * i for i in range(16)]), ("1 x 192 keys", [192])):
+    """Self-attention of one decode step: as it is, with KV heads apart or stacked, with batches of other sizes, and all of it but
+    the attention; "one" is a single padded batch. The meta data of a step are timed too."""
+    stacked = 1 << 10 if dtype == torch.bfloat16 else 0
+    lengths = {"1 x 192 keys": [192], "32 x 160 keys": [160] * 32}
+    for n in (4, 18, 32):
+        lengths[f"{n} of 60..350 keys"] = [350 - 290 * i // (n - 1) for i in range(n)]
+    for what, lens in lengths.items():
         batch, layers = case(lens, dtype)
+        slots = batch.block_tables[0][torch.arange(len(lens)), batch.positions // 16].long() * 16 + batch.positions % 16
+        qkv = torch.randn(len(lens), (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
+        angles = rope.rope_angles(batch.positions, torch.rand(HEAD_DIM // 2), 1.0, dtype)
         variants: Variants = {}
-        for name, size in (("0.5 MiB", 1 << 19), ("1.25 MiB", 5 << 18), ("4 MiB", 1 << 22), ("one", 1 << 40)):
-            paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"] = size, 400 if name != "one" else 1 << 40
-            meta = paged.prepare_attention(batch, 0, block_size=16, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
-                                           window=None, dtype=dtype)
-            q = torch.randn(len(lens), HEADS, HEAD_DIM).to(dtype)
-            variants[name] = lambda meta=meta, q=q, layers=layers: [paged.attention(q, kv, meta, scale=0.125) for kv in layers]
-        show(f"{dtype} decode attention, {what}", variants)
+        usual = paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS
+        for name, limits in {"as is": usual, "apart": (*usual[:2], 0), "stacked": (*usual[:2], stacked), "1 MiB": (1 << 20, *usual[1:]),
+                             "4 MiB": (1 << 22, *usual[1:]), "pad 128": (usual[0], 128, usual[2]), "pad 512": (usual[0], 512, usual[2]),
+                             "one": (1 << 40, 1 << 40, usual[2])}.items():
+            paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS = limits
+            meta = prepared(batch, dtype)
+            variants[name] = lambda meta=meta, qkv=qkv, slots=slots, angles=angles, layers=layers: [
+                paged.self_attention(qkv, kv, slots, meta, scale=0.125, rope=angles) for kv in layers]
+        paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS = usual
+        variants["meta"] = lambda batch=batch: prepared(batch, dtype)
+        show(f"{dtype} self-attention, {what}", variants)
+
+
+def prepared(batch: InputBatch, dtype: torch.dtype) -> paged.AttentionMeta:
+    return paged.prepare_attention(batch, 0, block_size=16, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None,
+                                   dtype=dtype)
+
+
+def gathers(dtype: torch.dtype) -> None:
+    """Copying the keys of 8 sequences together: slot by slot, or page by page and clearing the last pages' ends."""
+    n, keys, width = 8, 208, KV_HEADS * HEAD_DIM
+    _, layers = case([keys] * n, dtype)
+    pages = torch.randperm(n * keys // 16) + 1
+    slots = (pages[:, None] * 16 + torch.arange(16)).flatten()
+    ends = (torch.arange(n)[:, None] * keys + torch.arange(keys - 8, keys)).flatten()
+    rows = torch.empty(n * keys, width, dtype=dtype)
+    in_pages, wide = rows.view(len(pages), -1), paged._widest(rows)
+
+    def by_page() -> None:
+        for kv in layers:
+            torch.index_select(kv.k.view(-1, 16 * width), 0, pages, out=in_pages)
+            wide.index_fill_(0, ends, 0)
+
+    show(f"{dtype} gather {n} x {keys} keys", {
+        "slots": lambda: [torch.index_select(kv.k.view(-1, width), 0, slots, out=rows) for kv in layers], "pages": by_page})
 
 
 def case(lens: list[int], dtype: torch.dtype) -> tuple[InputBatch, list[KVLayer]]:
@@ -103,12 +140,13 @@ def case(lens: list[int], dtype: torch.dtype) -> tuple[InputBatch, list[KVLayer]
 
 def norms(dtype: torch.dtype) -> None:
     weight = torch.randn(HIDDEN).to(dtype)
-    for rows in (1, 32, 1024):
+    for rows in (1, 4, 18, 32, 1024):
         x = torch.randn(rows, HIDDEN).to(dtype)
         ways = {
             "F.rms_norm": lambda x: F.rms_norm(x, (HIDDEN,), weight, 1e-5),
-            "step by step": lambda x: norm._step_by_step(x, weight, 1e-5),
-            "as layer norm": lambda x: norm._by_layer_norm(x, weight, 1e-5),
+            "as is": lambda x: norm.rms_norm(x, weight, 1e-5),
+            # [x, -x] has mean 0 and variance mean(x^2): one fused kernel, but twice the data
+            "as layer norm": lambda x: F.layer_norm(torch.cat((x, -x), -1), (2 * HIDDEN,), None, None, 1e-5)[..., :HIDDEN] * weight,
         }
         show(f"{dtype} RMSNorm, {rows} rows", {name: lambda f=f, x=x: [f(x) for _ in range(2 * LAYERS)] for name, f in ways.items()})
 

@@ -45,7 +45,7 @@ Array = np.ndarray[Any, Any]
 def graph_bytes(spec: ModelSpec, max_num_seqs: int) -> int:
     """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
     rows, tokens = min(max_num_seqs, DECODES[-1]), MIXED[-1][0]
-    return (192 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
+    return (288 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
 
 
 class Graph:

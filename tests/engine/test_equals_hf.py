@@ -38,9 +38,10 @@ def oracle(folder: Path) -> Oracle:
     return Oracle(folder)
 
 
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), dtype="float32", device="cpu") as llm:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    blocks = 2000 if request.param == "cuda" else None
+    with LLM(str(folder), dtype="float32", device=request.param, max_model_len=2048, num_gpu_blocks_override=blocks) as llm:
         yield llm
 
 

@@ -1,12 +1,14 @@
 """The specification (principle 10): how a step is planned must not change a single token.
 
-A tiny random Llama in fp32 is asked the same questions under every way of planning; HF judges the first answers, and all others
-must be equal to them. The ways: block size, token budget, number of rows, prefix cache, number of blocks (down to constant
-preemption), recomputation or host memory, planning ahead, what else is in the batch, and in which order requests arrive.
+A tiny random Llama in fp32 (on a GPU without TF32) is asked the same questions under every way of planning; HF judges the first
+answers, and all others must be equal to them. The ways: block size, token budget, number of rows, prefix cache, number of blocks
+(down to constant preemption), recomputation or host memory, planning ahead, what else is in the batch, and in which order
+requests arrive.
 """
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +28,7 @@ LENGTHS = (1, 3, 7, 8, 9, 16, 17, 33, 50, 70)
 OUTPUT = 24
 LONGEST = 70 + OUTPUT
 Answers = dict[str, tuple[int, ...]]
+ON_GPU = "-on-gpu"
 
 
 def _requests() -> dict[str, tuple[list[int], SamplingParams]]:
@@ -61,7 +64,8 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def engine(folder: Path, **config: Any) -> Iterator[LLM]:
-    config = {"dtype": "float32", "device": "cpu", "max_model_len": 128, "num_gpu_blocks_override": 400, **config}
+    device = "cuda" if ON_GPU in folder.name else "cpu"
+    config = {"dtype": "float32", "device": device, "max_model_len": 128, "num_gpu_blocks_override": 400, **config}
     with LLM(str(folder), **config) as llm:
         yield llm
 
@@ -90,11 +94,17 @@ def _collect(deltas: list[OutputDelta], found: dict[str, list[int]]) -> None:
         found.setdefault(f"{delta.request_id}/{delta.index}", []).extend(delta.token_ids)
 
 
-@pytest.fixture(scope="module", params=["full attention", "sliding window"])
+KINDS = [(kind, on_gpu) for on_gpu in (False, True) for kind in ("full attention", "sliding window")]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(k, id=k[0] + k[1] * ON_GPU, marks=[pytest.mark.gpu] * k[1]) for k in KINDS])
 def folder(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "full attention":
-        return tiny_llama()
-    return _tiny_windowed(tmp_path_factory.mktemp("windowed"))
+    """The model; on a GPU with its kernels, captured graphs and all, whose name says so."""
+    kind, on_gpu = request.param
+    place = tmp_path_factory.mktemp(("windowed" if kind == "sliding window" else "full") + ON_GPU * on_gpu)
+    if kind == "sliding window":
+        return _tiny_windowed(place)
+    return Path(shutil.copytree(tiny_llama(), place, dirs_exist_ok=True))
 
 
 def _tiny_windowed(folder: Path) -> Path:

@@ -54,7 +54,7 @@ def attention_variants() -> Iterator[dict[str, Any]]:
         for group in (2, 3):
             name = f"attention, head_dim {head_dim}, {group} heads per KV head"
             shape = dict(NUM_HEADS=group * 8, D=head_dim, PADDED_D=head_dim)
-            tile = attention.decode_tile(head_dim, group, 2, 89)
+            tile = attention.decode_tile(8, head_dim, group, 2, 89)
             one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
             yield measure(f"decode {name}", _decode_attention, decode,
                           dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),

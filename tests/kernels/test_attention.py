@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import attention as module
-from minivllm.kernels.reference.attention import AttentionMeta, attention, prepare_attention
+from minivllm.kernels.reference.attention import AttentionMeta, Gather, InPlace, attention, prepare_attention
 from tests.kernels.paged import Case, make_case, naive_attention
 
 
@@ -19,6 +19,10 @@ def prepare(case: Case, window: int | None = None) -> AttentionMeta:
         case.batch, 0, block_size=case.block_size, num_heads=case.q.shape[1], num_kv_heads=case.kv.k.shape[2],
         head_dim=case.q.shape[2], window=window, dtype=case.q.dtype,
     )
+
+
+def gathers_of(case: Case) -> list[Gather]:
+    return [gather for gather in prepare(case).gathers if isinstance(gather, Gather)]
 
 
 def check(case: Case, *, window: int | None = None, softcap: float | None = None, tolerance: float = 2e-5) -> None:
@@ -71,28 +75,61 @@ def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | Non
     assert not out.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_sequence_in_the_batch_that_overflowed_does_not_reach_the_output(dtype: torch.dtype) -> None:
+    case = make_case([(1, 33), (1, 21), (1, 40), (1, 2), (1, 30)], dtype=dtype, seed=1)
+    own = [set(row[: -(-n // 4)].tolist()) for row, n in zip(case.batch.block_tables[0], case.batch.seq_lens_host, strict=True)]
+    before = attention(case.q, case.kv, prepare(case), scale=0.5)
+    for i, blocks in enumerate(own):
+        kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
+        kv.k[list(blocks)] = kv.v[list(blocks)] = torch.nan
+        after = attention(case.q, kv, prepare(case), scale=0.5)
+        others = [j for j in range(len(own)) if j != i]
+        assert after[i].isnan().all() and torch.equal(after[others], before[others])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=sequences, heads=st.sampled_from([(4, 2), (9, 3), (8, 8), (16, 2), (20, 4)]), head_dim=st.sampled_from([2, 8, 12, 64]),
+    block_size=st.sampled_from([1, 4, 16, 24, 256]), window=st.none() | st.integers(1, 50), softcap=st.none() | st.just(5.0),
+    limits=st.tuples(st.sampled_from([1, 5000, 10**7]), st.sampled_from([0, 10, 400])), seed=st.integers(0, 1000),
+)
+def test_bfloat16_decodes_with_all_heads_in_one_product_equal_hand_written_maths(
+    shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None, softcap: float | None,
+    limits: tuple[int, int], seed: int,
+) -> None:
+    case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window,
+                     dtype=torch.bfloat16, seed=seed)
+    assert (prepare(case, window).stack is not None) == (heads[0] <= module.STACKED_HEADS and case.batch.num_decodes > 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.GATHER_BYTES, "cpu", limits[0])
+        patch.setitem(module.FREE_PADDING, "cpu", limits[1])
+        check(case, window=window, softcap=softcap, tolerance=3e-2)
+
+
 def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
     case = make_case([(1, 1000)] + [(1, 10 + i) for i in range(20)], seed=2)
-    gathered = sum(len(gather.slots) for gather in prepare(case).gathers)
-    assert gathered <= sum(case.batch.seq_lens_host) + module.FREE_PADDING["cpu"]
+    gathered = sum(len(gather.pages) * case.block_size for gather in gathers_of(case))
+    last_pages = case.block_size * case.batch.num_seqs
+    assert gathered <= sum(case.batch.seq_lens_host) + last_pages + module.FREE_PADDING["cpu"]
     check(case)
 
 
 def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.GATHER_BYTES, "cpu", 50 * 2 * 2 * 8 * 4)  # fifty keys
     case = make_case([(1, n) for n in (20, 21, 22, 23, 24, 90, 19)], seed=3)
-    gathers = prepare(case).gathers
-    assert [[bucket.end - bucket.start for bucket in gather.buckets] for gather in gathers] == [[1], [2], [2], [2]]
-    assert all(len(gather.slots) <= 50 for gather in gathers[1:])
+    gathers = gathers_of(case)
+    assert [[len(bucket.keys) for bucket in gather.buckets] for gather in gathers] == [[1], [2], [2], [2]]
+    assert all(len(gather.pages) * case.block_size <= 50 for gather in gathers[1:])
     check(case)
 
 
 def test_batches_of_different_lengths_share_a_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.FREE_PADDING, "cpu", 3)
+    monkeypatch.setitem(module.FREE_PADDING, "cpu", 4)
     case = make_case([(1, n) for n in (20, 21, 52, 51, 2)], seed=3)
-    (gather,) = prepare(case).gathers
-    assert [(bucket.end - bucket.start, bucket.keys) for bucket in gather.buckets] == [(2, 52), (2, 21), (1, 2)]
-    assert len(gather.slots) == 2 * 52 + 2 * 21 + 2
+    (gather,) = gathers_of(case)
+    assert [(bucket.keys.shape[0], bucket.keys.shape[2]) for bucket in gather.buckets] == [(2, 52), (2, 21), (1, 2)]
+    assert len(gather.pages) == (2 * 52 + 2 * 24 + 4) // case.block_size
     check(case)
 
 
@@ -132,13 +169,14 @@ def test_a_sequence_in_consecutive_blocks_is_read_in_place(shape: tuple[int, int
         table[0, logical] = logical + 1 if block else 0
     case = dataclasses.replace(case, kv=kv)
     meta = prepare(case, window)
-    assert all(isinstance(part.slots, slice) for part in (*meta.gathers, *meta.chunks))
+    assert all(isinstance(gather, InPlace) for gather in meta.gathers) and all(isinstance(chunk.slots, slice) for chunk in meta.chunks)
     check(case, window=window)
 
 
 def test_equal_decodes_need_neither_mask_nor_reordering() -> None:
-    meta = prepare(make_case([(1, 12)] * 5))
-    assert meta.order is None and [bucket.mask for gather in meta.gathers for bucket in gather.buckets] == [None]
+    case = make_case([(1, 13)] * 5)
+    (gather,) = gathers_of(case)
+    assert prepare(case).order is None and [bucket.mask for bucket in gather.buckets] == [None] and gather.hidden is None
 
 
 def test_rows_past_the_last_sequence_are_zero() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference.linear import linear, pack_weight
+from minivllm.kernels.reference.linear import fused_linear, linear, pack_weight
 
 
 def check(x: Tensor, w: Tensor, b: Tensor | None, packed: Tensor) -> None:
@@ -66,3 +66,21 @@ def test_a_packed_weight_does_not_keep_the_plain_one_alive() -> None:
     want = torch.ones(1, 24) @ w.T
     w.fill_(torch.nan)
     torch.testing.assert_close(linear(torch.ones(1, 24), packed), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_a_fused_layer_is_norm_product_gate_and_residual_in_this_order(dtype: torch.dtype, gated: bool, bias: bool, rows: int) -> None:
+    x, w, b, weight, residual = tensors(dtype, (rows, 24), (40, 24), (40,), (24,), (rows, 20 if gated else 40))
+    wide = x.double()
+    normed = wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    want = normed @ w.double().T + (b.double() if bias else 0.0)
+    if gated:
+        want = torch.nn.functional.silu(want[:, :20]) * want[:, 20:]
+    want += residual.double()
+    got = fused_linear(x, pack_weight(w, dtype), b if bias else None, norm=(weight, 1e-5), gated=gated, residual=residual)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.3
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance / 10)

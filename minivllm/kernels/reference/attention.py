@@ -8,14 +8,16 @@ The cache is written before it is read, so a query at position p attends the cac
     prompt        [q q q q q q]                   no earlier context: causal
     prompt chunk  [x x x x x x q q q q]           context and causal part: a mask, shifted by the context's length
 
-Everything that depends only on lengths and block tables (which slots to gather, which sequences share a padded batch,
-masks) is computed once per step and KV group by `prepare_attention`; all layers of the group share the result.
-Padding repeats a slot that the sequence owns, never an unused one: unused memory may hold anything, NaN included.
+Everything that depends only on lengths and block tables (what to gather, which sequences share a padded batch, masks, views
+of the memory gathered into) is computed once per step and KV group by `prepare_attention`; all layers of the group share it.
+Memory that a query may not see may hold anything, NaN included: it is overwritten with zeros once it is gathered. Padding
+repeats a page that the sequence owns, so that no other sequence's keys get near it.
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,30 +32,65 @@ from minivllm.kernels.reference.rope import apply_rope
 # should fit the caches. FREE_PADDING: padded keys that cost about as much as one batch more.
 GATHER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 FREE_PADDING = {"cpu": 256, "cuda": 16384}
+PAGE = 16  # decodes gather runs of so many slots: whole blocks, or an equal part of each
+STACKED_HEADS = 16  # `Stack`: up to so many query heads, which is the height of a tile of the CPU's matrix unit
 MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer chunks are computed in several pieces
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBucket:
-    """Decodes of similar length, computed as one padded batch."""
+    """Decodes of similar length, computed as one padded batch of L keys each. KV', D': see `Stack`."""
 
-    start: int  # first and last + 1 in the order of `AttentionMeta.order`
-    end: int
-    offset: int  # where its keys begin among those gathered
-    keys: int  # L: padded number of keys
+    keys: Tensor  # [n, KV', L, D']: where they will have been gathered
+    values: Tensor
     mask: Tensor | None  # [n, 1, 1, L] additive; None: all have exactly L keys
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Keys and values copied together for some buckets.
+    """Keys and values copied together for some buckets, in pages of consecutive slots.
 
-        slots   | a a a a a a | b b b b b b | c c c | d d - | e e - |       -: padding, repeats the slot before
-        bucket         0, L = 6                  1, L = 3
+        pages     | a0 a1 a2 | b0 b1 b2 | c0 c1 c0 | d0 | e0 |      c is a page shorter than its bucket and repeats one
+        bucket              0, three pages each          1           rows of a last page after the sequence's end are cleared
     """
 
-    slots: Tensor | slice  # [sum of n * L] int64; a slice: one sequence in consecutive slots, which is read in place
+    pages: Tensor  # [P] int64
+    keys: Tensor  # [P, page]: where they go
+    values: Tensor
+    hidden: Tensor | None  # [C] int64: rows gathered, but not for their sequence to see; None: there are none
+    rows: Tensor  # [2, P * slots of a page, ...]: keys and values, in elements as wide as possible
     buckets: tuple[DecodeBucket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """One sequence in consecutive slots, which are read where they are."""
+
+    slots: slice
+
+
+class _View(NamedTuple):
+    """What a decode sees of its sequence: rows [low, high) of the sequence's pages [first, first + pages)."""
+
+    first: int
+    pages: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """All heads' queries as one matrix against all KV heads' keys side by side, as the cache holds them: KV' = 1, D' = KV * D.
+
+        head 0    | q0  0 |                       two KV heads: each query is zero where the other's keys are, and of the
+        head 1    | 0  q1 |  x  | k0  k1 |^T      product with | v0 v1 | only the diagonal's blocks count
+
+    A matrix unit multiplies 16 rows as fast as one, so the zeros cost nothing there, and there is one product for all heads
+    where there was one per KV head. Otherwise KV' = KV and D' = D.
+    """
+
+    queries: Tensor  # [decodes, 1, H, KV * D], zero off the diagonal
+    diagonal: Tensor  # [decodes, KV, H / KV, D]: its view
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +113,9 @@ class AttentionMeta:
     num_rows: int  # rows of q that belong to a sequence; any after them are padding
     num_decodes: int
     order: Tensor | None  # [num_decodes] int64: decode rows sorted by length; None: as they are
-    gathers: tuple[Gather, ...]
-    workspace: Tensor  # [2, keys of the largest gather, kv_heads, head_dim]: all layers gather into the same, still cached memory
+    gathers: tuple[Gather | InPlace, ...]
+    sizes: tuple[int, ...]  # decodes of each bucket, all gathers' buckets in a row
+    stack: Stack | None
     chunks: tuple[PromptChunk, ...]
 
 
@@ -94,25 +132,34 @@ def prepare_attention(
 ) -> AttentionMeta:
     """Gather indices, grouping and masks for the layers of KV group `group`. Reads no device value on the host."""
     table = batch.block_tables[group]  # [B, M]
-    lens = [n if window is None else min(n, window) for n in batch.seq_lens_host[: batch.num_decodes]]
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
+    n, page = batch.num_decodes, math.gcd(block_size, PAGE)
+    views = [_view(seq_len, window, page) for seq_len in batch.seq_lens_host[:n]]
     limit = GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
-    order_host, cuts = _cut(lens, limit, FREE_PADDING[kind])
+    order_host, cuts = _cut([view.pages * page for view in views], limit, FREE_PADDING[kind])
+    views = [views[i] for i in order_host]
     order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
-    seq_lens = [batch.seq_lens_host[i] for i in order_host]
-    tables = table if order is None else table.index_select(0, order)
-    gathers = tuple(_gather(tables, seq_lens, spans, block_size, window, dtype) for spans in cuts)
-    largest = max((len(g.slots) for g in gathers if isinstance(g.slots, Tensor)), default=0)
-    workspace = torch.empty((2, largest, num_kv_heads, head_dim), dtype=dtype, device=device)
+    stack = None
+    if n > 1 and num_kv_heads > 1 and num_heads <= STACKED_HEADS and dtype == torch.bfloat16 and kind == "cpu":
+        stack = _stack(n, num_heads, num_kv_heads, head_dim, dtype)
+    gathers: list[Gather | InPlace] = []
+    if n:
+        pages, mask = _pages_and_mask(table[:n] if order is None else table.index_select(0, order), views, block_size, dtype)
+        largest = max(sum((b - a) * max(view.pages for view in views[a:b]) for a, b in spans) for spans in cuts)
+        memory = torch.empty((2, largest * page, num_kv_heads, head_dim), dtype=dtype, device=device)  # for all layers: still cached
+        if stack is not None:
+            memory = memory.view(2, -1, 1, num_kv_heads * head_dim)  # [2, rows, KV', D']
+        gathers = [_gather(pages, mask, views, spans, page, memory) for spans in cuts]
+    sizes = tuple(b - a for spans in cuts for a, b in spans)
     chunks: list[PromptChunk] = []
-    row = batch.num_decodes
-    for i in range(batch.num_decodes, batch.num_seqs):
+    row = n
+    for i in range(n, batch.num_seqs):
         query_len, seq_len = batch.query_lens_host[i], batch.seq_lens_host[i]
         assert 1 <= query_len <= seq_len
         chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)
         row += query_len
-    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, batch.num_decodes, order, gathers, workspace, tuple(chunks))
+    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, n, order, tuple(gathers), sizes, stack, tuple(chunks))
 
 
 def self_attention(
@@ -138,20 +185,19 @@ def self_attention(
 def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
     """q: [T, num_heads, head_dim] -> the same shape; keys and values come from the cache `kv`."""
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
-    h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
-    keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
+    h, hk, d, n = meta.num_heads, meta.num_kv_heads, meta.head_dim, meta.num_decodes
+    if 0 < n == q.shape[0] and meta.order is None:
+        return _decode(q, kv, meta, scale, softcap).reshape(n, h, d)
     out = torch.empty_like(q)
     if meta.num_rows < q.shape[0]:
         out[meta.num_rows :] = 0
-    if meta.gathers:
-        first = q[: meta.num_decodes] if meta.order is None else q.index_select(0, meta.order)
-        result = out[: meta.num_decodes] if meta.order is None else torch.empty_like(first)
-        for gather in meta.gathers:
-            ks, vs = _take(keys, gather.slots, meta.workspace[0]), _take(values, gather.slots, meta.workspace[1])
-            for bucket in gather.buckets:
-                _decode(first, ks, vs, result, bucket, scale, softcap)
-        if meta.order is not None:
-            out.index_copy_(0, meta.order, result)
+    if n:
+        grouped = out.view(-1, hk, h // hk, d)
+        if meta.order is None:
+            grouped[:n].copy_(_decode(q[:n], kv, meta, scale, softcap))
+        else:
+            grouped.index_copy_(0, meta.order, _decode(q.index_select(0, meta.order), kv, meta, scale, softcap))
+    keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
@@ -162,24 +208,43 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     return out
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, bucket: DecodeBucket, scale: float, softcap: float | None) -> None:
-    """One padded batch. q, out: [decodes, heads, head_dim], of which the bucket's rows; keys, values: as gathered."""
-    rows, (_, hk, d), n = slice(bucket.start, bucket.end), keys.shape, bucket.end - bucket.start
-    part = slice(bucket.offset, bucket.offset + n * bucket.keys)
+def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: float | None) -> Tensor:
+    """q: [decodes, heads, head_dim] in the order of `AttentionMeta.order` -> [decodes, kv_heads, group, head_dim]."""
+    hk, d = meta.num_kv_heads, meta.head_dim
     # The query heads of one KV head stand where a sequence's queries usually stand: its keys are read once for all of them.
-    qs = q[rows].view(n, hk, -1, d)  # [n, kv_heads, group, head_dim]
-    ks = keys[part].view(n, bucket.keys, hk, d).transpose(1, 2)  # [n, kv_heads, L, head_dim]
-    vs = values[part].view(n, bucket.keys, hk, d).transpose(1, 2)
-    out[rows].view(n, hk, -1, d).copy_(_attend(qs, ks, vs, bucket.mask, False, scale, softcap))
+    queries = q.view(len(q), hk, -1, d)
+    if meta.stack is not None:
+        meta.stack.diagonal.copy_(queries)
+        queries = meta.stack.queries
+    parts, rest = [], iter(queries.split(meta.sizes))
+    for gather in meta.gathers:
+        if isinstance(gather, InPlace):
+            ks, vs = (x.view(-1, *queries.shape[1::2])[None, gather.slots].transpose(1, 2) for x in (kv.k, kv.v))
+            parts.append(_attend(next(rest), ks, vs, None, False, scale, softcap))
+            continue
+        for source, target in ((kv.k, gather.keys), (kv.v, gather.values)):
+            torch.index_select(source.view(-1, target.shape[1]), 0, gather.pages, out=target)
+        if gather.hidden is not None:
+            gather.rows.index_fill_(1, gather.hidden, 0)
+        parts += [_attend(next(rest), b.keys, b.values, b.mask, False, scale, softcap) for b in gather.buckets]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out if meta.stack is None else _diagonal(out, hk)
 
 
-def _take(cache: Tensor, slots: Tensor | slice, workspace: Tensor | None = None) -> Tensor:
+def _stack(n: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Stack:
+    queries = torch.zeros((n, 1, num_heads, num_kv_heads * head_dim), dtype=dtype)
+    return Stack(queries, _diagonal(queries, num_kv_heads))
+
+
+def _diagonal(stacked: Tensor, num_kv_heads: int) -> Tensor:
+    """stacked: [n, 1, H, KV * D] -> its view of each head with its own KV head: [n, KV, H / KV, D]."""
+    blocks = stacked.view(len(stacked), num_kv_heads, -1, num_kv_heads, stacked.shape[-1] // num_kv_heads)
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _take(cache: Tensor, slots: Tensor | slice) -> Tensor:
     """cache: [slots, kv_heads, head_dim] -> the rows `slots`, copied together unless they already lie together."""
-    if isinstance(slots, slice):
-        return cache[slots]
-    if workspace is None:
-        return cache.index_select(0, slots)
-    return torch.index_select(cache, 0, slots, out=workspace[: len(slots)])
+    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None) -> Tensor:
@@ -228,36 +293,75 @@ def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return blocks * block_size + positions % block_size
 
 
-def _in_place(slots: Tensor) -> Tensor | slice:
-    """slots: [S] of one sequence, as a slice if they are consecutive. Asked on a CPU only: a GPU would have to be waited for."""
-    if slots.device.type == "cpu":
-        first, last = int(slots[0]), int(slots[-1])
-        if last - first + 1 == len(slots) and bool((slots.diff() == 1).all()):
-            return slice(first, last + 1)
-    return slots
+def _in_place(places: Tensor) -> bool:
+    """Whether places: [S] of one sequence are consecutive. Asked on a CPU only: a GPU would have to be waited for."""
+    return places.device.type == "cpu" and int(places[-1]) - int(places[0]) + 1 == len(places) and bool((places.diff() == 1).all())
+
+
+def _view(seq_len: int, window: int | None, page: int) -> _View:
+    begin = 0 if window is None else max(0, seq_len - window)
+    first = begin // page
+    return _View(first, -(-seq_len // page) - first, begin - first * page, seq_len - first * page)
+
+
+def _pages_and_mask(tables: Tensor, views: list[_View], block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """tables: [n, M] -> the pages of each decode, [n, P] int64, and the additive mask of their rows, [n, 1, 1, P * page].
+
+        pages of a row     | 7 | 3 | 4 | 7 | 7 |     P = 5: shorter ones repeat their first page, but see its keys once only
+    """
+    page, device = math.gcd(block_size, PAGE), tables.device
+    if len(set(views)) == 1:
+        index = torch.arange(views[0].first, views[0].first + views[0].pages, device=device)
+        return _locate(tables, index.expand(len(views), -1), block_size // page), None
+    first, count, low, high = torch.tensor([(v.first, v.pages, v.low, v.high) for v in views], device=device)[:, :, None].unbind(1)
+    index = torch.arange(max(v.pages for v in views), device=device)
+    pages = _locate(tables, torch.where(index < count, index, 0).add_(first), block_size // page)
+    row = torch.arange(len(index) * page, device=device)
+    hidden = row >= high if not any(v.low for v in views) else (row >= high) | (row < low)
+    return pages, torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)[:, None, None]
+
+
+def _locate(tables: Tensor, pages: Tensor, each: int) -> Tensor:
+    """Pages [n, P], counted within each sequence, of blocks of `each` pages -> counted in the cache."""
+    if each == 1:
+        return tables.gather(1, pages).long()
+    return tables.gather(1, pages // each).long() * each + pages % each
 
 
 def _gather(
-    tables: Tensor, seq_lens: list[int], spans: list[tuple[int, int]], block_size: int, window: int | None, dtype: torch.dtype
-) -> Gather:
-    """Slots and masks of the decodes [start, end) of each span; tables: [decodes, M], seq_lens: [decodes]."""
-    device = tables.device
-    slots, buckets, offset = [], [], 0
+    pages: Tensor, mask: Tensor | None, views: list[_View], spans: list[tuple[int, int]], page: int, memory: Tensor
+) -> Gather | InPlace:
+    """What to copy for the decodes [start, end) of each span; memory: [2, rows, KV', D'] to gather into, the rest as above."""
+    hidden: list[int] = []
+    parts, buckets, row = [], [], 0
     for start, end in spans:
-        ends = torch.tensor(seq_lens[start:end], device=device)[:, None]  # [n, 1]
-        counts = ends if window is None else ends.clamp(max=window)
-        keys = max(seq_lens[start:end]) if window is None else min(max(seq_lens[start:end]), window)
-        index = torch.arange(keys, device=device)[None]  # [1, L]
-        # Padding repeats the sequence's last key, which exists and is finite, and the mask removes it.
-        positions = torch.minimum(ends - counts + index, ends - 1)
-        slots.append(_slots(tables[start:end], positions, block_size).flatten())
-        mask = None
-        if min(seq_lens[start:end]) < keys:
-            mask = torch.zeros(end - start, keys, dtype=dtype, device=device).masked_fill_(index >= counts, -math.inf)[:, None, None]
-        buckets.append(DecodeBucket(start, end, offset, keys, mask))
-        offset += (end - start) * keys
-    together = slots[0] if len(slots) == 1 else torch.cat(slots)
-    return Gather(_in_place(together) if spans[-1][1] - spans[0][0] == 1 else together, tuple(buckets))
+        some = views[start:end]
+        low, high, width = min(v.low for v in some), max(v.high for v in some), max(v.pages for v in some)
+        parts.append(pages[start:end, :width].reshape(-1))
+        if len(some) == 1 and len(spans) == 1 and _in_place(parts[0]):
+            at = int(parts[0][0]) * page
+            return InPlace(slice(at + low, at + high))
+        ragged = False
+        for i, v in enumerate(some):
+            at = row + i * width * page
+            if v.low > low or v.high < high:
+                whole = v.low == 0 and v.high >= page  # the first page is, so repetitions of it hold nothing strange
+                hidden += range(at + low, at + v.low)
+                hidden += range(at + v.high, at + (min(v.pages * page, high) if whole else high))
+                ragged = True
+        rows = len(some) * width * page
+        keys, values = memory[:, row : row + rows].unflatten(1, (len(some), -1))[:, :, low:high].transpose(2, 3)
+        buckets.append(DecodeBucket(keys, values, mask[start:end, ..., low:high] if mask is not None and ragged else None))
+        row += rows
+    keys, values = memory[:, :row].view(2, row // page, -1)
+    clear = torch.tensor(hidden, device=pages.device) if hidden else None
+    return Gather(parts[0] if len(parts) == 1 else torch.cat(parts), keys, values, clear, _widest(memory.flatten(2)), tuple(buckets))
+
+
+def _widest(x: Tensor) -> Tensor:
+    """x seen in the largest elements its rows consist of: filling rows costs a moment per element."""
+    size = x.shape[-1] * x.dtype.itemsize
+    return next((x.view(t) for t in (torch.complex128, torch.int64, torch.int32) if size % t.itemsize == 0), x)
 
 
 def _prompt_chunks(
@@ -281,5 +385,6 @@ def _prompt_chunks(
             if window is not None:
                 hidden |= positions <= queries - window
             mask = torch.zeros(end - begin, end - low, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-        chunks.append(PromptChunk(row + begin - first, row + end - first, _in_place(slots), mask))
+        where = slice(int(slots[0]), int(slots[-1]) + 1) if _in_place(slots) else slots
+        chunks.append(PromptChunk(row + begin - first, row + end - first, where, mask))
     return chunks

@@ -50,6 +50,8 @@ def fused_linear(
     """
     if norm is not None:
         x = rms_norm(x, *norm)
+    if residual is not None and not gated and packed.is_mkldnn and x.shape[0]:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
     y = linear(x, packed, bias)
     if gated:
         y = silu_and_mul(y)

@@ -35,11 +35,17 @@ class Tile:
     num_stages: int
 
 
-def decode_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
-    """From a table by shape and architecture: no tuning at run time. itemsize: bytes of an element."""
+def decode_tile(programs: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
+    """From a table by shape and architecture: no tuning at run time. programs: sequences x KV heads; itemsize: bytes of an element.
+
+    Large tiles take the least time from beginning to end, and small ones leave room for several programs side by side, which
+    hide each other's: on an H200 that pays with two to eight programs for each of its multiprocessors.
+    """
     block_m = max(16, triton.next_power_of_2(heads_per_kv + 1))
     row = head_dim * itemsize  # bytes of a key
     if arch >= 90:
+        if row == 256 and 256 <= programs <= 1280:
+            return Tile(1, block_m, 64, 2, 2)
         return Tile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
     return Tile(1, block_m, 64 if row <= 256 else 32 if row <= 512 else 16, 4, 3 if row <= 512 else 2)
 
@@ -117,7 +123,7 @@ def self_attention(
     flags = dict(NORM=qk_norm is not None, ROPE=rope is not None)
     arch, size = capability(qkv.device), qkv.element_size()
     if meta.num_decodes:
-        tile = decode_tile(d, h // hk, size, arch)
+        tile = decode_tile(meta.num_decodes * hk, d, h // hk, size, arch)
         partial, log_weight, tickets = (meta.partial, meta.log_weight, meta.tickets) if meta.splits > 1 else (out, out, out)
         _decode_attention[(meta.num_decodes, hk, meta.splits)](
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,

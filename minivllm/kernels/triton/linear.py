@@ -155,6 +155,12 @@ def shape_for(rows: int, n: int, k: int, gated: bool, arch: int) -> Shape:
     """From a table by shape, measured on an H200: no tuning at run time. Before Hopper wide blocks would spill registers."""
     block_k = max(16, min(triton.next_power_of_2(k), 2048))
     if rows == 1:
+        if k >= 4096 and gated:
+            return Shape(4, 1024, 4)
+        if k > 4096:
+            return Shape(2, 2048, 4)
+        if k == 4096 and n <= 4096:
+            return Shape(8, 1024, 4)
         block_n = 4 if n < 1024 or (gated and block_k > 1024) else 8
         return Shape(block_n, block_k, 8 if gated or block_k > 1024 else 4)
     return Shape(16 if arch >= 90 and n >= 1024 and k <= 2048 else 8, block_k, 8 if k > 2048 else 4)
