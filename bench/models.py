@@ -16,6 +16,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
         "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
     },
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336, "vocab_size": 32768,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "sliding_window": None,
+    },
     "tiny": {  # to try the harness itself
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 12000,
@@ -26,13 +32,23 @@ SHAPES["bytes"] = {**SHAPES["tiny"], "vocab_size": 320}  # room for a tokenizer 
 COMMON = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 0}
 
 
+def config_of(shape: str) -> dict[str, Any]:
+    """config.json of a named shape."""
+    return {**COMMON, **SHAPES[shape]}
+
+
+def write_config(shape: str, folder: Path) -> None:
+    """config.json alone: enough for an engine that makes its own random weights (`load_format="dummy"`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_of(shape), indent=1))
+
+
 def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
     """config.json and model.safetensors (bfloat16) with random weights of a named shape. Imports torch and transformers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**COMMON, **SHAPES[shape]}, indent=1))
+    write_config(shape, folder)
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)

@@ -1,11 +1,14 @@
 """The same work for every engine, one after another, each in its own process: a table, then one JSON line.
 
     python -m bench.run --engines minivllm,hf-bf16,hf-fp32 --rows c1,c8,c32,mixed32,ttft1024,memory,start --threads 2
-    python -m bench.run --model smollm2-135m --device cuda --engines minivllm-bf16,hf-bf16 --rows bs1,bs32,ttft8000
+    python -m bench.run --model smollm2-135m --device cuda --engines minivllm-bf16,hf-bf16 --rows bs1,bs32,ttft1024
+    python -m bench.run --model mistral-7b --device cuda --load-format dummy --engines minivllm-bf16 --rows bs1,start,coldstart
 
-An engine is a name (minivllm, hf) and a dtype (bf16, fp32, fp16; left out: minivllm's own choice, hf bf16). The model is the
-default one, a folder, or a shape of bench/models.py with random weights that all engines read from one file. Before a row
-is timed its engine must be right: in fp32 greedy tokens equal Transformers', in every dtype the number of tokens is exact.
+An engine is a name (minivllm, hf, vllm) and a dtype (bf16, fp32, fp16; left out: minivllm's own choice, else bf16). The model is the
+default one, a folder, or a shape of bench/models.py with random weights that all engines read from one file; with --load-format dummy
+each engine makes its own. Before a row is timed its engine must be right: in fp32 greedy tokens equal Transformers', in every dtype
+the number of tokens is exact, and on a GPU minivllm's kernels give the logits of the reference kernels (bench/kernel_check.py).
+nano8gb and coldstart (compiled kernels in no cache) are engine starts of their own.
 """
 from __future__ import annotations
 
@@ -18,12 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench import machine, models
+from bench.worker import SMALL_CACHE, SMALL_CACHE_ROW
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "CUDA_CACHE_PATH")  # where engines keep compiled kernels
+NO_OPTIONS: Mapping[str, Any] = {}
 TIE = 1e-4  # greedy engines may part where the best two logits are closer than this (fp32)
 Results = dict[str, dict[str, Any]]  # engine -> row -> what the worker said
 
@@ -32,7 +39,7 @@ def main() -> None:
     args = parse()
     scratch = tempfile.TemporaryDirectory(prefix="bench-")
     with scratch:
-        shown, model = find_model(args.model, Path(scratch.name))
+        shown, model = find_model(args.model, Path(scratch.name), args.load_format)
         max_len = json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"]
         names = args.engines.split(",")
         rows = args.rows.split(",")
@@ -45,7 +52,7 @@ def main() -> None:
         for name in names:
             print(f"  {name} ...", end="", flush=True)
             begin = time.time()
-            results[name] = start_worker(name, model, args, rows, max_len)
+            results[name] = measure(name, model, args, rows, max_len)
             print(f" {time.time() - begin:.0f} s", flush=True)
             judge(results[name], expected)
     report(results, rows)
@@ -66,20 +73,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="compare greedy tokens on a GPU too")
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: no file of weights is written")
     parser.add_argument("--options", type=json.loads, default={}, help='more keywords for minivllm\'s LLM, as JSON: {"block_size": 32}')
     parser.add_argument("--save", help="file for the JSON record, such as bench/results/NAME.json")
     args = parser.parse_args()
     for name in args.engines.split(","):
-        if not re.fullmatch(r"(minivllm|hf)(-(bf16|fp32|fp16))?", name):
-            parser.error(f"unknown engine {name!r}: minivllm or hf, then perhaps -bf16, -fp32 or -fp16")
+        if not re.fullmatch(r"(minivllm|hf|vllm)(-(bf16|fp32|fp16))?", name):
+            parser.error(f"unknown engine {name!r}: minivllm, hf or vllm, then perhaps -bf16, -fp32 or -fp16")
+        if args.load_format == "dummy" and name.startswith("hf"):
+            parser.error("hf reads its weights from a file: leave --load-format dummy out")
+    if args.load_format == "dummy" and (args.device == "cpu" or args.check or args.model not in models.SHAPES):
+        parser.error("--load-format dummy is for a shape of bench/models.py on --device cuda, without --check")
     for row in args.rows.split(","):
-        if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|nano|prefix|memory|start", row):
-            parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, nano, prefix, memory, start")
+        if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|nano|nano8gb|prefix|memory|start|coldstart", row):
+            parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, nano, nano8gb, prefix, memory, start, coldstart")
     return args
 
 
-def find_model(name: str | None, scratch: Path) -> tuple[str, str]:
+def find_model(name: str | None, scratch: Path, load_format: str) -> tuple[str, str]:
     """-> (what to call it, its folder)."""
+    if name in models.SHAPES and load_format == "dummy":
+        models.write_config(name, scratch)
+        return f"{name} shape with each engine's own random weights", str(scratch)
     if name in models.SHAPES:
         code = f"from pathlib import Path; from bench.models import write_random_model as w; w({name!r}, Path({str(scratch)!r}))"
         subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
@@ -93,15 +108,35 @@ def find_model(name: str | None, scratch: Path) -> tuple[str, str]:
     return files.name, str(files.folder)
 
 
-def start_worker(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int) -> dict[str, Any]:
+def measure(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int) -> dict[str, Any]:
+    """All rows of one engine: most in one process, those that need an engine of their own one after another."""
+    results = start_worker(name, model, args, [r for r in rows if r not in (SMALL_CACHE_ROW, "coldstart")], max_len)
+    if SMALL_CACHE_ROW in rows:
+        if name.startswith("hf"):
+            results[SMALL_CACHE_ROW] = {"refused": "generate has no cache of a fixed size"}
+        else:
+            own = start_worker(name, model, args, [SMALL_CACHE_ROW], max_len, SMALL_CACHE)
+            results[SMALL_CACHE_ROW] = own.get(SMALL_CACHE_ROW) or own.get("failed", {"refused": "no result"})
+    if "coldstart" in rows:
+        with tempfile.TemporaryDirectory(prefix="bench-cold-") as empty:
+            own = start_worker(name, model, args, [], max_len, environment=dict.fromkeys(COMPILED, empty), check=False)
+        results["coldstart"] = own.get("start") or own.get("failed", {"refused": "no result"})
+    return results
+
+
+def start_worker(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int, options: Mapping[str, Any] = NO_OPTIONS,
+                 environment: Mapping[str, str] = NO_OPTIONS, check: bool = True) -> dict[str, Any]:
     """Run one engine's process -> row -> its result; an engine that dies has "failed" with its last words."""
     engine, _, short = name.partition("-")
     dtype = DTYPES[short] if short else "auto" if engine == "minivllm" else "bfloat16"
     job = {"engine": engine, "model": model, "dtype": dtype, "device": args.device, "threads": args.threads, "repeats": args.repeats,
-           "rows": [r for r in rows if r != "start"], "check": True, "max_len": max_len, "options": args.options, "started": time.time()}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
+           "rows": [r for r in rows if r != "start"], "check": check, "max_len": max_len,
+           "load_format": args.load_format, "started": time.time(),
+           "options": {**(args.options if engine == "minivllm" else {}), **options}}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))
     command = [sys.executable, "-m", "bench.worker", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env={**os.environ, **environment, **threads, "PYTHONUNBUFFERED": "1"})
     said = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("BENCH ")]
     results = {row.pop("row"): row for row in said}
     if "ready" in results:
@@ -130,7 +165,7 @@ def judge(results: dict[str, Any], expected: dict[str, Any] | None) -> None:
 
 
 def report(results: Results, rows: list[str]) -> None:
-    """One line per engine, one column per row; then the ratios to hf-bf16 (or the first hf)."""
+    """One line per engine, one column per row; then the ratios to vllm-bf16 or hf-bf16 (or the first of those engines)."""
     print(f"\n{'engine':<16}{'dtype':<10}" + "".join(f"{row:>12}" for row in rows) + f"{'same tokens':>14}")
     for name, by_row in results.items():
         cells = [cell(by_row.get(row)) for row in rows]
@@ -139,10 +174,14 @@ def report(results: Results, rows: list[str]) -> None:
         print(f"{name:<16}{by_row.get('ready', {}).get('dtype', '-'):<10}" + "".join(f"{c:>12}" for c in cells) + f"{same:>14}")
     units = {row: r[row].get("unit") for r in results.values() for row in rows if row in r}
     print(f"{'':<26}" + "".join(f"{units.get(row) or '':>12}" for row in rows))
-    peer = next((n for n in ("hf-bf16", "hf", *results) if n in results and n.startswith("hf")), None)
+    peer = next((n for n in ("vllm-bf16", "hf-bf16", "hf", *results) if n in results and n.startswith(("hf", "vllm"))), None)
     for name in results if peer else ():
         if name != peer:
             print(f"{name} / {peer:<{23 - len(name)}}" + "".join(f"{ratio(results[name].get(r), results[peer].get(r)):>12}" for r in rows))
+    for name, by_row in results.items():
+        if "logits_apart" in (kernels := by_row.get("kernels", {})):
+            print(f"{name}: logits {kernels['logits_apart']} of their standard deviation from the reference kernels' (at most "
+                  f"{kernels['tolerance']}), greedy tokens {kernels['tokens_short_of_best']} below the best ({kernels['token_tolerance']})")
     for name, by_row in results.items():
         for row, result in by_row.items():
             if "refused" in result:

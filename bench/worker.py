@@ -1,6 +1,7 @@
 """One engine in one process: loads, then answers rows of work with JSON lines. Started by bench/run.py, job as argument.
 
     -> {"row": "ready", "seconds": since the parent started this process}
+    -> {"row": "kernels", "logits_apart": 0.03, "tolerance": 0.1}         minivllm on a GPU: beside the reference kernels
     -> {"row": "check", "tokens": [...], "gaps": [...] | null}
     -> {"row": "c8", "value": 170.2, "unit": "tok/s", "spread": 0.02}      or {"row": ..., "refused": "why there is no figure"}
 """
@@ -19,7 +20,9 @@ from typing import Any
 from minivllm.benchmarks import statistics, workloads
 from minivllm.benchmarks.workloads import Request
 
-ENGINES = {"minivllm": "bench.peers.minivllm_engine", "hf": "bench.peers.hf"}
+ENGINES = {"minivllm": "bench.peers.minivllm_engine", "hf": "bench.peers.hf", "vllm": "bench.peers.vllm"}
+SMALL_CACHE_ROW = "nano8gb"  # nano's work by an engine with SMALL_CACHE, about what a card of 8 GB has left beside the 0.6B shape
+SMALL_CACHE = {"num_gpu_blocks_override": 2800, "block_size": 16}
 Row = dict[str, Any]
 
 
@@ -38,15 +41,23 @@ def main() -> None:
     if job["check"]:
         tokens, gaps = engine.generate_with_gaps(workloads.check_requests())
         say({"row": "check", "tokens": tokens, "gaps": gaps})
+    wrong = None
+    if job["rows"] and job["device"] == "cuda" and hasattr(engine, "check_kernels"):
+        verdict = engine.check_kernels()
+        wrong = verdict.get("refused")
+        say({"row": "kernels", **verdict})
     for name in job["rows"]:
-        if name == "memory":
+        if wrong:  # wrong kernels are fast too
+            say({"row": name, "refused": wrong})
+        if wrong or name == "memory":
             continue
         try:
             say({"row": name, **measure(name, engine, job["repeats"], job["max_len"])})
         except Exception as error:  # one row's failure is its own result
             say({"row": name, "refused": f"{type(error).__name__}: {error}"})
-    if "memory" in job["rows"]:
-        say({"row": "memory", **memory(job["device"])})
+    if "memory" in job["rows"] and not wrong:
+        other = job["engine"] == "vllm"
+        say({"row": "memory", **({"refused": "vLLM's memory belongs to processes of its own"} if other else memory(job["device"]))})
 
 
 def say(row: Row) -> None:
@@ -65,7 +76,8 @@ def run(engine: Any, requests: list[Request]) -> float:
 
 def measure(name: str, engine: Any, repeats: int, max_len: int) -> Row:
     """The figure of one row: the median over `repeats`, each with fresh prompts, after one small warm-up."""
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", name).groups()  # type: ignore[union-attr]
+    work = "nano" if name == SMALL_CACHE_ROW else name
+    kind, number = re.fullmatch(r"([a-z]+)(\d*)", work).groups()  # type: ignore[union-attr]
     rows: dict[str, Callable[[int], tuple[float, str]]] = {
         "c": lambda i: throughput(engine, workloads.uniform(int(number), 128, 128, seed=i)),
         "mixed": lambda i: throughput(engine, workloads.mixed(int(number), seed=i)),

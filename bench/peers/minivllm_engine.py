@@ -10,7 +10,7 @@ from minivllm.benchmarks.workloads import Request
 class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
         self.llm = LLM(model=job["model"], dtype=job["dtype"], device=job["device"], skip_tokenizer_init=job["model"] is not None,
-                       **job["options"])
+                       load_format=job["load_format"], **job["options"])
         self.dtype = str(self.llm.llm_engine.info().dtype)
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
@@ -22,3 +22,13 @@ class Engine:
     def generate_with_gaps(self, requests: list[Request]) -> tuple[list[list[int]], None]:
         """Tokens, and no opinion on how close the second best came: that is the oracle's part."""
         return self.generate(requests), None
+
+    def check_kernels(self) -> dict[str, Any]:
+        """The chosen kernels beside the reference kernels, at full size: see bench/kernel_check.py."""
+        from bench.kernel_check import check
+        from minivllm.engine.executor import LocalExecutor
+
+        executor = self.llm.llm_engine.executor
+        assert isinstance(executor, LocalExecutor) and executor._runner is not None
+        runner = executor._runner
+        return check(runner.model, runner.kv.shape, self.generate)

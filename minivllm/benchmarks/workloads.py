@@ -6,6 +6,7 @@
     ttftL      one                         L                 1                median ms
     bsB        B at once, greedy           128               1, then 257      ms per further output token (TPOT)
     nano       256 at once                 100..1024         100..1024        output tokens / s
+    nano8gb    nano, by an engine with room for 44,800 tokens      output tokens / s
     prefix     64 with a common prefix     2,048 + 64        64               seconds, the prefix being known already
 
 Output lengths are exact: end-of-sequence tokens are ignored. A repetition draws fresh prompts (another seed), so that no

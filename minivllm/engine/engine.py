@@ -265,7 +265,10 @@ class LLMEngine:
         return failed + [self._assemble(progress, result, now) for progress in done if progress.request_id in self._requests]
 
     def _end_failed(self) -> list[OutputDelta]:
-        """A request whose grammar could not be followed ends, all children; nobody else notices."""
+        """A request whose grammar could not be followed ends, and nobody else notices.
+
+        All its unfinished children end with the one that failed: an answer has one status, so the others' could not be given.
+        """
         deltas: list[OutputDelta] = []
         for name, why in self._grammars.take_failed().items():
             request_id = self._owner.get(name)

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from minivllm.models.loader import load_model
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.kv_cache import BlockShape, KVCache
-from minivllm.worker.memory import GIB, CacheSize, Wish, cpu_cache, cuda_cache
+from minivllm.worker.memory import GIB, CacheSize, Ledger, Wish, cpu_cache, cuda_cache
 from minivllm.worker.model_runner import Handle, ModelRunner
 from minivllm.worker.model_runner import Pending as LocalPending
 
@@ -102,6 +103,8 @@ class LocalExecutor:
             kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
         runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, cuda_graphs=device.type == "cuda" and not config.enforce_eager)
+        if size.ledger is not None:
+            _announce_memory(replace(size.ledger, graphs_taken=runner.graph_bytes))
         return cls(runner, device=device, dtype=dtype, max_model_len=size.max_model_len, max_num_batched_tokens=budget)
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -210,4 +213,10 @@ def _announce(spec: ModelSpec, device: torch.device, dtype: torch.dtype, automat
     if size.max_model_len < spec.max_model_len:
         print(f"minivllm: max_model_len lowered from {spec.max_model_len} to {size.max_model_len}, which is what the KV cache holds",
               file=sys.stderr, flush=True)
-    log.info("%s", size.ledger)
+    log.info("%s", size.account)
+
+
+def _announce_memory(ledger: Ledger) -> None:
+    """What a GPU's memory is used for, printed; how the size of the cache came about is in the log."""
+    for line in ledger.table():
+        print(f"minivllm: {line}", file=sys.stderr, flush=True)

@@ -262,6 +262,6 @@ class Grammars:
         return None
 
     def take_failed(self) -> dict[str, str]:
-        """Sequences whose grammar could not be followed since the last call, and why. The caller ends them."""
+        """Sequences whose grammar could not be followed since the last call, and why. The caller ends their requests."""
         failed, self._failed = self._failed, {}
         return failed

@@ -43,6 +43,7 @@ from minivllm.server.protocol import (
     GenerationRequest,
     Strict,
     TokenizeRequest,
+    ignored_header,
     parse,
 )
 from minivllm.server.read_answers import chat_answer
@@ -245,16 +246,14 @@ class Frontend:
         }
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
-        body.extras("", self.config.permissive)
+        ignored = body.extras("", self.config.permissive)
         self.check_model(body.model)
         tokenizer = self.need_tokenizer("tokens")
-        if (body.prompt is None) == (not body.messages):
-            raise InvalidInput("send exactly one of prompt and messages", "prompt")
-        if body.messages:
-            chat = ChatRequest(messages=body.messages, add_generation_prompt=body.add_generation_prompt)
-            chat.ignored(self.config.permissive)
+        chat = body.chat()
+        if chat is not None:
+            ignored += chat.ignored(self.config.permissive)
             chat.check()
-            tokens, _ = await self._chat_prompt(chat, [])
+            tokens, _ = await self._chat_prompt(chat, ignored)
         else:
             text = body.prompt or ""
             special = body.add_special_tokens is not False
@@ -262,17 +261,18 @@ class Frontend:
         strings = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
         return json_response({
             "count": len(tokens), "max_model_len": self.client.info.max_model_len, "tokens": tokens, "token_strs": strings,
-        })
+        }, headers=ignored_header(ignored))
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:
-        body.extras("", self.config.permissive)
+        ignored = body.extras("", self.config.permissive)
         self.check_model(body.model)
         tokenizer = self.need_tokenizer("tokens")
         vocabulary = self.client.info.vocab_size
         for token in body.tokens:
             if not 0 <= token < vocabulary:
                 raise InvalidInput(f"tokens must be ids from 0 to {vocabulary - 1}, got {token}", "tokens")
-        return json_response({"prompt": await self.off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))})
+        text = await self.off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))
+        return json_response({"prompt": text}, headers=ignored_header(ignored))
 
 
 def _params(body: GenerationRequest, defaults: Mapping[str, Any], max_tokens: int, reading: Reading | None) -> SamplingParams:

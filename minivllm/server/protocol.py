@@ -94,7 +94,8 @@ Stop: TypeAlias = Annotated[str | list[str] | None, PlainValidator(_stop, json_s
 Prompt: TypeAlias = Annotated[
     list[str] | list[list[int]], PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
-Content: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
+_TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
+Content: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]})]
 TokenIds: TypeAlias = Annotated[list[int] | None, PlainValidator(_token_ids, json_schema_input_type=list[int] | None)]
 Strings: TypeAlias = Annotated[list[str] | None, PlainValidator(_strings, json_schema_input_type=list[str] | None)]
 
@@ -226,10 +227,13 @@ class CompletionRequest(GenerationRequest):
         return super().sampling(defaults, max_tokens)
 
 
+_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
+
 class Message(Strict):
     """One message of a chat."""
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": list(_ROLES)})
     content: Content = None
     name: str | None = None
     tool_calls: ToolCalls = None  # of an assistant
@@ -242,7 +246,7 @@ class Message(Strict):
     UNSUPPORTED = types.MappingProxyType({
         "refusal": (), "audio": (),
     })
-    ROLES: ClassVar[tuple[str, ...]] = ("developer", "system", "user", "assistant", "tool", "function")
+    ROLES: ClassVar[tuple[str, ...]] = _ROLES
     ONLY_OF: ClassVar[Mapping[str, tuple[str, ...]]] = types.MappingProxyType({
         "tool_calls": ("assistant",), "function_call": ("assistant",), "reasoning": ("assistant",), "reasoning_content": ("assistant",),
         "tool_call_id": ("tool",),
@@ -314,7 +318,7 @@ def _part_text(part: Any, where: str, ignored: list[str]) -> str:
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], FailFast()]
+    messages: Annotated[list[Message], FailFast()] = Field(json_schema_extra={"minItems": 1})
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; wins
     logprobs: bool | None = None
@@ -392,21 +396,46 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(Strict):
-    """`POST /tokenize`: a text, or messages through the chat template."""
+    """`POST /tokenize`: a text, or messages through the chat template, as the endpoints themselves would read them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], FailFast()] = Field(default=[])
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: Tools = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
     return_token_strs: bool | None = None
+
+    UNSUPPORTED = types.MappingProxyType({"mm_processor_kwargs": ()})
+    OF_A_CHAT: ClassVar[tuple[str, ...]] = (
+        "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs", "chat_template",
+    )
+
+    def chat(self) -> ChatRequest | None:
+        """The messages as a chat; None if this is a text."""
+        if (self.prompt is None) == (not self.messages):
+            raise InvalidInput("send exactly one of prompt and messages", "prompt")
+        fields = {name: value for name in self.OF_A_CHAT if (value := getattr(self, name)) is not None}
+        if not self.messages:
+            for name in fields:
+                raise InvalidInput(f"{name} is for messages, and this is a prompt: leave it out", name)
+            return None
+        if self.add_special_tokens:
+            raise InvalidInput("add_special_tokens is for prompts: a chat template writes special tokens itself; leave it out",
+                               "add_special_tokens")
+        if self.tools is not None:
+            fields["tool_choice"] = "required"  # how calls are to be read does not matter here
+        return ChatRequest(messages=self.messages, **fields)
 
 
 class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[int], FailFast()]
+    tokens: Annotated[list[Annotated[int, Field(json_schema_extra={"minimum": 0})]], FailFast()]
 
 
 Request = TypeVar("Request", bound=Strict)

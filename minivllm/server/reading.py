@@ -110,6 +110,11 @@ class OutputReader:
         self._splitter = ReasoningSplitter(reading.begin)
         self._parser = reading.parser()
 
+    @property
+    def thinking(self) -> bool:
+        """Whether reasoning has begun and not ended."""
+        return self._splitter.thinking
+
     def push(self, text: str) -> list[Event]:
         return self._pass_on(self._splitter.push(text))
 

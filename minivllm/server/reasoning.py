@@ -41,6 +41,10 @@ class ReasoningSplitter:
         self._fresh = False  # right behind a tag: white space is part of it
         self._state: Callable[[], bool] = self._answer if begin == "answer" else self._first
 
+    @property
+    def thinking(self) -> bool:
+        return self._state == self._inside
+
     def push(self, text: str) -> list[Event]:
         self._rest += text
         while self._state():

@@ -1,31 +1,27 @@
 """`POST /v1/responses`, stateless: OpenAI's newer shape of a chat, told as a chat to everything behind it.
 
-    input, instructions ──▶ messages ──▶ ChatRequest ──▶ the chat endpoint's Job ──▶ deltas ──▶ output items, or named events
+    input, instructions, tools ──▶ ChatRequest ──▶ the chat endpoint's Job ──▶ deltas ──▶ output items, or named events
+                                                                                          (responses_answer.py)
 
 Nothing is stored, so what refers to an earlier response (`previous_response_id`, `conversation`, items by reference) is refused;
 send the earlier items again: the prefix cache finds their tokens.
 """
 from __future__ import annotations
 
+import dataclasses
 import re
-import time
 import types
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
-from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import MAX_LOGPROBS
-from minivllm.server.answers import Answer, Choice, Job
-from minivllm.server.errors import ApiError, encode
-from minivllm.server.logprobs import TokenNames, chat_entries
+from minivllm.server.errors import ApiError
 from minivllm.server.protocol import ChatRequest, Stop, StreamOptions, Strict, Strings, TokenIds, convert
-from minivllm.server.reading import OutputReader
-from minivllm.server.tool_parsers import Content
+from minivllm.server.responses_answer import ResponsesAnswer
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -40,11 +36,23 @@ NOTHING_TO_INCLUDE = frozenset({
 })
 
 
+# What a tool of OpenAI's may have beside its function; none of it is for a model that runs here.
+_TOOL_OPTIONS = ("allowed_callers", "async", "defer_loading", "output_schema")
+
+
 class TextConfig(Strict):
     """The shape of the answer's text."""
 
     format: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]})] = None
     UNSUPPORTED = types.MappingProxyType({"verbosity": ("medium",)})
+
+
+class ReasoningConfig(Strict):
+    """How much to think. A summary of the reasoning is nobody's to give here; the reasoning itself comes as an item."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    INERT = frozenset({"summary", "generate_summary"})
+    UNSUPPORTED = types.MappingProxyType({"context": ("auto",), "mode": ("standard",)})
 
 
 class ResponsesRequest(Strict):
@@ -60,6 +68,7 @@ class ResponsesRequest(Strict):
     include: Strings = None
     metadata: dict[str, str] | None = None  # given back with the response
     text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
     tools: Annotated[list[Any] | None, WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]})] = None
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})] = None
     parallel_tool_calls: bool | None = None
@@ -90,7 +99,7 @@ class ResponsesRequest(Strict):
     UNSUPPORTED = types.MappingProxyType({
         "access_programs": (), "background": (False,), "background_options": (), "image": (), "conversation": (),
         "previous_response_id": (), "max_tool_calls": (), "moderation": (), "prompt": (),
-        "reasoning": ({}, {"effort": None}, {"effort": "none"}), "truncation": ("disabled",), "context_management": ([],),
+        "truncation": ("disabled",), "context_management": ([],),
         "n": (1,), "prompt_logprobs": (), "return_token_ids": (False,),
     })
     # Names here -> names of the chat request.
@@ -105,6 +114,8 @@ class ResponsesRequest(Strict):
         names = self.extras("", permissive)
         if self.text is not None:
             names += self.text.extras("text.", permissive)
+        if self.reasoning is not None:
+            names += self.reasoning.extras("reasoning.", permissive)
         if self.stream_options is not None:
             names += self.stream_options.extras("stream_options.", permissive)
         names += [f"include.{i}" for i, name in enumerate(self.include or ()) if name in NOTHING_TO_INCLUDE]
@@ -128,12 +139,17 @@ class ResponsesRequest(Strict):
     def wants_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
 
-    def as_chat(self, ignored: list[str]) -> ChatRequest:
+    @property
+    def effort(self) -> str | None:
+        return None if self.reasoning is None else self.reasoning.effort
+
+    def as_chat(self, conversation: Conversation) -> ChatRequest:
         """The same request in the chat endpoint's words."""
         fields: dict[str, Any] = {name: value for name in self.SAME if (value := getattr(self, name)) is not None}
         fields |= {chat: value for own, chat in self.RENAMED.items() if (value := getattr(self, own)) is not None}
-        opening = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        fields["messages"] = opening + read_input(self.input, ignored)
+        fields["messages"] = conversation.messages
+        if self.effort is not None:
+            fields["reasoning_effort"] = self.effort
         if self.wants_logprobs:
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.text is not None and self.text.format is not None:
@@ -152,7 +168,9 @@ class _Chat(ChatRequest):
 
 
 # Names of the chat request -> names here, for errors.
-_CHAT_NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input", "logprobs": "include"}
+_CHAT_NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input", "logprobs": "include",
+               "reasoning_effort": "reasoning.effort"}
+_TOOL = re.compile(r"(tools\.\d+\.)function\.")  # one level deeper in a chat
 
 
 @contextmanager
@@ -162,7 +180,9 @@ def own_names() -> Iterator[None]:
         yield
     except (InvalidInput, ApiError) as error:
         first, dot, rest = (error.param or "").partition(".")
-        if first in _CHAT_NAMES:
+        if first == "tools" and error.param is not None:
+            error.param, error.message = _TOOL.sub(r"\1", error.param), _TOOL.sub(r"\1", error.message)
+        elif first in _CHAT_NAMES:
             error.param = _CHAT_NAMES[first] + (dot + rest if first != "messages" else "")  # messages are numbered otherwise than items
             error.message = re.sub(r"messages\.\d+\.", "input: ", error.message).replace(first, _CHAT_NAMES[first])
         raise
@@ -171,48 +191,105 @@ def own_names() -> Iterator[None]:
 # -- input items as messages --------------------------------------------------------------------------------------------------
 
 
-def read_input(value: Any, ignored: list[str]) -> list[dict[str, Any]]:
-    """A text, or items of a conversation, as a chat's messages."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise InvalidInput("input must be a string or a non-empty list of items", "input")
-    messages: list[dict[str, Any]] = []
-    for i, item in enumerate(value):
-        where = f"input.{i}"
-        if not isinstance(item, dict):
-            raise InvalidInput(f"{where} must be an object such as {{\"role\": \"user\", \"content\": ...}}", where)
+class Conversation:
+    """A chat's messages, made of items one after the other."""
+
+    def __init__(self, ignored: list[str]) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._ignored = ignored
+        self._reasoning: dict[int, str] = {}  # message -> the item that its reasoning was
+        self._thought: tuple[str, str] | None = None  # text and item of reasoning that waits for what came of it
+
+    def read(self, value: Any) -> None:
+        """The `input` of a request: a text, or items."""
+        if isinstance(value, str):
+            self.messages.append({"role": "user", "content": value})
+            return
+        if not isinstance(value, list) or not value:
+            raise InvalidInput("input must be a string or a non-empty list of items", "input")
+        for i, item in enumerate(value):
+            where = f"input.{i}"
+            if not isinstance(item, dict):
+                raise InvalidInput(f"{where} must be an object such as {{\"role\": \"user\", \"content\": ...}}", where)
+            self._add(item, where)
+        self._drop_thought()
+
+    def _add(self, item: dict[str, Any], where: str) -> None:
         kind = item.get("type", "message")
         if kind == "message":
-            messages.append(_message(item, where, ignored))
+            self._add_message(item, where)
         elif kind == "function_call":
-            _add_call(messages, item, where)
+            self._add_call(item, where)
         elif kind == "function_call_output":
-            _fields(item, where, ("call_id", "output"))
-            content = _content(item["output"], where + ".output", ignored)
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
-        elif kind == "reasoning":  # of an earlier turn: templates leave it out as well
-            ignored.append(where)
+            _fields(item, where, ("call_id", "output"), ("name",))
+            self._drop_thought()
+            content = _content(item["output"], where + ".output", self._ignored)
+            name = {"name": item["name"]} if item.get("name") is not None else {}
+            self.messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content, **name})
+        elif kind == "reasoning":
+            self._add_reasoning(item, where)
         else:
             raise NotSupportedYet(f"{where}: items of type {kind!r} are not supported yet", where + ".type")
-    return messages
+
+    def _add_message(self, item: dict[str, Any], where: str) -> None:
+        _fields(item, where, ("role", "content"))
+        if not isinstance(item["role"], str):
+            raise InvalidInput(f"{where}.role must be a string", where + ".role")
+        message = {"role": item["role"], "content": _content(item["content"], where + ".content", self._ignored)}
+        if item["role"] == "assistant":
+            self._assistant(message)
+        else:
+            self._drop_thought()
+            self.messages.append(message)
+
+    def _add_call(self, item: dict[str, Any], where: str) -> None:
+        """A call of a function; calls in a row are one message of the assistant."""
+        _fields(item, where, ("call_id", "name", "arguments"))
+        for name in ("call_id", "name", "arguments"):
+            if not isinstance(item[name], str):
+                raise InvalidInput(f"{where}.{name} must be a string", f"{where}.{name}")
+        call = {"id": item["call_id"], "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
+        if self._thought is None and self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages[-1].setdefault("tool_calls", []).append(call)
+        else:
+            self._assistant({"role": "assistant", "content": None, "tool_calls": [call]})
+
+    def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
+        """Of an earlier turn: for the assistant's message that it led to, as far as the chat template takes it."""
+        _fields(item, where, (), ("summary", "content", "encrypted_content"))
+        self._drop_thought()
+        parts = item.get("content") or []
+        if not isinstance(parts, list) or not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+            raise InvalidInput(f"{where}.content must be a list of parts with text", where + ".content")
+        self._thought = "\n".join(part["text"] for part in parts), where
+        if not self._thought[0]:
+            self._drop_thought()
+
+    def _assistant(self, message: dict[str, Any]) -> None:
+        if self._thought is not None:
+            message["reasoning"], self._reasoning[len(self.messages)] = self._thought
+            self._thought = None
+        self.messages.append(message)
+
+    def _drop_thought(self) -> None:
+        if self._thought is not None:
+            self._ignored.append(self._thought[1])
+            self._thought = None
+
+    def own_name(self, name: str) -> str:
+        """An ignored part of the messages, as the item that it came from."""
+        found = re.fullmatch(r"messages\.(\d+)\.reasoning_content", name)
+        return name if found is None else self._reasoning[int(found[1])]
 
 
-def _fields(item: dict[str, Any], where: str, required: Sequence[str]) -> None:
-    known = (*required, "type", "id", "status", "phase")  # the last three: of items that this API gave out
+def _fields(item: dict[str, Any], where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    known = (*required, *optional, "type", "id", "status", "phase")  # the last three: of items that this API gave out
     for name in required:
         if name not in item:
             raise InvalidInput(f"{where}.{name} is required", f"{where}.{name}")
-    for name in item:
-        if name not in known:
+    for name, value in item.items():
+        if name not in known and value is not None:
             raise InvalidInput(f"unknown field '{where}.{name}'{nearest(name, known)}", f"{where}.{name}")
-
-
-def _message(item: dict[str, Any], where: str, ignored: list[str]) -> dict[str, Any]:
-    _fields(item, where, ("role", "content"))
-    if not isinstance(item["role"], str):
-        raise InvalidInput(f"{where}.role must be a string", where + ".role")
-    return {"role": item["role"], "content": _content(item["content"], where + ".content", ignored)}
 
 
 def _content(content: Any, where: str, ignored: list[str]) -> str | list[dict[str, str]]:
@@ -238,16 +315,6 @@ def _content(content: Any, where: str, ignored: list[str]) -> str | list[dict[st
     return parts
 
 
-def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
-    """A call of a function; calls in a row are one message of the assistant."""
-    _fields(item, where, ("call_id", "name", "arguments"))
-    call = {"id": item["call_id"], "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
-    if messages and messages[-1]["role"] == "assistant":
-        messages[-1].setdefault("tool_calls", []).append(call)
-    else:
-        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-
-
 def _chat_format(form: Any) -> Any:
     """`{"type": "json_schema", "name": ..., "schema": ...}` here is one level deeper in a chat."""
     if isinstance(form, dict) and form.get("type") == "json_schema":
@@ -259,143 +326,24 @@ def _chat_tool(tool: Any, where: str) -> dict[str, Any]:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind != "function":
         raise NotSupportedYet(f"{where}: only tools of type 'function' are supported, got {kind!r}", where + ".type")
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+    for name in _TOOL_OPTIONS:
+        if tool.get(name) not in (None, False):
+            raise NotSupportedYet(f"{where}.{name} is not supported: leave it out", f"{where}.{name}")
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name not in ("type", *_TOOL_OPTIONS)}}
 
 
 def _chat_tool_choice(choice: Any) -> Any:
-    if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
-        return {"type": "function", "function": {"name": choice["name"]}}
-    return choice
+    if isinstance(choice, str):
+        return choice
+    if not isinstance(choice, dict) or choice.get("type") == "function":
+        name = choice.get("name") if isinstance(choice, dict) else None
+        if not isinstance(name, str) or choice.keys() != {"type", "name"}:
+            raise InvalidInput('tool_choice must be a word or {"type": "function", "name": ...}', "tool_choice")
+        return {"type": "function", "function": {"name": name}}
+    raise NotSupportedYet(f"tool_choice.type {choice.get('type')!r} is not supported: name a function", "tool_choice.type")
 
 
-# -- the answer ---------------------------------------------------------------------------------------------------------------
-
-
-class ResponsesAnswer(Answer):
-    """One message of output text."""
-
-    OBJECT = CHUNK_OBJECT = "response"
-    TAIL = ""
-
-    def __init__(self, job: Job, names: TokenNames, request: ResponsesRequest) -> None:
-        super().__init__(job, names)
-        self._request = request
-        self._item_id = "msg_" + uuid.uuid4().hex
-        self._number = 0  # of the next event
-        self._logprobs: list[dict[str, Any]] = []
-        self._reader = None if job.reading is None else OutputReader(job.reading)
-
-    @staticmethod
-    def text_opening() -> str:
-        return ""
-
-    def new_logprobs(self, choice: Choice, token_ids: Sequence[int], entries: Sequence[Any]) -> Any:
-        return chat_entries(self.names, (entry for entry in entries if entry is not None), self.top_logprobs or 0)
-
-    def chunk_choice(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
-        raise NotImplementedError("events have a shape of their own")
-
-    whole_choice = chunk_choice  # type: ignore[assignment]
-
-    # -- whole
-
-    def keep(self, prompt: int, deltas: Sequence[OutputDelta]) -> None:
-        for _ in self._texts(prompt, deltas):
-            pass
-
-    def whole(self) -> dict[str, Any]:
-        return self._response(self._status())
-
-    # -- streamed
-
-    def first(self) -> bytes:
-        response = self._response("in_progress")
-        item = {**self._item("in_progress"), "content": []}
-        return b"".join((
-            self._say("response.created", response=response), self._say("response.in_progress", response=response),
-            self._say("response.output_item.added", output_index=0, item=item),
-            self._say("response.content_part.added", **self._place(), part={**self._part(), "text": "", "logprobs": []}),
-        ))
-
-    def chunk(self, prompt: int, deltas: Sequence[OutputDelta]) -> bytes:
-        return b"".join(
-            self._say("response.output_text.delta", **self._place(), delta=text, logprobs=_without_bytes(logprobs))
-            for text, logprobs in self._texts(prompt, deltas) if text or logprobs
-        )
-
-    def last(self) -> bytes:
-        status = self._status()
-        text = "".join(self.choices[0].pieces)
-        return b"".join((
-            self._say("response.output_text.done", **self._place(), text=text, logprobs=_without_bytes(self._logprobs)),
-            self._say("response.content_part.done", **self._place(), part=self._part()),
-            self._say("response.output_item.done", output_index=0, item=self._item(status)),
-            self._say(f"response.{status}", response=self._response(status)),
-        ))
-
-    def failed(self, error: ApiError) -> bytes:
-        response = self._response("failed")
-        response["error"] = {"code": "server_error", "message": error.message}
-        return self._say("response.failed", response=response)
-
-    # -- pieces
-
-    def _texts(self, prompt: int, deltas: Sequence[OutputDelta]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        for choice, delta in self._take(prompt, deltas):
-            text, logprobs = self._news(choice, delta)
-            if self._reader is not None:  # reasoning is not part of the output text
-                events = self._reader.push(text) + (self._reader.finish() if delta.finish_reason is not None else [])
-                text = "".join(event.text for event in events if isinstance(event, Content))
-            choice.pieces.append(text)
-            self._logprobs += logprobs or []
-            yield text, logprobs or []
-
-    def _say(self, kind: str, **fields: Any) -> bytes:
-        number, self._number = self._number, self._number + 1
-        return b"event: " + kind.encode() + b"\ndata: " + encode({"type": kind, "sequence_number": number, **fields}) + b"\n\n"
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _part(self) -> dict[str, Any]:
-        return {"type": "output_text", "text": "".join(self.choices[0].pieces), "annotations": [], "logprobs": self._logprobs}
-
-    def _item(self, status: str) -> dict[str, Any]:
-        return {"type": "message", "id": self._item_id, "status": status, "role": "assistant", "content": [self._part()]}
-
-    def _status(self) -> str:
-        return "completed" if self.choices[0].finish_reason == "stop" else "incomplete"
-
-    def _response(self, status: str) -> dict[str, Any]:
-        """The response object as far as it has come."""
-        request, params = self._request, self.job.requests[0].params
-        ended = status in ("completed", "incomplete")
-        reason = "max_output_tokens" if self.choices[0].finish_reason == "length" else self.choices[0].finish_reason
-        form = request.text.format if request.text is not None and request.text.format is not None else {"type": "text"}
-        return {
-            "id": self.job.id, "object": "response", "created_at": self.job.created, "completed_at": int(time.time()) if ended else None,
-            "status": status, "error": None, "incomplete_details": {"reason": reason} if status == "incomplete" else None,
-            "instructions": request.instructions, "max_output_tokens": request.max_output_tokens, "model": self.job.model,
-            "output": [self._item(status)] if ended else [], "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
-            "temperature": params.temperature, "top_p": params.top_p, "top_logprobs": request.top_logprobs or 0,
-            "text": {"format": form}, "tool_choice": request.tool_choice or "auto", "tools": request.tools or [], "truncation": "disabled",
-            "background": False, "metadata": request.metadata or {}, "user": None, "usage": self._usage() if ended else None,
-        }
-
-    def _usage(self) -> dict[str, Any]:
-        usage = self.usage()
-        return {
-            "input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
-            "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage["total_tokens"],
-        }
-
-
-def _without_bytes(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events name tokens without their bytes."""
-    return [{"token": e["token"], "logprob": e["logprob"], "top_logprobs": [{"token": t["token"], "logprob": t["logprob"]}
-             for t in e["top_logprobs"]]} for e in entries]
+# -- answering ----------------------------------------------------------------------------------------------------------------
 
 
 async def respond(frontend: Frontend, body: ResponsesRequest) -> Response:
@@ -405,10 +353,13 @@ async def respond(frontend: Frontend, body: ResponsesRequest) -> Response:
 
     ignored = body.ignored(frontend.config.permissive)
     body.check()
+    conversation = Conversation(ignored)
+    if body.instructions is not None:
+        conversation.messages.append({"role": "system", "content": body.instructions})
+    conversation.read(body.input)
     with own_names():
-        chat = body.as_chat(ignored)
+        chat = body.as_chat(conversation)
         chat.ignored(False)  # raises over what the chat endpoint does not support
-        if chat.tool_use() is not None:
-            raise NotSupportedYet("tools are not supported yet at this endpoint: use /v1/chat/completions", "tools")
         job = await frontend.chat_job(chat, ignored, "resp_")
+    job = dataclasses.replace(job, ignored=tuple(map(conversation.own_name, job.ignored)))
     return GenerationResponse(frontend.client, frontend.running, ResponsesAnswer(job, frontend.tokenizer or NoNames(), body))

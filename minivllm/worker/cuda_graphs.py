@@ -131,9 +131,9 @@ class StepGraphs:
                 pool = graphs[shape].pool
         self._decodes = [graphs[shape] for shape in shapes if shape[2]]
         self._mixed = [graphs[shape] for shape in shapes if not shape[2]]
-        taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
+        self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
-                 max((g.tokens for g in self._mixed), default=0), taken >> 20)
+                 max((g.tokens for g in self._mixed), default=0), self.bytes_taken >> 20)
 
     def find(self, columns: Columns) -> Graph | None:
         """The smallest graph that a step fits into; None: it runs eagerly."""

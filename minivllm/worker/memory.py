@@ -11,7 +11,7 @@ On a GPU the peak is measured by running the largest step there can be, sampler 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,31 @@ class CacheSize:
 
     num_blocks: int
     max_model_len: int
-    ledger: str  # one line for the log
+    account: str  # one line for the log
+    ledger: Ledger | None = None  # on a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where the memory of a GPU goes, in bytes, each figure measured."""
+
+    total: int
+    weights: int
+    step: int  # what the largest step needs beyond them, for a moment
+    other: int  # in use for what is not ours to choose: the driver's context, compiled kernels, other programs
+    graphs_planned: int
+    cache: int = 0
+    graphs_taken: int = 0  # known once they are captured
+
+    def table(self) -> tuple[str, str]:
+        """Two lines in GiB: what the columns are, and the figures. What is left over nobody may use: see gpu_memory_utilization."""
+        used = self.weights + self.step + self.graphs_taken + self.cache + self.other
+        columns = {"weights": self.weights, "peak of a step": self.step, "CUDA graphs": self.graphs_taken,
+                   "(set aside)": self.graphs_planned, "KV cache": self.cache, "other use": self.other,
+                   "left": self.total - used, "total": self.total}
+        widths = [max(len(name), 7) + 2 for name in columns]
+        return ("GPU memory, GiB" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)),
+                " " * 15 + "".join(f"{value / GIB:{width}.2f}" for value, width in zip(columns.values(), widths, strict=True)))
 
 
 def size_cache(wish: Wish, shape: BlockShape, budget: int, account: str, remedy: tuple[str, str]) -> CacheSize:
@@ -123,7 +147,9 @@ def cuda_cache(
     fix = f"raise it to {least + 0.005:.2f}" if least < 0.99 else "there is no room on this GPU; use a smaller model"
     if max_num_batched_tokens > 1024:
         fix += ", or lower max_num_batched_tokens, which sets the peak of a step"
-    return size_cache(wish, shape, budget, account, ("gpu_memory_utilization", fix))
+    size = size_cache(wish, shape, budget, account, ("gpu_memory_utilization", fix))
+    ledger = Ledger(total, weights, peak, in_use - weights, graph_bytes, size.num_blocks * shape.block_bytes)
+    return replace(size, ledger=ledger)
 
 
 @torch.inference_mode()

@@ -119,6 +119,11 @@ class ModelRunner:
         self.sampler = self._new_sampler()
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs) if cuda_graphs else None
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that capturing graphs has taken."""
+        return 0 if self._graphs is None else self._graphs.bytes_taken
+
     def _new_sampler(self) -> Sampler:
         max_num_seqs, eos_token_ids = self._sizes
         return Sampler(max_num_seqs, self.model.spec.vocab_size, self.model.build.device, eos_token_ids, self.model.build.ops)

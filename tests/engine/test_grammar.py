@@ -332,6 +332,36 @@ def test_the_text_of_a_special_token_is_text_where_a_grammar_asks_for_it(llm: LL
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_step(folder: Path, ahead: bool) -> None:
+    """A request is answered as a whole or not at all: what its healthy children would still write, nobody could be told."""
+    with engine(folder, async_scheduling=ahead) as llm:
+        core = llm.llm_engine
+        allowed = [core.tokenizer.token_to_id(c) for c in "abc"]  # type: ignore[union-attr]
+        wish = {"regex": "a[0-9]|b{60}|c"}  # one letter each: stuck, far from the end, complete
+        core.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, allowed_token_ids=allowed, n=8, max_tokens=70, seed=1))
+        core.add_request("fine", [5, 6], SamplingParams(structured_outputs={"regex": "b{20}"}, max_tokens=70))
+        texts, steps = [""] * 8, []
+        while core.has_unfinished_requests():
+            deltas = core.step()
+            core.scheduler.check()
+            for delta in deltas:
+                if delta.request_id == "x":
+                    texts[delta.index] += delta.text
+            steps.append({d.index: d for d in deltas if d.request_id == "x" and d.finish_reason is not None})
+            if delta := next((d for d in deltas if d.request_id == "fine" and d.finish_reason is not None), None):
+                assert delta.finish_reason == "stop", "another request notices nothing"
+        ends = [step for step in steps if step]
+        assert sum(map(len, ends)) == 8
+        complete = {index: delta for step in ends[:-1] for index, delta in step.items()}
+        assert complete and all(delta.finish_reason == "stop" and texts[index] == "c" for index, delta in complete.items())
+        assert {texts[index][0] for index in ends[-1]} == {"a", "b"}, "the seed is one that has all three kinds"
+        for delta in ends[-1].values():
+            assert (delta.finish_reason, delta.error_param) == ("error", "structured_outputs.regex")
+            assert "other settings" in str(delta.error)
+        assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: bool) -> None:
     """Planning ahead, a step of the aborted request is still under way when another one takes its name."""
     with engine(folder, async_scheduling=ahead) as llm:

@@ -1,6 +1,7 @@
-"""A tokenizer folder for scripted engines; no torch."""
+"""What all tests of the server share; no torch."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,18 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder for scripted engines."""
     from tests.conftest import write_tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tiny_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Clients read the machine's certificates whenever one is made, which takes longer than most tests; here all is plain HTTP."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SSL_CERT_FILE", raising=False)
+        patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("no_certificates")))
+        yield

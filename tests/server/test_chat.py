@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from minivllm.engine.chat_template import ChatTemplate
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 MODEL = "org/fake-model"
@@ -141,8 +142,6 @@ def test_any_served_name_works_and_the_answer_carries_it(tokenizer_folder: Path)
 
 
 def test_a_template_given_to_the_server_replaces_the_models(tokenizer_folder: Path) -> None:
-    from minivllm.engine.chat_template import ChatTemplate
-
     engine = ScriptedEngine(tokenizer_folder)
     engine.tokenizer.chat_template = ChatTemplate("{% for m in messages %}{{ m.role }}|{% endfor %}{{ mood }}")
     with scripted_server(engine) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
@@ -159,3 +158,30 @@ def test_tokenize_and_detokenize_are_inverse(live: LiveServer, engine: ScriptedE
     assert httpx.post(live.url + "/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "the cat"}
     chat = httpx.post(live.url + "/tokenize", json={"messages": HELLO}).json()
     assert engine.tokenizer.decode(chat["tokens"]) == "<s>user: hello</s><s>assistant: "
+
+
+def test_messages_are_tokenized_with_all_that_the_chat_endpoint_would_write_into_the_prompt(tokenizer_folder: Path) -> None:
+    import httpx
+
+    engine = ScriptedEngine(tokenizer_folder, max_model_len=2048)
+    engine.tokenizer.chat_template = ChatTemplate("{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{{ mood }}"
+                                                  "{% for m in messages %}{{ m.content }}{% endfor %}"
+                                                  "{% if add_generation_prompt %}>{% endif %}")
+    clock = {"type": "function", "function": {"name": "clock"}}
+    with scripted_server(engine, tool_call_parser="hermes") as live:
+        for more in ({"tools": [clock]}, {"chat_template_kwargs": {"mood": "glad"}}, {"continue_final_message": True}):
+            body = {"messages": [{"role": "user", "content": "x"}], **more}
+            told = httpx.post(live.url + "/tokenize", json=body)
+            assert httpx.post(live.url + "/v1/chat/completions", json=body).status_code == 200
+            assert told.json()["tokens"] == list(engine.seen[-1].prompt), more
+        assert httpx.post(live.url + "/tokenize", json={**body, "chat_template_kwargs": {"mod": 1}}).headers[
+            "x-minivllm-ignored"] == "chat_template_kwargs.mod"
+        for wrong, param in (
+            ({"prompt": "x", "tools": [clock]}, "tools"), ({"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt"),
+            ({**body, "add_special_tokens": True}, "add_special_tokens"), ({**body, "tools": []}, "tools"),
+            ({**body, "tools": [{"type": "function", "function": {"nam": "x", "name": "x"}}]}, "tools.0.function.nam"),
+            ({**body, "chat_template": "x"}, "chat_template"),
+            ({**body, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ):
+            refused = httpx.post(live.url + "/tokenize", json=wrong)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)

@@ -61,7 +61,9 @@ def exchange(live: LiveServer, raw: bytes, *, whole: bool) -> bytes:
             connection.shutdown(socket.SHUT_WR)
             while piece := connection.recv(65536):
                 answer += piece
-        except (ConnectionResetError, BrokenPipeError):
+        except TimeoutError:
+            raise
+        except OSError:  # the server has hung up already: reset, broken pipe, or not connected any more
             pass
     return answer
 

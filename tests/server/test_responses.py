@@ -158,13 +158,3 @@ def test_a_failure_in_the_middle_of_a_stream_is_a_failed_response(tokenizer_fold
         last = json.loads([line for line in lines if line.startswith("data: ")][-1].removeprefix("data: "))
     assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
     assert last["response"]["error"]["code"] == "server_error" and "secret" not in json.dumps(last)
-
-
-def test_what_a_model_thinks_is_no_part_of_the_output_text(tokenizer_folder: Path) -> None:
-    engine = ScriptedEngine(tokenizer_folder)
-    engine.script = lambda prompt, params, child: [((5,), "<think>hm"), ((6,), "</think>"), ((7,), "yes"), ((EOS,), "")]
-    with scripted_server(engine, reasoning_parser="deepseek_r1") as live:
-        assert httpx.post(live.url + PATH, json={"input": "x"}).json()["output"][0]["content"][0]["text"] == "yes"
-        with openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
-            events = api.responses.create(model=MODEL, input="x", stream=True)
-            assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "yes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ from minivllm.errors import InvalidInput
 from minivllm.families import KVSpec
 from minivllm.kernels import select
 from minivllm.worker.kv_cache import BlockShape, KVCache
-from minivllm.worker.memory import CPU_MINIMUM, MIB, Wish, available_host_memory, cpu_cache, size_cache
+from minivllm.worker.memory import CPU_MINIMUM, MIB, Ledger, Wish, available_host_memory, cpu_cache, size_cache
 from tests.worker.test_batch import plan
 
 CPU = torch.device("cpu")
@@ -189,3 +191,18 @@ def test_the_cache_of_a_small_model_stays_small_on_a_cpu():
 
 def test_the_systems_free_memory_is_read():
     assert 64 * MIB < available_host_memory() < 1 << 50
+
+
+def test_the_ledger_of_a_gpu_is_a_table_of_two_lines_whose_figures_add_up_to_the_total():
+    gib = 1 << 30
+    ledger = Ledger(total=8 * gib, weights=gib, step=gib // 2, other=3 * gib // 4, graphs_planned=gib // 4, cache=5 * gib,
+                    graphs_taken=gib // 8)
+    names, figures = ledger.table()
+    assert len(names) == len(figures)
+    columns = [name.strip() for name in names.split("  ")[1:] if name]
+    assert columns == ["weights", "peak of a step", "CUDA graphs", "(set aside)", "KV cache", "other use", "left", "total"]
+    assert figures.split() == ["1.00", "0.50", "0.12", "0.25", "5.00", "0.75", "0.62", "8.00"]
+    for name, figure in zip(columns, figures.split(), strict=True):  # right-aligned under its name
+        assert names.index(name) + len(name) == figures.index(f" {figure}") + 1 + len(figure)
+    many = replace(ledger, total=1000 * gib).table()
+    assert len(many[0]) == len(many[1]) and many[1].endswith(" 1000.00")

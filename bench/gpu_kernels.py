@@ -1,0 +1,293 @@
+"""Every Triton kernel alone, at a model's sizes: first whether it is right, then how close it comes to what the GPU can do.
+
+    python -m bench.gpu_kernels --shape qwen3-0.6b [--rows 1,8,32,128] [--only linear,decode,prompt,norm,sampler] [--save FILE]
+
+A row compares the kernel with the reference on the same random inputs and has no figure where they differ. `MB` is what must be moved
+at least once: weights, inputs, outputs, keys and values; `of copy` may pass 100%, since reading alone is faster than copying. The
+prediction for a small card divides the bytes by its bandwidth; it stands only where bandwidth decides even there.
+"""
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench import gpu_timing, machine, models
+from bench.gpu_timing import CARD, CARD_BYTES, CARD_FLOPS, Ceiling, copies_beyond_l2, seconds
+from minivllm.families import ModelSpec, parse_config
+from minivllm.kernels import REFERENCE, Ops
+from minivllm.kernels.layout import InputBatch, KVLayer
+
+BLOCK_SIZE = 16
+RMS, WORST = 0.01, 0.05  # of the reference: the error's root mean square over its own, the largest error over its largest value
+DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256": [256] * 32, "128 x 256": [256] * 128,
+           "256 x 200..1800": sorted((random.Random(i).randint(200, 1800) for i in range(256)), reverse=True)}  # fmt: skip
+PROMPTS = (2048, 8000)
+LAUNCH = 1 << 20  # bytes: with fewer a kernel's own beginning and end decide, not bandwidth
+KINDS = ("linear", "decode", "prompt", "norm", "sampler")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: the same call on several copies of its data, and its work."""
+
+    name: str
+    size: str
+    calls: Sequence[Callable[[], Any]]
+    wrong: Callable[[], str]  # "" if the kernel's result is the reference's
+    num_bytes: int
+    flops: int = 0
+
+
+class Maker:
+    """Random inputs of a model's sizes, and the cases made of them."""
+
+    def __init__(self, spec: ModelSpec, ops: Ops, device: torch.device, dtype: torch.dtype = torch.bfloat16, draws: int = 128) -> None:
+        """draws: rows whose tokens are compared, whatever number is timed: each is a program of its own."""
+        self.spec, self.ops, self.device, self.dtype, self.draws = spec, ops, device, dtype, draws
+        torch.manual_seed(0)
+
+    def random(self, *size: int, std: float = 1.0) -> Tensor:
+        return torch.empty(size, dtype=self.dtype, device=self.device).normal_(0.0, std)
+
+    # -- linears --------------------------------------------------------------------------------------------------------
+
+    def linears(self, rows: Sequence[int]) -> Iterator[Case]:
+        s = self.spec
+        heads = s.num_heads * s.head_dim
+        yield from self._linear("norm + qkv", heads + 2 * s.num_kv_heads * s.head_dim, s.hidden_size, rows, norm=True)
+        yield from self._linear("o + residual", s.hidden_size, heads, rows, add=True)
+        gated = s.mlp == "gated"
+        yield from self._linear("norm + gate, up", s.intermediate_size, s.hidden_size, rows, norm=True, gated=gated)
+        yield from self._linear("down + residual", s.hidden_size, s.intermediate_size, rows, add=True)
+        yield from self._linear("norm + head", s.vocab_size, s.hidden_size, rows, norm=True)
+
+    def _linear(self, name: str, n: int, k: int, rows: Sequence[int], norm: bool = False, gated: bool = False,
+                add: bool = False) -> Iterator[Case]:
+        height = 2 * n if gated else n
+        weights = [self.random(height, k, std=k**-0.5) for _ in range(copies_beyond_l2(2 * height * k, self.device))]
+        before = (1.0 + self.random(k, std=0.1), self.spec.norm_eps) if norm else None
+        for t in rows:
+            x, residual = self.random(t, k), self.random(t, n) if add else None
+
+            def call(weight: Tensor, ops: Ops = self.ops, x: Tensor = x, residual: Tensor | None = residual) -> Tensor:
+                return ops.fused_linear(x, weight, norm=before, gated=gated, residual=residual)
+
+            def wrong(call: Callable[..., Tensor] = call, residual: Tensor | None = residual) -> str:
+                both = [call(weights[-1], ops, residual=None if residual is None else residual.clone()) for ops in (self.ops, REFERENCE)]
+                return compare(*both)
+
+            yield Case(name, f"{t} x {k} -> {n}", [lambda w=w, call=call: call(w) for w in weights], wrong,
+                       2 * (height * k + t * (k + n + (n if add else 0))), 2 * t * height * k)
+
+    # -- attention ------------------------------------------------------------------------------------------------------
+
+    def decodes(self, sizes: dict[str, list[int]]) -> Iterator[Case]:
+        for size, lens in sizes.items():
+            yield self._attention("decode attention", size, [1] * len(lens), lens)
+
+    def prompts(self, lengths: Sequence[int]) -> Iterator[Case]:
+        for length in lengths:
+            if length <= self.spec.max_model_len:
+                yield self._position(length)
+                yield self._attention("position, store, prompt attention", str(length), [length], [length])
+
+    def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int]) -> Case:
+        s, (batch, caches, args) = self.spec, self._step(query_lens, lens)
+        metas = {ops: self._prepare(ops, batch) for ops in (self.ops, REFERENCE)}
+
+        def call(kv: KVLayer, ops: Ops = self.ops) -> Tensor:
+            return ops.self_attention(args["qkv"], kv, batch.slots[0], metas[ops], **args["how"])
+
+        def wrong() -> str:
+            pair = [KVLayer(caches[-1].k.clone(), caches[-1].v.clone()) for _ in range(2)]
+            got, want = (call(kv, ops) for kv, ops in zip(pair, (self.ops, REFERENCE), strict=True))
+            return compare(got, want) or compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v)
+
+        tokens, per_token = sum(query_lens), 2 * s.num_heads * s.head_dim + 2 * s.num_kv_heads * s.head_dim
+        pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(query_lens, lens, strict=True))  # of a query and a key it sees
+        moved = 2 * (2 * sum(lens) * s.num_kv_heads * s.head_dim + tokens * per_token)
+        return Case(name, size, [lambda kv=kv: call(kv) for kv in caches], wrong, moved, 4 * pairs * s.num_heads * s.head_dim)
+
+    def _position(self, length: int) -> Case:
+        """The kernel before the prompts' attention, which is left out here."""
+        from minivllm.kernels.triton import attention
+
+        s, (batch, caches, args) = self.spec, self._step([length], [length])
+        meta = self._prepare(self.ops, batch)
+
+        def call(kv: KVLayer) -> Tensor:
+            with mock.patch.object(attention, "_attend_prompts") as rest:
+                self.ops.self_attention(args["qkv"], kv, batch.slots[0], meta, **args["how"])
+            return rest.call_args.args[1]  # queries and keys, normalised and rotated
+
+        def wrong() -> str:
+            pair = [KVLayer(caches[-1].k.clone(), caches[-1].v.clone()) for _ in range(2)]
+            qk = call(pair[0])
+            REFERENCE.self_attention(args["qkv"], pair[1], batch.slots[0], self._prepare(REFERENCE, batch), **args["how"])
+            keys = pair[1].k.view(-1, s.num_kv_heads, s.head_dim)[batch.slots[0]]
+            return compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v) or compare(qk[:, s.num_heads :], keys)
+
+        moved = 2 * length * s.head_dim * (2 * s.num_heads + 5 * s.num_kv_heads + 2)
+        return Case("position and store", str(length), [lambda kv=kv: call(kv) for kv in caches], wrong, moved)
+
+    def _prepare(self, ops: Ops, batch: InputBatch) -> Any:
+        s = self.spec
+        return ops.prepare_attention(batch, 0, block_size=BLOCK_SIZE, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads,
+                                     head_dim=s.head_dim, window=None, dtype=self.dtype)
+
+    def _step(self, query_lens: list[int], lens: list[int]) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
+        """A batch over scattered blocks, caches for it, and what `self_attention` takes beside them."""
+        s, device = self.spec, self.device
+        batch = scattered(query_lens, lens, device)
+        shape = (sum(-(-n // BLOCK_SIZE) for n in lens) + 1, BLOCK_SIZE, s.num_kv_heads, s.head_dim)
+        num_bytes = 4 * shape[0] * BLOCK_SIZE * s.num_kv_heads * s.head_dim
+        caches = [KVLayer(self.random(*shape), self.random(*shape)) for _ in range(copies_beyond_l2(num_bytes, device))]
+        heads = s.num_heads + s.num_kv_heads
+        how: dict[str, Any] = {"scale": s.head_dim**-0.5}
+        if s.rope is not None:
+            inv_freq = s.rope.theta ** -(torch.arange(0, s.head_dim, 2, device=device) / s.head_dim)
+            how["rope"] = self.ops.rope_angles(batch.positions, inv_freq, 1.0, self.dtype)
+        if s.qk_norm:
+            how["qk_norm"] = 1.0 + self.random(heads, s.head_dim, std=0.1), s.norm_eps
+        return batch, caches, {"qkv": self.random(sum(query_lens), (heads + s.num_kv_heads) * s.head_dim), "how": how}
+
+    # -- the rest -------------------------------------------------------------------------------------------------------
+
+    def norms(self, rows: Sequence[int]) -> Iterator[Case]:
+        n, eps = self.spec.hidden_size, self.spec.norm_eps
+        weight = 1.0 + self.random(n, std=0.1)
+        for t in rows:
+            xs = [self.random(t, n) for _ in range(copies_beyond_l2(4 * t * n, self.device))]
+
+            def wrong(x: Tensor = xs[-1]) -> str:
+                return compare(self.ops.rms_norm(x, weight, eps), REFERENCE.rms_norm(x, weight, eps))
+
+            yield Case("rms_norm", f"{t} x {n}", [lambda x=x: self.ops.rms_norm(x, weight, eps) for x in xs], wrong, 2 * (2 * t * n + n))
+
+    def samplers(self, rows: Sequence[int]) -> Iterator[Case]:
+        vocab = self.spec.vocab_size
+        for kind in ("greedy", "drawn", "drawn, top_p 0.9"):
+            for t in rows:
+                logits = [self.random(t, vocab, std=4.0) for _ in range(copies_beyond_l2(2 * t * vocab, self.device))]
+
+                def wrong(kind: str = kind) -> str:
+                    some = self.random(self.draws, vocab, std=4.0)
+                    args, filters = self._how_to_draw(kind, self.draws)
+                    got, want = (ops.sample(some, *args, **filters) for ops in (self.ops, REFERENCE))
+                    if kind == "greedy":  # largest logits may be equal
+                        got, want = (some.gather(1, tokens[:, None]) for tokens in (got, want))
+                    differ = int((got != want).sum())
+                    return "" if differ <= 1 else f"{differ} of {self.draws} tokens differ"  # one may, where the best two scores are equal
+
+                args, filters = self._how_to_draw(kind, t)
+                calls = [lambda x=x, args=args, filters=filters: self.ops.sample(x, *args, **filters) for x in logits]
+                yield Case(f"sampler, {kind}", f"{t} x {vocab}", calls, wrong, 2 * t * vocab)
+
+    def _how_to_draw(self, kind: str, rows: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+        temperature = torch.full((rows,), 0.0 if kind == "greedy" else 0.8, device=self.device)
+        keys = torch.randint(-(2**31), 2**31 - 1, (rows, 2), dtype=torch.int32, device=self.device)
+        return (temperature, keys), {"top_p": torch.full((rows,), 0.9, device=self.device)} if "top_p" in kind else {}
+
+
+def scattered(query_lens: list[int], lens: list[int], device: torch.device) -> InputBatch:
+    """A step over sequences whose blocks lie anywhere. Single queries must come first."""
+    counts = [-(-n // BLOCK_SIZE) for n in lens]
+    blocks = (torch.randperm(sum(counts)) + 1).int()
+    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for row, some in zip(table, blocks.split(counts), strict=True):
+        row[: len(some)] = some
+    positions = torch.cat([torch.arange(n - q, n) for q, n in zip(query_lens, lens, strict=True)])
+    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
+    slots = table[rows, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+    query_start = torch.tensor([0, *query_lens]).cumsum(0).int()
+    return InputBatch(
+        tokens=torch.zeros(sum(query_lens), dtype=torch.int32, device=device), positions=positions.to(device),
+        query_start=query_start.to(device), seq_lens=torch.tensor(lens, dtype=torch.int32, device=device), slots=(slots.to(device),),
+        block_tables=(table.to(device),), logit_rows=(query_start[1:].long() - 1).to(device), num_decodes=sum(q == 1 for q in query_lens),
+        query_lens_host=tuple(query_lens), seq_lens_host=tuple(lens))
+
+
+def compare(got: Tensor, want: Tensor) -> str:
+    """"" if they are equal as far as bfloat16 goes, else by how much they are not."""
+    a, b = got.float(), want.float()
+    rms = ((a - b).square().mean() / b.square().mean()).sqrt().item()
+    worst = ((a - b).abs().max() / b.abs().max()).item()
+    return "" if rms <= RMS and worst <= WORST else f"off by {rms:.2g} (rms), {worst:.2g} (worst)"  # NaN is never <=
+
+
+def cases(maker: Maker, kinds: Sequence[str], rows: Sequence[int], decodes: dict[str, list[int]] = DECODES,
+          prompts: Sequence[int] = PROMPTS) -> Iterator[Case]:
+    makers = {"linear": lambda: maker.linears(rows), "decode": lambda: maker.decodes(decodes), "prompt": lambda: maker.prompts(prompts),
+              "norm": lambda: maker.norms([*rows, *prompts]), "sampler": lambda: maker.samplers(rows)}
+    for kind in kinds:
+        yield from makers[kind]()
+
+
+def figures(case: Case, limits: Ceiling) -> dict[str, Any]:
+    """A row's figures, or why it has none."""
+    row: dict[str, Any] = {"kernel": case.name, "size": case.size}
+    try:
+        if wrong := case.wrong():
+            return row | {"refused": f"WRONG, {wrong}"}
+        took = seconds(case.calls)
+    except torch.OutOfMemoryError:
+        return row | {"refused": "does not fit into this GPU's memory"}
+    row |= {"us": round(1e6 * took, 2), "bytes": case.num_bytes, "GB/s": round(case.num_bytes / took / 1e9, 1),
+            "of_copy": round(case.num_bytes / took / limits.copy, 3)}
+    if case.flops:
+        row["TFLOP/s"] = round(case.flops / took / 1e12, 1)
+    if case.num_bytes >= LAUNCH and case.flops / case.num_bytes <= CARD_FLOPS / CARD_BYTES:
+        row["predicted_us"] = round(1e6 * case.num_bytes / CARD_BYTES, 1)
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    start = f"{row['kernel']:<35}{row['size']:<24}"
+    if "refused" in row:
+        return start + row["refused"]
+    return (f"{start}{row['us']:>10,.2f}{row['bytes'] / 1e6:>11,.3f}{row['GB/s']:>9,.0f}{row['of_copy']:>9.0%}{row.get('TFLOP/s', '-'):>9}"
+            f"{row.get('predicted_us', '-'):>12}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_kernels", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=models.SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--rows", default="1,8,32,128", help="tokens of a step, for linears, norm and sampler")
+    parser.add_argument("--only", default=",".join(KINDS), help="which kernels: " + ", ".join(KINDS))
+    parser.add_argument("--save", help="file for the JSON record")
+    args = parser.parse_args()
+    kinds, rows = args.only.split(","), [int(n) for n in args.rows.split(",")]
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"unknown in --only: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    if not torch.cuda.is_available():
+        sys.exit("bench.gpu_kernels measures on an NVIDIA GPU, and PyTorch sees none")
+    from minivllm.kernels import select
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    where = machine.describe("cuda", 1)
+    print(machine.one_line(where))
+    spec = replace(parse_config(models.config_of(args.shape)), dtype="bfloat16")
+    with torch.inference_mode():
+        limits = gpu_timing.ceiling(device)
+        print(f"{limits}; shape {args.shape}, bfloat16\n{'kernel':<35}{'size':<24}{'us':>10}{'MB':>11}{'GB/s':>9}{'of copy':>9}"
+              f"{'TFLOP/s':>9}{f'us, {CARD}'[:12]:>12}", flush=True)
+        results = []
+        for case in cases(Maker(spec, select(device), device), kinds, rows):
+            results.append(figures(case, limits))
+            print(line(results[-1]), flush=True)
+    print(f"last column: bytes at {CARD_BYTES / 1e9:.0f} GB/s, a prediction for an {CARD}")
+    gpu_timing.save(args.save, {"bench": "gpu_kernels", "shape": args.shape, "machine": where, "copy_GB/s": round(limits.copy / 1e9, 1),
+                                "matmul_TFLOP/s": round(limits.matmul / 1e12, 1), "rows": results})
+
+
+if __name__ == "__main__":
+    main()

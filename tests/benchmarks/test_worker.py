@@ -1,0 +1,85 @@
+"""The process that measures one engine: wrong kernels and wrong counts cost it its figures."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from bench import models, worker
+from minivllm.benchmarks.workloads import Request
+
+
+class Pretender:
+    """An engine that answers with zeros at once."""
+
+    dtype = "bfloat16"
+    verdict: ClassVar[dict[str, Any]] = {"logits_apart": 0.01}
+    short_by = 0
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.started = 0
+
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        self.started += 1
+        return [[0] * (r.output_len - (self.short_by if self.started > 1 else 0)) for r in requests]
+
+    def generate_with_gaps(self, requests: list[Request]) -> tuple[list[list[int]], None]:
+        return [[0] * r.output_len for r in requests], None
+
+    def check_kernels(self) -> dict[str, Any]:
+        return self.verdict
+
+
+def said(engine: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **job: Any) -> dict[str, dict[str, Any]]:
+    monkeypatch.setitem(sys.modules, "bench.peers.minivllm_engine", type("module", (), {"Engine": engine}))
+    full = {"engine": "minivllm", "device": "cuda", "threads": torch.get_num_threads(), "repeats": 1,
+            "rows": ["c2", "nano8gb"], "check": True, "max_len": 4096, "started": time.time(), **job}
+    monkeypatch.setattr(sys, "argv", ["worker", json.dumps(full)])
+    worker.main()
+    rows = [json.loads(line.removeprefix("BENCH ")) for line in capsys.readouterr().out.splitlines()]
+    return {row.pop("row"): row for row in rows}
+
+
+def test_right_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = said(Pretender, monkeypatch, capsys)
+    assert rows["kernels"] == {"logits_apart": 0.01} and rows["c2"]["value"] > 0 and rows["nano8gb"]["unit"] == "tok/s"
+
+
+def test_wrong_kernels_have_no_figure_in_any_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = type("Wrong", (Pretender,), {"verdict": {"logits_apart": 3.0, "refused": "logits are 3 from the reference's"}})
+    rows = said(engine, monkeypatch, capsys)
+    assert [rows[name] for name in ("c2", "nano8gb")] == [{"refused": "logits are 3 from the reference's"}] * 2
+    on_cpu = said(engine, monkeypatch, capsys, device="cpu")
+    assert "value" in on_cpu["c2"] and "kernels" not in on_cpu  # there tokens are compared with Transformers' instead
+
+
+def test_a_token_too_few_costs_the_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = type("Short", (Pretender,), {"short_by": 1})
+    assert "WrongOutput" in said(engine, monkeypatch, capsys)["c2"]["refused"]
+
+
+def test_vllm_where_it_is_missing_says_so(tmp_path: Path) -> None:
+    models.write_config("tiny", tmp_path)
+    job = {"engine": "vllm", "model": str(tmp_path), "dtype": "bfloat16", "device": "cuda", "threads": 1, "repeats": 1, "rows": ["bs1"],
+           "check": True, "max_len": 4096, "load_format": "auto", "options": {}, "started": 0}
+    hide = ("import sys, runpy; sys.modules['vllm'] = None; sys.argv = ['worker', sys.argv[1]]; "
+            "runpy.run_module('bench.worker', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", hide, json.dumps(job)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("vLLM cannot be imported by this Python")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rows", "nano9gb"], "unknown row 'nano9gb'"),
+    (["--engines", "sglang"], "unknown engine 'sglang'"),
+    (["--load-format", "dummy", "--device", "cuda", "--model", "tiny"], "hf reads its weights from a file"),
+    (["--load-format", "dummy", "--engines", "minivllm", "--model", "tiny"], "on --device cuda"),
+])
+def test_what_cannot_be_measured_is_refused_at_once(flags: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.run", *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr

@@ -1,0 +1,71 @@
+"""Nothing grows after start-up: a long run of requests that come, end and are aborted, with every kind of step, graphs included."""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+ROWS, LONGEST, SETTLED, STEPS = 16, 200, 50, 300
+KINDS = [
+    dict(temperature=0),
+    dict(temperature=0.8, top_p=0.9, logprobs=3),
+    dict(temperature=1.2, top_k=7, min_p=0.01),
+    dict(temperature=0, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=-0.5, logprobs=0, prompt_logprobs=2),
+    dict(temperature=1.0, min_tokens=3, logit_bias={5: 4.0, 9: -100}, stop_token_ids=[11]),
+    dict(temperature=1.0, allowed_token_ids=[3, 4, 5]),
+]
+
+
+class Load:
+    """Requests at random."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.engine, self.rng, self.alive, self.added = llm.llm_engine, random.Random(0), [], 0
+        self.allocated: list[int] = []  # after each step
+        self.reserved: list[int] = []
+
+    def add(self, kind: dict, prompt_len: int, output_len: int) -> None:
+        prompt = {"prompt_token_ids": [self.rng.randrange(2, 320) for _ in range(prompt_len)]}
+        self.engine.add_request(str(self.added), prompt, SamplingParams(**kind, max_tokens=output_len, ignore_eos=True, detokenize=False))
+        self.alive.append(str(self.added))
+        self.added += 1
+
+    def step(self) -> None:
+        ended = {delta.request_id for delta in self.engine.step() if delta.finish_reason is not None}
+        self.alive = [name for name in self.alive if name not in ended]
+        self.allocated.append(torch.cuda.memory_allocated())
+        self.reserved.append(torch.cuda.memory_reserved())
+
+    def random_step(self) -> None:
+        """Some come, one may go, all others advance."""
+        while len(self.alive) < ROWS and self.rng.random() < 0.5:
+            self.add(self.rng.choice(KINDS), self.rng.randint(1, LONGEST), self.rng.randint(4, 40))
+        if self.alive and self.rng.random() < 0.05:
+            self.engine.abort_request(self.alive.pop(self.rng.randrange(len(self.alive))))
+        self.step()
+
+
+def test_no_memory_is_allocated_after_the_first_steps(tiny_llama: Callable[..., Path]) -> None:
+    with LLM(model=str(tiny_llama()), device="cuda", dtype="bfloat16", num_gpu_blocks_override=300, max_num_seqs=ROWS,
+             max_num_batched_tokens=1024) as llm:
+        load = Load(llm)
+        for kind in KINDS:  # the largest steps there can be of each kind, so that the random ones need no more
+            for _ in range(ROWS):
+                load.add(kind, LONGEST, 4)
+            while load.alive:
+                load.step()
+        for _ in range(SETTLED):
+            load.random_step()
+        allocated, reserved = max(load.allocated), max(load.reserved)
+        sizes = set()
+        for _ in range(STEPS):
+            load.random_step()
+            sizes.add(len(load.alive))
+            assert load.allocated[-1] <= allocated and load.reserved[-1] <= reserved
+        assert len(sizes) > 5 and load.added > 100  # it was a long run of changing batches
