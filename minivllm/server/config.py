@@ -48,7 +48,7 @@ class ServerConfig:
                                                     metavar="NAME", nargs="+")
     chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's own; or tool_chatml, the built-in "
                                              "one for ChatML models whose own knows no tools", metavar="FILE")
-    trust_request_chat_template: bool = option(False, "let requests bring their own chat template; a template can take any time and memory, "
+    trust_request_chat_template: bool = option(False, "let requests bring their own chat template; it can take any time and memory, "
                                                       "so only where all clients are trusted")
     enable_auto_tool_choice: bool | None = option(None, "let the model decide whether to call tools; if left out: on where the format of "
                                                         "its calls is known")
