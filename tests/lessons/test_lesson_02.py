@@ -12,8 +12,8 @@ import torch
 from minivllm.core.plan import StepResult
 from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig
 from minivllm.core.trace_summary import block_tables
-from minivllm.kernels import select
 from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.reference import attention as kernel
 from minivllm.planning.allocators import Job, PagedAllocator
 from minivllm.sampling_params import SamplingParams
 from tests.lessons.loading import LESSONS, load_lesson, run_lesson_alone
@@ -52,9 +52,9 @@ def test_lesson_and_kernel_give_the_same_attention_over_the_same_blocks(lesson: 
         block_tables=(torch.tensor([text.table + [0] * (most - len(text.table)) for text in texts], dtype=torch.int32),),
         logit_rows=torch.arange(3), num_decodes=3, query_lens_host=(1, 1, 1), seq_lens_host=lengths,
     )
-    ops = select(torch.device("cpu"))
-    meta = ops.prepare_attention(batch, 0, block_size=size, num_heads=heads, num_kv_heads=heads, head_dim=dim, window=None, dtype=q.dtype)
-    theirs = ops.attention(q, KVLayer(memory.k.nan_to_num(), memory.v.nan_to_num()), meta, scale=dim**-0.5)
+    shape = {"block_size": size, "num_heads": heads, "num_kv_heads": heads, "head_dim": dim}
+    meta = kernel.prepare_attention(batch, 0, **shape, window=None, dtype=q.dtype)
+    theirs = kernel.attention(q, KVLayer(memory.k.nan_to_num(), memory.v.nan_to_num()), meta, scale=dim**-0.5)
     for i, text in enumerate(texts):
         torch.testing.assert_close(lesson.attend_gathered(q[i], memory, text), theirs[i], rtol=0, atol=1e-5)
         torch.testing.assert_close(lesson.attend_by_block(q[i], memory, text), theirs[i], rtol=0, atol=1e-5)
