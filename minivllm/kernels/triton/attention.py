@@ -47,7 +47,9 @@ def decode_tile(programs: int, head_dim: int, heads_per_kv: int, itemsize: int, 
         if row == 256 and 256 <= programs <= 1280:
             return Tile(1, block_m, 64, 2, 2)
         return Tile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
-    return Tile(1, block_m, 64 if row <= 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
+    if row == 256:
+        return Tile(1, block_m, 32, 2, 3)  # larger ones spill registers
+    return Tile(1, block_m, 64 if row < 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
 
 
 def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
