@@ -106,13 +106,12 @@ class StreamOptions(Strict):
     INERT = frozenset({"include_obfuscation"})
 
 
-class GenerationRequest(Strict):
-    """What both generation endpoints share."""
+class SharedFields(Strict):
+    """What every endpoint that generates takes under the same name."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = None
     top_k: int | None = None
@@ -123,15 +122,26 @@ class GenerationRequest(Strict):
     seed: int | None = None
     stop: Stop = None
     stop_token_ids: TokenIds = None
-    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: what leaves room for the output
+    # The response's id, less its prefix; what /abort_requests takes.
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
+
+
+class GenerationRequest(SharedFields):
+    """What completions and chat completions share."""
+
+    n: int | None = Field(default=None, ge=1)
+    include_stop_str_in_output: bool | None = None
     bad_words: Strings = None
     allowed_token_ids: TokenIds = None
-    skip_special_tokens: bool | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     guided_json: Schema = None
     guided_regex: str | None = None
     guided_choice: Strings = None
@@ -139,11 +149,6 @@ class GenerationRequest(Strict):
     guided_whitespace_pattern: str | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: what leaves room for the output
-    # The response's id, less its prefix; what /abort_requests takes.
-    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
 
     INERT = frozenset({
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",

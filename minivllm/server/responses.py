@@ -20,7 +20,7 @@ from pydantic import Field, WithJsonSchema
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import ChatRequest, Stop, StreamOptions, Strict, Strings, TokenIds, convert
+from minivllm.server.protocol import ChatRequest, SharedFields, Strict, Strings, convert
 from minivllm.server.responses_answer import ResponsesAnswer
 
 if TYPE_CHECKING:
@@ -55,14 +55,11 @@ class ReasoningConfig(Strict):
     UNSUPPORTED = types.MappingProxyType({"context": ("auto",), "mode": ("standard",)})
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(SharedFields):
     """`POST /v1/responses`."""
 
     input: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
-    model: str | None = None
     instructions: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     include: Strings = None
@@ -72,26 +69,6 @@ class ResponsesRequest(Strict):
     tools: Annotated[list[Any] | None, WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]})] = None
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})] = None
     parallel_tool_calls: bool | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = None
-    # vLLM's, as on the other endpoints
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: Stop = None
-    stop_token_ids: TokenIds = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
-    skip_special_tokens: bool | None = None
-    structured_outputs: dict[str, Any] | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
-    cache_salt: str | None = None
-    request_id: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     INERT = frozenset({"user", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
@@ -105,9 +82,7 @@ class ResponsesRequest(Strict):
     # Names here -> names of the chat request.
     RENAMED: ClassVar[dict[str, str]] = {"max_output_tokens": "max_completion_tokens"}
     SAME: ClassVar[tuple[str, ...]] = (
-        "model", "stream", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "logit_bias", "skip_special_tokens",
-        "structured_outputs", "truncate_prompt_tokens", "priority", "cache_salt", "request_id", "chat_template_kwargs",
+        *(name for name in SharedFields.model_fields if name != "stream_options"), "parallel_tool_calls", "chat_template_kwargs",
     )
 
     def ignored(self, permissive: bool) -> list[str]:

@@ -3,7 +3,7 @@
 On an x86 CPU that is oneDNN's own blocked layout, made once when the model is loaded. A plain [N, K] weight is reordered
 by each product anew, which costs as much as a small batch's product itself: with AMX, bfloat16 and a decode's one to 32
 rows a packed weight takes 0.6 of the time, with AVX2 and float32 0.5 to 0.8 of it (`python -m bench.cpu_kernels`
-prints the table). A packed weight is opaque: only `linear` reads it. Elsewhere the weight stays as checkpoints have it.
+prints the table). A packed weight is opaque: only this file reads it. Elsewhere the weight stays as checkpoints have it.
 """
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ def _decode_attention(
     split = tl.program_id(2)
     KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
     DTYPE: tl.constexpr = cache_k.dtype.element_ty
+    # Lengths and block table are the step's inputs, older than its first kernel: they may be read before `gdc_wait`.
     last = tl.load(seq_lens + seq) - 1  # the new token's position: keys before it are cached
     oldest = 0
     if WINDOW > 0:

@@ -29,7 +29,7 @@ from minivllm.kernels.triton.norm import rms_norm
 
 TILE_ROWS = 16  # of a tensor core tile
 MAX_WEIGHT = 16 << 20  # elements: with more of them, and two rows or more, cuBLAS is as fast
-MAX_WEIGHT_OF_TWO_TILES = 2 << 20
+MAX_WEIGHT_OF_TWO_TILES = 2 << 20  # likewise with more rows than one tile holds
 
 
 @triton.jit
