@@ -156,7 +156,8 @@ async def first_model(address: Address, headers: dict[str, str]) -> str:
     try:
         return str(json.loads(await client.get("/v1/models"))["data"][0]["id"])
     except (OSError, HttpError) as error:
-        raise InvalidInput(f"no OpenAI-compatible server answers at {address.host}:{address.port}: {error}", "base_url") from None
+        raise InvalidInput(f"no OpenAI-compatible server answers at {address.host}:{address.port} ({error}): start one "
+                           "(minivllm serve), or say where it is with base_url, host or port", "base_url") from None
     except (ValueError, LookupError, TypeError):
         raise InvalidInput(f"{address.host}:{address.port} does not list its models as OpenAI's API does: give --model", "model") from None
     finally:

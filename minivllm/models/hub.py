@@ -164,7 +164,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _from_hub(param: str, name: str, config: EngineConfig) -> Path:
     """A snapshot in huggingface_hub's cache; pickled weights only where there are no safetensors."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name or not name.strip():
-        raise ModelError(f"{param} {name!r}: no such folder", param)
+        raise ModelError(f"{param} {name!r}: no such folder; give a folder with a config.json, a .gguf file, or a hub id such as "
+                         "'facebook/opt-125m', without a leading / or .", param)
     revision = config.revision if param == "model" else None
     weights = param == "model" and config.load_format != "dummy"
     folder = _snapshot(param, name, revision, [*SMALL_FILES, SAFETENSORS] if weights else SMALL_FILES)
