@@ -64,7 +64,7 @@ def attention_variants() -> Iterator[dict[str, Any]]:
             yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
         yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, store,
-                      dict(KV_HEADS=8, HEADS=8, NORM=True, ROPE=True, **shape), num_warps=4)
+                      dict(KV_HEADS=8, HEADS=32, NORM=True, ROPE=True, **shape), num_warps=8)
 
 
 def linear_variants() -> Iterator[dict[str, Any]]:

@@ -138,9 +138,9 @@ def self_attention(
         )  # fmt: skip
     if meta.num_prompt_tokens:
         qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
-        _position_and_store[(meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 8))](
+        _position_and_store[(meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 32))](
             qk, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.num_decodes, qkv.stride(0),
-            KV_HEADS=hk, HEADS=8, **shared, **flags, num_warps=4,
+            KV_HEADS=hk, HEADS=32, **shared, **flags, num_warps=8,
         )  # fmt: skip
         _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, size, arch),
                         arch >= 90 and size == 2 and d in (64, 128, 256), shared)
