@@ -48,7 +48,7 @@ from minivllm.kernels.numba.vectors import (
 )
 
 SPLIT = 128  # keys of a task
-TILE = 32  # keys whose scores are held at a time
+TILE = 16  # keys whose scores are held at a time
 LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless said otherwise, strides in bytes. First what each layer changes.
 LAYER_ARGS = struct.Struct("10q3d")  # the last three: numbers; softcap 0 is none, and so are addresses 0
@@ -134,13 +134,13 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
     while (D // 2) % PAIR:
         PAIR //= 2
     ROW = G * D  # floats of one KV head's queries or sums
-    SUMS_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, PLACES_BYTES, KEY_BYTES, ROW_BYTES = (
-        4 * most_heads * ROW, 4 * most_heads * G, 4 * G, 4 * G * TILE, 8 * TILE, 4 * D, ITEM * D)
+    SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, PLACES_BYTES, ROW_BYTES = (
+        4 * most_heads * ROW, 4 * most_heads * ROW + 4 * D, 4 * most_heads * G, 4 * G, 4 * G * TILE, 8 * TILE, ITEM * D)
     VERSION = version()
 
     def decode(p: Any) -> None:
         code = VERSION  # noqa: F841  part of the key under which Numba keeps the code on disk
-        queries = stack(SUMS_BYTES)
+        queries = stack(QUERIES_BYTES)
         sums = stack(SUMS_BYTES)
         peaks = stack(HEADS_BYTES)
         totals = stack(HEADS_BYTES)
@@ -148,7 +148,6 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
         scores = stack(SCORES_BYTES)
         places = stack(PLACES_BYTES)
         ahead = stack(PLACES_BYTES)
-        new_key = stack(KEY_BYTES)
         kv_heads, block_size, num_heads = p[KV_HEADS], p[BLOCK_SIZE], p[HEADS]
         args = address_of(p)
         eps, scale, softcap = (np.float32(get_f64(args + 8 * EPS)), np.float32(get_f64(args + 8 * SCALE)),
@@ -168,58 +167,55 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
             cos = p[COS] + seq * D * ITEM
             sin = p[SIN] + seq * D * ITEM
 
-            table = p[TABLE] + seq * p[TABLE_STRIDE]
-            locate(places, table, begin, min(TILE, end - begin), block_size, slot_bytes)
-            for j in range(min(TILE, end - begin)):
-                for h in range(first_head, first_head + heads):
-                    prefetch(p[CACHE_K] + get_i64(places + j * 8) + h * D * ITEM, ROW_BYTES)
-                    prefetch(p[CACHE_V] + get_i64(places + j * 8) + h * D * ITEM, ROW_BYTES)
-
-            if end == length:  # the new key and value are this task's
-                at = get_i64(p[SLOTS] + 8 * seq) * slot_bytes
-                for h in range(first_head, first_head + heads):
-                    rotate(token, num_heads + h, new_key, p[NORM], eps, p[COS], cos, sin, D, PAIR, HALF)
-                    place = at + h * D * ITEM
-                    value = token + (num_heads + kv_heads + h) * D * ITEM
-                    for c in range(0, D, PAIR):
-                        store(p[CACHE_K] + place + c * ITEM, load(new_key + c * 4, PAIR, 0), HALF)
-                        store(p[CACHE_V] + place + c * ITEM, load(value + c * ITEM, PAIR, HALF), HALF)
+            # Queries and, in the last split's task, the new keys, in one loop: what is called once is compiled once.
             factor = splat(np.float32(scale * LOG2_E if softcap == 0.0 else scale), PAIR)
-            for i in range(heads * G):
-                row = queries + i * D * 4
-                rotate(token, first_head * G + i, row, p[NORM], eps, p[COS], cos, sin, D, PAIR, HALF)
+            slot = get_i64(p[SLOTS] + 8 * seq) * slot_bytes
+            for i in range(heads * G + (heads if end == length else 0)):
+                h = first_head + i - heads * G  # KV head of a new key
+                head = queries + min(i, heads * G) * D * 4
+                rotate(token, first_head * G + i if i < heads * G else num_heads + h, head, p[NORM], eps, p[COS], cos, sin, D, PAIR, HALF)
+                value = token + (num_heads + kv_heads + h) * D * ITEM
                 for c in range(0, D, PAIR):
-                    store(row + c * 4, load(row + c * 4, PAIR, 0) * factor, 0)
-                    store(sums + (i * D + c) * 4, splat(np.float32(0.0), PAIR), 0)
+                    x = load(head + c * 4, PAIR, 0)
+                    if i < heads * G:
+                        store(head + c * 4, x * factor, 0)
+                        store(sums + (i * D + c) * 4, splat(np.float32(0.0), PAIR), 0)
+                    else:
+                        at = slot + h * D * ITEM + c * ITEM
+                        store(p[CACHE_K] + at, x, HALF)
+                        store(p[CACHE_V] + at, load(value + c * ITEM, PAIR, HALF), HALF)
+            for i in range(heads * G):
                 put_f32(peaks + i * 4, np.float32(LOWEST))
                 put_f32(totals + i * 4, np.float32(0.0))
 
-            for start in range(begin, end, TILE):
+            # Each tile's keys are located, and brought near, while the tile before is computed; first of all the first one's.
+            table = p[TABLE] + seq * p[TABLE_STRIDE]
+            for start in range(begin - TILE, end, TILE):
+                following = min(TILE, end - start - TILE)
+                if following > 0:
+                    locate(ahead, table, start + TILE, following, block_size, slot_bytes)
+                if start < begin:
+                    for j in range(following):
+                        for h in range(first_head, first_head + heads):
+                            prefetch(p[CACHE_K] + get_i64(ahead + j * 8) + h * D * ITEM, ROW_BYTES)
+                            prefetch(p[CACHE_V] + get_i64(ahead + j * 8) + h * D * ITEM, ROW_BYTES)
+                    places, ahead = ahead, places
+                    continue
                 n = min(TILE, end - start)
-                m = min(TILE, end - start - n)
-                if m > 0:
-                    locate(ahead, table, start + n, m, block_size, slot_bytes)
-                else:
-                    m = n
-                    for j in range(n):
-                        put_i64(ahead + j * 8, get_i64(places + j * 8))
+                near = ahead if following > 0 else places
                 for h in range(heads):
                     offset = (first_head + h) * D * ITEM
                     keys, values = p[CACHE_K] + offset, p[CACHE_V] + offset
-                    q = queries + h * ROW * 4
                     for j in range(0, n, 4):
-                        four_scores(scores + j * 4, q, places + j * 8, ahead + j * 8, keys, D, G, TILE, LANES, HALF, REGISTERS)
+                        four_scores(scores + j * 4, queries + h * ROW * 4, places + j * 8, near + j * 8, keys,
+                                    D, G, TILE, LANES, HALF, REGISTERS)
                     for g in range(G):
                         s = scores + g * TILE * 4
+                        if softcap != 0.0:
+                            store(s, capped(load(s, TILE, 0), softcap), 0)
                         for j in range(n, TILE):
                             put_f32(s + j * 4, np.float32(LOWEST))
                         x = load(s, TILE, 0)
-                        if softcap != 0.0:
-                            x = capped(x, softcap)
-                            store(s, x, 0)
-                            for j in range(n, TILE):
-                                put_f32(s + j * 4, np.float32(LOWEST))
-                            x = load(s, TILE, 0)
                         i = (h * G + g) * 4
                         old = get_f32(peaks + i)
                         peak = max(old, largest(x))
@@ -229,7 +225,7 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
                         put_f32(shrink + g * 4, less)
                         put_f32(peaks + i, peak)
                         put_f32(totals + i, get_f32(totals + i) * less + total(weights))
-                    add_weighted(sums + h * ROW * 4, shrink, scores, places, ahead, values, n, D, G, TILE, LANES, HALF, REGISTERS)
+                    add_weighted(sums + h * ROW * 4, shrink, scores, places, near, values, n, D, G, TILE, LANES, HALF, REGISTERS)
                 places, ahead = ahead, places
 
             out = p[OUT] + (seq * num_heads + first_head * G) * D * ITEM

@@ -33,10 +33,10 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None]) -> None:
         try:
-            self._code = cfunc(SIGNATURE, cache=True)(function)
+            self._code = cfunc(SIGNATURE, cache=True, error_model="numpy")(function)
         except RuntimeError as error:  # no folder to write to
             logger.info("kernels are compiled anew at each start: %s", error)
-            self._code = cfunc(SIGNATURE)(function)
+            self._code = cfunc(SIGNATURE, error_model="numpy")(function)
         self._address = ctypes.c_void_p(self._code.address)
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code.address)
 

@@ -314,11 +314,11 @@ def four_scores(typingctx, scores, queries, places, ahead, keys, head_dim, heads
         for group in _split_heads(h, most):
             sums = {(g, j): _constant(0.0, n) for g in group for j in range(4)}
             for c in range(0, d, n):
-                ks = [_load(builder, _at(builder, row, c * (2 if narrow else 4)), n, narrow) for row in rows]
-                for g in group:
-                    x = _load(builder, _at(builder, q, 4 * (g * d + c)), n, 0)
-                    for j in range(4):
-                        sums[g, j] = _fma(builder, x, ks[j], sums[g, j])
+                xs = {g: _load(builder, _at(builder, q, 4 * (g * d + c)), n, 0) for g in group}
+                for j, row in enumerate(rows):
+                    key = _load(builder, _at(builder, row, c * (2 if narrow else 4)), n, narrow)
+                    for g in group:
+                        sums[g, j] = _fma(builder, xs[g], key, sums[g, j])
             for g in group:
                 x, y = (_add_pairs(builder, sums[g, j], sums[g, j + 1], n) for j in (0, 2))
                 v, size = _add_pairs(builder, x, y, n), n
@@ -359,11 +359,11 @@ def add_weighted(typingctx, sums, shrink, weights, places, ahead, values, count,
                         next_place = builder.load(_pointer(builder, builder.add(later, builder.shl(loop.index, I64(3))), I64))
                         _prefetch(builder, builder.add(base, next_place), d * (2 if narrow else 4))
                     weight = builder.add(w, builder.shl(loop.index, I64(2)))
-                    vs = {c: _load(builder, _at(builder, row, c * n * (2 if narrow else 4)), n, narrow) for c in part}
-                    for g in group:
-                        p = _splat(builder, builder.load(_pointer(builder, _at(builder, weight, 4 * g * t), F32)), n)
-                        for c in part:
-                            builder.store(_fma(builder, p, vs[c], builder.load(cells[g, c])), cells[g, c])
+                    ps = {g: _splat(builder, builder.load(_pointer(builder, _at(builder, weight, 4 * g * t), F32)), n) for g in group}
+                    for c in part:
+                        value = _load(builder, _at(builder, row, c * n * (2 if narrow else 4)), n, narrow)
+                        for g in group:
+                            builder.store(_fma(builder, ps[g], value, builder.load(cells[g, c])), cells[g, c])
                 for (g, c), cell in cells.items():
                     builder.store(builder.load(cell), _pointer(builder, _at(builder, out, 4 * (g * d + c * n)), kind), align=4)
         return context.get_dummy_value()
