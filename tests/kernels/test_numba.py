@@ -168,6 +168,7 @@ def test_one_preparation_serves_every_layer_and_the_next_layer_counts_from_zero(
     meta = prepare(attention, case)
     first = [run(case, forget_new(case), meta) for _ in range(3)]
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    assert not meta.tickets.any()
     louder = dataclasses.replace(case, values=[2.0 * v for v in case.values], kv=KVLayer(case.kv.k, 2.0 * case.kv.v))
     torch.testing.assert_close(run(louder, forget_new(louder), meta), 2.0 * first[0])
 
@@ -175,15 +176,17 @@ def test_one_preparation_serves_every_layer_and_the_next_layer_counts_from_zero(
 def test_two_python_threads_may_call_at_once() -> None:
     cases = [make_case([(1, 300 + 20 * i), (1, 70)], heads=9, kv_heads=3, head_dim=64, seed=i) for i in range(2)]
     expected = [run(case, forget_new(case), prepare(attention, case)) for case in cases]
-    x, weight = torch.randn(2, 40, 576), torch.randn(576)
+    x, weight = torch.randn(2, 256, 2048), torch.randn(2048)  # rows enough that calls overlap
     normed = [rows.rms_norm(some, weight, 1e-5) for some in x]
-    wrong: list[int] = []
+    wrong: list[str] = []
 
     def work(i: int) -> None:
         for _ in range(100):
-            got = run(cases[i], forget_new(cases[i]), prepare(attention, cases[i]))
-            if not (torch.equal(got, expected[i]) and torch.equal(rows.rms_norm(x[i], weight, 1e-5), normed[i])):
-                wrong.append(i)
+            if not torch.equal(run(cases[i], forget_new(cases[i]), prepare(attention, cases[i])), expected[i]):
+                wrong.append("attention")
+        for _ in range(100):
+            if not torch.equal(rows.rms_norm(x[i], weight, 1e-5), normed[i]):
+                wrong.append("norm")
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for worker in workers:
@@ -220,11 +223,10 @@ def test_the_kernels_run_on_pytorchs_own_threads() -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == before
 
 
-def test_splits_cover_every_key_once() -> None:
-    seqs, tasks, partials = attention._tasks((1, 128, 129, 700), 300, 3, 2)
-    assert seqs[:, 0].tolist() == [0, 0, 0, 400] and seqs[:, 3].tolist() == [1, 1, 2, 3] and partials == 5
-    assert sorted(set(map(tuple, tasks[:, :2].tolist()))) == [(0, 0), (1, 0), (2, 0), (2, 1), (3, 3), (3, 4), (3, 5)]
-    assert tasks[:2, 2:].tolist() == [[0, 2], [2, 1]]
+def test_only_splits_that_are_seen_are_tasks() -> None:
+    assert decode_attention.SPLIT == 128
+    assert decode_attention.first_tasks([1, 128, 129, 700], 1 << 40) == [0, 1, 2, 4, 10]
+    assert decode_attention.first_tasks([1, 128, 129, 700], 300) == [0, 1, 2, 4, 7]  # 700: keys 400 to 699
 
 
 @settings(max_examples=30)

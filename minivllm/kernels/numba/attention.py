@@ -23,6 +23,7 @@ from minivllm.kernels.numba.threads import Arguments, Kernel
 from minivllm.kernels.reference import attention as reference
 
 Array = np.ndarray[Any, Any]
+NO_WINDOW = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class AttentionMeta:
     num_tasks: int
     num_decodes: int
     width: int  # H * D
-    memory: tuple[Any, ...]  # what args point to
+    tickets: Array  # [decodes, KV] int32: zero between layers
+    memory: tuple[Any, ...]  # what else args point to
     rest: reference.AttentionMeta | None  # of the rows after the decodes; None: there are none
 
 
@@ -63,16 +65,20 @@ def prepare_attention(
     if n < batch.num_tokens:
         rest = reference.prepare_attention(_without_decodes(batch), group, **shape)
     kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype)
-    at_once = code.heads_at_once(head_dim, num_heads // num_kv_heads, num_kv_heads)
-    seqs, tasks, partials = _tasks(batch.seq_lens_host[:n], window, num_kv_heads, at_once)
-    table = batch.block_tables[group]
-    assert table.dtype == torch.int32 and table.stride(1) == 1
-    partial = torch.empty((partials, num_heads, head_dim + 2), dtype=torch.float32)
-    tickets = np.zeros((n, num_kv_heads) if partials else 0, np.int32)
+    window = NO_WINDOW if window is None else window
+    first_tasks = np.array(code.first_tasks(batch.seq_lens_host[:n], window), np.int32)
+    splits = int(first_tasks[-1])
+    tasks = splits * -(-num_kv_heads // code.heads_at_once(head_dim, num_heads // num_kv_heads, num_kv_heads))
+    table, seq_lens = batch.block_tables[group], batch.seq_lens
+    assert table.dtype == seq_lens.dtype == torch.int32 and table.stride(1) == 1
+    partial = tickets = np.empty(0, np.int32)
+    if splits > n:
+        partial, tickets = np.empty((splits, num_heads, head_dim + 2), np.float32), np.zeros((n, num_kv_heads), np.int32)
     args = Arguments(code.NUM_ARGS)
-    code.STEP_ARGS.pack_into(args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seqs.ctypes.data, tasks.ctypes.data,
-                             len(tasks), partial.data_ptr(), tickets.ctypes.data, num_heads, num_kv_heads, block_size)
-    return AttentionMeta(kernel, args, len(tasks), n, num_heads * head_dim, (seqs, tasks, table, partial, tickets), rest)
+    code.STEP_ARGS.pack_into(
+        args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_tasks.ctypes.data, tasks,
+        partial.ctypes.data, tickets.ctypes.data, window, num_heads, num_kv_heads, block_size)
+    return AttentionMeta(kernel, args, tasks, n, num_heads * head_dim, tickets, (first_tasks, table, seq_lens, partial), rest)
 
 
 def self_attention(
@@ -104,19 +110,3 @@ def _without_decodes(batch: InputBatch) -> InputBatch:
         slots=tuple(slots[n:] for slots in batch.slots), block_tables=tuple(table[n:] for table in batch.block_tables), num_decodes=0,
         query_lens_host=batch.query_lens_host[n:], seq_lens_host=batch.seq_lens_host[n:])
 
-
-def _tasks(lengths: tuple[int, ...], window: int | None, kv_heads: int, at_once: int) -> tuple[Array, Array, int]:
-    """Columns of the sequences, columns of the tasks (decode_attention.py names them), and splits that leave partial sums."""
-    length = np.array(lengths, np.int32)
-    begin = np.zeros_like(length) if window is None else np.maximum(length - window, 0)
-    first = begin // code.SPLIT
-    splits = (length - 1) // code.SPLIT + 1 - first
-    partial = np.where(splits > 1, splits, 0).cumsum()
-    seqs = np.stack((begin, length, first, splits, np.concatenate(([0], partial[:-1]))), 1).astype(np.int32)
-    seq = np.repeat(np.arange(len(length)), splits)
-    split = np.arange(len(seq)) - np.repeat(splits.cumsum() - splits - first, splits)
-    heads = np.arange(0, kv_heads, at_once)
-    tasks = np.empty((len(seq), len(heads), code.TASK_COLUMNS), np.int32)
-    tasks[..., 0], tasks[..., 1] = seq[:, None], split[:, None]
-    tasks[..., 2], tasks[..., 3] = heads, np.minimum(at_once, kv_heads - heads)
-    return seqs, tasks.reshape(-1, code.TASK_COLUMNS), int(partial[-1])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,10 +54,16 @@ LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless said otherwise, strides in bytes. First what each layer changes.
 LAYER_ARGS = struct.Struct("10q3d")  # the last three: numbers; softcap 0 is none, and so are addresses 0
 (COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
- TABLE, TABLE_STRIDE, SEQS, TASKS, NUM_TASKS, PARTIAL, TICKETS, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(24)
-STEP_ARGS = struct.Struct("10q")  # from TABLE on
-SEQ_COLUMNS = 5  # int32: first key seen, length, first split, number of splits, first row of PARTIAL
-TASK_COLUMNS = 4  # int32: sequence, split, first KV head, number of KV heads
+ TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_TASKS, NUM_TASKS, PARTIAL, TICKETS, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(25)
+STEP_ARGS = struct.Struct("11q")  # from TABLE on
+
+
+def first_tasks(lengths: Sequence[int], window: int) -> list[int]:
+    """How many splits the sequences before each one have, and at the end all of them."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + (length - 1) // SPLIT - max(0, length - window) // SPLIT + 1)
+    return starts
 
 
 def heads_at_once(head_dim: int, group: int, kv_heads: int) -> int:
@@ -125,7 +132,7 @@ def rotate(token, head, out, norm, eps, rope, cos, sin, dim, lanes, half):
 @lru_cache(maxsize=64)
 def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
     """The kernel for `group` query heads per KV head, up to `most_heads` KV heads in a task."""
-    D, G, HALF = head_dim, group, half
+    D, G, MOST_HEADS, HALF = head_dim, group, most_heads, half
     ITEM = 2 if half else 4
     LANES, REGISTERS = vector_shape()
     while D % LANES:
@@ -153,15 +160,23 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
         eps, scale, softcap = (np.float32(get_f64(args + 8 * EPS)), np.float32(get_f64(args + 8 * SCALE)),
                                np.float32(get_f64(args + 8 * SOFTCAP)))
         slot_bytes = kv_heads * D * ITEM
+        tasks_per_split = (kv_heads + MOST_HEADS - 1) // MOST_HEADS
+        seq = 0
         while True:
             t = fetch_add(args + 8 * COUNTER, 1)
             if t >= p[NUM_TASKS]:
                 break
-            task = p[TASKS] + t * TASK_COLUMNS * 4
-            seq, split, first_head, heads = get_i32(task), get_i32(task + 4), get_i32(task + 8), get_i32(task + 12)
-            about = p[SEQS] + seq * SEQ_COLUMNS * 4
-            length = get_i32(about + 4)
-            begin = max(get_i32(about), split * SPLIT)
+            row = t // tasks_per_split  # of PARTIAL, if the sequence has several splits
+            while get_i32(p[FIRST_TASKS] + seq * 4 + 4) <= row:  # tasks come in order
+                seq += 1
+            first_row = get_i32(p[FIRST_TASKS] + seq * 4)
+            splits = get_i32(p[FIRST_TASKS] + seq * 4 + 4) - first_row
+            first_head = t % tasks_per_split * MOST_HEADS
+            heads = min(MOST_HEADS, kv_heads - first_head)
+            length = get_i32(p[SEQ_LENS] + 4 * seq)
+            begin = max(0, length - p[WINDOW])
+            split = begin // SPLIT + row - first_row
+            begin = max(begin, split * SPLIT)
             end = min(length, (split + 1) * SPLIT)
             token = p[QKV] + seq * p[QKV_STRIDE]
             cos = p[COS] + seq * D * ITEM
@@ -229,7 +244,6 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
                 places, ahead = ahead, places
 
             out = p[OUT] + (seq * num_heads + first_head * G) * D * ITEM
-            splits = get_i32(about + 12)
             if splits == 1:
                 for i in range(heads * G):
                     mean = splat(np.float32(1.0) / get_f32(totals + i * 4), PAIR)
@@ -237,8 +251,7 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
                         store(out + (i * D + c) * ITEM, load(sums + (i * D + c) * 4, PAIR, 0) * mean, HALF)
                 continue
             width = (D + 2) * 4  # bytes of a head in PARTIAL: sums, peak, total
-            first_row = get_i32(about + 16)
-            mine = p[PARTIAL] + ((first_row + split - get_i32(about + 8)) * num_heads + first_head * G) * width
+            mine = p[PARTIAL] + (row * num_heads + first_head * G) * width
             for i in range(heads * G):
                 for c in range(0, D, PAIR):
                     store(mine + i * width + c * 4, load(sums + (i * D + c) * 4, PAIR, 0), 0)

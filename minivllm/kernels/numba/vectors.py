@@ -78,11 +78,13 @@ def _load(builder: ir.IRBuilder, address: ir.Value, lanes: int, half: int) -> ir
 
 
 def _upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
-    """The bits of a float32 rounded to bfloat16, ties to even, as an integer of 32 bits whose lower half is to be dropped."""
+    """The bits of a float32 rounded to bfloat16, ties to even, as an integer of 32 bits whose lower half is to be dropped.
+
+    A NaN that comes from bfloat16 or from arithmetic has zeros there, so that rounding leaves it a NaN.
+    """
     bits = builder.bitcast(value, ir.VectorType(I32, lanes))
     odd = builder.and_(builder.lshr(bits, _constant(16, lanes, I32)), _constant(1, lanes, I32))
-    rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF, lanes, I32)))
-    return builder.select(builder.fcmp_unordered("uno", value, value), _constant(0x7FC00000, lanes, I32), rounded)
+    return builder.add(bits, builder.add(odd, _constant(0x7FFF, lanes, I32)))
 
 
 def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
