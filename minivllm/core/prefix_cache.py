@@ -35,9 +35,13 @@ def root_digest(adapter: str | None, cache_salt: str | None) -> bytes:
     return sha256(repr((adapter, cache_salt)).encode()).digest()
 
 
-def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The name of the block that holds `tokens` after what `parent` names."""
-    return sha256(parent + array("q", tokens).tobytes()).digest()
+def chain_digests(parent: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
+    """The names of the full blocks that hold `tokens` after what `parent` names: each name depends on all before it."""
+    data, size, names = array("q", tokens).tobytes(), 8 * block_size, []
+    for end in range(size, len(data) + 1, size):
+        parent = sha256(parent + data[end - size:end]).digest()
+        names.append(parent)
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +72,7 @@ class PrefixCache:
     def extend_digests(self, digests: list[bytes], root: bytes, tokens: Sequence[int], num_tokens: int) -> None:
         """Bring a sequence's digests up to its first `num_tokens` tokens; those already there are kept."""
         size = self.block_size
-        parent = digests[-1] if digests else root
-        for index in range(len(digests), num_tokens // size):
-            parent = chain_digest(parent, tokens[index * size:(index + 1) * size])
-            digests.append(parent)
+        digests += chain_digests(digests[-1] if digests else root, tokens[len(digests) * size:num_tokens], size)
 
     def match(self, digests: Sequence[bytes]) -> PrefixMatch:
         """The longest beginning of `digests` after which every group could go on. Takes no reference."""

@@ -92,7 +92,7 @@ class LocalExecutor:
                     utilization=config.gpu_memory_utilization)
         if device.type == "cuda":
             with _enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
-                graphs = 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs)
+                graphs = 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget)
                 size = cuda_cache(wish, shape, model, config.max_num_seqs, budget, graphs)
         else:
             size = cpu_cache(wish, shape, weights)
@@ -103,7 +103,7 @@ class LocalExecutor:
         with _enough_memory(f"a KV cache of {pools}", field, "lower it, or kv_offloading_size"):
             kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
         runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
-                             eos_token_ids=eos_token_ids, cuda_graphs=device.type == "cuda" and not config.enforce_eager)
+                             eos_token_ids=eos_token_ids, graph_tokens=budget if device.type == "cuda" and not config.enforce_eager else 0)
         if size.ledger is not None:
             _announce_memory(replace(size.ledger, graphs_taken=runner.graph_bytes))
         return cls(runner, device=device, dtype=dtype, max_model_len=size.max_model_len, max_num_batched_tokens=budget)

@@ -51,9 +51,9 @@ def _ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Iterable):
         raise InvalidInput(f"a prompt is text or a list of token ids, got {ids!r}", "prompt")
     found = tuple(ids)
-    for token in found:
-        if type(token) is not int:
-            raise InvalidInput(f"token ids are whole numbers, got {token!r}", "prompt")
+    if not set(map(type, found)) <= {int}:
+        wrong = next(token for token in found if type(token) is not int)
+        raise InvalidInput(f"token ids are whole numbers, got {wrong!r}", "prompt")
     return found
 
 

@@ -15,8 +15,9 @@ newest token is written there by the sampler. Of the block tables only changes a
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -126,11 +127,13 @@ class RowTable:
                     self._append(group, row, blocks)
         self._send_changes()
 
-    def _admit(self, admissions: Iterable[RowAdmission]) -> None:
-        for a in admissions:
-            assert len(a.token_ids) <= self._max_model_len
-            row, n = a.row, len(a.token_ids)
-            self.tokens[row, :n] = upload([np.array(a.token_ids, np.int32)], self._device)[0]
+    def _admit(self, admissions: Sequence[RowAdmission]) -> None:
+        lens = [len(a.token_ids) for a in admissions]
+        assert max(lens) <= self._max_model_len
+        tokens = upload([np.fromiter(chain.from_iterable(a.token_ids for a in admissions), np.int32, sum(lens))], self._device)[0]
+        for a, some in zip(admissions, tokens.split(lens), strict=True):
+            row = a.row
+            self.tokens[row, : len(some)] = some
             for group, blocks in enumerate(a.block_ids):
                 self._put(group, row, 0, (NULL_BLOCK,) * int(self._num_blocks[group, row]))
                 self._num_blocks[group, row] = 0

@@ -4,7 +4,7 @@ At small batch sizes a step is a chain of kernels of a few microseconds each, an
 running them. A graph fixes everything that is not data: the numbers of tokens and sequences, the kernels' grids, the addresses.
 So there is one per shape out of a short list, captured at start-up; a batch is padded to the next shape.
 
-    shapes           decodes only: as many tokens as sequences;  mixed: prompt chunks and decodes, up to some hundreds of tokens
+    shapes           decodes only: as many tokens as sequences;  mixed: prompt chunks and decodes
 
     batch of 5       a b c d e           one copy into the static inputs of size 8
     static inputs    a b c d e R R R     padding: the null row, whose one token at position 0 lies in the null block
@@ -20,7 +20,7 @@ arithmetic, and Python launches while the GPU computes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.families import ModelSpec
+from minivllm.families import ModelSpec, parameters
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
@@ -39,12 +39,21 @@ log = logging.getLogger(__name__)
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
+LARGE = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of mixed steps of small models
+LAUNCH_FLOPS = 3e12  # what an H200 computes in the 5 to 10 ms that launching a step from Python takes
 Array = np.ndarray[Any, Any]
 
 
-def graph_bytes(spec: ModelSpec, max_num_seqs: int) -> int:
+def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, sequences) of the mixed steps to capture: larger ones the smaller the model is."""
+    weights = sum(math.prod(p.shape) for name, p in parameters(spec).items() if name.startswith("layers."))
+    most = min(max_num_batched_tokens, LAUNCH_FLOPS / (2 * weights))
+    return (*MIXED, *((tokens, DECODES[-1]) for tokens in LARGE if tokens <= most))
+
+
+def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
-    rows, tokens = min(max_num_seqs, DECODES[-1]), MIXED[-1][0]
+    rows, tokens = min(max_num_seqs, DECODES[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
     return (288 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
 
 
@@ -117,10 +126,10 @@ class Graph:
 class StepGraphs:
     """All graphs of a runner, captured largest first so that they share memory."""
 
-    def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, decodes: Sequence[int] = DECODES,
-                 mixed: Sequence[tuple[int, int]] = MIXED) -> None:
-        most = min(max_num_seqs, max(decodes))
-        sizes = [size for size in decodes if size < most] + [most]
+    def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        most = min(max_num_seqs, DECODES[-1])
+        sizes = [size for size in DECODES if size < most] + [most]
+        mixed = mixed_shapes(model.spec, max_num_batched_tokens)
         shapes = [(size, size, size) for size in sizes] + [(t, b, 0) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
         graphs: dict[tuple[int, int, int], Graph] = {}
         pool = None

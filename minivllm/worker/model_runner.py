@@ -112,12 +112,13 @@ class ModelRunner:
     """One model, its KV cache, and the rows under way."""
 
     def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
-                 cuda_graphs: bool = False) -> None:
+                 graph_tokens: int = 0) -> None:
+        """graph_tokens: capture CUDA graphs of decodes and of mixed steps up to this many tokens; 0: none."""
         self.model, self.kv = model, kv
         self._sizes = max_num_seqs, tuple(eos_token_ids)
         self.rows = RowTable(max_num_seqs, len(kv.shape.groups), max_model_len, kv.shape.block_size, model.build.device)
         self.sampler = self._new_sampler()
-        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs) if cuda_graphs else None
+        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens) if graph_tokens else None
 
     @property
     def graph_bytes(self) -> int:

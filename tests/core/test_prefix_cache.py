@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.core.prefix_cache import PrefixCache, chain_digest, root_digest
+from minivllm.core.prefix_cache import PrefixCache, chain_digests, root_digest
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # two tokens: prefixes coincide often
 OWNER = st.sampled_from([(None, None), ("sql", None), (None, "salt")])  # (adapter, cache_salt)
@@ -124,13 +124,15 @@ def test_a_salt_that_looks_like_an_adapter_is_another_root() -> None:
 
 def test_equal_tokens_after_another_parent_are_another_block() -> None:
     root = root_digest(None, None)
-    assert chain_digest(chain_digest(root, [1, 2]), [5, 6]) != chain_digest(chain_digest(root, [3, 4]), [5, 6])
+    one, other = chain_digests(root, [1, 2, 5, 6], 2), chain_digests(root, [3, 4, 5, 6], 2)
+    assert one[0] != other[0] and one[1] != other[1]
+    assert one[1] == chain_digests(one[0], [5, 6, 7], 2)[0]  # a block that is not full has no name
 
 
 def test_token_boundaries_count() -> None:
     root = root_digest(None, None)
-    assert chain_digest(root, [1, 23]) != chain_digest(root, [12, 3])
+    assert chain_digests(root, [1, 23], 2) != chain_digests(root, [12, 3], 2)
 
 
 def test_digests_are_cryptographic() -> None:
-    assert len(chain_digest(root_digest(None, None), [1])) == 32
+    assert [len(name) for name in chain_digests(root_digest(None, None), [1, 2], 1)] == [32, 32]

@@ -57,14 +57,14 @@ def attention_variants() -> Iterator[dict[str, Any]]:
             tile = attention.decode_tile(8, head_dim, group, 2, 89)
             one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
             yield measure(f"decode {name}", _decode_attention, decode,
-                          dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, PREFETCH=0, **one),
+                          dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
             tile = attention.prompt_tile(head_dim, group, 2, 89)
             one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q)
             yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
         yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, store,
-                      dict(KV_HEADS=8, HEADS=8, NORM=True, ROPE=True, **shape), num_warps=4)
+                      dict(KV_HEADS=8, HEADS=32, NORM=True, ROPE=True, **shape), num_warps=8)
 
 
 def linear_variants() -> Iterator[dict[str, Any]]:

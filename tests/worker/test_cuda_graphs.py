@@ -29,7 +29,7 @@ def runner_with_graphs(tiny: Tiny, block_size: int) -> ModelRunner:
     kv = KVCache(shape, NUM_BLOCKS, 0, tiny.device, tiny.model.build.ops)
     for layer in kv.layers:  # whoever reads what was never written gets NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), cuda_graphs=True)
+    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=1024)
 
 
 @pytest.mark.parametrize("block_size", [3, 16])

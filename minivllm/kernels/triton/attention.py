@@ -38,17 +38,19 @@ class Tile:
 def decode_tile(programs: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
     """From a table by shape and architecture: no tuning at run time. programs: sequences x KV heads; itemsize: bytes of an element.
 
-    Large tiles take the least time from beginning to end, and small ones leave room for several programs side by side, which
-    hide each other's: on an H200 that pays with two to eight programs for each of its multiprocessors.
+    While there are fewer programs than multiprocessors, a large tile takes the least time from beginning to end. With more,
+    small ones leave room for several programs side by side, which hide each other's waits.
     """
     block_m = max(16, triton.next_power_of_2(heads_per_kv + 1))
     row = head_dim * itemsize  # bytes of a key
     if arch >= 90:
-        if row == 256 and 256 <= programs <= 1280:
-            return Tile(1, block_m, 64, 2, 2)
+        if row == 256:
+            if programs <= 128:
+                return Tile(1, block_m, 64 if programs <= 16 else 128, 4, 2)
+            return Tile(1, block_m, 32, 4, 3) if programs <= 384 else Tile(1, block_m, 16, 1, 4)
         return Tile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
     if row == 256:
-        return Tile(1, block_m, 32, 2, 3)  # larger ones spill registers
+        return Tile(1, block_m, 32, 4, 3)  # larger ones spill registers
     return Tile(1, block_m, 64 if row < 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
 
 
@@ -105,9 +107,9 @@ def prepare_attention(
 
 
 def _splits(device: torch.device, programs: int, keys: int) -> int:
-    """As many as fill the GPU twice over, as long as each may have MIN_KEYS."""
+    """As many as fill the GPU, as long as each may have MIN_KEYS."""
     splits = 1
-    while splits < MAX_SPLITS and programs * splits < 2 * num_sms(device) and keys > MIN_KEYS * splits:
+    while splits < MAX_SPLITS and programs * splits < num_sms(device) and keys > MIN_KEYS * splits:
         splits *= 2
     return splits
 
@@ -127,18 +129,18 @@ def self_attention(
     if meta.num_decodes:
         tile = decode_tile(meta.num_decodes * hk, d, h // hk, size, arch)
         partial, log_weight, tickets = (meta.partial, meta.log_weight, meta.tickets) if meta.splits > 1 else (out, out, out)
-        _decode_attention[(meta.num_decodes, hk, meta.splits)](
+        _decode_attention[(hk, meta.num_decodes, meta.splits)](
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,
             scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0), meta.splits,
             HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=meta.splits > 1,
-            MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SOFTCAP=softcap is not None, PREFETCH=MIN_KEYS, **shared, **flags,
+            MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SOFTCAP=softcap is not None, **shared, **flags,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(qkv.device),
         )  # fmt: skip
     if meta.num_prompt_tokens:
         qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
-        _position_and_store[(meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 8))](
+        _position_and_store[(meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 32))](
             qk, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.num_decodes, qkv.stride(0),
-            KV_HEADS=hk, HEADS=8, **shared, **flags, num_warps=4,
+            KV_HEADS=hk, HEADS=32, **shared, **flags, num_warps=8,
         )  # fmt: skip
         _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, size, arch),
                         arch >= 90 and size == 2 and d in (64, 128, 256), shared)

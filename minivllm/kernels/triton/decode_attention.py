@@ -24,30 +24,66 @@ MAX_SPLITS = 16
 @triton.jit
 def rotated_heads(
     token_qkv, head, dims, live, norm_weight, eps, cos, sin,
-    D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a fused projection, normalised per head and rotated: [rows, PADDED_D] of DTYPE. cos, sin: of the token.
 
-    sin carries the sign, and the partner of dimension d is d + D/2 (mod D). Rounds wherever the reference does.
+    sin carries the sign, and the partner of dimension d is d + D/2 (mod D). Rounds wherever the reference does. With PDL it
+    waits for the projection once it has fetched all else.
     """
-    x = tl.load(token_qkv + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
     other = (dims + D // 2) % D
+    if NORM:
+        w = tl.load(norm_weight + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
+        if ROPE:
+            w_partner = tl.load(norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
+    if ROPE:
+        live_dim = dims < D
+        c = tl.load(cos + dims, mask=live_dim, other=0.0).to(tl.float32)
+        s = tl.load(sin + dims, mask=live_dim, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(token_qkv + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
     partner = x
     if ROPE:
         partner = tl.load(token_qkv + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        w = tl.load(norm_weight + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
         x = ((x * scale).to(DTYPE).to(tl.float32) * w).to(DTYPE).to(tl.float32)
         if ROPE:
-            w = tl.load(norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
-            partner = ((partner * scale).to(DTYPE).to(tl.float32) * w).to(DTYPE).to(tl.float32)
+            partner = ((partner * scale).to(DTYPE).to(tl.float32) * w_partner).to(DTYPE).to(tl.float32)
     if ROPE:
-        live_dim = dims < D
-        c = tl.load(cos + dims, mask=live_dim, other=0.0).to(tl.float32)
-        s = tl.load(sin + dims, mask=live_dim, other=0.0).to(tl.float32)
         x = x * c[None, :] + partner * s[None, :]
     return x.to(DTYPE)
+
+
+@triton.jit
+def _fetch(
+    cache_k, cache_v, block, key, oldest, end, kv_head, dims, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Keys and values [N, PADDED_D] at positions `key` in blocks `block`, and which of them lie in [oldest, end): [N] each.
+
+    The rest of a block may hold anything, NaN included, and is never loaded."""
+    place = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+    visible = (key >= oldest) & (key < end)
+    live = visible[:, None] & (dims < D)[None, :]
+    k = tl.load(cache_k + place[:, None] + dims[None, :], mask=live, other=0.0)
+    v = tl.load(cache_v + place[:, None] + dims[None, :], mask=live, other=0.0)
+    return k, v, visible
+
+
+@triton.jit
+def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl.constexpr):
+    """A tile of keys and values [N, D] into the running averages of queries [M, D]; scale includes log2(e)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
+    if SOFTCAP:
+        scores = _cap(scores, softcap)
+    scores = tl.where(visible[None, :], scores, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    shrink = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores - new_peak[:, None])
+    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return acc, new_peak, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits"])
@@ -57,10 +93,10 @@ def _decode_attention(
     slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride, splits,
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_KEYS: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    seq = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)  # the heads of a sequence side by side: together they read whole blocks
+    seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
     DTYPE: tl.constexpr = cache_k.dtype.element_ty
@@ -81,30 +117,27 @@ def _decode_attention(
         end = tl.minimum(last, begin + run)
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED_D)
+    live_dim = dims < D
     table = block_table + seq * table_stride
     live_row = rows < HEADS_PER_KV
     head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
-    if PDL:  # the cached keys and values are long there: bring the first ones near while the projection still runs
-        near = begin + tl.arange(0, PREFETCH)
-        near_block = tl.load(table + near // BLOCK_SIZE, mask=near < end, other=0).to(tl.int64)
-        near_place = ((near_block * BLOCK_SIZE + near % BLOCK_SIZE) * KV_HEADS + kv_head) * D
-        for line in tl.static_range(0, D, 64):
-            prefetch(cache_k + near_place + line)
-            prefetch(cache_v + near_place + line)
-            if NORM:
-                prefetch(norm_weight + head * D + line)
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
-    live_dim = dims < D
+    # The first keys and values are long there: they are on their way while the projection still runs. The numbers of a tile's
+    # blocks are read one tile ahead, so that its keys need not wait for them.
+    tile = tl.arange(0, BLOCK_N)
+    key = begin + tile
+    block = tl.load(table + key // BLOCK_SIZE, mask=(key >= oldest) & (key < end), other=0)
+    next_block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
+    k, v, visible = _fetch(cache_k, cache_v, block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
+    own_place = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
+
     token = qkv + seq * qkv_stride
-    live = (rows <= HEADS_PER_KV)[:, None] & live_dim[None, :]
-    q = rotated_heads(token, head, dims, live, norm_weight, eps, cos + seq * D, sin + seq * D, D, NORM, ROPE, DTYPE)
+    live_head = (rows <= HEADS_PER_KV)[:, None] & live_dim[None, :]
+    q = rotated_heads(token, head, dims, live_head, norm_weight, eps, cos + seq * D, sin + seq * D, D, NORM, ROPE, DTYPE, PDL)
     new_key = tl.sum(tl.where((rows == HEADS_PER_KV)[:, None], q.to(tl.float32), 0.0), 0)  # [PADDED_D], exact: one row
     new_value = tl.load(token + (NUM_HEADS + KV_HEADS + kv_head) * D + dims, mask=live_dim, other=0.0).to(tl.float32)
     mine = split == used - 1
     if mine:
-        own_place = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
         tl.store(cache_k + own_place + dims, new_key.to(DTYPE), mask=live_dim)
         tl.store(cache_v + own_place + dims, new_value.to(DTYPE), mask=live_dim)
 
@@ -115,23 +148,12 @@ def _decode_attention(
     peak = tl.where(mine, score, -float("inf"))
     total = tl.where(mine, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
     acc = tl.where(mine, tl.zeros([BLOCK_M, PADDED_D], tl.float32) + new_value[None, :], 0.0)
-    for start in range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        live_key = (key >= oldest) & (key < end)  # the rest of a block may hold anything, NaN included, and is never loaded
-        block = tl.load(table + key // BLOCK_SIZE, mask=live_key, other=0).to(tl.int64)
-        place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
-        k = tl.load(cache_k + place[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-        if SOFTCAP:
-            scores = _cap(scores, softcap)
-        scores = tl.where(live_key[None, :], scores, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
-        v = tl.load(cache_v + place[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(DTYPE), v, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, 1)
-        peak = new_peak
+    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+    for start in range(begin + BLOCK_N, end, BLOCK_N):
+        key = start + tile
+        k, v, visible = _fetch(cache_k, cache_v, next_block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
+        next_block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
+        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
 
     mean = acc / total[:, None]  # every program saw at least one key
     live_q = live_row[:, None] & live_dim[None, :]
@@ -159,12 +181,6 @@ def _decode_attention(
             total += weight
         mean = mean / total[:, None]
     tl.store(out + row[:, None] * D + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)
-
-
-@triton.jit
-def prefetch(pointers):
-    """Bring the line of 128 bytes that each of `pointers` lies in to the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -24,8 +24,8 @@ def capability(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors: how many programs run side by side, at least. 2 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Streaming multiprocessors: how many programs run side by side, at least. 16 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 @lru_cache(maxsize=8)

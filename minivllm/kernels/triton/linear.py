@@ -102,13 +102,14 @@ def _few_rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live_m = m < rows
     source = x + m[:, None] * K
+    HALF: tl.constexpr = x.dtype.element_ty == tl.float16  # whose range the product with the norm's weights alone might leave
+    squares = tl.zeros([BLOCK_M], tl.float32)
     scale = tl.full([BLOCK_M], 1.0, tl.float32)
-    if NORM:
-        squares = tl.zeros([BLOCK_M], tl.float32)
+    if NORM and HALF:
         for start in tl.static_range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            value = tl.load(source + k[None, :], mask=live_m[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-            squares += tl.sum(value * value, 1)
+            wide = tl.load(source + k[None, :], mask=live_m[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
         scale = tl.rsqrt(squares / K + eps)
     acc = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
     acc_up = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
@@ -118,9 +119,12 @@ def _few_rows(
         live = live_n[:, None] & live_k[None, :]
         value = tl.load(source + k[None, :], mask=live_m[:, None] & live_k[None, :], other=0.0)
         if NORM:
-            weights = tl.load(norm_weight + k, mask=live_k, other=0.0).to(tl.float32)
-            normed = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32)
-            value = (normed * weights[None, :]).to(value.dtype)
+            wide = value.to(tl.float32)
+            if HALF:
+                wide *= scale[:, None]
+            else:
+                squares += tl.sum(wide * wide, 1)
+            value = (wide * tl.load(norm_weight + k, mask=live_k, other=0.0).to(tl.float32)[None, :]).to(value.dtype)
         value = value.reshape(BLOCK_M, PARTS, BLOCK_K // PARTS).permute(1, 0, 2)
         tile = first if start == 0 else tl.load(w + k[None, :], mask=live, other=0.0)
         acc = tl.dot(value, tile.reshape(BLOCK_N, PARTS, BLOCK_K // PARTS).permute(1, 2, 0), acc, input_precision="ieee")
@@ -128,10 +132,15 @@ def _few_rows(
             tile = first_up if start == 0 else tl.load(w + N * K + k[None, :], mask=live, other=0.0)
             acc_up = tl.dot(value, tile.reshape(BLOCK_N, PARTS, BLOCK_K // PARTS).permute(1, 2, 0), acc_up, input_precision="ieee")
     y = tl.sum(acc, 0)
+    if NORM and not HALF:
+        scale = tl.rsqrt(squares / K + eps)
+        y *= scale[:, None]
     if BIAS:
         y += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
     if GATED:
         up = tl.sum(acc_up, 0)
+        if NORM and not HALF:
+            up *= scale[:, None]
         if BIAS:
             up += tl.load(bias + N + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
         y = silu_mul(y, up, out.dtype.element_ty)

@@ -41,7 +41,7 @@ def _position_and_store(
     source = qkv + token * qkv_stride
     DTYPE: tl.constexpr = cache_k.dtype.element_ty
     positioned = (head < NUM_HEADS + KV_HEADS)[:, None] & live_dim
-    x = rotated_heads(source, head, dims, positioned, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE, DTYPE)
+    x = rotated_heads(source, head, dims, positioned, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE, DTYPE, False)
     tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
     place = tl.load(slots + token) * KV_HEADS * D
     is_key = (head >= NUM_HEADS)[:, None] & positioned
