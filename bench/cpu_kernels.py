@@ -1,4 +1,6 @@
-"""Why the PyTorch kernels do on a CPU what they do: each choice beside what was not chosen, at SmolLM2-135M's sizes.
+"""Why the kernels do on a CPU what they do: each choice beside what was not chosen, at SmolLM2-135M's sizes.
+
+"numba" are the compiled kernels that serve, the others PyTorch's, of which "as is" is the reference.
 
     OMP_NUM_THREADS=2 python -m bench.cpu_kernels [--dtype bfloat16]
 
@@ -11,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +21,13 @@ from torch import Tensor
 
 from bench import machine
 from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.reference import activation, norm, rope
 from minivllm.kernels.reference import attention as paged
-from minivllm.kernels.reference import norm, rope
+
+try:
+    from minivllm.kernels import numba
+except ImportError:
+    numba = None
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 30, 576, 9, 3, 64, 49152
 SHAPES = [(960, HIDDEN), (HIDDEN, HIDDEN), (3072, HIDDEN), (HIDDEN, 1536)]  # of one layer: qkv, o, gate_up, down
@@ -40,6 +48,7 @@ def main() -> None:
             decodes(dtype)
             gathers(dtype)
             norms(dtype)
+            gates(dtype)
 
 
 def show(what: str, variants: Variants, rounds: int = 15) -> None:
@@ -95,12 +104,17 @@ def decodes(dtype: torch.dtype) -> None:
                 paged.self_attention(qkv, kv, slots, meta, scale=0.125, rope=angles) for kv in layers]
         paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS = usual
         variants["meta"] = lambda batch=batch: prepared(batch, dtype)
+        if numba is not None:
+            compiled = prepared(batch, dtype, numba.attention)
+            variants["numba"] = lambda meta=compiled, qkv=qkv, slots=slots, angles=angles, layers=layers: [
+                numba.attention.self_attention(qkv, kv, slots, meta, scale=0.125, rope=angles) for kv in layers]
+            variants["numba's meta"] = lambda batch=batch: prepared(batch, dtype, numba.attention)
         show(f"{dtype} self-attention, {what}", variants)
 
 
-def prepared(batch: InputBatch, dtype: torch.dtype) -> paged.AttentionMeta:
-    return paged.prepare_attention(batch, 0, block_size=16, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None,
-                                   dtype=dtype)
+def prepared(batch: InputBatch, dtype: torch.dtype, twin: Any = paged) -> Any:
+    return twin.prepare_attention(batch, 0, block_size=16, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None,
+                                  dtype=dtype)
 
 
 def gathers(dtype: torch.dtype) -> None:
@@ -148,7 +162,18 @@ def norms(dtype: torch.dtype) -> None:
             # [x, -x] has mean 0 and variance mean(x^2): one fused kernel, but twice the data
             "as layer norm": lambda x: F.layer_norm(torch.cat((x, -x), -1), (2 * HIDDEN,), None, None, 1e-5)[..., :HIDDEN] * weight,
         }
+        if numba is not None:
+            ways["numba"] = lambda x: numba.rows.rms_norm(x, weight, 1e-5)
         show(f"{dtype} RMSNorm, {rows} rows", {name: lambda f=f, x=x: [f(x) for _ in range(2 * LAYERS)] for name, f in ways.items()})
+
+
+def gates(dtype: torch.dtype) -> None:
+    for rows in (1, 4, 18, 32, 256):
+        x = torch.randn(rows, 3072).to(dtype)
+        ways = {"as is": activation.silu_and_mul}
+        if numba is not None:
+            ways["numba"] = numba.rows.silu_and_mul
+        show(f"{dtype} gated MLP's middle, {rows} rows", {name: lambda f=f, x=x: [f(x) for _ in range(LAYERS)] for name, f in ways.items()})
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ EVERYBODY = ("minivllm",)  # the package itself, for its version and its lazy na
 # Third parties that only these folders or files may import.
 CONFINED = {
     "triton": "minivllm.kernels.triton",
+    "numba": "minivllm.kernels.numba",
+    "llvmlite": "minivllm.kernels.numba",
     "fastapi": "minivllm.server",
     "starlette": "minivllm.server",
     "pydantic": "minivllm.server",
@@ -132,8 +134,9 @@ def violations(files: Mapping[str, str]) -> list[str]:
     return found
 
 
-def is_triton(module: str) -> bool:
-    return f"{module}.".startswith("minivllm.kernels.triton.")
+def is_compiled(module: str) -> bool:
+    """Whether a module needs a compiler that not every machine has."""
+    return any(f"{module}.".startswith(f"minivllm.kernels.{compiler}.") for compiler in ("triton", "numba"))
 
 
 def run(code: str) -> str:
@@ -191,16 +194,17 @@ print([name for name in ("torch", "numpy") if name in sys.modules])
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = ("torch", "numpy", "transformers", "tokenizers", "fastapi", "pydantic", "huggingface_hub")
+    heavy = ("torch", "numpy", "numba", "transformers", "tokenizers", "fastapi", "pydantic", "huggingface_hub")
     assert run(f"import sys, minivllm\nprint([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
 
 def test_the_engine_imports_without_the_servers_packages_and_without_gguf() -> None:
     """A bare PyTorch box with transformers and triton is enough."""
-    modules = [name for name in sources() if unit(name) not in ("server", "entrypoints", "__main__") and not is_triton(name)]
+    modules = [name for name in sources() if unit(name) not in ("server", "entrypoints", "__main__") and not is_compiled(name)]
     code = f"""
 import importlib, sys
-for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton", "llguidance"):
+for blocked in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "openai", "gguf", "triton", "numba", "llvmlite",
+                "llguidance"):
     sys.modules[blocked] = None
 for module in {[m for m in modules if m != "minivllm.__init__"]}:
     importlib.import_module(module)
@@ -211,8 +215,9 @@ print("imported")
 
 
 def test_importing_everything_starts_nothing_and_prints_nothing() -> None:
-    triton = importlib.util.find_spec("triton") is not None
-    modules = [name for name in sources() if unit(name) != "__main__" and name != "minivllm.__init__" and (triton or not is_triton(name))]
+    here = {name: importlib.util.find_spec(name) is not None for name in ("triton", "numba")}
+    modules = [name for name in sources() if unit(name) != "__main__" and name != "minivllm.__init__"
+               and (not is_compiled(name) or here[name.split(".")[2]])]
     code = f"""
 import importlib, json, logging, threading
 for module in {modules}:
@@ -239,6 +244,7 @@ CLEAN = {"minivllm.core.plan": "import dataclasses", "minivllm.core.scheduler": 
      "may not import minivllm.engine.llm"),
     ("minivllm.layers.linear", "from minivllm.models.decoder import Decoder", "may not import minivllm.models.decoder"),
     ("minivllm.kernels.reference.norm", "import triton", "only minivllm.kernels.triton may"),
+    ("minivllm.kernels.reference.norm", "from numba import njit", "only minivllm.kernels.numba may"),
     ("minivllm.kernels.triton_extra", "import triton.language as tl", "only minivllm.kernels.triton may"),
     ("minivllm.engine.client", "from pydantic import BaseModel", "only minivllm.server may"),
     ("minivllm.server.app", "import llguidance", "only minivllm.engine.grammar may"),

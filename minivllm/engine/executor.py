@@ -81,6 +81,7 @@ class LocalExecutor:
         dtype = choose_dtype(config.dtype, spec, device)
         budget = token_budget(config, spec, device)
         build = BuildContext(device=device, dtype=dtype, ops=select(device))
+        build.ops.warm_up(spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype)
         shape = BlockShape(kv_groups(spec), config.block_size, dtype)
         weights = _weight_bytes(spec, dtype)
         with _enough_memory(f"the weights of {weights / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):

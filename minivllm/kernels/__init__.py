@@ -1,6 +1,6 @@
 """Kernels: pure functions on tensors, chosen once for a device and handed to every layer as one `Ops` value.
 
-A function of the same name and signature may exist several times (PyTorch, Triton); the PyTorch one in `reference` is the
+A function of the same name and signature may exist several times (PyTorch, Triton, Numba); the PyTorch one in `reference` is the
 specification. Layers call `build.ops.rms_norm(...)` and never learn which one it is.
 """
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Ops:
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
+    warm_up: Callable[..., None]  # (num_heads, num_kv_heads, head_dim, dtype): compile ahead what a model of this shape needs
 
 
 REFERENCE = Ops(
@@ -55,11 +56,14 @@ REFERENCE = Ops(
     gelu=activation.gelu,
     gelu_tanh=activation.gelu_tanh,
     sample=sampling.sample,
+    warm_up=lambda *shape: None,
 )
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest kernels for a device: Triton's on a CUDA GPU, PyTorch's elsewhere (and, with one warning, where Triton is missing)."""
+    """The fastest kernels for a device: Triton's on a CUDA GPU, Numba's on a CPU, and PyTorch's where one of these is missing."""
+    if device.type == "cpu":
+        return _for_cpu()
     if device.type != "cuda":
         return REFERENCE
     try:
@@ -75,4 +79,20 @@ def select(device: torch.device) -> Ops:
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,
+    )
+
+
+def _for_cpu() -> Ops:
+    try:
+        from minivllm.kernels import numba
+    except ImportError as error:
+        logger.info("Numba cannot be imported (%s): the slower PyTorch kernels serve. pip install numba", error)
+        return REFERENCE
+    return dataclasses.replace(
+        REFERENCE,
+        prepare_attention=numba.attention.prepare_attention,
+        self_attention=numba.attention.self_attention,
+        fused_linear=numba.rows.fused_linear,
+        rms_norm=numba.rows.rms_norm,
+        warm_up=numba.warm_up,
     )

@@ -179,7 +179,7 @@ def self_attention(
     if rope is not None:
         qk = apply_rope(qk, *rope)
     write_kv(qk[:, h:], v, kv, slots)
-    return attention(qk[:, :h], kv, meta, scale=scale, softcap=softcap).view(-1, h * d)
+    return attention(qk[:, :h], kv, meta, scale=scale, softcap=softcap).reshape(-1, h * d)
 
 
 def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:

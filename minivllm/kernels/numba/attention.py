@@ -1,0 +1,112 @@
+"""Self-attention over the paged cache on a CPU: decodes in one compiled call a layer, prompt chunks in PyTorch.
+
+    rows of the fused projection   | decodes, one each      |  prompt chunks, padding ..................  |
+    computed by                    | decode_attention.py    |  kernels/reference/attention.py             |
+
+What depends only on lengths and block tables is computed once per step and KV group by `prepare_attention`: the tasks, and an
+array of arguments in which each layer changes a few addresses. The reference also serves dtypes and shapes that the kernel has
+no code for (float16; a head that is no whole number of vectors).
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.numba import decode_attention as code
+from minivllm.kernels.numba.threads import Arguments, Kernel
+from minivllm.kernels.reference import attention as reference
+
+Array = np.ndarray[Any, Any]
+NO_WINDOW = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """What every layer of a KV group shares in one step: see `prepare_attention`."""
+
+    kernel: Kernel
+    args: Arguments
+    num_tasks: int
+    num_decodes: int
+    width: int  # H * D
+    tickets: Array  # [decodes, KV] int32: zero between layers
+    memory: tuple[Any, ...]  # what else args point to
+    rest: reference.AttentionMeta | None  # of the rows after the decodes; None: there are none
+
+
+def covers(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernel serves this shape."""
+    return head_dim % 8 == 0 and dtype in (torch.float32, torch.bfloat16)
+
+
+def kernel_for(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Kernel:
+    """The kernel of a shape, compiled at the first call."""
+    group = num_heads // num_kv_heads
+    return code.kernel(head_dim, group, code.heads_at_once(head_dim, group, num_kv_heads), int(dtype == torch.bfloat16))
+
+
+def prepare_attention(
+    batch: InputBatch, group: int, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None,
+    dtype: torch.dtype,
+) -> AttentionMeta | reference.AttentionMeta:
+    """Cut the decodes of KV group `group` into tasks; the reference prepares the rest, or all of a shape that is not covered."""
+    shape: dict[str, Any] = dict(block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
+                                 dtype=dtype)
+    n = batch.num_decodes
+    if n == 0 or not covers(head_dim, dtype):
+        return reference.prepare_attention(batch, group, **shape)
+    rest = None
+    if n < batch.num_tokens:
+        rest = reference.prepare_attention(_without_decodes(batch), group, **shape)
+    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype)
+    window = NO_WINDOW if window is None else window
+    first_tasks = np.array(code.first_tasks(batch.seq_lens_host[:n], window), np.int32)
+    splits = int(first_tasks[-1])
+    tasks = splits * -(-num_kv_heads // code.heads_at_once(head_dim, num_heads // num_kv_heads, num_kv_heads))
+    table, seq_lens = batch.block_tables[group], batch.seq_lens
+    assert table.dtype == seq_lens.dtype == torch.int32 and table.stride(1) == 1
+    partial = tickets = np.empty(0, np.int32)
+    if splits > n:
+        partial, tickets = np.empty((splits, num_heads, head_dim + 2), np.float32), np.zeros((n, num_kv_heads), np.int32)
+    args = Arguments(code.NUM_ARGS)
+    code.STEP_ARGS.pack_into(
+        args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_tasks.ctypes.data, tasks,
+        partial.ctypes.data, tickets.ctypes.data, window, num_heads, num_kv_heads, block_size)
+    return AttentionMeta(kernel, args, tasks, n, num_heads * head_dim, tickets, (first_tasks, table, seq_lens, partial), rest)
+
+
+def self_attention(
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta | reference.AttentionMeta, *, scale: float,
+    rope: tuple[Tensor, Tensor] | None = None, qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
+) -> Tensor:
+    """qkv: [T, (H + 2 KV) * D] -> [T, H * D]; writes the T new keys and values to `slots`: [T]. See the reference."""
+    if isinstance(meta, reference.AttentionMeta):
+        return reference.self_attention(qkv, kv, slots, meta, scale=scale, rope=rope, qk_norm=qk_norm, softcap=softcap)
+    n, args = meta.num_decodes, meta.args
+    out = torch.empty((qkv.shape[0], meta.width), dtype=qkv.dtype)
+    cos, sin = (0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
+    norm, eps = (0, 0.0) if qk_norm is None else (qk_norm[0].data_ptr(), qk_norm[1])
+    code.LAYER_ARGS.pack_into(
+        args.memory, 0, 0, out.data_ptr(), qkv.data_ptr(), qkv.stride(0) * qkv.itemsize, kv.k.data_ptr(), kv.v.data_ptr(), norm, cos, sin,
+        slots.data_ptr(), eps, scale, softcap or 0.0)
+    meta.kernel.run(args.address, meta.num_tasks)
+    if meta.rest is not None:
+        some = None if rope is None else (rope[0][n:], rope[1][n:])
+        out[n:] = reference.self_attention(qkv[n:], kv, slots[n:], meta.rest, scale=scale, rope=some, qk_norm=qk_norm, softcap=softcap)
+    return out
+
+
+def _without_decodes(batch: InputBatch) -> InputBatch:
+    """The same batch from the first prompt chunk on."""
+    n = batch.num_decodes
+    return dataclasses.replace(
+        batch, tokens=batch.tokens[n:], positions=batch.positions[n:], query_start=batch.query_start[n:] - n, seq_lens=batch.seq_lens[n:],
+        slots=tuple(slots[n:] for slots in batch.slots), block_tables=tuple(table[n:] for table in batch.block_tables), num_decodes=0,
+        query_lens_host=batch.query_lens_host[n:], seq_lens_host=batch.seq_lens_host[n:])
+

@@ -1,0 +1,373 @@
+"""Vectors of float32 inside Numba functions: a type, its arithmetic, and the two loops that attention spends its time in.
+
+Numba leaves the choice of vector instructions to LLVM's guesses about scalar loops. Attention on a few query rows is only
+fast if sums stay in registers, so here the vectors are written down: each function below emits a few LLVM instructions on
+vectors of `lanes` floats, which LLVM cuts into the registers that the CPU has (AVX2, AVX-512, NEON ...). Memory is given by
+addresses (integers). `half` is 1 where memory holds bfloat16, which is the upper half of a float32.
+"""
+from __future__ import annotations
+
+import math
+import operator
+from itertools import pairwise
+from typing import Any
+
+import llvmlite.ir as ir
+from numba.core import cgutils, types
+from numba.core.typing import signature
+from numba.core.typing.templates import ConcreteTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+LOWEST = -3.0e38  # less than any score; finite, so that differences of two are not NaN
+
+
+class Vector(types.Type):
+    """`lanes` float32 numbers in registers."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"float32 x {lanes}")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(F32, kind.lanes))
+
+
+def _define(symbol: Any, instruction: str) -> None:
+    kinds = [Vector(2**i) for i in range(7)]
+
+    class Template(ConcreteTemplate):
+        cases = [signature(kind, kind, kind) for kind in kinds]  # noqa: RUF012
+
+    infer_global(symbol)(Template)
+    for kind in kinds:
+        lower_builtin(symbol, kind, kind)(lambda context, builder, sig, args: getattr(builder, instruction)(*args))
+
+
+for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+    _define(_symbol, _instruction)
+
+
+# --- emitting instructions -----------------------------------------------------------------------------------------
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    kind = ir.VectorType(value.type, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def _constant(value: Any, lanes: int, kind: ir.Type = F32) -> ir.Constant:
+    return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, lanes: int, half: int) -> ir.Value:
+    """`lanes` numbers from memory; bfloat16 is widened by a shift."""
+    if not half:
+        return builder.load(_pointer(builder, address, ir.VectorType(F32, lanes)), align=4)
+    narrow = builder.load(_pointer(builder, address, ir.VectorType(I16, lanes)), align=2)
+    wide = builder.zext(narrow, ir.VectorType(I32, lanes))
+    return builder.bitcast(builder.shl(wide, _constant(16, lanes, I32)), ir.VectorType(F32, lanes))
+
+
+def _upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """The bits of a float32 rounded to bfloat16, ties to even, as an integer of 32 bits whose lower half is to be dropped.
+
+    A NaN that comes from bfloat16 or from arithmetic has zeros there, so that rounding leaves it a NaN.
+    """
+    bits = builder.bitcast(value, ir.VectorType(I32, lanes))
+    odd = builder.and_(builder.lshr(bits, _constant(16, lanes, I32)), _constant(1, lanes, I32))
+    return builder.add(bits, builder.add(odd, _constant(0x7FFF, lanes, I32)))
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(a.type, [a.type] * 3), f"llvm.fmuladd.v{a.type.count}f32")
+    return builder.call(function, [a, b, c])
+
+
+def _halves(builder: ir.IRBuilder, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
+    half = lanes // 2
+    mask = ir.VectorType(I32, half)
+    return (builder.shuffle_vector(x, x, ir.Constant(mask, list(range(half)))),
+            builder.shuffle_vector(x, x, ir.Constant(mask, list(range(half, lanes)))))
+
+
+def _add_pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: int) -> ir.Value:
+    """Of each four lanes: x0 + x1, x2 + x3, y0 + y1, y2 + y3."""
+    kind = ir.VectorType(I32, lanes)
+    masks = [ir.Constant(kind, [b + i + (lanes if i >= 4 else 0) - (4 if i >= 4 else 0) for b in range(0, lanes, 4)
+                                for i in picked]) for picked in ((0, 2, 4, 6), (1, 3, 5, 7))]
+    return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
+
+
+def _split_heads(heads: int, most: int) -> list[range]:
+    """Consecutive groups of heads, of at most `most` and of nearly equal size."""
+    groups = -(-heads // most)
+    edges = [heads * i // groups for i in range(groups + 1)]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
+def _at(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+    return builder.add(address, ir.Constant(I64, offset)) if offset else address
+
+
+def _prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
+    """Bring `num_bytes` from `row` on near, by lines of 64 bytes."""
+    byte = ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
+    for line in range(0, num_bytes, 64):
+        builder.call(function, [builder.inttoptr(_at(builder, row, line), byte), I32(0), I32(3), I32(1)])
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, address, lanes, half):
+    """Vector of `lanes` at `address`."""
+    n, narrow = lanes.literal_value, half.literal_value
+    return Vector(n)(types.int64, lanes, half), lambda context, builder, sig, args: _load(builder, args[0], n, narrow)
+
+
+@intrinsic(prefer_literal=True)
+def store(typingctx, address, value, half):
+    """Vector -> memory."""
+    n, narrow = value.lanes, half.literal_value
+
+    def emit(context, builder, sig, args):
+        x = args[1]
+        if narrow:
+            x = builder.lshr(_upper_half(builder, x, n), _constant(16, n, I32))
+            x = builder.trunc(x, ir.VectorType(I16, n))
+        builder.store(x, _pointer(builder, args[0], x.type), align=2 if narrow else 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, half), emit
+
+
+@intrinsic(prefer_literal=True)
+def rounded(typingctx, value, half):
+    """What a vector is after it was stored and loaded."""
+    n, narrow = value.lanes, half.literal_value
+
+    def emit(context, builder, sig, args):
+        if not narrow:
+            return args[0]
+        bits = builder.and_(_upper_half(builder, args[0], n), _constant(0xFFFF0000, n, I32))
+        return builder.bitcast(bits, args[0].type)
+
+    return value(value, half), emit
+
+
+def _scalar_access(kind: types.Type, bits: ir.Type) -> tuple[Any, Any]:
+    @intrinsic
+    def get(typingctx, address):
+        return kind(types.int64), lambda context, builder, sig, args: builder.load(_pointer(builder, args[0], bits))
+
+    @intrinsic
+    def put(typingctx, address, value):
+        def emit(context, builder, sig, args):
+            builder.store(args[1], _pointer(builder, args[0], bits))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), emit
+
+    return get, put
+
+
+@intrinsic
+def address_of(typingctx, pointer):
+    """A pointer as a number."""
+    return types.int64(pointer), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
+
+
+get_f64, put_f64 = _scalar_access(types.float64, ir.DoubleType())
+get_f32, put_f32 = _scalar_access(types.float32, F32)
+get_i32, put_i32 = _scalar_access(types.int32, I32)
+get_i64, put_i64 = _scalar_access(types.int64, I64)
+
+
+@intrinsic
+def fetch_add(typingctx, address, value):
+    """Add to an int32 that other threads see; its value before. Everything written before it is visible to who sees the sum."""
+    def emit(context, builder, sig, args):
+        return builder.atomic_rmw("add", _pointer(builder, args[0], I32), args[1], "acq_rel")
+
+    return types.int32(types.int64, types.int32), emit
+
+
+@intrinsic(prefer_literal=True)
+def stack(typingctx, size):
+    """Address of `size` bytes that live until the function returns."""
+    num_bytes = size.literal_value
+
+    def emit(context, builder, sig, args):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes))
+        memory.align = 64
+        return builder.ptrtoint(memory, I64)
+
+    return types.int64(size), emit
+
+
+@intrinsic(prefer_literal=True)
+def prefetch(typingctx, address, size):
+    """Bring `size` bytes near."""
+    num_bytes = size.literal_value
+
+    def emit(context, builder, sig, args):
+        _prefetch(builder, args[0], num_bytes)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, size), emit
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def splat(typingctx, value, lanes):
+    """A vector of equal numbers."""
+    n = lanes.literal_value
+    return Vector(n)(types.float32, lanes), lambda context, builder, sig, args: _splat(builder, args[0], n)
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c."""
+    return a(a, a, a), lambda context, builder, sig, args: _fma(builder, *args)
+
+
+@intrinsic
+def total(typingctx, x):
+    """Sum of the lanes."""
+    def emit(context, builder, sig, args):
+        v, n = args[0], x.lanes
+        while n > 1:
+            v, n = builder.fadd(*_halves(builder, v, n)), n // 2
+        return builder.extract_element(v, I32(0))
+
+    return types.float32(x), emit
+
+
+@intrinsic
+def largest(typingctx, x):
+    """The largest lane that is a number."""
+    def emit(context, builder, sig, args):
+        v, n = args[0], x.lanes
+        while n > 1:
+            a, b = _halves(builder, v, n)
+            v, n = builder.select(builder.fcmp_ordered(">", a, b), a, b), n // 2
+        return builder.extract_element(v, I32(0))
+
+    return types.float32(x), emit
+
+
+@intrinsic
+def exp2(typingctx, x):
+    """2^x within a few ulp for x in [-126, 127], beyond that 2^-126 or 2^127; NaN stays NaN.
+
+    x = n + f with a whole n and |f| <= 1/2: 2^f is a Taylor series, 2^n an exponent's bits. Adding 1.5 * 2^23 rounds x to
+    whole numbers and leaves n in the lowest bits.
+    """
+    def emit(context, builder, sig, args):
+        lanes = x.lanes
+        v = args[0]
+        for limit, sign in ((-126.0, "<"), (127.0, ">")):
+            v = builder.select(builder.fcmp_ordered(sign, v, _constant(limit, lanes)), _constant(limit, lanes), v)
+        shifted = builder.fadd(v, _constant(12582912.0, lanes))
+        f = builder.fsub(v, builder.fsub(shifted, _constant(12582912.0, lanes)))
+        series = _constant(math.log(2) ** 6 / math.factorial(6), lanes)
+        for k in range(5, -1, -1):
+            series = _fma(builder, series, f, _constant(math.log(2) ** k / math.factorial(k), lanes))
+        bits = builder.add(builder.bitcast(shifted, ir.VectorType(I32, lanes)), _constant(127, lanes, I32))
+        return builder.fmul(series, builder.bitcast(builder.shl(bits, _constant(23, lanes, I32)), v.type))
+
+    return x(x), emit
+
+
+# --- attention's two products --------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def four_scores(typingctx, scores, queries, places, ahead, keys, head_dim, heads, tile, lanes, half, registers):
+    """scores[h, j] = queries[h] . keys[places[j]] for four keys j and all heads h.
+
+    queries: [heads, head_dim] and scores: [heads, tile] in float32; places: [4] int64, bytes from `keys`. The products of up
+    to `registers` pairs of a head and a key are summed side by side, so each key and query that is loaded serves several.
+    """
+    d, h, t, n, narrow = (x.literal_value for x in (head_dim, heads, tile, lanes, half))
+    most = max(1, registers.literal_value // 4)
+
+    def emit(context, builder, sig, args):
+        out, q, where, later, base = args[:5]
+        rows = [builder.add(base, builder.load(_pointer(builder, _at(builder, where, 8 * j), I64))) for j in range(4)]
+        for j in range(4):
+            next_place = builder.load(_pointer(builder, _at(builder, later, 8 * j), I64))
+            _prefetch(builder, builder.add(base, next_place), d * (2 if narrow else 4))
+        for group in _split_heads(h, most):
+            sums = {(g, j): _constant(0.0, n) for g in group for j in range(4)}
+            for c in range(0, d, n):
+                xs = {g: _load(builder, _at(builder, q, 4 * (g * d + c)), n, 0) for g in group}
+                for j, row in enumerate(rows):
+                    key = _load(builder, _at(builder, row, c * (2 if narrow else 4)), n, narrow)
+                    for g in group:
+                        sums[g, j] = _fma(builder, xs[g], key, sums[g, j])
+            for g in group:
+                x, y = (_add_pairs(builder, sums[g, j], sums[g, j + 1], n) for j in (0, 2))
+                v, size = _add_pairs(builder, x, y, n), n
+                while size > 4:
+                    v, size = builder.fadd(*_halves(builder, v, size)), size // 2
+                builder.store(v, _pointer(builder, _at(builder, out, 4 * g * t), v.type), align=16)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 5), head_dim, heads, tile, lanes, half, registers), emit
+
+
+@intrinsic(prefer_literal=True)
+def add_weighted(typingctx, sums, shrink, weights, places, ahead, values, count, head_dim, heads, tile, lanes, half, registers):
+    """sums[h] = sums[h] * shrink[h] + sum over j < count of weights[h, j] * values[places[j]], for all heads h.
+
+    sums: [heads, head_dim], shrink: [heads], weights: [heads, tile] in float32; places: int64, bytes from `values`. As many
+    dimensions as fit `registers` are summed over all j before the next ones.
+    """
+    d, h, t, n, narrow = (x.literal_value for x in (head_dim, heads, tile, lanes, half))
+    room = registers.literal_value
+
+    def emit(context, builder, sig, args):
+        out, factors, w, where, later, base, number = args[:7]
+        for group in _split_heads(h, min(room, 6)):
+            at_once = max(1, room // len(group))
+            for part in _split_heads(d // n, at_once):  # of vectors
+                kind = ir.VectorType(F32, n)
+                cells = {}
+                for g in group:
+                    factor = _splat(builder, builder.load(_pointer(builder, _at(builder, factors, 4 * g), F32)), n)
+                    for c in part:
+                        cell = cells[g, c] = cgutils.alloca_once(builder, kind)
+                        builder.store(builder.fmul(_load(builder, _at(builder, out, 4 * (g * d + c * n)), n, 0), factor), cell)
+                with cgutils.for_range(builder, number) as loop:
+                    place = builder.load(_pointer(builder, builder.add(where, builder.shl(loop.index, I64(3))), I64))
+                    row = builder.add(base, place)
+                    if part.start == 0 and group.start == 0:
+                        next_place = builder.load(_pointer(builder, builder.add(later, builder.shl(loop.index, I64(3))), I64))
+                        _prefetch(builder, builder.add(base, next_place), d * (2 if narrow else 4))
+                    weight = builder.add(w, builder.shl(loop.index, I64(2)))
+                    ps = {g: _splat(builder, builder.load(_pointer(builder, _at(builder, weight, 4 * g * t), F32)), n) for g in group}
+                    for c in part:
+                        value = _load(builder, _at(builder, row, c * n * (2 if narrow else 4)), n, narrow)
+                        for g in group:
+                            builder.store(_fma(builder, ps[g], value, builder.load(cells[g, c])), cells[g, c])
+                for (g, c), cell in cells.items():
+                    builder.store(builder.load(cell), _pointer(builder, _at(builder, out, 4 * (g * d + c * n)), kind), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 7), head_dim, heads, tile, lanes, half, registers), emit

@@ -1,0 +1,317 @@
+"""Each Numba kernel against its PyTorch twin, and attention against hand-written maths."""
+from __future__ import annotations
+
+import dataclasses
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minivllm import kernels
+from minivllm.kernels.layout import KVLayer
+from minivllm.kernels.reference import activation as activation_twin
+from minivllm.kernels.reference import attention as attention_twin
+from minivllm.kernels.reference import linear as linear_twin
+from minivllm.kernels.reference import norm as norm_twin
+from minivllm.kernels.reference import rope as rope_twin
+from tests.kernels.paged import Case, make_case, naive_attention
+
+pytest.importorskip("numba", reason="Numba is not installed")
+from minivllm.kernels.numba import attention, decode_attention, rows, threads
+
+# Query heads, KV heads, head_dim: 1, 2, 3 and 7 queries for a key, all widths of vectors, one and several KV heads in a task.
+SHAPES = [(4, 4, 16), (4, 2, 8), (9, 3, 64), (7, 1, 80), (6, 2, 96), (14, 2, 128)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}  # of outputs near 1
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def fused(case: Case) -> Tensor:
+    """The projection that a case's newest tokens come from: [T, (H + 2 KV) * D]."""
+    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]) for t in (case.keys, case.values)]
+    return torch.cat((case.q, *new), 1).flatten(1)
+
+
+def forget_new(case: Case) -> KVLayer:
+    """A copy of the case's cache without its newest tokens."""
+    kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
+    for t in (kv.k, kv.v):
+        t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan
+    return kv
+
+
+def prepare(twin: object, case: Case, window: int | None = None) -> object:
+    return twin.prepare_attention(case.batch, 0, block_size=case.block_size, num_heads=case.q.shape[1], num_kv_heads=case.kv.k.shape[2],
+                                  head_dim=case.q.shape[2], window=window, dtype=case.q.dtype)
+
+
+def run(case: Case, kv: KVLayer, meta: object, *, twin: object = attention, **options: object) -> Tensor:
+    return twin.self_attention(fused(case), kv, case.batch.slots[0], meta, scale=case.q.shape[2] ** -0.5, **options)
+
+
+decode_lengths = st.integers(1, 70) | st.sampled_from([127, 128, 129, 256, 257, 400])
+sequences = st.lists(
+    st.one_of(
+        decode_lengths.map(lambda n: (1, n)),
+        st.integers(1, 40).map(lambda n: (n, n)),  # a whole prompt
+        st.tuples(st.integers(2, 20), st.integers(1, 40)).map(lambda t: (t[0], t[0] + t[1])),  # a later chunk
+    ),
+    min_size=1, max_size=8,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=25)
+@given(sequences, st.integers(1, 40) | st.sampled_from([16, 256]), st.none() | st.integers(1, 300), st.none() | st.sampled_from([0.5, 5.0]),
+       st.integers(0, 1000))
+def test_any_mix_over_scattered_poisoned_blocks_equals_hand_written_maths(
+    shape: tuple[int, int, int], dtype: torch.dtype, seqs: list[tuple[int, int]], block_size: int, window: int | None,
+    softcap: float | None, seed: int,
+) -> None:
+    heads, kv_heads, head_dim = shape
+    case = make_case(seqs, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype, seed=seed)
+    kv = forget_new(case)
+    got = run(case, kv, prepare(attention, case, window), softcap=softcap)
+    want = naive_attention(case, scale=head_dim**-0.5, window=window, softcap=softcap)
+    # the prompt chunks are PyTorch's, which rounds more in bfloat16
+    torch.testing.assert_close(got.view(case.q.shape).double(), want, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+    assert all(torch.equal(a.nan_to_num(99.0), b.nan_to_num(99.0)) for a, b in ((kv.k, case.kv.k), (kv.v, case.kv.v)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=15)
+@given(sequences, st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_heads_are_normalised_and_rotated_before_they_attend_as_in_the_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, seqs: list[tuple[int, int]], normed: bool, roped: bool, seed: int,
+) -> None:
+    heads, kv_heads, head_dim = shape
+    case = make_case(seqs, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
+    gen = torch.Generator().manual_seed(seed)
+    qk_norm = (torch.randn(heads + kv_heads, head_dim, generator=gen).to(dtype), 1e-6) if normed else None
+    rope = rope_twin.rope_angles(case.batch.positions, torch.rand(head_dim // 2, generator=gen), 1.0, dtype) if roped else None
+    (got, cache), (want, cache_twin) = ((run(case, kv, prepare(twin, case), twin=twin, rope=rope, qk_norm=qk_norm), kv)
+                                        for twin in (attention, attention_twin) for kv in [forget_new(case)])
+    torch.testing.assert_close(got, want, atol=4 * TOLERANCE[dtype], rtol=4 * TOLERANCE[dtype])
+    for a, b in ((cache.k, cache_twin.k), (cache.v, cache_twin.v)):
+        torch.testing.assert_close(a, b, atol=2 * TOLERANCE[dtype], rtol=2e-6 if dtype == torch.float32 else 8e-3, equal_nan=True)
+    if dtype == torch.bfloat16 and not normed:
+        assert torch.equal(cache.k.nan_to_num(99.0), cache_twin.k.nan_to_num(99.0)), "rotated keys are rounded where the reference rounds"
+
+
+@pytest.mark.parametrize("window", [None, 7, 150])
+def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | None) -> None:
+    case = make_case([(1, 33), (1, 2), (1, 400), (1, 17), (3, 21)], heads=9, kv_heads=3, head_dim=64, window=window, seed=1)
+    assert case.kv.k.isnan().any() and case.kv.v.isnan().any()
+    assert not run(case, forget_new(case), prepare(attention, case, window)).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_sequence_that_overflowed_does_not_reach_the_output(dtype: torch.dtype) -> None:
+    case = make_case([(1, 33), (1, 300), (1, 40), (1, 2)], heads=9, kv_heads=3, head_dim=64, dtype=dtype, seed=1)
+    before = run(case, forget_new(case), prepare(attention, case))
+    for i, length in enumerate(case.batch.seq_lens_host):
+        kv = forget_new(case)
+        own = case.batch.block_tables[0][i, : -(-length // case.block_size)].tolist()
+        kv.k[own] = kv.v[own] = torch.nan
+        after = run(case, kv, prepare(attention, case))
+        others = [j for j in range(4) if j != i]
+        assert torch.equal(after[others], before[others])
+        assert after[i].isnan().all() or length == 1
+
+
+def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch_and_with_any_number_of_threads() -> None:
+    case = make_case([(1, 400), (1, 3), (1, 129), (6, 6)], heads=9, kv_heads=3, head_dim=64, seed=6)
+    together = run(case, forget_new(case), prepare(attention, case))
+    for i in range(3):
+        batch = dataclasses.replace(
+            case.batch, tokens=case.batch.tokens[i : i + 1], positions=case.batch.positions[i : i + 1],
+            query_start=torch.tensor([0, 1]).int(), seq_lens=case.batch.seq_lens[i : i + 1], slots=(case.batch.slots[0][i : i + 1],),
+            block_tables=(case.batch.block_tables[0][i : i + 1],), num_decodes=1, query_lens_host=(1,),
+            seq_lens_host=case.batch.seq_lens_host[i : i + 1])
+        alone = dataclasses.replace(case, batch=batch)
+        for threads_now in (1, 2, 3):
+            torch.set_num_threads(threads_now)
+            got = attention.self_attention(fused(case)[i : i + 1], forget_new(case), batch.slots[0], prepare(attention, alone), scale=0.125)
+            assert torch.equal(got, together[i : i + 1])
+
+
+def test_rows_past_the_last_sequence_are_zero() -> None:
+    case = make_case([(1, 5), (1, 150), (3, 3)], heads=9, kv_heads=3, head_dim=64, seed=5)
+    rest, null = torch.full((2, 15 * 64), 7.0), torch.zeros(2, dtype=torch.int64)
+    slots = torch.cat((case.batch.slots[0], null))
+    padded = dataclasses.replace(case.batch, tokens=torch.zeros(7, dtype=torch.int32), slots=(slots,))
+    out = attention.self_attention(torch.cat((fused(case), rest)), forget_new(case), slots,
+                                   prepare(attention, dataclasses.replace(case, batch=padded)), scale=0.125)
+    assert torch.equal(out[:5], run(case, forget_new(case), prepare(attention, case)))
+    assert not out[5:].any()
+
+
+def test_one_preparation_serves_every_layer_and_the_next_layer_counts_from_zero() -> None:
+    case = make_case([(1, 400), (1, 9)], heads=9, kv_heads=3, head_dim=64, seed=8)
+    meta = prepare(attention, case)
+    first = [run(case, forget_new(case), meta) for _ in range(3)]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    assert not meta.tickets.any()
+    louder = dataclasses.replace(case, values=[2.0 * v for v in case.values], kv=KVLayer(case.kv.k, 2.0 * case.kv.v))
+    torch.testing.assert_close(run(louder, forget_new(louder), meta), 2.0 * first[0])
+
+
+def test_two_python_threads_may_call_at_once() -> None:
+    cases = [make_case([(1, 300 + 20 * i), (1, 70)], heads=9, kv_heads=3, head_dim=64, seed=i) for i in range(2)]
+    expected = [run(case, forget_new(case), prepare(attention, case)) for case in cases]
+    x, weight = torch.randn(2, 256, 2048), torch.randn(2048)  # rows enough that calls overlap
+    normed = [rows.rms_norm(some, weight, 1e-5) for some in x]
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        for _ in range(100):
+            if not torch.equal(run(cases[i], forget_new(cases[i]), prepare(attention, cases[i])), expected[i]):
+                wrong.append("attention")
+        for _ in range(100):
+            if not torch.equal(rows.rms_norm(x[i], weight, 1e-5), normed[i]):
+                wrong.append("norm")
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(12, torch.float32), (64, torch.float16)])
+def test_what_the_kernel_does_not_cover_is_the_references(head_dim: int, dtype: torch.dtype) -> None:
+    case = make_case([(1, 30), (1, 7), (4, 9)], head_dim=head_dim, dtype=dtype)
+    meta = prepare(attention, case)
+    assert isinstance(meta, attention_twin.AttentionMeta)
+    assert torch.equal(run(case, forget_new(case), meta), run(case, forget_new(case), prepare(attention_twin, case), twin=attention_twin))
+
+
+def test_without_an_openmp_library_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case([(1, 400), (1, 9)], heads=9, kv_heads=3, head_dim=64, seed=8)
+    want = run(case, forget_new(case), prepare(attention, case))
+    monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
+    assert torch.equal(run(case, forget_new(case), prepare(attention, case)), want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch is linked with libgomp on Linux")
+def test_the_kernels_run_on_pytorchs_own_threads() -> None:
+    assert threads._gomp_parallel() is not None
+    torch.randn(2000, 2000).sum()
+    case = make_case([(1, 400)] * 4, heads=9, kv_heads=3, head_dim=64)
+    run(case, forget_new(case), prepare(attention, case))
+    before = len(list(Path("/proc/self/task").iterdir()))
+    for _ in range(5):
+        run(case, forget_new(case), prepare(attention, case))
+    assert len(list(Path("/proc/self/task").iterdir())) == before
+
+
+def test_only_splits_that_are_seen_are_tasks() -> None:
+    assert decode_attention.SPLIT == 128
+    assert decode_attention.first_tasks([1, 128, 129, 700], 1 << 40) == [0, 1, 2, 4, 10]
+    assert decode_attention.first_tasks([1, 128, 129, 700], 300) == [0, 1, 2, 4, 7]  # 700: keys 400 to 699
+
+
+@settings(max_examples=30)
+@given(rows_=st.integers(1, 40), width=st.sampled_from([16, 48, 576, 1000]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_norms_equal_their_twins(rows_: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((rows_, width), (width,)))
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(rows.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5), atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=30)
+@given(rows_=st.integers(1, 40), width=st.sampled_from([16, 48, 576, 1000]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_silu_and_mul_equals_its_twin(rows_: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    x = (20 * torch.randn(rows_, 2 * width, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    x[0, 0], x[-1, 1] = -300.0, 300.0
+    tolerance = 4e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(rows.silu_and_mul(x), activation_twin.silu_and_mul(x), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"normed": True}, {"gated": True, "normed": True}, {"added": True}])
+def test_a_linear_layer_with_its_surroundings_equals_its_twin(dtype: torch.dtype, options: dict[str, bool]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, weight, gain, residual = (torch.randn(*s, generator=gen).to(dtype) for s in ((5, 64), (96, 64), (64,), (5, 96)))
+    got, want = (twin.fused_linear(x, linear_twin.pack_weight(weight * 0.1, dtype), norm=(gain, 1e-5) if "normed" in options else None,
+                                   gated="gated" in options, residual=residual.clone() if "added" in options else None)
+                 for twin in (rows, linear_twin))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_nan_and_infinity_are_stored_in_bfloat16_as_such() -> None:
+    x = torch.randn(1, 32).to(torch.bfloat16)
+    x[0, 16:20] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38])
+    x[0, :16] = 80.0  # silu(80) is 80
+    torch.testing.assert_close(rows.silu_and_mul(x), activation_twin.silu_and_mul(x), equal_nan=True, atol=0, rtol=8e-3)
+
+
+def test_a_cpu_is_served_by_these_kernels() -> None:
+    ops = kernels.select(torch.device("cpu"))
+    assert ops.self_attention is attention.self_attention and ops.fused_linear is rows.fused_linear
+
+
+def test_without_numba_the_pytorch_kernels_serve_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("minivllm.kernels.numba")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kernels, "numba")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with caplog.at_level(logging.INFO):
+        assert kernels.select(torch.device("cpu")) is kernels.REFERENCE
+    assert "pip install numba" in caplog.text
+
+
+@pytest.mark.parametrize("num_threads", [1], indirect=True)
+def test_code_is_kept_on_disk_and_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    code = """
+import sys, torch, numba
+from minivllm.kernels.numba import rows, threads
+if sys.argv[1] == "nowhere":
+    numba.core.caching.CacheImpl._locator_classes = []
+print(rows.rms_norm(torch.ones(1, 16), torch.ones(16), 0.0).sum().item(), rows.norm_kernel(0)._code._cache_hits)
+"""
+    def run_it(argument: str) -> str:
+        environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False, env=environment,
+                              cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    assert run_it("disk") == "16.0 0"
+    assert run_it("disk") == "16.0 1"
+    assert run_it("nowhere") == "16.0 0"
+
+
+def test_a_change_of_any_file_of_the_folder_changes_the_key_of_the_code_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "threads.py").write_text("a")
+    (tmp_path / "vectors.py").write_text("b")
+    monkeypatch.setattr(threads, "__file__", str(tmp_path / "threads.py"))
+    before = threads.version.__wrapped__()
+    (tmp_path / "vectors.py").write_text("c")
+    assert threads.version.__wrapped__() != before
+
+
+def test_split_and_tile_agree_with_the_vectors() -> None:
+    assert decode_attention.SPLIT % decode_attention.TILE == 0 and decode_attention.TILE % 4 == 0
