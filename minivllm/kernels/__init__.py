@@ -85,7 +85,7 @@ def select(device: torch.device) -> Ops:
 def _for_cpu() -> Ops:
     try:
         from minivllm.kernels import numba
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # LLVM's library may not load, or the system forbid code made at run time
         logger.info("Numba cannot be imported (%s): the slower PyTorch kernels serve. pip install numba", error)
         return REFERENCE
     return dataclasses.replace(

@@ -145,3 +145,4 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpx2", "filelock", "urllib3", "asyncio", "uvicorn.error"):
         logging.getLogger(chatty).setLevel("DEBUG" if level == "debug" else "ERROR" if level == "error" else "WARNING")
+    logging.getLogger("numba").setLevel("ERROR" if level == "error" else "WARNING")  # at "debug" it prints each instruction it compiles

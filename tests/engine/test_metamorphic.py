@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from minivllm import LLM, SamplingParams
+from minivllm.kernels import REFERENCE
 from minivllm.outputs import OutputDelta
 from tests.engine.oracle import Oracle
 
@@ -259,6 +260,18 @@ def test_the_row_table_is_a_cache_that_may_be_lost_at_any_step(folder: Path, ans
                 core.executor.drop_rows()
                 core.scheduler.readmit_all()
     assert {name: tuple(tokens) for name, tokens in found.items()} == answers
+
+
+@pytest.mark.parametrize(("block_size", "budget", "num_blocks"), [(1, 5, 6000), (16, 2048, 400), (4, 48, 62)])
+def test_the_reference_kernels_give_the_same_answers(
+    folder: Path, answers: Answers, block_size: int, budget: int, num_blocks: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The specification in PyTorch beside the compiled kernels that gave `answers`; the last engine preempts all the time."""
+    if ON_GPU in folder.name:
+        pytest.skip("on a GPU the kernels are compared with their twins one by one")
+    monkeypatch.setattr("minivllm.engine.executor.select", lambda device: REFERENCE)
+    with engine(folder, block_size=block_size, max_num_batched_tokens=budget, num_gpu_blocks_override=num_blocks) as llm:
+        assert ask(llm) == answers
 
 
 def test_another_seed_gives_other_tokens(folder: Path, answers: Answers) -> None:

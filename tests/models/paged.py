@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from minivllm.families import kv_groups, num_kv_tensors
-from minivllm.kernels import select
+from minivllm.kernels import Ops, select
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 
 
-def make_build(dtype: torch.dtype = torch.float32, device: str = "cpu") -> BuildContext:
-    return BuildContext(torch.device(device), dtype, select(torch.device(device)))
+def make_build(dtype: torch.dtype = torch.float32, device: str = "cpu", ops: Ops | None = None) -> BuildContext:
+    """ops: the kernels; None: those that serve the device."""
+    return BuildContext(torch.device(device), dtype, ops or select(torch.device(device)))
 
 
 class Paged:

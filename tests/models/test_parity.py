@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minivllm.families import FAMILIES, LLAMA, MISTRAL, Family, kv_groups, one_window, parse_config
+from minivllm.kernels import REFERENCE, Ops
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits, load, make_hf
 
@@ -28,7 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}),
     "llama, other theta and eps": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1}),
     "llama, linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
-    "llama, llama3 rope": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}, "head_dim": 32}),
+    "llama, llama3 rope": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}, "head_dim": 24, "num_key_value_heads": 2}),
     "llama, yarn rope": ("Llama", {"rope_parameters": YARN}),
     "llama, yarn rope, its borders moved": ("Llama", {"rope_parameters": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}}),
     "llama, yarn rope, explicit attention factor": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 0.7}}),
@@ -62,12 +63,16 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0.0)
 
 
+KERNELS = pytest.mark.parametrize("ops", [None, REFERENCE], ids=["serving", "reference"])  # what serves a CPU, and its specification
+
+
+@KERNELS
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_token(name: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_token(name: str, ops: Ops | None, tmp_path: Path) -> None:
     family, config = MODELS[name]
-    hf = make_hf(family, **config)
+    hf = make_hf(family, **{"hidden_size": 64, **config})  # heads of 16, which the compiled kernels cover
     hf.save_pretrained(tmp_path)
-    model = load(tmp_path)
+    model = load(tmp_path, build=make_build(ops=ops))
     rng = random.Random(0)
     tokens = [rng.randrange(97) for _ in range(33)]
     want = hf_logits(hf, tokens)
@@ -83,14 +88,15 @@ def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_t
     close(torch.cat([decoded.run((0, tokens[:9])), *(decoded.run((0, [t])) for t in tokens[9:])]), want)
 
 
+@KERNELS
 @pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen2, alternating windows", "opt-125m's shape"])
-def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, tmp_path: Path) -> None:
+def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, ops: Ops | None, tmp_path: Path) -> None:
     family, config = MODELS[name]
-    hf = make_hf(family, **config)
+    hf = make_hf(family, **{"hidden_size": 64, **config})
     hf.save_pretrained(tmp_path)
     rng = random.Random(1)
     a, b, c = ([rng.randrange(97) for _ in range(n)] for n in (20, 11, 30))
-    paged = Paged(load(tmp_path), 32, num_seqs=3)
+    paged = Paged(load(tmp_path, build=make_build(ops=ops)), 32, num_seqs=3)
     got: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
 
     def step(*work: tuple[int, list[int]]) -> None:

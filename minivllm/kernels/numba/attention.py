@@ -34,7 +34,9 @@ class AttentionMeta:
     args: Arguments
     num_tasks: int
     num_decodes: int
-    width: int  # H * D
+    dtype: torch.dtype
+    num_heads: int
+    block: tuple[int, int, int]  # block size, KV heads, D
     tickets: Array  # [decodes, KV] int32: zero between layers
     memory: tuple[Any, ...]  # what else args point to
     rest: reference.AttentionMeta | None  # of the rows after the decodes; None: there are none
@@ -70,15 +72,17 @@ def prepare_attention(
     splits = int(first_tasks[-1])
     tasks = splits * -(-num_kv_heads // code.heads_at_once(head_dim, num_heads // num_kv_heads, num_kv_heads))
     table, seq_lens = batch.block_tables[group], batch.seq_lens
-    assert table.dtype == seq_lens.dtype == torch.int32 and table.stride(1) == 1
+    # The kernel gets addresses: what it takes for granted is asserted here and in `self_attention`.
+    assert min(batch.seq_lens_host[:n]) > 0 and table.shape[1] * block_size >= max(batch.seq_lens_host[:n])
+    assert table.dtype == seq_lens.dtype == torch.int32 and table.stride(1) == seq_lens.stride(0) == 1
     partial = tickets = np.empty(0, np.int32)
     if splits > n:
         partial, tickets = np.empty((splits, num_heads, head_dim + 2), np.float32), np.zeros((n, num_kv_heads), np.int32)
-    args = Arguments(code.NUM_ARGS)
+    args, block = Arguments(code.NUM_ARGS), (block_size, num_kv_heads, head_dim)
     code.STEP_ARGS.pack_into(
         args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_tasks.ctypes.data, tasks,
         partial.ctypes.data, tickets.ctypes.data, window, num_heads, num_kv_heads, block_size)
-    return AttentionMeta(kernel, args, tasks, n, num_heads * head_dim, tickets, (first_tasks, table, seq_lens, partial), rest)
+    return AttentionMeta(kernel, args, tasks, n, dtype, num_heads, block, tickets, (first_tasks, table, seq_lens, partial), rest)
 
 
 def self_attention(
@@ -89,7 +93,10 @@ def self_attention(
     if isinstance(meta, reference.AttentionMeta):
         return reference.self_attention(qkv, kv, slots, meta, scale=scale, rope=rope, qk_norm=qk_norm, softcap=softcap)
     n, args = meta.num_decodes, meta.args
-    out = torch.empty((qkv.shape[0], meta.width), dtype=qkv.dtype)
+    if not args.checked:  # the other layers of a step are like the first one
+        _check(qkv, kv, slots, meta, *(rope or ()), *(qk_norm or ())[:1])
+        args.checked = True
+    out = qkv.new_empty((len(qkv), meta.num_heads * meta.block[2]))
     cos, sin = (0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
     norm, eps = (0, 0.0) if qk_norm is None else (qk_norm[0].data_ptr(), qk_norm[1])
     code.LAYER_ARGS.pack_into(
@@ -100,6 +107,18 @@ def self_attention(
         some = None if rope is None else (rope[0][n:], rope[1][n:])
         out[n:] = reference.self_attention(qkv[n:], kv, slots[n:], meta.rest, scale=scale, rope=some, qk_norm=qk_norm, softcap=softcap)
     return out
+
+
+def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *others: Tensor) -> None:
+    """The kernel gets addresses, so what it takes for granted is asserted. others: cos, sin, weights of norms, or fewer of them."""
+    _, kv_heads, head_dim = meta.block
+    assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
+    assert qkv.stride(1) == 1 and qkv.shape == (len(slots), (meta.num_heads + 2 * kv_heads) * head_dim) and len(slots) >= meta.num_decodes
+    assert slots.dtype == torch.int64 and slots.is_contiguous() and kv.k.shape[1:] == kv.v.shape[1:] == meta.block
+    for t in (qkv, kv.k, kv.v, *others):
+        assert t.dtype == meta.dtype and t.device.type == "cpu" and (t is qkv or t.is_contiguous())
+    for t in others:
+        assert t.shape[0] in (len(slots), meta.num_heads + kv_heads) and t.shape[-1] == head_dim
 
 
 def _without_decodes(batch: InputBatch) -> InputBatch:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from minivllm.kernels.numba.threads import Kernel, vector_shape, version
+from minivllm.kernels.numba.threads import DTYPE_NAMES, Kernel, vector_shape
 from minivllm.kernels.numba.vectors import (
     LOWEST,
     add_weighted,
@@ -143,10 +143,8 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
     ROW = G * D  # floats of one KV head's queries or sums
     SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, PLACES_BYTES, ROW_BYTES = (
         4 * most_heads * ROW, 4 * most_heads * ROW + 4 * D, 4 * most_heads * G, 4 * G, 4 * G * TILE, 8 * TILE, ITEM * D)
-    VERSION = version()
 
     def decode(p: Any) -> None:
-        code = VERSION  # noqa: F841  part of the key under which Numba keeps the code on disk
         queries = stack(QUERIES_BYTES)
         sums = stack(SUMS_BYTES)
         peaks = stack(HEADS_BYTES)
@@ -280,4 +278,4 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
                 for c in range(0, D, PAIR):
                     store(out + (i * D + c) * ITEM, load(sums + c * 4, PAIR, 0) * mean, HALF)
 
-    return Kernel(decode)
+    return Kernel(decode, f"decode attention in {DTYPE_NAMES[half]} (heads of {head_dim}, {group} per KV head)")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivllm.kernels.numba.threads import Arguments, Kernel, vector_shape, version
+from minivllm.kernels.numba.threads import DTYPE_NAMES, Arguments, Kernel, vector_shape
 from minivllm.kernels.numba.vectors import address_of, exp2, fetch_add, fma, get_f64, load, rounded, splat, store, total
 from minivllm.kernels.reference import activation, linear, norm
 
@@ -37,7 +37,7 @@ _scratch = _Scratch()
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., N], weight: [N] or [heads, N]. See the reference."""
     n = x.shape[-1]
-    if x.ndim != 2 or weight.ndim != 1 or not _covers(x, n):
+    if weight.shape != (n,) or weight.dtype != x.dtype or not weight.is_contiguous() or not _covers(x, n):
         return norm.rms_norm(x, weight, eps)
     return _run(norm_kernel(int(x.dtype == torch.bfloat16)), x, weight.data_ptr(), n, eps)
 
@@ -64,12 +64,12 @@ def fused_linear(
 
 
 def _covers(x: Tensor, n: int) -> bool:
-    return n % 16 == 0 and 0 < len(x) <= MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
+    return x.ndim == 2 and n % 16 == 0 and 0 < len(x) <= MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
 
 
 def _run(kernel: Kernel, x: Tensor, weight: int, n: int, eps: float) -> Tensor:
     rows, width = x.shape
-    out = torch.empty((rows, n), dtype=x.dtype)
+    out = x.new_empty((rows, n))
     args = _scratch.args
     ARGS.pack_into(args.memory, 0, 0, out.data_ptr(), x.data_ptr(), weight, rows, width * x.itemsize, n, eps)
     kernel.run(args.address, 1 if rows * n <= ALONE else rows)
@@ -79,10 +79,9 @@ def _run(kernel: Kernel, x: Tensor, weight: int, n: int, eps: float) -> Tensor:
 @lru_cache(maxsize=2)
 def norm_kernel(half: int) -> Kernel:
     """x * weight / sqrt(mean(x^2) + eps); a task is a row."""
-    HALF, LANES, VERSION, ITEM = half, vector_shape()[0], version(), 2 if half else 4
+    HALF, LANES, ITEM = half, vector_shape()[0], 2 if half else 4
 
     def normalise(p: Any) -> None:
-        code = VERSION  # noqa: F841  part of the key under which Numba keeps the code on disk
         args = address_of(p)
         n, eps = p[LENGTH], np.float32(get_f64(args + 8 * EPS))
         while True:
@@ -99,16 +98,15 @@ def norm_kernel(half: int) -> Kernel:
                 v = rounded(load(x + c * ITEM, LANES, HALF) * scale, HALF)
                 store(out + c * ITEM, v * load(p[WEIGHT] + c * ITEM, LANES, HALF), HALF)
 
-    return Kernel(normalise)
+    return Kernel(normalise, f"RMSNorm in {DTYPE_NAMES[half]}")
 
 
 @lru_cache(maxsize=2)
 def silu_kernel(half: int) -> Kernel:
     """silu(gate) * up = gate / (1 + e^-gate) * up; a task is a row."""
-    HALF, LANES, VERSION, ITEM = half, vector_shape()[0], version(), 2 if half else 4
+    HALF, LANES, ITEM = half, vector_shape()[0], 2 if half else 4
 
     def gate_rows(p: Any) -> None:
-        code = VERSION  # noqa: F841
         args = address_of(p)
         n = p[LENGTH]
         one, factor = splat(np.float32(1.0), LANES), splat(np.float32(-LOG2_E), LANES)
@@ -123,4 +121,4 @@ def silu_kernel(half: int) -> Kernel:
                 v = rounded(v / (one + exp2(v * factor)), HALF)
                 store(out + c * ITEM, v * load(up + c * ITEM, LANES, HALF), HALF)
 
-    return Kernel(gate_rows)
+    return Kernel(gate_rows, f"the gated MLP's middle in {DTYPE_NAMES[half]}")

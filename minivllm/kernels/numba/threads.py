@@ -21,9 +21,11 @@ from typing import Any
 import llvmlite.binding
 import torch
 from numba import cfunc, types
+from numba.core.compiler import Compiler
 
 logger = logging.getLogger(__name__)
 SIGNATURE = types.void(types.CPointer(types.int64))
+DTYPE_NAMES = ("float32", "bfloat16")  # of the numbers in memory, by `half`
 
 
 class Kernel:
@@ -31,12 +33,16 @@ class Kernel:
 
     __slots__ = ("_address", "_alone", "_code")
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], what: str) -> None:
+        """function: its closure holds the sizes that the code is for. what: their words for the log."""
+        # Numba numbers the files of functions of one name, and processes that compile two of them at once would agree on a
+        # number: whoever loads it later may get the other's code. So each name stands for one code.
+        function.__qualname__ = f"{function.__name__}_{_identity(function):08x}"
         try:
-            self._code = cfunc(SIGNATURE, cache=True, error_model="numpy")(function)
-        except RuntimeError as error:  # no folder to write to
-            logger.info("kernels are compiled anew at each start: %s", error)
-            self._code = cfunc(SIGNATURE, error_model="numpy")(function)
+            self._code = _compiled(function, f"{what} for this CPU: once, the code is kept on disk for the next start", cache=True)
+        except Exception as error:  # no folder to write to, a full disk, a damaged file; what else fails does so again
+            logger.info("compiled kernels cannot be kept on disk, so that each start compiles them anew: %s", error)
+            self._code = _compiled(function, f"{what} for this CPU", cache=False)
         self._address = ctypes.c_void_p(self._code.address)
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code.address)
 
@@ -53,9 +59,10 @@ class Kernel:
 class Arguments:
     """Memory for a kernel's arguments, 8 bytes each, filled by `struct.pack_into`."""
 
-    __slots__ = ("address", "memory")
+    __slots__ = ("address", "checked", "memory")
 
     def __init__(self, count: int) -> None:
+        self.checked = False  # for who uses them: whether what is behind the addresses was looked at
         self.memory = ctypes.create_string_buffer(8 * count)
         self.address = ctypes.addressof(self.memory)
 
@@ -83,5 +90,22 @@ def vector_shape() -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def version() -> int:
-    """A number that changes with the code of this folder: Numba's cache notices changes of one file only."""
-    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    """A number that changes with the code of this folder (Numba's cache notices changes of one file only) and with the CPU."""
+    cpu = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))) + cpu.encode())
+
+
+def _identity(function: Callable[..., None]) -> int:
+    """A number for everything that the machine code of a function depends on."""
+    return zlib.crc32(repr([version(), *(cell.cell_contents for cell in function.__closure__ or ())]).encode())
+
+
+def _compiled(function: Callable[..., None], what: str, *, cache: bool) -> Any:
+    class Announcing(Compiler):
+        """Numba's compiler, which says that it begins, since it takes seconds. It is not asked for code that is on disk."""
+
+        def define_pipelines(self) -> Any:
+            logger.info("compiling %s", what)
+            return super().define_pipelines()
+
+    return cfunc(SIGNATURE, cache=cache, pipeline_class=Announcing, error_model="numpy")(function)
