@@ -272,6 +272,7 @@ def test_the_reference_kernels_give_the_same_answers(
     monkeypatch.setattr("minivllm.engine.executor.select", lambda device: REFERENCE)
     with engine(folder, block_size=block_size, max_num_batched_tokens=budget, num_gpu_blocks_override=num_blocks) as llm:
         assert ask(llm) == answers
+        assert (llm.llm_engine.stats().num_preemptions > 0) == (num_blocks == 62)
 
 
 def test_another_seed_gives_other_tokens(folder: Path, answers: Answers) -> None:

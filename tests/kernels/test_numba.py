@@ -25,7 +25,8 @@ from minivllm.kernels.reference import norm as norm_twin
 from minivllm.kernels.reference import rope as rope_twin
 from tests.kernels.paged import Case, make_case, naive_attention
 
-numba = pytest.importorskip("numba", reason="Numba is not installed")
+pytest.importorskip("numba", reason="Numba is not installed")
+import numba
 from numba.core import caching
 
 from minivllm.kernels.numba import attention, decode_attention, rows, threads
