@@ -260,7 +260,7 @@ def total(typingctx, x):
 
 @intrinsic
 def largest(typingctx, x):
-    """The largest lane that is a number."""
+    """The largest lane; with NaN among them, a NaN or any lane."""
     def emit(context, builder, sig, args):
         v, n = args[0], x.lanes
         while n > 1:
