@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,15 +78,18 @@ class LocalExecutor:
     @classmethod
     def from_config(cls, config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eos_token_ids: Sequence[int] = ()) -> LocalExecutor:
         """Load the model and size its cache. `spec.max_model_len` is the length wished for."""
+        passed = _Stopwatch()
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, spec, device)
         budget = token_budget(config, spec, device)
         build = BuildContext(device=device, dtype=dtype, ops=select(device))
         build.ops.warm_up(spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype)
+        passed("device and kernels")
         shape = BlockShape(kv_groups(spec), config.block_size, dtype)
         weights = _weight_bytes(spec, dtype)
         with _enough_memory(f"the weights of {weights / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
             model = load_model(spec, Path(files.folder), config.load_format, build, config.seed)
+        passed("weights")
         chunk = min(budget, config.long_prefill_token_threshold or budget)
         wish = Wish(max_model_len=spec.max_model_len, length_is_explicit=config.max_model_len is not None, chunk=chunk,
                     num_blocks=config.num_gpu_blocks_override, cache_bytes=config.kv_cache_memory_bytes,
@@ -96,16 +100,20 @@ class LocalExecutor:
                 size = cuda_cache(wish, shape, model, config.max_num_seqs, budget, graphs)
         else:
             size = cpu_cache(wish, shape, weights)
+        passed("measuring memory")
         _announce(spec, device, dtype, config.dtype == "auto", size)
         host_blocks = host_block_count(config.kv_offloading_size, shape)
         field = "num_gpu_blocks_override" if config.num_gpu_blocks_override is not None else "kv_cache_memory_bytes"
         pools = f"{size.num_blocks * shape.block_bytes / GIB:.2f} GiB and {host_blocks * shape.block_bytes / GIB:.2f} GiB in host memory"
         with _enough_memory(f"a KV cache of {pools}", field, "lower it, or kv_offloading_size"):
             kv = KVCache(shape, size.num_blocks, host_blocks, device, build.ops)
+        passed("KV cache")
         runner = ModelRunner(model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=budget if device.type == "cuda" and not config.enforce_eager else 0)
         if size.ledger is not None:
             _announce_memory(replace(size.ledger, graphs_taken=runner.graph_bytes))
+            passed("CUDA graphs")
+        log.info("started: %s", passed)
         return cls(runner, device=device, dtype=dtype, max_model_len=size.max_model_len, max_num_batched_tokens=budget)
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -129,6 +137,22 @@ class LocalExecutor:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class _Stopwatch:
+    """How long each part of a start took: call it after each."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, float]] = []
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self._parts.append((part, now - self._last))
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._parts)
 
 
 # --- choices -------------------------------------------------------------------------------------------------------
