@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
+FEW, SHORT = 64, 512  # up to so many decodes of up to so many keys have graphs of their own, whose attention is not shared out
 LARGE = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of mixed steps of small models
 LAUNCH_FLOPS = 3e12  # what an H200 computes in the 5 to 10 ms that launching a step from Python takes
 Array = np.ndarray[Any, Any]
@@ -60,8 +61,10 @@ def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int)
 class Graph:
     """One shape: its static inputs, the recorded step, its static outputs."""
 
-    def __init__(self, tokens: int, seqs: int, decodes: int, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
-        """tokens T and sequences B in all, of which the first `decodes` have one token each: all, or none in particular."""
+    def __init__(self, tokens: int, seqs: int, decodes: int, longest: int, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
+        """tokens T and sequences B in all, of which the first `decodes` have one token each: all, or none in particular.
+
+        longest: the most keys of a sequence, by which the attention decides how many programs share them."""
         self._model, self._kv, self._table = model, kv, table
         self.tokens, self.seqs, self._decodes = tokens, seqs, decodes
         null, max_model_len = table.null_row, table.tokens.shape[1]
@@ -71,7 +74,7 @@ class Graph:
         by_seq = [np.full(seqs, null), np.full(seqs, 1 if decodes else 0, np.int32), np.zeros(seqs, np.int64),
                   np.full(seqs, null * max_model_len + 1), np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
         self._empty = [query_start, *by_seq, *by_token]
-        self._longest = max_model_len
+        self.longest = longest
         self._inputs = StaticColumns(self._empty, model.build.device)
         self._step()  # compiles kernels and fills their caches, which a capture must not do
         torch.cuda.synchronize(model.build.device)
@@ -92,7 +95,7 @@ class Graph:
         batch = InputBatch(
             tokens=tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens, slots=tuple(slots),
             block_tables=tuple(table.index_select(0, rows) for table in self._table.device_tables), logit_rows=logit_rows,
-            num_decodes=self._decodes, query_lens_host=lens, seq_lens_host=(self._longest,) * self.seqs,
+            num_decodes=self._decodes, query_lens_host=lens, seq_lens_host=(self.longest,) * self.seqs,
         )
         hidden = self._model.forward(batch, self._kv.layers, self._kv.shape.block_size)
         if not self._decodes:
@@ -130,15 +133,18 @@ class StepGraphs:
         most = min(max_num_seqs, DECODES[-1])
         sizes = [size for size in DECODES if size < most] + [most]
         mixed = mixed_shapes(model.spec, max_num_batched_tokens)
-        shapes = [(size, size, size) for size in sizes] + [(t, b, 0) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
-        graphs: dict[tuple[int, int, int], Graph] = {}
+        whole = table.tokens.shape[1]
+        shapes = [(size, size, size, SHORT) for size in sizes if size <= FEW and whole > SHORT]
+        shapes += [(size, size, size, whole) for size in sizes]
+        shapes += [(t, b, 0, whole) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
+        graphs: dict[tuple[int, int, int, int], Graph] = {}
         pool = None
         free_before = torch.cuda.mem_get_info(model.build.device)[0]
         with torch.inference_mode():
             for shape in sorted(shapes, reverse=True):
                 graphs[shape] = Graph(*shape, model, kv, table, pool)
                 pool = graphs[shape].pool
-        self._decodes = [graphs[shape] for shape in shapes if shape[2]]
+        self._decodes = sorted((graphs[shape] for shape in shapes if shape[2]), key=lambda graph: (graph.seqs, graph.longest))
         self._mixed = [graphs[shape] for shape in shapes if not shape[2]]
         self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
@@ -150,5 +156,6 @@ class StepGraphs:
             return None
         n = len(columns.rows)
         if columns.num_decodes == n:
-            return next((graph for graph in self._decodes if n <= graph.seqs), None)
+            longest = int(columns.seq_lens.max())
+            return next((graph for graph in self._decodes if n <= graph.seqs and longest <= graph.longest), None)
         return next((graph for graph in self._mixed if len(columns.places) <= graph.tokens and n <= graph.seqs), None)

@@ -22,6 +22,7 @@ from minivllm.kernels.triton.device import capability, early_start, num_sms
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 MIN_KEYS = 256  # of a split
+LONG = 512  # keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,9 @@ def prepare_attention(
 
 
 def _splits(device: torch.device, programs: int, keys: int) -> int:
-    """As many as fill the GPU, as long as each may have MIN_KEYS."""
-    splits = 1
-    while splits < MAX_SPLITS and programs * splits < num_sms(device) and keys > MIN_KEYS * splits:
+    """As many as fill the GPU, as long as each may have MIN_KEYS. Long sequences keep others waiting: they are shared out further."""
+    splits, enough = 1, num_sms(device) * (4 if keys > LONG else 1)
+    while splits < MAX_SPLITS and programs * splits < enough and keys > MIN_KEYS * splits:
         splits *= 2
     return splits
 
