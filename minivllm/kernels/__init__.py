@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class Ops:
     gelu_tanh: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
     warm_up: Callable[..., None]  # (num_heads, num_kv_heads, head_dim, dtype): compile ahead what a model of this shape needs
+    compiling: Callable[[], AbstractContextManager[None]]  # within it kernels are compiled side by side, but do not run
 
 
 REFERENCE = Ops(
@@ -57,6 +59,7 @@ REFERENCE = Ops(
     gelu_tanh=activation.gelu_tanh,
     sample=sampling.sample,
     warm_up=lambda *shape: None,
+    compiling=nullcontext,
 )
 
 
@@ -79,6 +82,7 @@ def select(device: torch.device) -> Ops:
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,
+        compiling=triton.device.compiling_side_by_side,
     )
 
 

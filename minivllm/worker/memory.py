@@ -25,6 +25,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.cuda_graphs import DECODES
 from minivllm.worker.kv_cache import BlockShape
 from minivllm.worker.model_runner import MAX_LOGIT_ROWS
 
@@ -162,6 +163,10 @@ def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seq
     limit = wish.max_model_len
     prompt = [min(limit, max_num_batched_tokens)] * max(1, max_num_batched_tokens // limit)
     decodes = [min(limit, DUMMY_CONTEXT)] * max_num_seqs
+    with model.build.ops.compiling():
+        for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
+            _dry_step(model, kv, _dummy_batch([1] * seqs, [limit] * seqs, shape, device), shape.block_size)
+        _dry_step(model, kv, _dummy_batch(prompt, prompt, shape, device), shape.block_size)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -174,6 +179,15 @@ def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seq
     del hidden, kv
     torch.cuda.empty_cache()
     return peak
+
+
+def _dry_step(model: Decoder, kv: list[KVLayer], batch: InputBatch, block_size: int) -> None:
+    """A step whose kernels are compiled only: what they would have computed is undefined, and nothing looks at it."""
+    logits = model.logits(model.forward(batch, kv, block_size)[:MAX_LOGIT_ROWS], dtype=None)
+    rows = len(logits)
+    one, keys = torch.ones(rows, device=logits.device), torch.zeros((rows, 2), dtype=torch.int32, device=logits.device)
+    model.build.ops.sample(logits, one, keys)
+    model.build.ops.sample(logits, one, keys, top_p=one)
 
 
 def _dummy_batch(query_lens: list[int], seq_lens: list[int], shape: BlockShape, device: torch.device) -> InputBatch:

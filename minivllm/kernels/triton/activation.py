@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minivllm.kernels.triton.device import early_start
+from minivllm.kernels.triton.device import early_start, launch
 
 
 @triton.jit
@@ -36,5 +36,5 @@ def silu_and_mul(x: Tensor) -> Tensor:
     rows, double = x.shape
     out = torch.empty(rows, double // 2, dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(double // 2))
-    _silu_and_mul[(rows, triton.cdiv(double // 2, block))](out, x, double // 2, BLOCK=block, num_warps=4, **early_start(x.device))
+    launch(_silu_and_mul, (rows, triton.cdiv(double // 2, block)), out, x, double // 2, BLOCK=block, num_warps=4, **early_start(x.device))
     return out

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.triton.decode_attention import MAX_SPLITS, _decode_attention
-from minivllm.kernels.triton.device import capability, early_start, num_sms
+from minivllm.kernels.triton.device import capability, early_start, launch, num_sms
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 MIN_KEYS = 256  # of a split
@@ -130,7 +130,7 @@ def self_attention(
     if meta.num_decodes:
         tile = decode_tile(meta.num_decodes * hk, d, h // hk, size, arch)
         partial, log_weight, tickets = (meta.partial, meta.log_weight, meta.tickets) if meta.splits > 1 else (out, out, out)
-        _decode_attention[(hk, meta.num_decodes, meta.splits)](
+        launch(_decode_attention, (hk, meta.num_decodes, meta.splits),
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,
             scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0), meta.splits,
             HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=meta.splits > 1,
@@ -139,7 +139,7 @@ def self_attention(
         )  # fmt: skip
     if meta.num_prompt_tokens:
         qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
-        _position_and_store[(meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 32))](
+        launch(_position_and_store, (meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 32)),
             qk, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.num_decodes, qkv.stride(0),
             KV_HEADS=hk, HEADS=32, **shared, **flags, num_warps=8,
         )  # fmt: skip
@@ -160,7 +160,7 @@ def _attend_prompts(
     strides = k.stride(0), v.stride(0)
     if descriptors:
         k, v = TensorDescriptor.from_tensor(k, [tile.block_n, d]), TensorDescriptor.from_tensor(v, [tile.block_n, d])
-    _prompt_attention[(tiles, hk)](
+    launch(_prompt_attention, (tiles, hk),
         out, qk, k, v, kv.k, kv.v, meta.query_start, meta.seq_lens, meta.block_table, scale, softcap or 0.0, meta.num_decodes,
         meta.num_seqs, tiles, (h + hk) * d, *strides, h * d, (h + hk) * d, meta.block_table.stride(0),
         HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,

@@ -7,10 +7,16 @@ kernel's end implies that of all before it.
 """
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+_compile_only = False
 
 
 @lru_cache(maxsize=8)
@@ -32,3 +38,28 @@ def num_sms(device: torch.device) -> int:
 def early_start(device: torch.device) -> dict[str, Any]:
     """Launch options of a kernel with a parameter PDL: whether it may start early."""
     return {"PDL": True, "launch_pdl": True} if capability(device) >= 90 else {"PDL": False}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)`; within `compiling_side_by_side` the kernel is compiled, but does not run."""
+    if _compile_only:
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def compiling_side_by_side() -> Iterator[None]:
+    """No kernel that is launched within runs: all are compiled, as many at once as there are CPUs, and are there at the end.
+
+    What they would have written is undefined, so nothing within may use it as an index.
+    """
+    global _compile_only
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+        _compile_only = True
+        try:
+            yield
+        finally:
+            _compile_only = False

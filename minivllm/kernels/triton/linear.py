@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
-from minivllm.kernels.triton.device import capability, early_start
+from minivllm.kernels.triton.device import capability, early_start, launch
 from minivllm.kernels.triton.norm import rms_norm
 
 TILE_ROWS = 16  # of a tensor core tile
@@ -202,9 +202,9 @@ def fused_linear(
     grid = (triton.cdiv(n, shape.block_n),)
     tensors = out, x, weight, norm_weight, x if bias is None else bias, x if residual is None else residual, eps
     if rows == 1:
-        _matvec[grid](*tensors, N=n, K=k, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k, **flags)
+        launch(_matvec, grid, *tensors, N=n, K=k, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k, **flags)
     else:
-        _few_rows[(*grid, triton.cdiv(rows, TILE_ROWS))](
+        launch(_few_rows, (*grid, triton.cdiv(rows, TILE_ROWS)),
             *tensors, rows, N=n, K=k, BLOCK_M=TILE_ROWS, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
             PARTS=min(shape.num_warps, shape.block_k // 16), **flags,
         )  # fmt: skip

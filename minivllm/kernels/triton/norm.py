@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minivllm.kernels.triton.device import early_start
+from minivllm.kernels.triton.device import early_start, launch
 
 
 @triton.jit
@@ -34,5 +34,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     n = x.shape[-1]
     out = torch.empty_like(x)
     early = early_start(x.device)
-    _rms_norm[(x.numel() // n,)](out, x, weight, eps, N=n, PADDED=triton.next_power_of_2(n), num_warps=warps_for(n), **early)
+    launch(_rms_norm, (x.numel() // n,), out, x, weight, eps, N=n, PADDED=triton.next_power_of_2(n), num_warps=warps_for(n), **early)
     return out

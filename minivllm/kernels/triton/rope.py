@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minivllm.kernels.triton.device import launch
+
 
 @triton.jit
 def _rope_angles(cos, sin, positions, inv_freq, scale, HALF: tl.constexpr, PADDED: tl.constexpr):
@@ -26,5 +28,6 @@ def rope_angles(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.
     """positions: [T], inv_freq: [D / 2] fp32 -> (cos, signed sin), [T, 1, D] each, times `scale`."""
     half = inv_freq.shape[0]
     cos, sin = torch.empty((2, positions.shape[0], 1, 2 * half), dtype=dtype, device=positions.device)
-    _rope_angles[(positions.shape[0],)](cos, sin, positions, inv_freq, scale, HALF=half, PADDED=triton.next_power_of_2(half), num_warps=1)
+    launch(_rope_angles, (positions.shape[0],), cos, sin, positions, inv_freq, scale, HALF=half, PADDED=triton.next_power_of_2(half),
+           num_warps=1)
     return cos, sin

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minivllm.kernels.triton.device import launch
+
 CHUNK = 2048  # tokens per program of _draw; part of the result's rounding, so the same for all batch sizes
 POSITIONS = 4096  # tokens per turn of the loops of _thresholds
 DRAW_WARPS, THRESHOLD_WARPS = 4, 16
@@ -347,7 +349,7 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | No
     threshold = temperature  # unused without filters
     if filtered:
         threshold = new(n, dtype=torch.float32)
-        _thresholds[(n,)](
+        launch(_thresholds, (n,),
             threshold, logits, logits.stride(0), size, temperature,
             temperature if top_k is None else top_k, temperature if top_p is None else top_p, temperature if min_p is None else min_p,
             TOP_K=top_k is not None, TOP_P=top_p is not None, MIN_P=min_p is not None, SHIFT=KEY_SHIFT[logits.dtype],
@@ -356,7 +358,7 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | No
     chunks = triton.cdiv(size, CHUNK)
     peaks, costs = new((2, n, chunks), dtype=torch.float32)
     winners = new((n, chunks), dtype=torch.int32)
-    _draw[(n, chunks)](peaks, costs, winners, logits, logits.stride(0), size, temperature, keys, threshold,
+    launch(_draw, (n, chunks), peaks, costs, winners, logits, logits.stride(0), size, temperature, keys, threshold,
                        FILTERED=filtered, CHUNK=CHUNK, num_warps=DRAW_WARPS)
-    _combine[(n,)](out, peaks, costs, winners, temperature, CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), num_warps=1)
+    launch(_combine, (n,), out, peaks, costs, winners, temperature, CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), num_warps=1)
     return out
