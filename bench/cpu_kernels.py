@@ -82,9 +82,8 @@ def linears(dtype: torch.dtype) -> None:
 
 
 def decodes(dtype: torch.dtype) -> None:
-    """Self-attention of one decode step: as it is, with KV heads apart or stacked, with batches of other sizes, and all of it but
-    the attention; "one" is a single padded batch. The meta data of a step are timed too."""
-    stacked = 1 << 10 if dtype == torch.bfloat16 else 0
+    """Self-attention of one decode step: PyTorch's as it is and with batches of other sizes ("one": a single padded batch), and
+    Numba's. The meta data of a step are timed too."""
     lengths = {"1 x 192 keys": [192], "32 x 160 keys": [160] * 32}
     for n in (4, 18, 32):
         lengths[f"{n} of 60..350 keys"] = [350 - 290 * i // (n - 1) for i in range(n)]
@@ -94,15 +93,14 @@ def decodes(dtype: torch.dtype) -> None:
         qkv = torch.randn(len(lens), (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
         angles = rope.rope_angles(batch.positions, torch.rand(HEAD_DIM // 2), 1.0, dtype)
         variants: Variants = {}
-        usual = paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS
-        for name, limits in {"as is": usual, "apart": (*usual[:2], 0), "stacked": (*usual[:2], stacked), "1 MiB": (1 << 20, *usual[1:]),
-                             "4 MiB": (1 << 22, *usual[1:]), "pad 128": (usual[0], 128, usual[2]), "pad 512": (usual[0], 512, usual[2]),
-                             "one": (1 << 40, 1 << 40, usual[2])}.items():
-            paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS = limits
+        usual = paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"]
+        for name, limits in {"as is": usual, "1 MiB": (1 << 20, usual[1]), "4 MiB": (1 << 22, usual[1]), "pad 128": (usual[0], 128),
+                             "pad 512": (usual[0], 512), "one": (1 << 40, 1 << 40)}.items():
+            paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"] = limits
             meta = prepared(batch, dtype)
             variants[name] = lambda meta=meta, qkv=qkv, slots=slots, angles=angles, layers=layers: [
                 paged.self_attention(qkv, kv, slots, meta, scale=0.125, rope=angles) for kv in layers]
-        paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"], paged.STACKED_HEADS = usual
+        paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"] = usual
         variants["meta"] = lambda batch=batch: prepared(batch, dtype)
         if numba is not None:
             compiled = prepared(batch, dtype, numba.attention)

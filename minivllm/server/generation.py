@@ -33,9 +33,8 @@ from minivllm.server.protocol import ignored_header
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
 Batch = tuple[int, list[OutputDelta]]  # index of the prompt, what is new for it
 
-
-BODY_SECONDS = 60.0
-ENDING_SECONDS = 2.0
+BODY_SECONDS = 60.0  # that a request's body may take to come
+ENDING_SECONDS = 2.0  # likewise once the server was told to end
 
 
 def shutting_down() -> ApiError:

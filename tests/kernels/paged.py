@@ -104,3 +104,17 @@ def naive_attention(case: Case, *, scale: float, window: int | None = None, soft
             out.append(torch.stack(heads))
             row += 1
     return torch.stack(out)
+
+
+def fused(case: Case) -> Tensor:
+    """The projection that a case's newest tokens come from: [T, (H + 2 KV) * D], where the queries are."""
+    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]).to(case.q.device) for t in (case.keys, case.values)]
+    return torch.cat((case.q, *new), 1).flatten(1)
+
+
+def forget_new(case: Case) -> KVLayer:
+    """A copy of the case's cache without its newest tokens."""
+    kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
+    for t in (kv.k, kv.v):
+        t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan
+    return kv

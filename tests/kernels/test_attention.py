@@ -94,13 +94,12 @@ def test_another_sequence_in_the_batch_that_overflowed_does_not_reach_the_output
     block_size=st.sampled_from([1, 4, 16, 24, 256]), window=st.none() | st.integers(1, 50), softcap=st.none() | st.just(5.0),
     limits=st.tuples(st.sampled_from([1, 5000, 10**7]), st.sampled_from([0, 10, 400])), seed=st.integers(0, 1000),
 )
-def test_bfloat16_decodes_with_all_heads_in_one_product_equal_hand_written_maths(
+def test_bfloat16_decodes_equal_hand_written_maths(
     shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None, softcap: float | None,
     limits: tuple[int, int], seed: int,
 ) -> None:
     case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window,
                      dtype=torch.bfloat16, seed=seed)
-    assert (prepare(case, window).stack is not None) == (heads[0] <= module.STACKED_HEADS and case.batch.num_decodes > 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.GATHER_BYTES, "cpu", limits[0])
         patch.setitem(module.FREE_PADDING, "cpu", limits[1])

@@ -23,7 +23,7 @@ from minivllm.kernels.reference import attention as attention_twin
 from minivllm.kernels.reference import linear as linear_twin
 from minivllm.kernels.reference import norm as norm_twin
 from minivllm.kernels.reference import rope as rope_twin
-from tests.kernels.paged import Case, make_case, naive_attention
+from tests.kernels.paged import Case, forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("numba", reason="Numba is not installed")
 import numba
@@ -46,20 +46,6 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def fused(case: Case) -> Tensor:
-    """The projection that a case's newest tokens come from: [T, (H + 2 KV) * D]."""
-    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]) for t in (case.keys, case.values)]
-    return torch.cat((case.q, *new), 1).flatten(1)
-
-
-def forget_new(case: Case) -> KVLayer:
-    """A copy of the case's cache without its newest tokens."""
-    kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
-    for t in (kv.k, kv.v):
-        t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan
-    return kv
 
 
 def prepare(twin: object, case: Case, window: int | None = None) -> object:

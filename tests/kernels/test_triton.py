@@ -12,7 +12,7 @@ from minivllm.kernels.reference import attention as attention_twin
 from minivllm.kernels.reference import linear as linear_twin
 from minivllm.kernels.reference import norm as norm_twin
 from minivllm.kernels.reference import rope as rope_twin
-from tests.kernels.paged import Case, make_case, naive_attention
+from tests.kernels.paged import forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from minivllm.kernels.triton import activation, attention, linear, norm, rope
@@ -27,20 +27,6 @@ HALF_ULP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # r
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     tolerance = HALF_ULP[got.dtype]
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
-
-
-def fused(case: Case) -> torch.Tensor:
-    """The projection that a case's newest tokens come from: [T, (H + 2 KV) * D]."""
-    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]).to(DEVICE) for t in (case.keys, case.values)]
-    return torch.cat((case.q, *new), 1).flatten(1)
-
-
-def forget_new(case: Case) -> KVLayer:
-    """A copy of the case's cache without its newest tokens."""
-    kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
-    for t in (kv.k, kv.v):
-        t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan
-    return kv
 
 
 def same_cache(a: KVLayer, b: KVLayer) -> bool:

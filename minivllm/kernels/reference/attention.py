@@ -33,15 +33,14 @@ from minivllm.kernels.reference.rope import apply_rope
 GATHER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 FREE_PADDING = {"cpu": 256, "cuda": 16384}
 PAGE = 16  # decodes gather runs of so many slots: whole blocks, or an equal part of each
-STACKED_HEADS = 16  # `Stack`: up to so many query heads, which is the height of a tile of the CPU's matrix unit
 MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer chunks are computed in several pieces
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBucket:
-    """Decodes of similar length, computed as one padded batch of L keys each. KV', D': see `Stack`."""
+    """Decodes of similar length, computed as one padded batch of L keys each."""
 
-    keys: Tensor  # [n, KV', L, D']: where they will have been gathered
+    keys: Tensor  # [n, KV, L, D]: where they will have been gathered
     values: Tensor
     mask: Tensor | None  # [n, 1, 1, L] additive; None: all have exactly L keys
 
@@ -79,21 +78,6 @@ class _View(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """All heads' queries as one matrix against all KV heads' keys side by side, as the cache holds them: KV' = 1, D' = KV * D.
-
-        head 0    | q0  0 |                       two KV heads: each query is zero where the other's keys are, and of the
-        head 1    | 0  q1 |  x  | k0  k1 |^T      product with | v0 v1 | only the diagonal's blocks count
-
-    A matrix unit multiplies 16 rows as fast as one, so the zeros cost nothing there, and there is one product for all heads
-    where there was one per KV head. Otherwise KV' = KV and D' = D.
-    """
-
-    queries: Tensor  # [decodes, 1, H, KV * D], zero off the diagonal
-    diagonal: Tensor  # [decodes, KV, H / KV, D]: its view
-
-
-@dataclass(frozen=True, slots=True)
 class PromptChunk:
     """Consecutive queries of one sequence."""
 
@@ -115,7 +99,6 @@ class AttentionMeta:
     order: Tensor | None  # [num_decodes] int64: decode rows sorted by length; None: as they are
     gathers: tuple[Gather | InPlace, ...]
     sizes: tuple[int, ...]  # decodes of each bucket, all gathers' buckets in a row
-    stack: Stack | None
     chunks: tuple[PromptChunk, ...]
 
 
@@ -140,16 +123,11 @@ def prepare_attention(
     order_host, cuts = _cut([view.pages * page for view in views], limit, FREE_PADDING[kind])
     views = [views[i] for i in order_host]
     order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
-    stack = None
-    if n > 1 and num_kv_heads > 1 and num_heads <= STACKED_HEADS and dtype == torch.bfloat16 and kind == "cpu":
-        stack = _stack(n, num_heads, num_kv_heads, head_dim, dtype)
     gathers: list[Gather | InPlace] = []
     if n:
         pages, mask = _pages_and_mask(table[:n] if order is None else table.index_select(0, order), views, block_size, dtype)
         largest = max(sum((b - a) * max(view.pages for view in views[a:b]) for a, b in spans) for spans in cuts)
         memory = torch.empty((2, largest * page, num_kv_heads, head_dim), dtype=dtype, device=device)  # for all layers: still cached
-        if stack is not None:
-            memory = memory.view(2, -1, 1, num_kv_heads * head_dim)  # [2, rows, KV', D']
         gathers = [_gather(pages, mask, views, spans, page, memory) for spans in cuts]
     sizes = tuple(b - a for spans in cuts for a, b in spans)
     chunks: list[PromptChunk] = []
@@ -159,7 +137,7 @@ def prepare_attention(
         assert 1 <= query_len <= seq_len
         chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)
         row += query_len
-    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, n, order, tuple(gathers), sizes, stack, tuple(chunks))
+    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, n, order, tuple(gathers), sizes, tuple(chunks))
 
 
 def self_attention(
@@ -213,13 +191,10 @@ def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: 
     hk, d = meta.num_kv_heads, meta.head_dim
     # The query heads of one KV head stand where a sequence's queries usually stand: its keys are read once for all of them.
     queries = q.view(len(q), hk, -1, d)
-    if meta.stack is not None:
-        meta.stack.diagonal.copy_(queries)
-        queries = meta.stack.queries
     parts, rest = [], iter(queries.split(meta.sizes))
     for gather in meta.gathers:
         if isinstance(gather, InPlace):
-            ks, vs = (x.view(-1, *queries.shape[1::2])[None, gather.slots].transpose(1, 2) for x in (kv.k, kv.v))
+            ks, vs = (x.view(-1, hk, d)[None, gather.slots].transpose(1, 2) for x in (kv.k, kv.v))
             parts.append(_attend(next(rest), ks, vs, None, False, scale, softcap))
             continue
         for source, target in ((kv.k, gather.keys), (kv.v, gather.values)):
@@ -227,19 +202,7 @@ def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: 
         if gather.hidden is not None:
             gather.rows.index_fill_(1, gather.hidden, 0)
         parts += [_attend(next(rest), b.keys, b.values, b.mask, False, scale, softcap) for b in gather.buckets]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out if meta.stack is None else _diagonal(out, hk)
-
-
-def _stack(n: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Stack:
-    queries = torch.zeros((n, 1, num_heads, num_kv_heads * head_dim), dtype=dtype)
-    return Stack(queries, _diagonal(queries, num_kv_heads))
-
-
-def _diagonal(stacked: Tensor, num_kv_heads: int) -> Tensor:
-    """stacked: [n, 1, H, KV * D] -> its view of each head with its own KV head: [n, KV, H / KV, D]."""
-    blocks = stacked.view(len(stacked), num_kv_heads, -1, num_kv_heads, stacked.shape[-1] // num_kv_heads)
-    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _take(cache: Tensor, slots: Tensor | slice) -> Tensor:
@@ -331,7 +294,7 @@ def _locate(tables: Tensor, pages: Tensor, each: int) -> Tensor:
 def _gather(
     pages: Tensor, mask: Tensor | None, views: list[_View], spans: list[tuple[int, int]], page: int, memory: Tensor
 ) -> Gather | InPlace:
-    """What to copy for the decodes [start, end) of each span; memory: [2, rows, KV', D'] to gather into, the rest as above."""
+    """What to copy for the decodes [start, end) of each span; memory: [2, rows, KV, D] to gather into, the rest as above."""
     hidden: list[int] = []
     parts, buckets, row = [], [], 0
     for start, end in spans:

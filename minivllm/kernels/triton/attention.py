@@ -47,7 +47,7 @@ def decode_tile(programs: int, head_dim: int, heads_per_kv: int, itemsize: int, 
     if arch >= 90:
         if row == 256:
             if programs <= 128:
-                return Tile(1, block_m, 128, 4, 2)
+                return Tile(1, block_m, 64 if programs <= 16 else 128, 4, 2)
             return Tile(1, block_m, 32, 4, 3) if programs <= 384 else Tile(1, block_m, 16, 1, 3)
         return Tile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
     if row == 256:
