@@ -41,6 +41,7 @@ class Ops:
     sample: Callable[..., Tensor]
     warm_up: Callable[..., None]  # (num_heads, num_kv_heads, head_dim, dtype): compile ahead what a model of this shape needs
     compiling: Callable[[], AbstractContextManager[None]]  # within it kernels are compiled side by side, but do not run
+    before_replays: Callable[[torch.device], None]  # to be called before a captured graph is replayed after other kernels
 
 
 REFERENCE = Ops(
@@ -60,6 +61,7 @@ REFERENCE = Ops(
     sample=sampling.sample,
     warm_up=lambda *shape: None,
     compiling=nullcontext,
+    before_replays=lambda device: None,
 )
 
 
@@ -83,6 +85,7 @@ def select(device: torch.device) -> Ops:
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,
         compiling=triton.device.compiling_side_by_side,
+        before_replays=triton.device.before_replays,
     )
 
 

@@ -125,7 +125,6 @@ class RowTable:
             for group, blocks in enumerate(per_group):
                 if blocks:
                     self._append(group, row, blocks)
-        self._send_changes()
 
     def _admit(self, admissions: Sequence[RowAdmission]) -> None:
         lens = [len(a.token_ids) for a in admissions]
@@ -154,13 +153,18 @@ class RowTable:
             at = (group * rows + row) * width + index
             self._changed.append((at, at + len(blocks)))
 
-    def _send_changes(self) -> None:
-        """Bring the device's copy of the block tables up to date. Changed twice is sent twice, with the same, last value."""
-        if self._changed:
-            places = np.concatenate([np.arange(*span) for span in self._changed])
-            self._changed.clear()
-            where, values = upload([places, self.block_tables.reshape(-1)[places]], self._device)
-            self.device_tables.view(-1).index_copy_(0, where, values)
+    def changes(self) -> tuple[Array, Array]:
+        """Places in the flat block tables that the device does not know yet, and what is there: [C] int64 and int32.
+
+        Whoever brings them there says so with `changes_sent`. What was changed twice is there twice, with the same, last value."""
+        if not self._changed:
+            return _NOTHING, _NOTHING.astype(np.int32)
+        places = np.concatenate([np.arange(*span) for span in self._changed])
+        return places, self.block_tables.reshape(-1)[places]
+
+    def changes_sent(self) -> None:
+        """The device's copy of the block tables is up to date."""
+        self._changed.clear()
 
     def _owe(self, row: int, first: int) -> None:
         self._num_owing += (first >= 0) - int(self._owed_from[row] >= 0)
@@ -216,10 +220,14 @@ class RowTable:
     def send(self, c: Columns) -> Packed:
         """The device's part: one copy, and a few gathers there."""
         last_rows = c.query_start[c.source + 1] - 1
+        changes = self.changes()
         uploaded = upload([
             c.places, c.positions, np.concatenate([last_rows, c.prompt_rows]) if c.prompt_pieces else last_rows,
-            c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *c.slots], self._device)
-        places, positions, logit_rows, sample_places, prompt_places, query_start, seq_lens, rows, *slots = uploaded
+            c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *changes, *c.slots], self._device)
+        places, positions, logit_rows, sample_places, prompt_places, query_start, seq_lens, rows, where, values, *slots = uploaded
+        if len(where):
+            self.device_tables.view(-1).index_copy_(0, where, values)
+        self.changes_sent()
         width = -(-int(c.seq_lens.max()) // self._block_size)
         batch = InputBatch(
             tokens=self._flat_tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens,

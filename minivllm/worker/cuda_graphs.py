@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
-FEW, SHORT = 64, 512  # up to so many decodes of up to so many keys have graphs of their own, whose attention is not shared out
+FEW, SHORT = 128, 512  # up to so many decodes of up to so many keys have graphs of their own
 LARGE = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of mixed steps of small models
 LAUNCH_FLOPS = 3e12  # what an H200 computes in the 5 to 10 ms that launching a step from Python takes
 Array = np.ndarray[Any, Any]
@@ -73,14 +73,17 @@ class Graph:
         query_start = np.minimum(np.arange(seqs + 1), decodes).astype(np.int32)  # mixed: padding has no tokens
         by_seq = [np.full(seqs, null), np.full(seqs, 1 if decodes else 0, np.int32), np.zeros(seqs, np.int64),
                   np.full(seqs, null * max_model_len + 1), np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
-        self._empty = [query_start, *by_seq, *by_token]
+        self.max_changes = (2 * seqs + tokens // kv.shape.block_size) * len(kv.shape.groups)  # of block tables in one step
+        changes = [np.full(self.max_changes, null * table.device_tables.shape[2]), np.full(self.max_changes, NULL_BLOCK, np.int32)]
+        self._empty = [query_start, *by_seq, *changes, *by_token]
         self.longest = longest
         self._inputs = StaticColumns(self._empty, model.build.device)
         self._step()  # compiles kernels and fills their caches, which a capture must not do
         torch.cuda.synchronize(model.build.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._logits, self._drawn = self._step()  # [B, V] in the model's dtype, [B] int64
+            logits, self._drawn = self._step()  # [B, V] in the model's dtype, [B] int64
+        self._logits = _unowned(logits)
 
     @property
     def pool(self) -> Any:
@@ -88,8 +91,10 @@ class Graph:
         return self._graph.pool()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        query_start, rows, seq_lens, logit_rows, sample_places, temperature, keys, places, positions, *slots = self._inputs.tensors
+        (query_start, rows, seq_lens, logit_rows, sample_places, temperature, keys, changed, new_blocks, places, positions,
+         *slots) = self._inputs.tensors
         tokens = self._table.tokens.view(-1)
+        self._table.device_tables.view(-1).index_copy_(0, changed, new_blocks)
         chunk = self.tokens // self.seqs
         lens = (chunk + self.tokens % self.seqs, *(chunk,) * (self.seqs - 1))  # whatever they are: only their sum counts
         batch = InputBatch(
@@ -105,12 +110,13 @@ class Graph:
         tokens.index_copy_(0, sample_places, drawn.to(torch.int32))
         return logits, drawn
 
-    def replay(self, c: Columns, temperature: Array, keys: Array) -> tuple[Tensor, Tensor]:
+    def replay(self, c: Columns, changes: tuple[Array, Array], temperature: Array, keys: Array) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] in the model's dtype and drawn tokens [n] int64, valid until the next step. changes: see `RowTable`."""
         n = len(c.rows)
         sample_places = self._empty[4][:n].copy()
         sample_places[c.source] = c.sample_places
         by_seq = [c.rows, c.seq_lens, c.query_start[1:] - 1, sample_places, temperature, keys]
-        columns = [c.query_start, *by_seq, c.places, c.positions, *c.slots]
+        columns = [c.query_start, *by_seq, *changes, c.places, c.positions, *c.slots]
         padded = []
         for column, empty in zip(columns, self._empty, strict=True):
             if len(column) < len(empty):
@@ -124,6 +130,19 @@ class Graph:
         self._inputs.fill(padded)
         self._graph.replay()
         return self._logits[:n], self._drawn[:n]
+
+
+class _Memory:
+    """Device memory for `torch.as_tensor`, by the CUDA array interface."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        kind = {2: "<i2", 4: "<i4"}[tensor.element_size()]  # the interface has no bfloat16
+        self.__cuda_array_interface__ = {"shape": tuple(tensor.shape), "typestr": kind, "data": (tensor.data_ptr(), False), "version": 3}
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """The same memory, which is free for others once `tensor` is gone: graphs that never run at once need only one place for logits."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
 
 
 class StepGraphs:
@@ -150,12 +169,12 @@ class StepGraphs:
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
                  max((g.tokens for g in self._mixed), default=0), self.bytes_taken >> 20)
 
-    def find(self, columns: Columns) -> Graph | None:
+    def find(self, columns: Columns, num_changes: int) -> Graph | None:
         """The smallest graph that a step fits into; None: it runs eagerly."""
         if not columns.simple:
             return None
-        n = len(columns.rows)
+        n, tokens, longest, graphs = len(columns.rows), len(columns.places), 0, self._mixed
         if columns.num_decodes == n:
-            longest = int(columns.seq_lens.max())
-            return next((graph for graph in self._decodes if n <= graph.seqs and longest <= graph.longest), None)
-        return next((graph for graph in self._mixed if len(columns.places) <= graph.tokens and n <= graph.seqs), None)
+            graphs, longest = self._decodes, int(columns.seq_lens.max())
+        return next((graph for graph in graphs if tokens <= graph.tokens and n <= graph.seqs and longest <= graph.longest
+                     and num_changes <= graph.max_changes), None)

@@ -25,7 +25,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker.cuda_graphs import DECODES
+from minivllm.worker.cuda_graphs import DECODES, SHORT
 from minivllm.worker.kv_cache import BlockShape
 from minivllm.worker.model_runner import MAX_LOGIT_ROWS
 
@@ -165,7 +165,8 @@ def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seq
     decodes = [min(limit, DUMMY_CONTEXT)] * max_num_seqs
     with model.build.ops.compiling():
         for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
-            _dry_step(model, kv, _dummy_batch([1] * seqs, [limit] * seqs, shape, device), shape.block_size)
+            for longest in {min(limit, SHORT), limit}:
+                _dry_step(model, kv, _dummy_batch([1] * seqs, [longest] * seqs, shape, device), shape.block_size)
         _dry_step(model, kv, _dummy_batch(prompt, prompt, shape, device), shape.block_size)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

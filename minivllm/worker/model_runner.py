@@ -119,6 +119,7 @@ class ModelRunner:
         self.rows = RowTable(max_num_seqs, len(kv.shape.groups), max_model_len, kv.shape.block_size, model.build.device)
         self.sampler = self._new_sampler()
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens) if graph_tokens else None
+        self._only_replays = False  # since the last call of `before_replays`
 
     @property
     def graph_bytes(self) -> int:
@@ -139,16 +140,24 @@ class ModelRunner:
         """Everything up to the hidden states, or beyond. Out of memory fails the step, not the worker."""
         self.rows.apply(plan)
         moves = self.kv.apply(plan)
+        if plan.admitted or plan.copies or plan.moves_in or plan.moves_out:
+            self._only_replays = False
         try:
             for admission in plan.admitted:
                 self.sampler.admit(admission)
             if not plan.rows:
                 return Handle(plan, moves)
             columns = self.rows.columns(plan)
-            graph = self._graphs.find(columns) if self._graphs is not None else None
+            changes = self.rows.changes()
+            graph = self._graphs.find(columns, len(changes[0])) if self._graphs is not None else None
             if graph is not None:
-                logits, drawn = graph.replay(columns, *self.sampler.plain_columns(columns.rows, columns.seq_lens))
+                if not self._only_replays:
+                    self.model.build.ops.before_replays(self.model.build.device)
+                    self._only_replays = True
+                logits, drawn = graph.replay(columns, changes, *self.sampler.plain_columns(columns.rows, columns.seq_lens))
+                self.rows.changes_sent()
                 return Handle(plan, moves, replay=Replay(columns, logits, drawn))
+            self._only_replays = False
             packed = self.rows.send(columns)
             return Handle(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)))
         except (RuntimeError, MemoryError) as error:
@@ -174,6 +183,7 @@ class ModelRunner:
         in_order = np.array_equal(c.source, np.arange(len(c.rows)))
         if masks is None and self.sampler.all_plain(c.sample_rows):
             return Pending(handle, self.kv, [replay.drawn], (), (), None, None if in_order else c.source)
+        self._only_replays = False
         source, places = upload([c.source, c.sample_places], replay.logits.device)
         logits = replay.logits if in_order else replay.logits.index_select(0, source)
         choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks)

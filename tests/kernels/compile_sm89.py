@@ -54,7 +54,7 @@ def attention_variants() -> Iterator[dict[str, Any]]:
         for group in (2, 3):
             name = f"attention, head_dim {head_dim}, {group} heads per KV head"
             shape = dict(NUM_HEADS=group * 8, D=head_dim, PADDED_D=head_dim)
-            tile = attention.decode_tile(8, head_dim, group, 2, 89)
+            tile = attention.decode_tile(8, 4096, head_dim, group, 2, 89)
             one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
             yield measure(f"decode {name}", _decode_attention, decode,
                           dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, **one),
@@ -64,7 +64,7 @@ def attention_variants() -> Iterator[dict[str, Any]]:
             yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
         yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, store,
-                      dict(KV_HEADS=8, HEADS=32, NORM=True, ROPE=True, **shape), num_warps=8)
+                      dict(KV_HEADS=8, HEADS=512 // head_dim, NORM=True, ROPE=True, **shape), num_warps=1)
 
 
 def linear_variants() -> Iterator[dict[str, Any]]:

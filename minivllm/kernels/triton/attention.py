@@ -22,7 +22,7 @@ from minivllm.kernels.triton.device import capability, early_start, launch, num_
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 MIN_KEYS = 256  # of a split
-LONG = 512  # keys
+LONG = 512  # keys: beyond them sequences of a batch may differ so much in length that some keep the others waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,9 @@ class Tile:
     num_stages: int
 
 
-def decode_tile(programs: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
-    """From a table by shape and architecture: no tuning at run time. programs: sequences x KV heads; itemsize: bytes of an element.
+def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
+    """From a table by shape and architecture: no tuning at run time. programs: sequences x KV heads; keys: of the longest sequence;
+    itemsize: bytes of an element.
 
     While there are fewer programs than multiprocessors, a large tile takes the least time from beginning to end. With more,
     small ones leave room for several programs side by side, which hide each other's waits.
@@ -48,7 +49,7 @@ def decode_tile(programs: int, head_dim: int, heads_per_kv: int, itemsize: int, 
         if row == 256:
             if programs <= 128:
                 return Tile(1, block_m, 64 if programs <= 16 else 128, 4, 2)
-            return Tile(1, block_m, 32, 4, 3) if programs <= 384 else Tile(1, block_m, 16, 1, 3)
+            return Tile(1, block_m, 32, 4, 3) if programs <= (1024 if keys > LONG else 256) else Tile(1, block_m, 16, 1, 3)
         return Tile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
     if row == 256:
         return Tile(1, block_m, 32, 4, 3)  # larger ones spill registers
@@ -75,6 +76,7 @@ class AttentionMeta:
     block_size: int
     window: int | None
     num_decodes: int
+    keys: int  # of the longest decode, at most
     num_seqs: int
     num_prompt_tokens: int
     query_start: Tensor
@@ -93,24 +95,26 @@ def prepare_attention(
     """Choose the kernels' shapes for KV group `group` from host counts alone."""
     device, decodes = batch.tokens.device, batch.num_decodes
     partial = log_weight = tickets = None
-    splits = 1
-    if decodes:
-        longest = max(batch.seq_lens_host[:decodes])
-        splits = _splits(device, decodes * num_kv_heads, min(longest, window or longest))
+    longest = max(batch.seq_lens_host[:decodes], default=0)
+    keys = min(longest, window or longest)
+    splits = _splits(device, decodes * num_kv_heads, keys) if decodes else 1
     if splits > 1:
         partial = torch.empty((splits, decodes, num_heads, head_dim), dtype=torch.float32, device=device)
         log_weight = torch.empty((splits, decodes, num_heads), dtype=torch.float32, device=device)
         tickets = torch.zeros((decodes, num_kv_heads), dtype=torch.int32, device=device)
     return AttentionMeta(
-        num_heads, num_kv_heads, head_dim, block_size, window, decodes, batch.num_seqs, sum(batch.query_lens_host) - decodes,
+        num_heads, num_kv_heads, head_dim, block_size, window, decodes, keys, batch.num_seqs, sum(batch.query_lens_host) - decodes,
         batch.query_start, batch.seq_lens, batch.block_tables[group], splits, partial, log_weight, tickets,
     )  # fmt: skip
 
 
 def _splits(device: torch.device, programs: int, keys: int) -> int:
-    """As many as fill the GPU, as long as each may have MIN_KEYS. Long sequences keep others waiting: they are shared out further."""
-    splits, enough = 1, num_sms(device) * (4 if keys > LONG else 1)
-    while splits < MAX_SPLITS and programs * splits < enough and keys > MIN_KEYS * splits:
+    """As many as fill the GPU, as long as each may have MIN_KEYS. Long sequences are shared out further: see LONG."""
+    sms, long = num_sms(device), keys > LONG
+    if programs > sms:
+        return 2 if long and programs < 4 * sms else 1
+    splits = 1
+    while splits < MAX_SPLITS and programs * splits < (4 * sms if long else sms) and keys > MIN_KEYS * splits:
         splits *= 2
     return splits
 
@@ -128,7 +132,7 @@ def self_attention(
     flags = dict(NORM=qk_norm is not None, ROPE=rope is not None)
     arch, size = capability(qkv.device), qkv.element_size()
     if meta.num_decodes:
-        tile = decode_tile(meta.num_decodes * hk, d, h // hk, size, arch)
+        tile = decode_tile(meta.num_decodes * hk, meta.keys, d, h // hk, size, arch)
         partial, log_weight, tickets = (meta.partial, meta.log_weight, meta.tickets) if meta.splits > 1 else (out, out, out)
         launch(_decode_attention, (hk, meta.num_decodes, meta.splits),
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,
@@ -139,9 +143,10 @@ def self_attention(
         )  # fmt: skip
     if meta.num_prompt_tokens:
         qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
-        launch(_position_and_store, (meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, 32)),
+        heads = max(1, 512 // shared["PADDED_D"])  # as many as one warp takes at once
+        launch(_position_and_store, (meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, heads)),
             qk, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.num_decodes, qkv.stride(0),
-            KV_HEADS=hk, HEADS=32, **shared, **flags, num_warps=8,
+            KV_HEADS=hk, HEADS=heads, **shared, **flags, num_warps=1,
         )  # fmt: skip
         _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, size, arch),
                         arch >= 90 and size == 2 and d in (64, 128, 256), shared)

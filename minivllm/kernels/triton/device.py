@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 _compile_only = False
 
@@ -40,6 +42,25 @@ def early_start(device: torch.device) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if capability(device) >= 90 else {"PDL": False}
 
 
+@triton.jit
+def _nothing(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def before_replays(device: torch.device) -> None:
+    """To be called before the first replay of a CUDA graph that follows kernels launched one by one.
+
+    Measured on an H200 (CUDA 13): after kernels that were all launched without the option of an early start, or all with it,
+    every replay of a graph that mixes both takes 0.3 us longer at each border without, 6% of a step of 32 sequences, until
+    two kernels in a row differ in it. So two that do nothing are launched, one of each kind.
+    """
+    if early_start(device)["PDL"]:
+        _nothing[(1,)](PDL=False, num_warps=1)
+        _nothing[(1,)](num_warps=1, **early_start(device))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`; within `compiling_side_by_side` the kernel is compiled, but does not run."""
     if _compile_only:
@@ -57,7 +78,7 @@ def compiling_side_by_side() -> Iterator[None]:
     global _compile_only
     from triton import AsyncCompileMode
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
         _compile_only = True
         try:
             yield
