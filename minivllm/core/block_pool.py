@@ -17,7 +17,7 @@ Being linked, a cached block leaves the middle of the ring at no cost when a pre
 """
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from minivllm.core.plan import NULL_BLOCK, BlockId
@@ -49,13 +49,24 @@ class BlockPool:
 
     def allocate(self) -> BlockId:
         """The free block at the front of the ring, forgotten by the cache and referenced once. There must be one."""
-        block = self._next[NULL_BLOCK]
-        assert block != NULL_BLOCK, "no free block: ask `num_free` first"
-        if self._keys[block] is not None:
-            self.forget(block)
-        self._unlink(block)
-        self.ref_counts[block] = 1
-        return block
+        return self.allocate_many(1)[0]
+
+    def allocate_many(self, count: int) -> list[BlockId]:
+        """As many from the front of the ring. There must be so many."""
+        assert count <= self.num_free, f"{count} blocks, but {self.num_free} are free: ask `num_free` first"
+        following, keys, ref_counts = self._next, self._keys, self.ref_counts
+        blocks: list[BlockId] = []
+        block = following[NULL_BLOCK]
+        for _ in range(count):
+            if keys[block] is not None:
+                self.forget(block)
+            ref_counts[block] = 1
+            blocks.append(block)
+            block = following[block]
+        following[NULL_BLOCK] = block
+        self._previous[block] = NULL_BLOCK
+        self.num_free -= count
+        return blocks
 
     def touch(self, block: BlockId) -> None:
         """One more reference to a block that is used, or that is free and cached."""
@@ -67,14 +78,24 @@ class BlockPool:
 
     def free(self, block: BlockId, *, evict_first: bool = False) -> None:
         """One reference less; the last one puts the block into the ring, at the front if it may be reused first."""
-        count = self.ref_counts[block] - 1
-        assert count >= 0, f"block {block} is freed more often than it was taken"
-        self.ref_counts[block] = count
-        if count:
-            return
-        keyed = self._keys[block] is not None
-        self._link(block, at_front=evict_first or not keyed)
-        self.num_cached += keyed
+        self.free_all((block,), evict_first=evict_first)
+
+    def free_all(self, blocks: Iterable[BlockId], *, evict_first: bool = False) -> None:
+        """One block after the other."""
+        following, previous, keys, ref_counts = self._next, self._previous, self._keys, self.ref_counts
+        for block in blocks:
+            count = ref_counts[block] - 1
+            assert count >= 0, f"block {block} is freed more often than it was taken"
+            ref_counts[block] = count
+            if count:
+                continue
+            keyed = keys[block] is not None
+            before = NULL_BLOCK if evict_first or not keyed else previous[NULL_BLOCK]
+            after = following[before]
+            following[before] = previous[after] = block
+            previous[block], following[block] = before, after
+            self.num_free += 1
+            self.num_cached += keyed
 
     # Content.
 
@@ -120,13 +141,6 @@ class BlockPool:
         self._next[before] = after
         self._previous[after] = before
         self.num_free -= 1
-
-    def _link(self, block: BlockId, *, at_front: bool) -> None:
-        before = NULL_BLOCK if at_front else self._previous[NULL_BLOCK]
-        after = self._next[before]
-        self._next[before] = self._previous[after] = block
-        self._previous[block], self._next[block] = before, after
-        self.num_free += 1
 
     def check(self, owners: Mapping[BlockId, Sequence[str]]) -> None:
         """Assert that every reference has an owner and the other way round. `owners`: block -> who holds it, once per reference."""

@@ -45,7 +45,7 @@ class BlockTable:
         missing = -(-num_tokens // self.block_size) - len(self.groups[0])
         appended = []
         for group in self.groups:
-            blocks = [pool.allocate() for _ in range(missing)]
+            blocks = pool.allocate_many(missing) if missing > 0 else []
             group.extend(blocks)
             appended.append(tuple(blocks))
         return tuple(appended)
@@ -84,10 +84,7 @@ class BlockTable:
 
     def release(self, pool: BlockPool) -> None:
         """Give everything back, last block first, so that beginnings stay cached longest."""
-        for index in range(len(self.groups[0]) - 1, -1, -1):
-            for group in self.groups:
-                if group[index] != NULL_BLOCK:
-                    pool.free(group[index])
+        pool.free_all(block for indexed in zip(*map(reversed, self.groups), strict=True) for block in indexed if block != NULL_BLOCK)
         for group in self.groups:
             group.clear()
         self._num_dropped = [0] * len(self.groups)

@@ -55,7 +55,7 @@ class KVManager:
             limit = min(limit, sequence.logprobs_owed_from - 1)
         if not self._config.enable_prefix_caching or limit < self._size:
             return PrefixMatch(0, ((),) * self._groups)
-        self.cache.extend_digests(sequence.digests, sequence.request.root, sequence.tokens, limit)
+        self.cache.extend_digests(sequence.digests, sequence.request.root, sequence.tokens, limit, while_present=True)
         return self.cache.match(sequence.digests[:limit // self._size])
 
     def fits(self, match: PrefixMatch, num_tokens: int, reserve: int) -> bool:
@@ -103,6 +103,11 @@ class KVManager:
         return table.grow(self.pool, end)
 
     # Confirmed.
+
+    def name_blocks(self, sequence: Sequence, num_tokens: int) -> None:
+        """Names of the full blocks among the first `num_tokens` tokens, as far as they are known: `commit` will need them."""
+        if sequence.commits and self._config.enable_prefix_caching:
+            self.cache.extend_digests(sequence.digests, sequence.request.root, sequence.tokens, num_tokens)
 
     def commit(self, sequence: Sequence) -> None:
         """Let others find the blocks that are full now: both their tokens and their content are confirmed."""

@@ -29,6 +29,8 @@ from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.core.plan import NULL_BLOCK, BlockId
 
+AHEAD = 32  # blocks that are named at a time while a match is looked for
+
 
 def root_digest(adapter: str | None, cache_salt: str | None) -> bytes:
     """The parent of a first block."""
@@ -69,10 +71,19 @@ class PrefixCache:
         # How many blocks before its end a hit needs, by group; None: all of them.
         self.reach = tuple(None if w is None else -(-(w - 1) // block_size) for w in windows)
 
-    def extend_digests(self, digests: list[bytes], root: bytes, tokens: Sequence[int], num_tokens: int) -> None:
-        """Bring a sequence's digests up to its first `num_tokens` tokens; those already there are kept."""
-        size = self.block_size
-        digests += chain_digests(digests[-1] if digests else root, tokens[len(digests) * size:num_tokens], size)
+    def extend_digests(
+        self, digests: list[bytes], root: bytes, tokens: Sequence[int], num_tokens: int, *, while_present: bool = False,
+    ) -> None:
+        """Bring a sequence's digests up to its first `num_tokens` tokens; those already there are kept.
+
+        while_present: no further than a match can reach, or little: it ends where a group without a window lacks a block.
+        """
+        size, end = self.block_size, min(num_tokens, len(tokens)) // self.block_size
+        whole = next((group for group, reach in enumerate(self.reach) if reach is None), None) if while_present else None
+        ahead = end if whole is None else AHEAD
+        while len(digests) < end and not (whole is not None and digests and not self._present(whole, digests[-1])):
+            first = len(digests)
+            digests += chain_digests(digests[-1] if digests else root, tokens[first * size:min(end, first + ahead) * size], size)
 
     def match(self, digests: Sequence[bytes]) -> PrefixMatch:
         """The longest beginning of `digests` after which every group could go on. Takes no reference."""
@@ -89,10 +100,11 @@ class PrefixCache:
 
     def commit(self, table: BlockTable, digests: Sequence[bytes], first: int, last: int) -> None:
         """Blocks first..last - 1 of this table hold what their digests say, from now on for everybody."""
+        commit = self._device.commit
         for group, blocks in enumerate(table.groups):
-            for index in range(first, last):
-                if blocks[index] != NULL_BLOCK:
-                    self._device.commit(blocks[index], (group, digests[index]))
+            for block, digest in zip(blocks[first:last], digests[first:last], strict=True):
+                if block != NULL_BLOCK:
+                    commit(block, (group, digest))
 
     def _present(self, group: int, digest: bytes) -> bool:
         key = (group, digest)

@@ -168,6 +168,13 @@ class Scheduler:
             plan = self._fill(now)  # nothing could be planned, and paused beams hold what is lacking
         return self._launch(plan)
 
+    def prepare(self) -> None:
+        """What `update` will need of the newest plan, done while it runs: names for the blocks that its prompts fill."""
+        if self._launched:
+            launched = self._launched[-1]
+            for sequence in launched.sequences[launched.num_decodes:]:
+                self.kv.name_blocks(sequence, sequence.num_planned)
+
     def _fill(self, now: float) -> PlanBuilder:
         """The three passes of the module's docstring."""
         plan = PlanBuilder(self._next_step_id, self.config.max_num_batched_tokens, len(self.config.kv_windows))
@@ -476,8 +483,7 @@ class Scheduler:
         if self._launched:  # a plan that was launched meanwhile still names them
             self._launched[-1].retired.extend(blocks)
             return
-        for block in blocks:
-            self.pool.free(block)
+        self.pool.free_all(blocks)
 
     def _set_confirm_freely(self, sequence: Sequence) -> None:
         """The computed count below which a token fills no block and reaches no limit; see `Sequence`."""
@@ -546,7 +552,6 @@ class Scheduler:
     def _retire(self, launched: LaunchedPlan, finished_moves: Listing[int]) -> None:
         """After an update nothing names what only this plan named."""
         self.host.finish(finished_moves)
-        for block in launched.retired:
-            self.pool.free(block)
+        self.pool.free_all(launched.retired)
         self._roster.tidy()
 

@@ -223,6 +223,7 @@ class LLMEngine:
                 break
             self._next_step = plan.step_id + 1
             self._inflight.append((plan, self._launch(plan)))
+            self.scheduler.prepare()
         if not self._inflight:
             assert not self.scheduler.has_unfinished(), "requests are unfinished, but nothing can be planned"
             return []

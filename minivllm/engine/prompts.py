@@ -47,10 +47,18 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
     return ReadPrompt(prompt, tuple(tokenizer.encode(prompt)), salt)
 
 
-def _ids(ids: Any) -> tuple[int, ...]:
+class TokenIds(tuple[int, ...]):
+    """Token ids that were looked at: who reads the same prompt again need not."""
+
+    __slots__ = ()
+
+
+def _ids(ids: Any) -> TokenIds:
+    if type(ids) is TokenIds:
+        return ids
     if not isinstance(ids, Iterable):
         raise InvalidInput(f"a prompt is text or a list of token ids, got {ids!r}", "prompt")
-    found = tuple(ids)
+    found = TokenIds(ids)
     if not set(map(type, found)) <= {int}:
         wrong = next(token for token in found if type(token) is not int)
         raise InvalidInput(f"token ids are whole numbers, got {wrong!r}", "prompt")

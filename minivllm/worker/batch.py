@@ -15,9 +15,9 @@ newest token is written there by the sampler. Of the block tables only changes a
 """
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ class RowTable:
     def _admit(self, admissions: Sequence[RowAdmission]) -> None:
         lens = [len(a.token_ids) for a in admissions]
         assert max(lens) <= self._max_model_len
-        tokens = upload([np.fromiter(chain.from_iterable(a.token_ids for a in admissions), np.int32, sum(lens))], self._device)[0]
+        tokens = upload([np.concatenate([np.frombuffer(array("i", a.token_ids), np.int32) for a in admissions])], self._device)[0]
         for a, some in zip(admissions, tokens.split(lens), strict=True):
             row = a.row
             self.tokens[row, : len(some)] = some
@@ -221,10 +221,11 @@ class RowTable:
         """The device's part: one copy, and a few gathers there."""
         last_rows = c.query_start[c.source + 1] - 1
         changes = self.changes()
-        uploaded = upload([
+        *uploaded, where, values = upload([
             c.places, c.positions, np.concatenate([last_rows, c.prompt_rows]) if c.prompt_pieces else last_rows,
-            c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *changes, *c.slots], self._device)
-        places, positions, logit_rows, sample_places, prompt_places, query_start, seq_lens, rows, where, values, *slots = uploaded
+            c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *c.slots, *changes],
+            self._device)
+        places, positions, logit_rows, sample_places, prompt_places, query_start, seq_lens, rows, *slots = uploaded
         if len(where):
             self.device_tables.view(-1).index_copy_(0, where, values)
         self.changes_sent()
