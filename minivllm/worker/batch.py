@@ -91,6 +91,7 @@ class RowTable:
         self.block_tables = np.full((num_groups, num_rows + 1, width), NULL_BLOCK, np.int32)
         shared = torch.from_numpy(self.block_tables)
         self.device_tables = shared if device.type == "cpu" else shared.to(device)  # [G, R + 1, M]
+        self._mirrored = device.type != "cpu"
         self._changed: list[tuple[int, int]] = []  # spans of the flat block tables that the device does not know yet
         self._num_blocks = np.zeros((num_groups, num_rows), np.int64)
         self._num_prompt = np.zeros(num_rows, np.int64)
@@ -148,7 +149,7 @@ class RowTable:
 
     def _put(self, group: int, row: int, index: int, blocks: tuple[int, ...]) -> None:
         self.block_tables[group, row, index : index + len(blocks)] = blocks
-        if self._device.type != "cpu" and blocks:
+        if self._mirrored and blocks:
             _, rows, width = self.block_tables.shape
             at = (group * rows + row) * width + index
             self._changed.append((at, at + len(blocks)))

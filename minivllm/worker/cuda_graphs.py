@@ -78,12 +78,18 @@ class Graph:
         self._empty = [query_start, *by_seq, *changes, *by_token]
         self.longest = longest
         self._inputs = StaticColumns(self._empty, model.build.device)
+        self._record(pool)
+
+    def _record(self, pool: Any) -> None:
         self._step()  # compiles kernels and fills their caches, which a capture must not do
-        torch.cuda.synchronize(model.build.device)
+        torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             logits, self._drawn = self._step()  # [B, V] in the model's dtype, [B] int64
         self._logits = _unowned(logits)
+
+    def _run(self) -> None:
+        self._graph.replay()
 
     @property
     def pool(self) -> Any:
@@ -128,7 +134,7 @@ class Graph:
         if not self._decodes:
             padded[0][n:] = c.query_start[-1]
         self._inputs.fill(padded)
-        self._graph.replay()
+        self._run()
         return self._logits[:n], self._drawn[:n]
 
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from minivllm.core import prefix_cache
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.core.plan import NULL_BLOCK
@@ -19,14 +20,18 @@ Name = tuple[tuple[str | None, str | None], tuple[int, ...]]  # everything a blo
 class PrefixMachine(RuleBasedStateMachine):
     """Texts are computed and end; the model remembers, for each block of each group, the whole prefix it holds."""
 
-    @initialize(block_size=st.integers(1, 4), windows=st.sampled_from([(None,), (None, None), (None, 3), (5,), (2, 6), (1, None)]))
-    def start(self, block_size: int, windows: tuple[int | None, ...]) -> None:
+    @initialize(block_size=st.integers(1, 4), ahead=st.integers(1, 3), windows=st.sampled_from([(None,), (None, None), (None, 3), (5,), (2, 6), (1, None)]))
+    def start(self, block_size: int, ahead: int, windows: tuple[int | None, ...]) -> None:
+        self.usual, prefix_cache.AHEAD = prefix_cache.AHEAD, ahead
         self.size = block_size
         self.windows = windows
         self.pool = BlockPool(24)
         self.cache = PrefixCache(self.pool, None, block_size, windows)
         self.held: list[BlockTable] = []
         self.prefix_of: dict[tuple[int, int], Name] = {}  # (group, block) -> what it holds
+
+    def teardown(self) -> None:
+        prefix_cache.AHEAD = self.usual
 
     def _needed(self, group: int, num_blocks: int) -> range:
         """Blocks that a query right after `num_blocks` full blocks can see in this group: the definition, token by token."""
@@ -47,8 +52,11 @@ class PrefixMachine(RuleBasedStateMachine):
     def compute(self, owner: tuple[str | None, str | None], tokens: list[int]) -> None:
         """Match, take what is found, compute and commit the rest."""
         digests: list[bytes] = []
-        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens))
+        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens), while_present=True)
         match = self.cache.match(digests)
+        assert len(digests) < match.num_blocks + prefix_cache.AHEAD + 1 or None not in self.windows
+        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens))
+        assert digests == chain_digests(root_digest(*owner), tokens, self.size)
         assert match.num_blocks == self._expected(owner, tokens)
         for group, blocks in enumerate(match.device):
             assert len(blocks) == match.num_blocks
@@ -136,3 +144,15 @@ def test_token_boundaries_count() -> None:
 
 def test_digests_are_cryptographic() -> None:
     assert [len(name) for name in chain_digests(root_digest(None, None), [1, 2], 1)] == [32, 32]
+
+
+def test_where_all_groups_have_windows_a_match_may_come_after_blocks_that_nobody_has() -> None:
+    pool = BlockPool(10)
+    cache = PrefixCache(pool, None, 1, (3,))
+    tokens = list(range(80))
+    names = chain_digests(root_digest(None, None), tokens, 1)
+    kept = pool.allocate_many(4)
+    cache.commit(BlockTable(1, [[NULL_BLOCK] * 76 + kept]), names, 0, 80)
+    digests: list[bytes] = []
+    cache.extend_digests(digests, root_digest(None, None), tokens, 80, while_present=True)
+    assert cache.match(digests).num_blocks == 80

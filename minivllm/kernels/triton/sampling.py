@@ -356,7 +356,7 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | No
             POSITIONS=POSITIONS, num_warps=THRESHOLD_WARPS,
         )  # fmt: skip
     chunks = triton.cdiv(size, CHUNK)
-    peaks, costs = new((2, n, chunks), dtype=torch.float32)
+    peaks, costs = new((n, chunks), dtype=torch.float32), new((n, chunks), dtype=torch.float32)  # aligned both: one compiled kernel
     winners = new((n, chunks), dtype=torch.int32)
     launch(_draw, (n, chunks), peaks, costs, winners, logits, logits.stride(0), size, temperature, keys, threshold,
                        FILTERED=filtered, CHUNK=CHUNK, num_warps=DRAW_WARPS)

@@ -1,0 +1,134 @@
+"""What CUDA graphs are told, without a GPU: their steps run in Triton's interpreter instead of being captured.
+
+A "replay" runs the step again on the static inputs and leaves its logits where all graphs leave theirs, as on a GPU.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from minivllm.core.plan import StepPlan
+from minivllm.families import kv_groups
+from minivllm.kernels import REFERENCE, select, upload
+from minivllm.layers.build import BuildContext
+from minivllm.models.loader import load_model
+from minivllm.worker import batch, cuda_graphs
+from minivllm.worker.kv_cache import BlockShape, KVCache
+from minivllm.worker.model_runner import Handle, ModelRunner
+from tests.models.tiny import read_spec
+from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, sequences_of
+
+CPU = torch.device("cpu")
+PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
+
+
+class Repeated(cuda_graphs.Graph):
+    """Runs its step instead of replaying it."""
+
+    replayed: ClassVar[list[tuple[int, int]]] = []
+    pool = None
+
+    def _record(self, pool: Any) -> None:
+        pass
+
+    def _run(self) -> None:
+        self.replayed.append((self.tokens, self.seqs))
+        logits, self._drawn = self._step()
+        self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny = Tiny(folder, request.param)
+    ops = replace(select(torch.device("cuda")), fused_linear=REFERENCE.fused_linear)
+    tiny.model = load_model(read_spec(folder), folder, "auto", BuildContext(CPU, torch.float32, ops))
+    return tiny
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def with_a_copy(self: batch.RowTable, *sizes: Any) -> None:
+        made(self, *sizes)
+        self._mirrored, self.device_tables = True, self.device_tables.clone()
+
+    made = batch.RowTable.__init__
+    monkeypatch.setattr(batch.RowTable, "__init__", with_a_copy)
+    monkeypatch.setattr(cuda_graphs, "Graph", Repeated)
+    monkeypatch.setattr(cuda_graphs, "DECODES", (1, 2, 4))
+    monkeypatch.setattr(cuda_graphs, "MIXED", ((16, 3), (32, ROWS)))
+    monkeypatch.setattr(cuda_graphs, "LARGE", ())
+    monkeypatch.setattr(cuda_graphs, "SHORT", 16)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    pinned = torch.empty
+    monkeypatch.setattr(upload.torch, "empty", lambda *size, pin_memory=False, **options: pinned(*size, **options))
+    Repeated.replayed.clear()
+    yield
+
+
+def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
+    kv = KVCache(BlockShape(kv_groups(tiny.model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, tiny.model.build.ops)
+    for layer in kv.layers:  # whoever reads what was never written gets NaN
+        layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
+    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
+
+
+@pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])
+def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
+    tiny: Tiny, block_size: int, seed: int, drop_after: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = runner_of(tiny, block_size)
+    launch = runner.launch
+
+    def launch_and_compare(plan: StepPlan) -> Handle:
+        handle = launch(plan)
+        there, here = runner.rows.device_tables.numpy(), runner.rows.block_tables
+        assert (there[:, list(plan.rows)] == here[:, list(plan.rows)]).all()
+        return handle
+
+    monkeypatch.setattr(runner, "launch", launch_and_compare)
+    sequences = sequences_of(tiny)
+    run(runner, tiny.planner(block_size, seed), sequences, random.Random(seed), depth=1, drop_after=drop_after)
+    assert [s.outputs for s in sequences] == tiny.expected
+    assert {seqs for tokens, seqs in Repeated.replayed if tokens == seqs} >= {2, 4}  # decodes
+    assert {(16, 3), (32, 4)} <= set(Repeated.replayed)  # mixed steps; those of more tokens or rows ran eagerly
+
+
+def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_eagerly(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, planner = runner_of(tiny, 4), tiny.planner()
+    for graph in (*runner._graphs._decodes, *runner._graphs._mixed):
+        graph.max_changes = 0
+    sequences = sequences_of(tiny)
+    run(runner, planner, sequences, random.Random(5))
+    assert [s.outputs for s in sequences] == tiny.expected
+    assert Repeated.replayed  # steps in which nobody needs a block
+
+
+def columns(rows: int, tokens: int, longest: int) -> batch.Columns:
+    decodes = rows if tokens == rows else 0
+    return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]))
+
+
+def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_keys_and_changes() -> None:
+    def graph(tokens: int, seqs: int, longest: int) -> SimpleNamespace:
+        return SimpleNamespace(tokens=tokens, seqs=seqs, longest=longest, max_changes=10)
+
+    graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
+    graphs._decodes = [graph(2, 2, 16), graph(2, 2, 64), graph(4, 4, 64)]
+    graphs._mixed = [graph(32, 3, 64), graph(128, 6, 64)]
+    assert graphs.find(columns(1, 1, 16), 0) is graphs._decodes[0]
+    assert graphs.find(columns(2, 2, 17), 0) is graphs._decodes[1]
+    assert graphs.find(columns(3, 3, 16), 10) is graphs._decodes[2]
+    assert graphs.find(columns(3, 3, 16), 11) is None
+    assert graphs.find(columns(5, 5, 16), 0) is None
+    assert graphs.find(columns(3, 20, 20), 0) is graphs._mixed[0]
+    assert graphs.find(columns(4, 20, 20), 0) is graphs._mixed[1]
+    assert graphs.find(columns(4, 100, 40), 0) is graphs._mixed[1]  # more tokens in all than one sequence may have
+    assert graphs.find(columns(4, 129, 40), 0) is None
