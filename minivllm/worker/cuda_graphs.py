@@ -9,13 +9,17 @@ So there is one per shape out of a short list, captured at start-up; a batch is 
     batch of 5       a b c d e           one copy into the static inputs of size 8
     static inputs    a b c d e R R R     padding: the null row, whose one token at position 0 lies in the null block
 
-A graph goes all the way from the token table and back: gather the newest tokens, the model, logits of each sequence's last
-token, a plain draw from them (greedy or with a temperature), the drawn tokens into the table. So the next step can follow
-without the host knowing a token. Where a row asks for more than a plain draw, the sampler draws again from the same logits.
+A graph goes all the way from the token table and back: take in what changed in the block tables, gather the newest tokens, the
+model, logits of each sequence's last token, a plain draw from them (greedy or with a temperature), the drawn tokens into the
+table. So the next step can follow without the host knowing a token, and between two decode steps the host launches nothing
+else. Where a row asks for more than a plain draw, the sampler draws again from the same logits.
 
 What a graph needs to be told stays on the device (rows, positions, lengths, slots, block tables); grids depend on the shape
-alone, since the attention is prepared for sequences of the greatest length. Larger steps run eagerly: they are bound by
-arithmetic, and Python launches while the GPU computes.
+alone, since the attention is prepared for sequences of the greatest length. Few decodes have two graphs each, for short and for
+long sequences, whose attention shares keys out differently. Larger steps run eagerly: they are bound by arithmetic, and Python
+launches while the GPU computes.
+
+Graphs never run at once, so all share one pool of memory, and one place for logits: a step's are gone with the next step.
 """
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[in
 def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
     rows, tokens = min(max_num_seqs, DECODES[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
-    return (288 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
+    return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
 
 
 class Graph:
@@ -93,7 +97,7 @@ class Graph:
 
     @property
     def pool(self) -> Any:
-        """The memory that its intermediate values live in; graphs that never run at once may share it."""
+        """The memory that its intermediate values and its logits live in; graphs that never run at once may share it."""
         return self._graph.pool()
 
     def _step(self) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,10 @@ from minivllm.kernels.reference import rope as rope_twin
 from tests.kernels.paged import forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from minivllm.kernels.triton import activation, attention, linear, norm, rope
+import triton
+import triton.language as tl
+
+from minivllm.kernels.triton import activation, attention, device, linear, norm, rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes in numpy, which has no bfloat16 products.
@@ -170,3 +173,31 @@ def test_rope_angles_equal_their_twins_at_positions_near_and_far(half: int) -> N
     twins = [twin.rope_angles(positions, inv_freq, 1.1, torch.float32) for twin in (rope, rope_twin)]
     for got, want in zip(*twins, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@triton.jit
+def _mark(place):
+    tl.store(place, 1.0)
+
+
+@pytest.mark.gpu
+def test_kernels_launched_while_others_compile_do_not_run_and_are_there_afterwards() -> None:
+    place = torch.zeros(1, device="cuda")
+    with device.compiling_side_by_side():
+        device.launch(_mark, (1,), place, num_warps=1)
+    assert place.item() == 0.0
+    device.launch(_mark, (1,), place, num_warps=1)
+    assert place.item() == 1.0
+    with pytest.raises(ZeroDivisionError), device.compiling_side_by_side():
+        raise ZeroDivisionError
+    device.launch(_mark, (1,), place.zero_(), num_warps=1)
+    assert place.item() == 1.0  # an error within does not leave kernels unlaunched for ever
+
+
+def test_long_sequences_are_shared_out_further_and_many_of_them_only_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "num_sms", lambda place: 132)
+    where = torch.device("cpu")
+    short = [attention._splits(where, 8 * seqs, 512) for seqs in (1, 8, 16, 17, 64, 256)]
+    long = [attention._splits(where, 8 * seqs, 16384) for seqs in (1, 8, 16, 17, 64, 66, 256)]
+    assert short == [2, 2, 2, 1, 1, 1]
+    assert long == [16, 16, 8, 2, 2, 1, 1]
