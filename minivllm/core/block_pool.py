@@ -110,6 +110,16 @@ class BlockPool:
         """The block with this content, used or free; `touch` it before anything is allocated."""
         return self._block_of.get(key)
 
+    def beginning(self, group: int, digests: Sequence[bytes]) -> list[BlockId]:
+        """The blocks with the keys (group, digest), in order, up to the first that nobody has."""
+        find, blocks = self._block_of.get, []
+        for digest in digests:
+            block = find((group, digest))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
     def key(self, block: BlockId) -> BlockKey | None:
         return self._keys[block]
 
