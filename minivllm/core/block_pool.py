@@ -52,7 +52,7 @@ class BlockPool:
         return self.allocate_many(1)[0]
 
     def allocate_many(self, count: int) -> list[BlockId]:
-        """As many from the front of the ring. There must be so many."""
+        """`count` blocks from the front of the ring, each as `allocate` gives it. There must be so many."""
         assert count <= self.num_free, f"{count} blocks, but {self.num_free} are free: ask `num_free` first"
         following, keys, ref_counts = self._next, self._keys, self.ref_counts
         blocks: list[BlockId] = []
@@ -81,7 +81,7 @@ class BlockPool:
         self.free_all((block,), evict_first=evict_first)
 
     def free_all(self, blocks: Iterable[BlockId], *, evict_first: bool = False) -> None:
-        """One block after the other."""
+        """`free` for one block after the other: of those with a key, whoever comes first will be evicted first."""
         following, previous, keys, ref_counts = self._next, self._previous, self._keys, self.ref_counts
         for block in blocks:
             count = ref_counts[block] - 1

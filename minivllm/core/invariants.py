@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from minivllm.core.plan import NULL_BLOCK
+from minivllm.core.prefix_cache import chain_digests
 from minivllm.core.request import NO_ROW, Sequence, State
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ def check_scheduler(scheduler: Scheduler) -> None:
     running, waiting = list(scheduler.running), [*scheduler._roster.queue.sequences(), *scheduler._roster.parked]
     _check_ownership(scheduler, running, waiting)
     _check_places(scheduler, running, waiting)
+    for sequence in (*running, *waiting):
+        names = chain_digests(sequence.request.root, sequence.tokens[:len(sequence.digests) * scheduler.config.block_size],
+                              scheduler.config.block_size)
+        assert names == sequence.digests, f"{sequence.id} has names for blocks whose tokens are others"
     for sequence in running:
         _check_running(scheduler, sequence)
     for sequence in waiting:

@@ -76,7 +76,7 @@ class PrefixCache:
     ) -> None:
         """Bring a sequence's digests up to its first `num_tokens` tokens; those already there are kept.
 
-        while_present: no further than a match can reach, or little: it ends where a group without a window lacks a block.
+        while_present: no further than a match can reach, or up to AHEAD blocks: it stops once a group without a window lacks the last.
         """
         size, end = self.block_size, min(num_tokens, len(tokens)) // self.block_size
         whole = next((group for group, reach in enumerate(self.reach) if reach is None), None) if while_present else None

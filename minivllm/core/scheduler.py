@@ -169,7 +169,9 @@ class Scheduler:
         return self._launch(plan)
 
     def prepare(self) -> None:
-        """What `update` will need of the newest plan, done while it runs: names for the blocks that its prompts fill."""
+        """What `update` will need of the newest plan, done while it runs: names for the blocks that its prompts fill.
+
+        To be called, or not, once a plan is launched: it changes no decision."""
         if self._launched:
             launched = self._launched[-1]
             for sequence in launched.sequences[launched.num_decodes:]:

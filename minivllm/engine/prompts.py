@@ -44,21 +44,21 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
         raise InvalidInput(
             'this engine has no tokenizer (skip_tokenizer_init): pass {"prompt_token_ids": [...]}', "prompt",
         )
-    return ReadPrompt(prompt, tuple(tokenizer.encode(prompt)), salt)
+    return ReadPrompt(prompt, CheckedIds(tokenizer.encode(prompt)), salt)
 
 
-class TokenIds(tuple[int, ...]):
+class CheckedIds(tuple[int, ...]):
     """Token ids that were looked at: who reads the same prompt again need not."""
 
     __slots__ = ()
 
 
-def _ids(ids: Any) -> TokenIds:
-    if type(ids) is TokenIds:
+def _ids(ids: Any) -> CheckedIds:
+    if type(ids) is CheckedIds:
         return ids
     if not isinstance(ids, Iterable):
         raise InvalidInput(f"a prompt is text or a list of token ids, got {ids!r}", "prompt")
-    found = TokenIds(ids)
+    found = CheckedIds(ids)
     if not set(map(type, found)) <= {int}:
         wrong = next(token for token in found if type(token) is not int)
         raise InvalidInput(f"token ids are whole numbers, got {wrong!r}", "prompt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Ops:
     gelu_tanh: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
     warm_up: Callable[..., None]  # (num_heads, num_kv_heads, head_dim, dtype): compile ahead what a model of this shape needs
-    compiling: Callable[[], AbstractContextManager[None]]  # within it kernels are compiled side by side, but do not run
+    compiling: Callable[[], AbstractContextManager[None]] | None  # within it kernels are compiled side by side, but do not run
     before_replays: Callable[[torch.device], None]  # to be called before a captured graph is replayed after other kernels
 
 
@@ -60,7 +60,7 @@ REFERENCE = Ops(
     gelu_tanh=activation.gelu_tanh,
     sample=sampling.sample,
     warm_up=lambda *shape: None,
-    compiling=nullcontext,
+    compiling=None,
     before_replays=lambda device: None,
 )
 

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
-FEW, SHORT = 128, 512  # up to so many decodes of up to so many keys have graphs of their own
+FEW, SHORT = 128, 512  # up to so many decodes of up to so many keys have graphs of their own: no more keys than attention's LONG
 LARGE = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of mixed steps of small models
 LAUNCH_FLOPS = 3e12  # what an H200 computes in the 5 to 10 ms that launching a step from Python takes
 Array = np.ndarray[Any, Any]
@@ -77,7 +77,8 @@ class Graph:
         query_start = np.minimum(np.arange(seqs + 1), decodes).astype(np.int32)  # mixed: padding has no tokens
         by_seq = [np.full(seqs, null), np.full(seqs, 1 if decodes else 0, np.int32), np.zeros(seqs, np.int64),
                   np.full(seqs, null * max_model_len + 1), np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
-        self.max_changes = (2 * seqs + tokens // kv.shape.block_size) * len(kv.shape.groups)  # of block tables in one step
+        # Changes of block tables that a replay takes in: what decodes and prompts need, not a long row that is written anew.
+        self.max_changes = (2 * seqs + tokens // kv.shape.block_size) * len(kv.shape.groups)
         changes = [np.full(self.max_changes, null * table.device_tables.shape[2]), np.full(self.max_changes, NULL_BLOCK, np.int32)]
         self._empty = [query_start, *by_seq, *changes, *by_token]
         self.longest = longest
@@ -151,7 +152,10 @@ class _Memory:
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """The same memory, which is free for others once `tensor` is gone: graphs that never run at once need only one place for logits."""
+    """The same memory, which is free for others once `tensor` is gone: graphs that never run at once need only one place for logits.
+
+    Whoever reads it must have asked the stream to before the next replay, and the graphs' pool must be alive."""
+    assert tensor.is_contiguous()
     return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
 
 
@@ -176,15 +180,15 @@ class StepGraphs:
         self._decodes = sorted((graphs[shape] for shape in shapes if shape[2]), key=lambda graph: (graph.seqs, graph.longest))
         self._mixed = [graphs[shape] for shape in shapes if not shape[2]]
         self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
+        model.build.ops.before_replays(model.build.device)  # compiled now rather than while the first request waits
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
                  max((g.tokens for g in self._mixed), default=0), self.bytes_taken >> 20)
 
-    def find(self, columns: Columns, num_changes: int) -> Graph | None:
+    def find(self, columns: Columns) -> Graph | None:
         """The smallest graph that a step fits into; None: it runs eagerly."""
         if not columns.simple:
             return None
         n, tokens, longest, graphs = len(columns.rows), len(columns.places), 0, self._mixed
         if columns.num_decodes == n:
             graphs, longest = self._decodes, int(columns.seq_lens.max())
-        return next((graph for graph in graphs if tokens <= graph.tokens and n <= graph.seqs and longest <= graph.longest
-                     and num_changes <= graph.max_changes), None)
+        return next((graph for graph in graphs if tokens <= graph.tokens and n <= graph.seqs and longest <= graph.longest), None)

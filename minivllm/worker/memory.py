@@ -163,11 +163,12 @@ def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seq
     limit = wish.max_model_len
     prompt = [min(limit, max_num_batched_tokens)] * max(1, max_num_batched_tokens // limit)
     decodes = [min(limit, DUMMY_CONTEXT)] * max_num_seqs
-    with model.build.ops.compiling():
-        for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
-            for longest in {min(limit, SHORT), limit}:
-                _dry_step(model, kv, _dummy_batch([1] * seqs, [longest] * seqs, shape, device), shape.block_size)
-        _dry_step(model, kv, _dummy_batch(prompt, prompt, shape, device), shape.block_size)
+    if model.build.ops.compiling is not None:
+        with model.build.ops.compiling():
+            for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
+                for longest in {min(limit, SHORT), limit}:
+                    _dry_step(model, kv, _dummy_batch([1] * seqs, [longest] * seqs, shape, device), shape.block_size)
+            _dry_step(model, kv, _dummy_batch(prompt, prompt, shape, device), shape.block_size)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -149,8 +149,12 @@ class ModelRunner:
                 return Handle(plan, moves)
             columns = self.rows.columns(plan)
             changes = self.rows.changes()
-            graph = self._graphs.find(columns, len(changes[0])) if self._graphs is not None else None
+            graph = self._graphs.find(columns) if self._graphs is not None else None
             if graph is not None:
+                if len(changes[0]) > graph.max_changes:
+                    self._only_replays = False
+                    self.rows.send_changes(changes)
+                    changes = self.rows.changes()
                 if not self._only_replays:
                     self.model.build.ops.before_replays(self.model.build.device)
                     self._only_replays = True
@@ -158,7 +162,7 @@ class ModelRunner:
                 self.rows.changes_sent()
                 return Handle(plan, moves, replay=Replay(columns, logits, drawn))
             self._only_replays = False
-            packed = self.rows.send(columns)
+            packed = self.rows.send(columns, changes)
             return Handle(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)))
         except (RuntimeError, MemoryError) as error:
             return Handle(plan, moves, error=_failure(plan, error))

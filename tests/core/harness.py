@@ -66,6 +66,9 @@ class Harness:
             self.executor.launch(plan, fails(plan) if callable(fails) else fails)
             self.in_flight.append(plan)
             self.plans.append(plan)
+            if plan.step_id % 3:
+                self.scheduler.prepare()
+                self.scheduler.check()
         return plan
 
     def finish(self) -> list[Progress]:

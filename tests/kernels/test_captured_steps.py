@@ -19,6 +19,7 @@ from minivllm.families import kv_groups
 from minivllm.kernels import REFERENCE, select, upload
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
+from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import Handle, ModelRunner
@@ -73,11 +74,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
+def runner_of(tiny: Tiny, block_size: int, graph_tokens: int = 32) -> ModelRunner:
     kv = KVCache(BlockShape(kv_groups(tiny.model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, tiny.model.build.ops)
     for layer in kv.layers:  # whoever reads what was never written gets NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
+    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=graph_tokens)
 
 
 @pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])
@@ -101,14 +102,28 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     assert {(16, 3), (32, 4)} <= set(Repeated.replayed)  # mixed steps; those of more tokens or rows ran eagerly
 
 
-def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_eagerly(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, planner = runner_of(tiny, 4), tiny.planner()
     for graph in (*runner._graphs._decodes, *runner._graphs._mixed):
         graph.max_changes = 0
     sequences = sequences_of(tiny)
     run(runner, planner, sequences, random.Random(5))
     assert [s.outputs for s in sequences] == tiny.expected
-    assert Repeated.replayed  # steps in which nobody needs a block
+    assert Repeated.replayed
+
+
+def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_that_the_graph_left(tiny: Tiny) -> None:
+    outputs = []
+    for graph_tokens in (0, 32):
+        runner = runner_of(tiny, 4, graph_tokens)
+        sequences = sequences_of(tiny)
+        for sequence, top_p in zip(sequences, (1.0, 0.5, 1.0, 0.8, 1.0), strict=True):
+            sequence.params = SamplingParams(temperature=0.8, top_p=top_p, logprobs=2 if top_p == 0.8 else None, ignore_eos=True)
+        results = run(runner, tiny.planner(), sequences, random.Random(3), depth=1)
+        outputs.append(([s.outputs for s in sequences],
+                        [[(e.token_id, round(e.logprob, 3)) for e in entries] for r in results for entries in r.logprobs if entries]))
+    assert outputs[0] == outputs[1] and outputs[0][1]
+    assert Repeated.replayed
 
 
 def columns(rows: int, tokens: int, longest: int) -> batch.Columns:
@@ -116,19 +131,18 @@ def columns(rows: int, tokens: int, longest: int) -> batch.Columns:
     return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]))
 
 
-def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_keys_and_changes() -> None:
+def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys() -> None:
     def graph(tokens: int, seqs: int, longest: int) -> SimpleNamespace:
-        return SimpleNamespace(tokens=tokens, seqs=seqs, longest=longest, max_changes=10)
+        return SimpleNamespace(tokens=tokens, seqs=seqs, longest=longest)
 
     graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
     graphs._decodes = [graph(2, 2, 16), graph(2, 2, 64), graph(4, 4, 64)]
     graphs._mixed = [graph(32, 3, 64), graph(128, 6, 64)]
-    assert graphs.find(columns(1, 1, 16), 0) is graphs._decodes[0]
-    assert graphs.find(columns(2, 2, 17), 0) is graphs._decodes[1]
-    assert graphs.find(columns(3, 3, 16), 10) is graphs._decodes[2]
-    assert graphs.find(columns(3, 3, 16), 11) is None
-    assert graphs.find(columns(5, 5, 16), 0) is None
-    assert graphs.find(columns(3, 20, 20), 0) is graphs._mixed[0]
-    assert graphs.find(columns(4, 20, 20), 0) is graphs._mixed[1]
-    assert graphs.find(columns(4, 100, 40), 0) is graphs._mixed[1]  # more tokens in all than one sequence may have
-    assert graphs.find(columns(4, 129, 40), 0) is None
+    assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
+    assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]
+    assert graphs.find(columns(3, 3, 16)) is graphs._decodes[2]
+    assert graphs.find(columns(5, 5, 16)) is None
+    assert graphs.find(columns(3, 20, 20)) is graphs._mixed[0]
+    assert graphs.find(columns(4, 20, 20)) is graphs._mixed[1]
+    assert graphs.find(columns(4, 100, 40)) is graphs._mixed[1]  # more tokens in all than one sequence may have
+    assert graphs.find(columns(4, 129, 40)) is None

@@ -1,6 +1,9 @@
 """Each Triton kernel against its PyTorch twin: in Triton's interpreter on a CPU, compiled where there is a CUDA device."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,3 +204,27 @@ def test_long_sequences_are_shared_out_further_and_many_of_them_only_in_two(monk
     long = [attention._splits(where, 8 * seqs, 16384) for seqs in (1, 8, 16, 17, 64, 66, 256)]
     assert short == [2, 2, 2, 1, 1, 1]
     assert long == [16, 16, 8, 2, 2, 1, 1]
+
+
+class Logged:
+    """A kernel that notes what is done with it."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
+        return lambda: self.log.append("run")
+
+    def warmup(self, grid: tuple[int, ...]) -> None:
+        self.log.append("compiled")
+
+
+def test_while_one_thread_compiles_ahead_the_kernels_of_others_run() -> None:
+    kernel = Logged()
+    with device.compiling_side_by_side():
+        other = Thread(target=device.launch, args=(kernel, (1,)))
+        other.start()
+        other.join()
+        device.launch(kernel, (1,))
+    device.launch(kernel, (1,))
+    assert kernel.log == ["run", "compiled", "run"]

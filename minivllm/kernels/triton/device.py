@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-_compile_only = False
+_compile_only: ContextVar[bool] = ContextVar("compile_only", default=False)  # other threads' kernels run meanwhile
 
 
 @lru_cache(maxsize=8)
@@ -63,7 +64,7 @@ def before_replays(device: torch.device) -> None:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`; within `compiling_side_by_side` the kernel is compiled, but does not run."""
-    if _compile_only:
+    if _compile_only.get():
         kernel.warmup(*args, grid=grid, **options)
     else:
         kernel[grid](*args, **options)
@@ -71,16 +72,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @contextmanager
 def compiling_side_by_side() -> Iterator[None]:
-    """No kernel that is launched within runs: all are compiled, as many at once as there are CPUs, and are there at the end.
+    """No kernel that this thread launches within runs: all are compiled, as many at once as there are CPUs, and are there at the end.
 
     What they would have written is undefined, so nothing within may use it as an index.
     """
-    global _compile_only
     from triton import AsyncCompileMode
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
-        _compile_only = True
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cpus) as pool, AsyncCompileMode(pool):
+        before = _compile_only.set(True)
         try:
             yield
         finally:
-            _compile_only = False
+            _compile_only.reset(before)
