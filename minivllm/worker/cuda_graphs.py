@@ -155,8 +155,9 @@ def _unowned(tensor: Tensor) -> Tensor:
     """The same memory, which is free for others once `tensor` is gone: graphs that never run at once need only one place for logits.
 
     Whoever reads it must have asked the stream to before the next replay, and the graphs' pool must be alive."""
-    assert tensor.is_contiguous()
-    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
+    same = torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
+    assert tensor.is_contiguous() and same.data_ptr() == tensor.data_ptr()
+    return same
 
 
 class StepGraphs:
