@@ -50,7 +50,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("tiny")
     tiny = Tiny(folder, request.param)
     ops = replace(select(torch.device("cuda")), fused_linear=REFERENCE.fused_linear)
-    tiny.model = load_model(read_spec(folder), folder, "auto", BuildContext(CPU, torch.float32, ops))
+    tiny.with_triton = load_model(read_spec(folder), folder, "auto", BuildContext(CPU, torch.float32, ops))
     return tiny
 
 
@@ -74,11 +74,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def runner_of(tiny: Tiny, block_size: int, graph_tokens: int = 32) -> ModelRunner:
-    kv = KVCache(BlockShape(kv_groups(tiny.model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, tiny.model.build.ops)
+def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
+    model = tiny.with_triton
+    kv = KVCache(BlockShape(kv_groups(model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # whoever reads what was never written gets NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=graph_tokens)
+    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
 
 
 @pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])
@@ -114,8 +115,7 @@ def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(tiny: 
 
 def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_that_the_graph_left(tiny: Tiny) -> None:
     outputs = []
-    for graph_tokens in (0, 32):
-        runner = runner_of(tiny, 4, graph_tokens)
+    for runner in (tiny.runner(), runner_of(tiny, 4)):  # the first has no graphs
         sequences = sequences_of(tiny)
         for sequence, top_p in zip(sequences, (1.0, 0.5, 1.0, 0.8, 1.0), strict=True):
             sequence.params = SamplingParams(temperature=0.8, top_p=top_p, logprobs=2 if top_p == 0.8 else None, ignore_eos=True)
