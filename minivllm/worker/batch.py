@@ -135,7 +135,8 @@ class RowTable:
             row = a.row
             self.tokens[row, : len(some)] = some
             for group, blocks in enumerate(a.block_ids):
-                self._put(group, row, len(blocks), (NULL_BLOCK,) * (int(self._num_blocks[group, row]) - len(blocks)))
+                surplus = max(0, int(self._num_blocks[group, row]) - len(blocks))  # of who had the row before
+                self._put(group, row, len(blocks), (NULL_BLOCK,) * surplus)
                 self._num_blocks[group, row] = 0
                 self._append(group, row, blocks)
             self._num_prompt[row] = a.num_prompt_tokens
@@ -163,16 +164,16 @@ class RowTable:
         places = np.concatenate([np.arange(*span) for span in self._changed])
         return places, self.block_tables.reshape(-1)[places]
 
-    def send_changes(self, changes: tuple[Array, Array]) -> None:
-        """Bring the device's copy of the block tables up to date."""
-        if len(changes[0]):
-            where, values = upload(changes, self._device)
-            self.device_tables.view(-1).index_copy_(0, where, values)
-        self.changes_sent()
-
     def changes_sent(self) -> None:
         """The device's copy of the block tables is up to date."""
         self._changed.clear()
+
+    def send_changes(self) -> None:
+        """Bring the device's copy of the block tables up to date."""
+        if self._changed:
+            where, values = upload(self.changes(), self._device)
+            self.device_tables.view(-1).index_copy_(0, where, values)
+            self.changes_sent()
 
     def _owe(self, row: int, first: int) -> None:
         self._num_owing += (first >= 0) - int(self._owed_from[row] >= 0)
@@ -225,10 +226,10 @@ class RowTable:
             sample_rows=sample_rows, sample_positions=sample_positions, sample_places=sample_rows * self._max_model_len + sample_positions,
             prompt_pieces=pieces, prompt_rows=piece_rows, prompt_places=piece_places)
 
-    def send(self, c: Columns, changes: tuple[Array, Array] | None = None) -> Packed:
-        """The device's part: a copy, and a few gathers there. changes: what `changes` said, if the caller knows."""
+    def send(self, c: Columns) -> Packed:
+        """The device's part: a copy, one more if block tables have changed, and a few gathers there."""
         last_rows = c.query_start[c.source + 1] - 1
-        self.send_changes(self.changes() if changes is None else changes)
+        self.send_changes()
         uploaded = upload([
             c.places, c.positions, np.concatenate([last_rows, c.prompt_rows]) if c.prompt_pieces else last_rows,
             c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *c.slots], self._device)

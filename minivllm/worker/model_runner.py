@@ -148,12 +148,12 @@ class ModelRunner:
             if not plan.rows:
                 return Handle(plan, moves)
             columns = self.rows.columns(plan)
-            changes = self.rows.changes()
             graph = self._graphs.find(columns) if self._graphs is not None else None
             if graph is not None:
+                changes = self.rows.changes()
                 if len(changes[0]) > graph.max_changes:
                     self._only_replays = False
-                    self.rows.send_changes(changes)
+                    self.rows.send_changes()
                     changes = self.rows.changes()
                 if not self._only_replays:
                     self.model.build.ops.before_replays(self.model.build.device)
@@ -162,7 +162,7 @@ class ModelRunner:
                 self.rows.changes_sent()
                 return Handle(plan, moves, replay=Replay(columns, logits, drawn))
             self._only_replays = False
-            packed = self.rows.send(columns, changes)
+            packed = self.rows.send(columns)
             return Handle(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)))
         except (RuntimeError, MemoryError) as error:
             return Handle(plan, moves, error=_failure(plan, error))
