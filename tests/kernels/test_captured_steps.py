@@ -1,6 +1,7 @@
 """What CUDA graphs are told, without a GPU: their steps run in Triton's interpreter instead of being captured.
 
-A "replay" runs the step again on the static inputs and leaves its logits where all graphs leave theirs, as on a GPU.
+They stand beside the kernels' tests because `conftest.py` there chooses the interpreter. A "replay" runs the step again on
+the static inputs and leaves its logits where all graphs leave theirs, as on a GPU.
 """
 from __future__ import annotations
 
