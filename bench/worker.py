@@ -37,7 +37,8 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     engine = importlib.import_module(ENGINES[job["engine"]]).Engine(job)
     run(engine, workloads.uniform(1, 4, 1))
-    say({"row": "ready", "seconds": round(time.time() - job["started"], 2), "dtype": engine.dtype})
+    say({"row": "ready", "seconds": round(time.time() - job["started"], 2), "dtype": engine.dtype,
+         "parts": getattr(engine, "start_parts", None)})
     if job["check"]:
         tokens, gaps = engine.generate_with_gaps(workloads.check_requests())
         say({"row": "check", "tokens": tokens, "gaps": gaps})

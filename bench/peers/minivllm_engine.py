@@ -1,16 +1,34 @@
 """minivllm in this process, with its defaults."""
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from minivllm import LLM, SamplingParams
 from minivllm.benchmarks.workloads import Request
 
 
+class _Heard(logging.Handler):
+    """Keeps what the engine logs while it starts."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
+        heard = _Heard(logging.INFO)
+        logger = logging.getLogger("minivllm.engine.executor")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(heard)
         self.llm = LLM(model=job["model"], dtype=job["dtype"], device=job["device"], skip_tokenizer_init=job["model"] is not None,
                        load_format=job["load_format"], **job["options"])
+        logger.removeHandler(heard)
+        self.start_parts = next((line.removeprefix("started: ") for line in heard.lines if line.startswith("started: ")), None)
         self.dtype = str(self.llm.llm_engine.info().dtype)
 
     def generate(self, requests: list[Request]) -> list[list[int]]:

@@ -8,8 +8,8 @@ kernel's end implies that of all before it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -70,6 +70,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
+class _Loader:
+    """What `AsyncCompileMode` needs of an executor. Loads each kernel too, whose launcher is a C program of its own to compile."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        def load() -> Any:
+            kernel = compile_kernel()
+            kernel.run  # noqa: B018  asking for it loads the kernel
+            return kernel
+
+        return self._pool.submit(load)
+
+
 @contextmanager
 def compiling_side_by_side() -> Iterator[None]:
     """No kernel that this thread launches within runs: all are compiled, as many at once as there are CPUs, and are there at the end.
@@ -79,7 +94,8 @@ def compiling_side_by_side() -> Iterator[None]:
     from triton import AsyncCompileMode
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cpus) as pool, AsyncCompileMode(pool):
+    device = torch.cuda.current_device()
+    with ThreadPoolExecutor(cpus, initializer=torch.cuda.set_device, initargs=(device,)) as pool, AsyncCompileMode(_Loader(pool)):
         before = _compile_only.set(True)
         try:
             yield
