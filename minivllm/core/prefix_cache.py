@@ -62,12 +62,13 @@ class PrefixMatch:
 class PrefixCache:
     """Which full blocks of which KV groups can be found in the device pool, or else in the host pool."""
 
-    __slots__ = ("_device", "_host", "block_size", "reach")
+    __slots__ = ("_device", "_host", "_named", "block_size", "reach")
 
     def __init__(self, device: BlockPool, host: BlockPool | None, block_size: int, windows: Sequence[int | None]) -> None:
         self._device = device
         self._host = host
         self.block_size = block_size
+        self._named: tuple[bytes, Sequence[int], list[bytes]] = b"", (), []  # the sequence named last: root, tokens, digests
         # How many blocks before its end a hit needs, by group; None: all of them.
         self.reach = tuple(None if w is None else -(-(w - 1) // block_size) for w in windows)
 
@@ -79,11 +80,24 @@ class PrefixCache:
         while_present: no further than a match can reach, or up to AHEAD blocks: it stops once a group without a window lacks the last.
         """
         size, end = self.block_size, min(num_tokens, len(tokens)) // self.block_size
+        if not digests:
+            digests += self._as_named_before(root, tokens, end)
+            self._named = root, tokens, digests
         whole = next((group for group, reach in enumerate(self.reach) if reach is None), None) if while_present else None
         ahead = end if whole is None else AHEAD
         while len(digests) < end and not (whole is not None and digests and not self._present(whole, digests[-1])):
             first = len(digests)
             digests += chain_digests(digests[-1] if digests else root, tokens[first * size:min(end, first + ahead) * size], size)
+
+    def _as_named_before(self, root: bytes, tokens: Sequence[int], end: int) -> list[bytes]:
+        """The names of at most `end` blocks in which a sequence begins like the one before it: to compare costs a quarter of naming."""
+        other_root, other, names = self._named
+        if root != other_root:
+            return []
+        size, same = self.block_size, 0
+        while same < min(end, len(names)) and tokens[same * size:(same + 1) * size] == other[same * size:(same + 1) * size]:
+            same += 1
+        return names[:same]
 
     def match(self, digests: Sequence[bytes]) -> PrefixMatch:
         """The longest beginning of `digests` after which every group could go on. Takes no reference."""
