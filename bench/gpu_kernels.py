@@ -29,6 +29,7 @@ BLOCK_SIZE = 16
 RMS, WORST = 0.01, 0.05  # of the reference: the error's root mean square over its own, the largest error over its largest value
 DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256": [256] * 32, "128 x 256": [256] * 128,
            "256 x 200..1800": sorted((random.Random(i).randint(200, 1800) for i in range(256)), reverse=True)}  # fmt: skip
+SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # keys of each decode; how many of them lie in the same blocks
 PROMPTS = (2048, 8000)
 LAUNCH = 1 << 20  # bytes: with fewer a kernel's own beginning and end decide, not bandwidth
 KINDS = ("linear", "decode", "prompt", "norm", "sampler")
@@ -89,9 +90,11 @@ class Maker:
 
     # -- attention ------------------------------------------------------------------------------------------------------
 
-    def decodes(self, sizes: dict[str, list[int]]) -> Iterator[Case]:
+    def decodes(self, sizes: dict[str, list[int]], sharing: dict[str, tuple[list[int], int]]) -> Iterator[Case]:
         for size, lens in sizes.items():
             yield self._attention("decode attention", size, [1] * len(lens), lens)
+        for size, (lens, shared) in sharing.items():
+            yield self._attention("decode attention, shared prefix", size, [1] * len(lens), lens, shared)
 
     def prompts(self, lengths: Sequence[int]) -> Iterator[Case]:
         for length in lengths:
@@ -99,8 +102,8 @@ class Maker:
                 yield self._position(length)
                 yield self._attention("position, store, prompt attention", str(length), [length], [length])
 
-    def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int]) -> Case:
-        s, (batch, caches, args) = self.spec, self._step(query_lens, lens)
+    def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int], shared: int = 0) -> Case:
+        s, (batch, caches, args) = self.spec, self._step(query_lens, lens, shared)
         metas = {ops: self._prepare(ops, batch) for ops in (self.ops, REFERENCE)}
 
         def call(kv: KVLayer, ops: Ops = self.ops) -> Tensor:
@@ -113,7 +116,7 @@ class Maker:
 
         tokens, per_token = sum(query_lens), 2 * s.num_heads * s.head_dim + 2 * s.num_kv_heads * s.head_dim
         pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(query_lens, lens, strict=True))  # of a query and a key it sees
-        moved = 2 * (2 * sum(lens) * s.num_kv_heads * s.head_dim + tokens * per_token)
+        moved = 2 * (2 * (sum(lens) - shared * (len(lens) - 1)) * s.num_kv_heads * s.head_dim + tokens * per_token)
         return Case(name, size, [lambda kv=kv: call(kv) for kv in caches], wrong, moved, 4 * pairs * s.num_heads * s.head_dim)
 
     def _position(self, length: int) -> Case:
@@ -143,10 +146,10 @@ class Maker:
         return ops.prepare_attention(batch, 0, block_size=BLOCK_SIZE, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads,
                                      head_dim=s.head_dim, window=None, dtype=self.dtype)
 
-    def _step(self, query_lens: list[int], lens: list[int]) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
+    def _step(self, query_lens: list[int], lens: list[int], shared: int = 0) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
         """A batch over scattered blocks, caches for it, and what `self_attention` takes beside them."""
         s, device = self.spec, self.device
-        batch = scattered(query_lens, lens, device)
+        batch = scattered(query_lens, lens, device, shared)
         shape = (sum(-(-n // BLOCK_SIZE) for n in lens) + 1, BLOCK_SIZE, s.num_kv_heads, s.head_dim)
         num_bytes = 4 * shape[0] * BLOCK_SIZE * s.num_kv_heads * s.head_dim
         caches = [KVLayer(self.random(*shape), self.random(*shape)) for _ in range(copies_beyond_l2(num_bytes, device))]
@@ -197,13 +200,14 @@ class Maker:
         return (temperature, keys), {"top_p": torch.full((rows,), 0.9, device=self.device)} if "top_p" in kind else {}
 
 
-def scattered(query_lens: list[int], lens: list[int], device: torch.device) -> InputBatch:
-    """A step over sequences whose blocks lie anywhere. Single queries must come first."""
+def scattered(query_lens: list[int], lens: list[int], device: torch.device, shared: int = 0) -> InputBatch:
+    """A step over sequences whose blocks lie anywhere. Single queries must come first. shared: leading keys in the same blocks."""
     counts = [-(-n // BLOCK_SIZE) for n in lens]
     blocks = (torch.randperm(sum(counts)) + 1).int()
     table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
     for row, some in zip(table, blocks.split(counts), strict=True):
         row[: len(some)] = some
+    table[:, : shared // BLOCK_SIZE] = table[0, : shared // BLOCK_SIZE]
     positions = torch.cat([torch.arange(n - q, n) for q, n in zip(query_lens, lens, strict=True)])
     rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
     slots = table[rows, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
@@ -212,7 +216,8 @@ def scattered(query_lens: list[int], lens: list[int], device: torch.device) -> I
         tokens=torch.zeros(sum(query_lens), dtype=torch.int32, device=device), positions=positions.to(device),
         query_start=query_start.to(device), seq_lens=torch.tensor(lens, dtype=torch.int32, device=device), slots=(slots.to(device),),
         block_tables=(table.to(device),), logit_rows=(query_start[1:].long() - 1).to(device), num_decodes=sum(q == 1 for q in query_lens),
-        query_lens_host=tuple(query_lens), seq_lens_host=tuple(lens))
+        query_lens_host=tuple(query_lens), seq_lens_host=tuple(lens),
+        shared=torch.tensor([shared], dtype=torch.int32, device=device) if shared else None)
 
 
 def compare(got: Tensor, want: Tensor) -> str:
@@ -224,9 +229,10 @@ def compare(got: Tensor, want: Tensor) -> str:
 
 
 def cases(maker: Maker, kinds: Sequence[str], rows: Sequence[int], decodes: dict[str, list[int]] = DECODES,
-          prompts: Sequence[int] = PROMPTS) -> Iterator[Case]:
-    makers = {"linear": lambda: maker.linears(rows), "decode": lambda: maker.decodes(decodes), "prompt": lambda: maker.prompts(prompts),
-              "norm": lambda: maker.norms([*rows, *prompts]), "sampler": lambda: maker.samplers(rows)}
+          sharing: dict[str, tuple[list[int], int]] = SHARING, prompts: Sequence[int] = PROMPTS) -> Iterator[Case]:
+    makers = {"linear": lambda: maker.linears(rows), "decode": lambda: maker.decodes(decodes, sharing),
+              "prompt": lambda: maker.prompts(prompts), "norm": lambda: maker.norms([*rows, *prompts]),
+              "sampler": lambda: maker.samplers(rows)}
     for kind in kinds:
         yield from makers[kind]()
 

@@ -3,7 +3,7 @@
     step         what is compared                               a cache of its own on each side, NaN where nothing was written
     prompts      the last logits of prompts of several lengths
     mixed        chunks with earlier context, beside decodes
-    decodes      several sequences, then one alone
+    decodes      several sequences, then one alone, then several that begin with the same blocks
     the engine   its own greedy tokens, graphs and sampler included: none may be far from the reference's best
 
 bfloat16 keeps 8 bits, and two right ways to compute 30 layers differ after the first rounding: with random weights of the 0.6B shape the
@@ -20,7 +20,7 @@ import argparse
 import copy
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from minivllm.benchmarks.workloads import Request, check_requests
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import kv_groups, parameters, parse_config
 from minivllm.kernels import REFERENCE, Ops
-from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.layout import SHARED_RUN, InputBatch, KVLayer
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.worker.kv_cache import BlockShape
@@ -43,7 +43,10 @@ STEPS: tuple[tuple[tuple[int, int], ...], ...] = (  # of each step: (sequence, t
     ((1, 1), (0, 1), (2, 130), (3, 20)),
     ((0, 1), (1, 1), (2, 1), (3, 1)),
     ((2, 1),),
+    ((4, 20), (5, 40), (6, 3)),
+    ((2, 1), (4, 1), (5, 1), (6, 1)),
 )
+FORKS = dict.fromkeys((4, 5, 6), (2, 256))  # sequence -> (another, how many of its tokens come first, in the same blocks)
 
 
 def twin_with(model: Decoder, ops: Ops) -> Decoder:
@@ -72,11 +75,14 @@ def twin_with(model: Decoder, ops: Ops) -> Decoder:
 class Trial:
     """Some sequences of random tokens, run step by step through one model with a small cache of its own."""
 
-    def __init__(self, model: Decoder, shape: BlockShape, steps: Sequence[Sequence[tuple[int, int]]] = STEPS) -> None:
-        self.model, self.shape = model, shape
+    def __init__(self, model: Decoder, shape: BlockShape, steps: Sequence[Sequence[tuple[int, int]]] = STEPS,
+                 forks: Mapping[int, tuple[int, int]] = FORKS, plain: bool = False) -> None:
+        """plain: every layer answers for all tokens, and no keys are read for several sequences at once."""
+        self.model, self.shape, self.plain = model, shape, plain
         self.steps = steps
         rng = random.Random(0)
-        lengths: dict[int, int] = {}
+        self.forks = {seq: fork for seq, fork in forks.items() if any(seq == s for step in steps for s, _ in step)}
+        lengths = {seq: count for seq, (_, count) in self.forks.items()}
         for step in steps:
             for seq, count in step:
                 lengths[seq] = lengths.get(seq, 0) + count
@@ -89,6 +95,11 @@ class Trial:
         rng.shuffle(blocks)
         self.blocks = {(g, seq): [blocks.pop() for _ in range(n)] for g in range(groups) for seq, n in sorted(widths.items())}
         self.done = dict.fromkeys(self.tokens, 0)
+        for seq, (source, count) in self.forks.items():
+            self.done[seq] = count
+            self.tokens[seq][:count] = self.tokens[source][:count]
+            for g in range(groups):
+                self.blocks[g, seq][: count // size] = self.blocks[g, source][: count // size]
         spec, device = model.spec, model.build.device
         pairs = 1 + max(model.kv_tensors)
         size4 = (num_blocks, size, spec.num_kv_heads, spec.head_dim)
@@ -114,13 +125,22 @@ class Trial:
                                        for p in range(start, end)], device=device))
         query_lens, seq_lens = tuple(end - start for _, start, end in spans), tuple(end for _, _, end in spans)
         query_start = torch.tensor([0, *query_lens]).cumsum(0)
+        some_prompt = max(query_lens) > 1
+        shared = min((self._shared(seq) for seq, _, _ in spans), default=0)
         batch = InputBatch(
             tokens=torch.tensor(tokens, dtype=torch.int32, device=device), positions=torch.tensor(positions, device=device),
             query_start=query_start.int().to(device), seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
             slots=tuple(slots), block_tables=tuple(tables), logit_rows=(query_start[1:] - 1).to(device),
-            num_decodes=sum(n == 1 for n in query_lens), query_lens_host=query_lens, seq_lens_host=seq_lens)
+            num_decodes=sum(n == 1 for n in query_lens), query_lens_host=query_lens, seq_lens_host=seq_lens,
+            last_only=some_prompt and not self.plain,
+            shared=torch.tensor([shared], dtype=torch.int32, device=device) if shared and not (some_prompt or self.plain) else None)
         hidden = self.model.forward(batch, self.kv, size)
-        return self.model.logits(hidden[batch.logit_rows])
+        return self.model.logits(hidden if batch.last_only else hidden[batch.logit_rows])
+
+    def _shared(self, seq: int) -> int:
+        """How many of its first keys are in blocks of several sequences."""
+        counts = [count for one, (source, count) in self.forks.items() if seq in (one, source)]
+        return min(counts, default=0) // SHARED_RUN * SHARED_RUN
 
 
 def apart(got: Tensor, want: Tensor) -> float:
@@ -146,7 +166,7 @@ def short_of_best(model: Decoder, shape: BlockShape, requests: Sequence[Request]
 def check(model: Decoder, shape: BlockShape, greedy: Callable[[list[Request]], list[list[int]]] | None = None) -> dict[str, Any]:
     """-> the distances found, and "refused" with the reason if they are too large. `greedy` asks the engine for its tokens."""
     reference = twin_with(model, REFERENCE)
-    logits = [Trial(each, shape).run() for each in (model, reference)]
+    logits = [Trial(model, shape).run(), Trial(reference, shape, plain=True).run()]
     distance = max(apart(got, want) for got, want in zip(*logits, strict=True))
     result: dict[str, Any] = {"logits_apart": round(distance, 4), "tolerance": TOLERANCE}
     refused = [] if distance <= TOLERANCE else [f"logits are {distance:.3g} from the reference's, more than {TOLERANCE}"]

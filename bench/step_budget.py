@@ -148,7 +148,7 @@ class Bench:
         lens = [start + 1 for start in plan.starts]
         self._drain()
         assert self.runner._graphs is not None
-        graph = next(g for g in self.runner._graphs._decodes if g.seqs >= count)._graph
+        graph = next(g for g in self.runner._graphs._decodes if g.shape.seqs >= count and g.shape.longest >= max(lens))._graph
         step = 1e3 * replay_seconds(graph.replay, 20)
         classes = profiled(graph.replay, REPLAYS)
         self._end(names)

@@ -27,6 +27,7 @@ class Ops:
 
     prepare_attention: Callable[..., Any]  # once per step and KV group
     self_attention: Callable[..., Tensor]
+    store_kv: Callable[..., Any]  # the part of it that a layer's keys and values need
     copy_blocks: Callable[..., None]
     move_blocks: Callable[..., None]
     pack_weight: Callable[[Tensor, torch.dtype], Any]
@@ -47,6 +48,7 @@ class Ops:
 REFERENCE = Ops(
     prepare_attention=attn.prepare_attention,
     self_attention=attn.self_attention,
+    store_kv=attn.store_kv,
     copy_blocks=kv_cache.copy_blocks,
     move_blocks=kv_cache.move_blocks,
     pack_weight=linear.pack_weight,
@@ -80,6 +82,7 @@ def select(device: torch.device) -> Ops:
         REFERENCE,
         prepare_attention=triton.attention.prepare_attention,
         self_attention=triton.attention.self_attention,
+        store_kv=triton.attention.store_kv,
         fused_linear=triton.linear.fused_linear,
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,

@@ -27,8 +27,16 @@ class StepContext:
     metas: tuple[Any, ...]  # [G] from ops.prepare_attention
 
 
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """What the last layer does if nobody asks for more: keys and values of all T tokens, but queries of each sequence's last one."""
+
+    rows: Tensor  # [B] of T
+    step: StepContext  # of these alone: B decodes
+
+
 class Attention:
-    __slots__ = ("_self_attention", "group", "o", "qk_norm", "qkv", "scale")
+    __slots__ = ("_self_attention", "_store_kv", "group", "o", "qk_norm", "qkv", "scale")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, layer: int, group: int) -> None:
         name = f"layers.{layer}"
@@ -39,10 +47,15 @@ class Attention:
         if spec.qk_norm:
             q, k = take(f"{name}.q_norm.weight"), take(f"{name}.k_norm.weight")
             self.qk_norm = torch.cat((q.expand(spec.num_heads, -1), k.expand(spec.num_kv_heads, -1))), spec.norm_eps
-        self._self_attention = build.ops.self_attention
+        self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
 
-    def __call__(self, x: Tensor, norm: Norm | None, step: StepContext, kv: KVLayer) -> Tensor:
-        """x: [T, hidden] -> x + attention(norm(x)), which may be written over x; stores this layer's keys and values in `kv`."""
-        heads = self._self_attention(self.qkv(x, norm=norm), kv, step.slots[self.group], step.metas[self.group], scale=self.scale,
-                                     rope=step.rope, qk_norm=self.qk_norm)
+    def __call__(self, x: Tensor, norm: Norm | None, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
+        """x: [T, hidden] -> x + attention(norm(x)), which may be written over x; stores this layer's keys and values in `kv`.
+
+        With `last` only its B rows: [B, hidden]."""
+        qkv, g = self.qkv(x, norm=norm), self.group
+        if last is not None:
+            self._store_kv(qkv, kv, step.slots[g], step.metas[g], rope=step.rope, qk_norm=self.qk_norm)
+            qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
+        heads = self._self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale, rope=step.rope, qk_norm=self.qk_norm)
         return self.o(heads, residual=x)

@@ -8,13 +8,14 @@ Run state is an argument: the batch and the KV cache come with each call, and th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from minivllm.families import ModelSpec, kv_groups
 from minivllm.kernels.layout import InputBatch, KVLayer
-from minivllm.layers.attention import Attention, StepContext
+from minivllm.layers.attention import Attention, LastTokens, StepContext
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.embedding import Embedding
 from minivllm.layers.linear import Linear
@@ -31,9 +32,9 @@ class PreNormLayer:
     def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
         self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
 
-    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer) -> Tensor:
-        """x: [T, hidden] -> the same shape, written over x or not."""
-        x = self.attention(x, self.attn_norm, step, kv)
+    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
+        """x: [T, hidden] -> the same shape, written over x or not; with `last` its rows alone: [B, hidden]."""
+        x = self.attention(x, self.attn_norm, step, kv, last)
         return self.mlp(x, self.mlp_norm)
 
 
@@ -45,8 +46,8 @@ class PostNormLayer:
     def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
         self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
 
-    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer) -> Tensor:
-        x = self.attn_norm(self.attention(x, None, step, kv))
+    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
+        x = self.attn_norm(self.attention(x, None, step, kv, last))
         return self.mlp_norm(self.mlp(x, None))
 
 
@@ -77,14 +78,28 @@ class Decoder:
         self.project_out = Linear(build, take("project_out.weight")) if spec.embed_size != spec.hidden_size else None
         self.head = Linear(build, self.embedding.table if spec.tied else take("head.weight"))
 
+    def without_repetition(self) -> Decoder:
+        """A model of the first layers of each KV group: it runs every kernel that the whole one runs."""
+        few = copy(self)
+        chosen = sorted(i for group in self.groups for i in group.layers[:2])
+        few.layers, few.kv_tensors = [self.layers[i] for i in chosen], [self.kv_tensors[i] for i in chosen]
+        return few
+
     @torch.inference_mode()
     def forward(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int) -> Tensor:
-        """-> hidden states before the final norm: [T, hidden]. kv[j] holds the j-th layer of every KV group."""
-        step = self._prepare(batch, block_size)
+        """-> hidden states before the final norm: [T, hidden], or [B, hidden] if `batch.last_only`.
+
+        kv[j] holds the j-th layer of every KV group. Nothing comes after the last layer that would read what it makes of a
+        prompt's other tokens: unless they are asked for, it only stores their keys and values.
+        """
+        step, last = self._prepare(batch, block_size), None
+        if batch.last_only:
+            rows, tail = batch.last_tokens()
+            last = LastTokens(rows, self._prepare(tail, block_size))
         x = self.embedding(batch)
-        for layer, j in zip(self.layers, self.kv_tensors, strict=True):
+        for layer, j in zip(self.layers[:-1], self.kv_tensors, strict=False):
             x = layer(x, step, kv[j])
-        return x
+        return self.layers[-1](x, step, kv[self.kv_tensors[-1]], last)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK, RowAdmission, StepPlan
-from minivllm.kernels.layout import InputBatch
+from minivllm.kernels.layout import SHARED_RUN, InputBatch
 from minivllm.kernels.upload import upload
 
 Array = np.ndarray[Any, Any]
 _NOTHING = np.empty(0, np.int64)
+LAST_ONLY = 256  # tokens of a step from which on it pays to spare the last layer all but each sequence's last one
+SHARERS = 8  # decodes from which on it pays to look for blocks that all of them have
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,12 @@ class Columns:
     prompt_pieces: tuple[PromptPiece, ...]
     prompt_rows: Array  # [P] batch rows whose logits predict owed prompt tokens
     prompt_places: Array  # [P] of those tokens
+    shared_keys: int = 0  # decodes only: so many leading keys of all sequences lie in the same blocks; whole runs of SHARED_RUN
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the last layer need only look at each sequence's last token, and it pays."""
+        return len(self.places) >= LAST_ONLY and self.num_decodes < len(self.rows) and not self.prompt_pieces
 
     @property
     def simple(self) -> bool:
@@ -224,11 +232,23 @@ class RowTable:
             rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_start=query_start,
             places=token_rows * self._max_model_len + positions, positions=positions, slots=slots, source=source,
             sample_rows=sample_rows, sample_positions=sample_positions, sample_places=sample_rows * self._max_model_len + sample_positions,
-            prompt_pieces=pieces, prompt_rows=piece_rows, prompt_places=piece_places)
+            prompt_pieces=pieces, prompt_rows=piece_rows, prompt_places=piece_places,
+            shared_keys=self._shared_keys(rows, int(starts.min())) if num_decodes == len(rows) >= SHARERS else 0)
+
+    def _shared_keys(self, rows: Array, shortest: int) -> int:
+        """Leading keys that all rows have in the same blocks, `shortest` at most."""
+        first = self.block_tables[:, rows, 0]
+        if shortest < SHARED_RUN or (first != first[:, :1]).any():
+            return 0  # mostly: and the whole tables are large
+        width = shortest // self._block_size
+        tables = self.block_tables[:, rows, :width]  # [G, B, width]
+        same = (tables == tables[:, :1]).all((0, 1))
+        blocks = width if same.all() else int(same.argmin())
+        return blocks * self._block_size // SHARED_RUN * SHARED_RUN
 
     def send(self, c: Columns) -> Packed:
         """The device's part: a copy, one more if block tables have changed, and a few gathers there."""
-        last_rows = c.query_start[c.source + 1] - 1
+        last_rows = c.source if c.last_only else c.query_start[c.source + 1] - 1
         self.send_changes()
         uploaded = upload([
             c.places, c.positions, np.concatenate([last_rows, c.prompt_rows]) if c.prompt_pieces else last_rows,
@@ -239,7 +259,7 @@ class RowTable:
             tokens=self._flat_tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens,
             slots=tuple(slots), block_tables=tuple(table[:, :width].index_select(0, rows) for table in self.device_tables),
             logit_rows=logit_rows, num_decodes=c.num_decodes, query_lens_host=tuple(c.query_lens.tolist()),
-            seq_lens_host=tuple(c.seq_lens.tolist()))
+            seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only)
         return Packed(batch, c.sample_rows, c.sample_positions, sample_places, c.prompt_pieces, prompt_places)
 
     def _prompt_pieces(self, plan: StepPlan, where: Array | None, query_start: Array) -> tuple[tuple[PromptPiece, ...], Array, Array]:

@@ -16,8 +16,9 @@ else. Where a row asks for more than a plain draw, the sampler draws again from 
 
 What a graph needs to be told stays on the device (rows, positions, lengths, slots, block tables); grids depend on the shape
 alone, since the attention is prepared for sequences of the greatest length. Few decodes have two graphs each, for short and for
-long sequences, whose attention shares keys out differently. Larger steps run eagerly: they are bound by arithmetic, and Python
-launches while the GPU computes.
+long sequences, whose attention shares keys out differently; some sizes have one more, for sequences that begin with the same
+blocks, which reads those once for all. Larger steps run eagerly: they are bound by arithmetic, and Python launches while the GPU
+computes.
 
 Graphs never run at once, so all share one pool of memory, and one place for logits: a step's are gone with the next step.
 """
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +34,10 @@ from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import ModelSpec, parameters
-from minivllm.kernels.layout import InputBatch
+from minivllm.kernels.layout import SHARED_RUN, InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
-from minivllm.worker.batch import Columns, RowTable
+from minivllm.worker.batch import LAST_ONLY, SHARERS, Columns, RowTable
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
 FEW, SHORT = 128, 512  # up to so many decodes of up to so many keys have graphs of their own: no more keys than attention's LONG
+SHARING = (16, 32, 64, 96, 128, 192, 256)  # decodes that may share a prefix
+WORTH_SHARING = 32 << 20  # bytes of keys and values of a layer not read again: half as many take as long as the kernel that shares them
 LARGE = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of mixed steps of small models
 LAUNCH_FLOPS = 3e12  # what an H200 computes in the 5 to 10 ms that launching a step from Python takes
 Array = np.ndarray[Any, Any]
@@ -62,26 +65,33 @@ def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int)
     return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
 
 
+class Shape(NamedTuple):
+    """What a graph fixes."""
+
+    tokens: int  # T
+    seqs: int  # B
+    decodes: int  # the first so many sequences have one token each: all, or none in particular
+    longest: int  # the most keys of a sequence, by which the attention decides how many programs share them
+    sharing: bool = False  # the keys that all decodes have in common are read once
+
+
 class Graph:
     """One shape: its static inputs, the recorded step, its static outputs."""
 
-    def __init__(self, tokens: int, seqs: int, decodes: int, longest: int, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
-        """tokens T and sequences B in all, of which the first `decodes` have one token each: all, or none in particular.
-
-        longest: the most keys of a sequence, by which the attention decides how many programs share them."""
-        self._model, self._kv, self._table = model, kv, table
-        self.tokens, self.seqs, self._decodes = tokens, seqs, decodes
+    def __init__(self, shape: Shape, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
+        self._model, self._kv, self._table, self.shape = model, kv, table, shape
+        tokens, seqs, decodes = shape[:3]
         null, max_model_len = table.null_row, table.tokens.shape[1]
         by_token = [np.full(tokens, null * max_model_len), np.zeros(tokens, np.int64),
                     *(np.full(tokens, NULL_BLOCK * kv.shape.block_size) for _ in kv.shape.groups)]  # fmt: skip
-        query_start = np.minimum(np.arange(seqs + 1), decodes).astype(np.int32)  # mixed: padding has no tokens
-        by_seq = [np.full(seqs, null), np.full(seqs, 1 if decodes else 0, np.int32), np.zeros(seqs, np.int64),
-                  np.full(seqs, null * max_model_len + 1), np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
+        # Decodes are padded with one token each, mixed steps with sequences that have none: only the first, never padding, has one.
+        query_start = np.minimum(np.arange(seqs + 1), max(decodes, 1)).astype(np.int32)
+        by_seq = [np.full(seqs, null), np.diff(query_start), np.full(seqs, null * max_model_len + 1),
+                  np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
         # Changes of block tables that a replay takes in: what decodes and prompts need, not a long row that is written anew.
         self.max_changes = (2 * seqs + tokens // kv.shape.block_size) * len(kv.shape.groups)
         changes = [np.full(self.max_changes, null * table.device_tables.shape[2]), np.full(self.max_changes, NULL_BLOCK, np.int32)]
-        self._empty = [query_start, *by_seq, *changes, *by_token]
-        self.longest = longest
+        self._empty = [np.zeros(1, np.int32), query_start, *by_seq, *changes, *by_token]
         self._inputs = StaticColumns(self._empty, model.build.device)
         self._record(pool)
 
@@ -102,20 +112,22 @@ class Graph:
         return self._graph.pool()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        (query_start, rows, seq_lens, logit_rows, sample_places, temperature, keys, changed, new_blocks, places, positions,
+        (shared, query_start, rows, seq_lens, sample_places, temperature, keys, changed, new_blocks, places, positions,
          *slots) = self._inputs.tensors
+        shape = self.shape
         tokens = self._table.tokens.view(-1)
         self._table.device_tables.view(-1).index_copy_(0, changed, new_blocks)
-        chunk = self.tokens // self.seqs
-        lens = (chunk + self.tokens % self.seqs, *(chunk,) * (self.seqs - 1))  # whatever they are: only their sum counts
+        chunk = shape.tokens // shape.seqs
+        lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # whatever they are: only their sum counts
         batch = InputBatch(
             tokens=tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens, slots=tuple(slots),
-            block_tables=tuple(table.index_select(0, rows) for table in self._table.device_tables), logit_rows=logit_rows,
-            num_decodes=self._decodes, query_lens_host=lens, seq_lens_host=(self.longest,) * self.seqs,
+            block_tables=tuple(table.index_select(0, rows) for table in self._table.device_tables), logit_rows=rows,
+            num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
+            last_only=not shape.decodes and shape.tokens >= LAST_ONLY, shared=shared if shape.sharing else None,
         )
         hidden = self._model.forward(batch, self._kv.layers, self._kv.shape.block_size)
-        if not self._decodes:
-            hidden = hidden.index_select(0, logit_rows)
+        if len(hidden) > shape.seqs:
+            hidden = hidden.index_select(0, query_start[1:] - 1)
         logits = self._model.logits(hidden, dtype=None)
         drawn = self._model.build.ops.sample(logits, temperature, keys)
         tokens.index_copy_(0, sample_places, drawn.to(torch.int32))
@@ -126,8 +138,8 @@ class Graph:
         n = len(c.rows)
         sample_places = self._empty[4][:n].copy()
         sample_places[c.source] = c.sample_places
-        by_seq = [c.rows, c.seq_lens, c.query_start[1:] - 1, sample_places, temperature, keys]
-        columns = [c.query_start, *by_seq, *changes, c.places, c.positions, *c.slots]
+        by_seq = [c.rows, c.seq_lens, sample_places, temperature, keys]
+        columns = [np.array([c.shared_keys]), c.query_start, *by_seq, *changes, c.places, c.positions, *c.slots]
         padded = []
         for column, empty in zip(columns, self._empty, strict=True):
             if len(column) < len(empty):
@@ -136,8 +148,8 @@ class Graph:
             else:
                 whole = column.astype(empty.dtype, copy=False)
             padded.append(whole)
-        if not self._decodes:
-            padded[0][n:] = c.query_start[-1]
+        if not self.shape.decodes:
+            padded[1][n:] = c.query_start[-1]
         self._inputs.fill(padded)
         self._run()
         return self._logits[:n], self._drawn[:n]
@@ -168,22 +180,28 @@ class StepGraphs:
         sizes = [size for size in DECODES if size < most] + [most]
         mixed = mixed_shapes(model.spec, max_num_batched_tokens)
         whole = table.tokens.shape[1]
-        shapes = [(size, size, size, SHORT) for size in sizes if size <= FEW and whole > SHORT]
-        shapes += [(size, size, size, whole) for size in sizes]
-        shapes += [(t, b, 0, whole) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
-        graphs: dict[tuple[int, int, int, int], Graph] = {}
+        shapes = [Shape(size, size, size, SHORT) for size in sizes if size <= FEW and whole > SHORT]
+        shapes += [Shape(size, size, size, whole) for size in sizes]
+        if most >= SHARERS and whole > SHARED_RUN:
+            shapes += [Shape(size, size, size, whole, True) for size in (*(size for size in SHARING if size < most), most)]
+        shapes += [Shape(t, b, 0, whole) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
+        graphs: dict[Shape, Graph] = {}
         pool = None
         free_before = torch.cuda.mem_get_info(model.build.device)[0]
         with torch.inference_mode():
             for shape in sorted(shapes, reverse=True):
-                graphs[shape] = Graph(*shape, model, kv, table, pool)
+                graphs[shape] = Graph(shape, model, kv, table, pool)
                 pool = graphs[shape].pool
-        self._decodes = sorted((graphs[shape] for shape in shapes if shape[2]), key=lambda graph: (graph.seqs, graph.longest))
-        self._mixed = [graphs[shape] for shape in shapes if not shape[2]]
+        by_size = [graphs[shape] for shape in sorted(shapes, key=lambda shape: (shape.seqs, shape.longest))]
+        self._decodes = [graph for graph in by_size if graph.shape.decodes and not graph.shape.sharing]
+        self._sharing = [graph for graph in by_size if graph.shape.sharing]
+        self._mixed = [graphs[shape] for shape in shapes if not shape.decodes]
+        group = kv.shape.groups[0]
+        self._key_bytes = 2 * group.kv_heads * group.head_dim * kv.shape.dtype.itemsize  # of a key and its value, in one layer
         self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
         model.build.ops.before_replays(model.build.device)  # compiled now rather than while the first request waits
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
-                 max((g.tokens for g in self._mixed), default=0), self.bytes_taken >> 20)
+                 max((shape.tokens for shape in shapes if not shape.decodes), default=0), self.bytes_taken >> 20)
 
     def find(self, columns: Columns) -> Graph | None:
         """The smallest graph that a step fits into; None: it runs eagerly."""
@@ -192,4 +210,6 @@ class StepGraphs:
         n, tokens, longest, graphs = len(columns.rows), len(columns.places), 0, self._mixed
         if columns.num_decodes == n:
             graphs, longest = self._decodes, int(columns.seq_lens.max())
-        return next((graph for graph in graphs if tokens <= graph.tokens and n <= graph.seqs and longest <= graph.longest), None)
+            if (n - 1) * columns.shared_keys * self._key_bytes >= WORTH_SHARING:
+                graphs = self._sharing
+        return next((g for g in graphs if tokens <= g.shape.tokens and n <= g.shape.seqs and longest <= g.shape.longest), None)

@@ -25,7 +25,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker.cuda_graphs import DECODES, SHORT
+from minivllm.worker.cuda_graphs import DECODES, SHARING, SHORT
 from minivllm.worker.kv_cache import BlockShape
 from minivllm.worker.model_runner import MAX_LOGIT_ROWS
 
@@ -164,11 +164,16 @@ def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seq
     prompt = [min(limit, max_num_batched_tokens)] * max(1, max_num_batched_tokens // limit)
     decodes = [min(limit, DUMMY_CONTEXT)] * max_num_seqs
     if model.build.ops.compiling is not None:
+        few = model.without_repetition()
         with model.build.ops.compiling():
             for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
                 for longest in {min(limit, SHORT), limit}:
-                    _dry_step(model, kv, _dummy_batch([1] * seqs, [longest] * seqs, shape, device), shape.block_size)
-            _dry_step(model, kv, _dummy_batch(prompt, prompt, shape, device), shape.block_size)
+                    _dry_step(few, kv, _dummy_batch([1] * seqs, [longest] * seqs, shape, device), shape.block_size)
+            for seqs in SHARING:
+                batch = _dummy_batch([1] * seqs, [limit] * seqs, shape, device)
+                _dry_step(few, kv, replace(batch, shared=torch.zeros(1, dtype=torch.int32, device=device)), shape.block_size)
+            for last_only in (False, True):
+                _dry_step(few, kv, replace(_dummy_batch(prompt, prompt, shape, device), last_only=last_only), shape.block_size)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -188,8 +193,11 @@ def _dry_step(model: Decoder, kv: list[KVLayer], batch: InputBatch, block_size: 
     logits = model.logits(model.forward(batch, kv, block_size)[:MAX_LOGIT_ROWS], dtype=None)
     rows = len(logits)
     one, keys = torch.ones(rows, device=logits.device), torch.zeros((rows, 2), dtype=torch.int32, device=logits.device)
-    model.build.ops.sample(logits, one, keys)
-    model.build.ops.sample(logits, one, keys, top_p=one)
+    top_k, sample = keys[:, 0].contiguous(), model.build.ops.sample
+    sample(logits, one, keys)
+    sample(logits, one, keys, top_p=one)
+    sample(logits, one, keys, top_k=top_k, top_p=one)
+    sample(logits.float(), one, keys, top_k=top_k, top_p=one, min_p=one)  # as `_dummy_sampling` does
 
 
 def _dummy_batch(query_lens: list[int], seq_lens: list[int], shape: BlockShape, device: torch.device) -> InputBatch:

@@ -64,6 +64,7 @@ WRONG: dict[str, Callable[[Ops], Ops]] = {
         ops, rope_angles=lambda *args: (lambda cos, sin: (cos, -sin))(*REFERENCE.rope_angles(*args))),
     "a gated product without its norm": lambda ops: dataclasses.replace(
         ops, fused_linear=lambda *args, **o: REFERENCE.fused_linear(*args, **(o | ({"norm": None} if o.get("gated") else {})))),
+    "the last layer forgets a prompt's keys": lambda ops: dataclasses.replace(ops, store_kv=lambda *args, **o: None),
     "heads in another order": lambda ops: dataclasses.replace(
         ops, self_attention=lambda *args, **o: REFERENCE.self_attention(*args, **o).roll(16, -1)),
 }

@@ -17,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from minivllm.kernels.layout import SHARED_RUN
 from minivllm.kernels.triton import activation, attention, linear, norm, sampling
-from minivllm.kernels.triton.decode_attention import _decode_attention
+from minivllm.kernels.triton.decode_attention import _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -45,7 +46,8 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     cache = {"cache_k": "*bf16", "cache_v": "*bf16", "seq_lens": "*i32", "block_table": "*i32", "scale": "fp32", "softcap": "fp32",
              "table_stride": "i32"}
     source = {"qkv": "*bf16", "norm_weight": "*bf16", "eps": "fp32", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "qkv_stride": "i32"}
-    parts = {"partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32", "splits": "i32"}
+    parts = {"partial": "*fp32", "log_weight": "*fp32", "tickets": "*i32", "num_seqs": "i32", "splits": "i32",
+             "shared": "*i32", "shared_parts": "i32", "parts": "i32"}
     decode = {**cache, **source, **parts, "out": "*bf16"}
     store = {**source, "qk": "*bf16", "cache_k": "*bf16", "cache_v": "*bf16", "first": "i32"}
     sizes = dict.fromkeys(("first_seq", "num_seqs", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")
@@ -57,7 +59,13 @@ def attention_variants() -> Iterator[dict[str, Any]]:
             tile = attention.decode_tile(8, 4096, head_dim, group, 2, 89)
             one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
             yield measure(f"decode {name}", _decode_attention, decode,
-                          dict(SPLIT=True, MIN_KEYS=attention.MIN_KEYS, NORM=True, ROPE=True, PDL=False, **one),
+                          dict(SPLIT=True, SHARED=True, MIN_KEYS=attention.MIN_KEYS, RUN=SHARED_RUN, NORM=True, ROPE=True, PDL=False,
+                               **one),
+                          num_warps=tile.num_warps, num_stages=tile.num_stages)
+            tile = attention.shared_tile(head_dim, group, 2, 89)
+            yield measure(f"decode shared {name}", _shared_attention, decode,
+                          dict(RUN=SHARED_RUN, NORM=True, ROPE=True, PDL=False, HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_Q=tile.block_q,
+                               BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, SOFTCAP=False, **shape),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
             tile = attention.prompt_tile(head_dim, group, 2, 89)
             one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q)

@@ -35,10 +35,12 @@ def make_case(
     device: str = "cpu",
     window: int | None = None,
     poison: bool = True,
+    shared_keys: int = 0,
     seed: int = 0,
 ) -> Case:
     """Sequences in scattered blocks. Every slot that no query may see holds NaN: other blocks, tails of last blocks, and
-    (with a window) keys that have left it; block-table entries of blocks wholly outside the window are the null block."""
+    (with a window) keys that have left it; block-table entries of blocks wholly outside the window are the null block.
+    The first `shared_keys`, whole blocks that each sequence has cached, are the same blocks in all."""
     rng = random.Random(seed)
     gen = torch.Generator().manual_seed(seed)
     shape = sorted(shape, key=lambda s: s[0] != 1)  # single queries first, as the packer does
@@ -52,9 +54,11 @@ def make_case(
     keys, values, slots = [], [], []
     for i, (query_len, seq_len) in enumerate(shape):
         k, v = (torch.randn(seq_len, kv_heads, head_dim, generator=gen).to(dtype) for _ in range(2))
+        if i and shared_keys:
+            k[:shared_keys], v[:shared_keys] = keys[0][:shared_keys], values[0][:shared_keys]
         seen_from = 0 if window is None else max(0, seq_len - query_len - window + 1)
         for logical in range(counts[i]):
-            block = ids.pop()
+            block = int(table[0, logical]) if i and logical < shared_keys // block_size else ids.pop()
             if (logical + 1) * block_size > seen_from:
                 table[i, logical] = block
             for offset in range(block_size):
@@ -79,6 +83,7 @@ def make_case(
         num_decodes=sum(a == 1 for a in query_lens),
         query_lens_host=tuple(query_lens),
         seq_lens_host=tuple(s for _, s in shape),
+        shared=torch.tensor([shared_keys], dtype=torch.int32, device=device) if shared_keys else None,
     )
     q = torch.randn(total, heads, head_dim, generator=gen).to(dtype)
     return Case(batch, KVLayer(kv.k.to(device), kv.v.to(device)), q.to(device), keys, values, block_size)

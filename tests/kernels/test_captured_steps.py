@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from minivllm.core.plan import StepPlan
 from minivllm.families import kv_groups
 from minivllm.kernels import REFERENCE, select, upload
+from minivllm.kernels.triton import attention
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
 from minivllm.sampling_params import SamplingParams
@@ -25,7 +27,8 @@ from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import Handle, ModelRunner
 from tests.models.tiny import read_spec
-from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, sequences_of
+from tests.worker.plans import Sequence
+from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, TOKENS, Tiny, run, sequences_of
 
 CPU = torch.device("cpu")
 PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
@@ -34,22 +37,30 @@ PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
 class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
-    replayed: ClassVar[list[tuple[int, int]]] = []
+    replayed: ClassVar[list[cuda_graphs.Shape]] = []
     pool = None
 
     def _record(self, pool: Any) -> None:
-        pass
+        self._step()
 
     def _run(self) -> None:
-        self.replayed.append((self.tokens, self.seqs))
+        self.replayed.append(self.shape)
         logits, self._drawn = self._step()
         self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny = Tiny(folder, request.param)
+    return tiny_with_triton(tmp_path_factory.mktemp("tiny"), request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_with_triton(tmp_path_factory.mktemp("plain"), False)
+
+
+def tiny_with_triton(folder: Path, windows: bool) -> Tiny:
+    tiny = Tiny(folder, windows)
     ops = replace(select(torch.device("cuda")), fused_linear=REFERENCE.fused_linear)
     tiny.with_triton = load_model(read_spec(folder), folder, "auto", BuildContext(CPU, torch.float32, ops))
     return tiny
@@ -68,6 +79,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_graphs, "MIXED", ((16, 3), (32, ROWS)))
     monkeypatch.setattr(cuda_graphs, "LARGE", ())
     monkeypatch.setattr(cuda_graphs, "SHORT", 16)
+    for module in (batch, cuda_graphs):
+        monkeypatch.setattr(module, "LAST_ONLY", 20)
+        monkeypatch.setattr(module, "SHARERS", 2)
+    for module in (batch, cuda_graphs, attention):
+        monkeypatch.setattr(module, "SHARED_RUN", 8)
+    monkeypatch.setattr(cuda_graphs, "SHARING", (2,))
+    monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
     pinned = torch.empty
     monkeypatch.setattr(upload.torch, "empty", lambda *size, pin_memory=False, **options: pinned(*size, **options))
@@ -100,8 +118,24 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     sequences = sequences_of(tiny)
     run(runner, tiny.planner(block_size, seed), sequences, random.Random(seed), depth=1, drop_after=drop_after)
     assert [s.outputs for s in sequences] == tiny.expected
-    assert {seqs for tokens, seqs in Repeated.replayed if tokens == seqs} >= {2, 4}  # decodes
-    assert {(16, 3), (32, 4)} <= set(Repeated.replayed)  # mixed steps; those of more tokens or rows ran eagerly
+    assert {shape.decodes for shape in Repeated.replayed} >= {2, 4}
+    assert {(16, 3), (32, 4)} <= {shape[:2] for shape in Repeated.replayed}  # mixed steps; those of more tokens or rows ran eagerly
+
+
+def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(plain: Tiny) -> None:
+    runner, planner = runner_of(plain, 4), plain.planner(4)
+    prefix = plain.prompts[2][:18]
+    sequences = [Sequence(f"s{i}", i, (*prefix, *own), TOKENS) for i, own in enumerate([(), (5, 6), (7,), (8, 9, 10)])]
+    first, *others = sequences
+    run(runner, planner, [first], random.Random(0))
+    for s in others:  # a prefix cache would find these
+        s.blocks, s.num_planned = [first.blocks[0][:4]], 16
+    first.outputs.clear()
+    first.num_sampled, first.num_planned, first.blocks, first.admitted = 0, 16, [first.blocks[0][:4]], False
+    Repeated.replayed.clear()
+    run(runner, planner, sequences, random.Random(1), depth=1)
+    assert [s.outputs for s in sequences] == [plain._generate(list(s.prompt)) for s in sequences]
+    assert {shape.seqs for shape in Repeated.replayed if shape.sharing} == {2, ROWS - 2}
 
 
 def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,22 +161,29 @@ def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_th
     assert Repeated.replayed
 
 
-def columns(rows: int, tokens: int, longest: int) -> batch.Columns:
+def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0) -> batch.Columns:
     decodes = rows if tokens == rows else 0
-    return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]))
+    return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]),
+                           shared_keys=shared_keys)
 
 
-def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys() -> None:
-    def graph(tokens: int, seqs: int, longest: int) -> SimpleNamespace:
-        return SimpleNamespace(tokens=tokens, seqs=seqs, longest=longest)
+def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graph(*shape: Any) -> SimpleNamespace:
+        return SimpleNamespace(shape=cuda_graphs.Shape(*shape))
 
     graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
-    graphs._decodes = [graph(2, 2, 16), graph(2, 2, 64), graph(4, 4, 64)]
-    graphs._mixed = [graph(32, 3, 64), graph(128, 6, 64)]
+    graphs._decodes = [graph(2, 2, 2, 16), graph(2, 2, 2, 64), graph(4, 4, 4, 64)]
+    graphs._sharing = [graph(4, 4, 4, 64, True)]
+    graphs._mixed = [graph(32, 3, 0, 64), graph(128, 6, 0, 64)]
+    graphs._key_bytes = 1
+    monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 32)
     assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]
     assert graphs.find(columns(3, 3, 16)) is graphs._decodes[2]
     assert graphs.find(columns(5, 5, 16)) is None
+    assert graphs.find(columns(4, 4, 60, 11)) is graphs._sharing[0]  # what three of four need not read again is worth it
+    assert graphs.find(columns(4, 4, 60, 10)) is graphs._decodes[2]
+    assert graphs.find(columns(2, 2, 64, 31)) is graphs._decodes[1]
     assert graphs.find(columns(3, 20, 20)) is graphs._mixed[0]
     assert graphs.find(columns(4, 20, 20)) is graphs._mixed[1]
     assert graphs.find(columns(4, 100, 40)) is graphs._mixed[1]  # more tokens in all than one sequence may have

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,9 +42,10 @@ def same_cache(a: KVLayer, b: KVLayer) -> bool:
 
 
 def check_attention(shape: list[tuple[int, int]], *, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int | None = None,
-                    softcap: float | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> attention.AttentionMeta:
+                    softcap: float | None = None, dtype: torch.dtype = torch.float32, shared_keys: int = 0,
+                    seed: int = 0) -> attention.AttentionMeta:
     case = make_case(shape, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype,
-                     seed=seed, device=DEVICE)
+                     shared_keys=shared_keys, seed=seed, device=DEVICE)
     meta = attention.prepare_attention(case.batch, 0, block_size=block_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
                                        window=window, dtype=dtype)
     kv = forget_new(case)
@@ -88,6 +91,63 @@ def test_few_decodes_share_their_keys_out_over_splits_and_the_last_one_takes_the
     meta = check_attention([(1, 700), (1, 3), (1, 130), (5, 30)], heads=2, kv_heads=1, head_dim=16, block_size=16, window=window)
     assert meta.splits > 1 and meta.tickets is not None
     assert not meta.tickets.any(), "the next layer counts from zero"
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    own=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    runs=st.integers(1, 5),
+    heads=st.sampled_from([(1, 1), (4, 2), (9, 3), (8, 1)]),
+    head_dim=st.sampled_from([8, 20]),
+    block_size=st.sampled_from([1, 4, 16]),
+    softcap=st.none() | st.just(5.0),
+    dtype=st.sampled_from(DOT_DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_decodes_that_begin_with_the_same_blocks_read_them_once(
+    own: list[int], runs: int, heads: tuple[int, int], head_dim: int, block_size: int, softcap: float | None,
+    dtype: torch.dtype, seed: int,
+) -> None:
+    with patch.multiple(attention, SHARED_RUN=16, MIN_KEYS=16):
+        meta = check_attention([(1, 16 * runs + n) for n in own], heads=heads[0], kv_heads=heads[1], head_dim=head_dim,
+                               block_size=block_size, softcap=softcap, dtype=dtype, shared_keys=16 * runs, seed=seed)
+    assert meta.shared_parts
+
+
+def test_a_sliding_window_does_not_share() -> None:
+    meta = check_attention([(1, 20), (1, 18)], heads=2, kv_heads=1, head_dim=8, block_size=4, window=19, shared_keys=16)
+    assert not meta.shared_parts
+
+
+def test_a_prefix_that_is_shared_by_many_sequences_needs_several_programs() -> None:
+    meta = check_attention([(1, 256 + n) for n in range(1, 40)], heads=4, kv_heads=1, head_dim=16, block_size=16, shared_keys=256)
+    assert meta.shared_parts == 4 and meta.num_decodes * 4 > 2 * 64
+    assert meta.tickets is not None and not meta.tickets.any(), "the next layer counts from zero"
+
+
+def test_sequences_told_to_share_nothing_share_nothing() -> None:
+    case = make_case([(1, 300), (1, 20)], heads=4, kv_heads=2, head_dim=16, block_size=16, device=DEVICE)
+    batch = replace(case.batch, shared=torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    meta = attention.prepare_attention(batch, 0, block_size=16, num_heads=4, num_kv_heads=2, head_dim=16, window=None, dtype=torch.float32)
+    assert meta.shared_parts
+    got = attention.self_attention(fused(case), forget_new(case), batch.slots[0], meta, scale=0.25)
+    torch.testing.assert_close(got.view(case.q.shape).cpu().double(), naive_attention(case, scale=0.25), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (9, 3)])
+def test_the_newest_keys_are_stored_and_the_queries_positioned_as_in_the_reference(heads: tuple[int, int]) -> None:
+    case = make_case([(1, 9), (1, 3), (6, 11), (4, 4)], heads=heads[0], kv_heads=heads[1], head_dim=20, device=DEVICE)
+    qk_norm = torch.randn(sum(heads), 20, device=DEVICE), 1e-6
+    rope = rope_twin.rope_angles(case.batch.positions, torch.rand(10, device=DEVICE), 1.0, torch.float32)
+    results = []
+    for twin in (attention, attention_twin):
+        meta = twin.prepare_attention(case.batch, 0, block_size=4, num_heads=heads[0], num_kv_heads=heads[1], head_dim=20, window=None,
+                                      dtype=torch.float32)
+        kv = forget_new(case)
+        queries = twin.store_kv(fused(case), kv, case.batch.slots[0], meta, rope=rope, qk_norm=qk_norm)
+        results.append((queries, kv.k.nan_to_num(99.0), kv.v.nan_to_num(99.0)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=6, deadline=None)

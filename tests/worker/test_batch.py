@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, RowAdmission, StepPlan
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker import batch as module
 from minivllm.worker.batch import Packed, RowTable
 
 CPU = torch.device("cpu")
@@ -127,6 +129,53 @@ def test_packing_places_every_token_where_the_plan_says(situation):
         assert packed.batch.positions[at] == start + count - 1 == packed.sample_positions[i] - 1
         assert packed.batch.tokens[at] == naive[row].tokens[start + count - 1]
         assert packed.sample_places[i] == row * LENGTH + start + count
+
+
+@given(situations(), st.integers(1, 40))
+def test_long_steps_ask_the_last_layer_for_each_sequences_last_token_only(situation, least):
+    block_size, groups, naive, columns = situation
+    table = RowTable(ROWS, groups, LENGTH, block_size, CPU)
+    the_plan = plan(*zip(*columns, strict=True), samples=list(range(len(columns))), groups=groups,
+                    admitted=tuple(admission(r, n.tokens, n.tables) for r, n in naive.items()))
+    table.apply(the_plan)
+    with patch.object(module, "LAST_ONLY", least):
+        packed = table.pack(the_plan)
+    counts = [count for _, _, count in columns]
+    assert packed.batch.last_only == (sum(counts) >= least and max(counts) > 1)
+    if packed.batch.last_only:
+        rows, tail = packed.batch.last_tokens()
+        for i, (row, start, count) in enumerate(columns):
+            at = int(packed.batch.logit_rows[i])  # of [B, hidden]
+            assert packed.batch.positions[rows[at]] == tail.positions[at] == start + count - 1
+            assert tail.tokens[at] == naive[row].tokens[start + count - 1]
+            assert [s[at] for s in tail.slots] == [s[rows[at]] for s in packed.batch.slots]
+        assert tail.num_decodes == tail.num_tokens == tail.num_seqs == len(columns)
+        assert tail.query_start.tolist() == list(range(len(columns) + 1)) and set(tail.query_lens_host) == {1}
+
+
+@given(
+    count=st.integers(1, 5), sharers=st.integers(1, 4), run=st.integers(1, 8), block_size=st.integers(1, 5), groups=st.integers(1, 2),
+    blocks=st.integers(1, 6), data=st.data(),
+)
+def test_shared_keys_are_those_in_the_same_blocks_and_cached_by_all(count, sharers, run, block_size, groups, blocks, data):
+    table = RowTable(ROWS, groups, LENGTH, block_size, CPU)
+    common = data.draw(st.integers(0, blocks), label="common blocks")
+    lengths = [data.draw(st.integers(1, blocks * block_size), label="tokens") for _ in range(count)]
+    first = 1
+    admitted = []
+    for row, n in enumerate(lengths):
+        needed = -(-n // block_size)
+        own = [tuple(range(first, first + needed)) for _ in range(groups)]
+        first += needed
+        tables = tuple((*range(1000, 1000 + min(common, needed)), *o[common:]) for o in own)
+        admitted.append(admission(row, list(range(n)), tables))
+    the_plan = plan(list(range(count)), [n - 1 for n in lengths], [1] * count, samples=[], groups=groups, admitted=tuple(admitted))
+    table.apply(the_plan)
+    with patch.multiple(module, SHARERS=sharers, SHARED_RUN=run):
+        found = table.columns(the_plan).shared_keys
+    whole = min(common * block_size if count > 1 else LENGTH, *(n - 1 for n in lengths)) // block_size * block_size
+    assert found == (whole // run * run if count >= sharers and min(lengths) - 1 >= run else 0)
+
 
 
 @given(situations(), st.integers(0, 10**6))

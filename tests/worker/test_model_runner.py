@@ -21,7 +21,7 @@ from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker import model_runner
+from minivllm.worker import batch, model_runner
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import ModelRunner
 from tests.models.tiny import hf_logits, make_hf, read_spec
@@ -67,6 +67,14 @@ class Tiny:
         blocks = list(range(1, NUM_BLOCKS))
         random.Random(seed).shuffle(blocks)
         return Planner(block_size, blocks, tuple(g.window for g in kv_groups(self.model.spec)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_of_both_kinds():
+    """Steps in which the last layer answers for all tokens, and, of more tokens, for each sequence's last one only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "LAST_ONLY", 6)
+        yield
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])

@@ -41,6 +41,14 @@ class AttentionMeta:
     memory: tuple[Any, ...]  # what else args point to
     rest: reference.AttentionMeta | None  # of the rows after the decodes; None: there are none
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.block[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.block[2]
+
 
 def covers(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the compiled kernel serves this shape."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,17 @@ class PromptChunk:
     mask: Tensor | None  # [q, S] additive; None: causal, and S == q
 
 
+class HeadCounts(Protocol):
+    """What every device's meta tells."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionMeta:
     """What `attention` needs beside the tensors of one layer; made by `prepare_attention`, once per step and KV group."""
@@ -149,6 +160,15 @@ def self_attention(
     The T new keys and values are written to `slots`: [T]. rope: (cos, signed sin) of `rope_angles`. qk_norm: weights
     [H + KV, D] and epsilon of the norm that some families give each head's queries and keys before they are rotated.
     """
+    q = store_kv(qkv, kv, slots, meta, rope=rope, qk_norm=qk_norm)
+    return attention(q, kv, meta, scale=scale, softcap=softcap).reshape(len(qkv), -1)
+
+
+def store_kv(
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: HeadCounts, *, rope: tuple[Tensor, Tensor] | None = None,
+    qk_norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """The first half of `self_attention`: writes the new keys and values -> normalised and rotated queries [T, H, D]."""
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
     heads = qkv.view(-1, h + 2 * hk, d)
     qk, v = heads[:, : h + hk], heads[:, h + hk :]  # [T, H + KV, D], [T, KV, D]: norm and rotation act per head, one call for q and k
@@ -157,7 +177,7 @@ def self_attention(
     if rope is not None:
         qk = apply_rope(qk, *rope)
     write_kv(qk[:, h:], v, kv, slots)
-    return attention(qk[:, :h], kv, meta, scale=scale, softcap=softcap).reshape(-1, h * d)
+    return qk[:, :h]
 
 
 def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:

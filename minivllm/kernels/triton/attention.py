@@ -1,7 +1,7 @@
 """Self-attention over the paged cache in Triton: which kernels run for a step, in which shapes.
 
-    rows of the fused projection   | decodes, one each  |  prompt chunks ..........................  |
-    kernels of a layer             | _decode_attention  |  _position_and_store -> _prompt_attention  |
+    rows of the fused projection   | decodes, one each                         |  prompt chunks ..........................  |
+    kernels of a layer             | (_shared_attention ->) _decode_attention  |  _position_and_store -> _prompt_attention  |
 
 Grids depend on host counts alone, and on the number of sequences and tokens only, so nothing waits for the device and a step
 can be captured. The kernels: decode_attention.py and prompt_attention.py. The specification: kernels/reference/attention.py.
@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minivllm.kernels.layout import InputBatch, KVLayer
-from minivllm.kernels.triton.decode_attention import MAX_SPLITS, _decode_attention
+from minivllm.kernels.layout import SHARED_RUN, InputBatch, KVLayer
+from minivllm.kernels.triton.decode_attention import MAX_SPLITS, _decode_attention, _shared_attention
 from minivllm.kernels.triton.device import capability, early_start, launch, num_sms
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -56,6 +56,15 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
     return Tile(1, block_m, 64 if row < 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
 
 
+def shared_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
+    """Likewise, for a prefix that many decodes share: the heads of several sequences are the rows of one tile."""
+    block_m = max(64, triton.next_power_of_2(heads_per_kv))
+    row = head_dim * itemsize
+    if arch >= 90:
+        return Tile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 2)
+    return Tile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)  # larger ones spill registers
+
+
 def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
     """Likewise. 99 KB of shared memory before Hopper, 227 KB from it on."""
     row = head_dim * itemsize
@@ -82,10 +91,12 @@ class AttentionMeta:
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
-    splits: int
-    partial: Tensor | None  # [splits, decodes, H, D] float32
-    log_weight: Tensor | None  # [splits, decodes, H] float32
+    splits: int  # programs that share the keys of one decode
+    shared_parts: int  # programs before them that share the keys which all decodes have in common; 0: nobody looks for such
+    partial: Tensor | None  # [shared parts + splits, decodes, H, D] float32; None: there is one split and no shared part
+    log_weight: Tensor | None  # [shared parts + splits, decodes, H] float32
     tickets: Tensor | None  # [decodes, KV] int32: zero between kernels
+    shared: Tensor | None  # [1] int32: how many keys they have in common
 
 
 def prepare_attention(
@@ -94,17 +105,23 @@ def prepare_attention(
 ) -> AttentionMeta:
     """Choose the kernels' shapes for KV group `group` from host counts alone."""
     device, decodes = batch.tokens.device, batch.num_decodes
-    partial = log_weight = tickets = None
+    partial = log_weight = tickets = shared = None
     longest = max(batch.seq_lens_host[:decodes], default=0)
     keys = min(longest, window or longest)
     splits = _splits(device, decodes * num_kv_heads, keys) if decodes else 1
-    if splits > 1:
-        partial = torch.empty((splits, decodes, num_heads, head_dim), dtype=torch.float32, device=device)
-        log_weight = torch.empty((splits, decodes, num_heads), dtype=torch.float32, device=device)
+    shared_parts = 0
+    if batch.shared is not None and window is None:
+        tile = shared_tile(head_dim, num_heads // num_kv_heads, dtype.itemsize, capability(device))
+        shared_parts = _shared_parts(device, num_kv_heads * triton.cdiv(decodes, tile.block_q))
+    if shared_parts or splits > 1:
+        partial = torch.empty((shared_parts + splits, decodes, num_heads, head_dim), dtype=torch.float32, device=device)
+        log_weight = torch.empty(partial.shape[:-1], dtype=torch.float32, device=device)
         tickets = torch.zeros((decodes, num_kv_heads), dtype=torch.int32, device=device)
+        shared = batch.shared if shared_parts else tickets
     return AttentionMeta(
         num_heads, num_kv_heads, head_dim, block_size, window, decodes, keys, batch.num_seqs, sum(batch.query_lens_host) - decodes,
-        batch.query_start, batch.seq_lens, batch.block_tables[group], splits, partial, log_weight, tickets,
+        batch.query_start, batch.seq_lens, batch.block_tables[group], splits, shared_parts, partial, log_weight, tickets,
+        shared,
     )  # fmt: skip
 
 
@@ -120,6 +137,14 @@ def _splits(device: torch.device, programs: int, keys: int) -> int:
     return splits
 
 
+def _shared_parts(device: torch.device, programs: int) -> int:
+    """As many parts of a shared prefix as fill the GPU once."""
+    parts = 1
+    while parts < MAX_SPLITS and 2 * parts * programs <= num_sms(device):
+        parts *= 2
+    return parts
+
+
 def self_attention(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
@@ -133,25 +158,58 @@ def self_attention(
     flags = dict(NORM=qk_norm is not None, ROPE=rope is not None)
     arch, size = capability(qkv.device), qkv.element_size()
     if meta.num_decodes:
-        tile = decode_tile(meta.num_decodes * hk, meta.keys, d, h // hk, size, arch)
-        partial, log_weight, tickets = (meta.partial, meta.log_weight, meta.tickets) if meta.splits > 1 else (out, out, out)
+        split = meta.partial is not None
+        partial, log_weight, tickets, common = (meta.partial, meta.log_weight, meta.tickets, meta.shared) if split else (out,) * 4
+        if meta.shared_parts:
+            tile = shared_tile(d, h // hk, size, arch)
+            launch(_shared_attention, (hk, meta.shared_parts, triton.cdiv(meta.num_decodes, tile.block_q)),
+                partial, log_weight, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, meta.block_table, common, scale, softcap or 0.0,
+                meta.num_decodes, qkv.stride(0), meta.shared_parts,
+                HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                RUN=SHARED_RUN, SOFTCAP=softcap is not None, **shared, **flags,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(qkv.device),
+            )  # fmt: skip
+        programs = 512 if meta.shared_parts else meta.num_decodes * hk  # with what is shared read, one tile suits all numbers
+        tile = decode_tile(programs, meta.keys, d, h // hk, size, arch)
         launch(_decode_attention, (hk, meta.num_decodes, meta.splits),
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,
-            scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0), meta.splits,
-            HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=meta.splits > 1,
-            MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SOFTCAP=softcap is not None, **shared, **flags,
+            scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0), meta.splits, common,
+            meta.shared_parts,
+            HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=split,
+            MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SHARED=meta.shared_parts > 0, RUN=SHARED_RUN,
+            SOFTCAP=softcap is not None, **shared, **flags,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(qkv.device),
         )  # fmt: skip
     if meta.num_prompt_tokens:
         qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
-        heads = max(1, 512 // shared["PADDED_D"])  # as many as one warp takes at once
-        launch(_position_and_store, (meta.num_prompt_tokens, triton.cdiv(h + 2 * hk, heads)),
-            qk, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.num_decodes, qkv.stride(0),
-            KV_HEADS=hk, HEADS=heads, **shared, **flags, num_warps=1,
-        )  # fmt: skip
+        _store(qk, qkv, kv, slots, meta.num_decodes, (norm_weight, eps), (cos, sin), {**shared, **flags})
         _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, size, arch),
                         arch >= 90 and size == 2 and d in (64, 128, 256), shared)
     return out
+
+
+def store_kv(
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, rope: tuple[Tensor, Tensor] | None = None,
+    qk_norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """Writes the T new keys and values -> normalised and rotated queries [T, H, D]. See the reference."""
+    h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
+    qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
+    constants = dict(NUM_HEADS=h, D=d, PADDED_D=triton.next_power_of_2(max(d, 16)), NORM=qk_norm is not None, ROPE=rope is not None)
+    _store(qk, qkv, kv, slots, 0, qk_norm or (qkv, 0.0), rope or (qkv, qkv), constants)
+    return qk[:, :h]
+
+
+def _store(
+    qk: Tensor, qkv: Tensor, kv: KVLayer, slots: Tensor, first: int, norm: tuple[Tensor, float], rope: tuple[Tensor, Tensor],
+    constants: dict[str, Any],
+) -> None:
+    """Tokens from `first` on: queries and keys to qk: [T, H + KV, D], keys and values to the cache."""
+    heads = max(1, 512 // constants["PADDED_D"])  # as many as one warp takes at once
+    hk = kv.k.shape[2]
+    launch(_position_and_store, (len(qkv) - first, triton.cdiv(qk.shape[1] + hk, heads)),
+        qk, qkv, kv.k, kv.v, *norm, *rope, slots, first, qkv.stride(0), KV_HEADS=hk, HEADS=heads, **constants, num_warps=1,
+    )  # fmt: skip
 
 
 def _attend_prompts(

@@ -6,6 +6,9 @@ key and value, which are also written to the cache, and goes on over the cached 
 
     cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     one program each; the last one starts with the new key
 
+Sequences that begin with the same blocks (a shared prompt) read them once: programs of `_shared_attention` own a run of those keys
+and the heads of several sequences, as rows of one matrix, and leave parts like any other split (Hydragen, Juravsky et al. 2024).
+
 When there are too few sequences to fill the GPU, the keys are shared out over up to `splits` programs (Flash-Decoding, Dao et
 al. 2023), but never less than MIN_KEYS each: how many a sequence uses depends on its length, on the device, so a captured
 graph serves every length. Each leaves a partial average and the logarithm of its weight; the one that finishes last takes
@@ -26,8 +29,9 @@ def rotated_heads(
     token_qkv, head, dims, live, norm_weight, eps, cos, sin,
     D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a fused projection, normalised per head and rotated: [rows, PADDED_D] of DTYPE. cos, sin: of the token.
+    """Rows of a fused projection, normalised per head and rotated: [rows, PADDED_D] of DTYPE.
 
+    token_qkv, cos, sin: of the token, or of each row's token: [rows, 1].
     sin carries the sign, and the partner of dimension d is d + D/2 (mod D). Rounds wherever the reference does. With PDL it
     waits for the projection once it has fetched all else.
     """
@@ -37,9 +41,9 @@ def rotated_heads(
         if ROPE:
             w_partner = tl.load(norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
     if ROPE:
-        live_dim = dims < D
-        c = tl.load(cos + dims, mask=live_dim, other=0.0).to(tl.float32)
-        s = tl.load(sin + dims, mask=live_dim, other=0.0).to(tl.float32)
+        live_dim = (dims < D)[None, :]
+        c = tl.load(cos + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
+        s = tl.load(sin + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -53,7 +57,7 @@ def rotated_heads(
         if ROPE:
             partner = ((partner * scale).to(DTYPE).to(tl.float32) * w_partner).to(DTYPE).to(tl.float32)
     if ROPE:
-        x = x * c[None, :] + partner * s[None, :]
+        x = x * c + partner * s
     return x.to(DTYPE)
 
 
@@ -86,14 +90,71 @@ def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl
     return acc, new_peak, total * shrink + tl.sum(weights, 1)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits"])
+@triton.jit
+def _shared_run(keys, parts, RUN: tl.constexpr):
+    """How many of the shared keys a part has; all are whole multiples of RUN."""
+    return tl.maximum(tl.cdiv(keys, parts * RUN) * RUN, RUN)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "parts"])
+def _shared_attention(
+    partial, log_weight,  # [parts or more, T, H, D] and [parts or more, T, H] float32
+    qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
+    block_table, shared, scale, softcap, num_seqs, qkv_stride, parts,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q sequences, all heads of one KV head, and one part of the first shared[0] keys, which are cached."""
+    kv_head = tl.program_id(0)
+    part = tl.program_id(1)
+    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
+    DTYPE: tl.constexpr = cache_k.dtype.element_ty
+    keys = tl.load(shared)
+    run = _shared_run(keys, parts, RUN)
+    begin = part * run
+    end = tl.minimum(keys, begin + run)
+    if begin >= end:
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # the end of this kernel is that of all before it
+        return
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, PADDED_D)
+    seq = tl.program_id(2).to(tl.int64) * BLOCK_Q + rows // HEADS_PER_KV
+    head = kv_head * HEADS_PER_KV + rows % HEADS_PER_KV
+    live_row = (rows < BLOCK_Q * HEADS_PER_KV) & (seq < num_seqs)
+    live_q = live_row[:, None] & (dims < D)[None, :]
+    key = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(block_table + key // BLOCK_SIZE, mask=key < end, other=0)
+    k, v, visible = _fetch(cache_k, cache_v, block, key, 0, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
+
+    token = tl.where(live_row, seq, 0)[:, None]
+    q = rotated_heads(qkv + token * qkv_stride, head, dims, live_q, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE,
+                      DTYPE, PDL)
+    scale *= 1.4426950408889634  # log2(e)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+    for start in range(begin + BLOCK_N, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        block = tl.load(block_table + key // BLOCK_SIZE, mask=key < end, other=0)
+        k, v, visible = _fetch(cache_k, cache_v, block, key, 0, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
+        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+    at = part * num_seqs * NUM_HEADS + seq * NUM_HEADS + head
+    tl.store(partial + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
+    tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits", "shared_parts"])
 def _decode_attention(
-    out, partial, log_weight, tickets,  # [T, H, D]; if SPLIT: [splits, T, H, D], [splits, T, H] float32 and [T, KV] int32 of 0
+    out, partial, log_weight, tickets,  # [T, H, D]; if SPLIT: [parts, T, H, D], [parts, T, H] float32 and [T, KV] int32 of 0
     qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
     slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride, splits,
+    shared, shared_parts,  # if SHARED (and so SPLIT): [1] int32, keys of which `_shared_attention` has made at most so many parts
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_KEYS: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)  # the heads of a sequence side by side: together they read whole blocks
     seq = tl.program_id(1).to(tl.int64)
@@ -108,7 +169,11 @@ def _decode_attention(
     begin = oldest // BLOCK_N * BLOCK_N
     end = last
     used = 1
+    others = 0  # parts that are there already
     if SPLIT:
+        if SHARED:
+            begin = tl.load(shared)
+            others = tl.cdiv(begin, _shared_run(begin, shared_parts, RUN))
         run = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), splits) * BLOCK_N, MIN_KEYS)
         used = tl.maximum(tl.cdiv(last - begin, run), 1)
         if split >= used:
@@ -158,9 +223,9 @@ def _decode_attention(
     mean = acc / total[:, None]  # every program saw at least one key
     live_q = live_row[:, None] & live_dim[None, :]
     row = seq * NUM_HEADS + head  # of [T, H]
-    if SPLIT and used > 1:
+    if SPLIT and used + others > 1:
         num_rows = num_seqs * NUM_HEADS
-        at = split * num_rows + row
+        at = (others + split) * num_rows + row
         tl.store(partial + at[:, None] * D + dims[None, :], mean, mask=live_q)
         tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)
         tl.debug_barrier()  # all of this program's stores come before its ticket
@@ -169,11 +234,11 @@ def _decode_attention(
             return
         tl.store(ticket, 0)  # as it was, for the next layer
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        for i in tl.range(used, loop_unroll_factor=8):
+        for i in tl.range(others + used, loop_unroll_factor=8):
             top = tl.maximum(top, tl.load(log_weight + i * num_rows + row, mask=live_row, other=0.0, cache_modifier=".cg"))
         total = tl.zeros([BLOCK_M], tl.float32)
         mean = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-        for i in tl.range(used, loop_unroll_factor=8):
+        for i in tl.range(others + used, loop_unroll_factor=8):
             at = i * num_rows + row
             weight = tl.exp2(tl.load(log_weight + at, mask=live_row, other=0.0, cache_modifier=".cg") - top)
             part = tl.load(partial + at[:, None] * D + dims[None, :], mask=live_q, other=0.0, cache_modifier=".cg")
