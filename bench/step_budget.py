@@ -1,22 +1,25 @@
 """Where the time of a step goes, class by class, beside what the step's bytes and products would take alone.
 
-    python -m bench.step_budget --shape qwen3-0.6b [--rows bs1,bs8,bs32,bs128,bs256,prefill8000] [--save FILE]
+    python -m bench.step_budget --shape qwen3-0.6b [--rows bs1,bs8,bs32,bs128,bs256,prefix64,prefill8000] [--save FILE]
     python -m bench.step_budget --plot-from FILE --plot FILE.png            a picture of it; needs matplotlib, but no GPU
 
-    row      bsB: B sequences decode, 200 keys each (256: 600). prefillT: one prompt of T tokens
+    row      bsB: B sequences decode, 200 keys each (256: 600). prefixB: likewise 2,200, of which the first 2,048 are shared by all.
+             prefillT: one prompt of T tokens
     engine   ms of a step of the whole engine, host included: scheduling, packing, detokenising (ahead of the GPU where it can be)
     step     ms of the GPU's part alone: the captured graph replayed, or the eager step launched from Python
     classes  ms from torch.profiler. Kernels overlap (on Hopper one starts while the one before it ends), so durations cannot be added:
              each moment counts for the kernel that began first of those running, and so the classes together are the time when any runs
     gap      step - all classes: launches and waits between kernels. The profiler slows kernels a little, so it may come out below zero
     floor    weights once + keys and values, at the measured copy bandwidth; where the products take longer than reading the weights, at
-             the measured pace of one large product, those instead. Prompts: their attention's products at that pace too
+             the measured pace of one large product, those instead. Prompts: their attention's products at that pace too. What is
+             shared is read once, and the last layer of a prompt need only look at its last token
 """
 from __future__ import annotations
 
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -39,6 +42,7 @@ CLASSES = {  # parts of kernels' names; what is named nowhere is "norm, other"
 OTHER = "norm, other"
 COLUMNS = ("attention", "matmul", OTHER, "sampling")
 REPLAYS, STEPS, BEFORE = 5, 32, 8  # profiled; timed in the engine; before those
+KINDS = re.compile(r"(bs|prefix|prefill)([1-9]\d*)")
 Interval = tuple[str, float, float]  # a kernel's name, begin and end in microseconds
 
 
@@ -69,16 +73,18 @@ def profiled(run: Callable[[], Any], count: int) -> dict[str, float]:
     return {kind: us / 1e3 / count for kind, us in busy(kernels).items()}
 
 
-def floor_ms(spec: ModelSpec, limits: Ceiling, query_lens: list[int], seq_lens: list[int]) -> float:
-    """The practical floor of a step in bfloat16: see the module's text."""
+def floor_ms(spec: ModelSpec, limits: Ceiling, query_lens: list[int], seq_lens: list[int], shared: int = 0) -> float:
+    """The practical floor of a step in bfloat16: see the module's text. shared: keys that all sequences have in common."""
     sizes = {name: torch.Size(p.shape).numel() for name, p in parameters(spec).items()}
     head = spec.vocab_size * spec.hidden_size
     layers = sum(size for name, size in sizes.items() if name.startswith("layers."))
-    products = 2 * (layers * sum(query_lens) + head * len(query_lens))
-    keys = 2 * 2 * sum(seq_lens) * spec.num_layers * spec.num_kv_heads * spec.head_dim  # bytes, values included
+    after = sum(size for name, size in sizes.items() if name.startswith(f"layers.{spec.num_layers - 1}.") and ".qkv." not in name)
+    rows, count = sum(query_lens), len(query_lens)
+    products = 2 * (layers * rows - after * (rows - count) + head * count)
+    keys = 2 * 2 * (sum(seq_lens) - shared * (count - 1)) * spec.num_layers * spec.num_kv_heads * spec.head_dim  # bytes, values included
     prompts = [(q, n) for q, n in zip(query_lens, seq_lens, strict=True) if q > 1]
     pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in prompts)
-    attention = 4 * pairs * spec.num_layers * spec.num_heads * spec.head_dim
+    attention = 4 * pairs * (spec.num_layers - 1) * spec.num_heads * spec.head_dim
     return 1e3 * (max(2 * (layers + head) / limits.copy, products / limits.matmul) + keys / limits.copy + attention / limits.matmul)
 
 
@@ -100,19 +106,25 @@ class Bench:
         self.added = 0
 
     def row(self, name: str) -> dict[str, Any]:
-        kind, number = ("prefill", int(name[7:])) if name.startswith("prefill") else ("bs", int(name[2:]))
-        figures = self._prefill(number) if kind == "prefill" else self._decode(number, 600 if number >= 256 else 200)
+        kind, number = KINDS.fullmatch(name).groups()  # type: ignore[union-attr]
+        count = int(number)
+        if kind == "prefill":
+            figures = self._prefill(count)
+        elif kind == "prefix":
+            figures = self._decode(count, 2200, 2048)
+        else:
+            figures = self._decode(count, 600 if count >= 256 else 200)
         row: dict[str, Any] = {"row": name, **figures}
         if "refused" not in row:
             row["gap"] = row["step"] - sum(row["classes"].values())
         return row
 
-    def _add(self, prompt_len: int, output_len: int) -> str:
+    def _add(self, prompt_len: int, output_len: int, shared: int = 0) -> str:
         from minivllm import SamplingParams
 
         rng, name = random.Random(self.added), f"{self.added}"
         self.added += 1
-        prompt = {"prompt_token_ids": [rng.randint(100, 10_000) for _ in range(prompt_len)]}
+        prompt = {"prompt_token_ids": [*range(100, 100 + shared), *(rng.randint(100, 10_000) for _ in range(prompt_len - shared))]}
         self.engine.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False))
         return name
 
@@ -122,15 +134,17 @@ class Bench:
             self.engine._finish(*self.engine._inflight.popleft())
         torch.cuda.synchronize()
 
-    def _end(self, names: list[str]) -> None:
-        for name in names:
+    def _end(self, names: list[str], abort: bool = True) -> None:
+        for name in names if abort else ():
             self.engine.abort_request(name)
         while self.engine.has_unfinished_requests():
             self.engine.step()
 
-    def _decode(self, count: int, context: int) -> dict[str, Any]:
+    def _decode(self, count: int, context: int, shared: int = 0) -> dict[str, Any]:
         """`context` keys in the middle of the timed steps; the graph is replayed as the last of them left its inputs."""
-        names = [self._add(context - BEFORE - STEPS // 2, 100 + BEFORE + STEPS) for _ in range(count)]
+        if shared:
+            self._end([self._add(shared + 1, 1, shared)], abort=False)
+        names = [self._add(context - BEFORE - STEPS // 2, 100 + BEFORE + STEPS, shared) for _ in range(count)]
         for _ in range(100):  # until all prompts are computed
             self.engine.step()
             if self.engine._inflight and self.engine._inflight[-1][0].num_tokens == (1,) * count:
@@ -148,12 +162,13 @@ class Bench:
         lens = [start + 1 for start in plan.starts]
         self._drain()
         assert self.runner._graphs is not None
-        graph = next(g for g in self.runner._graphs._decodes if g.shape.seqs >= count and g.shape.longest >= max(lens))._graph
+        graphs = self.runner._graphs._sharing if shared else self.runner._graphs._decodes
+        graph = next(g for g in graphs if g.shape.seqs >= count and g.shape.longest >= max(lens))._graph
         step = 1e3 * replay_seconds(graph.replay, 20)
         classes = profiled(graph.replay, REPLAYS)
         self._end(names)
         return {"keys": round(sum(lens) / count), "engine": whole, "step": step, "classes": classes,
-                "floor": floor_ms(self.spec, self.limits, [1] * count, lens)}
+                "floor": floor_ms(self.spec, self.limits, [1] * count, lens, shared)}
 
     def _prefill(self, length: int) -> dict[str, Any]:
         """The whole prompt in one step: its plan admits the row afresh, so it may be launched again and again."""
@@ -225,7 +240,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step_budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=models.SHAPES, default="qwen3-0.6b")
-    parser.add_argument("--rows", default="bs1,bs8,bs32,bs128,bs256,prefill8000")
+    parser.add_argument("--rows", default="bs1,bs8,bs32,bs128,bs256,prefix64,prefill8000")
     parser.add_argument("--save", help="file for the JSON record")
     parser.add_argument("--plot", metavar="PNG", help="file for the picture of what --plot-from names")
     parser.add_argument("--plot-from", metavar="FILE", help="a record saved earlier")
@@ -233,9 +248,8 @@ def parse() -> argparse.Namespace:
     if bool(args.plot) != bool(args.plot_from):
         parser.error("--plot and --plot-from go together: measure with --save on the GPU, draw anywhere")
     for row in args.rows.split(","):
-        number = row.removeprefix("prefill").removeprefix("bs")
-        if not (row.startswith(("bs", "prefill")) and number.isdigit() and int(number) > 0):
-            parser.error(f"unknown row {row!r}: bsB or prefillT")
+        if not KINDS.fullmatch(row):
+            parser.error(f"unknown row {row!r}: bsB, prefixB or prefillT")
     return args
 
 

@@ -51,7 +51,10 @@ def test_the_floor_of_a_decode_is_its_weights_and_keys_and_that_of_a_prompt_its_
     assert key == 112 * 1024
     assert floor_ms(spec, LIMITS, [1], [200]) == pytest.approx(1e3 * (weights + 200 * key) / 4e12, rel=0.01)
     assert floor_ms(spec, LIMITS, [1] * 256, [600] * 256) == pytest.approx(1e3 * (256 * 600 * key / 4e12 + 256 * weights / 8e14), rel=0.01)
-    products = 2 * 440e6 * 8000 + 4 * 28 * 16 * 128 * 8000 * 8001 / 2
+    shared = floor_ms(spec, LIMITS, [1] * 4, [500] * 4, 400)
+    assert shared == pytest.approx(1e3 * (weights + (400 + 4 * 100) * key) / 4e12, rel=0.01)
+    layer, qkv = 440e6 / 28, 4096 * 1024  # weights; of the last layer only keys and values of all tokens are needed
+    products = 2 * 8000 * (27 * layer + qkv) + 4 * 27 * 16 * 128 * 8000 * 8001 / 2
     assert floor_ms(spec, LIMITS, [8000], [8000]) == pytest.approx(1e3 * (products / 8e14 + 8000 * key / 4e12), rel=0.01)
 
 
