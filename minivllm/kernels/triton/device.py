@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -94,8 +94,8 @@ def compiling_side_by_side() -> Iterator[None]:
     from triton import AsyncCompileMode
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = torch.cuda.current_device()
-    with ThreadPoolExecutor(cpus, initializer=torch.cuda.set_device, initargs=(device,)) as pool, AsyncCompileMode(_Loader(pool)):
+    on_this_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+    with ThreadPoolExecutor(cpus, initializer=on_this_device) as pool, AsyncCompileMode(_Loader(pool)):
         before = _compile_only.set(True)
         try:
             yield
