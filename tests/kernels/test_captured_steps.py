@@ -27,8 +27,7 @@ from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import Handle, ModelRunner
 from tests.models.tiny import read_spec
-from tests.worker.plans import Sequence
-from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, TOKENS, Tiny, run, sequences_of
+from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
 CPU = torch.device("cpu")
 PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
@@ -123,17 +122,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
 
 
 def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(plain: Tiny) -> None:
-    runner, planner = runner_of(plain, 4), plain.planner(4)
-    prefix = plain.prompts[2][:18]
-    sequences = [Sequence(f"s{i}", i, (*prefix, *own), TOKENS) for i, own in enumerate([(), (5, 6), (7,), (8, 9, 10)])]
-    first, *others = sequences
-    run(runner, planner, [first], random.Random(0))
-    for s in others:  # a prefix cache would find these
-        s.blocks, s.num_planned = [first.blocks[0][:4]], 16
-    first.outputs.clear()
-    first.num_sampled, first.num_planned, first.blocks, first.admitted = 0, 16, [first.blocks[0][:4]], False
-    Repeated.replayed.clear()
-    run(runner, planner, sequences, random.Random(1), depth=1)
+    sequences = run_from_one_prefix(runner_of(plain, 4), plain)
     assert [s.outputs for s in sequences] == [plain._generate(list(s.prompt)) for s in sequences]
     assert {shape.seqs for shape in Repeated.replayed if shape.sharing} == {2, ROWS - 2}
 

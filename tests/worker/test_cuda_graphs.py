@@ -8,20 +8,31 @@ import pytest
 import torch
 
 from minivllm.families import kv_groups
+from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.cuda_graphs import Graph
 from minivllm.worker.kv_cache import BlockShape, KVCache
 from minivllm.worker.model_runner import ModelRunner
-from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, sequences_of
+from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+@pytest.fixture(scope="module", autouse=True)
+def exact_products() -> Iterator[None]:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    yield Tiny(tmp_path_factory.mktemp("tiny"), request.param, "cuda:0")
+    yield
     torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"), request.param, "cuda:0")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("plain"), False, "cuda:0")
 
 
 def runner_with_graphs(tiny: Tiny, block_size: int) -> ModelRunner:
@@ -51,3 +62,22 @@ def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pyt
     runner.sample(runner.launch(planner.plan([(s, len(s.prompt)) for s in sequences]))).wait()
     runner.sample(runner.launch(planner.plan([(s, 1) for s in sequences]))).wait()
     assert replayed == [(sum(len(p) for p in tiny.prompts), len(sequences)), (len(sequences), len(sequences))]
+
+
+def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(
+    plain: Tiny, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from minivllm.kernels.triton import attention
+
+    for module in (batch, cuda_graphs):
+        monkeypatch.setattr(module, "SHARERS", 2)
+    for module in (batch, cuda_graphs, attention):
+        monkeypatch.setattr(module, "SHARED_RUN", 8)
+    monkeypatch.setattr(cuda_graphs, "SHARING", (2,))
+    monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 1)
+    replayed: set[int] = set()
+    replay = Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda self, *args: (replayed.add(self.shape.sharing * self.shape.seqs), replay(self, *args))[1])
+    sequences = run_from_one_prefix(runner_with_graphs(plain, 4), plain)
+    assert [s.outputs for s in sequences] == [plain._generate(list(s.prompt)) for s in sequences]
+    assert replayed >= {2, ROWS}

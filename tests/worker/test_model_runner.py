@@ -132,6 +132,18 @@ def sequences_of(tiny: Tiny, params: SamplingParams = GREEDY, rows: list[int] | 
     return [Sequence(f"s{i}", rows[i], p, TOKENS, params, seed=i) for i, p in enumerate(tiny.prompts)]
 
 
+def run_from_one_prefix(runner: ModelRunner, tiny: Tiny) -> list[Sequence]:
+    """Four sequences whose first 16 tokens are in the same blocks of 4: a prefix cache would find these."""
+    planner, prefix = tiny.planner(4), tiny.prompts[2][:18]
+    first = Sequence("first", 0, prefix[:16], 1)
+    run(runner, planner, [first], random.Random(0))
+    sequences = [Sequence(f"s{i}", i, (*prefix, *own), TOKENS) for i, own in enumerate([(), (5, 6), (7,), (8, 9, 10)])]
+    for s in sequences:
+        s.blocks, s.num_planned = [first.blocks[0][:4]], 16
+    run(runner, planner, sequences, random.Random(1), depth=1)
+    return sequences
+
+
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
