@@ -21,13 +21,16 @@ class _Heard(logging.Handler):
 
 class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
-        heard = _Heard(logging.INFO)
-        logger = logging.getLogger("minivllm.engine.executor")
+        heard, logger = _Heard(logging.INFO), logging.getLogger("minivllm.engine.executor")
+        level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(heard)
-        self.llm = LLM(model=job["model"], dtype=job["dtype"], device=job["device"], skip_tokenizer_init=job["model"] is not None,
-                       load_format=job["load_format"], **job["options"])
-        logger.removeHandler(heard)
+        try:
+            self.llm = LLM(model=job["model"], dtype=job["dtype"], device=job["device"], skip_tokenizer_init=job["model"] is not None,
+                           load_format=job["load_format"], **job["options"])
+        finally:
+            logger.removeHandler(heard)
+            logger.setLevel(level)
         self.start_parts = next((line.removeprefix("started: ") for line in heard.lines if line.startswith("started: ")), None)
         self.dtype = str(self.llm.llm_engine.info().dtype)
 

@@ -77,10 +77,11 @@ class PrefixCache:
     ) -> None:
         """Bring a sequence's digests up to its first `num_tokens` tokens; those already there are kept.
 
-        while_present: no further than a match can reach, or up to AHEAD blocks: it stops once a group without a window lacks the last.
+        while_present: no more is computed than a match can reach, or up to AHEAD blocks: that stops once a group without a window
+        lacks the last.
         """
         size, end = self.block_size, min(num_tokens, len(tokens)) // self.block_size
-        if not digests:
+        if not digests and end:
             digests += self._as_named_before(root, tokens, end)
             self._named = root, tokens, digests
         whole = next((group for group, reach in enumerate(self.reach) if reach is None), None) if while_present else None

@@ -27,7 +27,7 @@ class Ops:
 
     prepare_attention: Callable[..., Any]  # once per step and KV group
     self_attention: Callable[..., Tensor]
-    store_kv: Callable[..., Any]  # the part of it that a layer's keys and values need
+    store_kv: Callable[..., Tensor]  # the first half of self_attention: writes keys and values, gives the positioned queries
     copy_blocks: Callable[..., None]
     move_blocks: Callable[..., None]
     pack_weight: Callable[[Tensor, torch.dtype], Any]

@@ -24,7 +24,7 @@ class StepContext:
 
     rope: tuple[Tensor, Tensor] | None  # cos, signed sin: [T, 1, head_dim]
     slots: tuple[Tensor, ...]  # [G] of [T]
-    metas: tuple[Any, ...]  # [G] from ops.prepare_attention
+    metas: tuple[Any, ...]  # [G] from ops.prepare_attention; None for a group without layers here
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ class Attention:
         With `last` only its B rows: [B, hidden]."""
         qkv, g = self.qkv(x, norm=norm), self.group
         if last is not None:
+            # On a GPU the attention of a decode fetches cached keys before the kernel ahead of it has ended. These keys are new: the
+            # gathers between are what it must not overtake, ordinary launches that begin when the store has ended.
             self._store_kv(qkv, kv, step.slots[g], step.metas[g], rope=step.rope, qk_norm=self.qk_norm)
             qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
         heads = self._self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale, rope=step.rope, qk_norm=self.qk_norm)

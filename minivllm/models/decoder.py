@@ -95,7 +95,7 @@ class Decoder:
         step, last = self._prepare(batch, block_size), None
         if batch.last_only:
             rows, tail = batch.last_tokens()
-            last = LastTokens(rows, self._prepare(tail, block_size))
+            last = LastTokens(rows, self._prepare(tail, block_size, only=self.layers[-1].attention.group))
         x = self.embedding(batch)
         for layer, j in zip(self.layers[:-1], self.kv_tensors, strict=False):
             x = layer(x, step, kv[j])
@@ -110,10 +110,11 @@ class Decoder:
             logits = self.head(hidden, norm=self.norm)
         return logits if dtype is None else logits.to(dtype)
 
-    def _prepare(self, batch: InputBatch, block_size: int) -> StepContext:
+    def _prepare(self, batch: InputBatch, block_size: int, only: int | None = None) -> StepContext:
+        """only: the one KV group whose layers will ask."""
         spec = self.spec
         metas = tuple(
-            self.build.ops.prepare_attention(
+            None if only not in (None, g) else self.build.ops.prepare_attention(
                 batch, g, block_size=block_size, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
                 window=group.window, dtype=self.build.dtype,
             )

@@ -30,7 +30,7 @@ from minivllm.kernels.upload import upload
 
 Array = np.ndarray[Any, Any]
 _NOTHING = np.empty(0, np.int64)
-LAST_ONLY = 256  # tokens of a step from which on it pays to spare the last layer all but each sequence's last one
+LAST_ONLY = 256  # tokens beside each sequence's last one from which on it pays to spare the last layer these
 SHARERS = 8  # decodes from which on it pays to look for blocks that all of them have
 
 
@@ -80,7 +80,7 @@ class Columns:
     @property
     def last_only(self) -> bool:
         """Whether the last layer need only look at each sequence's last token, and it pays."""
-        return len(self.places) >= LAST_ONLY and self.num_decodes < len(self.rows) and not self.prompt_pieces
+        return len(self.places) - len(self.rows) >= LAST_ONLY and not self.prompt_pieces
 
     @property
     def simple(self) -> bool:
@@ -92,9 +92,11 @@ class Columns:
 class RowTable:
     """Every row's tokens and blocks. A cache: `admit` alone can rebuild it."""
 
-    def __init__(self, num_rows: int, num_groups: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, num_groups: int, max_model_len: int, block_size: int, device: torch.device,
+                 sharing: Sequence[int] = ()) -> None:
+        """sharing: KV groups of whose blocks it is of interest whether all decodes have the same; none: nobody looks."""
         width = -(-max_model_len // block_size)
-        self.null_row = num_rows
+        self.null_row, self.sharing = num_rows, tuple(sharing)
         self.tokens = torch.zeros((num_rows + 1, max_model_len), dtype=torch.int32, device=device)
         self.block_tables = np.full((num_groups, num_rows + 1, width), NULL_BLOCK, np.int32)
         shared = torch.from_numpy(self.block_tables)
@@ -233,15 +235,17 @@ class RowTable:
             places=token_rows * self._max_model_len + positions, positions=positions, slots=slots, source=source,
             sample_rows=sample_rows, sample_positions=sample_positions, sample_places=sample_rows * self._max_model_len + sample_positions,
             prompt_pieces=pieces, prompt_rows=piece_rows, prompt_places=piece_places,
-            shared_keys=self._shared_keys(rows, int(starts.min())) if num_decodes == len(rows) >= SHARERS else 0)
+            shared_keys=self._shared_keys(rows, int(starts.min())) if self.sharing and num_decodes == len(rows) >= SHARERS else 0)
 
     def _shared_keys(self, rows: Array, shortest: int) -> int:
         """Leading keys that all rows have in the same blocks, `shortest` at most."""
-        first = self.block_tables[:, rows, 0]
-        if shortest < SHARED_RUN or (first != first[:, :1]).any():
-            return 0  # mostly: and the whole tables are large
-        width = shortest // self._block_size
-        tables = self.block_tables[:, rows, :width]  # [G, B, width]
+        groups, run, width = np.array(self.sharing)[:, None], (SHARED_RUN - 1) // self._block_size, shortest // self._block_size
+        if shortest < SHARED_RUN:
+            return 0
+        here = self.block_tables[groups, rows, run]  # of the last key of a first run; the whole tables are large
+        if (here != here[:, :1]).any():
+            return 0
+        tables = self.block_tables[groups, rows, :width]  # [G, B, width]
         same = (tables == tables[:, :1]).all((0, 1))
         blocks = width if same.all() else int(same.argmin())
         return blocks * self._block_size // SHARED_RUN * SHARED_RUN

@@ -59,6 +59,14 @@ def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[in
     return (*MIXED, *((tokens, DECODES[-1]) for tokens in LARGE if tokens <= most))
 
 
+def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
+    """Numbers of decodes of the graphs that read a shared prefix once, if the model has layers that read all keys."""
+    if max_num_seqs < SHARERS or max_model_len <= SHARED_RUN:
+        return ()
+    most = min(max_num_seqs, DECODES[-1])
+    return (*(size for size in SHARING if size < most), most)
+
+
 def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
     rows, tokens = min(max_num_seqs, DECODES[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
@@ -123,7 +131,7 @@ class Graph:
             tokens=tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens, slots=tuple(slots),
             block_tables=tuple(table.index_select(0, rows) for table in self._table.device_tables), logit_rows=rows,
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
-            last_only=not shape.decodes and shape.tokens >= LAST_ONLY, shared=shared if shape.sharing else None,
+            last_only=shape.tokens - shape.seqs >= LAST_ONLY, shared=shared if shape.sharing else None,
         )
         hidden = self._model.forward(batch, self._kv.layers, self._kv.shape.block_size)
         if len(hidden) > shape.seqs:
@@ -182,8 +190,7 @@ class StepGraphs:
         whole = table.tokens.shape[1]
         shapes = [Shape(size, size, size, SHORT) for size in sizes if size <= FEW and whole > SHORT]
         shapes += [Shape(size, size, size, whole) for size in sizes]
-        if most >= SHARERS and whole > SHARED_RUN:
-            shapes += [Shape(size, size, size, whole, True) for size in (*(size for size in SHARING if size < most), most)]
+        shapes += [Shape(size, size, size, whole, True) for size in sharing_sizes(most, whole) if table.sharing]
         shapes += [Shape(t, b, 0, whole) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
         graphs: dict[Shape, Graph] = {}
         pool = None

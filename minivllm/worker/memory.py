@@ -25,7 +25,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker.cuda_graphs import DECODES, SHARING, SHORT
+from minivllm.worker.cuda_graphs import DECODES, SHORT, sharing_sizes
 from minivllm.worker.kv_cache import BlockShape
 from minivllm.worker.model_runner import MAX_LOGIT_ROWS
 
@@ -137,7 +137,7 @@ def cuda_cache(
 ) -> CacheSize:
     """The size of a cache on the GPU, with the weights loaded already; measures the peak of one step."""
     device = model.build.device
-    peak = _peak_of_one_step(wish, shape, model, max_num_seqs, max_num_batched_tokens)
+    peak = _peak_of_one_step(wish, shape, model, max_num_seqs, max_num_batched_tokens, graphs=graph_bytes > 0)
     peak += max_num_seqs * wish.max_model_len * torch.int32.itemsize  # the token table, which comes with the cache
     free, total = torch.cuda.mem_get_info(device)
     in_use, weights = total - free, torch.cuda.memory_allocated(device)
@@ -154,7 +154,9 @@ def cuda_cache(
 
 
 @torch.inference_mode()
-def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+def _peak_of_one_step(
+    wish: Wish, shape: BlockShape, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, *, graphs: bool,
+) -> int:
     """Bytes that the largest steps allocate beyond the weights. All their blocks are the null block of a one-block cache."""
     device, spec = model.build.device, model.spec
     piece = (1, shape.block_size, spec.num_kv_heads, spec.head_dim)
@@ -167,9 +169,9 @@ def _peak_of_one_step(wish: Wish, shape: BlockShape, model: Decoder, max_num_seq
         few = model.without_repetition()
         with model.build.ops.compiling():
             for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
-                for longest in {min(limit, SHORT), limit}:
+                for longest in sorted({1, min(limit, SHORT), limit}):  # from one program for all keys to as many as there can be
                     _dry_step(few, kv, _dummy_batch([1] * seqs, [longest] * seqs, shape, device), shape.block_size)
-            for seqs in SHARING:
+            for seqs in sharing_sizes(max_num_seqs, limit)[-1:] if graphs else ():  # the same kernels for all numbers
                 batch = _dummy_batch([1] * seqs, [limit] * seqs, shape, device)
                 _dry_step(few, kv, replace(batch, shared=torch.zeros(1, dtype=torch.int32, device=device)), shape.block_size)
             for last_only in (False, True):

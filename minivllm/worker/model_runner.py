@@ -40,7 +40,7 @@ class Handle:
 
     plan: StepPlan
     finished_moves: tuple[int, ...]
-    forward: tuple[Packed, Tensor] | None = None  # an eager step, and its hidden states [T, hidden]
+    forward: tuple[Packed, Tensor] | None = None  # an eager step, and its hidden states: [T, hidden], or [B, hidden] of last tokens
     replay: Replay | None = None
     error: str | None = None
 
@@ -116,7 +116,10 @@ class ModelRunner:
         """graph_tokens: capture CUDA graphs of decodes and of mixed steps up to this many tokens; 0: none."""
         self.model, self.kv = model, kv
         self._sizes = max_num_seqs, tuple(eos_token_ids)
-        self.rows = RowTable(max_num_seqs, len(kv.shape.groups), max_model_len, kv.shape.block_size, model.build.device)
+        groups = kv.shape.groups
+        whole = [g for g, group in enumerate(groups) if group.window is None]
+        self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.shape.block_size, model.build.device,
+                             whole if graph_tokens else ())
         self.sampler = self._new_sampler()
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens) if graph_tokens else None
         self._only_replays = False  # since the last call of `before_replays`

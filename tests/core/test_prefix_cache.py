@@ -1,6 +1,8 @@
 """The prefix cache against a model that stores whole prefixes instead of hashes."""
 from __future__ import annotations
 
+from unittest.mock import patch
+
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -122,6 +124,20 @@ def test_digests_agree_exactly_as_far_as_full_blocks_of_tokens_do(a: list[int], 
     for index, (x, y) in enumerate(zip(*digests, strict=False)):
         end = (index + 1) * block_size
         assert (x == y) == (a[:end] == b[:end])
+
+
+def test_a_prompt_that_begins_like_the_one_before_is_named_from_there_on() -> None:
+    cache = PrefixCache(BlockPool(2), None, 4, (None,))
+    named: list[int] = []
+
+    def counted(parent: bytes, tokens: list[int], block_size: int) -> list[bytes]:
+        named.append(len(tokens) // block_size)
+        return chain_digests(parent, tokens, block_size)
+
+    with patch.object(prefix_cache, "chain_digests", counted):
+        for tokens in ([*range(40)], [*range(32), 7, 7, 7, 7, 7], [1, 2], [*range(36), 9, 9, 9, 9], [5, *range(20)]):
+            cache.extend_digests([], root_digest(None, None), tokens, len(tokens))
+    assert named == [10, 1, 2, 5]
 
 
 @given(first=OWNER, second=OWNER)

@@ -37,6 +37,7 @@ class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
     replayed: ClassVar[list[cuda_graphs.Shape]] = []
+    told_shared: int  # at the last replay
     pool = None
 
     def _record(self, pool: Any) -> None:
@@ -44,6 +45,10 @@ class Repeated(cuda_graphs.Graph):
 
     def _run(self) -> None:
         self.replayed.append(self.shape)
+        self.told_shared = int(self._inputs.tensors[0][0])
+        start, lens = self._inputs.tensors[1].tolist(), self._inputs.tensors[3].tolist()
+        if not self.shape.decodes:  # sequences that pad a mixed step have no tokens: tiles are found by where each one's begin
+            assert all(a == b for a, b, n in zip(start, start[1:], lens, strict=False) if n == 0)
         logits, self._drawn = self._step()
         self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
 
@@ -121,9 +126,15 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     assert {(16, 3), (32, 4)} <= {shape[:2] for shape in Repeated.replayed}  # mixed steps; those of more tokens or rows ran eagerly
 
 
-def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(plain: Tiny) -> None:
-    sequences = run_from_one_prefix(runner_of(plain, 4), plain)
+def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(
+    plain: Tiny, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner, launched, launch = runner_of(plain, 4), set(), attention.launch
+    monkeypatch.setattr(attention, "launch", lambda kernel, *args, **options: (launched.add(kernel), launch(kernel, *args, **options)))
+    sequences = run_from_one_prefix(runner, plain)
     assert [s.outputs for s in sequences] == [plain._generate(list(s.prompt)) for s in sequences]
+    assert {graph.told_shared for graph in runner._graphs._sharing} == {16}
+    assert attention._shared_attention in launched
     assert {shape.seqs for shape in Repeated.replayed if shape.sharing} == {2, ROWS - 2}
 
 

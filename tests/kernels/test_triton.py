@@ -17,6 +17,7 @@ from minivllm.kernels.reference import attention as attention_twin
 from minivllm.kernels.reference import linear as linear_twin
 from minivllm.kernels.reference import norm as norm_twin
 from minivllm.kernels.reference import rope as rope_twin
+from minivllm.worker.cuda_graphs import DECODES, SHORT
 from tests.kernels.paged import forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -148,6 +149,20 @@ def test_the_newest_keys_are_stored_and_the_queries_positioned_as_in_the_referen
         results.append((queries, kv.k.nan_to_num(99.0), kv.v.nan_to_num(99.0)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 8, 32])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", [89, 90])
+def test_any_decodes_need_the_kernels_of_the_sizes_that_are_compiled_before_serving(kv_heads: int, head_dim: int, arch: int) -> None:
+    def variant(seqs: int, keys: int) -> tuple[attention.Tile, bool]:
+        programs = seqs * kv_heads
+        return attention.decode_tile(programs, keys, head_dim, 2, 2, arch), attention._splits(torch.device("cpu"), programs, keys) > 1
+
+    with patch.object(attention, "num_sms", lambda device: 132 if arch == 90 else 24):
+        compiled = {variant(seqs, keys) for seqs in DECODES for keys in (1, SHORT, 16384)}
+        for seqs in range(1, DECODES[-1] + 1):
+            assert {variant(seqs, keys) for keys in (1, 200, 256, 257, 512, 513, 1500, 16384)} <= compiled, seqs
 
 
 @settings(max_examples=6, deadline=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class Paged:
             seq_lens_host=tuple(ends),
         )
 
-    def run(self, *work: tuple[int, Sequence[int]]) -> Tensor:
-        """-> logits of every token of the step: [T, vocab], on the CPU."""
-        return self.model.logits(self.model.forward(self.batch(work), self.kv, self.block_size)).cpu()
+    def run(self, *work: tuple[int, Sequence[int]], last_only: bool = False) -> Tensor:
+        """-> logits of every token of the step: [T, vocab], or of each sequence's last one: [B, vocab], on the CPU."""
+        batch = replace(self.batch(work), last_only=last_only)
+        return self.model.logits(self.model.forward(batch, self.kv, self.block_size)).cpu()

@@ -89,6 +89,27 @@ def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_t
 
 
 @KERNELS
+@pytest.mark.parametrize("name", MODELS)
+def test_asked_for_last_tokens_alone_a_model_gives_their_logits_and_stores_all_keys(name: str, ops: Ops | None, tmp_path: Path) -> None:
+    family, config = MODELS[name]
+    make_hf(family, **{"hidden_size": 64, **config}).save_pretrained(tmp_path)
+    model = load(tmp_path, build=make_build(ops=ops))
+    both = [Paged(model, 33, num_seqs=3, seed=1) for _ in range(2)]
+    compare_last_tokens(*both)
+
+
+def compare_last_tokens(whole: Paged, short: Paged) -> None:
+    rng = random.Random(0)
+    for counts in ([(0, 12), (1, 3), (2, 20)], [(1, 1), (0, 9), (2, 4)], [(2, 1), (0, 1), (1, 1)]):
+        work = [(s, [rng.randrange(97) for _ in range(n)]) for s, n in counts]
+        ends = list(itertools.accumulate(n for _, n in counts))
+        close(short.run(*work, last_only=True), whole.run(*work)[[end - 1 for end in ends]])
+    for a, b in zip(whole.kv, short.kv, strict=True):
+        close(a.k.nan_to_num(99.0), b.k.nan_to_num(99.0))
+        close(a.v.nan_to_num(99.0), b.v.nan_to_num(99.0))
+
+
+@KERNELS
 @pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen2, alternating windows", "opt-125m's shape"])
 def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, ops: Ops | None, tmp_path: Path) -> None:
     family, config = MODELS[name]
@@ -163,9 +184,11 @@ def test_logits_on_a_gpu_equal_those_of_transformers_on_a_cpu(name: str, tmp_pat
     hf = make_hf(family, **config)
     hf.save_pretrained(tmp_path)
     tokens = [(11 * i) % 97 for i in range(33)]
-    paged = Paged(load(tmp_path, build=make_build(device="cuda")), 33)
+    model = load(tmp_path, build=make_build(device="cuda"))
+    paged = Paged(model, 33)
     got = torch.cat([paged.run((0, tokens[:20])), paged.run((0, tokens[20:32])), paged.run((0, tokens[32:]))])
     torch.testing.assert_close(got, hf_logits(hf, tokens), atol=1e-4, rtol=0.0)
+    compare_last_tokens(*(Paged(model, 33, num_seqs=3, seed=1) for _ in range(2)))
 
 
 def test_a_new_family_is_a_row_of_the_table(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_long_steps_ask_the_last_layer_for_each_sequences_last_token_only(situat
     with patch.object(module, "LAST_ONLY", least):
         packed = table.pack(the_plan)
     counts = [count for _, _, count in columns]
-    assert packed.batch.last_only == (sum(counts) >= least and max(counts) > 1)
+    assert packed.batch.last_only == (sum(counts) - len(counts) >= least)
     if packed.batch.last_only:
         rows, tail = packed.batch.last_tokens()
         for i, (row, start, count) in enumerate(columns):
@@ -158,7 +158,7 @@ def test_long_steps_ask_the_last_layer_for_each_sequences_last_token_only(situat
     blocks=st.integers(1, 6), data=st.data(),
 )
 def test_shared_keys_are_those_in_the_same_blocks_and_cached_by_all(count, sharers, run, block_size, groups, blocks, data):
-    table = RowTable(ROWS, groups, LENGTH, block_size, CPU)
+    table = RowTable(ROWS, groups + 1, LENGTH, block_size, CPU, sharing=range(groups))
     common = data.draw(st.integers(0, blocks), label="common blocks")
     lengths = [data.draw(st.integers(1, blocks * block_size), label="tokens") for _ in range(count)]
     first = 1
@@ -167,15 +167,14 @@ def test_shared_keys_are_those_in_the_same_blocks_and_cached_by_all(count, share
         needed = -(-n // block_size)
         own = [tuple(range(first, first + needed)) for _ in range(groups)]
         first += needed
-        tables = tuple((*range(1000, 1000 + min(common, needed)), *o[common:]) for o in own)
+        tables = (*((*range(1000, 1000 + min(common, needed)), *o[common:]) for o in own), (0,) * needed)  # the last: all left behind
         admitted.append(admission(row, list(range(n)), tables))
-    the_plan = plan(list(range(count)), [n - 1 for n in lengths], [1] * count, samples=[], groups=groups, admitted=tuple(admitted))
+    the_plan = plan(list(range(count)), [n - 1 for n in lengths], [1] * count, samples=[], groups=groups + 1, admitted=tuple(admitted))
     table.apply(the_plan)
     with patch.multiple(module, SHARERS=sharers, SHARED_RUN=run):
         found = table.columns(the_plan).shared_keys
     whole = min(common * block_size if count > 1 else LENGTH, *(n - 1 for n in lengths)) // block_size * block_size
     assert found == (whole // run * run if count >= sharers and min(lengths) - 1 >= run else 0)
-
 
 
 @given(situations(), st.integers(0, 10**6))

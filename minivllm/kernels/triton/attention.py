@@ -2,6 +2,7 @@
 
     rows of the fused projection   | decodes, one each                         |  prompt chunks ..........................  |
     kernels of a layer             | (_shared_attention ->) _decode_attention  |  _position_and_store -> _prompt_attention  |
+    of the last one, with prompts  | _position_and_store of all rows -> _decode_attention of each sequence's last one       |
 
 Grids depend on host counts alone, and on the number of sequences and tokens only, so nothing waits for the device and a step
 can be captured. The kernels: decode_attention.py and prompt_attention.py. The specification: kernels/reference/attention.py.

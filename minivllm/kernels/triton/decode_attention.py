@@ -187,7 +187,8 @@ def _decode_attention(
     live_row = rows < HEADS_PER_KV
     head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
 
-    # The first keys and values are long there: they are on their way while the projection still runs. The numbers of a tile's
+    # The first keys and values are long there: they are on their way while the projection still runs. (Those of a prompt's last layer are
+    # not, but see `layers/attention.py`.) The numbers of a tile's
     # blocks are read one tile ahead, so that its keys need not wait for them.
     tile = tl.arange(0, BLOCK_N)
     key = begin + tile

@@ -71,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 class _Loader:
-    """What `AsyncCompileMode` needs of an executor. Loads each kernel too, whose launcher is a C program of its own to compile."""
+    """What `AsyncCompileMode` needs of an executor. Loads each kernel too: older Tritons (3.6) have a C compiler make its launcher."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
