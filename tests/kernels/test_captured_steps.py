@@ -37,11 +37,13 @@ class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
     replayed: ClassVar[list[cuda_graphs.Shape]] = []
+    runs_first: ClassVar[bool] = False  # as before a capture
     told_shared: int  # at the last replay
     pool = None
 
     def _record(self, pool: Any) -> None:
-        self._step()
+        if self.runs_first:
+            self._step()
 
     def _run(self) -> None:
         self.replayed.append(self.shape)
@@ -138,23 +140,29 @@ def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_a
     assert {shape.seqs for shape in Repeated.replayed if shape.sharing} == {2, ROWS - 2}
 
 
-def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, planner = runner_of(tiny, 4), tiny.planner()
+def test_a_graph_runs_before_it_is_told_anything(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repeated, "runs_first", True)
+    runner = runner_of(plain, 4)  # an index out of bounds raises
+    assert runner._graphs._mixed and runner._graphs._sharing and not Repeated.replayed
+
+
+def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, planner = runner_of(plain, 4), plain.planner()
     for graph in (*runner._graphs._decodes, *runner._graphs._mixed):
         graph.max_changes = 0
-    sequences = sequences_of(tiny)
+    sequences = sequences_of(plain)
     run(runner, planner, sequences, random.Random(5))
-    assert [s.outputs for s in sequences] == tiny.expected
+    assert [s.outputs for s in sequences] == plain.expected
     assert Repeated.replayed
 
 
-def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_that_the_graph_left(tiny: Tiny) -> None:
+def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_that_the_graph_left(plain: Tiny) -> None:
     outputs = []
-    for runner in (tiny.runner(), runner_of(tiny, 4)):  # the first has no graphs
-        sequences = sequences_of(tiny)
+    for runner in (plain.runner(), runner_of(plain, 4)):  # the first has no graphs
+        sequences = sequences_of(plain)
         for sequence, top_p in zip(sequences, (1.0, 0.5, 1.0, 0.8, 1.0), strict=True):
             sequence.params = SamplingParams(temperature=0.8, top_p=top_p, logprobs=2 if top_p == 0.8 else None, ignore_eos=True)
-        results = run(runner, tiny.planner(), sequences, random.Random(3), depth=1)
+        results = run(runner, plain.planner(), sequences, random.Random(3), depth=1)
         outputs.append(([s.outputs for s in sequences],
                         [[(e.token_id, round(e.logprob, 3)) for e in entries] for r in results for entries in r.logprobs if entries]))
     assert outputs[0] == outputs[1] and outputs[0][1]
