@@ -31,6 +31,7 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool = BlockPool(24)
         self.cache = PrefixCache(self.pool, None, block_size, windows)
         self.held: list[BlockTable] = []
+        self.before: tuple[tuple[str | None, str | None], list[int]] = (None, None), []  # the sequence that was named last
         self.prefix_of: dict[tuple[int, int], Name] = {}  # (group, block) -> what it holds
 
     def teardown(self) -> None:
@@ -51,6 +52,12 @@ class PrefixMachine(RuleBasedStateMachine):
                 return num_blocks
         return 0
 
+    def _as_before(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
+        """Blocks in which this sequence begins like the one before."""
+        other_owner, other = self.before
+        whole = min(len(tokens), len(other)) // self.size if owner == other_owner else 0
+        return next((i for i in range(whole) if tokens[:(i + 1) * self.size] != other[:(i + 1) * self.size]), whole)
+
     @rule(owner=OWNER, tokens=TOKENS)
     def compute(self, owner: tuple[str | None, str | None], tokens: list[int]) -> None:
         """Match, take what is found, compute and commit the rest."""
@@ -59,8 +66,14 @@ class PrefixMachine(RuleBasedStateMachine):
         match = self.cache.match(digests)
         if None in self.windows:
             whole, names = self.windows.index(None), chain_digests(root_digest(*owner), tokens, self.size)
-            reached = next((i for i, name in enumerate(names) if self.pool.lookup((whole, name)) is None), len(names))
-            assert len(digests) <= reached + prefix_cache.AHEAD
+            present = [self.pool.lookup((whole, name)) is not None for name in names]
+            known = self._as_before(owner, tokens)  # names that are there without computing them
+            reached = present.index(False) if False in present else len(present)
+            if known:  # it goes on where the last of them is present
+                reached = max((i + 1 for i, there in enumerate(present) if there), default=0)
+            assert len(digests) <= max(known, reached + prefix_cache.AHEAD)
+        if digests:
+            self.before = owner, tokens
         self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens))
         assert digests == chain_digests(root_digest(*owner), tokens, self.size)
         assert match.num_blocks == self._expected(owner, tokens)
