@@ -134,16 +134,20 @@ class Bench:
             self.engine._finish(*self.engine._inflight.popleft())
         torch.cuda.synchronize()
 
-    def _end(self, names: list[str], abort: bool = True) -> None:
-        for name in names if abort else ():
+    def _end(self, names: list[str]) -> None:
+        for name in names:
             self.engine.abort_request(name)
+        self._run_out()
+
+    def _run_out(self) -> None:
         while self.engine.has_unfinished_requests():
             self.engine.step()
 
     def _decode(self, count: int, context: int, shared: int = 0) -> dict[str, Any]:
         """`context` keys in the middle of the timed steps; the graph is replayed as the last of them left its inputs."""
         if shared:
-            self._end([self._add(shared + 1, 1, shared)], abort=False)
+            self._add(shared + 1, 1, shared)
+            self._run_out()
         names = [self._add(context - BEFORE - STEPS // 2, 100 + BEFORE + STEPS, shared) for _ in range(count)]
         for _ in range(100):  # until all prompts are computed
             self.engine.step()

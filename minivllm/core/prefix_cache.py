@@ -91,7 +91,7 @@ class PrefixCache:
             digests += chain_digests(digests[-1] if digests else root, tokens[first * size:min(end, first + ahead) * size], size)
 
     def _as_named_before(self, root: bytes, tokens: Sequence[int], end: int) -> list[bytes]:
-        """The names of at most `end` blocks in which a sequence begins like the one before it: to compare costs a quarter of naming."""
+        """The names of at most `end` blocks in which a sequence begins like the one before it: comparing is cheaper than naming."""
         other_root, other, names = self._named
         if root != other_root:
             return []
