@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
@@ -34,15 +34,9 @@ from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from minivllm.engine.executor import Executor
+    from minivllm.engine.executor import Executor, PendingStep
 
 log = logging.getLogger(__name__)
-
-
-class Pending(Protocol):
-    """A step on its way."""
-
-    def wait(self) -> StepResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +84,7 @@ class LLMEngine:
         self._grammars = Grammars(self._compiler)
         self._requests: dict[str, _Request] = {}
         self._owner: dict[str, str] = {}  # sequence id -> request id
-        self._inflight: deque[tuple[StepPlan, Pending]] = deque()
+        self._inflight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._next_step = 0
         self._num_added = 0
         self._num_steps = 0
@@ -233,7 +227,7 @@ class LLMEngine:
         """The newest plan's rows may be wrong in the worker: nothing is planned on them before the scheduler knows."""
         return bool(self._inflight) and isinstance(self._inflight[-1][1], _Failed)
 
-    def _launch(self, plan: StepPlan) -> Pending:
+    def _launch(self, plan: StepPlan) -> PendingStep:
         try:
             handle = self.executor.launch(plan)
             masks = self._grammars.masks(plan)  # on a GPU the step runs meanwhile
@@ -241,7 +235,7 @@ class LLMEngine:
         except Exception as error:
             return _Failed(plan.step_id, error)
 
-    def _finish(self, plan: StepPlan, pending: Pending) -> list[OutputDelta]:
+    def _finish(self, plan: StepPlan, pending: PendingStep) -> list[OutputDelta]:
         self._num_steps += 1
         try:
             result = pending.wait()

@@ -25,7 +25,6 @@ Graphs never run at once, so all share one pool of memory, and one place for log
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.families import ModelSpec, parameters
+from minivllm.families import ModelSpec, linear_specs
 from minivllm.kernels.layout import SHARED_RUN, InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
@@ -54,7 +53,7 @@ Array = np.ndarray[Any, Any]
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
     """(tokens, sequences) of the mixed steps to capture: larger ones the smaller the model is."""
-    weights = sum(math.prod(p.shape) for name, p in parameters(spec).items() if name.startswith("layers."))
+    weights = sum(sum(linear.rows) * linear.cols for name, linear in linear_specs(spec).items() if name.startswith("layers."))
     most = min(max_num_batched_tokens, LAUNCH_FLOPS / (2 * weights))
     return (*MIXED, *((tokens, DECODES[-1]) for tokens in LARGE if tokens <= most))
 
@@ -70,7 +69,8 @@ def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
 def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
     rows, tokens = min(max_num_seqs, DECODES[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
-    return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
+    widest = max(layer.mlp.intermediate_size for layer in spec.layers)
+    return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
 
 
 class Shape(NamedTuple):
@@ -91,13 +91,13 @@ class Graph:
         tokens, seqs, decodes = shape[:3]
         null, max_model_len = table.null_row, table.tokens.shape[1]
         by_token = [np.full(tokens, null * max_model_len), np.zeros(tokens, np.int64),
-                    *(np.full(tokens, NULL_BLOCK * kv.shape.block_size) for _ in kv.shape.groups)]  # fmt: skip
+                    *(np.full(tokens, NULL_BLOCK * kv.layout.block_size) for _ in kv.layout.groups)]  # fmt: skip
         # Decodes are padded with one token each, mixed steps with sequences that have none: only the first, never padding, has one.
         query_start = np.minimum(np.arange(seqs + 1), max(decodes, 1)).astype(np.int32)
         by_seq = [np.full(seqs, null), np.diff(query_start), np.full(seqs, null * max_model_len + 1),
                   np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
         # Changes of block tables that a replay takes in: what decodes and prompts need, not a long row that is written anew.
-        self.max_changes = (2 * seqs + tokens // kv.shape.block_size) * len(kv.shape.groups)
+        self.max_changes = (2 * seqs + tokens // kv.layout.block_size) * len(kv.layout.groups)
         changes = [np.full(self.max_changes, null * table.device_tables.shape[2]), np.full(self.max_changes, NULL_BLOCK, np.int32)]
         self._empty = [np.zeros(1, np.int32), query_start, *by_seq, *changes, *by_token]
         self._inputs = StaticColumns(self._empty, model.build.device)
@@ -133,7 +133,7 @@ class Graph:
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
             last_only=shape.tokens - shape.seqs >= LAST_ONLY, shared=shared if shape.sharing else None,
         )
-        hidden = self._model.forward(batch, self._kv.layers, self._kv.shape.block_size)
+        hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
         if len(hidden) > shape.seqs:
             hidden = hidden.index_select(0, query_start[1:] - 1)
         logits = self._model.logits(hidden, dtype=None)
@@ -203,8 +203,7 @@ class StepGraphs:
         self._decodes = [graph for graph in by_size if graph.shape.decodes and not graph.shape.sharing]
         self._sharing = [graph for graph in by_size if graph.shape.sharing]
         self._mixed = [graphs[shape] for shape in shapes if not shape.decodes]
-        group = kv.shape.groups[0]
-        self._key_bytes = 2 * group.kv_heads * group.head_dim * kv.shape.dtype.itemsize  # of a key and its value, in one layer
+        self._key_bytes = kv.layout.token_bytes
         self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
         model.build.ops.before_replays(model.build.device)  # compiled now rather than while the first request waits
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,

@@ -1,7 +1,7 @@
 """The model runner: a plan goes in, a result comes out, and the device works meanwhile.
 
     launch(plan)     row table, block copies and moves, pack, forward       returns while a GPU still computes
-    sample(handle)   pick rows -> logits -> sample -> into the token table   likewise; a copy to the host is started
+    sample(step)   pick rows -> logits -> sample -> into the token table   likewise; a copy to the host is started
                      (a captured graph has done all of this in `launch`, unless a row asks for more than a plain draw)
     wait()           the only place that waits for the device
 
@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Handle:
+class LaunchedStep:
     """A launched step: what its sampling needs. Neither `forward` nor `replay` is there if the plan held no request, or failed."""
 
     plan: StepPlan
@@ -54,13 +54,13 @@ class Replay:
     drawn: Tensor  # [n] int64: a plain draw for each sequence
 
 
-class Pending:
+class SampledStep:
     """A step on its way: results are on the device, their copies to the host under way."""
 
-    def __init__(self, handle: Handle, kv: KVCache, token_ids: Sequence[Tensor], logprobs: Sequence[tuple[int, LogprobColumns]],
+    def __init__(self, step: LaunchedStep, kv: KVCache, token_ids: Sequence[Tensor], logprobs: Sequence[tuple[int, LogprobColumns]],
                  prompt_logprobs: Sequence[LogprobColumns], error: str | None, order: Array | None = None) -> None:
         """order: where each sample's token is among `token_ids`; None: they are in order."""
-        self._handle, self._kv, self._error, self._order = handle, kv, error, order
+        self._step, self._kv, self._error, self._order = step, kv, error, order
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         tensors = [*token_ids, *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
         self._num_token_tensors = len(token_ids)
@@ -70,9 +70,9 @@ class Pending:
         """The step's result; waits for the device if need be."""
         if self._event is not None:
             self._event.synchronize()
-        plan = self._handle.plan
+        plan = self._step.plan
         # The blocks of a failed step are given up at once, so nothing may still be writing to them.
-        moves = self._handle.finished_moves + self._kv.finished_moves(wait=not plan.rows or self._error is not None)
+        moves = self._step.finished_moves + self._kv.finished_moves(wait=not plan.rows or self._error is not None)
         if self._error is not None:
             return StepResult(step_id=plan.step_id, token_ids=(), finished_moves=moves, error=self._error)
         host = iter(self._host)
@@ -92,7 +92,7 @@ class Pending:
 
     def _by_request(self, entries: list[TokenLogprobs]) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]:
         pieces, at = [], 0
-        for piece in self._handle.forward[0].prompt_pieces if self._handle.forward else ():
+        for piece in self._step.forward[0].prompt_pieces if self._step.forward else ():
             pieces.append((piece.request, piece.first, tuple(entries[at : at + piece.count])))
             at += piece.count
         return tuple(pieces)
@@ -116,9 +116,9 @@ class ModelRunner:
         """graph_tokens: capture CUDA graphs of decodes and of mixed steps up to this many tokens; 0: none."""
         self.model, self.kv = model, kv
         self._sizes = max_num_seqs, tuple(eos_token_ids)
-        groups = kv.shape.groups
+        groups = kv.layout.groups
         whole = [g for g, group in enumerate(groups) if group.window is None]
-        self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.shape.block_size, model.build.device,
+        self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.layout.block_size, model.build.device,
                              whole if graph_tokens else ())
         self.sampler = self._new_sampler()
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens) if graph_tokens else None
@@ -139,7 +139,7 @@ class ModelRunner:
         self.sampler = self._new_sampler()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Handle:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Everything up to the hidden states, or beyond. Out of memory fails the step, not the worker."""
         self.rows.apply(plan)
         moves = self.kv.apply(plan)
@@ -149,7 +149,7 @@ class ModelRunner:
             for admission in plan.admitted:
                 self.sampler.admit(admission)
             if not plan.rows:
-                return Handle(plan, moves)
+                return LaunchedStep(plan, moves)
             columns = self.rows.columns(plan)
             graph = self._graphs.find(columns) if self._graphs is not None else None
             if graph is not None:
@@ -163,40 +163,40 @@ class ModelRunner:
                     self._only_replays = True
                 logits, drawn = graph.replay(columns, changes, *self.sampler.plain_columns(columns.rows, columns.seq_lens))
                 self.rows.changes_sent()
-                return Handle(plan, moves, replay=Replay(columns, logits, drawn))
+                return LaunchedStep(plan, moves, replay=Replay(columns, logits, drawn))
             self._only_replays = False
             packed = self.rows.send(columns)
-            return Handle(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)))
+            return LaunchedStep(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.layout.block_size)))
         except (RuntimeError, MemoryError) as error:
-            return Handle(plan, moves, error=_failure(plan, error))
+            return LaunchedStep(plan, moves, error=_failure(plan, error))
 
     @torch.inference_mode()
-    def sample(self, handle: Handle, masks: TokenMasks | None = None) -> Pending:
+    def sample(self, step: LaunchedStep, masks: TokenMasks | None = None) -> SampledStep:
         """Choose the plan's samples and put them into the token table; `masks`: what grammars allow."""
-        error = handle.error
+        error = step.error
         try:
-            if handle.replay is not None:
-                return self._sample_replay(handle, handle.replay, masks)
-            if handle.forward is not None:
-                tokens, logprobs = self._sample(*handle.forward, masks)
-                return Pending(handle, self.kv, tokens, logprobs, self._prompt_logprobs(*handle.forward), None)
+            if step.replay is not None:
+                return self._sample_replay(step, step.replay, masks)
+            if step.forward is not None:
+                tokens, logprobs = self._sample(*step.forward, masks)
+                return SampledStep(step, self.kv, tokens, logprobs, self._prompt_logprobs(*step.forward), None)
         except (RuntimeError, MemoryError) as failure:
-            error = _failure(handle.plan, failure)
-        return Pending(handle, self.kv, (), (), (), error)
+            error = _failure(step.plan, failure)
+        return SampledStep(step, self.kv, (), (), (), error)
 
-    def _sample_replay(self, handle: Handle, replay: Replay, masks: TokenMasks | None) -> Pending:
+    def _sample_replay(self, step: LaunchedStep, replay: Replay, masks: TokenMasks | None) -> SampledStep:
         """The graph's own draw if that is enough, else a new one from its logits."""
         c = replay.columns
         in_order = np.array_equal(c.source, np.arange(len(c.rows)))
         if masks is None and self.sampler.all_plain(c.sample_rows):
-            return Pending(handle, self.kv, [replay.drawn], (), (), None, None if in_order else c.source)
+            return SampledStep(step, self.kv, [replay.drawn], (), (), None, None if in_order else c.source)
         self._only_replays = False
         source, places = upload([c.source, c.sample_places], replay.logits.device)
         logits = replay.logits if in_order else replay.logits.index_select(0, source)
         choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks)
         self.rows.write_sampled(places, choice.token_ids)
         logprobs = () if choice.logprobs is None else ((0, choice.logprobs),)
-        return Pending(handle, self.kv, [choice.token_ids], logprobs, (), None)
+        return SampledStep(step, self.kv, [choice.token_ids], logprobs, (), None)
 
     def _sample(self, packed: Packed, hidden: Tensor, masks: TokenMasks | None) -> tuple[list[Tensor], list[tuple[int, LogprobColumns]]]:
         tokens: list[Tensor] = []

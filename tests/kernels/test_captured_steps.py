@@ -17,15 +17,14 @@ import pytest
 import torch
 
 from minivllm.core.plan import StepPlan
-from minivllm.families import kv_groups
 from minivllm.kernels import REFERENCE, select, upload
 from minivllm.kernels.triton import attention
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, cuda_graphs
-from minivllm.worker.kv_cache import BlockShape, KVCache
-from minivllm.worker.model_runner import Handle, ModelRunner
+from minivllm.worker.kv_cache import KVCache, KVLayout
+from minivllm.worker.model_runner import LaunchedStep, ModelRunner
 from tests.models.tiny import read_spec
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
@@ -101,7 +100,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
     model = tiny.with_triton
-    kv = KVCache(BlockShape(kv_groups(model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
+    kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # whoever reads what was never written gets NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
@@ -114,7 +113,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     runner = runner_of(tiny, block_size)
     launch = runner.launch
 
-    def launch_and_compare(plan: StepPlan) -> Handle:
+    def launch_and_compare(plan: StepPlan) -> LaunchedStep:
         handle = launch(plan)
         there, here = runner.rows.device_tables.numpy(), runner.rows.block_tables
         assert (there[:, list(plan.rows)] == here[:, list(plan.rows)]).all()

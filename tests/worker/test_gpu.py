@@ -21,9 +21,9 @@ from minivllm.worker.kv_cache import KVCache
 from tests.kernels.test_sampling import keys_of
 from tests.worker.plans import Planner, Sequence
 from tests.worker.test_batch import plan
-from tests.worker.test_executor import build
 from tests.worker.test_kv_cache import content, numbered, shape
 from tests.worker.test_model_runner import Tiny, run, sequences_of
+from tests.worker.test_worker import build
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
