@@ -1,18 +1,14 @@
 """The scheduler's settings, and the door: what can never fit is refused with numbers, not accepted and stuck.
 
 A sequence that fits the empty pool alone always ends: everybody after it can be made to give way (see `scheduler`). So the
-door asks one question: do prompt + max_tokens fit the context, and their blocks the pool?
-
-Blocks of one group for a sequence whose last computed position is T - 1, in steps of at most C tokens:
-
-    full attention    ceil(T / block_size)
-    window W          at most ceil((W - 1 + C) / block_size) + 1: what the window reaches back, the chunk, and one for the edge
+door asks one question: do prompt + max_tokens fit the context, and their blocks the pool? (`block_math` counts them.)
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NoReturn
 
+from minivllm.core.block_math import longest_sequence, max_blocks_held
 from minivllm.core.request import NewRequest
 from minivllm.errors import InvalidInput
 
@@ -91,29 +87,14 @@ def _at_least(name: str, value: int, low: int, meaning: str) -> None:
         raise InvalidInput(f"{name} must be a whole number of at least {low} ({meaning}), got {value!r}", name)
 
 
-def most_blocks(config: SchedulerConfig, num_computed: int) -> int:
-    """Blocks that a sequence alone holds at most on its way to this many computed tokens."""
-    size, total = config.block_size, 0
-    chunk = min(config.max_chunk, num_computed)
-    for window in config.kv_windows:
-        blocks = -(-num_computed // size)
-        total += blocks if window is None else min(blocks, -(-(window - 1 + chunk) // size) + 1)
-    return total
-
-
 class Door:
     """Decides, once per request, whether it may come in and at how many tokens it ends at the latest."""
 
-    __slots__ = ("_config", "_longest", "_usable_blocks")
+    __slots__ = ("_config", "_longest")
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._usable_blocks = config.num_blocks - 1
-        low, high = 0, config.max_model_len  # the longest computed length that fits, by bisection: blocks grow with length
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if most_blocks(config, middle) <= self._usable_blocks else (low, middle - 1)
-        self._longest = low
+        self._longest = longest_sequence(config.num_blocks, config.max_model_len, config.block_size, config.kv_windows, config.max_chunk)
 
     def max_tokens_total(self, new: NewRequest) -> int:
         """Prompt + output at most; `InvalidInput` if the request asks for more than can ever fit."""
@@ -130,7 +111,8 @@ class Door:
             self._refuse(prompt, wanted, f"max_model_len is {config.max_model_len}", config.max_model_len)
         computed = max(total - 1, prompt)  # the last token sampled is never computed
         if computed > self._longest:
-            blocks = f"{most_blocks(config, computed)} KV blocks of {config.block_size} tokens are needed and {self._usable_blocks} exist"
+            needed = max_blocks_held(computed, config.block_size, config.kv_windows, config.max_chunk)
+            blocks = f"{needed} KV blocks of {config.block_size} tokens are needed and {config.num_blocks - 1} exist"
             self._refuse(prompt, wanted, blocks, self._longest + 1)
         return total
 
