@@ -14,14 +14,14 @@ import argparse
 import json
 from typing import Any
 
+from minivllm.planning.allocator_replay import AllocatorRun, replay, sharegpt_like, with_system_prompt
 from minivllm.planning.allocators import (
     Allocator,
     BuddyAllocator,
     ContiguousAllocator,
-    Job,
     PagedAllocator,
+    RequestLengths,
 )
-from minivllm.planning.laboratory import Replay, replay, sharegpt_like, with_system_prompt
 
 CAPACITY = 16_384
 LIMIT = 2_048
@@ -29,10 +29,10 @@ SYSTEM_PROMPT = 300  # tokens in front of every prompt, in the last rows
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def rows(num_jobs: int, seed: int) -> list[tuple[str, Replay]]:
+def rows(num_jobs: int, seed: int) -> list[tuple[str, AllocatorRun]]:
     jobs = sharegpt_like(num_jobs, limit=LIMIT, seed=seed)
     behind = with_system_prompt(jobs, SYSTEM_PROMPT, LIMIT)
-    work: list[tuple[str, Allocator, list[Job]]] = [
+    work: list[tuple[str, Allocator, list[RequestLengths]]] = [
         (f"contiguous, reserve {LIMIT}", ContiguousAllocator(CAPACITY, LIMIT), jobs),
         ("contiguous, length foretold", ContiguousAllocator(CAPACITY, LIMIT, oracle=True), jobs),
         ("buddy, doubling", BuddyAllocator(CAPACITY), jobs),
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, run in rows(args.num_jobs, args.seed):
         reserved, used = run.mean("reserved") / CAPACITY, run.mean("used") / CAPACITY
         print(f"{name:36s} {reserved:8.1%} {used:7.1%} {run.waste:7.1%} {run.external:8.1%} {run.mean('running'):7.1f} "
-              f"{len(run.moments):6d} {run.preemptions:9d} {run.lost:9d} {run.moved:8d}")
-        figures[name.strip()] = {"waste": round(run.waste, 4), "external": round(run.external, 4), "steps": len(run.moments)}
+              f"{len(run.steps):6d} {run.preemptions:9d} {run.lost:9d} {run.moved:8d}")
+        figures[name.strip()] = {"waste": round(run.waste, 4), "external": round(run.external, 4), "steps": len(run.steps)}
     print(json.dumps({"bench": "waste", "jobs": args.num_jobs, "seed": args.seed, "capacity": CAPACITY, "rows": figures}))
 
 

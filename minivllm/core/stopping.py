@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from minivllm.core.plan import Stop
-from minivllm.core.request import FinishReason, Sequence
+from minivllm.core.request import Sequence
+from minivllm.outputs import FinishReason
 
 
 def cut(

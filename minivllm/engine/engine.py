@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
-from minivllm.core.request import NewRequest, Progress, sequence_id
+from minivllm.core.request import NewRequest, SequenceUpdate, sequence_id
 from minivllm.core.scheduler import Scheduler
 from minivllm.core.trace import RecordingScheduler
 from minivllm.engine.detokenizer import Detokenizer
@@ -283,7 +283,7 @@ class LLMEngine:
             if request is not None and request.prompt_logprobs is not None and plan.step_id >= request.first_step:
                 request.prompt_logprobs[first: first + len(entries)] = entries
 
-    def _assemble(self, progress: Progress, result: StepResult, now: float) -> OutputDelta:
+    def _assemble(self, progress: SequenceUpdate, result: StepResult, now: float) -> OutputDelta:
         request = self._requests[progress.request_id]
         index, tokens, reason = progress.index, progress.token_ids, progress.finish_reason
         text = self._detokenizer.take(progress.sequence_id, reason)

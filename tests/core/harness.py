@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.core.scheduler import NewRequest, Progress, Scheduler, SchedulerConfig
+from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig, SequenceUpdate
 from minivllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, Model, expected_outputs, stop_rule
 
@@ -71,7 +71,7 @@ class Harness:
                 self.scheduler.check()
         return plan
 
-    def finish(self) -> list[Progress]:
+    def finish(self) -> list[SequenceUpdate]:
         """Take the oldest launched plan's result."""
         expected = self.in_flight.popleft()
         plan, result = self.executor.wait()
@@ -82,7 +82,7 @@ class Harness:
             self._take(p)
         return progress
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[SequenceUpdate]:
         """Plan as far ahead as the scheduler goes, then take one result. [] if there is nothing to do."""
         while self.launch() is not None:
             pass
@@ -120,7 +120,7 @@ class Harness:
                 assert (answer.tokens, answer.finish_reason) == (outputs, reason), f"{name}#{index}"
 
     def limit(self, new: NewRequest) -> int:
-        return self.scheduler._door.max_tokens_total(new)
+        return self.scheduler._admission.max_tokens_total(new)
 
     def _stops(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
         stops: dict[int, Stop] = {}
@@ -136,7 +136,7 @@ class Harness:
                     break
         return stops
 
-    def _take(self, p: Progress) -> None:
+    def _take(self, p: SequenceUpdate) -> None:
         answer = self.answers[p.request_id, p.index]
         assert answer.finish_reason is None, f"{p.sequence_id} goes on after its end"
         assert p.request_id not in self.aborted, f"{p.sequence_id} goes on after its abort"

@@ -107,7 +107,7 @@ def test_a_beam_costs_one_partly_filled_block() -> None:
 def test_a_search_does_not_remember_the_forks_that_are_over() -> None:
     config = SchedulerConfig(num_blocks=400, block_size=4, max_model_len=128, max_num_batched_tokens=128)
     search = BeamSearch(config, (1, 2, 3), 60, 0)
-    request = search.scheduler._roster.requests["beam"]
+    request = search.scheduler._state.requests["beam"]
     choose = search._choose
 
     def observe(width: int) -> None:

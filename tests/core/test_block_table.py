@@ -36,7 +36,7 @@ class CopyOnWriteMachine(RuleBasedStateMachine):
         for group in table.shared_at(self.pool, len(text)):
             _, source, own = table.copy_on_write(self.pool, group, len(text))
             self.memory[own] = list(self.memory[source])
-        needed = table.num_blocks_to_hold(len(text) + count)
+        needed = table.num_missing_blocks(len(text) + count)
         free = self.pool.num_free
         table.grow(self.pool, len(text) + count)
         assert free - self.pool.num_free == needed
@@ -116,6 +116,6 @@ def test_a_table_gives_its_last_block_back_first() -> None:
     table.grow(pool, 3)
     blocks = list(table.groups[0])
     for block in blocks:
-        pool.commit(block, block)
+        pool.cache(block, block)
     table.release(pool)
-    assert list(pool.free_blocks()) == blocks[::-1]
+    assert list(pool.free_list()) == blocks[::-1]

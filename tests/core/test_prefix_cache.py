@@ -11,7 +11,7 @@ from minivllm.core import prefix_cache
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.core.prefix_cache import PrefixCache, chain_digests, root_digest
+from minivllm.core.prefix_cache import PrefixCache, chain_hashes, root_hash
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # two tokens: prefixes coincide often
 OWNER = st.sampled_from([(None, None), ("sql", None), (None, "salt")])  # (adapter, cache_salt)
@@ -25,7 +25,7 @@ class PrefixMachine(RuleBasedStateMachine):
     @initialize(block_size=st.integers(1, 4), ahead=st.integers(1, 3),
                 windows=st.sampled_from([(None,), (None, None), (None, 3), (1,), (5,), (2, 6), (1, None)]))
     def start(self, block_size: int, ahead: int, windows: tuple[int | None, ...]) -> None:
-        self.usual, prefix_cache.AHEAD = prefix_cache.AHEAD, ahead
+        self.usual, prefix_cache.HASH_BATCH = prefix_cache.HASH_BATCH, ahead
         self.size = block_size
         self.windows = windows
         self.pool = BlockPool(24)
@@ -35,7 +35,7 @@ class PrefixMachine(RuleBasedStateMachine):
         self.prefix_of: dict[tuple[int, int], Name] = {}  # (group, block) -> what it holds
 
     def teardown(self) -> None:
-        prefix_cache.AHEAD = self.usual
+        prefix_cache.HASH_BATCH = self.usual
 
     def _needed(self, group: int, num_blocks: int) -> range:
         """Blocks that a query right after `num_blocks` full blocks can see in this group: the definition, token by token."""
@@ -61,21 +61,21 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(owner=OWNER, tokens=TOKENS)
     def compute(self, owner: tuple[str | None, str | None], tokens: list[int]) -> None:
         """Match, take what is found, compute and commit the rest."""
-        digests: list[bytes] = []
-        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens), while_present=True)
-        match = self.cache.match(digests)
+        hashes: list[bytes] = []
+        self.cache.extend_hashes(hashes, root_hash(*owner), tokens, len(tokens), stop_at_miss=True)
+        match = self.cache.match(hashes)
         if None in self.windows:
-            whole, names = self.windows.index(None), chain_digests(root_digest(*owner), tokens, self.size)
+            whole, names = self.windows.index(None), chain_hashes(root_hash(*owner), tokens, self.size)
             present = [self.pool.lookup((whole, name)) is not None for name in names]
             known = self._as_before(owner, tokens)  # names that are there without computing them
             reached = present.index(False) if False in present else len(present)
             if known:  # it goes on where the last of them is present
                 reached = max((i + 1 for i, there in enumerate(present) if there), default=0)
-            assert len(digests) <= max(known, reached + prefix_cache.AHEAD)
-        if digests:
+            assert len(hashes) <= max(known, reached + prefix_cache.HASH_BATCH)
+        if hashes:
             self.before = owner, tokens
-        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens))
-        assert digests == chain_digests(root_digest(*owner), tokens, self.size)
+        self.cache.extend_hashes(hashes, root_hash(*owner), tokens, len(tokens))
+        assert hashes == chain_hashes(root_hash(*owner), tokens, self.size)
         assert match.num_blocks == self._expected(owner, tokens)
         for group, blocks in enumerate(match.device):
             assert len(blocks) == match.num_blocks
@@ -83,18 +83,18 @@ class PrefixMachine(RuleBasedStateMachine):
                 assert (block != NULL_BLOCK) == (index in self._needed(group, match.num_blocks))
                 if block != NULL_BLOCK:
                     assert self.prefix_of[group, block] == (owner, tuple(tokens[:(index + 1) * self.size]))
-        revived = sum(self.pool.ref_counts[b] == 0 for b in match.hits)
-        if (len(digests) - match.num_blocks) * len(self.windows) + revived > self.pool.num_free:
+        revived = sum(self.pool.ref_counts[b] == 0 for b in match.device_blocks)
+        if (len(hashes) - match.num_blocks) * len(self.windows) + revived > self.pool.num_free:
             return
-        for block in match.hits:
+        for block in match.device_blocks:
             self.pool.touch(block)
         table = BlockTable(self.size, [list(blocks) for blocks in match.device])
         before = self._keys()
-        for group in table.grow(self.pool, len(digests) * self.size):
+        for group in table.grow(self.pool, len(hashes) * self.size):
             for block in group:
                 self._evict(block)
         assert before.keys() - self._keys().keys() <= {b for blocks in table.groups for b in blocks}
-        self.cache.commit(table, digests, 0, len(digests))
+        self.cache.insert(table, hashes, 0, len(hashes))
         for group, blocks in enumerate(table.groups):
             for index, block in enumerate(blocks):
                 name = (owner, tuple(tokens[:(index + 1) * self.size]))
@@ -116,7 +116,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule()
     def reset(self) -> None:
-        self.pool.forget_all()
+        self.pool.evict_all()
         self.prefix_of.clear()
 
     @invariant()
@@ -131,10 +131,10 @@ TestPrefixCache = PrefixMachine.TestCase
 @given(a=TOKENS, b=TOKENS, block_size=st.integers(1, 4))
 def test_digests_agree_exactly_as_far_as_full_blocks_of_tokens_do(a: list[int], b: list[int], block_size: int) -> None:
     cache = PrefixCache(BlockPool(2), None, block_size, (None,))
-    digests: list[list[bytes]] = [[], []]
-    for tokens, into in zip((a, b), digests, strict=True):
-        cache.extend_digests(into, root_digest(None, None), tokens, len(tokens))
-    for index, (x, y) in enumerate(zip(*digests, strict=False)):
+    hashes: list[list[bytes]] = [[], []]
+    for tokens, into in zip((a, b), hashes, strict=True):
+        cache.extend_hashes(into, root_hash(None, None), tokens, len(tokens))
+    for index, (x, y) in enumerate(zip(*hashes, strict=False)):
         end = (index + 1) * block_size
         assert (x == y) == (a[:end] == b[:end])
 
@@ -145,47 +145,47 @@ def test_a_prompt_that_begins_like_the_one_before_is_named_from_there_on() -> No
 
     def counted(parent: bytes, tokens: list[int], block_size: int) -> list[bytes]:
         named.append(len(tokens) // block_size)
-        return chain_digests(parent, tokens, block_size)
+        return chain_hashes(parent, tokens, block_size)
 
-    with patch.object(prefix_cache, "chain_digests", counted):
+    with patch.object(prefix_cache, "chain_hashes", counted):
         for tokens in ([*range(40)], [*range(32), 7, 7, 7, 7, 7], [1, 2], [*range(36), 9, 9, 9, 9], [5, *range(20)]):
-            cache.extend_digests([], root_digest(None, None), tokens, len(tokens))
+            cache.extend_hashes([], root_hash(None, None), tokens, len(tokens))
     assert named == [10, 1, 2, 5]
 
 
 @given(first=OWNER, second=OWNER)
 def test_another_adapter_or_salt_is_another_root(first: tuple[str | None, str | None], second: tuple[str | None, str | None]) -> None:
-    assert (root_digest(*first) == root_digest(*second)) == (first == second)
+    assert (root_hash(*first) == root_hash(*second)) == (first == second)
 
 
 def test_a_salt_that_looks_like_an_adapter_is_another_root() -> None:
-    roots = {root_digest("a", "b"), root_digest("b", "a"), root_digest("a, b", None), root_digest(None, "None"), root_digest(None, None)}
+    roots = {root_hash("a", "b"), root_hash("b", "a"), root_hash("a, b", None), root_hash(None, "None"), root_hash(None, None)}
     assert len(roots) == 5
 
 
 def test_equal_tokens_after_another_parent_are_another_block() -> None:
-    root = root_digest(None, None)
-    one, other = chain_digests(root, [1, 2, 5, 6], 2), chain_digests(root, [3, 4, 5, 6], 2)
+    root = root_hash(None, None)
+    one, other = chain_hashes(root, [1, 2, 5, 6], 2), chain_hashes(root, [3, 4, 5, 6], 2)
     assert one[0] != other[0] and one[1] != other[1]
-    assert one[1] == chain_digests(one[0], [5, 6, 7], 2)[0]  # a block that is not full has no name
+    assert one[1] == chain_hashes(one[0], [5, 6, 7], 2)[0]  # a block that is not full has no name
 
 
 def test_token_boundaries_count() -> None:
-    root = root_digest(None, None)
-    assert chain_digests(root, [1, 23], 2) != chain_digests(root, [12, 3], 2)
+    root = root_hash(None, None)
+    assert chain_hashes(root, [1, 23], 2) != chain_hashes(root, [12, 3], 2)
 
 
 def test_digests_are_cryptographic() -> None:
-    assert [len(name) for name in chain_digests(root_digest(None, None), [1, 2], 1)] == [32, 32]
+    assert [len(name) for name in chain_hashes(root_hash(None, None), [1, 2], 1)] == [32, 32]
 
 
 def test_where_all_groups_have_windows_a_match_may_come_after_blocks_that_nobody_has() -> None:
     pool = BlockPool(10)
     cache = PrefixCache(pool, None, 1, (3,))
     tokens = list(range(80))
-    names = chain_digests(root_digest(None, None), tokens, 1)
+    names = chain_hashes(root_hash(None, None), tokens, 1)
     kept = pool.allocate_many(4)
-    cache.commit(BlockTable(1, [[NULL_BLOCK] * 76 + kept]), names, 0, 80)
-    digests: list[bytes] = []
-    cache.extend_digests(digests, root_digest(None, None), tokens, 80, while_present=True)
-    assert cache.match(digests).num_blocks == 80
+    cache.insert(BlockTable(1, [[NULL_BLOCK] * 76 + kept]), names, 0, 80)
+    hashes: list[bytes] = []
+    cache.extend_hashes(hashes, root_hash(None, None), tokens, 80, stop_at_miss=True)
+    assert cache.match(hashes).num_blocks == 80

@@ -71,7 +71,7 @@ def test_who_waits_is_listed_in_the_order_of_their_turns() -> None:
 
 
 def test_many_blocks_are_summed_up_in_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "MOST_CELLS", 10)
+    monkeypatch.setattr(snapshot, "MAX_CELLS", 10)
     harness = make()
     harness.add(PROMPT, greedy())
     harness.step()

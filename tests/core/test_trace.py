@@ -16,9 +16,21 @@ from minivllm.cli import trace as command
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
 from minivllm.core.request import NewRequest
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
-from minivllm.core.simulate import StepCost, Work, percentile, recorded_work, simulate, synthetic_work
-from minivllm.core.trace import Abort, Arrival, Beams, Planned, Readmit, RecordingScheduler, Reset, TraceWriter, Updated, read, replay
-from minivllm.core.trace_summary import summarise
+from minivllm.core.simulate import SimulatedRequest, StepCost, percentile, recorded_requests, simulate, synthetic_requests
+from minivllm.core.trace import (
+    Aborted,
+    Arrival,
+    BeamsChosen,
+    CacheReset,
+    Planned,
+    Readmitted,
+    RecordingScheduler,
+    TraceWriter,
+    Updated,
+    read,
+    replay,
+)
+from minivllm.core.trace_summary import summarize
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 
@@ -143,7 +155,7 @@ def assert_replay_needs(kind: type, path: Path) -> None:
     assert len(without.events) < len(trace.events) and any(step.mismatch for step in replay(without))
 
 
-@pytest.mark.parametrize(("action", "kind"), [(("abort", 0), Abort), (("reset", None), Reset), (("readmit", None), Readmit)])
+@pytest.mark.parametrize(("action", "kind"), [(("abort", 0), Aborted), (("reset", None), CacheReset), (("readmit", None), Readmitted)])
 def test_every_kind_of_call_is_on_record_and_matters(tmp_path: Path, action: tuple[str, Any], kind: type) -> None:
     path, add, step = tmp_path / "run.jsonl", ("add", (9, 12, 1, True, 0, None)), ("step", None)
     record(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48), [add, step, step, action, add, step], path)
@@ -159,8 +171,8 @@ def test_the_choices_of_a_beam_search_are_on_record_and_matter(tmp_path: Path) -
         driver.step()
         beams = driver.scheduler.choose_beams("r0", [(beams[-1], step), (beams[-1], step + 5)])
     driver.finish()
-    assert_replay_needs(Beams, path)
-    assert recorded_work(read(path)) == [], "a beam search depends on the model, so it is not simulated"
+    assert_replay_needs(BeamsChosen, path)
+    assert recorded_requests(read(path)) == [], "a beam search depends on the model, so it is not simulated"
 
 
 def test_what_was_recorded_is_read_back_equal(tmp_path: Path) -> None:
@@ -225,8 +237,8 @@ def test_a_trace_cut_off_in_a_line_is_read_up_to_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("", "does not open with a config line"),
-    ('{"event":"abort","request_id":"r0"}\n', "does not open with a config line"),
+    ("", "does not start with a config line"),
+    ('{"event":"abort","request_id":"r0"}\n', "does not start with a config line"),
     ('{"event":"config","version":99,"scheduler":{},"about":{}}\n', "version 99"),
     ("hello\n", "line 1"),
     ('{"event":"dance"}\n', "line 1"),
@@ -249,9 +261,9 @@ def test_what_is_no_trace_is_refused_with_the_line(tmp_path: Path, text: str, sa
 def test_a_summary_accounts_for_every_token(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     small_run(path)
-    summary = summarise(read(path))
+    summary = summarize(read(path))
     assert summary.mismatch is None and summary.num_requests == 6
-    assert sum(summary.endings.values()) == 9 and summary.endings["stop"] == 1  # three of the six have two children
+    assert sum(summary.finish_reasons.values()) == 9 and summary.finish_reasons["stop"] == 1  # three of the six have two children
     assert sum(summary.kinds) == sum(step.plan.total_tokens for step in summary.steps)
     assert summary.kinds.recomputed > 0 and summary.steps[-1].stats.num_preemptions > 0
     assert 0.0 < summary.waste < 0.5
@@ -264,7 +276,7 @@ def test_kinds_of_tokens_add_up_to_what_was_asked_for(tmp_path: Path) -> None:
         params = SamplingParams(max_tokens=output, ignore_eos=True)
         driver.scheduler.add(NewRequest(f"r{i}", tuple(range(100 * i, 100 * i + prompt)), params, 0))
     driver.finish()
-    kinds = summarise(read(path)).kinds
+    kinds = summarize(read(path)).kinds
     assert kinds == (20 + 3, (5 - 1) + (9 - 1), 0), "the last sampled token is never computed"
 
 
@@ -273,7 +285,7 @@ def test_empty_slots_are_those_beyond_the_last_token_and_shared_ones_count_once(
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=8, max_model_len=64), path)
     driver.scheduler.add(NewRequest("r0", tuple(range(13)), SamplingParams(n=3, max_tokens=2, ignore_eos=True), 0))
     driver.finish()
-    first, second = summarise(read(path)).steps
+    first, second = summarize(read(path)).steps
     assert first.empty_slots == 16 - 13, "the children share the prompt's two blocks"
     assert second.empty_slots == 3 * (16 - 14), "each owns its second block now"
 
@@ -283,8 +295,8 @@ def test_empty_slots_are_those_beyond_the_last_token_and_shared_ones_count_once(
 FIXED = StepCost(base=1.0, per_token=0.0, per_context=0.0)
 
 
-def one(prompt: int, output: int, at: float = 0.0) -> list[Work]:
-    return synthetic_work([(prompt, output)], [at])
+def one(prompt: int, output: int, at: float = 0.0) -> list[SimulatedRequest]:
+    return synthetic_requests([(prompt, output)], [at])
 
 
 def test_a_step_costs_what_the_price_list_says() -> None:
@@ -307,21 +319,21 @@ def test_planning_ahead_hides_the_host_behind_the_device() -> None:
 
 
 def test_chunks_shorten_the_wait_of_others_and_lengthen_the_prompts_own() -> None:
-    work = synthetic_work([(8, 60), (1000, 1)], [0.0, 10.0])
+    work = synthetic_requests([(8, 60), (1000, 1)], [0.0, 10.0])
     cost = StepCost(base=1.0, per_token=0.01, per_context=0.0)
     whole, chunked = (simulate(SchedulerConfig(num_blocks=128, max_num_batched_tokens=budget), work, cost) for budget in (1024, 64))
     assert max(whole.inter_token_latencies()) > 11.0 > 2.0 > max(chunked.inter_token_latencies())
     assert whole.token_times["r1", 0] < chunked.token_times["r1", 0]
 
 
-def test_recorded_work_under_the_recorded_settings_makes_the_same_plans(tmp_path: Path) -> None:
+def test_recorded_requests_under_the_recorded_settings_makes_the_same_plans(tmp_path: Path) -> None:
     """With FCFS and everybody there at the start, only the model and the clock were exchanged."""
     path = tmp_path / "run.jsonl"
     config = SchedulerConfig(num_blocks=14, block_size=4, max_num_batched_tokens=16, max_model_len=48, enable_prefix_caching=False)
     record(config, [("add", (18, 12, 1, i % 2 == 0, 0, None)) for i in range(5)], path)
     trace = read(path)
     recorded = [e.plan for e in trace.events if isinstance(e, Planned) and e.plan is not None]
-    outcome = simulate(config, recorded_work(trace), FIXED)
+    outcome = simulate(config, recorded_requests(trace), FIXED)
     assert [step.plan for step in outcome.steps] == recorded
     assert outcome.num_preemptions > 0
 
@@ -333,11 +345,11 @@ def test_recorded_work_under_the_recorded_settings_makes_the_same_plans(tmp_path
 def test_under_any_settings_every_request_writes_its_recorded_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "run.jsonl"
     config = small_run(path)
-    work = recorded_work(read(path))
+    work = recorded_requests(read(path))
     outcome = simulate(dataclasses.replace(config, **changes), work, FIXED)
     for item in work:
         assert [len(outcome.token_times[item.new.request_id, i]) for i in range(item.new.params.n)] == [len(o) for o in item.outputs]
-    assert outcome.output_tokens == summarise(read(path)).num_tokens_kept
+    assert outcome.output_tokens == summarize(read(path)).num_tokens_kept
 
 
 def test_requests_that_shared_an_id_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
@@ -349,8 +361,8 @@ def test_requests_that_shared_an_id_one_after_the_other_are_told_apart(tmp_path:
             driver.step()
     driver.finish()
     trace = read(path)
-    assert summarise(trace).kinds == (3 + 3, 2 + 4, 0), "the second one's prompt is no recomputation"
-    work = recorded_work(trace)
+    assert summarize(trace).kinds == (3 + 3, 2 + 4, 0), "the second one's prompt is no recomputation"
+    work = recorded_requests(trace)
     assert [(w.new.request_id, len(w.outputs[0])) for w in work] == [("same", 3), ("same/1", 5)]
     assert simulate(trace.config, work, FIXED).output_tokens == 8
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.block_table import BlockTable
-from minivllm.core.request import NewRequest, Request, Sequence, State
+from minivllm.core.request import NewRequest, Request, Sequence, SequenceStatus
 from minivllm.core.waiting_queue import WaitingQueue
 from minivllm.sampling_params import SamplingParams
 
@@ -16,8 +16,8 @@ def waiting(arrival: int, priority: int = 0) -> Sequence:
 
 
 def end(queue: WaitingQueue, sequence: Sequence) -> None:
-    sequence.state = State.FINISHED
-    queue.count_out(sequence)
+    sequence.status = SequenceStatus.FINISHED
+    queue.discount(sequence)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))

@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bench import waste
 from minivllm.errors import InvalidInput
-from minivllm.planning.allocators import Allocator, BuddyAllocator, ContiguousAllocator, Job, PagedAllocator
-from minivllm.planning.laboratory import replay, sharegpt_like, with_system_prompt
+from minivllm.planning.allocator_replay import replay, sharegpt_like, with_system_prompt
+from minivllm.planning.allocators import Allocator, BuddyAllocator, ContiguousAllocator, PagedAllocator, RequestLengths
 
 LIMIT = 40
 MAKERS: dict[str, Callable[[], Allocator]] = {
@@ -28,18 +28,18 @@ PREFIX = {"a": 9, "b": 24, None: 0}  # tokens that jobs of a group have in commo
 
 
 @st.composite
-def job_lists(draw: st.DrawFn) -> list[Job]:
+def job_lists(draw: st.DrawFn) -> list[RequestLengths]:
     return [draw(any_job()) for _ in range(draw(st.integers(1, 12)))]
 
 
 @st.composite
-def any_job(draw: st.DrawFn) -> Job:
+def any_job(draw: st.DrawFn) -> RequestLengths:
     group = draw(st.sampled_from([None, "a", "b"]))
     prompt = draw(st.integers(PREFIX[group] + 1, LIMIT - 1))
-    return Job(prompt, draw(st.integers(1, LIMIT - prompt)), group, PREFIX[group])
+    return RequestLengths(prompt, draw(st.integers(1, LIMIT - prompt)), group, PREFIX[group])
 
 
-def distinct_tokens(allocator: Allocator, jobs: dict[int, Job]) -> int:
+def distinct_tokens(allocator: Allocator, jobs: dict[int, RequestLengths]) -> int:
     """What `used` means, by brute force: tokens that cannot be shared, and full blocks of each group's prefix once."""
     block = allocator.block_size if isinstance(allocator, PagedAllocator) and allocator.sharing else None
     places = set()
@@ -57,11 +57,11 @@ class AllocatorMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.allocator = type(self).maker()
-        self.jobs: dict[int, Job] = {}
+        self.jobs: dict[int, RequestLengths] = {}
         self.keys = 0
 
     @rule(job=any_job())
-    def admit(self, job: Job) -> None:
+    def admit(self, job: RequestLengths) -> None:
         need, reserved = self.allocator.need(job), self.allocator.reserved
         if self.allocator.try_admit(self.keys, job):
             assert self.allocator.reserved == reserved + need
@@ -111,21 +111,21 @@ def test_in_any_order_slots_are_owned_once_and_counted_right(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(MAKERS))
 @given(jobs=job_lists())
 @settings(max_examples=25, deadline=None)
-def test_every_job_is_served_and_nothing_stays_reserved(name: str, jobs: list[Job]) -> None:
+def test_every_job_is_served_and_nothing_stays_reserved(name: str, jobs: list[RequestLengths]) -> None:
     allocator = MAKERS[name]()
     run = replay(allocator, jobs)
     allocator.check()
     assert allocator.reserved == allocator.used == 0
-    steps_of_growth = sum(m.running for m in run.moments)
+    steps_of_growth = sum(m.running for m in run.steps)
     assert steps_of_growth == sum(job.output for job in jobs), "each running job gains one token in each step, lost ones included"
-    assert run.moments[-1].waiting == 0
+    assert run.steps[-1].waiting == 0
     if isinstance(allocator, ContiguousAllocator):
         assert run.preemptions == run.lost == 0
 
 
 @given(jobs=job_lists())
 @settings(max_examples=40, deadline=None)
-def test_paging_has_no_external_waste(jobs: list[Job]) -> None:
+def test_paging_has_no_external_waste(jobs: list[RequestLengths]) -> None:
     for name in ("paged1", "paged4", "shared4"):
         assert replay(MAKERS[name](), jobs).external == 0.0
 
@@ -133,27 +133,27 @@ def test_paging_has_no_external_waste(jobs: list[Job]) -> None:
 def test_holes_between_intervals_are_external_waste() -> None:
     allocator = ContiguousAllocator(10, limit=10, oracle=True)
     # Four slots each for a and b, two left. When a ends there are six free slots, but in pieces of four and two: c must wait.
-    run = replay(allocator, [Job(3, 1), Job(1, 3), Job(4, 1)])
-    assert [m.external for m in run.moments] == [0, 6, 6, 0]
-    assert [m.running for m in run.moments] == [2, 1, 1, 1]
+    run = replay(allocator, [RequestLengths(3, 1), RequestLengths(1, 3), RequestLengths(4, 1)])
+    assert [m.external for m in run.steps] == [0, 6, 6, 0]
+    assert [m.running for m in run.steps] == [2, 1, 1, 1]
 
 
 def test_a_buddy_doubles_in_place_if_it_can_and_moves_if_it_must() -> None:
     allocator = BuddyAllocator(16, smallest=4)
-    assert allocator.try_admit(0, Job(3, 10)) and allocator.places[0] == (0, 4)
+    assert allocator.try_admit(0, RequestLengths(3, 10)) and allocator.chunks[0] == (0, 4)
     assert allocator.try_grow(0) and allocator.try_grow(0)  # the fifth token: chunk (4, 4) above it is free
-    assert allocator.places[0] == (0, 8) and allocator.moved == 0
-    assert allocator.try_admit(1, Job(2, 10)) and allocator.places[1] == (8, 4)
+    assert allocator.chunks[0] == (0, 8) and allocator.moved == 0
+    assert allocator.try_admit(1, RequestLengths(2, 10)) and allocator.chunks[1] == (8, 4)
     allocator.release(0)
-    assert allocator.try_admit(2, Job(2, 10)) and allocator.places[2] == (12, 4)
+    assert allocator.try_admit(2, RequestLengths(2, 10)) and allocator.chunks[2] == (12, 4)
     assert all(allocator.try_grow(1) for _ in range(3))  # its buddy is taken: to (0, 8), four tokens carried along
-    assert allocator.places[1] == (0, 8) and allocator.moved == 4
+    assert allocator.chunks[1] == (0, 8) and allocator.moved == 4
     allocator.check()
 
 
 def test_a_shared_prefix_is_stored_once_and_freed_with_its_last_user() -> None:
     allocator = PagedAllocator(64, block_size=4, sharing=True)
-    job = Job(prompt=10, output=5, group="system", shared=9)  # blocks 0 and 1 are shared; the third is partly private
+    job = RequestLengths(prompt=10, output=5, group="system", shared=9)  # blocks 0 and 1 are shared; the third is partly private
     assert allocator.try_admit(0, job) and allocator.reserved == 12
     assert allocator.need(job) == 4
     assert allocator.try_admit(1, job) and allocator.reserved == 16
@@ -185,7 +185,7 @@ def test_sharing_a_system_prompt_lets_more_requests_run() -> None:
     jobs = with_system_prompt(sharegpt_like(60), 300)
     alone, shared = (replay(PagedAllocator(8192, 16, sharing=sharing), jobs) for sharing in (False, True))
     assert shared.mean("running") > 1.2 * alone.mean("running")
-    assert len(shared.moments) < len(alone.moments)
+    assert len(shared.steps) < len(alone.steps)
 
 
 def test_lengths_depend_on_the_seed_alone() -> None:
@@ -193,14 +193,14 @@ def test_lengths_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize(("make", "param"), [
-    (lambda: Job(0, 1), "prompt"),
-    (lambda: Job(4, 1, "a", 5), "shared"),
-    (lambda: Job(4, 1, None, 2), "shared"),
+    (lambda: RequestLengths(0, 1), "prompt"),
+    (lambda: RequestLengths(4, 1, "a", 5), "shared"),
+    (lambda: RequestLengths(4, 1, None, 2), "shared"),
     (lambda: ContiguousAllocator(10, 11), "limit"),
     (lambda: BuddyAllocator(100), "capacity"),
     (lambda: PagedAllocator(10, 11), "block_size"),
     (lambda: PagedAllocator(0, 1), "capacity"),
-    (lambda: replay(PagedAllocator(10, 4), [Job(8, 1)]), "jobs"),
+    (lambda: replay(PagedAllocator(10, 4), [RequestLengths(8, 1)]), "requests"),
 ])
 def test_what_can_never_fit_is_refused_by_name(make: Callable[[], object], param: str) -> None:
     with pytest.raises(InvalidInput) as error:

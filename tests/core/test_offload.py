@@ -50,8 +50,8 @@ def test_a_full_block_that_is_still_on_the_device_is_not_moved_back() -> None:
 
 def test_swapping_is_chosen_when_it_costs_less_than_computing_again() -> None:
     config = SchedulerConfig(num_blocks=10, block_size=16, swap_fixed_cost=20.0, swap_cost_per_token=0.25, kv_windows=(None, None))
-    assert not config.swap_pays(num_tokens=26, num_blocks=4)  # 20 + 0.25 * 32 slots = 28
-    assert config.swap_pays(num_tokens=29, num_blocks=4)
+    assert not config.swap_is_cheaper(num_tokens=26, num_blocks=4)  # 20 + 0.25 * 32 slots = 28
+    assert config.swap_is_cheaper(num_tokens=29, num_blocks=4)
     h = make(swap_fixed_cost=1e9)
     crowd(h)
     h.run()
@@ -79,7 +79,7 @@ def test_a_request_whose_blocks_are_still_on_their_way_out_does_not_come_back() 
     crowd(h)
     while h.scheduler.has_unfinished():
         h.step()
-        moving_out = {m.sequence.id for m in h.scheduler.host.moves.values() if m.sequence is not None}
+        moving_out = {m.sequence.id for m in h.scheduler.offload.moves.values() if m.sequence is not None}
         assert not moving_out & {s.id for s in h.scheduler.running}
     h.check_answers()
 
@@ -107,7 +107,7 @@ def test_evicted_prefix_blocks_come_back_from_host_memory() -> None:
     h.check_answers()
 
 
-def test_a_step_spills_at_most_half_of_the_free_blocks() -> None:
+def test_a_step_spills_at_most_half_of_the_free_list() -> None:
     h = make(NeverFinishes(), num_blocks=24, num_host_blocks=100)
     for i in range(4):
         h.add(prompt(20, 3 * i), greedy(4), f"r{i}")
@@ -143,7 +143,7 @@ def test_a_swapped_request_whose_moves_fail_is_computed_again(depth: int) -> Non
             pass
         if not h.plans[-1].moves_out:
             h.finish()
-    victims = {s.id for s in h.scheduler._roster.queue.sequences() if s.host_blocks}
+    victims = {s.id for s in h.scheduler.waiting if s.host_blocks}
     h.run()
     ended = {name for (name, _), answer in h.answers.items() if answer.finish_reason == "error"}
     assert ended and victims and not ended & victims
