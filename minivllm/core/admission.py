@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NoReturn
 
-from minivllm.core.request import NewRequest
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 
 POLICIES = ("fcfs", "priority")
@@ -38,6 +38,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0  # 0: only the budget limits a chunk
     policy: str = "fcfs"
     max_queue: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # of the model; they end every output that does not ignore them
     planning_depth: int = 0  # 1: plan a step while the one before runs
     num_host_blocks: int = 0  # host block 0, like device block 0, is never used; 0: no host memory
     # A sequence that must give way is computed again later, or its blocks go to host memory and come back: whichever costs less.
@@ -115,7 +116,7 @@ class Door:
             low, high = (middle, high) if most_blocks(config, middle) <= self._usable_blocks else (low, middle - 1)
         self._longest = low
 
-    def max_tokens_total(self, new: NewRequest) -> int:
+    def max_tokens_total(self, new: EngineRequest) -> int:
         """Prompt + output at most; `InvalidInput` if the request asks for more than can ever fit."""
         config, prompt, wanted = self._config, len(new.prompt_token_ids), new.params.max_tokens
         if prompt == 0:

@@ -18,32 +18,14 @@ first nothing; the scheduler asks no other question.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from minivllm.core.block_table import BlockTable
-from minivllm.sampling_params import SamplingParams
-
-FinishReason = Literal["stop", "length", "abort", "error"]
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
+from minivllm.outputs import FinishReason
 
 NO_ROW = -1
-
-
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """What the engine knows about a request when it arrives."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int  # 64 bits
-    arrival_time: float = 0.0
-    eos_token_ids: tuple[int, ...] = ()
-    priority: int = 0  # lower goes first, under the priority policy
-    cache_salt: str | None = None  # only requests with the same salt share blocks
-    adapter: str | None = None
-    needs_result_each_step: bool = False  # a grammar, drafts: nothing is planned past a token whose value is unknown
-    beam_search: bool = False  # after each token its sequences pause until `Scheduler.choose_beams`
 
 
 class Progress(NamedTuple):
@@ -79,10 +61,12 @@ def sequence_id(request_id: str, index: int, n: int) -> str:
 class Request:
     """A request under way: its sequences, and how many of its n are still to be forked."""
 
-    __slots__ = ("new", "next_index", "num_unforked", "order", "root", "sequences")
+    __slots__ = ("new", "next_index", "num_unforked", "order", "root", "seed", "sequences", "stop_rule")
 
-    def __init__(self, new: NewRequest, order: tuple[int, int], root: bytes) -> None:
+    def __init__(self, new: EngineRequest, seed: int, stop_rule: StopRule, order: tuple[int, int], root: bytes) -> None:
         self.new = new
+        self.seed = seed  # 64 bits
+        self.stop_rule = stop_rule
         self.order = order  # (priority or 0, arrival number)
         self.root = root  # parent digest of its first block
         self.sequences: list[Sequence] = []
@@ -151,8 +135,7 @@ class Sequence:
         self.max_tokens_total = max_tokens_total  # it ends with this many tokens
         # The last token is never computed: nothing is sampled after it. (With max_tokens = 0 the prompt itself is the work.)
         self.compute_limit = max(max_tokens_total - 1, self.num_prompt_tokens)
-        eos = () if new.params.ignore_eos else new.eos_token_ids
-        self.stop_ids = frozenset((*eos, *(new.params.stop_token_ids or ())))
+        self.stop_ids = request.stop_rule.stop_ids
 
         self.num_computed = 0
         self.num_planned = 0
@@ -170,7 +153,7 @@ class Sequence:
         self.host_blocks: list[list[int]] = []  # [G][blocks] while SWAPPED
         self.num_moves = 0  # moves out that it must wait for before it can come back
         self.must_readmit = False  # the worker's row is missing or wrong
-        self.waits_for_result = new.needs_result_each_step or new.beam_search
+        self.waits_for_result = new.params.structured_outputs is not None or new.beam_search
         self.paused = False  # a beam that has its token and waits for the choice
         wants_logprobs = new.params.prompt_logprobs is not None and index == 0
         self.logprobs_owed_from: int | None = 1 if wants_logprobs else None  # the first token has no predecessor

@@ -31,12 +31,14 @@ from minivllm.core.kv_manager import KVManager
 from minivllm.core.plan import BlockId, RowAdmission, StepPlan, StepResult, Stop
 from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
 from minivllm.core.prefix_cache import root_digest
-from minivllm.core.request import FinishReason, NewRequest, Progress, Request, Sequence, State, sequence_id
+from minivllm.core.request import Progress, Request, Sequence, State, sequence_id
 from minivllm.core.roster import Roster
-from minivllm.core.stopping import cut
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
+from minivllm.outputs import FinishReason
 
-__all__ = ["NewRequest", "Progress", "QueueFull", "Scheduler", "SchedulerConfig", "SchedulerStats", "sequence_id"]
+__all__ = ["Progress", "QueueFull", "Scheduler", "SchedulerConfig", "SchedulerStats", "sequence_id"]
 
 _NEVER = 1 << 62
 _new_progress = tuple.__new__  # Progress's own constructor costs twice as much, once per token
@@ -88,18 +90,24 @@ class Scheduler:
 
     # Requests come and go.
 
-    def add(self, new: NewRequest) -> None:
-        """Let a request in. `InvalidInput` if it can never be served, `QueueFull` if too many wait already."""
+    def add(self, new: EngineRequest, seed: int = 0) -> StopRule:
+        """Queue a request. Returns the rule that ends its outputs.
+
+        `seed`: 64 bits, drawn by the engine if the user gave none. Raises `InvalidInput` if the request can never be served, and
+        `QueueFull` if too many wait already.
+        """
         if new.request_id in self._roster.requests:
             raise InvalidInput(f"request id {new.request_id!r} is in use: choose another", "request_id")
         max_tokens_total = self._door.max_tokens_total(new)
         if self.config.max_queue is not None and len(self._roster.queue) >= self.config.max_queue:
             raise QueueFull(f"max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
         priority = new.priority if self.config.policy == "priority" else 0
-        request = Request(new, (priority, self._next_arrival), root_digest(new.adapter, new.cache_salt))
+        rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
+        request = Request(new, seed, rule, (priority, self._next_arrival), root_digest(new.adapter, new.cache_salt))
         self._next_arrival += 1
         self._roster.requests[new.request_id] = request
         self._roster.queue.push(self._roster.new_sequence(request, 0, list(new.prompt_token_ids), max_tokens_total))
+        return rule
 
     def abort(self, request_id: str) -> bool:
         """End a request and its children; False if there is no such request. Blocks are free once no launched plan names them."""
@@ -279,7 +287,7 @@ class Scheduler:
         new, owed = sequence.request.new, sequence.logprobs_owed_from
         return RowAdmission(
             row=sequence.row, request_id=sequence.id, token_ids=tuple(sequence.tokens), num_prompt_tokens=sequence.num_prompt_tokens,
-            block_ids=sequence.table.as_tuples(), params=new.params, seed=new.seed, child_index=sequence.index,
+            block_ids=sequence.table.as_tuples(), params=new.params, seed=sequence.request.seed, child_index=sequence.index,
             prompt_logprobs_from=owed if owed is not None and owed < sequence.num_prompt_tokens else None,
         )
 
@@ -457,7 +465,8 @@ class Scheduler:
         sequence.num_computed += count - num_drafts + accepted
         if sequence.logprobs_owed_from is not None:
             sequence.logprobs_owed_from = max(sequence.logprobs_owed_from, sequence.num_computed + 1)
-        kept, reason, stop_reason = cut(sequence, token_ids, stops.get(sample) if sample is not None else None)
+        stop = stops.get(sample) if sample is not None else None
+        kept, reason, stop_reason = sequence.request.stop_rule.cut(sequence.num_outputs, token_ids, stop)
         sequence.tokens.extend(kept)
         if num_drafts:  # rejected drafts are simply not confirmed
             sequence.num_planned, sequence.num_known, sequence.drafts = sequence.num_computed, len(sequence.tokens), ()

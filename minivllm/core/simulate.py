@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.core.request import NewRequest, sequence_id
+from minivllm.core.request import sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import Arrival, Beams, Planned, Trace, Updated, replay
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 
@@ -102,8 +103,9 @@ def _least_squares(samples: Sequence[tuple[list[float], float]]) -> list[float] 
 class Work(NamedTuple):
     """One request whose answer is known."""
 
-    new: NewRequest  # arrival_time says when it comes
+    new: EngineRequest  # arrival_time says when it comes
     outputs: tuple[tuple[int, ...], ...]  # [n] tokens that each child writes
+    seed: int = 0
 
 
 def recorded_work(trace: Trace) -> list[Work]:
@@ -113,7 +115,7 @@ def recorded_work(trace: Trace) -> list[Work]:
     An id that was used again is told apart by a suffix: under other settings the two may run at the same time.
     """
     outputs: list[dict[int, list[int]]] = []  # by arrival: child -> tokens
-    arrivals: list[NewRequest] = []
+    arrivals: list[tuple[EngineRequest, int]] = []
     bearer: dict[str, int] = {}  # request id -> its latest arrival
     beam_searches: set[int] = set()
     for step in replay(trace):
@@ -124,17 +126,17 @@ def recorded_work(trace: Trace) -> list[Work]:
             if new.request_id in bearer:
                 new = dataclasses.replace(new, request_id=f"{new.request_id}/{len(arrivals)}")
             bearer[step.event.new.request_id] = len(arrivals)
-            arrivals.append(new)
+            arrivals.append((new, step.event.seed))
             outputs.append({})
         elif isinstance(step.event, Beams):
             beam_searches.add(bearer[step.event.request_id])
         for p in step.progress:
             outputs[bearer[p.request_id]].setdefault(p.index, []).extend(p.token_ids)
     work = []
-    for number, (new, got) in enumerate(zip(arrivals, outputs, strict=True)):
+    for number, ((new, seed), got) in enumerate(zip(arrivals, outputs, strict=True)):
         children = tuple(tuple(got.get(i, ())) for i in range(new.params.n))
         if all(children) and number not in beam_searches:
-            work.append(Work(new, children))
+            work.append(Work(new, children, seed))
     return work
 
 
@@ -143,9 +145,9 @@ def synthetic_work(lengths: Iterable[tuple[int, int]], arrival_times: Iterable[f
     work, token = [], 0
     for i, ((prompt, output), arrival) in enumerate(zip(lengths, arrival_times, strict=True)):
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        new = NewRequest(f"r{i}", tuple(range(token, token + prompt)), params, seed=i, arrival_time=arrival)
+        new = EngineRequest(f"r{i}", tuple(range(token, token + prompt)), params, arrival_time=arrival)
         token += prompt
-        work.append(Work(new, (tuple(range(token, token + output)),)))
+        work.append(Work(new, (tuple(range(token, token + output)),), seed=i))
         token += output
     return work
 
@@ -216,9 +218,9 @@ def simulate(config: SchedulerConfig, work: Iterable[Work], cost: StepCost) -> O
     cached: dict[tuple[str, int], int] = {}
     while True:
         while coming and coming[0].new.arrival_time <= now:
-            new, outputs = coming.popleft()
+            new, outputs, seed = coming.popleft()
             try:
-                scheduler.add(new)
+                scheduler.add(new, seed)
             except InvalidInput:
                 refused.append(new.request_id)
                 continue

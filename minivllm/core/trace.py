@@ -1,7 +1,7 @@
 """A trace: everything that went into a scheduler and every plan that came out, one JSON object a line.
 
-    {"event":"config","version":1,"scheduler":{...},"about":{...}}        first, once
-    {"event":"arrival","new":{...}}                                       what the scheduler was asked, in the order it was asked:
+    {"event":"config","version":2,"scheduler":{...},"about":{...}}        first, once
+    {"event":"arrival","new":{...},"seed":7}                              what the scheduler was asked, in the order it was asked:
     {"event":"plan","now":12.25,"plan":{...}}                             its answer; null if there was nothing to plan
     {"event":"update","now":12.31,"result":{...},"stops":[[0,{...}]]}     what the model produced, where the detokenizer stopped
     {"event":"abort","request_id":"r7"}
@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.core.plan import BlockCopy, BlockMove, RowAdmission, StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import NewRequest, Progress
+from minivllm.core.request import Progress
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-VERSION = 1
+VERSION = 2
 
 # -- lines -----------------------------------------------------------------------------------------------------------------
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (
-    SchedulerConfig, NewRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
+    SchedulerConfig, EngineRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
     TokenLogprobs, Stop)}
 _DEFAULTS = {name: {f.name: f.default for f in dataclasses.fields(c)} for name, c in _CLASSES.items()}
 
@@ -65,7 +67,8 @@ _decode = json.JSONDecoder(object_hook=_from_object).decode
 class Arrival(NamedTuple):
     """`Scheduler.add`."""
 
-    new: NewRequest
+    new: EngineRequest
+    seed: int
 
 
 class Abort(NamedTuple):
@@ -123,8 +126,8 @@ class TraceWriter:
     def _line(self, **line: Any) -> None:
         self._file.write(_encode(line) + "\n")
 
-    def arrival(self, new: NewRequest) -> None:
-        self._line(event="arrival", new=new)
+    def arrival(self, new: EngineRequest, seed: int) -> None:
+        self._line(event="arrival", new=new, seed=seed)
 
     def abort(self, request_id: str) -> None:
         self._line(event="abort", request_id=request_id)
@@ -157,9 +160,10 @@ class RecordingScheduler(Scheduler):
         super().__init__(config)
         self.writer = writer
 
-    def add(self, new: NewRequest) -> None:
-        super().add(new)  # what is refused at the door leaves no trace
-        self.writer.arrival(new)
+    def add(self, new: EngineRequest, seed: int = 0) -> StopRule:
+        rule = super().add(new, seed)  # a refused request leaves no trace
+        self.writer.arrival(new, seed)
+        return rule
 
     def abort(self, request_id: str) -> bool:
         self.writer.abort(request_id)
@@ -255,7 +259,7 @@ def _updated(line: dict[str, Any], plans: dict[int, StepPlan]) -> Updated:
 
 
 _EVENTS: dict[str, Callable[[dict[str, Any], dict[int, StepPlan]], Event]] = {
-    "arrival": lambda line, plans: Arrival(line["new"]),
+    "arrival": lambda line, plans: Arrival(line["new"], line["seed"]),
     "abort": lambda line, plans: Abort(line["request_id"]),
     "reset": lambda line, plans: Reset(),
     "readmit": lambda line, plans: Readmit(),
@@ -296,8 +300,8 @@ def replay(trace: Trace) -> Iterator[Replayed]:
         progress: list[Progress] = []
         mismatch = None
         match event:
-            case Arrival(new):
-                scheduler.add(new)
+            case Arrival(new, seed):
+                scheduler.add(new, seed)
             case Abort(request_id):
                 scheduler.abort(request_id)
             case Reset():
