@@ -18,7 +18,8 @@ import time
 from collections import deque
 
 from minivllm.core.plan import StepPlan, StepResult
-from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig
+from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -32,13 +33,14 @@ class Bench:
         blocks_each = (history + room) // BLOCK_SIZE + 1
         self.scheduler = Scheduler(SchedulerConfig(
             num_blocks=num_requests * blocks_each + 1, block_size=BLOCK_SIZE, max_num_seqs=num_requests,
-            max_num_batched_tokens=num_requests * (history + BLOCK_SIZE), max_model_len=history + room, planning_depth=depth))
+            max_num_batched_tokens=num_requests * (history + BLOCK_SIZE), max_model_len=history + room, planning_depth=depth,
+            eos_token_ids=(1,)))
         self.num_decoding = 0
         self.in_flight: deque[StepPlan] = deque()
         params = SamplingParams(max_tokens=None)
         for i in range(num_requests):  # no two prompts share a block
             prompt = (i, *range(history - 1 + i % BLOCK_SIZE))
-            self.scheduler.add(NewRequest(f"request-{i}", prompt, params, seed=i, eos_token_ids=(1,)))
+            self.scheduler.add(EngineRequest(f"request-{i}", prompt, params), seed=i)
         while self.scheduler.stats().num_waiting:
             self.step()
         for _ in range(BLOCK_SIZE + 2):

@@ -30,16 +30,18 @@ LAYERS = (*PARAMETERS, "layers")
 MODELS = (*LAYERS, "models")
 CHOICE = (*MODELS, "sampling", "speculative")
 WORKER = (*CHOICE, "worker")
-ENGINE = (*WORKER, "outputs", "core", "engine")
-DOOR = (*INPUT, "outputs", "core.plan", "core.admission", "engine")  # what the server may know: the engine's door
+ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "engine")
+DOOR = (*INPUT, "outputs", "engine_request", "core.plan", "core.admission", "engine")  # what the server may know: the engine's door
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "sampling_params": ("errors",),
     "config": ("errors",),
     "families": ("errors",),
     "outputs": ("core.plan",),
+    "engine_request": ("sampling_params",),
+    "splitmix64": (),
     # the control plane
-    "core": (*INPUT, "outputs"),
+    "core": (*INPUT, "outputs", "engine_request"),
     "planning": (*INPUT, "planning"),
     # the data plane, each step of the stair sees the ones below it
     "kernels": BRIDGE,
@@ -48,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lora": PARALLEL,
     "layers": PARAMETERS,
     "models": LAYERS,
-    "sampling": MODELS,
+    "sampling": (*MODELS, "splitmix64"),
     "speculative": MODELS,
     "worker": CHOICE,
     # both planes meet
@@ -74,7 +76,8 @@ CONFINED = {
     "uvicorn": "minivllm.server",
     "llguidance": "minivllm.engine.grammar",
 }
-STANDARD_LIBRARY_ONLY = ("errors", "sampling_params", "config", "families", "outputs", "core", "planning")
+STANDARD_LIBRARY_ONLY = (
+    "errors", "sampling_params", "config", "families", "outputs", "engine_request", "splitmix64", "core", "planning")
 OUTSIDE = ("lessons", "notebooks", "bench", "tests")  # they import the package, never the other way round
 
 

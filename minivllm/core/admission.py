@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NoReturn
 
 from minivllm.core.block_math import longest_sequence, max_blocks_held
-from minivllm.core.request import NewRequest
 from minivllm.core.scheduler_config import SchedulerConfig
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 
 
@@ -27,7 +27,7 @@ class AdmissionControl:
         self._config = config
         self._longest = longest_sequence(config.num_blocks, config.max_model_len, config.block_size, config.kv_windows, config.max_chunk)
 
-    def max_tokens_total(self, new: NewRequest) -> int:
+    def max_tokens_total(self, new: EngineRequest) -> int:
         """Most tokens of prompt and output together. Raises `InvalidInput` if the request asks for more than can ever fit."""
         config, prompt, wanted = self._config, len(new.prompt_token_ids), new.params.max_tokens
         if prompt == 0:

@@ -18,31 +18,14 @@ that token is being sampled. The scheduler needs no other distinction.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.block_table import BlockTable
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import FinishReason
-from minivllm.sampling_params import SamplingParams
 
 NO_ROW = -1
-
-
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """What the engine knows about a request when it arrives."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int  # 64 bits
-    arrival_time: float = 0.0
-    eos_token_ids: tuple[int, ...] = ()
-    priority: int = 0  # lower goes first, under the priority policy
-    cache_salt: str | None = None  # only requests with the same salt share blocks
-    adapter: str | None = None
-    needs_result_each_step: bool = False  # a grammar, drafts: nothing is planned past a token whose value is unknown
-    beam_search: bool = False  # after each token its sequences pause until `Scheduler.choose_beams`
 
 
 class SequenceUpdate(NamedTuple):
@@ -78,10 +61,12 @@ def sequence_id(request_id: str, index: int, n: int) -> str:
 class Request:
     """An unfinished request: its sequences, and how many of its n children are not forked yet."""
 
-    __slots__ = ("new", "next_index", "num_unforked", "order", "root_hash", "sequences")
+    __slots__ = ("new", "next_index", "num_unforked", "order", "root_hash", "seed", "sequences", "stop_rule")
 
-    def __init__(self, new: NewRequest, order: tuple[int, int], root_hash: bytes) -> None:
+    def __init__(self, new: EngineRequest, seed: int, stop_rule: StopRule, order: tuple[int, int], root_hash: bytes) -> None:
         self.new = new
+        self.seed = seed  # 64 bits
+        self.stop_rule = stop_rule
         self.order = order  # (priority or 0, arrival number)
         self.root_hash = root_hash  # parent hash of its first block
         self.sequences: list[Sequence] = []
@@ -150,8 +135,7 @@ class Sequence:
         self.max_tokens_total = max_tokens_total  # at this number of tokens it finishes
         # The last token is never computed, since nothing is sampled after it. With max_tokens = 0 the whole prompt is computed.
         self.compute_limit = max(max_tokens_total - 1, self.num_prompt_tokens)
-        eos = () if new.params.ignore_eos else new.eos_token_ids
-        self.stop_ids = frozenset((*eos, *(new.params.stop_token_ids or ())))
+        self.stop_ids = request.stop_rule.stop_ids
 
         self.num_computed = 0
         self.num_planned = 0
@@ -169,7 +153,7 @@ class Sequence:
         self.host_blocks: list[list[int]] = []  # [G][blocks] while SWAPPED
         self.num_moves_out = 0  # pending moves out: it resumes after the last one
         self.must_readmit = False  # the worker's row is missing or wrong: the next plan carries the whole row
-        self.waits_for_result = new.needs_result_each_step or new.beam_search
+        self.waits_for_result = new.params.structured_outputs is not None or new.beam_search
         self.paused = False  # a beam that has its token and waits for `choose_beams`
         wants_logprobs = new.params.prompt_logprobs is not None and index == 0
         # First prompt position whose logprobs are not returned yet; None: none are wanted. Position 0 has no predecessor, thus no logprob.

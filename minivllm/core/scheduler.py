@@ -32,14 +32,16 @@ from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.core.plan_builder import LaunchedPlan
 from minivllm.core.preemption import preempt_paused_beam
 from minivllm.core.prefix_cache import root_hash
-from minivllm.core.request import NewRequest, Request, Sequence, SequenceUpdate, sequence_id
+from minivllm.core.request import Request, Sequence, SequenceUpdate, sequence_id
 from minivllm.core.scheduler_config import SchedulerConfig
 from minivllm.core.scheduler_state import SchedulerState
 from minivllm.core.step_planner import launch_plan, plan_step
 from minivllm.core.step_result import confirm_step, fail_step, release_plan
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 
-__all__ = ["NewRequest", "QueueFull", "Scheduler", "SchedulerConfig", "SchedulerStats", "SequenceUpdate", "sequence_id"]
+__all__ = ["QueueFull", "Scheduler", "SchedulerConfig", "SchedulerStats", "SequenceUpdate", "sequence_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,12 @@ class Scheduler:
 
     # Requests.
 
-    def add(self, new: NewRequest) -> None:
-        """Queue a request. Raises `InvalidInput` if it can never be served, and `QueueFull` if too many requests wait."""
+    def add(self, new: EngineRequest, seed: int = 0) -> StopRule:
+        """Queue a request. Returns the rule that ends its outputs.
+
+        `seed`: 64 bits, drawn by the engine if the user gave none. Raises `InvalidInput` if the request can never be served, and
+        `QueueFull` if too many requests wait.
+        """
         state = self._state
         if new.request_id in state.requests:
             raise InvalidInput(f"request id {new.request_id!r} is in use: choose another", "request_id")
@@ -95,10 +101,12 @@ class Scheduler:
         if self.config.max_queue is not None and len(state.waiting) >= self.config.max_queue:
             raise QueueFull(f"max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
         priority = new.priority if self.config.policy == "priority" else 0
-        request = Request(new, (priority, state.next_arrival), root_hash(new.adapter, new.cache_salt))
+        rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
+        request = Request(new, seed, rule, (priority, state.next_arrival), root_hash(new.adapter, new.cache_salt))
         state.next_arrival += 1
         state.requests[new.request_id] = request
         state.waiting.push(state.new_sequence(request, 0, list(new.prompt_token_ids), max_tokens_total))
+        return rule
 
     def abort(self, request_id: str) -> bool:
         """Finish a request and its children. False if the id is unknown. Blocks become free when no launched plan includes them."""

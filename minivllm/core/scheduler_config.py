@@ -23,6 +23,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0  # most tokens in one chunk; 0: only the token budget limits a chunk
     policy: str = "fcfs"
     max_queue: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # of the model; they end every output that does not ignore them
     planning_depth: int = 0  # 1: asynchronous scheduling, which plans a step while the previous one runs
     num_host_blocks: int = 0  # including host block 0, which is never used; 0: no CPU KV offload
     # A preempted sequence is either recomputed or swapped out to host memory and back, whichever costs less. The unit of cost is

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.core.request import NewRequest, sequence_id
+from minivllm.core.request import sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import Arrival, BeamsChosen, Planned, Trace, Updated, replay
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 
@@ -104,8 +105,9 @@ def _least_squares(samples: Sequence[tuple[list[float], float]]) -> list[float] 
 class SimulatedRequest(NamedTuple):
     """A request whose output is known."""
 
-    new: NewRequest
+    new: EngineRequest
     outputs: tuple[tuple[int, ...], ...]  # [n] output tokens of each child
+    seed: int = 0
 
 
 def recorded_requests(trace: Trace) -> list[SimulatedRequest]:
@@ -116,7 +118,7 @@ def recorded_requests(trace: Trace) -> list[SimulatedRequest]:
     at the same time.
     """
     outputs: list[dict[int, list[int]]] = []  # by arrival: child -> tokens
-    arrivals: list[NewRequest] = []
+    arrivals: list[tuple[EngineRequest, int]] = []
     latest: dict[str, int] = {}  # request id -> index of its latest arrival
     beam_searches: set[int] = set()
     for step in replay(trace):
@@ -127,17 +129,17 @@ def recorded_requests(trace: Trace) -> list[SimulatedRequest]:
             if new.request_id in latest:
                 new = dataclasses.replace(new, request_id=f"{new.request_id}/{len(arrivals)}")
             latest[step.event.new.request_id] = len(arrivals)
-            arrivals.append(new)
+            arrivals.append((new, step.event.seed))
             outputs.append({})
         elif isinstance(step.event, BeamsChosen):
             beam_searches.add(latest[step.event.request_id])
         for update in step.updates:
             outputs[latest[update.request_id]].setdefault(update.index, []).extend(update.token_ids)
     requests = []
-    for number, (new, got) in enumerate(zip(arrivals, outputs, strict=True)):
+    for number, ((new, seed), got) in enumerate(zip(arrivals, outputs, strict=True)):
         children = tuple(tuple(got.get(i, ())) for i in range(new.params.n))
         if all(children) and number not in beam_searches:
-            requests.append(SimulatedRequest(new, children))
+            requests.append(SimulatedRequest(new, children, seed))
     return requests
 
 
@@ -146,9 +148,9 @@ def synthetic_requests(lengths: Iterable[tuple[int, int]], arrival_times: Iterab
     requests, token = [], 0
     for i, ((prompt, output), arrival) in enumerate(zip(lengths, arrival_times, strict=True)):
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        new = NewRequest(f"r{i}", tuple(range(token, token + prompt)), params, seed=i, arrival_time=arrival)
+        new = EngineRequest(f"r{i}", tuple(range(token, token + prompt)), params, arrival_time=arrival)
         token += prompt
-        requests.append(SimulatedRequest(new, (tuple(range(token, token + output)),)))
+        requests.append(SimulatedRequest(new, (tuple(range(token, token + output)),), seed=i))
         token += output
     return requests
 
@@ -219,9 +221,9 @@ def simulate(config: SchedulerConfig, requests: Iterable[SimulatedRequest], cost
     cached: dict[tuple[str, int], int] = {}
     while True:
         while coming and coming[0].new.arrival_time <= now:
-            new, outputs = coming.popleft()
+            new, outputs, seed = coming.popleft()
             try:
-                scheduler.add(new)
+                scheduler.add(new, seed)
             except InvalidInput:
                 refused.append(new.request_id)
                 continue

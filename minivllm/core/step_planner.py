@@ -163,7 +163,7 @@ def _row_admission(sequence: Sequence) -> RowAdmission:
     new, logprobs_from = sequence.request.new, sequence.prompt_logprobs_from
     return RowAdmission(
         row=sequence.row, request_id=sequence.id, token_ids=tuple(sequence.tokens), num_prompt_tokens=sequence.num_prompt_tokens,
-        block_ids=sequence.table.as_tuples(), params=new.params, seed=new.seed, child_index=sequence.index,
+        block_ids=sequence.table.as_tuples(), params=new.params, seed=sequence.request.seed, child_index=sequence.index,
         prompt_logprobs_from=logprobs_from if logprobs_from is not None and logprobs_from < sequence.num_prompt_tokens else None,
     )
 

@@ -10,7 +10,6 @@ from minivllm.core.plan import StepResult, Stop
 from minivllm.core.plan_builder import LaunchedPlan
 from minivllm.core.request import Sequence, SequenceStatus, SequenceUpdate
 from minivllm.core.scheduler_state import SchedulerState
-from minivllm.core.stopping import cut
 from minivllm.outputs import FinishReason
 
 _NEVER = 1 << 62
@@ -65,7 +64,8 @@ def _confirm(
     sequence.num_computed += count - num_drafts + accepted
     if sequence.prompt_logprobs_from is not None:
         sequence.prompt_logprobs_from = max(sequence.prompt_logprobs_from, sequence.num_computed + 1)
-    kept, reason, stop_reason = cut(sequence, token_ids, stops.get(sample) if sample is not None else None)
+    stop = stops.get(sample) if sample is not None else None
+    kept, reason, stop_reason = sequence.request.stop_rule.cut(sequence.num_outputs, token_ids, stop)
     sequence.tokens.extend(kept)
     if num_drafts:  # rejected drafts are no longer planned
         sequence.num_planned, sequence.num_known, sequence.drafts = sequence.num_computed, len(sequence.tokens), ()

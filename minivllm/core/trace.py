@@ -1,6 +1,6 @@
 """A trace: every call of a scheduler and every plan that it returned, as a file with one JSON object per line.
 
-    {"event":"config","version":1,"scheduler":{...},"about":{...}}        the first line
+    {"event":"config","version":2,"scheduler":{...},"about":{...}}        the first line
     {"event":"arrival","new":{...}}                                       a call of `add`; the other lines are in the order of the calls
     {"event":"plan","now":12.25,"plan":{...}}                             `schedule`, and its plan: null if there was nothing to plan
     {"event":"update","now":12.31,"result":{...},"stops":[[0,{...}]]}     `update`, with the model's result and the detokenizer's stops
@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.core.plan import BlockCopy, BlockMove, RowAdmission, StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import NewRequest, SequenceUpdate
+from minivllm.core.request import SequenceUpdate
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-VERSION = 1
+VERSION = 2
 
 # -- JSON lines ------------------------------------------------------------------------------------------------------------
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (
-    SchedulerConfig, NewRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
+    SchedulerConfig, EngineRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
     TokenLogprobs, Stop)}
 _DEFAULTS = {name: {f.name: f.default for f in dataclasses.fields(c)} for name, c in _CLASSES.items()}
 
@@ -65,7 +67,8 @@ _decode = json.JSONDecoder(object_hook=_from_object).decode
 class Arrival(NamedTuple):
     """A call of `Scheduler.add`."""
 
-    new: NewRequest
+    new: EngineRequest
+    seed: int
 
 
 class Aborted(NamedTuple):
@@ -123,8 +126,8 @@ class TraceWriter:
     def _line(self, **line: Any) -> None:
         self._file.write(_encode(line) + "\n")
 
-    def arrival(self, new: NewRequest) -> None:
-        self._line(event="arrival", new=new)
+    def arrival(self, new: EngineRequest, seed: int) -> None:
+        self._line(event="arrival", new=new, seed=seed)
 
     def abort(self, request_id: str) -> None:
         self._line(event="abort", request_id=request_id)
@@ -157,9 +160,10 @@ class RecordingScheduler(Scheduler):
         super().__init__(config)
         self.writer = writer
 
-    def add(self, new: NewRequest) -> None:
-        super().add(new)  # first: a refused request is not recorded
-        self.writer.arrival(new)
+    def add(self, new: EngineRequest, seed: int = 0) -> StopRule:
+        rule = super().add(new, seed)  # first: a refused request is not recorded
+        self.writer.arrival(new, seed)
+        return rule
 
     def abort(self, request_id: str) -> bool:
         self.writer.abort(request_id)
@@ -255,7 +259,7 @@ def _updated(line: dict[str, Any], plans: dict[int, StepPlan]) -> Updated:
 
 
 _EVENTS: dict[str, Callable[[dict[str, Any], dict[int, StepPlan]], TraceEvent]] = {
-    "arrival": lambda line, plans: Arrival(line["new"]),
+    "arrival": lambda line, plans: Arrival(line["new"], line["seed"]),
     "abort": lambda line, plans: Aborted(line["request_id"]),
     "reset": lambda line, plans: CacheReset(),
     "readmit": lambda line, plans: Readmitted(),
@@ -296,8 +300,8 @@ def replay(trace: Trace) -> Iterator[Replayed]:
         updates: list[SequenceUpdate] = []
         mismatch = None
         match event:
-            case Arrival(new):
-                scheduler.add(new)
+            case Arrival(new, seed):
+                scheduler.add(new, seed)
             case Aborted(request_id):
                 scheduler.abort(request_id)
             case CacheReset():

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.plan import NULL_BLOCK, BlockId, StepPlan
-from minivllm.core.request import NewRequest, Sequence, SequenceStatus, sequence_id
+from minivllm.core.request import Sequence, SequenceStatus, sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerStats
 from minivllm.core.trace import Arrival, Mismatch, Planned, Trace, Updated, replay
+from minivllm.engine_request import EngineRequest
 
 
 class TokenKinds(NamedTuple):
@@ -34,7 +35,7 @@ class KindCounter:
         self._num_prompt: dict[str, int] = {}
         self._reached: dict[str, int] = {}
 
-    def arrive(self, new: NewRequest) -> None:
+    def arrive(self, new: EngineRequest) -> None:
         """A request arrives. An earlier request may have had the same id, and is forgotten."""
         for index in range(new.params.n):
             self._reached.pop(sequence_id(new.request_id, index, new.params.n), None)
@@ -131,7 +132,7 @@ def summarize(trace: Trace) -> Summary:
     mismatch = None
     for step in replay(trace):
         match step.event:
-            case Arrival(new):
+            case Arrival(new, _):
                 requests += 1
                 counter.arrive(new)
             case Planned(now, plan) if plan is not None and step.mismatch is None:

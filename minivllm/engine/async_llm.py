@@ -14,8 +14,8 @@ from typing import Any
 
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
-from minivllm.engine.client import AddRequest, EngineClient, start_client
-from minivllm.engine.prompts import Prompt, read_prompt
+from minivllm.engine.client import EngineClient, start_client
+from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -36,10 +36,9 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The output so far, each time it grows. Leaving the loop early aborts the request."""
         params = sampling_params or self.get_default_sampling_params()
-        text, ids, salt = read_prompt(prompt, self.tokenizer)
         name = request_id if request_id is not None else f"async-{next(self._names)}"
-        builder = OutputBuilder(name, text, list(ids), params, self.tokenizer)
-        request = AddRequest(request_id=name, prompt_token_ids=ids, params=params, priority=priority, cache_salt=salt)
+        text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority)
+        builder = OutputBuilder(name, text, list(request.prompt_token_ids), params, self.tokenizer)
         async with aclosing(self.client.generate(request)) as stream:
             async for deltas in stream:
                 for delta in deltas:

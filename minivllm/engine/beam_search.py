@@ -190,7 +190,7 @@ def beam_search(
 
 def _start(engine: LLMEngine, search: _Search, asked: SamplingParams, others_run: bool) -> bool:
     try:
-        engine.add_request(search.request_id, search.prompt, asked, cache_salt=search.cache_salt, beams=True)
+        engine.add_request(search.request_id, search.prompt, asked, cache_salt=search.cache_salt, beam_search=True)
     except QueueFull:
         if others_run:
             return False  # steps will make room

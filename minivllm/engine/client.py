@@ -14,19 +14,15 @@ import contextlib
 import itertools
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from minivllm.config import EngineConfig
 from minivllm.engine.loop import (
     Abort,
-    Add,
-    AddRequest,
     Answer,
     Command,
     Dead,
@@ -42,13 +38,14 @@ from minivllm.engine.loop import (
 )
 from minivllm.engine.metrics import EngineMetrics, EngineStats
 from minivllm.engine.watch import EngineView
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine
 
-__all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ThreadClient", "start_client"]
+__all__ = ["EngineClient", "EngineInfo", "EngineStats", "ThreadClient", "start_client"]
 
 
 Shortcut = Callable[[list[OutputDelta]], bool]
@@ -120,11 +117,8 @@ class EngineClient(ABC):
         assert self._metrics is not None, "a client is handed out only after the engine has started"
         return self._metrics
 
-    def add(self, request: AddRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         """Hand a request to the engine. Must be called on the event loop that will read its `outputs`."""
-        if request.arrival_time is None:
-            request = replace(request, arrival_time=time.monotonic())
-        assert request.arrival_time is not None
         stream = _Stream(request.params.n)
         with self._lock:
             self._check_alive()
@@ -134,7 +128,7 @@ class EngineClient(ABC):
             self.metrics.added(
                 request.request_id, request.arrival_time, len(request.prompt_token_ids), request.params.n,
             )
-        self._send(Add(request))
+        self._send(request)
 
     def abort(self, request_id: str) -> None:
         """End a request, all its children; its stream ends with finish reason "abort". Unknown ids are ignored."""
@@ -174,7 +168,7 @@ class EngineClient(ABC):
             if stream.open_children and stream.error is None:
                 self.abort(request_id)
 
-    async def generate(self, request: AddRequest, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
+    async def generate(self, request: EngineRequest, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
         """`add`, then `outputs`; closing the generator (a client that went away) aborts the request."""
         self.add(request)
         async with contextlib.aclosing(self.outputs(request.request_id, shortcut)) as stream:

@@ -127,6 +127,7 @@ def _scheduler(config: EngineConfig, worker: Worker, info: EngineInfo) -> Schedu
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
         max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=worker.num_host_blocks,
+        eos_token_ids=info.eos_token_ids,
     )
     if config.trace is None:
         return Scheduler(scheduling)

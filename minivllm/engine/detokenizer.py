@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.core.stopping import StopRule
 from minivllm.engine.tokenizer import TextStream, Tokenizer
 from minivllm.outputs import FinishReason
 from minivllm.sampling_params import SamplingParams
@@ -67,7 +68,7 @@ class _Sequence:
     """One sequence's text. `_text` is certain UTF-8 not handed out yet; its last `partial` characters are held back."""
 
     def __init__(
-        self, stream: TextStream, params: SamplingParams, ending: frozenset[int], max_tokens: int, first_step: int,
+        self, stream: TextStream, params: SamplingParams, rule: StopRule, first_step: int,
     ) -> None:
         self.first_step = first_step
         self._stream = stream
@@ -75,32 +76,23 @@ class _Sequence:
         self._has_stops = bool(params.stop)
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
-        self._ending = ending
-        self._max_tokens = max_tokens
+        self._rule = rule
         self._num_tokens = 0
         self._text = ""
-        self._ended = False
 
     def push(self, tokens: Sequence[int]) -> Stop | None:
         """Feed sampled tokens, up to the one that ends the sequence. A `Stop` if that was a stop string."""
-        for i, token in enumerate(tokens):
-            if self._ended or self._num_tokens == self._max_tokens:
-                break  # drafts accepted past the end; the scheduler cuts at the same place
+        count, reason = self._rule.end(self._num_tokens, tokens)
+        shown = count - 1 if reason == "stop" and not self._include_stop else count  # EOS or a stop token is not text
+        for i, token in enumerate(tokens[:shown]):
             self._num_tokens += 1
-            ends = token in self._ending and self._num_tokens > self._min_tokens
-            if ends and not self._include_stop:
-                self._ended = True  # EOS or a stop token: it counts as a token but is not text
-                break
             text = self._stream.push(token)
             if not self._has_stops:
                 self._text += text
-                self._ended = ends
                 continue
             matched = self._search(text)
             if matched is not None:
-                self._ended = True
                 return Stop(keep=i + 1, matched=matched)
-            self._ended = ends
         return None
 
     def _search(self, new: str) -> str | None:
@@ -141,23 +133,21 @@ class _Nothing:
 class Detokenizer:
     """The text of every running sequence. Without a tokenizer it knows no sequence and finds no stop."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._eos = frozenset(eos_token_ids)
         self._sequences: dict[str, _Sequence] = {}
 
     def add(
-        self, sequence_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, max_tokens: int, first_step: int = 0,
+        self, sequence_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, rule: StopRule, first_step: int = 0,
     ) -> None:
-        """Start a sequence that may get at most `max_tokens` tokens, from plan `first_step` on.
+        """Start a sequence that gets tokens from plan `first_step` on, up to the end that `rule` sets.
 
         (An earlier plan that is still under way may name an earlier sequence of the same id.)
         """
         if self._tokenizer is None or not params.detokenize:
             return
-        ending = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
         stream = self._tokenizer.stream(prompt_token_ids, params.skip_special_tokens)
-        self._sequences[sequence_id] = _Sequence(stream, params, ending, max_tokens, first_step)
+        self._sequences[sequence_id] = _Sequence(stream, params, rule, first_step)
 
     def scan(self, plan: StepPlan, result: StepResult, ended: Mapping[int, Stop] = NO_STOPS) -> Mapping[int, Stop]:
         """Stops by sample index. A sequence that has ended since the plan was made is not known any more and is skipped.

@@ -13,25 +13,28 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
-from minivllm.core.request import NewRequest, SequenceUpdate, sequence_id
+from minivllm.core.request import SequenceUpdate, sequence_id
 from minivllm.core.scheduler import Scheduler
+from minivllm.core.stopping import StopRule
 from minivllm.core.trace import RecordingScheduler
 from minivllm.engine.detokenizer import Detokenizer
 from minivllm.engine.grammar import GrammarCompiler, Grammars
 from minivllm.engine.loop import EngineInfo
 from minivllm.engine.metrics import EngineStats
-from minivllm.engine.prompts import Prompt, check_params, check_prompt, read_prompt, truncate
+from minivllm.engine.prompts import Prompt, check_params, check_prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine.watch import EngineView, Watch
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
+from minivllm.splitmix64 import MASK, output
 
 if TYPE_CHECKING:
     from minivllm.engine.executor import Executor, PendingStep
@@ -79,7 +82,7 @@ class LLMEngine:
         self._seed = seed
         self._depth = planning_depth
         self._clock = clock
-        self._detokenizer = Detokenizer(tokenizer, info.eos_token_ids)
+        self._detokenizer = Detokenizer(tokenizer)
         self._compiler = GrammarCompiler(tokenizer, info.eos_token_ids)
         self._grammars = Grammars(self._compiler)
         self._requests: dict[str, _Request] = {}
@@ -103,36 +106,36 @@ class LLMEngine:
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, arrival_time: float | None = None,
-        priority: int = 0, cache_salt: str | None = None, beams: bool = False,
+        priority: int = 0, cache_salt: str | None = None, beam_search: bool = False,
     ) -> None:
-        """Queue a request. Raises `InvalidInput` for anything this engine can never answer.
+        """Queue a request. Raises `InvalidInput` for anything this engine can never answer."""
+        _, request = prepare_request(
+            request_id, prompt, params, self.tokenizer, self.max_model_len,
+            arrival_time=self._clock() if arrival_time is None else arrival_time, priority=priority, cache_salt=cache_salt,
+            beam_search=beam_search,
+        )
+        self.add(request)
 
-        `beams`: its sequences pause after each token until `choose_beams` says how to go on.
-        """
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that a frontend has prepared. Raises `InvalidInput` for anything this engine can never answer."""
         if self._closed:
             raise EngineDead("the engine was closed")
-        if not isinstance(params, SamplingParams):
-            raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
+        request_id, params = request.request_id, request.params
         if any(name in self._owner for name in (request_id, *self._sequence_ids(request_id, params))):
             raise InvalidInput(f"request id {request_id!r} is in use: choose another", "request_id")
-        if priority and self._info.scheduling_policy != "priority":
-            raise InvalidInput(f"priority {priority} has no effect: start the engine with scheduling_policy='priority'", "priority")
-        _, every, salt = read_prompt(prompt, self.tokenizer)
-        token_ids = tuple(truncate(every, params.truncate_prompt_tokens, self.max_model_len, params.max_tokens))
-        check_prompt(token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
+        if request.priority and self._info.scheduling_policy != "priority":
+            raise InvalidInput(f"priority {request.priority} has no effect: start the engine with scheduling_policy='priority'", "priority")
+        check_prompt(request.prompt_token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
         params = check_params(params, self.tokenizer, self.vocab_size)
         wanted = params.structured_outputs
-        if wanted is not None and beams:
+        if wanted is not None and request.beam_search:
             raise InvalidInput("beam search with structured_outputs is not supported: leave one of them out", "structured_outputs")
         start = None if wanted is None else self._compiler.compile(wanted)
-        arrival = self._clock() if arrival_time is None else arrival_time
-        self.scheduler.add(NewRequest(
-            request_id=request_id, prompt_token_ids=token_ids, params=params, seed=self._seed_for(params), arrival_time=arrival,
-            eos_token_ids=self.eos_token_ids, priority=priority, cache_salt=salt if cache_salt is None else cache_salt, beam_search=beams,
-            needs_result_each_step=start is not None,
-        ))
+        if params is not request.params:
+            request = replace(request, params=params)
+        rule = self.scheduler.add(request, self._seed_for(params))
         self._num_added += 1
-        self._remember(request_id, token_ids, params, arrival)
+        self._remember(request, rule)
         if start is not None:
             for name in self._sequence_ids(request_id, params):
                 self._grammars.add(name, start, self._next_step)
@@ -146,24 +149,23 @@ class LLMEngine:
     def _sequence_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
         return tuple(sequence_id(request_id, i, params.n) for i in range(params.n))
 
-    def _remember(self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, arrival: float) -> None:
+    def _remember(self, request: EngineRequest, rule: StopRule) -> None:
+        request_id, token_ids, params = request.request_id, request.prompt_token_ids, request.params
         ids = self._sequence_ids(request_id, params)
         wanted = params.prompt_logprobs is not None
         self._requests[request_id] = _Request(
-            params=params, sequences=dict(enumerate(ids)), arrival_time=arrival, first_step=self._next_step,
+            params=params, sequences=dict(enumerate(ids)), arrival_time=request.arrival_time, first_step=self._next_step,
             prompt_logprobs=[None] * len(token_ids) if wanted else None,
         )
-        room = self.max_model_len - len(token_ids)
-        limit = room if params.max_tokens is None else min(room, params.max_tokens)
         for name in ids:
             self._owner[name] = request_id
-            self._detokenizer.add(name, token_ids, params, limit, self._next_step)
+            self._detokenizer.add(name, token_ids, params, rule, self._next_step)
 
     def _seed_for(self, params: SamplingParams) -> int:
         """The request's own seed, or one drawn from the engine's by the number of the request: reproducible, all different."""
         if params.seed is not None:
-            return params.seed & _MASK
-        return mix(self._seed, self._num_added)
+            return params.seed & MASK
+        return output(self._seed, self._num_added)
 
     def choose_beams(self, request_id: str, beams: Sequence[tuple[int, int]]) -> list[int]:
         """Beam search, when every beam has its token: go on with these (index, newest token) only.
@@ -361,17 +363,6 @@ def _beam_name(request_id: str, index: int) -> str:
 
 def _beam_index(request_id: str, name: str) -> int:
     return 0 if name == request_id else int(name.removeprefix(f"{request_id}#"))
-
-
-_MASK = (1 << 64) - 1
-
-
-def mix(seed: int, number: int) -> int:
-    """The `number`-th output of SplitMix64 (Steele, Lea and Flood, 2014) started at `seed`."""
-    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.chat_template import conversation
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.prompts import Prompt, read_prompt, truncate
+from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.outputs import RequestOutput
@@ -136,18 +136,18 @@ class LLM:
             while waiting or builders:
                 while waiting:
                     i = waiting[0]
-                    text, every, salt = read_prompt(prompts[i], engine.tokenizer)
-                    ids = truncate(every, params[i].truncate_prompt_tokens, engine.max_model_len, params[i].max_tokens)
                     name = str(self._num_requests)
+                    text, request = prepare_request(
+                        name, prompts[i], params[i], engine.tokenizer, engine.max_model_len, priority=priorities[i])
                     try:
-                        engine.add_request(name, ids, params[i], priority=priorities[i], cache_salt=salt)
+                        engine.add(request)
                     except QueueFull:
                         if not builders:
                             raise
                         break  # steps will make room
                     waiting.popleft()
                     self._num_requests += 1
-                    builders[name] = OutputBuilder(name, text, list(ids), params[i], engine.tokenizer)
+                    builders[name] = OutputBuilder(name, text, list(request.prompt_token_ids), params[i], engine.tokenizer)
                 for delta in engine.step():
                     builder = builders.get(delta.request_id)  # None: somebody else's, added through llm_engine
                     if builder is not None and builder.add(delta):

@@ -1,7 +1,7 @@
 """The engine's side of the client: one loop that owns an engine, wherever it runs, and the messages that cross.
 
     client                        loop (a thread, or a process of its own)
-      Add, Abort, Reset  ──────▶  inbox: drained before each step; a blocking wait when there is nothing to do
+      EngineRequest, ... ──────▶  inbox: drained before each step; a blocking wait when there is nothing to do
       StepMessage        ◀──────  one message a step for all streams together
       Refused, Answer    ◀──────  one request was not accepted; the reply to a Reset
       Ready | Dead       ◀──────  the first message; the last one
@@ -21,26 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.watch import EngineView
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
-from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddRequest:
-    """One request as it crosses to the engine: token ids, not text (the server has its own tokenizer)."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    priority: int = 0  # lower runs first; only under the priority policy
-    cache_salt: str | None = None  # requests share cached prefixes only with requests of the same salt
-    arrival_time: float | None = None  # time.monotonic(); the client fills it in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +47,6 @@ class EngineInfo:
     block_size: int
     generation_config: dict[str, Any]  # the model's own sampling defaults: temperature, top_p ...
     scheduling_policy: str = "fcfs"
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    request: AddRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +70,7 @@ class WatchEngine:
 class Prepared:
     """From the loop's own helper threads: what a request needed has been compiled, or is no good."""
 
-    request: AddRequest
+    request: EngineRequest
     error: Exception | None
 
 
@@ -140,7 +123,7 @@ class Dead:
     error: InvalidInput | None = None
 
 
-Command: TypeAlias = Add | Abort | ResetPrefixCache | WatchEngine | Prepared | Shutdown
+Command: TypeAlias = EngineRequest | Abort | ResetPrefixCache | WatchEngine | Prepared | Shutdown
 Message: TypeAlias = Ready | StepMessage | Refused | Answer | Dead
 
 
@@ -186,7 +169,7 @@ class EngineLoop:
         self.rounds = 0
         self._watched = False
         self._helpers = ThreadPoolExecutor(2, "minivllm-compile")  # starts its threads when they are needed
-        self._preparing: dict[str, AddRequest] = {}
+        self._preparing: dict[str, EngineRequest] = {}
 
     def run(self) -> None:
         try:
@@ -229,7 +212,7 @@ class EngineLoop:
             elif isinstance(command, Prepared):
                 self._prepared(command)
             else:
-                self._prepare(command.request)
+                self._prepare(command)
         return True
 
     def _abort(self, request_id: str) -> list[OutputDelta]:
@@ -238,7 +221,7 @@ class EngineLoop:
             return self.engine.abort_request(request_id)
         return [OutputDelta(request_id, index, (), "", finish_reason="abort") for index in range(request.params.n)]
 
-    def _prepare(self, request: AddRequest) -> None:
+    def _prepare(self, request: EngineRequest) -> None:
         """Let a helper thread compile the request's grammar while steps go on; most requests have none, or a known one."""
         work = self.engine.preparation(request.params)
         if work is None:
@@ -263,14 +246,11 @@ class EngineLoop:
         del self._preparing[request.request_id]
         self._add(request, command.error)
 
-    def _add(self, request: AddRequest, error: Exception | None = None) -> None:
+    def _add(self, request: EngineRequest, error: Exception | None = None) -> None:
         try:
             if error is not None:
                 raise error
-            self.engine.add_request(
-                request.request_id, {"prompt_token_ids": request.prompt_token_ids}, request.params,
-                arrival_time=request.arrival_time, priority=request.priority, cache_salt=request.cache_salt,
-            )
+            self.engine.add(request)
         except InvalidInput as error:
             self.send(Refused(request.request_id, error))
         except Exception as error:  # a bug of ours in reading one request must not end the others

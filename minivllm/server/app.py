@@ -20,9 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from minivllm import __version__
-from minivllm.engine.client import AddRequest, EngineClient
+from minivllm.engine.client import EngineClient
 from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, nearest
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.answers import Answer, CompletionAnswer, Job
@@ -145,7 +146,7 @@ class Frontend:
         if not texts:
             prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
             for prompt in prompts:
-                check_vocabulary(prompt, self.client.info.vocab_size)
+                check_vocabulary("prompt", prompt, self.client.info.vocab_size)
             return prompts
         tokenizer = self.need_tokenizer("prompt")
         special = body.add_special_tokens is not False
@@ -199,7 +200,7 @@ class Frontend:
         structure = body.structure()
         defaults = self.defaults if structure is None else {**self.defaults, "structured_outputs": structure}
         requests = tuple(
-            AddRequest(
+            EngineRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
                 params=_params(body, defaults, self._output_limit(body, len(prompt), default_output), reading),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,

@@ -22,7 +22,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minivllm.engine.client import AddRequest, EngineClient, Shortcut
+from minivllm.engine.client import EngineClient, Shortcut
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.server.answers import Answer, Job
@@ -218,7 +219,7 @@ def _rest(work: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Non
 
 
 async def merged(
-    client: EngineClient, requests: tuple[AddRequest, ...], shortcut: Shortcut | None = None,
+    client: EngineClient, requests: tuple[EngineRequest, ...], shortcut: Shortcut | None = None,
 ) -> AsyncGenerator[Batch, None]:
     """What the engine says about several requests, as it comes. The first failure ends them all; so does closing.
 

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig, SequenceUpdate
-from minivllm.sampling_params import SamplingParams
+from minivllm.core.scheduler import Scheduler, SchedulerConfig, SequenceUpdate
+from minivllm.engine_request import EngineRequest
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, Model, expected_outputs, stop_rule
+
+GRAMMAR = StructuredOutputsParams(choice=("a", "b"))  # a request with a grammar is never planned past a token whose value is unknown
 
 
 @dataclass
@@ -32,7 +35,8 @@ class Harness:
         self.scheduler = Scheduler(config)
         self.executor = FakeExecutor(config, chaos, drafts)
         self.stop_strings = stop_strings
-        self.requests: dict[str, NewRequest] = {}
+        self.requests: dict[str, EngineRequest] = {}
+        self.seeds: dict[str, int] = {}
         self.answers: dict[tuple[str, int], Answer] = {}
         self.aborted: set[str] = set()
         self.in_flight: deque[StepPlan] = deque()
@@ -42,9 +46,9 @@ class Harness:
     def add(self, prompt: tuple[int, ...], params: SamplingParams | None = None, request_id: str | None = None, *,
             seed: int = 0, **options: object) -> str:
         name = request_id or f"r{len(self.requests)}"
-        new = NewRequest(name, tuple(prompt), params or SamplingParams(max_tokens=4), seed, self.now, **options)  # type: ignore[arg-type]
-        self.scheduler.add(new)
-        self.requests[name] = new
+        new = EngineRequest(name, tuple(prompt), params or SamplingParams(max_tokens=4), self.now, **options)  # type: ignore[arg-type]
+        self.scheduler.add(new, seed)
+        self.requests[name], self.seeds[name] = new, seed
         for index in range(new.params.n):
             self.answers[name, index] = Answer()
         self.scheduler.check()
@@ -112,14 +116,14 @@ class Harness:
         model = Model(self.config.kv_windows)
         for (name, index), answer in self.answers.items():
             new = self.requests[name]
-            outputs, reason = expected_outputs(model, new.prompt_token_ids, new.params, new.seed, new.eos_token_ids,
+            outputs, reason = expected_outputs(model, new.prompt_token_ids, new.params, self.seeds[name], self.config.eos_token_ids,
                                                self.limit(new), index, self.stop_strings)
             if name in self.aborted or answer.finish_reason == "error":
                 assert answer.tokens == outputs[:len(answer.tokens)], f"{name}#{index}"
             else:
                 assert (answer.tokens, answer.finish_reason) == (outputs, reason), f"{name}#{index}"
 
-    def limit(self, new: NewRequest) -> int:
+    def limit(self, new: EngineRequest) -> int:
         return self.scheduler._admission.max_tokens_total(new)
 
     def _stops(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.plan import StepPlan
-from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig
+from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
 from tests.core.fake_executor import VOCABULARY, FakeExecutor, Model
 
@@ -24,12 +25,12 @@ class BeamSearch:
         self.index: dict[str, int] = {"beam": 0}
         self.others: dict[str, list[int]] = {}
         self.plans: list[StepPlan] = []
-        self.scheduler.add(NewRequest("beam", prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), 0,
-                                      beam_search=True))
+        self.scheduler.add(EngineRequest("beam", prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+                                         beam_search=True))
 
     def add_other(self, name: str, prompt: tuple[int, ...]) -> None:
         """Somebody else's ordinary request."""
-        self.scheduler.add(NewRequest(name, prompt, SamplingParams(max_tokens=10), 0))
+        self.scheduler.add(EngineRequest(name, prompt, SamplingParams(max_tokens=10)))
         self.others[name] = list(prompt)
 
     def run(self, width: int) -> None:

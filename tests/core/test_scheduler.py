@@ -10,7 +10,7 @@ from minivllm.core.scheduler import QueueFull, SchedulerConfig, sequence_id
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 from tests.core.fake_executor import Model
-from tests.core.harness import Harness
+from tests.core.harness import GRAMMAR, Harness
 
 
 def make(**settings: Any) -> Harness:
@@ -296,11 +296,11 @@ def test_settings_that_contradict_unchunked_prefill_are_refused() -> None:
 
 
 def test_eos_ends_a_sequence_and_a_stop_token_is_named() -> None:
-    h = make()
-    outputs = _outputs(h, 8)
-    h.add(prompt(5), SamplingParams(max_tokens=8), "eos", eos_token_ids=(outputs[2],))
-    h.add(prompt(5), SamplingParams(max_tokens=8, stop_token_ids=[outputs[2]]), "stop")
-    h.add(prompt(5), SamplingParams(max_tokens=8, ignore_eos=True), "ignored", eos_token_ids=(outputs[2],))
+    outputs = _outputs(make(), 8)
+    h = make(eos_token_ids=(outputs[2],))
+    h.add(prompt(5), SamplingParams(max_tokens=8), "eos")
+    h.add(prompt(5), SamplingParams(max_tokens=8, stop_token_ids=[outputs[2]], ignore_eos=True), "stop")
+    h.add(prompt(5), SamplingParams(max_tokens=8, ignore_eos=True), "ignored")
     h.run()
     end = outputs.index(outputs[2]) + 1
     assert (h.answers["eos", 0].tokens, h.answers["eos", 0].stop_reason) == (outputs[:end], None)
@@ -365,7 +365,7 @@ def test_a_stop_is_learnt_one_step_late_and_the_surplus_token_dropped() -> None:
 def test_a_request_that_needs_its_result_is_skipped_and_the_others_are_not() -> None:
     h = make(planning_depth=1)
     h.add(prompt(5), greedy(9), "free")
-    h.add(prompt(5, 3), greedy(9), "grammar", needs_result_each_step=True)
+    h.add(prompt(5, 3), greedy(9, structured_outputs=GRAMMAR), "grammar")
     assert launch(h).request_ids == ("free", "grammar")
     assert launch(h).request_ids == ("free",)
     h.finish()
@@ -376,7 +376,7 @@ def test_a_request_that_needs_its_result_is_skipped_and_the_others_are_not() -> 
 
 def test_a_request_that_needs_its_result_may_still_plan_its_prompts_chunks_ahead() -> None:
     h = make(planning_depth=1, max_num_batched_tokens=8)
-    h.add(prompt(20), greedy(2), "a", needs_result_each_step=True)
+    h.add(prompt(20), greedy(2, structured_outputs=GRAMMAR), "a")
     assert [launch(h).num_tokens, launch(h).num_tokens] == [(8,), (8,)]
 
 
@@ -385,7 +385,7 @@ def test_a_request_that_needs_its_result_may_still_plan_its_prompts_chunks_ahead
 def test_drafts_are_verified_in_one_step_and_rejected_ones_not_confirmed(depth: int, needs_result: bool) -> None:
     h = make(planning_depth=depth)
     outputs = _outputs(h, 6)
-    h.add(prompt(5), greedy(6), "a", needs_result_each_step=needs_result)
+    h.add(prompt(5), greedy(6, structured_outputs=GRAMMAR if needs_result else None), "a")
     launch(h)
     _, result = h.executor.wait()
     plan = h.in_flight.popleft()

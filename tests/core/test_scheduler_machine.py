@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
-from tests.core.harness import Harness
+from tests.core.harness import GRAMMAR, Harness
 
 WINDOWS = [(None,), (None,), (3,), (None, 4), (None, 7, 2), (1, None)]
 
@@ -27,7 +27,7 @@ CONFIGS = st.builds(
     kv_windows=st.sampled_from(WINDOWS), enable_prefix_caching=st.booleans(),
     long_prefill_token_threshold=st.sampled_from([0, 0, 2, 5]), policy=st.sampled_from(["fcfs", "priority"]),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 0, 5, 40]), swap_fixed_cost=st.sampled_from([0.0, 3.0]),
-    swap_cost_per_token=st.sampled_from([0.0, 0.5]),
+    swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]),
 )
 PROMPTS = st.builds(  # few beginnings, so that they are shared
     lambda start, length, tail: tuple((start + i) % 3 for i in range(length)) + tuple(tail),
@@ -36,6 +36,7 @@ PROMPTS = st.builds(  # few beginnings, so that they are shared
 PARAMS = st.builds(
     SamplingParams, n=st.sampled_from([1, 1, 1, 2, 4]), max_tokens=st.sampled_from([None, 1, 2, 7, 15]),
     stop_token_ids=st.sampled_from([None, None, [3]]), min_tokens=st.integers(0, 1), prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    ignore_eos=st.booleans(), structured_outputs=st.sampled_from([None, GRAMMAR]),
 )
 
 
@@ -49,13 +50,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = data.draw(self.configs)
         self.h = Harness(config, chaos=random.Random(seed), drafts=drafts, stop_strings=stop_strings)
 
-    @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), eos=st.sampled_from([(), (5,)]), priority=st.integers(0, 2),
-          needs_result=st.booleans(), salt=st.sampled_from([None, None, "salt"]))
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, eos: tuple[int, ...], priority: int,
-            needs_result: bool, salt: str | None) -> None:
+    @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), priority=st.integers(0, 2), salt=st.sampled_from([None, None, "salt"]))
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, priority: int, salt: str | None) -> None:
         try:
-            self.h.add(prompt, params, seed=seed, eos_token_ids=eos, priority=priority, needs_result_each_step=needs_result,
-                       cache_salt=salt)
+            self.h.add(prompt, params, seed=seed, priority=priority, cache_salt=salt)
         except InvalidInput as refusal:
             assert "can never fit" in refusal.message
 
@@ -109,7 +107,7 @@ class SwapMachine(SchedulerMachine):
         SchedulerConfig, num_blocks=st.integers(8, 18), block_size=st.sampled_from([2, 4]), max_num_seqs=st.integers(2, 6),
         max_num_batched_tokens=st.sampled_from([5, 17, 64]), max_model_len=st.just(24), kv_windows=st.sampled_from([(None,), (None, 4)]),
         enable_prefix_caching=st.booleans(), planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([4, 12, 60]),
-        swap_fixed_cost=st.just(0.0), swap_cost_per_token=st.just(0.0),
+        swap_fixed_cost=st.just(0.0), swap_cost_per_token=st.just(0.0), eos_token_ids=st.sampled_from([(), (5,)]),
     )
 
 
@@ -118,7 +116,8 @@ TestSwapTier = SwapMachine.TestCase
 
 # Metamorphic: the same requests under other settings write the same tokens.
 
-BASE: dict[str, Any] = {"num_blocks": 400, "block_size": 4, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 48}
+BASE: dict[str, Any] = {"num_blocks": 400, "block_size": 4, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 48,
+                        "eos_token_ids": (5,)}
 CHANGES: list[dict[str, Any]] = [
     {"block_size": 1}, {"block_size": 7}, {"block_size": 64}, {"max_num_batched_tokens": 5}, {"max_num_seqs": 1}, {"max_num_seqs": 3},
     {"enable_prefix_caching": False}, {"num_blocks": 14}, {"num_blocks": 14, "enable_prefix_caching": False}, {"planning_depth": 1},
@@ -143,7 +142,7 @@ def workload(order: random.Random | None = None) -> list[tuple[str, tuple[int, .
 def run(settings: dict[str, Any], order: random.Random | None = None, windows: tuple[int | None, ...] = (None,)) -> Harness:
     h = Harness(SchedulerConfig(**{**BASE, "kv_windows": windows, **settings}), chaos=random.Random(1))
     for i, (name, prompt, params, seed) in enumerate(workload(order)):
-        h.add(prompt, params, name, seed=seed, priority=i % 3, eos_token_ids=(5,))
+        h.add(prompt, params, name, seed=seed, priority=i % 3)
         if order is not None and order.random() < 0.5:
             h.step()
     h.run()

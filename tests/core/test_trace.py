@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from minivllm.cli import trace as command
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import NewRequest
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.simulate import SimulatedRequest, StepCost, percentile, recorded_requests, simulate, synthetic_requests
 from minivllm.core.trace import (
@@ -31,8 +30,10 @@ from minivllm.core.trace import (
     replay,
 )
 from minivllm.core.trace_summary import summarize
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
+from tests.core.harness import GRAMMAR
 
 EOS = 7
 
@@ -78,7 +79,8 @@ class Driver:
 
 
 configs = st.builds(
-    lambda base, budget, seqs, **kw: SchedulerConfig(num_blocks=base, max_num_batched_tokens=budget, max_num_seqs=seqs, **kw),
+    lambda base, budget, seqs, **kw: SchedulerConfig(
+        num_blocks=base, max_num_batched_tokens=budget, max_num_seqs=seqs, eos_token_ids=(EOS,), **kw),
     st.integers(14, 40), st.integers(3, 40), st.integers(1, 6), block_size=st.sampled_from([4, 5]),
     max_model_len=st.just(48), enable_prefix_caching=st.booleans(), policy=st.sampled_from(["fcfs", "priority"]),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 20]), swap_fixed_cost=st.just(0.0),
@@ -94,11 +96,11 @@ actions = st.lists(st.one_of(
 ), min_size=3, max_size=40)
 
 
-def new_request(number: int, spec: tuple[Any, ...], now: float) -> NewRequest:
+def new_request(number: int, spec: tuple[Any, ...], now: float) -> EngineRequest:
     prompt, output, n, ignore_eos, priority, salt = spec
     params = SamplingParams(n=n, max_tokens=output, temperature=0.7, seed=3, ignore_eos=ignore_eos, stop=["a", "b"], logit_bias={5: 1.5},
                             stop_token_ids=[] if ignore_eos else [11], bad_words_token_ids=((1, 2), (3,)))
-    return NewRequest(f"r{number}", tuple(i % 5 for i in range(prompt)), params, 2**63 + number, now, (EOS,), priority, salt)
+    return EngineRequest(f"r{number}", tuple(i % 5 for i in range(prompt)), params, now, priority, salt)
 
 
 def record(config: SchedulerConfig, program: list[tuple[str, Any]], path: Path) -> None:
@@ -106,7 +108,7 @@ def record(config: SchedulerConfig, program: list[tuple[str, Any]], path: Path) 
     for action, argument in program:
         if action == "add":
             try:
-                driver.scheduler.add(new_request(added, argument, driver.now))
+                driver.scheduler.add(new_request(added, argument, driver.now), 2**63 + added)
             except InvalidInput:
                 continue
             added += 1
@@ -165,7 +167,8 @@ def test_every_kind_of_call_is_on_record_and_matters(tmp_path: Path, action: tup
 def test_the_choices_of_a_beam_search_are_on_record_and_matter(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48), path)
-    driver.scheduler.add(NewRequest("r0", tuple(range(9)), SamplingParams(max_tokens=9, ignore_eos=True), 0, needs_result_each_step=True))
+    params = SamplingParams(max_tokens=9, ignore_eos=True, structured_outputs=GRAMMAR)
+    driver.scheduler.add(EngineRequest("r0", tuple(range(9)), params))
     beams = ["r0"]
     for step in range(4):
         driver.step()
@@ -181,13 +184,13 @@ def test_what_was_recorded_is_read_back_equal(tmp_path: Path) -> None:
     config = SchedulerConfig(num_blocks=30, block_size=4, max_model_len=48)
     driver = Driver(config, path)
     new = new_request(0, (9, 4, 2, True, 0, "salt"), 0.1)
-    driver.scheduler.add(new)
+    driver.scheduler.add(new, 2**63)
     update = driver.scheduler.update
     driver.scheduler.update = lambda *args: (seen.append(args), update(*args))[1]  # type: ignore[method-assign]
     driver.step(stop=1)
     driver.finish()
     events = read(path).events
-    assert events[0] == Arrival(new)
+    assert events[0] == Arrival(new, 2**63)
     updates = [e for e in events if isinstance(e, Updated)]
     assert [(e.plan, e.result, dict(e.stops), e.now) for e in updates] == [(p, r, s, n) for p, r, s, n in seen]
     assert read(path).about == {"model": "none"}
@@ -196,7 +199,7 @@ def test_what_was_recorded_is_read_back_equal(tmp_path: Path) -> None:
 def test_the_cost_of_a_line_does_not_grow_with_history(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=200, block_size=4, max_model_len=600), path)
-    driver.scheduler.add(NewRequest("r0", (1, 2, 3), SamplingParams(max_tokens=500, ignore_eos=True), 0))
+    driver.scheduler.add(EngineRequest("r0", (1, 2, 3), SamplingParams(max_tokens=500, ignore_eos=True)))
     driver.finish()
     sizes = [len(line) for line in path.read_text().splitlines()]
     assert max(sizes[-100:]) <= max(sizes[10:110]) + 10  # more digits, nothing else
@@ -221,7 +224,7 @@ def test_a_refused_request_leaves_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=4, block_size=4), path)
     with pytest.raises(InvalidInput):
-        driver.scheduler.add(NewRequest("r0", (1,) * 100, SamplingParams(), 0))
+        driver.scheduler.add(EngineRequest("r0", (1,) * 100, SamplingParams()))
     driver.finish()
     assert read(path).events == ()
 
@@ -274,7 +277,7 @@ def test_kinds_of_tokens_add_up_to_what_was_asked_for(tmp_path: Path) -> None:
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_num_batched_tokens=7, max_model_len=64), path)
     for i, (prompt, output) in enumerate([(20, 5), (3, 9)]):
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        driver.scheduler.add(NewRequest(f"r{i}", tuple(range(100 * i, 100 * i + prompt)), params, 0))
+        driver.scheduler.add(EngineRequest(f"r{i}", tuple(range(100 * i, 100 * i + prompt)), params))
     driver.finish()
     kinds = summarize(read(path)).kinds
     assert kinds == (20 + 3, (5 - 1) + (9 - 1), 0), "the last sampled token is never computed"
@@ -283,7 +286,7 @@ def test_kinds_of_tokens_add_up_to_what_was_asked_for(tmp_path: Path) -> None:
 def test_empty_slots_are_those_beyond_the_last_token_and_shared_ones_count_once(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=8, max_model_len=64), path)
-    driver.scheduler.add(NewRequest("r0", tuple(range(13)), SamplingParams(n=3, max_tokens=2, ignore_eos=True), 0))
+    driver.scheduler.add(EngineRequest("r0", tuple(range(13)), SamplingParams(n=3, max_tokens=2, ignore_eos=True)))
     driver.finish()
     first, second = summarize(read(path)).steps
     assert first.empty_slots == 16 - 13, "the children share the prompt's two blocks"
@@ -356,7 +359,7 @@ def test_requests_that_shared_an_id_one_after_the_other_are_told_apart(tmp_path:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48, enable_prefix_caching=False), path)
     for tokens in (3, 5):
-        driver.scheduler.add(NewRequest("same", (1, 2, 3), SamplingParams(max_tokens=tokens, ignore_eos=True), 0))
+        driver.scheduler.add(EngineRequest("same", (1, 2, 3), SamplingParams(max_tokens=tokens, ignore_eos=True)))
         while driver.scheduler.has_unfinished():
             driver.step()
     driver.finish()

@@ -5,14 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.block_table import BlockTable
-from minivllm.core.request import NewRequest, Request, Sequence, SequenceStatus
+from minivllm.core.request import Request, Sequence, SequenceStatus
+from minivllm.core.stopping import StopRule
 from minivllm.core.waiting_queue import WaitingQueue
+from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
 
 
 def waiting(arrival: int, priority: int = 0) -> Sequence:
-    new = NewRequest(f"r{arrival}", (1, 2), SamplingParams(), seed=0, priority=priority)
-    return Sequence(Request(new, (priority, arrival), b""), 0, [1, 2], 10, BlockTable(4, [[]]))
+    new = EngineRequest(f"r{arrival}", (1, 2), SamplingParams(), priority=priority)
+    return Sequence(Request(new, 0, StopRule.of(new.params, (), 8), (priority, arrival), b""), 0, [1, 2], 10, BlockTable(4, [[]]))
 
 
 def end(queue: WaitingQueue, sequence: Sequence) -> None:

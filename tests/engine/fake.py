@@ -137,7 +137,7 @@ def make_engine(
     config = SchedulerConfig(
         num_blocks=executor.num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, planning_depth=planning_depth,
-        **scheduler,  # type: ignore[arg-type]
+        eos_token_ids=(EOS,), **scheduler,  # type: ignore[arg-type]
     )
     info = EngineInfo(
         model="fake", model_folder="", tokenizer_folder=None if folder is None else str(folder), max_model_len=max_model_len,

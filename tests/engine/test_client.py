@@ -18,11 +18,12 @@ import psutil
 import pytest
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.engine.client import AddRequest, EngineClient, ThreadClient
+from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import Add, EngineLoop, Refused, Shutdown, StepMessage
+from minivllm.engine.loop import EngineLoop, Refused, Shutdown, StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput, ModelError
 from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
@@ -93,12 +94,12 @@ def start(kind: str, builder: Callable[[str], LLMEngine], folder: str) -> Engine
     return CLIENTS[kind].start_with(functools.partial(builder, folder))
 
 
-def ask(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: Any) -> AddRequest:
+def ask(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: Any) -> EngineRequest:
     params = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True, **params}
-    return AddRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
 
 
-async def collect(client: EngineClient, request: AddRequest) -> dict[int, list[int]]:
+async def collect(client: EngineClient, request: EngineRequest) -> dict[int, list[int]]:
     """Token ids per child."""
     found: dict[int, list[int]] = {}
     async for deltas in client.generate(request):
@@ -147,7 +148,7 @@ def test_a_refused_request_raises_and_leaves_nothing_behind(client: EngineClient
             await collect(client, ask("bad", (10**6,)))
         assert error.value.param == "prompt"
         with pytest.raises(InvalidInput, match="scheduling_policy"):
-            async for _ in client.generate(AddRequest(
+            async for _ in client.generate(EngineRequest(
                 request_id="p", prompt_token_ids=(5,), params=SamplingParams(), priority=3,
             )):
                 pass
@@ -441,7 +442,7 @@ def test_an_idle_loop_stands_still(folder: str) -> None:
     thread.start()
     waiting.acquire()
     assert loop.rounds == 1  # asleep in its first round
-    inbox.put(Add(ask("r", max_tokens=5)))
+    inbox.put(ask("r", max_tokens=5))
     waiting.acquire()  # asleep again
     rounds = loop.rounds
     assert rounds <= 1 + 5 + 1
@@ -458,7 +459,7 @@ def test_messages_are_plain_and_small(folder: str) -> None:
 
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for i in range(32):
-        inbox.put(Add(pickle.loads(pickle.dumps(ask(f"r{i}", max_tokens=200)))))
+        inbox.put(pickle.loads(pickle.dumps(ask(f"r{i}", max_tokens=200))))
 
     def send(message: Any) -> None:
         sizes.append(len(pickle.dumps(message)))

@@ -14,8 +14,9 @@ import pytest
 
 from minivllm import LLM, AsyncLLM, EngineConfig, SamplingParams
 from minivllm.core.trace import read, replay
-from minivllm.engine.client import AddRequest, EngineClient, start_client
+from minivllm.engine.client import EngineClient, start_client
 from minivllm.engine.compose import sampling_defaults
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, ModelError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -194,7 +195,7 @@ def test_a_model_behind_a_client_gives_the_tokens_of_llm(folder: Path, process: 
 
 async def _collect(client: EngineClient, prompt: tuple[int, ...]) -> tuple[list[int], str]:
     deltas = []
-    async for some in client.generate(AddRequest(request_id="r", prompt_token_ids=prompt, params=GREEDY)):
+    async for some in client.generate(EngineRequest(request_id="r", prompt_token_ids=prompt, params=GREEDY)):
         deltas += some
     return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas)
 

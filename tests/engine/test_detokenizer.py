@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.core.stopping import StopRule
 from minivllm.engine.detokenizer import Detokenizer, StopMatcher
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.sampling_params import SamplingParams
@@ -32,6 +33,10 @@ def _plan(*sequence_ids: str) -> StepPlan:
     )
 
 
+def _add(detokenizer: Detokenizer, sequence_id: str, params: SamplingParams, max_tokens: int) -> None:
+    detokenizer.add(sequence_id, [], params, StopRule.of(params, (EOS,), max_tokens))
+
+
 def _scan(detokenizer: Detokenizer, tokens: Sequence[int], sequence_id: str = "a") -> Stop | None:
     result = StepResult(step_id=0, token_ids=(tuple(tokens),))
     return detokenizer.scan(_plan(sequence_id), result).get(0)
@@ -48,8 +53,8 @@ def _run(
 ) -> tuple[list[str], int, str | None]:
     """Pieces of text, number of tokens kept, matched stop string; the scheduler's part is played by this function."""
     settings_ = SamplingParams(max_tokens=None, **params)  # type: ignore[arg-type]
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], settings_, max_tokens)
+    detokenizer = Detokenizer(tokenizer)
+    _add(detokenizer, "a", settings_, max_tokens)
     ending = set(settings_.stop_token_ids or ()) | (set() if settings_.ignore_eos else {EOS})
     pieces: list[str] = []
     kept = 0
@@ -97,8 +102,8 @@ def test_text_is_cut_at_the_first_stop_string_however_tokens_fall(
 @settings(deadline=None, max_examples=300)
 @given(text=st.text(st.sampled_from("ab"), max_size=20), stop=st.text(st.sampled_from("ab"), min_size=1, max_size=5))
 def test_no_more_is_held_back_than_could_become_a_stop_string(tokenizer: Tokenizer, text: str, stop: str) -> None:
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(stop=stop), 100)
+    detokenizer = Detokenizer(tokenizer)
+    _add(detokenizer, "a", SamplingParams(stop=stop), 100)
     given_out = ""
     for i, token in enumerate(_bytes_as_tokens(tokenizer, text)):
         if _scan(detokenizer, [token]) is not None:
@@ -155,15 +160,15 @@ def test_text_after_the_stop_string_in_the_same_token_is_dropped(tokenizer: Toke
 
 
 def test_tokens_after_the_stop_in_one_result_are_not_kept(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(stop="b"), 100)
+    detokenizer = Detokenizer(tokenizer)
+    _add(detokenizer, "a", SamplingParams(stop="b"), 100)
     assert _scan(detokenizer, _bytes_as_tokens(tokenizer, "xbyz")) == Stop(keep=2, matched="b")
     assert detokenizer.take("a", "stop") == "x"
 
 
 def test_a_stop_string_past_the_token_limit_is_not_found(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(stop="b"), 2)
+    detokenizer = Detokenizer(tokenizer)
+    _add(detokenizer, "a", SamplingParams(stop="b"), 2)
     assert _scan(detokenizer, _bytes_as_tokens(tokenizer, "xyb")) is None
     assert detokenizer.take("a", "length") == "xy"
 
@@ -191,26 +196,26 @@ def test_an_unfinished_character_at_the_end_becomes_one_replacement(tokenizer: T
 
 def test_sequences_of_one_step_are_kept_apart_and_finished_ones_are_skipped(tokenizer: Tokenizer) -> None:
     a, b = _bytes_as_tokens(tokenizer, "ab")
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("x", [], SamplingParams(stop="b"), 100)
-    detokenizer.add("y", [], SamplingParams(), 100)
-    detokenizer.add("quiet", [], SamplingParams(detokenize=False), 100)
+    detokenizer = Detokenizer(tokenizer)
+    _add(detokenizer, "x", SamplingParams(stop="b"), 100)
+    _add(detokenizer, "y", SamplingParams(), 100)
+    _add(detokenizer, "quiet", SamplingParams(detokenize=False), 100)
     stops = detokenizer.scan(_plan("gone", "y", "quiet", "x"), StepResult(step_id=0, token_ids=((b,), (a,), (a,), (b,))))
     assert stops == {3: Stop(keep=1, matched="b")}
     assert [detokenizer.take(s, None) for s in ("gone", "x", "y", "quiet")] == ["", "", "a", ""]
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    detokenizer = Detokenizer(None, [EOS])
-    detokenizer.add("a", [], SamplingParams(), 10)
+    detokenizer = Detokenizer(None)
+    _add(detokenizer, "a", SamplingParams(), 10)
     assert _scan(detokenizer, [5]) is None
     assert detokenizer.take("a", "stop") == ""
 
 
 def test_the_detokenizer_forgets_what_has_ended(tmp_path: Path) -> None:
-    detokenizer = Detokenizer(Tokenizer(build.save(build.byte_level(), tmp_path)), [EOS])
+    detokenizer = Detokenizer(Tokenizer(build.save(build.byte_level(), tmp_path)))
     for i in range(3):
-        detokenizer.add(str(i), [], SamplingParams(), 10)
+        _add(detokenizer, str(i), SamplingParams(), 10)
     assert len(detokenizer) == 3
     for i in range(3):
         detokenizer.take(str(i), "abort")

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.core.plan import RowAdmission
-from minivllm.engine.engine import LLMEngine, mix
+from minivllm.engine.engine import LLMEngine
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
+from minivllm.splitmix64 import output
 from tests.engine import tokenizers_for_tests as build
 from tests.engine.fake import EOS, VOCAB, FakeExecutor, expected, make_engine
 
@@ -116,10 +117,10 @@ def test_a_request_without_a_seed_draws_one_from_the_engines_by_its_number() -> 
         deltas = run(engine)
         return [tokens_of(deltas, name) for name in "ab"]
 
-    assert seeds(1) == seeds(1) == [expected(PROMPT, 5, mix(1, 0)), expected(PROMPT, 5, mix(1, 1))]
+    assert seeds(1) == seeds(1) == [expected(PROMPT, 5, output(1, 0)), expected(PROMPT, 5, output(1, 1))]
     assert seeds(1)[0] != seeds(1)[1]
     assert seeds(1) != seeds(2)
-    assert mix(0, 0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
+    assert output(0, 0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
 
 
 def test_a_refused_request_does_not_shift_the_seeds_of_later_ones() -> None:
@@ -127,7 +128,7 @@ def test_a_refused_request_does_not_shift_the_seeds_of_later_ones() -> None:
     with pytest.raises(InvalidInput):
         engine.add_request("bad", [], SamplingParams())
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=5))
-    assert tokens_of(run(engine)) == expected(PROMPT, 5, mix(0, 0))
+    assert tokens_of(run(engine)) == expected(PROMPT, 5, output(0, 0))
 
 
 # -- how outputs end --------------------------------------------------------------------------------------------------

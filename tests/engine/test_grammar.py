@@ -28,8 +28,8 @@ from minivllm.core.plan import StepPlan
 from minivllm.engine import grammar
 from minivllm.engine.client import ThreadClient
 from minivllm.engine.grammar import GrammarCompiler, fill_masks
-from minivllm.engine.loop import AddRequest
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
 from minivllm.models.hub import ModelFiles
 from minivllm.outputs import CompletionOutput, OutputDelta
 
@@ -270,7 +270,7 @@ def test_without_a_tokenizer_there_is_no_structured_output(folder: Path) -> None
 
 def test_beam_search_refuses_a_grammar(llm: LLM) -> None:
     with pytest.raises(InvalidInput, match="beam search"):
-        llm.llm_engine.add_request("b", [5, 6], SamplingParams(structured_outputs={"regex": "a"}, logprobs=2), beams=True)
+        llm.llm_engine.add_request("b", [5, 6], SamplingParams(structured_outputs={"regex": "a"}, logprobs=2), beam_search=True)
 
 
 def steps_to_the_end(llm: LLM) -> list[OutputDelta]:
@@ -413,7 +413,7 @@ def test_steps_go_on_while_a_grammar_is_compiled_and_an_abort_does_not_wait_for_
 
     async def text(name: str, **params: Any) -> tuple[str, str | None]:
         deltas: list[OutputDelta] = []
-        async for new in client.generate(AddRequest(request_id=name, prompt_token_ids=(5, 6), params=SamplingParams(**params))):
+        async for new in client.generate(EngineRequest(request_id=name, prompt_token_ids=(5, 6), params=SamplingParams(**params))):
             deltas += new
         return "".join(d.text for d in deltas), deltas[-1].finish_reason
 

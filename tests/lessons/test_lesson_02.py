@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from minivllm.core.plan import StepResult
-from minivllm.core.scheduler import NewRequest, Scheduler, SchedulerConfig
+from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace_summary import block_tables
+from minivllm.engine_request import EngineRequest
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import attention as kernel
 from minivllm.planning.allocators import PagedAllocator, RequestLengths
@@ -75,7 +76,7 @@ def test_lesson_and_scheduler_make_the_same_copies_and_hold_as_many_blocks(lesso
         ours.append((memory.copies, 64 - len(memory.free), sorted(len(text.table) for text in texts)))
 
     scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=size, max_model_len=64))
-    scheduler.add(NewRequest("r", tuple(range(prompt)), SamplingParams(n=n, max_tokens=outputs, ignore_eos=True), 0))
+    scheduler.add(EngineRequest("r", tuple(range(prompt)), SamplingParams(n=n, max_tokens=outputs, ignore_eos=True)))
     theirs, copies = [], 0
     while (plan := scheduler.schedule(0.0)) is not None:
         copies += len(plan.copies)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.engine.client import AddRequest
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.answers import Answer, ChatAnswer, CompletionAnswer, Job
@@ -29,7 +29,7 @@ def make(
     kind: type[Answer], *, prompts: int = 1, n: int = 1, logprobs: int | None = None, prompt_logprobs: int | None = None, **job: Any,
 ) -> Answer:
     params = SamplingParams(n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    requests = tuple(AddRequest(request_id=f"r{i}", prompt_token_ids=(0, 1), params=params) for i in range(prompts))
+    requests = tuple(EngineRequest(request_id=f"r{i}", prompt_token_ids=(0, 1), params=params) for i in range(prompts))
     return kind(Job(id="id", created=1, model="m", fingerprint="fp", requests=requests, **job), Letters())
 
 
