@@ -78,24 +78,6 @@ class KVLayout:
                     for group, spec in zip(self.groups, self.specs, strict=True) for j, layer in enumerate(group.layers)}
         return tuple(of_layer[layer] for layer in sorted(of_layer))
 
-    def blocks_of(self, num_tokens: int, chunk: int) -> int:
-        """Blocks that one sequence holds at most on its way to `num_tokens`, computed in steps of at most `chunk`."""
-        total = 0
-        for group in self.groups:
-            blocks = -(-num_tokens // self.block_size)
-            if group.window is not None:  # what the window reaches back, the chunk, and one for the edge
-                blocks = min(blocks, -(-(group.window - 1 + min(chunk, num_tokens)) // self.block_size) + 1)
-            total += blocks
-        return total
-
-    def longest(self, num_blocks: int, limit: int, chunk: int) -> int:
-        """The longest sequence, at most `limit`, for which `num_blocks` blocks (the null block among them) suffice."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.blocks_of(middle, chunk) < num_blocks else (low, middle - 1)
-        return low
-
 
 class KVCache:
     """Device and host memory, and the copies between their blocks that plans order.

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.core.block_math import longest_sequence, max_blocks_held
 from minivllm.core.plan import NULL_BLOCK, RowAdmission
 from minivllm.errors import InvalidInput
 from minivllm.kernels.layout import InputBatch, KVLayer
@@ -51,7 +52,7 @@ class CacheRequest:
 
     def bytes_of_one_sequence(self, layout: KVLayout) -> int:
         """The smallest cache that holds one sequence of max_model_len tokens, the null block included."""
-        return (layout.blocks_of(self.max_model_len, self.chunk) + 1) * layout.block_bytes
+        return (max_blocks_held(self.max_model_len, layout.block_size, layout.windows, self.chunk) + 1) * layout.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def size_cache(request: CacheRequest, layout: KVLayout, budget: MemoryBudget) ->
         if request.cache_bytes is not None:
             num_bytes, account, field, fix = request.cache_bytes, "kv_cache_memory_bytes", "kv_cache_memory_bytes", "raise it"
         num_blocks = max(num_bytes, 0) // layout.block_bytes
-    longest = layout.longest(num_blocks, request.max_model_len, request.chunk)
+    longest = longest_sequence(num_blocks, request.max_model_len, layout.block_size, layout.windows, request.chunk)
     size = f"{num_blocks:,} blocks of {layout.block_size} tokens, {num_blocks * layout.block_bytes / GIB:.2f} GiB"
     if longest < 1:
         raise InvalidInput(f"the KV cache has room for {max(num_blocks, 0)} blocks of {layout.block_bytes / MIB:.2f} MiB, fewer than any "

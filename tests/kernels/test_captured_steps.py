@@ -35,7 +35,7 @@ PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
 class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
-    replayed: ClassVar[list[cuda_graphs.Shape]] = []
+    replayed: ClassVar[list[cuda_graphs.GraphShape]] = []
     runs_first: ClassVar[bool] = False  # as before a capture
     told_shared: int  # at the last replay
     pool = None
@@ -50,7 +50,7 @@ class Repeated(cuda_graphs.Graph):
         start, lens = self._inputs.tensors[1].tolist(), self._inputs.tensors[3].tolist()
         if not self.shape.decodes:  # sequences that pad a mixed step have no tokens: tiles are found by where each one's begin
             assert all(a == b for a, b, n in zip(start, start[1:], lens, strict=False) if n == 0)
-        logits, self._drawn = self._step()
+        logits, self._sampled = self._step()
         self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
 
 
@@ -170,19 +170,19 @@ def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_th
 
 def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0) -> batch.Columns:
     decodes = rows if tokens == rows else 0
-    return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]),
-                           shared_keys=shared_keys)
+    return SimpleNamespace(simple=True, rows=range(rows), token_index=range(tokens), num_decodes=decodes, query_width=1,
+                           seq_lens=np.array([longest]), shared_keys=shared_keys)
 
 
 def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph(*shape: Any) -> SimpleNamespace:
-        return SimpleNamespace(shape=cuda_graphs.Shape(*shape))
+        return SimpleNamespace(shape=cuda_graphs.GraphShape(*shape))
 
     graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
     graphs._decodes = [graph(2, 2, 2, 16), graph(2, 2, 2, 64), graph(4, 4, 4, 64)]
     graphs._sharing = [graph(4, 4, 4, 64, True)]
     graphs._mixed = [graph(32, 3, 0, 64), graph(128, 6, 0, 64)]
-    graphs._key_bytes = 1
+    graphs._token_bytes = 1
     monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 32)
     assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]

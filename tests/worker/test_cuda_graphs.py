@@ -55,7 +55,8 @@ def test_greedy_tokens_equal_transformers_in_batches_of_changing_size(tiny: Tiny
 def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     replayed: list[tuple[int, int]] = []
     replay = Graph.replay
-    monkeypatch.setattr(Graph, "replay", lambda self, c, *draw: (replayed.append((len(c.places), len(c.rows))), replay(self, c, *draw))[1])
+    monkeypatch.setattr(
+        Graph, "replay", lambda self, c, *args: (replayed.append((len(c.token_index), len(c.rows))), replay(self, c, *args))[1])
     runner, planner = runner_with_graphs(tiny, 4), tiny.planner()
     sequences = sequences_of(tiny)
     runner.sample(runner.launch(planner.plan([(s, len(s.prompt)) for s in sequences]))).wait()

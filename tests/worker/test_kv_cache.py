@@ -115,45 +115,6 @@ def test_within_a_step_blocks_leave_before_others_come_into_their_place_and_copi
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.integers(1, 20),
-    st.lists(st.sampled_from([None, 1, 5, 16, 40]), min_size=1, max_size=3),
-    st.integers(1, 30),
-    st.integers(1, 60),
-)
-def test_a_sequence_never_holds_more_blocks_than_the_formula_allows(block_size, windows, chunk, length):
-    s = shape(block_size, tuple(windows))
-    most = 0
-    for phase in range(chunk):  # the first step may be shorter than the others
-        held = [set() for _ in windows]
-        at = 0
-        while at < length:
-            count = min(chunk if at else phase + 1, length - at)
-            for group, window in enumerate(windows):
-                if window is not None:
-                    held[group] = {b for b in held[group] if (b + 1) * block_size > at - window + 1}
-                held[group] |= {p // block_size for p in range(at, at + count)}
-            at += count
-            most = max(most, sum(map(len, held)))
-    assert most <= s.blocks_of(length, chunk)
-    if all(w is None for w in windows):
-        assert most == s.blocks_of(length, chunk)
-
-
-@given(
-    st.integers(1, 20),
-    st.lists(st.sampled_from([None, 1, 5, 16, 40]), min_size=1, max_size=3),
-    st.integers(1, 30),
-    st.integers(0, 80),
-    st.integers(1, 99),
-)
-def test_the_longest_sequence_is_the_last_that_fits(block_size, windows, chunk, num_blocks, limit):
-    s = shape(block_size, tuple(windows))
-    longest = s.longest(num_blocks, limit, chunk)
-    fits = [n for n in range(limit + 1) if s.blocks_of(n, chunk) <= num_blocks - 1]
-    assert longest == max(fits, default=0)
-
-
 def test_a_length_of_the_models_own_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
     s = shape(block_size=4)
     budget = 11 * s.block_bytes
