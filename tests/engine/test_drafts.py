@@ -84,7 +84,9 @@ def build(folder: Path, **config: Any) -> LLMEngine:
     return build_engine(EngineConfig(**settings))
 
 
-def generate(engine: LLMEngine, wanted: dict[str, tuple[list[int], SamplingParams]] = REQUESTS) -> tuple[Tokens, dict[str, list[OutputDelta]]]:
+def generate(
+    engine: LLMEngine, wanted: dict[str, tuple[list[int], SamplingParams]] = REQUESTS,
+) -> tuple[Tokens, dict[str, list[OutputDelta]]]:
     for name, (prompt, params) in wanted.items():
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     deltas: dict[str, list[OutputDelta]] = {}

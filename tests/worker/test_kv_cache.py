@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, BlockMove
 from minivllm.errors import InvalidInput
