@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from minivllm.core.plan_builder import PlanBuilder
 from minivllm.core.preemption import allocate_slots, preempt_paused_beam
-from minivllm.core.request import NewRequest, Request, Sequence, SequenceStatus
+from minivllm.core.request import Request, Sequence, SequenceStatus
 from minivllm.core.scheduler_config import SchedulerConfig
 from minivllm.core.scheduler_state import SchedulerState
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
 
 
@@ -14,7 +16,8 @@ def make(num_blocks: int, blocks_each: tuple[int, ...]) -> tuple[SchedulerState,
     state = SchedulerState(SchedulerConfig(num_blocks=num_blocks, block_size=4))
     sequences = []
     for arrival, count in enumerate(blocks_each):
-        request = Request(NewRequest(f"r{arrival}", (1, 2), SamplingParams(), seed=0), (0, arrival), b"")
+        new = EngineRequest(f"r{arrival}", (1, 2), SamplingParams())
+        request = Request(new, 0, StopRule.of(SamplingParams(), (), 16), (0, arrival), b"")
         state.requests[request.new.request_id] = request
         sequence = state.new_sequence(request, 0, [1] * (4 * count), 1000)
         state.start_running(sequence)

@@ -1,9 +1,11 @@
 """Changes of a sequence's status: where its row and its blocks go."""
 from __future__ import annotations
 
-from minivllm.core.request import NO_ROW, NewRequest, Request, Sequence, SequenceStatus
+from minivllm.core.request import NO_ROW, Request, Sequence, SequenceStatus
 from minivllm.core.scheduler_config import SchedulerConfig
 from minivllm.core.scheduler_state import SchedulerState
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
 
 
@@ -12,7 +14,8 @@ def make() -> SchedulerState:
 
 
 def waiting(state: SchedulerState, arrival: int) -> Sequence:
-    request = Request(NewRequest(f"r{arrival}", (1, 2, 3, 4), SamplingParams(), seed=0), (0, arrival), b"")
+    new = EngineRequest(f"r{arrival}", (1, 2, 3, 4), SamplingParams())
+    request = Request(new, 0, StopRule.of(SamplingParams(), (), 16), (0, arrival), b"")
     state.requests[request.new.request_id] = request
     sequence = state.new_sequence(request, 0, [1, 2, 3, 4], 10)
     state.waiting.push(sequence)
