@@ -14,7 +14,7 @@ from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import LLMEngine
 from minivllm.engine.executor import LocalExecutor
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
@@ -29,7 +29,7 @@ _DEFAULTS = {
 
 
 def build_engine(config: EngineConfig) -> LLMEngine:
-    """Everything `LLMEngine.from_config` does."""
+    """Find the model, load it, size the KV cache, and connect all parts."""
     files = find_model(config)
     spec = _with_length(parse_config(files.config), config.max_model_len)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
@@ -50,7 +50,6 @@ def build_engine(config: EngineConfig) -> LLMEngine:
         raise
     return LLMEngine(
         executor=executor, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
-        planning_depth=scheduler.config.planning_depth,
     )
 
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 CUDA_BUDGET, CPU_BUDGET = 8192, 2048  # default max_num_batched_tokens
 
 
-class Pending(Protocol):
+class PendingStep(Protocol):
     """A step whose result is on its way."""
 
     def wait(self) -> StepResult: ...
@@ -55,7 +55,7 @@ class Executor(Protocol):
 
     def launch(self, plan: StepPlan) -> Any: ...
 
-    def sample(self, handle: Any, masks: TokenMasks | None = None) -> Pending: ...
+    def sample(self, handle: Any, masks: TokenMasks | None = None) -> PendingStep: ...
 
     def close(self) -> None: ...
 
