@@ -39,30 +39,29 @@ class SequenceText:
         count, reason = self._rule.end(self._num_tokens, tokens)
         if reason == "stop" and not self._include_stop:
             count -= 1  # EOS or a stop token counts as a token but is not text
-        for i, token in enumerate(tokens[:count]):
-            self._num_tokens += 1
+        for i, token in enumerate(tokens[:count], start=1):
             text = self._stream.push(token)
-            if self._stops is not None and (matched := self._search(text)) is not None:
-                return Stop(keep=i + 1, matched=matched)
+            if self._stops is not None:
+                self._state, end, matched = self._stops.search(self._state, text, self._num_tokens + i < self._min_tokens)
+                if matched is not None:
+                    self._end_with(text[:end], matched)
+                    return Stop(keep=i, matched=matched)
             self._text += text
+        self._num_tokens += count
         return None
 
-    def _search(self, new: str) -> str | None:
-        """Search new text. If a stop string ends in it, add the text up to there and end the stream."""
-        assert self._stops is not None
-        self._state, end, matched = self._stops.search(self._state, new, ignore_matches=self._num_tokens < self._min_tokens)
-        if matched is not None:
-            self._text += new[:end]
-            if not self._include_stop:
-                self._text = self._text.removesuffix(matched)
-            self._stream = None  # the rest of the token's text is dropped
-        return matched
+    def _end_with(self, text: str, matched: str) -> None:
+        """Add the last text, which a stop string ends. What follows it in the same token is dropped."""
+        self._text += text
+        if not self._include_stop:
+            self._text = self._text.removesuffix(matched)
+        self._stream = None
 
     def take(self, finished: bool) -> str:
         """The text that became certain since the last call. `finished`: all of it."""
+        text, self._text = self._text, ""
         if finished:
-            text, self._text = self._text + (self._stream.finish() if self._stream is not None else ""), ""
-            return text
-        certain = len(self._text) - (self._stops.held_back[self._state] if self._stops is not None else 0)
-        text, self._text = self._text[:certain], self._text[certain:]
+            return text + self._stream.finish() if self._stream is not None else text
+        if self._stops is not None and (held_back := self._stops.held_back[self._state]):
+            text, self._text = text[:-held_back], text[-held_back:]
         return text

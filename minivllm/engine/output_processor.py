@@ -145,19 +145,19 @@ class OutputProcessor:
                  if (sequence := self._sequences.get(name)) is not None and sequence.grammar is not None]
         return self._masks.fill(*zip(*found, strict=True)) if found else None
 
-    def _sampled(self, plan: StepPlan, result: StepResult) -> Iterable[tuple[int, SequenceState, tuple[int, ...]]]:
-        """(sample index, sequence, its tokens) of the samples whose sequence has not ended since the plan was made."""
-        for i, (name, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
-            sequence = self._sequences.get(name)
-            if sequence is not None and plan.step_id >= sequence.request.first_step:
-                yield i, sequence, tokens
+    def _sampled(self, plan: StepPlan) -> list[SequenceState | None]:
+        """The sequence of each sample; None if it has ended since the plan was made."""
+        get, step_id = self._sequences.get, plan.step_id
+        return [s if (s := get(name)) is not None and step_id >= s.request.first_step else None for name in plan.sample_ids]
 
     def advance_grammars(self, plan: StepPlan, result: StepResult) -> tuple[dict[int, Stop], list[GrammarFailure]]:
         """Pass the sampled tokens to the grammars. Returns stops by sample index, and the requests that must end."""
         stops: dict[int, Stop] = {}
         failures: dict[str, GrammarFailure] = {}
-        for i, sequence, tokens in self._sampled(plan, result) if self._num_grammars else ():
-            if sequence.grammar is None:
+        if not self._num_grammars:
+            return {}, []
+        for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
+            if sequence is None or sequence.grammar is None:
                 continue
             if (stop := sequence.grammar.advance(tokens)) is not None:
                 stops[i] = stop
@@ -174,8 +174,8 @@ class OutputProcessor:
         A stop string goes before the end of the grammar.
         """
         found = dict(stops)
-        for i, sequence, tokens in self._sampled(plan, result):
-            if sequence.text is None:
+        for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
+            if sequence is None or sequence.text is None:
                 continue
             if i in stops:
                 tokens = tokens[:stops[i].keep]

@@ -48,7 +48,7 @@ class StopStrings:
         self._first_chars = frozenset(next_states[START])
         self.held_back = held_back  # state -> how many characters at the end of the text may still become part of a stop string
 
-    def search(self, state: int, text: str, *, ignore_matches: bool = False) -> tuple[int, int, str | None]:
+    def search(self, state: int, text: str, ignore_matches: bool = False) -> tuple[int, int, str | None]:
         """Add `text` up to the end of the first stop string in it: (new state, number of characters added, stop string or None).
 
         If several stop strings end at the same character, the longest one is returned.
@@ -71,5 +71,5 @@ def _advance(next_states: Sequence[dict[str, int]], fallback: Sequence[int], sta
 
 @lru_cache(maxsize=32)
 def compiled(stops: tuple[str, ...]) -> StopStrings:
-    """The automaton of these stop strings. Requests often repeat an earlier set, and 16,384 characters take about 15 ms to compile."""
+    """The automaton of these stop strings. Requests often repeat an earlier set, and 16,384 characters take about 10 ms to compile."""
     return StopStrings(stops)

@@ -21,7 +21,7 @@ def test_the_automaton_agrees_with_a_search_of_the_whole_text(text: str, stops: 
         seen = text[:i + 1]
         longest = max((s for s in stops if seen.endswith(s)), key=len, default=None)
         state, end, found = automaton.search(state, char)
-        ignoring, _, nothing = automaton.search(ignoring, char, ignore_matches=True)
+        ignoring, _, nothing = automaton.search(ignoring, char, True)
         assert (found, end, nothing, ignoring) == (longest, 1, None, state)
         assert automaton.held_back[state] == max((k for s in stops for k in range(len(s)) if seen.endswith(s[:k])), default=0)
 
