@@ -14,7 +14,8 @@ from typing import Any
 
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
-from minivllm.engine.client import EngineClient, start_client
+from minivllm.engine.client import EngineClient
+from minivllm.engine.process import start_client
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.outputs import RequestOutput

@@ -19,7 +19,7 @@ from minivllm.config import EngineConfig
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
@@ -60,7 +60,6 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
         raise
     return LLMEngine(
         executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
-        planning_depth=scheduler.config.planning_depth,
     )
 
 

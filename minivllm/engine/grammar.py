@@ -18,12 +18,11 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.core.plan import Stop
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling.logits_processors import TokenMasks
@@ -137,8 +136,8 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _why(matcher: Matcher) -> str:
-    """What went wrong while an output was written."""
+def _matcher_error(matcher: Matcher) -> str:
+    """What went wrong while a sequence was generated."""
     error = _one_line(matcher.get_error())
     return "the grammar allows no text here: correct it" if error == "NoExtensionBias" else f"the grammar became too complex: {error}"
 
@@ -174,94 +173,58 @@ def fill_masks(pool: Any, work: Sequence[tuple[Matcher, Sequence[int]]], words: 
         pool.unsafe_compute_mask_ptr_with_draft_token(drafted, words.ctypes.data, width, len(words))
 
 
-@dataclass(slots=True)
-class _State:
-    """One sequence's place in its grammar."""
+class SequenceGrammar:
+    """The position of one sequence in its grammar."""
 
-    start: Matcher
-    first_step: int  # an earlier plan that is still under way may name an earlier sequence of the same id
-    matcher: Matcher | None = None  # a copy of `start`, from the first mask on
+    __slots__ = ("_matcher", "_start", "failure")
+
+    def __init__(self, start: Matcher) -> None:
+        self._start = start
+        self._matcher: Matcher | None = None  # a copy of `start`, made for the first mask
+        self.failure: str | None = None  # why the grammar could not be followed: the request must end
+
+    @property
+    def matcher(self) -> Matcher:
+        if self._matcher is None:
+            self._matcher = self._start.deep_copy()
+        return self._matcher
+
+    def advance(self, tokens: Sequence[int]) -> Stop | None:
+        """Take sampled tokens. Returns a `Stop` if they end the output, or if the grammar could not be followed (see `failure`)."""
+        matcher = self._matcher
+        if matcher is None:
+            return None
+        for count, token in enumerate(tokens):
+            if matcher.is_error():
+                self.failure = _matcher_error(matcher)
+                return Stop(keep=count, matched=None)
+            if matcher.try_consume_tokens([token]) != 1:
+                if matcher.is_error():  # this token exceeded a limit
+                    self.failure = _matcher_error(matcher)
+                # The request's other settings (bad_words, min_tokens ...) exclude all tokens that the grammar allows.
+                elif not matcher.is_accepting():
+                    self.failure = "no token is allowed by both structured_outputs and the request's other settings"
+                return Stop(keep=count, matched=None)
+            if matcher.is_stopped() and not matcher.is_error():
+                return Stop(keep=count + 1, matched=None)
+        return None
 
 
-class Grammars:
-    """The matchers of all running sequences that have a grammar."""
+class GrammarMasks:
+    """Computes the masks of a step, in parallel."""
 
     def __init__(self, compiler: GrammarCompiler) -> None:
-        self.compiler = compiler
-        self._states: dict[str, _State] = {}
-        self._failed: dict[str, str] = {}
-        self._pool: Any = None
-        self._width = 0
+        self._compiler = compiler
+        self._pool: Any = None  # llguidance's threads, started on first use
+        self._width = 0  # int32 words in a mask
 
-    def add(self, sequence_id: str, start: Matcher, first_step: int) -> None:
-        """Begin a sequence: each child of a request has its own state."""
-        self._states[sequence_id] = _State(start, first_step)
-
-    def forget(self, sequence_id: str) -> None:
-        self._states.pop(sequence_id, None)
-        self._failed.pop(sequence_id, None)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def masks(self, plan: StepPlan) -> TokenMasks | None:
-        """What each sample of a sequence with a grammar may be; None if there is none in the plan.
-
-        A matcher that meets a limit allows only EOS here, and `advance` reports it.
-        """
-        if not self._states:
-            return None
-        samples = [i for i, sequence_id in enumerate(plan.sample_ids) if sequence_id in self._states]
-        if not samples:
-            return None
-        words = np.zeros((len(samples), self._words_per_mask()), np.int32)
-        fill_masks(self._pool, [(self._matcher(plan.sample_ids[i]), ()) for i in samples], words)
-        return TokenMasks(np.array(samples, np.int64), words)
-
-    def _words_per_mask(self) -> int:
+    def fill(self, samples: Sequence[int], grammars: Sequence[SequenceGrammar]) -> TokenMasks:
+        """The tokens that each of these samples may be. A matcher that exceeds a limit allows only EOS; `advance` then reports it."""
         if self._pool is None:
             from llguidance import LLExecutor
 
             self._pool = LLExecutor()
-            self._width = -(-self.compiler.num_tokens // 32)
-        return self._width
-
-    def _matcher(self, sequence_id: str) -> Matcher:
-        state = self._states[sequence_id]
-        if state.matcher is None:
-            state.matcher = state.start.deep_copy()
-        return state.matcher
-
-    def advance(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
-        """Take the sampled tokens in. Stops by sample index: outputs that are complete (or that failed, see `take_failed`)."""
-        stops: dict[int, Stop] = {}
-        if self._states:
-            for i, (sequence_id, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
-                state = self._states.get(sequence_id)
-                if state is not None and state.matcher is not None and plan.step_id >= state.first_step:
-                    keep = self._take(sequence_id, state.matcher, tokens)
-                    if keep is not None:
-                        stops[i] = Stop(keep=keep, matched=None)
-        return stops
-
-    def _take(self, sequence_id: str, matcher: Matcher, tokens: Sequence[int]) -> int | None:
-        """How many tokens are the end of the output; None if it goes on."""
-        for count, token in enumerate(tokens):
-            if matcher.is_error():
-                self._failed[sequence_id] = _why(matcher)
-                return count
-            if matcher.try_consume_tokens([token]) != 1:
-                if matcher.is_error():  # a limit that only this token brought about
-                    self._failed[sequence_id] = _why(matcher)
-                # The request's other settings (bad_words, min_tokens ...) ban all that the grammar allows, so nothing was drawn.
-                elif not matcher.is_accepting():
-                    self._failed[sequence_id] = "no token is allowed by both structured_outputs and the request's other settings"
-                return count
-            if matcher.is_stopped() and not matcher.is_error():
-                return count + 1
-        return None
-
-    def take_failed(self) -> dict[str, str]:
-        """Sequences whose grammar could not be followed since the last call, and why. The caller ends their requests."""
-        failed, self._failed = self._failed, {}
-        return failed
+            self._width = -(-self._compiler.num_tokens // 32)
+        words = np.zeros((len(samples), self._width), np.int32)
+        fill_masks(self._pool, [(grammar.matcher, ()) for grammar in grammars], words)
+        return TokenMasks(np.array(samples, np.int64), words)

@@ -18,7 +18,7 @@ from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.chat_template import conversation
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.compose import build_engine
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
@@ -35,7 +35,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **kwargs)
-        self.llm_engine = LLMEngine.from_config(self.config)
+        self.llm_engine = build_engine(self.config)
         self._num_requests = 0
 
     # -- the methods people know ----------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Tokenizer:
         """
         if self._decoder is not None:
             return _ByteStream(self, skip_special_tokens)
-        return _DiffStream(self, prompt_token_ids, skip_special_tokens)
+        return _LibraryStream(self, prompt_token_ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for inside a text; empty for an id that names no token."""
@@ -172,7 +172,11 @@ class Tokenizer:
 
 
 class _ByteStream:
-    """Bytes in, whole characters out. Most tokens are whole characters by themselves: those are looked up as text."""
+    """Bytes in, whole characters out. Most tokens are whole characters, so their text is looked up in a table.
+
+    `DecodeStream` of the `tokenizers` package takes 0.9 µs a token where this takes 0.1 µs (`python -m bench.text_cost`). With 256
+    sequences that is 0.2 ms of every step.
+    """
 
     __slots__ = ("_texts", "_tokenizer", "_utf8", "_whole")
 
@@ -206,34 +210,33 @@ class _ByteStream:
         return self._utf8.decode(b"", final=True)
 
 
-class _DiffStream:
-    """For decoders that are no table (WordPiece, CTC ...): decode a short window with and without the new token.
+class _LibraryStream:
+    """For decoders that are not a table (WordPiece, CTC ...): the stream of the `tokenizers` package.
 
-    The window starts at the last point where text was certain, one piece earlier, so that rules about neighbouring tokens
-    see a neighbour.
+    It decodes a window of tokens with and without the new one. The prompt's last tokens are the window at the start, so that rules
+    about neighboring tokens see them.
     """
 
+    __slots__ = ("_skip_special", "_stream", "_tokenizer", "_waiting")
+
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool) -> None:
+        from tokenizers.decoders import DecodeStream
+
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._window = list(prompt[-8:])
-        self._known = len(self._window)  # the window's first so many tokens have been given out
+        self._stream = DecodeStream(ids=list(prompt[-8:]), skip_special_tokens=skip_special)
+        self._waiting: list[int] = []  # tokens whose text is not certain
 
     def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        new = self._new_text()
-        if not new or new.endswith("\ufffd"):
+        text: str | None = self._stream.step(self._tokenizer._backend, token_id)
+        if text is None:
+            self._waiting.append(token_id)
             return ""
-        self._window = self._window[self._known:]
-        self._known = len(self._window)
-        return new
+        self._waiting.clear()
+        return text
 
     def finish(self) -> str:
-        return self._new_text()
-
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._window[: self._known], self._skip_special)
-        return self._tokenizer.decode(self._window, self._skip_special)[len(before):]
+        return self._tokenizer.decode(self._waiting, self._skip_special)
 
 
 class _TokenDecoder:

@@ -39,7 +39,7 @@ class Watch:
         self._steps: deque[StepView] = deque()
         self._skipped = self._work = 0
 
-    def saw(self, plan: StepPlan) -> None:
+    def record(self, plan: StepPlan) -> None:
         """A step is about to be taken in."""
         step = view_step(self._scheduler, plan)
         self._steps.append(step)

@@ -13,7 +13,7 @@ from pathlib import Path
 from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 
 VOCAB = 400
@@ -147,5 +147,5 @@ def make_engine(
     extra = {} if clock is None else {"clock": clock}
     return LLMEngine(
         executor=executor, scheduler=Scheduler(config), tokenizer=None if folder is None else Tokenizer(folder), info=info,  # type: ignore[arg-type]
-        seed=seed, planning_depth=planning_depth, **extra,
+        seed=seed, **extra,
     )

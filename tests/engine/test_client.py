@@ -20,7 +20,8 @@ import pytest
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineLoop, Refused, Shutdown, StepMessage
+from minivllm.engine.loop import EngineLoop
+from minivllm.engine.messages import RefusedMessage, ShutdownCommand, StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
 from minivllm.engine_request import EngineRequest
@@ -166,7 +167,7 @@ def test_a_reader_that_leaves_in_the_moment_its_request_is_refused_leaves_nothin
         reading = asyncio.ensure_future(collect(client, ask("bad")))
         await asyncio.sleep(0)  # until it waits
         reading.cancel()
-        client._receive(Refused("bad", InvalidInput("no")))  # comes while the reader is there, and is passed on when it has left
+        client._receive(RefusedMessage("bad", InvalidInput("no")))  # comes while the reader is there, and is passed on when it has left
         await asyncio.gather(reading, return_exceptions=True)
 
     asyncio.run(main())
@@ -446,7 +447,7 @@ def test_an_idle_loop_stands_still(folder: str) -> None:
     waiting.acquire()  # asleep again
     rounds = loop.rounds
     assert rounds <= 1 + 5 + 1
-    inbox.put(Shutdown())
+    inbox.put(ShutdownCommand())
     thread.join()
     assert loop.rounds == rounds
 
@@ -464,7 +465,7 @@ def test_messages_are_plain_and_small(folder: str) -> None:
     def send(message: Any) -> None:
         sizes.append(len(pickle.dumps(message)))
         if len(sizes) == 150:
-            inbox.put(Shutdown())
+            inbox.put(ShutdownCommand())
 
     EngineLoop(engine, inbox, send).run()
     steady = sizes[100:150]

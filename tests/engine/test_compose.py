@@ -14,8 +14,9 @@ import pytest
 
 from minivllm import LLM, AsyncLLM, EngineConfig, SamplingParams
 from minivllm.core.trace import read, replay
-from minivllm.engine.client import EngineClient, start_client
+from minivllm.engine.client import EngineClient
 from minivllm.engine.compose import sampling_defaults
+from minivllm.engine.process import start_client
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, ModelError
 

@@ -170,7 +170,7 @@ def test_a_stop_string_ends_an_output_wherever_it_falls(depth: int, folder: Path
     assert (last(deltas).finish_reason, last(deltas).stop_reason) == ("stop", "own f")
     assert tokenizer.decode(tokens_of(deltas)).startswith("the quick brown f")
     assert last(deltas, "c").finish_reason == "length"
-    assert len(engine._detokenizer) == 0
+    assert len(engine._outputs) == 0
 
 
 def test_the_context_length_ends_an_output_without_a_token_limit() -> None:
@@ -195,7 +195,7 @@ def test_an_aborted_request_ends_at_once_and_frees_its_blocks(depth: int, folder
     assert tokens_of(deltas, "b") == expected(PROMPT, 5)
     assert not [d for d in deltas if d.request_id == "a" and d.finish_reason]
     assert engine.stats().used_blocks == 0
-    assert len(engine._detokenizer) == 0
+    assert len(engine._outputs) == 0
     engine.add_request("a", PROMPT, greedy())  # the name is free again
     assert tokens_of(run(engine)) == expected(PROMPT, 5)
 
@@ -436,7 +436,7 @@ def test_a_failed_step_ends_exactly_its_requests_with_an_error(depth: int, where
     assert last(deltas, "c").error is None
     stats = engine.stats()
     assert (stats.used_blocks, stats.num_failed_steps) == (0, 1)
-    assert len(engine._detokenizer) == 0
+    assert len(engine._outputs) == 0
 
 
 def test_a_failed_prompt_ends_every_child_of_its_request() -> None:
@@ -477,7 +477,7 @@ def test_closing_takes_in_what_was_launched_and_releases_the_executor(depth: int
     engine.close()
     engine.close()
     assert executor.closed
-    assert not engine._inflight
+    assert len(engine._pipeline) == 0
     with pytest.raises(EngineDead, match="closed"):
         engine.add_request("b", PROMPT, greedy())
 

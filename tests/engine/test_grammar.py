@@ -304,7 +304,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
             assert end.finish_reason == "error" and "other settings" in str(end.error) and end.error_param == "structured_outputs.regex"
         assert ends["complex", 0].finish_reason == "error" and "too complex" in str(ends["complex", 0].error)
         assert (ends["plain", 0].finish_reason, ends["fine", 0].finish_reason) == ("length", "stop")
-        assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+        assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
 
 
 @pytest.mark.parametrize("wish, why", [
@@ -358,7 +358,7 @@ def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_st
         for delta in ends[-1].values():
             assert (delta.finish_reason, delta.error_param) == ("error", "structured_outputs.regex")
             assert "other settings" in str(delta.error)
-        assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+        assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -372,7 +372,7 @@ def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: b
             core.add_request("y", [5, 6], SamplingParams(structured_outputs=COMPACT, n=3, max_tokens=90))
             for _ in range(steps):
                 core.step()
-            assert len(core._grammars) == 4
+            assert core._outputs._num_grammars == 4
             core.abort_request("x")
             core.abort_request("y")
             core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "ok"}, max_tokens=50))  # the same name anew
@@ -380,7 +380,7 @@ def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: b
             while not found or found[-1].finish_reason is None:
                 found += [delta for delta in core.step() if delta.request_id == "x"]
             assert "".join(delta.text for delta in found) == "ok" and found[-1].finish_reason == "stop"
-            assert len(core._grammars) == 0
+            assert core._outputs._num_grammars == 0
 
 
 # -- compiled once ----------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def answer_all(llm: LLM, names: list[str], drop_rows_at: int = -1) -> Answers:
             found.setdefault(f"{delta.request_id}/{delta.index}", []).extend(delta.token_ids)
         core.scheduler.check()
         steps += 1
-    assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+    assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
     return {name: tuple(tokens) for name, tokens in found.items()}
 
 

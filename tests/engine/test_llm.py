@@ -27,10 +27,10 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     folder = build.save(build.byte_level(), tmp_path)
 
-    def from_config(config: EngineConfig) -> LLMEngine:
+    def build_engine(config: EngineConfig) -> LLMEngine:
         return make_engine(FakeExecutor(), folder=folder, max_queue=config.max_queue, max_num_seqs=config.max_num_seqs)
 
-    monkeypatch.setattr(LLMEngine, "from_config", from_config)
+    monkeypatch.setattr("minivllm.engine.llm.build_engine", build_engine)
     with LLM(max_num_seqs=4, max_queue=3) as llm:
         yield llm
 

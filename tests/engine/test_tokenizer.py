@@ -162,6 +162,19 @@ def test_a_decoder_that_looks_at_neighbours_streams_the_same_text(wordpiece: Tok
     assert wordpiece.decode(ids[:1]) + joined == wordpiece.decode(ids)
 
 
+def test_a_decoder_that_is_not_a_table_streams_whole_characters(tmp_path: Path) -> None:
+    from tokenizers import decoders
+
+    backend = build.sentencepiece()
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip("x", 1, 0)])
+    tokenizer = Tokenizer(build.save(backend, tmp_path))
+    bos, first, *rest = tokenizer.encode("é🚁 the dog")
+    assert tokenizer.decode([first]) == " "
+    pieces = _stream(tokenizer, [*rest, 2], True, [bos, first])
+    assert ("".join(pieces), pieces[:4]) == ("é🚁 the dog", ["", "é", "", ""])
+    assert "".join(_stream(tokenizer, [*rest[:3], 10**6], True, [bos, first])) == "é\ufffd", "an unfinished character at the end"
+
+
 @pytest.fixture(scope="module")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer = build.wordpiece()

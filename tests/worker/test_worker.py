@@ -17,7 +17,7 @@ from minivllm.core.plan import StepPlan, StepResult
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.engine.compose import start_worker
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.errors import InvalidInput
 from minivllm.families import parse_config
 from minivllm.models.hub import find_model
