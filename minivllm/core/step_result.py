@@ -160,6 +160,7 @@ def _finish_with_error(state: SchedulerState, sequence: Sequence, updates: list[
 
 def release_plan(state: SchedulerState, launched: LaunchedPlan, finished_moves: abc.Sequence[int]) -> None:
     """The plan's result is applied: free what only this plan kept in use."""
-    state.kv.offload.finish_moves(finished_moves)
+    if finished_moves:
+        state.kv.offload.finish_moves(finished_moves)
     state.kv.pool.free_many(launched.blocks_to_free)
     state.remove_rowless()
