@@ -101,7 +101,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
     model = tiny.with_triton
     kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
-    for layer in kv.layers:  # whoever reads what was never written gets NaN
+    for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
 
@@ -127,7 +127,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     assert {(16, 3), (32, 4)} <= {shape[:2] for shape in Repeated.replayed}  # mixed steps; those of more tokens or rows ran eagerly
 
 
-def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(
+def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not_change(
     plain: Tiny, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner, launched, launch = runner_of(plain, 4), set(), attention.launch
