@@ -1,4 +1,4 @@
-"""No memory grows after start-up: requests arrive, finish and are aborted for a long time, in every kind of step, graphs included."""
+"""No memory grows after start-up: requests arrive, finish and are aborted for long, in every kind of step, graphs included."""
 from __future__ import annotations
 
 import random
