@@ -32,7 +32,7 @@ TOKENS = 10
 
 
 class Tiny:
-    """A tiny model, and the tokens that Transformers generates with it. `windows`: with an alternating window of 6, so that there are two KV groups."""
+    """A tiny model and the tokens that Transformers generates with it. `windows`: two KV groups, one with a window of 6."""
 
     def __init__(self, folder: Path, windows: bool, device: str = "cpu") -> None:
         extra: dict[str, Any] = (
