@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -423,9 +424,6 @@ def test_an_idle_loop_sleeps(folder: str) -> None:
     """Without work it makes one round per command, since it waits in a blocking call."""
     loops: list[EngineLoop] = []
     sent = threading.Semaphore(0)
-    import queue
-
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     waiting = threading.Semaphore(0)
 
     class Watched(queue.SimpleQueue):  # type: ignore[type-arg]
@@ -452,12 +450,23 @@ def test_an_idle_loop_sleeps(folder: str) -> None:
     assert loop.rounds == rounds
 
 
+def test_a_request_reaches_the_scheduler_unchanged(folder: str) -> None:
+    engine = make_engine(folder=folder, policy="priority")
+    request = EngineRequest("r", (5, 6), SamplingParams(stop="x", logit_bias={5: 1.0}), 2.5, priority=3, cache_salt="salt")
+    seen: list[EngineRequest] = []
+    add = engine.scheduler.add
+    engine.scheduler.add = lambda new, seed: (seen.append(new), add(new, seed))[1]  # type: ignore[method-assign]
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for item in (pickle.loads(pickle.dumps(request)), ShutdownCommand()):
+        inbox.put(item)
+    EngineLoop(engine, inbox, lambda message: None).run()
+    assert seen == [request]
+
+
 def test_messages_are_plain_and_small(folder: str) -> None:
     """All deltas of a step are sent in one message, whose size does not depend on the length of the outputs."""
     sizes: list[int] = []
     engine = make_engine(FakeExecutor(1 << 13), folder=folder, max_num_seqs=64, planning_depth=1, max_model_len=1 << 12)
-    import queue
-
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for i in range(32):
         inbox.put(pickle.loads(pickle.dumps(ask(f"r{i}", max_tokens=200))))

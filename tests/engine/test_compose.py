@@ -229,5 +229,8 @@ def test_the_async_api_streams_growing_outputs(folder: Path) -> None:
             with pytest.raises(InvalidInput, match="prompt is empty"):
                 async for _ in llm.generate([], GREEDY):
                     pass
+            params = SamplingParams(max_tokens=1, truncate_prompt_tokens=2, prompt_logprobs=0)
+            *_, output = [output async for output in llm.generate([5, 6, 7, 8], params)]
+            assert output.prompt_token_ids == [7, 8] and len(output.prompt_logprobs or ()) == 2
 
     asyncio.run(main())
