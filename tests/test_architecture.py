@@ -22,7 +22,7 @@ PACKAGE = ROOT / "minivllm"
 # A unit is a module or a folder right under minivllm/. Each may import those on its right, and itself.
 # "core.plan" on the right means that one module of core and no other.
 INPUT = ("errors", "sampling_params", "config", "families")  # what a user may say; known to everybody
-BRIDGE = (*INPUT, "core.plan")  # all that the data plane may know of the control plane
+BRIDGE = (*INPUT, "core.plan", "core.block_math")  # all that the data plane may know of the control plane
 KERNELS = (*BRIDGE, "kernels")
 PARALLEL = (*KERNELS, "parallel")
 PARAMETERS = (*PARALLEL, "quantization", "lora")

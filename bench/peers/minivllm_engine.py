@@ -47,9 +47,8 @@ class Engine:
     def check_kernels(self) -> dict[str, Any]:
         """The chosen kernels beside the reference kernels, at full size: see bench/kernel_check.py."""
         from bench.kernel_check import check
-        from minivllm.engine.executor import LocalExecutor
+        from minivllm.worker.worker import Worker
 
         executor = self.llm.llm_engine.executor
-        assert isinstance(executor, LocalExecutor) and executor._runner is not None
-        runner = executor._runner
-        return check(runner.model, runner.kv.shape, self.generate)
+        assert isinstance(executor, Worker)
+        return check(executor.runner.model, executor.runner.kv.layout, self.generate)

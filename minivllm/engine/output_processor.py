@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import Progress, sequence_id
+from minivllm.core.request import SequenceUpdate, sequence_id
 from minivllm.core.stopping import StopRule
 from minivllm.engine.detokenizer import SequenceText
 from minivllm.engine.grammar import GrammarMasks, Matcher, SequenceGrammar
@@ -192,11 +192,11 @@ class OutputProcessor:
             if sequence.request.prompt_logprobs is not None:
                 sequence.request.prompt_logprobs[first:first + len(entries)] = entries
 
-    def assemble(self, progress: Iterable[Progress], result: StepResult, now: float) -> list[OutputDelta]:
+    def assemble(self, progress: Iterable[SequenceUpdate], result: StepResult, now: float) -> list[OutputDelta]:
         """The deltas of an update."""
         return [self._delta(sequence, p, result, now) for p in progress if (sequence := self._sequences.get(p.sequence_id)) is not None]
 
-    def _delta(self, sequence: SequenceState, progress: Progress, result: StepResult, now: float) -> OutputDelta:
+    def _delta(self, sequence: SequenceState, progress: SequenceUpdate, result: StepResult, now: float) -> OutputDelta:
         request, tokens, reason = sequence.request, progress.token_ids, progress.finish_reason
         if tokens and sequence.first_token_time is None:
             sequence.first_token_time = now
@@ -216,7 +216,7 @@ class OutputProcessor:
         )
 
 
-def _metrics(sequence: SequenceState, now: float, progress: Progress | None = None) -> RequestMetrics:
+def _metrics(sequence: SequenceState, now: float, progress: SequenceUpdate | None = None) -> RequestMetrics:
     metrics = RequestMetrics(sequence.request.arrival_time, first_token_time=sequence.first_token_time, finished_time=now)
     if progress is not None:
         metrics.first_scheduled_time, metrics.num_preemptions = progress.first_scheduled_time, progress.num_preemptions

@@ -43,6 +43,7 @@ class InputBatch:
     seq_lens_host: tuple[int, ...]  # [B]
     last_only: bool = False  # the result is wanted for each sequence's last token alone: [B, hidden] instead of [T, hidden]
     shared: Tensor | None = None  # [1] int32, for decodes only: so many leading keys of all sequences lie in the same blocks
+    query_width: int = 1  # queries of a decode: its newest token and its drafts
 
     @property
     def num_tokens(self) -> int:

@@ -1,8 +1,9 @@
-"""Checkpoint folder -> model. Loading is total: every tensor of the checkpoint is used, or named as ignorable below, or an error.
+"""Checkpoint folder -> model. Loading is total: every tensor of the checkpoint is used, or listed as ignorable below, or an error.
 
 All names and shapes are compared before the first weight is read, so a wrong folder fails at once and with the whole list.
-Weights are memory-mapped and copied one parameter at a time, straight into place (three checkpoint tensors into one fused
-qkv), so that beside the model itself never more than one parameter is in memory.
+Which tensors a linear layer has is declared by its method (`minivllm.quantization`); one loader serves all methods.
+Weights are memory-mapped and copied one parameter at a time, straight into their final tensor (three checkpoint tensors into
+one fused qkv), so that beside the model itself never more than one parameter is in memory.
 """
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minivllm.errors import ModelError
-from minivllm.families import ModelSpec, ParamSpec, parameters
+from minivllm.families import ModelSpec
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.quantization.methods import Parameter, Source, parameters
 
 # Exporters disagree about the prefix of the same tensors: base model or with head, decoder alone or inside a model.
 PREFIXES = ("model.decoder.", "decoder.", "model.")
@@ -47,14 +49,17 @@ Checkpoint = Mapping[str, StoredTensor]  # by name without prefix
 
 
 def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildContext, seed: int = 0) -> Decoder:
-    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy"."""
-    wanted = parameters(spec)
+    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy".
+
+    Raises `ModelError` naming the tensors that are missing, left over, or of another shape or dtype.
+    """
+    wanted = parameters(spec, build.method)
     if load_format == "dummy":
         return Decoder(spec, build, _Dummy(wanted, build, seed))
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as checkpoint:
         check(spec, wanted, checkpoint, folder)
-        num_bytes = build.dtype.itemsize * sum(_size(p.shape) for p in wanted.values())
-        disable = None if num_bytes >= PROGRESS_FROM else True  # None: only where nobody watches (not a terminal)
+        num_bytes = sum(p.size * _dtype(p, build).itemsize for p in wanted.values())
+        disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
             take = _Stored(wanted, checkpoint, build, bar)
             model = Decoder(spec, build, take)
@@ -62,46 +67,65 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
     return model
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    n = 1
-    for dim in shape:
-        n *= dim
-    return n
+def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:
+    """Bytes of all parameters once they are loaded."""
+    return sum(p.size * _dtype(p, build).itemsize for p in parameters(spec, build.method).values())
+
+
+def _dtype(param: Parameter, build: BuildContext) -> torch.dtype:
+    if param.dtype is None:
+        return build.dtype
+    dtype = getattr(torch, param.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 class _Stored:
-    """Hands out each parameter once, assembled from its checkpoint tensors on the device and in the model's dtype."""
+    """Hands out each parameter once, joined from its checkpoint tensors, on the device and in its dtype."""
 
-    def __init__(self, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoint, build: BuildContext, bar: tqdm[Any]) -> None:
+    def __init__(self, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, build: BuildContext, bar: tqdm[Any]) -> None:
         self.wanted, self.checkpoint, self.build, self.bar = dict(wanted), checkpoint, build, bar
 
     def __call__(self, name: str) -> Tensor:
         param = self.wanted.pop(name)
-        out = torch.empty(param.shape, dtype=self.build.dtype, device=self.build.device)
+        out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
         start = 0
         for source in param.sources:
-            stored = self.checkpoint[source.name]
-            tensor = stored.read()
-            if not tensor.is_floating_point():
-                raise ModelError(f"{stored.name} in {stored.file} is of {tensor.dtype}: quantized weights are not supported yet", "model")
-            out[start : start + source.shape[0]].copy_(tensor)
-            start += source.shape[0]
-        assert start == param.shape[0]  # every row was written
+            size = source.shape[param.concat_dim]
+            out.narrow(param.concat_dim, start, size).copy_(_read(self.checkpoint[source.name], param))
+            start += size
+        assert start == param.shape[param.concat_dim]  # every element was written
         self.bar.update(out.nbytes)
         return out
+
+
+def _read(stored: StoredTensor, param: Parameter) -> Tensor:
+    """One tensor of the checkpoint. Only floating-point tensors are converted, and only to the model's dtype."""
+    tensor = stored.read()
+    if param.dtype is None and not tensor.is_floating_point():
+        raise ModelError(f"{stored.name} in {stored.file} is of {tensor.dtype}: quantized weights are not supported yet", "model")
+    if param.dtype is not None and tensor.dtype != getattr(torch, param.dtype):
+        raise ModelError(f"{stored.name} in {stored.file} is of {tensor.dtype}, not of {param.dtype} as its quantization method stores it",
+                         "model")
+    return tensor
 
 
 class _Dummy:
     """Random weights of a trained model's size: norms 1, the rest normal with a small deviation; same seed, same weights."""
 
-    def __init__(self, wanted: Mapping[str, ParamSpec], build: BuildContext, seed: int) -> None:
+    def __init__(self, wanted: Mapping[str, Parameter], build: BuildContext, seed: int) -> None:
         self.wanted, self.build = dict(wanted), build
         self.generator = torch.Generator(build.device).manual_seed(seed)
 
     def __call__(self, name: str) -> Tensor:
         param = self.wanted.pop(name)
-        out = torch.empty(param.shape, dtype=self.build.dtype, device=self.build.device)
-        return out.fill_(1.0) if param.kind == "scale" else out.normal_(0.0, DUMMY_STD, generator=self.generator)
+        out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
+        if isinstance(param.dummy, float):
+            return out.fill_(param.dummy)
+        if param.dummy == "bits":
+            out.view(torch.uint8).random_(0, 256, generator=self.generator)
+            return out
+        return out.normal_(0.0, DUMMY_STD, generator=self.generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,9 +133,9 @@ class _Dummy:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check(spec: ModelSpec, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoint, folder: Path) -> None:
+def check(spec: ModelSpec, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, folder: Path) -> None:
     """Raise `ModelError` unless the checkpoint has exactly the tensors that the model needs, in their shapes."""
-    sources = {source.name: source for param in wanted.values() for source in param.sources}
+    sources: dict[str, Source] = {source.name: source for param in wanted.values() for source in param.sources}
     problems = [f"missing: {s.name} {list(s.shape)}" for s in sources.values() if s.name not in checkpoint]
     for name, stored in checkpoint.items():
         if name in sources:

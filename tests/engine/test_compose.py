@@ -136,7 +136,7 @@ def test_two_engines_live_in_one_process(folder: Path, tiny_llama: Callable[...,
 
 def test_closing_frees_weights_and_cache_while_the_object_still_exists(folder: Path) -> None:
     llm = LLM(str(folder), **PLAIN)
-    runner = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
+    runner = llm.llm_engine.executor.runner  # type: ignore[attr-defined]
     gone = [weakref.ref(runner.model), weakref.ref(runner.kv.layers[0].k), weakref.ref(runner)]
     del runner
     llm.generate("the cat", GREEDY, use_tqdm=False)

@@ -296,7 +296,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         ends: dict[tuple[str, int], OutputDelta] = {}
         while core.has_unfinished_requests():
             ends |= {(d.request_id, d.index): d for d in core.step() if d.finish_reason is not None}
-            at_work = {s.request_id for s in core.scheduler.running if s.state.value != "finished"}
+            at_work = {s.request_id for s in core.scheduler.running if s.status.value != "finished"}
             assert not at_work & {request_id for request_id, _ in ends}
         assert len(ends) == 8
         for index in range(3):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import Progress
+from minivllm.core.request import SequenceUpdate
 from minivllm.core.stopping import StopRule
 from minivllm.engine.grammar import GrammarCompiler, GrammarMasks
 from minivllm.engine.output_processor import OutputProcessor
@@ -47,7 +47,7 @@ def push(outputs: OutputProcessor, tokens: dict[str, Sequence[int]], step_id: in
 
 
 def assemble(outputs: OutputProcessor, name: str, tokens: Sequence[int], reason: str | None = None) -> list[OutputDelta]:
-    progress = Progress(name.partition("#")[0], int(name.partition("#")[2] or 0), name, 0, tuple(tokens), reason, None, 0, 0, 2.0)  # type: ignore[arg-type]
+    progress = SequenceUpdate(name.partition("#")[0], int(name.partition("#")[2] or 0), name, 0, tuple(tokens), reason, None, 0, 0, 2.0)  # type: ignore[arg-type]
     return outputs.assemble([progress], StepResult(0, (tuple(tokens),)), 3.0)
 
 

@@ -17,15 +17,14 @@ import pytest
 import torch
 
 from minivllm.core.plan import StepPlan
-from minivllm.families import kv_groups
 from minivllm.kernels import REFERENCE, select, upload
 from minivllm.kernels.triton import attention
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, cuda_graphs
-from minivllm.worker.kv_cache import BlockShape, KVCache
-from minivllm.worker.model_runner import Handle, ModelRunner
+from minivllm.worker.kv_cache import KVCache, KVLayout
+from minivllm.worker.model_runner import LaunchedStep, ModelRunner
 from tests.models.tiny import read_spec
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
@@ -36,7 +35,7 @@ PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
 class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
-    replayed: ClassVar[list[cuda_graphs.Shape]] = []
+    replayed: ClassVar[list[cuda_graphs.GraphShape]] = []
     runs_first: ClassVar[bool] = False  # as before a capture
     told_shared: int  # at the last replay
     pool = None
@@ -51,7 +50,7 @@ class Repeated(cuda_graphs.Graph):
         start, lens = self._inputs.tensors[1].tolist(), self._inputs.tensors[3].tolist()
         if not self.shape.decodes:  # sequences that pad a mixed step have no tokens: tiles are found by where each one's begin
             assert all(a == b for a, b, n in zip(start, start[1:], lens, strict=False) if n == 0)
-        logits, self._drawn = self._step()
+        logits, self._sampled = self._step()
         self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
 
 
@@ -101,7 +100,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
     model = tiny.with_triton
-    kv = KVCache(BlockShape(kv_groups(model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
+    kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # whoever reads what was never written gets NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
@@ -114,7 +113,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     runner = runner_of(tiny, block_size)
     launch = runner.launch
 
-    def launch_and_compare(plan: StepPlan) -> Handle:
+    def launch_and_compare(plan: StepPlan) -> LaunchedStep:
         handle = launch(plan)
         there, here = runner.rows.device_tables.numpy(), runner.rows.block_tables
         assert (there[:, list(plan.rows)] == here[:, list(plan.rows)]).all()
@@ -171,19 +170,19 @@ def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_th
 
 def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0) -> batch.Columns:
     decodes = rows if tokens == rows else 0
-    return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]),
-                           shared_keys=shared_keys)
+    return SimpleNamespace(simple=True, rows=range(rows), token_index=range(tokens), num_decodes=decodes, query_width=1,
+                           seq_lens=np.array([longest]), shared_keys=shared_keys)
 
 
 def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph(*shape: Any) -> SimpleNamespace:
-        return SimpleNamespace(shape=cuda_graphs.Shape(*shape))
+        return SimpleNamespace(shape=cuda_graphs.GraphShape(*shape))
 
     graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
     graphs._decodes = [graph(2, 2, 2, 16), graph(2, 2, 2, 64), graph(4, 4, 4, 64)]
     graphs._sharing = [graph(4, 4, 4, 64, True)]
     graphs._mixed = [graph(32, 3, 0, 64), graph(128, 6, 0, 64)]
-    graphs._key_bytes = 1
+    graphs._token_bytes = 1
     monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 32)
     assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]

@@ -21,10 +21,11 @@ FACTORS = st.floats(1.0, 40.0)
 def check(head_dim: int, max_len: int, params: dict[str, Any], served: int | None = None) -> None:
     theirs = LlamaConfig(hidden_size=head_dim * 2, num_attention_heads=2, max_position_embeddings=max_len, rope_parameters=params)
     spec = parse_config({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]})
-    assert spec.rope is not None
+    rope = spec.layers[0].attention.rope
+    assert rope is not None
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[params["rope_type"]](theirs, seq_len=served)
-    torch.testing.assert_close(inverse_frequencies(spec.rope, head_dim, served or max_len), inv_freq, atol=0, rtol=1e-5)
-    assert math.isclose(spec.rope.attention_factor, attention_factor)
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim, served or max_len), inv_freq, atol=0, rtol=1e-5)
+    assert math.isclose(rope.attention_factor, attention_factor)
 
 
 @given(HEAD_DIMS, THETAS)

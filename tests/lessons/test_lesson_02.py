@@ -15,7 +15,7 @@ from minivllm.core.trace_summary import block_tables
 from minivllm.engine_request import EngineRequest
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import attention as kernel
-from minivllm.planning.allocators import Job, PagedAllocator
+from minivllm.planning.allocators import PagedAllocator, RequestLengths
 from minivllm.sampling_params import SamplingParams
 from tests.lessons.loading import LESSONS, load_lesson, run_lesson_alone
 
@@ -92,7 +92,7 @@ def test_lesson_and_laboratory_count_the_same_waste(lesson: ModuleType, size: in
     empty = held = 0
     for length in lengths:
         allocator = PagedAllocator(512, size)
-        assert allocator.try_admit(0, Job(1, length))
+        assert allocator.try_admit(0, RequestLengths(1, length))
         for _ in range(length):
             empty, held = empty + allocator.reserved - allocator.used, held + allocator.reserved
             allocator.try_grow(0)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
-from minivllm.families import FAMILIES, ModelSpec, kv_groups, num_kv_tensors, parameters, parse_config
+from minivllm.families import FAMILIES, ModelSpec, kv_groups, num_kv_tensors, parse_config
+from minivllm.quantization.methods import parameters
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
@@ -50,6 +51,10 @@ OPT_350M = {**OPT_125M, "do_layer_norm_before": False, "ffn_dim": 4096, "hidden_
             "num_hidden_layers": 24, "word_embed_proj_dim": 512}
 
 
+def windows(spec: ModelSpec) -> tuple[int | None, ...]:
+    return tuple(layer.attention.window for layer in spec.layers)
+
+
 def size(spec: ModelSpec) -> int:
     return sum(math.prod(p.shape) for p in parameters(spec).values())
 
@@ -64,8 +69,9 @@ def test_real_models_have_their_published_number_of_parameters(config: dict[str,
 
 def test_a_published_llama_config_is_read_whole() -> None:
     spec = parse_config(LLAMA_3_1_8B)
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_model_len, spec.dtype) == (32, 8, 128, 131072, "bfloat16")
-    assert spec.rope is not None and (spec.rope.scaling, spec.rope.theta, spec.rope.original_max_len) == ("llama3", 500000.0, 8192)
+    assert (spec.num_layers, spec.max_model_len, spec.dtype, spec.attention_shapes) == (32, 131072, "bfloat16", ((32, 8, 128),))
+    rope = spec.layers[31].attention.rope
+    assert rope is not None and (rope.scaling, rope.theta, rope.original_max_len) == ("llama3", 500000.0, 8192)
     assert not spec.tied and spec.norm_eps == 1e-5
 
 
@@ -81,24 +87,24 @@ def test_the_keys_of_transformers_5_mean_the_same_as_those_of_4() -> None:
 
 
 def test_mistral_has_its_window_in_every_layer_unless_null() -> None:
-    assert parse_config(MISTRAL_7B_V0_1).windows == (4096,) * 32
-    assert parse_config({**MISTRAL_7B_V0_1, "sliding_window": None}).windows == (None,) * 32
+    assert windows(parse_config(MISTRAL_7B_V0_1)) == (4096,) * 32
+    assert windows(parse_config({**MISTRAL_7B_V0_1, "sliding_window": None})) == (None,) * 32
     without_key = {k: v for k, v in MISTRAL_7B_V0_1.items() if k != "sliding_window"}
-    assert parse_config(without_key).windows == (4096,) * 32  # Transformers' default
+    assert windows(parse_config(without_key)) == (4096,) * 32  # Transformers' default
 
 
 def test_qwen_has_windows_only_if_switched_on_and_only_in_the_upper_layers() -> None:
-    assert parse_config(QWEN2_5_7B).windows == (None,) * 28
+    assert windows(parse_config(QWEN2_5_7B)) == (None,) * 28
     on = parse_config({**QWEN2_5_7B, "use_sliding_window": True, "max_window_layers": 21, "sliding_window": 1024})
-    assert on.windows == (None,) * 21 + (1024,) * 7
+    assert windows(on) == (None,) * 21 + (1024,) * 7
     assert [(g.window, len(g.layers)) for g in kv_groups(on)] == [(None, 7), (None, 7), (None, 7), (1024, 7)]
 
 
 def test_a_window_that_no_sequence_outgrows_is_full_attention() -> None:
     spec = parse_config({**MISTRAL_7B_V0_1, "sliding_window": 32768})
-    assert [g.kind for g in kv_groups(spec)] == ["full"]
+    assert [g.window for g in kv_groups(spec)] == [None]
     short = dataclasses.replace(parse_config(MISTRAL_7B_V0_1), max_model_len=4096)
-    assert [g.kind for g in kv_groups(short)] == ["full"]
+    assert [g.window for g in kv_groups(short)] == [None]
 
 
 def test_rope_scaling_lengthens_the_context_where_the_configuration_states_the_original_length() -> None:
@@ -125,7 +131,7 @@ def test_the_architecture_is_looked_for_among_all_that_are_named() -> None:
     ({"num_key_value_heads": 5}, "32 heads cannot share 5 key-value heads"),
     ({"num_attention_heads": 0}, "multiple of num_attention_heads 0"),
     ({"num_attention_heads": 31, "num_key_value_heads": 31}, "hidden_size 4096 is no multiple"),
-    ({"num_hidden_layers": 0}, "num_layers must be at least 1"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
     ({"head_dim": 31}, "head_dim must be even"),
     ({"hidden_act": "gelu"}, "gated MLP with activation 'gelu'"),
     ({"hidden_act": "sinus"}, "hidden_act 'sinus' is not supported"),
@@ -190,8 +196,11 @@ def test_column_and_row_sharding_alternate_so_that_a_layer_needs_two_sums() -> N
 
 
 @given(st.lists(st.sampled_from([None, None, 64, 128]), min_size=1, max_size=60))
-def test_every_layer_has_one_place_in_one_group_and_few_places_stay_unused(windows: list[int | None]) -> None:
-    spec = dataclasses.replace(parse_config(MISTRAL_7B_V0_1), num_layers=len(windows), windows=tuple(windows))
+def test_every_layer_is_in_one_group_and_few_tensors_stay_unused(windows: list[int | None]) -> None:
+    spec = parse_config(MISTRAL_7B_V0_1)
+    layer = spec.layers[0]
+    spec = dataclasses.replace(spec, layers=tuple(
+        dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, window=w)) for w in windows))
     groups = kv_groups(spec)
     assert sorted(layer for g in groups for layer in g.layers) == list(range(len(windows)))
     assert all(windows[layer] == g.window for g in groups for layer in g.layers)

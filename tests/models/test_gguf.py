@@ -16,9 +16,10 @@ from gguf.quants import quantize
 from safetensors.torch import load_file
 
 from minivllm.errors import ModelError
-from minivllm.families import parameters, parse_config
+from minivllm.families import parse_config
 from minivllm.models import gguf as ours
 from minivllm.models.hub import ModelFiles, default_gguf
+from minivllm.quantization.methods import parameters
 
 # Rows of 256, which super-blocks need; head_dim is not hidden / heads.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS = 256, 8, 2, 64, 256, 40, 2
@@ -224,7 +225,8 @@ def test_biases_of_a_llama_are_reordered_like_its_rows(write_gguf: Callable[...,
 
 def test_head_width_comes_from_the_key_length_where_it_is_not_hidden_over_heads(write_gguf: Callable[..., Path]) -> None:
     spec = parse_config(config_of(convert(write_gguf("qwen3"))))
-    assert (spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.rope.theta) == (HEAD_DIM, HEADS, KV_HEADS, 500000.0)
+    heads = spec.layers[0].attention
+    assert (heads.head_dim, heads.num_heads, heads.num_kv_heads, heads.rope.theta) == (HEAD_DIM, HEADS, KV_HEADS, 500000.0)
 
 
 @pytest.mark.parametrize(("meta", "expected"), [
@@ -265,7 +267,7 @@ def test_frequency_divisors_that_are_not_llama3s_are_refused(write_gguf: Callabl
 
 def test_a_llama_with_a_window_is_a_mistral(write_gguf: Callable[..., Path]) -> None:
     spec = parse_config(config_of(convert(write_gguf("llama", meta={"attention.sliding_window": 16}))))
-    assert (spec.architecture, spec.windows) == ("MistralForCausalLM", (16,) * LAYERS)
+    assert (spec.architecture, [layer.attention.window for layer in spec.layers]) == ("MistralForCausalLM", [16] * LAYERS)
 
 
 def test_a_chat_model_ends_at_its_end_of_turn_token_too(write_gguf: Callable[..., Path]) -> None:

@@ -284,5 +284,6 @@ def test_dummy_weights_need_no_folder_and_depend_on_the_seed_only(family: str, t
 def test_dummy_norms_are_one_and_matrices_small(tmp_path: Path) -> None:
     make_hf("Llama").save_pretrained(tmp_path)
     model = load_model(read_spec(tmp_path), tmp_path, "dummy", make_build())
-    assert model.norm is not None and model.norm.weight is not None and bool((model.norm.weight == 1).all())
+    norm = model.head._norm
+    assert norm is not None and norm.weight is not None and bool((norm.weight == 1).all())
     assert 0.018 < model.embedding.table.std() < 0.022

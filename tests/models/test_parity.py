@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.families import FAMILIES, LLAMA, MISTRAL, Family, kv_groups, one_window, parse_config
+from minivllm.families import FAMILIES, kv_groups, parse_config
+from minivllm.families.config_json import one_window
+from minivllm.families.llama import MISTRAL
 from minivllm.kernels import REFERENCE, Ops
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits, load, make_hf
@@ -193,9 +195,9 @@ def test_logits_on_a_gpu_equal_those_of_transformers_on_a_cpu(name: str, tmp_pat
 
 def test_a_new_family_is_a_row_of_the_table(tmp_path: Path) -> None:
     # The example of docs/adding_a_model.md: Phi-3 stores q, k and v, and gate and up, fused already.
-    phi3 = Family(
-        {**MISTRAL.fields, "windows": one_window(None)},
-        {**LLAMA.names, "qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
+    phi3 = MISTRAL.but(
+        attention={"window": one_window(None)},
+        names={"qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
     )
     hf = make_hf("Phi3", num_key_value_heads=2, pad_token_id=0, sliding_window=7)
     hf.save_pretrained(tmp_path)

@@ -50,14 +50,15 @@ class Planner:
         self.free = deque(free_blocks)
         self.step_id = 0
 
-    def plan(self, work: list[tuple[Sequence, int]], copies=(), moves_out=(), moves_in=()) -> StepPlan:
-        """Compute this many tokens of each sequence; those that reach their end sample one."""
+    def plan(self, work: list[tuple[Sequence, int]], copies=(), moves_out=(), moves_in=(), drafts=()) -> StepPlan:
+        """Compute this many tokens of each sequence; those that reach their end sample one. drafts: of each sequence, beyond its end."""
+        drafts = drafts or ((),) * len(work)
         admitted, new_blocks, freed, starts, samples = [], [], [], [], []
         for i, (s, count) in enumerate(work):
-            assert 1 <= count <= s.left
+            assert 1 <= count <= s.left and (not drafts[i] or count == s.left)
             starts.append(s.num_planned)
             dropped = self._drop(s, s.num_planned)  # an admission says so itself
-            s.num_planned += count
+            s.num_planned += count + len(drafts[i])
             appended = self._grow(s)
             if s.admitted:
                 freed += dropped
@@ -66,7 +67,7 @@ class Planner:
                 new_blocks.append(((),) * len(self.windows))
                 admitted.append(self.admission(s))
                 s.admitted = True
-            if s.num_planned == s.total:
+            if s.num_planned == s.total + len(drafts[i]):
                 samples.append(i)
                 s.num_sampled += 1
         self.step_id += 1
@@ -75,9 +76,9 @@ class Planner:
             request_ids=tuple(s.name for s, _ in work),
             rows=tuple(s.row for s, _ in work),
             starts=tuple(starts),
-            num_tokens=tuple(n for _, n in work),
+            num_tokens=tuple(n + len(d) for (_, n), d in zip(work, drafts, strict=True)),
             new_blocks=tuple(new_blocks),
-            drafts=((),) * len(work),
+            drafts=tuple(tuple(d) for d in drafts),
             sample_from=tuple(samples),
             sample_rows=tuple(work[i][0].row for i in samples),
             sample_ids=tuple(work[i][0].name for i in samples),

@@ -123,12 +123,12 @@ def test_packing_places_every_token_where_the_plan_says(situation):
     packed = table.pack(the_plan)
     check_batch(packed, naive, columns, block_size, groups)
     # Results stand in the plan's order: sample i reads the last position of request i, and goes to the place after it.
-    assert packed.sample_rows.tolist() == [r for r, _, _ in columns]
+    assert packed.columns.sample_rows.tolist() == [r for r, _, _ in columns]
     for i, (row, start, count) in enumerate(columns):
         at = packed.batch.logit_rows[i]
-        assert packed.batch.positions[at] == start + count - 1 == packed.sample_positions[i] - 1
+        assert packed.batch.positions[at] == start + count - 1 == packed.columns.sample_positions[i] - 1
         assert packed.batch.tokens[at] == naive[row].tokens[start + count - 1]
-        assert packed.sample_places[i] == row * LENGTH + start + count
+        assert packed.sample_index[i] == row * LENGTH + start + count
 
 
 @given(situations(), st.integers(1, 40))
@@ -233,7 +233,7 @@ def test_the_next_plan_sees_a_sampled_token_that_the_host_never_saw():
     )
     table.apply(first)
     packed = table.pack(first)
-    table.write_sampled(packed.sample_places, torch.tensor([77, 88]))  # sample 0 is row 2's
+    table.write_tokens(packed.sample_index, torch.tensor([77, 88]))  # sample 0 is row 2's
     second = plan([5, 2], [3, 2], [1, 1])
     table.apply(second)
     assert table.pack(second).batch.tokens.tolist() == [88, 77]
@@ -246,7 +246,7 @@ def test_children_each_receive_a_token_from_the_one_row_of_logits():
     table.apply(the_plan)
     packed = table.pack(the_plan)
     assert packed.batch.logit_rows.tolist() == [2, 2, 2]
-    assert packed.sample_places.tolist() == [3, LENGTH + 3, 2 * LENGTH + 3]
+    assert packed.sample_index.tolist() == [3, LENGTH + 3, 2 * LENGTH + 3]
 
 
 @given(st.integers(2, LENGTH), st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=20))
@@ -271,15 +271,15 @@ def test_prompt_logprobs_of_any_chunks_cover_what_is_owed_exactly_once(num_promp
         packed = table.pack(the_plan)
         first = False
         rows = packed.batch.logit_rows.tolist()
-        for piece in packed.prompt_pieces:
+        for piece in packed.columns.prompt_spans:
             assert piece.request == 1 and piece.k == 2
             for j in range(piece.count):
                 predicting = rows.pop(0)
                 assert packed.batch.positions[predicting] == piece.first + j - 1
                 assert packed.batch.tokens[predicting] == tokens[piece.first + j - 1]
                 told.append(piece.first + j)
-        assert packed.prompt_places.tolist() == [
-            3 * LENGTH + p for piece in packed.prompt_pieces for p in range(piece.first, piece.first + piece.count)
+        assert packed.prompt_index.tolist() == [
+            3 * LENGTH + p for piece in packed.columns.prompt_spans for p in range(piece.first, piece.first + piece.count)
         ]
         at += count
     assert told == list(range(max(owed_from, 1), min(at + 1, num_prompt)))

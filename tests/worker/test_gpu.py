@@ -21,9 +21,9 @@ from minivllm.worker.kv_cache import KVCache
 from tests.kernels.test_sampling import keys_of
 from tests.worker.plans import Planner, Sequence
 from tests.worker.test_batch import plan
-from tests.worker.test_executor import build
 from tests.worker.test_kv_cache import content, numbered, shape
 from tests.worker.test_model_runner import Tiny, run, sequences_of
+from tests.worker.test_worker import build
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -97,8 +97,8 @@ def test_a_mixed_batch_is_sampled_and_packed_without_waiting_and_like_on_a_cpu()
                 for a in the_plan.admitted:
                     sampler.admit(a)
                 packed = rows.pack(the_plan)
-                choice = sampler.sample(logits[step].clone(), packed.sample_rows, packed.sample_positions, rows.tokens)
-                rows.write_sampled(packed.sample_places, choice.token_ids)
+                choice = sampler.sample(logits[step].clone(), packed.columns.sample_rows, packed.columns.sample_positions, rows.tokens)
+                rows.write_tokens(packed.sample_index, choice.token_ids)
             drawn.append((choice.token_ids.tolist(), packed.batch.tokens.tolist(), packed.batch.slots[0].tolist()))
             assert choice.logprobs is not None
             drawn.append(

@@ -22,7 +22,7 @@ from minivllm.models.loader import load_model
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, model_runner
-from minivllm.worker.kv_cache import BlockShape, KVCache
+from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import ModelRunner
 from tests.models.tiny import hf_logits, make_hf, read_spec
 from tests.worker.plans import GREEDY, Planner, Sequence
@@ -57,7 +57,7 @@ class Tiny:
         return out
 
     def runner(self, block_size: int = 4, host_blocks: int = 0) -> ModelRunner:
-        shape = BlockShape(kv_groups(self.model.spec), block_size, torch.float32)
+        shape = KVLayout.of(self.model.spec, block_size, torch.float32)
         kv = KVCache(shape, NUM_BLOCKS, host_blocks, self.device, self.model.build.ops)
         for layer in kv.layers:  # whoever reads what was never written gets NaN
             layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
