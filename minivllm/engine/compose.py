@@ -146,7 +146,7 @@ def _with_length(spec: ModelSpec, wanted: int | None) -> ModelSpec:
 
 
 def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """generation_config.json knows best (chat models end with more than one token), then the tokenizer, then config.json."""
+    """All EOS ids of a model: chat models have more than one. generation_config.json comes first, then tokenizer, then config.json."""
     found: list[int] = []
     for value in (generation.get("eos_token_id"), tokenizer and tokenizer.eos_token_id, config.get("eos_token_id")):
         ids = value if isinstance(value, list) else [value]
@@ -155,7 +155,7 @@ def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tok
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters a model suggests for itself."""
+    """The sampling parameters that the model's own generation_config.json sets."""
     found = {ours: generation[theirs] for theirs, ours in _DEFAULTS.items() if generation.get(theirs) is not None}
     try:
         SamplingParams(**found)

@@ -168,7 +168,7 @@ class LLMEngine:
     def _checked(self, request: EngineRequest) -> EngineRequest:
         """The request with complete parameters (see `check_params`)."""
         params = request.params
-        if self._outputs.knows(request.request_id, params):
+        if self._outputs.id_in_use(request.request_id, params):
             raise InvalidInput(f"request id {request.request_id!r} is in use: choose another", "request_id")
         if request.priority and self._info.scheduling_policy != "priority":
             raise InvalidInput(
@@ -186,7 +186,7 @@ class LLMEngine:
     def preparation(self, params: SamplingParams) -> Callable[[], object] | None:
         """What `add` would have to compile first; None if nothing. It may be called on another thread while steps continue."""
         structure = params.structured_outputs
-        return None if structure is None or self._compiler.knows(structure) else partial(self._compiler.compile, structure)
+        return None if structure is None or self._compiler.is_cached(structure) else partial(self._compiler.compile, structure)
 
     def choose_beams(self, request_id: str, beams: Sequence[tuple[int, int]]) -> list[int]:
         """Beam search, after every beam has its token: continue with these (index, newest token) only.

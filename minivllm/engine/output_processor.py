@@ -76,7 +76,7 @@ class OutputProcessor:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
-    def knows(self, request_id: str, params: SamplingParams) -> bool:
+    def id_in_use(self, request_id: str, params: SamplingParams) -> bool:
         """Whether the id of this request, or of one of its sequences, is in use."""
         return request_id in self._requests or any(name in self._sequences for name in (request_id, *sequence_ids(request_id, params)))
 

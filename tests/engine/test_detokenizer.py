@@ -1,4 +1,4 @@
-"""Stop strings and text: what is held back, where the output is cut, and that it costs no more as the text grows."""
+"""Text and stop strings: which characters are held back, and where the output ends."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _text(tokenizer: Tokenizer, params: SamplingParams, max_tokens: int = 100) -
 
 
 def _bytes_as_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """One token per byte, so that every stop string lies across tokens."""
+    """One token per byte, so that stop strings span tokens."""
     of_byte = {tokenizer.token_bytes(i): i for i in reversed(range(tokenizer.vocab_size))}
     return [of_byte[bytes([b])] for b in text.encode()]
 
@@ -35,7 +35,7 @@ def _bytes_as_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 def _run(
     tokenizer: Tokenizer, tokens: Sequence[int], max_tokens: int = 10**6, per_step: int = 1, **params: object,
 ) -> tuple[list[str], int, str | None]:
-    """Pieces of text, number of tokens kept, matched stop string; the scheduler's part is played by this function."""
+    """(pieces of text, number of tokens kept, matched stop string). This function does the scheduler's part."""
     settings_ = SamplingParams(max_tokens=None, **params)  # type: ignore[arg-type]
     sequence = _text(tokenizer, settings_, max_tokens)
     ending = set(settings_.stop_token_ids or ()) | (set() if settings_.ignore_eos else {EOS})
@@ -57,7 +57,7 @@ def _run(
 
 
 def _cut(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | None]:
-    """The specification: cut at the stop string that ends first, the longest of those that end there."""
+    """The specification: the output ends with the stop string that ends first. If several do, with the longest one."""
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
     if not ends:
         return text, None
@@ -70,7 +70,7 @@ def _cut(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | Non
     text=st.text(st.sampled_from("abé"), max_size=25), stops=st.lists(st.text(st.sampled_from("abé"), min_size=1, max_size=5), max_size=3),
     include=st.booleans(), per_step=st.integers(1, 3),
 )
-def test_text_is_cut_at_the_first_stop_string_however_tokens_fall(
+def test_text_ends_at_the_first_stop_string_wherever_token_boundaries_are(
     tokenizer: Tokenizer, text: str, stops: list[str], include: bool, per_step: int,
 ) -> None:
     tokens = _bytes_as_tokens(tokenizer, text)
@@ -83,7 +83,7 @@ def test_text_is_cut_at_the_first_stop_string_however_tokens_fall(
 
 @settings(deadline=None, max_examples=300)
 @given(text=st.text(st.sampled_from("ab"), max_size=20), stop=st.text(st.sampled_from("ab"), min_size=1, max_size=5))
-def test_no_more_is_held_back_than_could_become_a_stop_string(tokenizer: Tokenizer, text: str, stop: str) -> None:
+def test_only_text_that_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer, text: str, stop: str) -> None:
     sequence = _text(tokenizer, SamplingParams(stop=stop))
     given_out = ""
     for i, token in enumerate(_bytes_as_tokens(tokenizer, text)):
@@ -133,7 +133,7 @@ def test_eos_and_stop_tokens_are_tokens_but_not_text(tokenizer: Tokenizer) -> No
     assert "".join(_run(tokenizer, [a, EOS, b], ignore_eos=True)[0]) == "ab"
 
 
-def test_held_back_text_comes_out_when_the_output_ends_otherwise(tokenizer: Tokenizer) -> None:
+def test_held_back_text_is_returned_when_the_output_ends_for_another_reason(tokenizer: Tokenizer) -> None:
     tokens = _bytes_as_tokens(tokenizer, "xSTO")
     assert _run(tokenizer, tokens, stop=["STOP"]) == (["x", "", "", "", "STO"], 4, None)
 
@@ -141,5 +141,5 @@ def test_held_back_text_comes_out_when_the_output_ends_otherwise(tokenizer: Toke
 def test_an_unfinished_character_at_the_end_becomes_one_replacement(tokenizer: Tokenizer) -> None:
     tokens = _bytes_as_tokens(tokenizer, "é🚁")[:-1]
     assert "".join(_run(tokenizer, tokens)[0]) == "é\ufffd"
-    # ... but not behind a stop string.
+    # After a stop string it is dropped.
     assert "".join(_run(tokenizer, tokens, stop=["é"])[0]) == ""

@@ -96,12 +96,12 @@ def test_a_request_is_forgotten_with_its_last_sequence(tokenizer: Tokenizer) -> 
     outputs = processor(tokenizer)
     add(outputs, "x", n=2)
     params = SamplingParams()
-    assert [outputs.knows(name, params) for name in ("x", "x#0", "x#1", "x#2", "y")] == [True, True, True, False, False]
+    assert [outputs.id_in_use(name, params) for name in ("x", "x#0", "x#1", "x#2", "y")] == [True, True, True, False, False]
     assert assemble(outputs, "x#1", (5,), "stop")[0].metrics is not None
-    assert (outputs.knows("x", params), outputs.knows("x#1", params), len(outputs)) == (True, False, 1)
+    assert (outputs.id_in_use("x", params), outputs.id_in_use("x#1", params), len(outputs)) == (True, False, 1)
     (delta,) = outputs.end("x", "abort", 9.0)
     assert (delta.index, delta.finish_reason, delta.metrics and delta.metrics.finished_time) == (0, "abort", 9.0)
-    assert "x" not in outputs and len(outputs) == 0 and not outputs.knows("x", params)
+    assert "x" not in outputs and len(outputs) == 0 and not outputs.id_in_use("x", params)
 
 
 def test_the_beams_that_continue_keep_their_state_and_forks_start_their_own() -> None:
@@ -110,6 +110,6 @@ def test_the_beams_that_continue_keep_their_state_and_forks_start_their_own() ->
     assert outputs.choose_beams("x", ["x", "x#1"]) == [0, 1]
     assemble(outputs, "x", (5,))
     assert outputs.choose_beams("x", ["x#2", "x"]) == [2, 0]
-    assert [outputs.knows(name, SamplingParams()) for name in ("x#1", "x#2")] == [False, True]
+    assert [outputs.id_in_use(name, SamplingParams()) for name in ("x#1", "x#2")] == [False, True]
     firsts = {d.index: d.metrics and d.metrics.first_token_time for d in outputs.end("x", "abort", 9.0)}
     assert firsts == {0: 3.0, 2: None}
