@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import machine
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import activation, norm, rope
 from minivllm.kernels.reference import attention as paged
@@ -93,14 +94,14 @@ def decodes(dtype: torch.dtype) -> None:
         qkv = torch.randn(len(lens), (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
         angles = rope.rope_angles(batch.positions, torch.rand(HEAD_DIM // 2), 1.0, dtype)
         variants: Variants = {}
-        usual = paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"]
+        usual = tuning.GATHER_BYTES["cpu"], tuning.FREE_PADDING["cpu"]
         for name, limits in {"as is": usual, "1 MiB": (1 << 20, usual[1]), "4 MiB": (1 << 22, usual[1]), "pad 128": (usual[0], 128),
                              "pad 512": (usual[0], 512), "one": (1 << 40, 1 << 40)}.items():
-            paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"] = limits
+            tuning.GATHER_BYTES["cpu"], tuning.FREE_PADDING["cpu"] = limits
             meta = prepared(batch, dtype)
             variants[name] = lambda meta=meta, qkv=qkv, slots=slots, angles=angles, layers=layers: [
                 paged.self_attention(qkv, kv, slots, meta, scale=0.125, rope=angles) for kv in layers]
-        paged.GATHER_BYTES["cpu"], paged.FREE_PADDING["cpu"] = usual
+        tuning.GATHER_BYTES["cpu"], tuning.FREE_PADDING["cpu"] = usual
         variants["meta"] = lambda batch=batch: prepared(batch, dtype)
         if numba is not None:
             compiled = prepared(batch, dtype, numba.attention)

@@ -31,7 +31,8 @@ from minivllm.benchmarks.workloads import Request, check_requests
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import parse_config
 from minivllm.kernels import REFERENCE, Ops
-from minivllm.kernels.layout import SHARED_RUN, InputBatch
+from minivllm.kernels.layout import InputBatch
+from minivllm.kernels.tuning import SHARED_KEYS_MULTIPLE
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.quantization.methods import parameters
@@ -140,7 +141,7 @@ class Trial:
     def _shared(self, seq: int) -> int:
         """How many of its first keys are in blocks of several sequences."""
         counts = [count for one, (source, count) in self.forks.items() if seq in (one, source)]
-        return min(counts, default=0) // SHARED_RUN * SHARED_RUN
+        return min(counts, default=0) // SHARED_KEYS_MULTIPLE * SHARED_KEYS_MULTIPLE
 
 
 def apart(got: Tensor, want: Tensor) -> float:

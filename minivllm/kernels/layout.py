@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SHARED_RUN = 128  # keys: a prefix that decodes share counts in whole runs
-
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:

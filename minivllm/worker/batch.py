@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK, RowAdmission, StepPlan
-from minivllm.kernels.layout import SHARED_RUN, InputBatch
+from minivllm.kernels import tuning
+from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import upload
 
 Array = np.ndarray[Any, Any]
 _NONE = np.empty(0, np.int64)
-LAST_ONLY = 256  # tokens beside each sequence's last one from which on it pays to spare the last layer these
-SHARERS = 8  # decodes from which on it pays to look for blocks that all of them have
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +72,12 @@ class Columns:
     prompt_spans: tuple[PromptSpan, ...]
     prompt_rows: Array  # [P] of the T tokens: their logits predict prompt tokens whose logprobs are needed
     prompt_index: Array  # [P] of those prompt tokens, in the flat token table
-    shared_keys: int = 0  # decodes only: number of leading keys that all sequences have in the same blocks, in whole runs of SHARED_RUN
+    shared_keys: int = 0  # decodes only: leading keys that all sequences have in the same blocks, a multiple of SHARED_KEYS_MULTIPLE
 
     @property
     def last_only(self) -> bool:
-        """Whether the last layer computes each sequence's last token only. It pays from LAST_ONLY other tokens on."""
-        return len(self.token_index) - len(self.rows) >= LAST_ONLY and not self.prompt_spans and not len(self.drafts)
+        """Whether the last layer computes each sequence's last token only. It pays from MIN_SKIPPED_TOKENS other tokens on."""
+        return len(self.token_index) - len(self.rows) >= tuning.MIN_SKIPPED_TOKENS and not self.prompt_spans and not len(self.drafts)
 
     @property
     def simple(self) -> bool:
@@ -253,7 +252,7 @@ class RowTable:
         assert not len(source) or sample_positions.max() < self._max_model_len
         draft_index, drafts = (_NONE, _NONE) if num_drafts is None else self._drafts(plan, num_drafts)
         spans, span_rows, span_index = self._prompt_spans(plan, batch_index, query_start)
-        checks_sharing = self.sharing and num_decodes == len(rows) >= SHARERS
+        checks_sharing = self.sharing and num_decodes == len(rows) >= tuning.MIN_SHARING_DECODES
         return Columns(
             rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_width=query_width, query_start=query_start,
             token_index=token_rows * self._max_model_len + positions, positions=positions, slots=slots,
@@ -271,16 +270,16 @@ class RowTable:
 
     def _shared_keys(self, rows: Array, shortest: int) -> int:
         """Number of leading keys that all rows have in the same blocks, at most `shortest`."""
-        groups, run, width = np.array(self.sharing)[:, None], (SHARED_RUN - 1) // self._block_size, shortest // self._block_size
-        if shortest < SHARED_RUN:
+        multiple, groups, width = tuning.SHARED_KEYS_MULTIPLE, np.array(self.sharing)[:, None], shortest // self._block_size
+        if shortest < multiple:
             return 0
-        here = self.block_tables[groups, rows, run]  # the block of the first run's last key: a cheap check before the whole tables
+        here = self.block_tables[groups, rows, (multiple - 1) // self._block_size]  # one block: a cheap check before the whole tables
         if (here != here[:, :1]).any():
             return 0
         tables = self.block_tables[groups, rows, :width]  # [G, B, width]
         same = (tables == tables[:, :1]).all((0, 1))
         blocks = width if same.all() else int(same.argmin())
-        return blocks * self._block_size // SHARED_RUN * SHARED_RUN
+        return blocks * self._block_size // multiple * multiple
 
     def send(self, c: Columns) -> Packed:
         """The device's part of packing: one copy, one more if block tables have changed, and a few gathers there."""

@@ -34,45 +34,39 @@ from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import ModelSpec, linear_specs
-from minivllm.kernels.layout import SHARED_RUN, InputBatch
+from minivllm.kernels import tuning
+from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
-from minivllm.worker.batch import LAST_ONLY, SHARERS, Columns, RowTable
+from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
 
-DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-MIXED = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # tokens, sequences
-FEW, SHORT = 128, 512  # up to so many decodes of up to so many keys have graphs of their own: no more keys than attention's LONG
-SHARING = (16, 32, 64, 96, 128, 192, 256)  # decodes that may share a prefix
-WORTH_SHARING = 32 << 20  # bytes of keys and values of a layer that need not be read again, to be worth a kernel more in each layer
-LARGE = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of mixed steps of small models
-LAUNCH_FLOPS = 3e12  # what an H200 computes in the 5 to 10 ms that launching a step from Python takes
 Array = np.ndarray[Any, Any]
 
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
     """(tokens, sequences) of the mixed steps to capture. The smaller the model, the larger the steps."""
     weights = sum(sum(linear.rows) * linear.cols for name, linear in linear_specs(spec).items() if name.startswith("layers."))
-    most = min(max_num_batched_tokens, LAUNCH_FLOPS / (2 * weights))
-    return (*MIXED, *((tokens, DECODES[-1]) for tokens in LARGE if tokens <= most))
+    most = min(max_num_batched_tokens, tuning.LAUNCH_FLOPS / (2 * weights))
+    return (*tuning.MIXED_GRAPHS, *((tokens, tuning.DECODE_GRAPHS[-1]) for tokens in tuning.LARGE_MIXED_GRAPHS if tokens <= most))
 
 
 def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
     """Numbers of decodes of the graphs that read a shared prefix once, for models with full attention."""
-    if max_num_seqs < SHARERS or max_model_len <= SHARED_RUN:
+    if max_num_seqs < tuning.MIN_SHARING_DECODES or max_model_len <= tuning.SHARED_KEYS_MULTIPLE:
         return ()
-    most = min(max_num_seqs, DECODES[-1])
-    return (*(size for size in SHARING if size < most), most)
+    most = min(max_num_seqs, tuning.DECODE_GRAPHS[-1])
+    return (*(size for size in tuning.SHARING_GRAPHS if size < most), most)
 
 
 def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int, query_width: int = 1) -> int:
     """Bytes to set aside for all graphs; the log says how much they took. They share the memory of the largest one.
 
     query_width: the largest one of captured decodes."""
-    rows, tokens = min(max_num_seqs, DECODES[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
+    rows, tokens = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
     widest = max(layer.mlp.intermediate_size for layer in spec.layers)
     tokens = max(tokens, rows * query_width)
     return (128 << 20) + rows * query_width * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
@@ -177,7 +171,8 @@ class Graph:
             tokens=tokens.index_select(0, x.token_index), positions=x.positions, query_start=x.query_start, seq_lens=x.seq_lens,
             slots=x.slots, block_tables=tuple(table.index_select(0, x.rows) for table in self._table.device_tables), logit_rows=x.rows,
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
-            last_only=not shape.decodes and shape.tokens - shape.seqs >= LAST_ONLY, shared=x.shared_keys if shape.sharing else None,
+            last_only=not shape.decodes and shape.tokens - shape.seqs >= tuning.MIN_SKIPPED_TOKENS,
+            shared=x.shared_keys if shape.sharing else None,
             query_width=shape.query_width,
         )
         hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
@@ -268,7 +263,7 @@ class StepGraphs:
         n, tokens, longest, width, graphs = len(columns.rows), len(columns.token_index), 0, 1, self._mixed
         if columns.num_decodes == n:
             graphs, longest, width = self._decodes, int(columns.seq_lens.max()), columns.query_width
-            if (n - 1) * columns.shared_keys * self._token_bytes >= WORTH_SHARING:
+            if (n - 1) * columns.shared_keys * self._token_bytes >= tuning.MIN_SHARED_BYTES:
                 graphs = self._sharing
         return next((g for g in graphs if tokens <= g.shape.tokens and n <= g.shape.seqs and longest <= g.shape.longest
                      and width == g.shape.query_width), None)
@@ -278,12 +273,12 @@ def graph_shapes(
     spec: ModelSpec, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int, query_widths: Sequence[int],
 ) -> Iterator[GraphShape]:
     """The shapes to capture; mixed ones from the smallest to the largest."""
-    most, whole = min(max_num_seqs, DECODES[-1]), table.tokens.shape[1]
-    sizes = [size for size in DECODES if size < most] + [most]
+    most, whole = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), table.tokens.shape[1]
+    sizes = [size for size in tuning.DECODE_GRAPHS if size < most] + [most]
     for width in query_widths:
         for size in sizes:
-            if size <= FEW and whole > SHORT:
-                yield GraphShape(size * width, size, size, SHORT)
+            if size <= tuning.MAX_SHORT_DECODES and whole > tuning.SHORT_KEYS:
+                yield GraphShape(size * width, size, size, tuning.SHORT_KEYS)
             yield GraphShape(size * width, size, size, whole)
         for size in sharing_sizes(most, whole) if table.sharing else ():
             yield GraphShape(size * width, size, size, whole, True)

@@ -25,11 +25,12 @@ from torch import Tensor
 from minivllm.core.block_math import longest_sequence, max_blocks_held
 from minivllm.core.plan import NULL_BLOCK, RowAdmission
 from minivllm.errors import InvalidInput
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker.cuda_graphs import DECODES, SHORT, sharing_sizes
+from minivllm.worker.cuda_graphs import sharing_sizes
 from minivllm.worker.kv_cache import KVLayout
 from minivllm.worker.model_runner import MAX_LOGIT_ROWS
 
@@ -189,8 +190,8 @@ def _peak_of_one_step(
     if model.build.ops.compiling is not None:
         few = model.without_repetition()
         with model.build.ops.compiling():
-            for seqs in (size for size in (*DECODES, max_num_seqs) if size <= max_num_seqs):
-                for longest in sorted({1, min(limit, SHORT), limit}):  # from one program for all keys to as many as there can be
+            for seqs in (size for size in (*tuning.DECODE_GRAPHS, max_num_seqs) if size <= max_num_seqs):
+                for longest in sorted({1, min(limit, tuning.SHORT_KEYS), limit}):  # from one split of the keys to the most splits
                     _dry_step(few, kv, _dummy_batch([1] * seqs, [longest] * seqs, layout, device), layout.block_size)
             for seqs in sharing_sizes(max_num_seqs, limit)[-1:] if graphs else ():  # the same kernels for all numbers
                 batch = _dummy_batch([1] * seqs, [limit] * seqs, layout, device)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import attention as module
 from minivllm.kernels.reference.attention import AttentionMeta, Gather, InPlace, attention, prepare_attention
@@ -61,9 +62,9 @@ def test_any_mix_of_prompts_chunks_and_decodes_over_scattered_blocks_equals_hand
 ) -> None:
     case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window, seed=seed)
     with pytest.MonkeyPatch.context() as patch:  # small limits cut small batches
-        patch.setitem(module.GATHER_BYTES, "cpu", limits[0])
-        patch.setitem(module.FREE_PADDING, "cpu", limits[1])
-        patch.setattr(module, "MAX_SCORES", limits[2])
+        patch.setitem(tuning.GATHER_BYTES, "cpu", limits[0])
+        patch.setitem(tuning.FREE_PADDING, "cpu", limits[1])
+        patch.setattr(tuning, "MAX_SCORES", limits[2])
         check(case, window=window, softcap=softcap)
 
 
@@ -101,8 +102,8 @@ def test_bfloat16_decodes_equal_hand_written_maths(
     case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window,
                      dtype=torch.bfloat16, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.GATHER_BYTES, "cpu", limits[0])
-        patch.setitem(module.FREE_PADDING, "cpu", limits[1])
+        patch.setitem(tuning.GATHER_BYTES, "cpu", limits[0])
+        patch.setitem(tuning.FREE_PADDING, "cpu", limits[1])
         check(case, window=window, softcap=softcap, tolerance=3e-2)
 
 
@@ -110,12 +111,12 @@ def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
     case = make_case([(1, 1000)] + [(1, 10 + i) for i in range(20)], seed=2)
     gathered = sum(len(gather.pages) * case.block_size for gather in gathers_of(case))
     last_pages = case.block_size * case.batch.num_seqs
-    assert gathered <= sum(case.batch.seq_lens_host) + last_pages + module.FREE_PADDING["cpu"]
+    assert gathered <= sum(case.batch.seq_lens_host) + last_pages + tuning.FREE_PADDING["cpu"]
     check(case)
 
 
 def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.GATHER_BYTES, "cpu", 50 * 2 * 2 * 8 * 4)  # fifty keys
+    monkeypatch.setitem(tuning.GATHER_BYTES, "cpu", 50 * 2 * 2 * 8 * 4)  # fifty keys
     case = make_case([(1, n) for n in (20, 21, 22, 23, 24, 90, 19)], seed=3)
     gathers = gathers_of(case)
     assert [[len(bucket.keys) for bucket in gather.buckets] for gather in gathers] == [[1], [2], [2], [2]]
@@ -124,7 +125,7 @@ def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(mon
 
 
 def test_batches_of_different_lengths_share_a_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.FREE_PADDING, "cpu", 4)
+    monkeypatch.setitem(tuning.FREE_PADDING, "cpu", 4)
     case = make_case([(1, n) for n in (20, 21, 52, 51, 2)], seed=3)
     (gather,) = gathers_of(case)
     assert [(bucket.keys.shape[0], bucket.keys.shape[2]) for bucket in gather.buckets] == [(2, 52), (2, 21), (1, 2)]
@@ -149,7 +150,7 @@ def test_every_decode_is_in_exactly_one_batch_and_neither_padding_nor_memory_exc
 def test_a_long_chunk_is_computed_in_pieces_when_its_mask_would_take_too_much_memory(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
-    monkeypatch.setattr(module, "MAX_SCORES", 200)
+    monkeypatch.setattr(tuning, "MAX_SCORES", 200)
     case = make_case([(30, 50), (4, 4), (2, 300)], window=window, seed=4)
     masks = [chunk.mask for chunk in prepare(case, window).chunks if chunk.mask is not None]
     assert len(masks) > 2 and all(m.numel() <= 300 for m in masks)

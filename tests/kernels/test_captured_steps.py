@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from minivllm.core.plan import StepPlan
-from minivllm.kernels import REFERENCE, select, upload
+from minivllm.kernels import REFERENCE, select, tuning, upload
 from minivllm.kernels.triton import attention
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
@@ -80,17 +80,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     made = batch.RowTable.__init__
     monkeypatch.setattr(batch.RowTable, "__init__", with_a_copy)
     monkeypatch.setattr(cuda_graphs, "Graph", Repeated)
-    monkeypatch.setattr(cuda_graphs, "DECODES", (1, 2, 4))
-    monkeypatch.setattr(cuda_graphs, "MIXED", ((16, 3), (32, ROWS)))
-    monkeypatch.setattr(cuda_graphs, "LARGE", ())
-    monkeypatch.setattr(cuda_graphs, "SHORT", 16)
-    for module in (batch, cuda_graphs):
-        monkeypatch.setattr(module, "LAST_ONLY", 20)
-        monkeypatch.setattr(module, "SHARERS", 2)
-    for module in (batch, cuda_graphs, attention):
-        monkeypatch.setattr(module, "SHARED_RUN", 8)
-    monkeypatch.setattr(cuda_graphs, "SHARING", (2,))
-    monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 1)
+    small = dict(DECODE_GRAPHS=(1, 2, 4), MIXED_GRAPHS=((16, 3), (32, ROWS)), LARGE_MIXED_GRAPHS=(), SHORT_KEYS=16, SHARING_GRAPHS=(2,),
+                 MIN_SKIPPED_TOKENS=20, MIN_SHARING_DECODES=2, SHARED_KEYS_MULTIPLE=8, MIN_SHARED_BYTES=1)
+    for name, value in small.items():
+        monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
     pinned = torch.empty
     monkeypatch.setattr(upload.torch, "empty", lambda *size, pin_memory=False, **options: pinned(*size, **options))
@@ -183,7 +176,7 @@ def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(m
     graphs._sharing = [graph(4, 4, 4, 64, True)]
     graphs._mixed = [graph(32, 3, 0, 64), graph(128, 6, 0, 64)]
     graphs._token_bytes = 1
-    monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 32)
+    monkeypatch.setattr(tuning, "MIN_SHARED_BYTES", 32)
     assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]
     assert graphs.find(columns(3, 3, 16)) is graphs._decodes[2]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import norm, rope
 from tests.kernels.paged import Case, forget_new, fused, make_case, naive_attention
@@ -106,7 +107,7 @@ def test_decodes_of_several_queries_beside_prompt_chunks(backend: ModuleType, wi
 @pytest.mark.parametrize("width", WIDTHS[1:])
 def test_the_prefix_that_all_decodes_share_is_read_for_all_their_queries(width: int) -> None:
     attention = pytest.importorskip("minivllm.kernels.triton.attention")
-    with patch.multiple(attention, SHARED_RUN=16, MIN_KEYS=16):
+    with patch.multiple(tuning, SHARED_KEYS_MULTIPLE=16, MIN_KEYS_PER_SPLIT=16):
         case = decodes_of(width, [48 + n for n in (1, 7, 20, 2, 64)], heads=4, kv_heads=2, head_dim=16, block_size=4, shared_keys=48)
         kv, meta = forget_new(case), prepare(attention, case)
         assert meta.shared_parts
@@ -119,8 +120,8 @@ def test_the_prefix_that_all_decodes_share_is_read_for_all_their_queries(width: 
 @pytest.mark.parametrize("width", WIDTHS[1:])
 def test_a_split_may_hold_keys_for_the_first_queries_alone(width: int) -> None:
     attention = pytest.importorskip("minivllm.kernels.triton.attention")
-    tile = attention.wide_decode_tile(width, 16, 2, 4, 0).block_n
-    with patch.object(attention, "MIN_KEYS", 16):
+    tile = tuning.wide_decode_tile(width, 16, 2, 4, 0).block_n
+    with patch.object(tuning, "MIN_KEYS_PER_SPLIT", 16):
         for context in (tile + 140, tile + 137, tile + 133):  # the first query's window begins near the end of the first tile
             case = decodes_of(width, [context], heads=2, kv_heads=1, head_dim=16, block_size=4, window=144, seed=width)
             meta = prepare(attention, case, 144)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import activation as activation_twin
 from minivllm.kernels.reference import attention as attention_twin
 from minivllm.kernels.reference import linear as linear_twin
 from minivllm.kernels.reference import norm as norm_twin
 from minivllm.kernels.reference import rope as rope_twin
-from minivllm.worker.cuda_graphs import DECODES, SHORT
 from tests.kernels.paged import forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -90,8 +90,8 @@ def test_attention_of_any_mix_over_scattered_poisoned_blocks_equals_hand_written
 @pytest.mark.parametrize("window", [None, 300])
 def test_few_decodes_share_their_keys_out_over_splits_and_the_last_one_takes_the_mean(window: int | None) -> None:
     meta = check_attention([(1, 700), (1, 3), (1, 130), (5, 30)], heads=2, kv_heads=1, head_dim=16, block_size=16, window=window)
-    assert meta.splits > 1 and meta.tickets is not None
-    assert not meta.tickets.any(), "the next layer counts from zero"
+    assert meta.splits > 1 and meta.parts is not None
+    assert not meta.parts.finished.any(), "the next layer counts from zero"
 
 
 @settings(max_examples=12, deadline=None)
@@ -109,7 +109,7 @@ def test_decodes_that_begin_with_the_same_blocks_read_them_once(
     own: list[int], runs: int, heads: tuple[int, int], head_dim: int, block_size: int, softcap: float | None,
     dtype: torch.dtype, seed: int,
 ) -> None:
-    with patch.multiple(attention, SHARED_RUN=16, MIN_KEYS=16):
+    with patch.multiple(tuning, SHARED_KEYS_MULTIPLE=16, MIN_KEYS_PER_SPLIT=16):
         meta = check_attention([(1, 16 * runs + n) for n in own], heads=heads[0], kv_heads=heads[1], head_dim=head_dim,
                                block_size=block_size, softcap=softcap, dtype=dtype, shared_keys=16 * runs, seed=seed)
     assert meta.shared_parts
@@ -123,7 +123,7 @@ def test_a_sliding_window_does_not_share() -> None:
 def test_a_prefix_that_is_shared_by_many_sequences_needs_several_programs() -> None:
     meta = check_attention([(1, 256 + n) for n in range(1, 40)], heads=4, kv_heads=1, head_dim=16, block_size=16, shared_keys=256)
     assert meta.shared_parts == 4 and meta.num_decodes * 4 > 2 * 64
-    assert meta.tickets is not None and not meta.tickets.any(), "the next layer counts from zero"
+    assert meta.parts is not None and not meta.parts.finished.any(), "the next layer counts from zero"
 
 
 def test_sequences_told_to_share_nothing_share_nothing() -> None:
@@ -155,14 +155,13 @@ def test_the_newest_keys_are_stored_and_the_queries_positioned_as_in_the_referen
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", [89, 90])
 def test_any_decodes_need_the_kernels_of_the_sizes_that_are_compiled_before_serving(kv_heads: int, head_dim: int, arch: int) -> None:
-    def variant(seqs: int, keys: int) -> tuple[attention.Tile, bool]:
+    def variant(seqs: int, keys: int) -> tuple[tuning.AttentionTile, bool]:
         programs = seqs * kv_heads
-        return attention.decode_tile(programs, keys, head_dim, 2, 2, arch), attention._splits(torch.device("cpu"), programs, keys) > 1
+        return tuning.decode_tile(programs, keys, head_dim, 2, 2, arch), tuning.num_splits(programs, keys, 132 if arch == 90 else 24) > 1
 
-    with patch.object(attention, "num_sms", lambda device: 132 if arch == 90 else 24):
-        compiled = {variant(seqs, keys) for seqs in DECODES for keys in (1, SHORT, 16384)}
-        for seqs in range(1, DECODES[-1] + 1):
-            assert {variant(seqs, keys) for keys in (1, 200, 256, 257, 512, 513, 1500, 16384)} <= compiled, seqs
+    compiled = {variant(seqs, keys) for seqs in tuning.DECODE_GRAPHS for keys in (1, tuning.SHORT_KEYS, 16384)}
+    for seqs in range(1, tuning.DECODE_GRAPHS[-1] + 1):
+        assert {variant(seqs, keys) for keys in (1, 200, 256, 257, 512, 513, 1500, 16384)} <= compiled, seqs
 
 
 @settings(max_examples=6, deadline=None)
@@ -272,11 +271,9 @@ def test_kernels_launched_while_others_compile_do_not_run_and_are_there_afterwar
     assert place.item() == 1.0  # an error within does not leave kernels unlaunched for ever
 
 
-def test_long_sequences_are_shared_out_further_and_many_of_them_only_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "num_sms", lambda place: 132)
-    where = torch.device("cpu")
-    short = [attention._splits(where, 8 * seqs, 512) for seqs in (1, 8, 16, 17, 64, 256)]
-    long = [attention._splits(where, 8 * seqs, 16384) for seqs in (1, 8, 16, 17, 64, 66, 256)]
+def test_long_sequences_are_split_more_finely_and_many_of_them_only_in_two() -> None:
+    short = [tuning.num_splits(8 * seqs, 512, 132) for seqs in (1, 8, 16, 17, 64, 256)]
+    long = [tuning.num_splits(8 * seqs, 16384, 132) for seqs in (1, 8, 16, 17, 64, 66, 256)]
     assert short == [2, 2, 2, 1, 1, 1]
     assert long == [16, 16, 8, 2, 2, 1, 1]
 

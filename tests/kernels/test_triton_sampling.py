@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from minivllm.kernels import tuning
 from minivllm.kernels.reference import sampling as twin
 from tests.kernels.test_sampling import CHI2_999, chi_square, keys_of, survivors
 
@@ -46,7 +47,7 @@ def thresholds(logits: torch.Tensor, temperature: torch.Tensor, **filters: torch
     sampling._thresholds[(len(logits),)](
         out, logits, logits.stride(0), logits.shape[1], temperature, *pointers,
         TOP_K="top_k" in filters, TOP_P="top_p" in filters, MIN_P="min_p" in filters, SHIFT=sampling.KEY_SHIFT[logits.dtype],
-        POSITIONS=sampling.POSITIONS, num_warps=sampling.THRESHOLD_WARPS)  # fmt: skip
+        POSITIONS=tuning.THRESHOLD_POSITIONS, num_warps=tuning.THRESHOLD_WARPS)  # fmt: skip
     return out
 
 
@@ -111,7 +112,7 @@ def test_thresholds_keep_exactly_the_tokens_their_definitions_keep(
     monkeypatch: pytest.MonkeyPatch, positions: int, dtype: torch.dtype, filters: dict[str, list[float]],
 ) -> None:
     """With 32 positions, four logits kept of each, not all of 300 fit: flat rows are found by passes over all of the row."""
-    monkeypatch.setattr(sampling, "POSITIONS", positions)
+    monkeypatch.setattr(tuning, "THRESHOLD_POSITIONS", positions)
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(4, 300, generator=generator) * torch.tensor([[3.0], [0.05], [1.0], [8.0]]) - 1
     rows[2] = torch.randint(-9, 3, (300,), generator=generator) * 0.75  # many ties
@@ -134,7 +135,7 @@ def test_the_largest_logits_may_all_stand_where_only_four_are_kept(
     monkeypatch: pytest.MonkeyPatch, filters: dict[str, list[float]],
 ) -> None:
     """Six of them, a position's four kept: the threshold is among those, just below them, or further down."""
-    monkeypatch.setattr(sampling, "POSITIONS", 16)
+    monkeypatch.setattr(tuning, "THRESHOLD_POSITIONS", 16)
     row = torch.linspace(-1.0, 0.0, 96)
     row[::16] = torch.tensor([2.8, 2.75, 2.7, 2.65, 2.6, 2.55])
     got = thresholds(row.expand(5, -1).contiguous().to(DEVICE), torch.full((5,), 0.5, device=DEVICE), **columns(**filters)).cpu()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, RowAdmission, StepPlan
+from minivllm.kernels import tuning
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker import batch as module
 from minivllm.worker.batch import Packed, RowTable
 
 CPU = torch.device("cpu")
@@ -138,7 +138,7 @@ def test_in_long_steps_the_last_layer_computes_each_sequences_last_token_only(si
     the_plan = plan(*zip(*columns, strict=True), samples=list(range(len(columns))), groups=groups,
                     admitted=tuple(admission(r, n.tokens, n.tables) for r, n in naive.items()))
     table.apply(the_plan)
-    with patch.object(module, "LAST_ONLY", least):
+    with patch.object(tuning, "MIN_SKIPPED_TOKENS", least):
         packed = table.pack(the_plan)
     counts = [count for _, _, count in columns]
     assert packed.batch.last_only == (sum(counts) - len(counts) >= least)
@@ -171,7 +171,7 @@ def test_shared_keys_are_the_leading_keys_that_all_sequences_have_in_the_same_bl
         admitted.append(admission(row, list(range(n)), tables))
     the_plan = plan(list(range(count)), [n - 1 for n in lengths], [1] * count, samples=[], groups=groups + 1, admitted=tuple(admitted))
     table.apply(the_plan)
-    with patch.multiple(module, SHARERS=sharers, SHARED_RUN=run):
+    with patch.multiple(tuning, MIN_SHARING_DECODES=sharers, SHARED_KEYS_MULTIPLE=run):
         found = table.columns(the_plan).shared_keys
     whole = min(common * block_size if count > 1 else LENGTH, *(n - 1 for n in lengths)) // block_size * block_size
     assert found == (whole // run * run if count >= sharers and min(lengths) - 1 >= run else 0)

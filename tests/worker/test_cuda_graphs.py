@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from minivllm.worker import batch, cuda_graphs
+from minivllm.kernels import tuning
 from minivllm.worker.cuda_graphs import Graph
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import ModelRunner
@@ -67,14 +67,10 @@ def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pyt
 def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not_change(
     plain: Tiny, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from minivllm.kernels.triton import attention
-
-    for module in (batch, cuda_graphs):
-        monkeypatch.setattr(module, "SHARERS", 2)
-    for module in (batch, cuda_graphs, attention):
-        monkeypatch.setattr(module, "SHARED_RUN", 8)
-    monkeypatch.setattr(cuda_graphs, "SHARING", (2,))
-    monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 1)
+    monkeypatch.setattr(tuning, "MIN_SHARING_DECODES", 2)
+    monkeypatch.setattr(tuning, "SHARED_KEYS_MULTIPLE", 8)
+    monkeypatch.setattr(tuning, "SHARING_GRAPHS", (2,))
+    monkeypatch.setattr(tuning, "MIN_SHARED_BYTES", 1)
     replayed: set[int] = set()
     replay = Graph.replay
     monkeypatch.setattr(Graph, "replay", lambda self, *args: (replayed.add(self.shape.sharing * self.shape.seqs), replay(self, *args))[1])

@@ -7,7 +7,8 @@ import pytest
 
 from bench.models import COMMON, SHAPES
 from minivllm.families import ModelSpec, parse_config
-from minivllm.worker.cuda_graphs import LARGE, MIXED, graph_bytes, mixed_shapes
+from minivllm.kernels.tuning import LARGE_MIXED_GRAPHS, MIXED_GRAPHS
+from minivllm.worker.cuda_graphs import graph_bytes, mixed_shapes
 
 
 def spec(name: str, **changes: Any) -> ModelSpec:
@@ -22,8 +23,8 @@ def test_small_models_have_graphs_of_whole_steps_and_large_ones_of_some_hundreds
 @pytest.mark.parametrize("budget", [600, 768, 5000, 8192, 100_000])
 def test_no_large_graph_is_larger_than_a_step_may_be(budget: int) -> None:
     shapes = mixed_shapes(spec("smollm2-135m"), budget)
-    assert shapes[: len(MIXED)] == MIXED
-    assert [tokens for tokens, _ in shapes[len(MIXED):]] == [tokens for tokens in LARGE if tokens <= budget]
+    assert shapes[: len(MIXED_GRAPHS)] == MIXED_GRAPHS
+    assert [tokens for tokens, _ in shapes[len(MIXED_GRAPHS):]] == [tokens for tokens in LARGE_MIXED_GRAPHS if tokens <= budget]
 
 
 def test_a_model_with_almost_no_weights_does_not_divide_by_zero() -> None:

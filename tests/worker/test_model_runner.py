@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, BlockMove, StepResult
 from minivllm.families import kv_groups
-from minivllm.kernels import select
+from minivllm.kernels import select, tuning
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker import batch, model_runner
+from minivllm.worker import model_runner
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import ModelRunner
 from tests.models.tiny import hf_logits, make_hf, read_spec
@@ -73,7 +73,7 @@ class Tiny:
 def steps_of_both_kinds():
     """Short steps in which the last layer computes all tokens, and longer ones in which it computes last tokens only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "LAST_ONLY", 6)
+        patch.setattr(tuning, "MIN_SKIPPED_TOKENS", 6)
         yield
 
 

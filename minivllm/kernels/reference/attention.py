@@ -23,17 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference.kv_cache import write_kv
 from minivllm.kernels.reference.norm import rms_norm
 from minivllm.kernels.reference.rope import apply_rope
-
-# How decodes are cut into batches. GATHER_BYTES: keys and values that are copied together at once, which bounds memory and
-# should fit the caches. FREE_PADDING: padded keys that cost about as much as one batch more.
-GATHER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-FREE_PADDING = {"cpu": 256, "cuda": 16384}
-PAGE = 16  # decodes gather runs of so many slots: whole blocks, or an equal part of each
-MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer chunks are computed in several pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +122,12 @@ def prepare_attention(
     table = batch.block_tables[group]  # [B, M]
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
-    width, page = batch.query_width, math.gcd(block_size, PAGE)
+    width, page = batch.query_width, math.gcd(block_size, tuning.PAGE_SLOTS)
     # The new keys are in the cache already, so a decode of several queries is as many decodes of the same blocks, each one key longer.
     n = batch.num_decode_tokens
     views = [_view(seq_len - i, window, page) for seq_len in batch.seq_lens_host[: batch.num_decodes] for i in reversed(range(width))]
-    limit = GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
-    order_host, cuts = _cut([view.pages * page for view in views], limit, FREE_PADDING[kind])
+    limit = tuning.GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
+    order_host, cuts = _cut([view.pages * page for view in views], limit, tuning.FREE_PADDING[kind])
     views = [views[i] for i in order_host]
     order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
     gathers: list[Gather | InPlace] = []
@@ -295,7 +289,7 @@ def _pages_and_mask(tables: Tensor, views: list[_View], block_size: int, dtype: 
 
         pages of a row     | 7 | 3 | 4 | 7 | 7 |     P = 5: shorter ones repeat their first page, but see its keys once only
     """
-    page, device = math.gcd(block_size, PAGE), tables.device
+    page, device = math.gcd(block_size, tuning.PAGE_SLOTS), tables.device
     if len(set(views)) == 1:
         index = torch.arange(views[0].first, views[0].first + views[0].pages, device=device)
         return _locate(tables, index.expand(len(views), -1), block_size // page), None
@@ -357,7 +351,7 @@ def _prompt_chunks(
     device = table.device
     first = seq_len - query_len  # position of the first query
     plain = first == 0 and (window is None or window >= seq_len)
-    piece = query_len if plain else max(1, MAX_SCORES // seq_len)
+    piece = query_len if plain else max(1, tuning.MAX_SCORES // seq_len)
     chunks = []
     for begin in range(first, seq_len, piece):
         end = min(begin + piece, seq_len)

@@ -1,58 +1,114 @@
 """Attention of decodes in Triton, from the fused projection to the heads' outputs in one kernel.
 
-Each sequence has one new token. A program owns one KV head of one sequence; the rows of its matrix are the query heads that
-share it and, below them, the new key, all normalised and rotated together. The online softmax starts with the new token's own
-key and value, which are also written to the cache, and goes on over the cached ones. So the new key is never read back.
+A decode has QUERY_WIDTH new tokens: one, or one and its drafts. A program computes one KV head of one sequence. The rows of its
+matrix are the query heads that share the KV head, for each new token, and below them the new keys. All of them are normalized and
+rotated together:
 
-    cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     one program each; the last one starts with the new key
+    rows, 2 heads, width 1    | q head 0 | q head 1 | key |
+    rows, 2 heads, width 2    | q head 0 | q head 1 | q' head 0 | q' head 1 | key | key' |
 
-Sequences that begin with the same blocks (a shared prompt) read them once: programs of `_shared_attention` own a run of those keys
-and the heads of several sequences, as rows of one matrix, and leave parts like any other split (Hydragen, Juravsky et al. 2024).
+The online softmax starts with the new tokens' own keys and values, which are also written to the cache, and continues with the cached
+ones. So a new key is never read back from memory.
 
-When there are too few sequences to fill the GPU, the keys are shared out over up to `splits` programs (Flash-Decoding, Dao et
-al. 2023), but never less than MIN_KEYS each: how many a sequence uses depends on its length, on the device, so a captured
-graph serves every length. Each leaves a partial average and the logarithm of its weight; the one that finishes last takes
-the weighted mean, in the splits' order, so it does not matter which one that is.
+    cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     one program each; the last one starts with the new keys
+
+Sequences whose first blocks are the same (a shared prompt) read these blocks once. A program of `_shared_attention` computes one part
+of the shared keys for the heads of several tokens, which are the rows of one matrix. Its result is merged like that of any other split
+(Hydragen, Juravsky et al. 2024).
+
+With too few sequences to fill the GPU, up to `splits` programs share the keys of a sequence (Flash-Decoding, Dao et al. 2023), at least
+`min_keys` keys each. The kernel computes from the length how many splits a sequence uses, so that a captured graph serves every length.
+Each program stores its average and the logarithm of its weight. The program that finishes last computes the weighted mean. It adds in
+the order of the splits, so that the result does not depend on which program is last.
 
 The softmax runs online (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023), in base 2.
 """
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-MAX_SPLITS = 16
+
+class DecodeShape(NamedTuple):
+    """What the compiled code of a decode is specialized for."""
+
+    num_heads: int
+    heads_per_kv: int
+    head_dim: int
+    padded_dim: int  # a power of two, at least 16
+    block_size: int  # slots of a cache block
+    query_width: int  # new tokens of a sequence
+    block_q: int  # tokens of a program of `_shared_attention`
+    block_m: int  # rows of a tile: a power of two, at least 16
+    block_n: int  # keys of a tile
+    split: bool  # whether several programs share the keys of a sequence
+    min_keys: int  # of a split
+    shared: bool  # whether `_shared_attention` computes the first keys
+    shared_multiple: int  # the number of shared keys is a multiple of this
+    window: int  # 0: none
+    softcap: bool
+    norm: bool
+    rope: bool
+
+
+class Projection(NamedTuple):
+    """The T new tokens' queries, keys and values, and how heads are normalized and rotated."""
+
+    qkv: Any  # [T, H + 2 KV, D]
+    norm_weight: Any  # [H + KV, D]
+    eps: Any
+    cos: Any  # [T, D]
+    sin: Any  # [T, D]; it carries the sign of the rotation
+    stride: Any  # of qkv, from token to token
+
+
+class Cache(NamedTuple):
+    """One layer's cached keys and values."""
+
+    k: Any  # [blocks, BLOCK_SIZE, KV, D]
+    v: Any
+    block_table: Any  # [B, M]
+
+
+class Parts(NamedTuple):
+    """Results of programs that share the keys of a sequence: parts of the shared prefix first, then the splits."""
+
+    mean: Any  # [parts, T, H, D] float32
+    log_weight: Any  # [parts, T, H] float32
+    finished: Any  # [B, KV] int32: how many splits have finished; 0 between kernels
+    shared_keys: Any  # [1] int32: number of keys that `_shared_attention` has computed
 
 
 @triton.jit
 def rotated_heads(
-    token_qkv, head, dims, live, norm_weight, eps, cos, sin,
-    D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    projection, token, head, dims, live, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a fused projection, normalised per head and rotated: [rows, PADDED_D] of DTYPE.
+    """Heads of a fused projection, normalized per head and rotated: [rows, PADDED_D] of DTYPE.
 
-    token_qkv, cos, sin: of the token, or of each row's token: [rows, 1].
-    sin carries the sign, and the partner of dimension d is d + D/2 (mod D). Rounds wherever the reference does. With PDL it
-    waits for the projection once it has fetched all else.
+    token: one for all rows, or [rows, 1]. The rotation pairs dimension d with d + D/2 (mod D). Values are rounded where the reference
+    rounds them. With PDL, everything but the projection is fetched before the kernel waits for the projection.
     """
     other = (dims + D // 2) % D
     if NORM:
-        w = tl.load(norm_weight + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
+        w = tl.load(projection.norm_weight + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
         if ROPE:
-            w_partner = tl.load(norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
+            w_partner = tl.load(projection.norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
     if ROPE:
         live_dim = (dims < D)[None, :]
-        c = tl.load(cos + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
-        s = tl.load(sin + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
+        c = tl.load(projection.cos + token * D + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
+        s = tl.load(projection.sin + token * D + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x = tl.load(token_qkv + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
+    source = projection.qkv + token * projection.stride
+    x = tl.load(source + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
     partner = x
     if ROPE:
-        partner = tl.load(token_qkv + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
+        partner = tl.load(source + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
     if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + projection.eps)[:, None]
         x = ((x * scale).to(DTYPE).to(tl.float32) * w).to(DTYPE).to(tl.float32)
         if ROPE:
             partner = ((partner * scale).to(DTYPE).to(tl.float32) * w_partner).to(DTYPE).to(tl.float32)
@@ -62,23 +118,21 @@ def rotated_heads(
 
 
 @triton.jit
-def _fetch(
-    cache_k, cache_v, block, key, oldest, end, kv_head, dims, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):  # fmt: skip
+def _fetch(cache, block, key, oldest, end, kv_head, dims, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Keys and values [N, PADDED_D] at positions `key` in blocks `block`, and which of them lie in [oldest, end): [N] each.
 
     The rest of a block may hold anything, NaN included, and is never loaded."""
-    place = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
-    visible = (key >= oldest) & (key < end)
-    live = visible[:, None] & (dims < D)[None, :]
-    k = tl.load(cache_k + place[:, None] + dims[None, :], mask=live, other=0.0)
-    v = tl.load(cache_v + place[:, None] + dims[None, :], mask=live, other=0.0)
-    return k, v, visible
+    row = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+    live_key = (key >= oldest) & (key < end)
+    live = live_key[:, None] & (dims < D)[None, :]
+    k = tl.load(cache.k + row[:, None] + dims[None, :], mask=live, other=0.0)
+    v = tl.load(cache.v + row[:, None] + dims[None, :], mask=live, other=0.0)
+    return k, v, live_key
 
 
 @triton.jit
 def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl.constexpr, SAFE: tl.constexpr = False):
-    """A tile of keys and values [N, D] into the running averages of queries [M, D]; scale includes log2(e).
+    """Add a tile of keys and values [N, D] to the running averages of queries [M, D]; scale includes log2(e).
 
     visible: [M or 1, N]. SAFE: a query may have seen no key yet.
     """
@@ -97,201 +151,248 @@ def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl
 
 
 @triton.jit
-def _shared_run(keys, parts, RUN: tl.constexpr):
-    """How many of the shared keys a part has; all are whole multiples of RUN."""
-    return tl.maximum(tl.cdiv(keys, parts * RUN) * RUN, RUN)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "parts"])
-def _shared_attention(
-    partial, log_weight,  # [parts or more, T, H, D] and [parts or more, T, H] float32
-    qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
-    block_table, shared, scale, softcap, num_seqs, qkv_stride, parts,
-    NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr,
-    NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_Q sequences, all heads of one KV head, and one part of the first shared[0] keys, which are cached."""
-    kv_head = tl.program_id(0)
-    part = tl.program_id(1)
-    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
-    DTYPE: tl.constexpr = cache_k.dtype.element_ty
-    keys = tl.load(shared)
-    run = _shared_run(keys, parts, RUN)
-    begin = part * run
-    end = tl.minimum(keys, begin + run)
-    if begin >= end:
-        if PDL:
-            tl.extra.cuda.gdc_wait()  # the end of this kernel is that of all before it
-        return
-    rows = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, PADDED_D)
-    seq = tl.program_id(2).to(tl.int64) * BLOCK_Q + rows // HEADS_PER_KV
-    head = kv_head * HEADS_PER_KV + rows % HEADS_PER_KV
-    live_row = (rows < BLOCK_Q * HEADS_PER_KV) & (seq < num_seqs)
-    live_q = live_row[:, None] & (dims < D)[None, :]
-    key = begin + tl.arange(0, BLOCK_N)
-    block = tl.load(block_table + key // BLOCK_SIZE, mask=key < end, other=0)
-    k, v, visible = _fetch(cache_k, cache_v, block, key, 0, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
-
-    token = tl.where(live_row, seq, 0)[:, None]
-    q = rotated_heads(qkv + token * qkv_stride, head, dims, live_q, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE,
-                      DTYPE, PDL)
-    scale *= 1.4426950408889634  # log2(e)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-    acc, peak, total = _absorb_keys(q, k, v, visible[None, :], acc, peak, total, scale, softcap, SOFTCAP)
-    for start in range(begin + BLOCK_N, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        block = tl.load(block_table + key // BLOCK_SIZE, mask=key < end, other=0)
-        k, v, visible = _fetch(cache_k, cache_v, block, key, 0, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
-        acc, peak, total = _absorb_keys(q, k, v, visible[None, :], acc, peak, total, scale, softcap, SOFTCAP)
-    at = part * num_seqs * NUM_HEADS + seq * NUM_HEADS + head
-    tl.store(partial + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
-    tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits", "shared_parts"])
-def _decode_attention(
-    out, partial, log_weight, tickets,  # [T, H, D]; if SPLIT: [parts, T, H, D], [parts, T, H] float32 and [seqs, KV] int32 of 0
-    qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
-    slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride, splits,
-    shared, shared_parts,  # if SHARED (and so SPLIT): [1] int32, keys of which `_shared_attention` has made at most so many parts
-    NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERY_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, SHARED: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    kv_head = tl.program_id(0)  # the heads of a sequence side by side: together they read whole blocks
-    seq = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
-    DTYPE: tl.constexpr = cache_k.dtype.element_ty
-    # Lengths and block table are the step's inputs, older than its first kernel: they may be read before `gdc_wait`.
-    last = tl.load(seq_lens + seq) - QUERY_WIDTH  # the first new token's position: keys before it are cached
-    oldest = 0
-    if WINDOW > 0:
-        oldest = tl.maximum(last - WINDOW + 1, 0)
-    begin = oldest // BLOCK_N * BLOCK_N
-    end = last
-    used = 1
-    others = 0  # parts that are there already
-    if SPLIT:
-        if SHARED:
-            begin = tl.load(shared)
-            others = tl.cdiv(begin, _shared_run(begin, shared_parts, RUN))
-        run = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), splits) * BLOCK_N, MIN_KEYS)
-        used = tl.maximum(tl.cdiv(last - begin, run), 1)
-        if split >= used:
-            return
-        begin += split * run
-        end = tl.minimum(last, begin + run)
-    rows = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, PADDED_D)
-    live_dim = dims < D
-    table = block_table + seq * table_stride
-    QUERIES: tl.constexpr = QUERY_WIDTH * HEADS_PER_KV  # rows of query heads; a row for each new key follows
-    live_row = rows < QUERIES
-    if QUERY_WIDTH == 1:
-        head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
-        token = seq
-    else:
-        head = tl.where(live_row, kv_head * HEADS_PER_KV + rows % HEADS_PER_KV, NUM_HEADS + kv_head)
-        query = tl.where(live_row, rows // HEADS_PER_KV, tl.minimum(rows - QUERIES, QUERY_WIDTH - 1))  # which of the new tokens
-        token = (seq * QUERY_WIDTH + query)[:, None]
-
-    # The first keys and values are long there: they are on their way while the projection still runs. (Those of a prompt's last layer are
-    # not, but see `layers/attention.py`.) The numbers of a tile's
-    # blocks are read one tile ahead, so that its keys need not wait for them.
-    tile = tl.arange(0, BLOCK_N)
-    key = begin + tile
-    block = tl.load(table + key // BLOCK_SIZE, mask=(key >= oldest) & (key < end), other=0)
-    next_block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
-    k, v, live_key = _fetch(cache_k, cache_v, block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
-    if QUERY_WIDTH == 1:
-        own_place = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
-
-    source = qkv + token * qkv_stride
-    live_head = (rows < QUERIES + QUERY_WIDTH)[:, None] & live_dim[None, :]
-    q = rotated_heads(source, head, dims, live_head, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE, DTYPE, PDL)
-    mine = split == used - 1
-    scale *= 1.4426950408889634  # log2(e)
-    if QUERY_WIDTH == 1:
-        new_key = tl.sum(tl.where((rows == HEADS_PER_KV)[:, None], q.to(tl.float32), 0.0), 0)  # [PADDED_D], exact: one row
-        new_value = tl.load(source + (NUM_HEADS + KV_HEADS + kv_head) * D + dims, mask=live_dim, other=0.0).to(tl.float32)
-        if mine:
-            tl.store(cache_k + own_place + dims, new_key.to(DTYPE), mask=live_dim)
-            tl.store(cache_v + own_place + dims, new_value.to(DTYPE), mask=live_dim)
-        score = tl.sum(q.to(tl.float32) * new_key[None, :], 1) * scale
-        if SOFTCAP:
-            score = _cap(score, softcap)
-        peak = tl.where(mine, score, -float("inf"))
-        total = tl.where(mine, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
-        acc = tl.where(mine, tl.zeros([BLOCK_M, PADDED_D], tl.float32) + new_value[None, :], 0.0)
-    else:
-        peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-        if mine:
-            is_new = (rows >= QUERIES) & (rows < QUERIES + QUERY_WIDTH)  # rows that are new keys: queries attend to them as to a tile
-            live_new = is_new[:, None] & live_dim[None, :]
-            new_values = tl.load(source + (NUM_HEADS + KV_HEADS + kv_head) * D + dims[None, :], mask=live_new, other=0.0).to(DTYPE)
-            at = (tl.load(slots + seq * QUERY_WIDTH + query, mask=is_new, other=0) * KV_HEADS + kv_head) * D
-            tl.store(cache_k + at[:, None] + dims[None, :], q, mask=live_new)
-            tl.store(cache_v + at[:, None] + dims[None, :], new_values, mask=live_new)
-            visible = is_new[None, :] & (query[None, :] <= query[:, None])
-            if WINDOW > 0:
-                visible = visible & (query[None, :] > query[:, None] - WINDOW)
-            acc, peak, total = _absorb_keys(q, q, new_values, visible, acc, peak, total, scale, softcap, SOFTCAP)
-    # A window begins one key later for each query, so that a query may see no key of a tile.
-    LATER: tl.constexpr = WINDOW > 0 and QUERY_WIDTH > 1
-    visible = live_key[None, :]
-    if LATER:
-        visible = visible & (key[None, :] > (last + query)[:, None] - WINDOW)
-    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP, LATER)
-    for start in range(begin + BLOCK_N, end, BLOCK_N):
-        key = start + tile
-        k, v, live_key = _fetch(cache_k, cache_v, next_block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
-        next_block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
-        visible = live_key[None, :]
-        if LATER:
-            visible = visible & (key[None, :] > (last + query)[:, None] - WINDOW)
-        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP, LATER)
-
-    mean = acc / (tl.where(total == 0.0, 1.0, total) if LATER else total)[:, None]  # otherwise every query has seen a key
-    live_q = live_row[:, None] & live_dim[None, :]
-    if QUERY_WIDTH == 1:
-        row = seq * NUM_HEADS + head  # of [T, H]
-    else:
-        row = (seq * QUERY_WIDTH + query) * NUM_HEADS + head
-    if SPLIT and used + others > 1:
-        num_rows = num_seqs * QUERY_WIDTH * NUM_HEADS
-        at = (others + split) * num_rows + row
-        tl.store(partial + at[:, None] * D + dims[None, :], mean, mask=live_q)
-        tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)
-        tl.debug_barrier()  # all of this program's stores come before its ticket
-        ticket = tickets + seq * KV_HEADS + kv_head
-        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") < used - 1:
-            return
-        tl.store(ticket, 0)  # as it was, for the next layer
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        for i in tl.range(others + used, loop_unroll_factor=8):
-            top = tl.maximum(top, tl.load(log_weight + i * num_rows + row, mask=live_row, other=0.0, cache_modifier=".cg"))
-        total = tl.zeros([BLOCK_M], tl.float32)
-        mean = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-        for i in tl.range(others + used, loop_unroll_factor=8):
-            at = i * num_rows + row
-            weight = tl.exp2(tl.load(log_weight + at, mask=live_row, other=0.0, cache_modifier=".cg") - top)
-            part = tl.load(partial + at[:, None] * D + dims[None, :], mask=live_q, other=0.0, cache_modifier=".cg")
-            mean += weight[:, None] * part
-            total += weight
-        mean = mean / total[:, None]
-    tl.store(out + row[:, None] * D + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)
-
-
-@triton.jit
 def _cap(scores, softcap):
     """softcap * tanh(scores / softcap), where scores and result carry a factor log2(e)."""
     raw = scores * 0.6931471805599453
     return softcap * (1.0 - 2.0 / (tl.exp(2.0 * raw / softcap) + 1.0)) * 1.4426950408889634
+
+
+@triton.jit
+def _keys_per_part(keys, parts, MULTIPLE: tl.constexpr):
+    """Number of shared keys of a part: a multiple of MULTIPLE."""
+    return tl.maximum(tl.cdiv(keys, parts * MULTIPLE) * MULTIPLE, MULTIPLE)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_parts"])
+def _shared_attention(
+    parts, projection, cache, scale, softcap, num_tokens, num_parts,  # Parts, Projection, Cache
+    SHAPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys that all decodes share, for block_q tokens and all query heads of one KV head."""
+    kv_head = tl.program_id(0)
+    part = tl.program_id(1)
+    G: tl.constexpr = SHAPE.heads_per_kv
+    D: tl.constexpr = SHAPE.head_dim
+    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
+    DTYPE: tl.constexpr = cache.k.dtype.element_ty
+    keys = tl.load(parts.shared_keys)
+    run = _keys_per_part(keys, num_parts, SHAPE.shared_multiple)
+    begin = part * run
+    end = tl.minimum(keys, begin + run)
+    if begin >= end:
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # the end of this kernel implies the end of all before it
+        return
+    rows = tl.arange(0, SHAPE.block_m)
+    dims = tl.arange(0, SHAPE.padded_dim)
+    token = tl.program_id(2).to(tl.int64) * SHAPE.block_q + rows // G
+    head = kv_head * G + rows % G
+    live_row = (rows < SHAPE.block_q * G) & (token < num_tokens)
+    live_q = live_row[:, None] & (dims < D)[None, :]
+    key = begin + tl.arange(0, SHAPE.block_n)
+    block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
+    k, v, live_key = _fetch(cache, block, key, 0, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+
+    source = tl.where(live_row, token, 0)[:, None]
+    q = rotated_heads(projection, source, head, dims, live_q, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
+    scale *= 1.4426950408889634  # log2(e)
+    peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
+    total = tl.full([SHAPE.block_m], 0.0, tl.float32)
+    acc = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
+    acc, peak, total = _absorb_keys(q, k, v, live_key[None, :], acc, peak, total, scale, softcap, SHAPE.softcap)
+    for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
+        key = start + tl.arange(0, SHAPE.block_n)
+        block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
+        k, v, live_key = _fetch(cache, block, key, 0, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+        acc, peak, total = _absorb_keys(q, k, v, live_key[None, :], acc, peak, total, scale, softcap, SHAPE.softcap)
+    at = part * num_tokens * SHAPE.num_heads + token * SHAPE.num_heads + head
+    tl.store(parts.mean + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
+    tl.store(parts.log_weight + at, peak + tl.log2(total), mask=live_row)
+
+
+@triton.jit
+def _keys_of_split(context, split, splits, shared_parts, parts, SHAPE: tl.constexpr):
+    """-> (first position that a query sees, this split's keys [begin, end), splits that the sequence uses, parts computed before).
+
+    context: number of cached keys. A split that the sequence does not use gets no keys.
+    """
+    oldest = 0
+    if SHAPE.window > 0:
+        oldest = tl.maximum(context - SHAPE.window + 1, 0)
+    begin = oldest // SHAPE.block_n * SHAPE.block_n
+    run = context
+    used = 1
+    before = 0
+    if SHAPE.split:
+        if SHAPE.shared:
+            begin = tl.load(parts.shared_keys)
+            before = tl.cdiv(begin, _keys_per_part(begin, shared_parts, SHAPE.shared_multiple))
+        run = tl.maximum(tl.cdiv(tl.cdiv(context - begin, SHAPE.block_n), splits) * SHAPE.block_n, SHAPE.min_keys)
+        used = tl.maximum(tl.cdiv(context - begin, run), 1)
+    return oldest, begin, run, used, before
+
+
+@triton.jit
+def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, scale, softcap, SHAPE: tl.constexpr):
+    """Start the averages with the one new token, if this split is the last one (`mine`): its key is a row of `q`.
+
+    Also writes its key and value to the cache, from element `row` on."""
+    D: tl.constexpr = SHAPE.head_dim
+    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
+    live_dim = dims < D
+    is_key = (tl.arange(0, SHAPE.block_m) == SHAPE.heads_per_kv)[:, None]
+    key = tl.sum(tl.where(is_key, q.to(tl.float32), 0.0), 0)  # [PADDED_D]; exact, since only one row is not zero
+    source = projection.qkv + token * projection.stride + (SHAPE.num_heads + KV_HEADS + kv_head) * D
+    value = tl.load(source + dims, mask=live_dim, other=0.0).to(tl.float32)
+    if mine:
+        tl.store(cache.k + row + dims, key.to(q.dtype), mask=live_dim)
+        tl.store(cache.v + row + dims, value.to(q.dtype), mask=live_dim)
+    score = tl.sum(q.to(tl.float32) * key[None, :], 1) * scale
+    if SHAPE.softcap:
+        score = _cap(score, softcap)
+    peak = tl.where(mine, score, -float("inf"))
+    total = tl.where(mine, tl.full([SHAPE.block_m], 1.0, tl.float32), 0.0)
+    acc = tl.where(mine, tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32) + value[None, :], 0.0)
+    return acc, peak, total
+
+
+@triton.jit
+def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_head, dims, scale, softcap, SHAPE: tl.constexpr):
+    """The same for several new tokens: the rows of `q` that are keys serve as a tile of keys, causal among the new tokens.
+
+    token: [rows, 1] of the batch; query: [rows] index of the token among the sequence's new ones; slots: of the first of them on.
+    """
+    D: tl.constexpr = SHAPE.head_dim
+    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
+    QUERY_ROWS: tl.constexpr = SHAPE.query_width * SHAPE.heads_per_kv
+    peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
+    total = tl.full([SHAPE.block_m], 0.0, tl.float32)
+    acc = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
+    if mine:
+        rows = tl.arange(0, SHAPE.block_m)
+        is_key = (rows >= QUERY_ROWS) & (rows < QUERY_ROWS + SHAPE.query_width)
+        live = is_key[:, None] & (dims < D)[None, :]
+        source = projection.qkv + token * projection.stride + (SHAPE.num_heads + KV_HEADS + kv_head) * D
+        values = tl.load(source + dims[None, :], mask=live, other=0.0).to(q.dtype)
+        row = (tl.load(slots + query, mask=is_key, other=0) * KV_HEADS + kv_head) * D
+        tl.store(cache.k + row[:, None] + dims[None, :], q, mask=live)
+        tl.store(cache.v + row[:, None] + dims[None, :], values, mask=live)
+        visible = is_key[None, :] & (query[None, :] <= query[:, None])
+        if SHAPE.window > 0:
+            visible = visible & (query[None, :] > query[:, None] - SHAPE.window)
+        acc, peak, total = _absorb_keys(q, q, values, visible, acc, peak, total, scale, softcap, SHAPE.softcap)
+    return acc, peak, total
+
+
+@triton.jit
+def _store_part(parts, mean, log_weight, at, finished, dims, live_row, live_q, D: tl.constexpr):
+    """Store a split's mean [M, D] and log_weight [M] in rows `at` -> the number of splits that finished before this one."""
+    tl.store(parts.mean + at[:, None] * D + dims[None, :], mean, mask=live_q)
+    tl.store(parts.log_weight + at, log_weight, mask=live_row)
+    tl.debug_barrier()  # all of this program's stores come before its count
+    return tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def _merge_parts(parts, num_parts, row, num_rows, dims, live_row, live_q, SHAPE: tl.constexpr):
+    """The weighted mean [M, D] of all parts; row: [M] of the num_rows rows of each part."""
+    top = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
+    for i in tl.range(num_parts, loop_unroll_factor=8):
+        top = tl.maximum(top, tl.load(parts.log_weight + i * num_rows + row, mask=live_row, other=0.0, cache_modifier=".cg"))
+    total = tl.full([SHAPE.block_m], 0.0, tl.float32)
+    mean = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
+    for i in tl.range(num_parts, loop_unroll_factor=8):
+        at = i * num_rows + row
+        weight = tl.exp2(tl.load(parts.log_weight + at, mask=live_row, other=0.0, cache_modifier=".cg") - top)
+        part = tl.load(parts.mean + at[:, None] * SHAPE.head_dim + dims[None, :], mask=live_q, other=0.0, cache_modifier=".cg")
+        mean += weight[:, None] * part
+        total += weight
+    return mean / total[:, None]
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits", "shared_parts"])
+def _decode_attention(
+    out, parts, projection, cache, slots, seq_lens, scale, softcap,  # out: [T, H, D]; Parts, Projection, Cache
+    num_seqs, table_stride, splits, shared_parts,  # shared_parts: at most so many parts come from `_shared_attention`
+    SHAPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys of one sequence, for all query heads of one KV head."""
+    kv_head = tl.program_id(0)  # programs of one sequence run side by side: together they read whole blocks
+    seq = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    G: tl.constexpr = SHAPE.heads_per_kv
+    W: tl.constexpr = SHAPE.query_width
+    D: tl.constexpr = SHAPE.head_dim
+    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
+    DTYPE: tl.constexpr = cache.k.dtype.element_ty
+    # A window begins one key later for each query, so that a query may see no key of a tile.
+    STAGGERED: tl.constexpr = SHAPE.window > 0 and SHAPE.query_width > 1
+    # Lengths and block table are inputs of the step, older than its first kernel: they may be read before `gdc_wait`.
+    context = tl.load(seq_lens + seq) - W  # keys before the new ones are cached
+    oldest, begin, run, used, before = _keys_of_split(context, split, splits, shared_parts, parts, SHAPE)
+    end = context
+    if SHAPE.split:
+        if split >= used:
+            return
+        begin += split * run
+        end = tl.minimum(context, begin + run)
+    rows = tl.arange(0, SHAPE.block_m)
+    dims = tl.arange(0, SHAPE.padded_dim)
+    live_row = rows < W * G
+    if W == 1:
+        query = 0
+        token = seq
+        head = tl.where(live_row, kv_head * G + rows, SHAPE.num_heads + kv_head)
+    else:
+        query = tl.where(live_row, rows // G, tl.minimum(rows - W * G, W - 1))
+        token = (seq * W + query)[:, None]
+        head = tl.where(live_row, kv_head * G + rows % G, SHAPE.num_heads + kv_head)
+
+    # The first tile of keys and values is older than the kernel before this one, so it is fetched while the projection still runs.
+    # (In a prompt's last layer it is not older, but see `layers/attention.py`.) The block numbers of a tile are read one tile ahead, so
+    # that the load of its keys need not wait for them.
+    table = cache.block_table + seq * table_stride
+    tile = tl.arange(0, SHAPE.block_n)
+    key = begin + tile
+    block = tl.load(table + key // SHAPE.block_size, mask=(key >= oldest) & (key < end), other=0)
+    next_block = tl.load(table + (key + SHAPE.block_n) // SHAPE.block_size, mask=key + SHAPE.block_n < end, other=0)
+    k, v, live_key = _fetch(cache, block, key, oldest, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+    if W == 1:
+        new_row = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
+
+    live_head = (rows < W * G + W)[:, None] & (dims < D)[None, :]
+    q = rotated_heads(projection, token, head, dims, live_head, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
+    mine = split == used - 1
+    scale *= 1.4426950408889634  # log2(e)
+    if W == 1:
+        acc, peak, total = _attend_to_new_token(q, projection, token, cache, new_row, mine, kv_head, dims, scale, softcap, SHAPE)
+    else:
+        acc, peak, total = _attend_to_new_tokens(q, projection, token, query, cache, slots + seq * W, mine, kv_head, dims, scale, softcap,
+                                                 SHAPE)
+    visible = live_key[None, :]
+    if STAGGERED:
+        visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
+    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SHAPE.softcap, STAGGERED)
+    for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
+        key = start + tile
+        k, v, live_key = _fetch(cache, next_block, key, oldest, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+        next_block = tl.load(table + (key + SHAPE.block_n) // SHAPE.block_size, mask=key + SHAPE.block_n < end, other=0)
+        visible = live_key[None, :]
+        if STAGGERED:
+            visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
+        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SHAPE.softcap, STAGGERED)
+
+    if STAGGERED:
+        total = tl.where(total == 0.0, 1.0, total)  # a query that has seen no key: its weight is 0, since its peak is -inf
+    mean = acc / total[:, None]
+    live_q = live_row[:, None] & (dims < D)[None, :]
+    row = (seq * W + query) * SHAPE.num_heads + head  # of [T, H]
+    if SHAPE.split and used + before > 1:
+        finished = parts.finished + seq * KV_HEADS + kv_head
+        num_rows = num_seqs * W * SHAPE.num_heads
+        at = (before + split) * num_rows + row
+        if _store_part(parts, mean, peak + tl.log2(total), at, finished, dims, live_row, live_q, D) < used - 1:
+            return
+        tl.store(finished, 0)  # for the next layer
+        mean = _merge_parts(parts, before + used, row, num_rows, dims, live_row, live_q, SHAPE)
+    tl.store(out + row[:, None] * D + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)

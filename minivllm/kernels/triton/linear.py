@@ -15,21 +15,16 @@ which nobody writes, and only then waits for its input.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from minivllm.kernels import tuning
 from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
 from minivllm.kernels.triton.device import capability, early_start, launch
 from minivllm.kernels.triton.norm import rms_norm
-
-TILE_ROWS = 16  # of a tensor core tile
-MAX_WEIGHT = 16 << 20  # elements: with more of them, and two rows or more, cuBLAS is as fast
-MAX_WEIGHT_OF_TWO_TILES = 2 << 20  # likewise with more rows than one tile holds
 
 
 @triton.jit
@@ -151,62 +146,29 @@ def _few_rows(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a product is cut: columns of a program (of gate and up each), elements of K at a time."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
-def shape_for(rows: int, n: int, k: int, gated: bool, arch: int) -> Shape:
-    """From a table by shape, measured on an H200: no tuning at run time. Before Hopper wide blocks would spill registers."""
-    block_k = max(16, min(triton.next_power_of_2(k), 2048))
-    if rows == 1:
-        if k >= 4096 and gated:
-            return Shape(4, 1024, 4)
-        if k > 4096:
-            return Shape(2, 2048, 4)
-        if k == 4096 and n <= 4096:
-            return Shape(8, 1024, 4)
-        block_n = 4 if n < 1024 or (gated and block_k > 1024) else 8
-        return Shape(block_n, block_k, 8 if gated or block_k > 1024 else 4)
-    return Shape(16 if arch >= 90 and n >= 1024 and k <= 2048 else 8, block_k, 8 if k > 2048 else 4)
-
-
-def suits(rows: int, weights: int, gated: bool, dtype: torch.dtype) -> bool:
-    """Whether these kernels are faster than cuBLAS with a kernel for each of norm, activation and addition."""
-    if rows <= 1:
-        return rows == 1
-    if rows > TILE_ROWS and (gated or rows > 2 * TILE_ROWS or weights > MAX_WEIGHT_OF_TWO_TILES):
-        return False
-    return weights <= MAX_WEIGHT and dtype != torch.float32
-
-
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
     """x: [T, K], weight: [N, K] (gated: [2N, K], gate rows first) -> [T, N]. May overwrite `residual`: [T, N]."""
     rows, k = x.shape
-    if not suits(rows, weight.numel(), gated, x.dtype):
+    if not tuning.fuses(rows, weight.numel(), gated, x.element_size()):
         return _many_rows(x, weight, bias, norm, gated, residual)
     x = x.contiguous()
     n = weight.shape[0] // (2 if gated else 1)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    shape = shape_for(rows, n, k, gated, capability(x.device))
+    tile = tuning.linear_tile(rows, n, k, gated, capability(x.device))
     norm_weight, eps = norm or (x, 0.0)
-    flags = dict(NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, num_warps=shape.num_warps,
+    flags = dict(NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, num_warps=tile.num_warps,
                  **early_start(x.device))
-    grid = (triton.cdiv(n, shape.block_n),)
+    grid = (triton.cdiv(n, tile.block_n),)
     tensors = out, x, weight, norm_weight, x if bias is None else bias, x if residual is None else residual, eps
     if rows == 1:
-        launch(_matvec, grid, *tensors, N=n, K=k, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k, **flags)
+        launch(_matvec, grid, *tensors, N=n, K=k, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, **flags)
     else:
-        launch(_few_rows, (*grid, triton.cdiv(rows, TILE_ROWS)),
-            *tensors, rows, N=n, K=k, BLOCK_M=TILE_ROWS, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
-            PARTS=min(shape.num_warps, shape.block_k // 16), **flags,
+        launch(_few_rows, (*grid, triton.cdiv(rows, tuning.LINEAR_TILE_ROWS)),
+            *tensors, rows, N=n, K=k, BLOCK_M=tuning.LINEAR_TILE_ROWS, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            PARTS=min(tile.num_warps, tile.block_k // 16), **flags,
         )  # fmt: skip
     return out
 

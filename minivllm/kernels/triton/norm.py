@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minivllm.kernels.triton.device import early_start, launch
+from minivllm.kernels.tuning import norm_warps
 
 
 @triton.jit
@@ -24,15 +25,11 @@ def _rms_norm(out, x, weight, eps, N: tl.constexpr, PADDED: tl.constexpr, PDL: t
     tl.store(out + row * N + columns, (normed * w.to(tl.float32)).to(out.dtype.element_ty), mask=live)
 
 
-def warps_for(width: int) -> int:
-    return min(8, max(1, triton.next_power_of_2(width) // 256))
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., N] -> the same shape; weight: [N]."""
     x = x.contiguous()
     n = x.shape[-1]
     out = torch.empty_like(x)
     early = early_start(x.device)
-    launch(_rms_norm, (x.numel() // n,), out, x, weight, eps, N=n, PADDED=triton.next_power_of_2(n), num_warps=warps_for(n), **early)
+    launch(_rms_norm, (x.numel() // n,), out, x, weight, eps, N=n, PADDED=triton.next_power_of_2(n), num_warps=norm_warps(n), **early)
     return out

@@ -29,7 +29,7 @@ from minivllm.kernels.triton.decode_attention import _cap, rotated_heads
 
 @triton.jit(do_not_specialize=["first"])
 def _position_and_store(
-    qk, qkv, cache_k, cache_v, norm_weight, eps, cos, sin, slots, first, qkv_stride,  # qk: [T, H + KV, D]
+    qk, projection, cache_k, cache_v, slots, first,  # qk: [T, H + KV, D]; Projection
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
@@ -38,16 +38,15 @@ def _position_and_store(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, PADDED_D)
     live_dim = (dims < D)[None, :]
-    source = qkv + token * qkv_stride
     DTYPE: tl.constexpr = cache_k.dtype.element_ty
     positioned = (head < NUM_HEADS + KV_HEADS)[:, None] & live_dim
-    x = rotated_heads(source, head, dims, positioned, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE, DTYPE, False)
+    x = rotated_heads(projection, token, head, dims, positioned, D, NORM, ROPE, DTYPE, False)
     tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
     place = tl.load(slots + token) * KV_HEADS * D
     is_key = (head >= NUM_HEADS)[:, None] & positioned
     tl.store(cache_k + place + (head - NUM_HEADS)[:, None] * D + dims[None, :], x, mask=is_key)
     is_value = ((head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS))[:, None] & live_dim
-    value = tl.load(source + head[:, None] * D + dims[None, :], mask=is_value, other=0.0)
+    value = tl.load(projection.qkv + token * projection.stride + head[:, None] * D + dims[None, :], mask=is_value, other=0.0)
     tl.store(cache_v + place + (head - NUM_HEADS - KV_HEADS)[:, None] * D + dims[None, :], value.to(DTYPE), mask=is_value)
 
 

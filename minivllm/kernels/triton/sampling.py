@@ -26,11 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minivllm.kernels import tuning
 from minivllm.kernels.triton.device import launch
 
-CHUNK = 2048  # tokens per program of _draw; part of the result's rounding, so the same for all batch sizes
-POSITIONS = 4096  # tokens per turn of the loops of _thresholds
-DRAW_WARPS, THRESHOLD_WARPS = 4, 16
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that this dtype leaves empty
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -353,12 +351,12 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | No
             threshold, logits, logits.stride(0), size, temperature,
             temperature if top_k is None else top_k, temperature if top_p is None else top_p, temperature if min_p is None else min_p,
             TOP_K=top_k is not None, TOP_P=top_p is not None, MIN_P=min_p is not None, SHIFT=KEY_SHIFT[logits.dtype],
-            POSITIONS=POSITIONS, num_warps=THRESHOLD_WARPS,
+            POSITIONS=tuning.THRESHOLD_POSITIONS, num_warps=tuning.THRESHOLD_WARPS,
         )  # fmt: skip
-    chunks = triton.cdiv(size, CHUNK)
+    chunks = triton.cdiv(size, tuning.SAMPLER_CHUNK)
     peaks, costs = new((n, chunks), dtype=torch.float32), new((n, chunks), dtype=torch.float32)  # aligned both: one compiled kernel
     winners = new((n, chunks), dtype=torch.int32)
     launch(_draw, (n, chunks), peaks, costs, winners, logits, logits.stride(0), size, temperature, keys, threshold,
-                       FILTERED=filtered, CHUNK=CHUNK, num_warps=DRAW_WARPS)
+                       FILTERED=filtered, CHUNK=tuning.SAMPLER_CHUNK, num_warps=tuning.SAMPLER_WARPS)
     launch(_combine, (n,), out, peaks, costs, winners, temperature, CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), num_warps=1)
     return out

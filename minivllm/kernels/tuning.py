@@ -1,0 +1,209 @@
+"""Every number that was chosen by measuring: tiles, thresholds between kernels, shapes of captured graphs.
+
+This module is plain Python, so that all packages can read it. Each number states its unit and where it was measured:
+
+    H200     one NVIDIA H200: `python -m bench.gpu_kernels`, `python -m bench.step_budget`
+    sm_89    compiled for an RTX 4060 and not run there: tiles are the largest that fit into its shared memory without spills
+    CPU      x86 with AVX2 or AMX, two cores: `python -m bench.cpu_kernels`
+
+The figures themselves are in docs/performance.md. Numbers that depend on each other are next to each other, with an assert.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# --- attention of decodes on a GPU ---------------------------------------------------------------------------------
+
+MIN_KEYS_PER_SPLIT = 256  # keys; H200: a program with fewer spends its time on starting and merging
+MAX_SPLITS = 16  # programs that share the keys of one sequence; H200
+LONG_KEYS = 512  # keys; H200: beyond them sequences of a batch may differ so much that shorter ones wait for the longest
+SHARED_KEYS_MULTIPLE = 128  # keys; H200: the shared prefix of decodes is counted in multiples, so that no tile is partly shared
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """The work of one program: as much as fits into the GPU's shared memory without spilling registers."""
+
+    block_q: int  # tokens
+    block_m: int  # rows, a power of two: tokens x query heads of a KV head
+    block_n: int  # keys at a time
+    num_warps: int
+    num_stages: int  # tiles of keys that are loaded ahead, plus one
+
+
+def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile:
+    """The tile of decodes with one query. programs: sequences x KV heads; keys: of the longest sequence; itemsize: bytes per element.
+
+    With fewer programs than multiprocessors, a large tile has the lowest latency. With more, small tiles leave room for several
+    programs per multiprocessor, which compute while others wait for memory. H200; sm_89.
+    """
+    block_m = max(16, next_power_of_2(heads_per_kv + 1))
+    row = head_dim * itemsize  # bytes of a key
+    if arch >= 90:
+        if row == 256:
+            if programs <= 128:
+                return AttentionTile(1, block_m, 64 if programs <= 16 else 128, 4, 2)
+            if programs <= (1024 if keys > LONG_KEYS else 256):
+                return AttentionTile(1, block_m, 32, 4, 3)
+            return AttentionTile(1, block_m, 16, 1, 3)
+        return AttentionTile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
+    if row == 256:
+        return AttentionTile(1, block_m, 32, 4, 3)
+    return AttentionTile(1, block_m, 64 if row < 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
+
+
+def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile | None:
+    """The tile of decodes with several queries. None: too many rows for the registers of a program. sm_89, and compiled for sm_90."""
+    block_m = max(16, next_power_of_2(query_width * (heads_per_kv + 1)))
+    row = next_power_of_2(head_dim) * itemsize
+    size = block_m * row  # bytes of the queries
+    if block_m > 128 or size > (32768 if row <= 256 else 16384):
+        return None
+    if arch >= 90:
+        block_n = 128 if row <= 128 else 64 if row <= 256 else 32
+    else:
+        block_n = 32 if row <= 256 and size < 32768 else 16
+    num_warps = 4 if size <= 8192 and row <= 256 else 8
+    return AttentionTile(query_width, block_m, block_n, num_warps, 3 if arch < 90 and row <= 128 else 2)
+
+
+def shared_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile:
+    """The tile of a prefix that decodes share: its rows are the heads of several tokens. H200; sm_89."""
+    block_m = max(64, next_power_of_2(heads_per_kv))
+    row = head_dim * itemsize
+    if arch >= 90:
+        return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 2)
+    return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)
+
+
+def num_splits(programs: int, keys: int, num_sms: int) -> int:
+    """Programs that share the keys of each decode: enough to fill the GPU, with at least MIN_KEYS_PER_SPLIT each.
+
+    programs: sequences x KV heads. Long sequences are split more finely: four times as many programs while there are fewer programs
+    than multiprocessors, and two splits up to four times as many. H200.
+    """
+    long = keys > LONG_KEYS
+    if programs > num_sms:
+        return 2 if long and programs < 4 * num_sms else 1
+    splits = 1
+    while splits < MAX_SPLITS and programs * splits < (4 * num_sms if long else num_sms) and keys > MIN_KEYS_PER_SPLIT * splits:
+        splits *= 2
+    return splits
+
+
+def num_shared_parts(programs: int, num_sms: int) -> int:
+    """Parts of a shared prefix: as many as fill the GPU once. programs: of one part. H200."""
+    parts = 1
+    while parts < MAX_SPLITS and 2 * parts * programs <= num_sms:
+        parts *= 2
+    return parts
+
+
+# --- attention of prompts on a GPU ---------------------------------------------------------------------------------
+
+
+def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile:
+    """The tile of prompt chunks. H200 (227 KB of shared memory per block); sm_89 (99 KB)."""
+    row = head_dim * itemsize
+    if arch >= 90:
+        block_m = max(64, next_power_of_2(heads_per_kv))
+        return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 3 if row <= 256 else 2)
+    block_m = max(128 if row <= 256 else 64, next_power_of_2(heads_per_kv))
+    return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)
+
+
+MIN_SKIPPED_TOKENS = 256  # tokens; H200: minimum number of non-final prompt tokens for which skipping them in the last layer pays off
+
+# --- captured graphs -----------------------------------------------------------------------------------------------
+
+DECODE_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences
+MIXED_GRAPHS = ((64, 16), (128, 16), (128, 64), (256, 16), (256, 128), (512, 16), (512, 128), (512, 256))  # (tokens, sequences)
+LARGE_MIXED_GRAPHS = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens; captured as far as LAUNCH_FLOPS allows
+LAUNCH_FLOPS = 3e12  # FLOPs that an H200 computes in the 5 to 10 ms of launching a step from Python: larger steps need no graph
+assert sorted(DECODE_GRAPHS) == list(DECODE_GRAPHS) and max(seqs for _, seqs in MIXED_GRAPHS) <= DECODE_GRAPHS[-1]
+assert MIXED_GRAPHS[-1][0] < LARGE_MIXED_GRAPHS[0] and sorted(LARGE_MIXED_GRAPHS) == list(LARGE_MIXED_GRAPHS)
+
+MAX_SHORT_DECODES = 128  # sequences; H200: batches of up to so many decodes have one more graph for short sequences,
+SHORT_KEYS = 512  # keys: of up to so many keys, since attention splits longer sequences more finely
+assert SHORT_KEYS <= LONG_KEYS, "a graph of short sequences must not be captured with the splits of long ones"
+
+SHARING_GRAPHS = (16, 32, 64, 96, 128, 192, 256)  # decodes that read a shared prefix once
+MIN_SHARING_DECODES = 8  # decodes; H200: with fewer, the blocks of a batch are not compared
+MIN_SHARED_BYTES = 32 << 20  # bytes of one layer's keys and values; H200: reading fewer again costs less than one more kernel per layer
+assert SHARING_GRAPHS[0] >= MIN_SHARING_DECODES and SHARING_GRAPHS[-1] == DECODE_GRAPHS[-1]
+
+# --- linear layers on a GPU ----------------------------------------------------------------------------------------
+
+LINEAR_TILE_ROWS = 16  # rows of x in a tensor core tile
+MAX_WEIGHT = 16 << 20  # elements; H200: cuBLAS is as fast for larger weights and two rows or more
+MAX_WEIGHT_OF_TWO_TILES = 2 << 20  # elements; H200: the same for more rows than one tile holds
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """The work of one program of a linear layer."""
+
+    block_n: int  # columns of the output (of gate and up each)
+    block_k: int  # elements of x at a time
+    num_warps: int
+
+
+def linear_tile(rows: int, n: int, k: int, gated: bool, arch: int) -> LinearTile:
+    """For x [rows, k] and an output [rows, n]. H200; sm_89, where wide blocks would spill registers."""
+    block_k = max(16, min(next_power_of_2(k), 2048))
+    if rows == 1:
+        if k >= 4096 and gated:
+            return LinearTile(4, 1024, 4)
+        if k > 4096:
+            return LinearTile(2, 2048, 4)
+        if k == 4096 and n <= 4096:
+            return LinearTile(8, 1024, 4)
+        block_n = 4 if n < 1024 or (gated and block_k > 1024) else 8
+        return LinearTile(block_n, block_k, 8 if gated or block_k > 1024 else 4)
+    return LinearTile(16 if arch >= 90 and n >= 1024 and k <= 2048 else 8, block_k, 8 if k > 2048 else 4)
+
+
+def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:
+    """Whether the fused kernels are faster than cuBLAS and a kernel for each of norm, activation and addition. H200."""
+    if rows <= 1:
+        return rows == 1
+    if rows > LINEAR_TILE_ROWS and (gated or rows > 2 * LINEAR_TILE_ROWS or weights > MAX_WEIGHT_OF_TWO_TILES):
+        return False
+    return weights <= MAX_WEIGHT and itemsize < 4
+
+
+def norm_warps(width: int) -> int:
+    """Warps of an RMSNorm of `width` elements. H200."""
+    return min(8, max(1, next_power_of_2(width) // 256))
+
+
+# --- the sampler on a GPU ------------------------------------------------------------------------------------------
+
+SAMPLER_CHUNK = 2048  # tokens of the vocabulary per program; part of the result's rounding, so it must not depend on the batch
+SAMPLER_WARPS = 4  # H200
+THRESHOLD_POSITIONS = 4096  # tokens of the vocabulary per iteration; H200
+THRESHOLD_WARPS = 16  # H200
+
+# --- a CPU ---------------------------------------------------------------------------------------------------------
+
+CPU_SPLIT_KEYS = 128  # keys of a task of the compiled attention
+CPU_TILE_KEYS = 16  # keys whose scores are held at a time
+CPU_TASK_FLOATS = 1024  # float32 numbers of a task's queries: with as many sums and a tile of keys they fit into the L1 cache
+assert CPU_SPLIT_KEYS % CPU_TILE_KEYS == 0 and CPU_TILE_KEYS % 4 == 0, "keys are loaded in groups of four"
+
+CPU_MAX_ROWS = 256  # rows; PyTorch's norm and activation take no longer for more
+CPU_SERIAL_ELEMENTS = 1 << 13  # elements that one thread computes before a second thread has started
+
+PACKED_FOR_ROWS = {"bfloat16": 1, "float32": 32}  # rows of x that oneDNN's weight layout is chosen for; measured over 1 to 1,024 rows
+
+# --- the reference -------------------------------------------------------------------------------------------------
+
+GATHER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # bytes of keys and values copied at once: bounds memory, and should fit the caches
+FREE_PADDING = {"cpu": 256, "cuda": 16384}  # padded keys that cost about as much as one more batch of decodes
+PAGE_SLOTS = 16  # slots that are copied together: a whole block, or an equal part of each block
+MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer prompt chunks are computed in several pieces

@@ -1,0 +1,141 @@
+"""Compiles every Triton kernel and prints one JSON line per variant: shared memory, registers, spills. No GPU is needed.
+
+    TRITON_INTERPRET=0 python -m tests.kernels.compile_kernels [89 | 90]      sm_89 is the RTX 4060, sm_90 the H200
+
+test_triton_sm89.py runs it in its own process, because a process either interprets kernels or compiles them.
+"""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from minivllm.kernels import tuning
+from minivllm.kernels.triton import activation, linear, norm, sampling
+from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
+from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
+
+ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 89
+PDL = ARCH >= 90
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def measure(name: str, fn: Any, types: Mapping[str, Any], constants: Mapping[str, Any], **options: int) -> dict[str, Any]:
+    """types: argument -> its Triton type, or a named tuple of them. Pointers and strides are multiples of 16, as in real models."""
+    signature = {arg: types.get(arg, "constexpr") for arg in fn.arg_names}
+    aligned = []
+    for i, (arg, kind) in enumerate(signature.items()):
+        fields = [((i,), arg, kind)] if isinstance(kind, str) else [((i, j), *field) for j, field in enumerate(kind._asdict().items())]
+        aligned += [path for path, field, kind in fields if kind.startswith("*") or "stride" in field]
+    source = ASTSource(fn=fn, signature=signature, constexprs={(fn.arg_names.index(key),): value for key, value in constants.items()},
+                       attrs={path: [["tt.divisibility", 16]] for path in aligned})
+    kernel = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        command = [str(PTXAS), "-v", f"--gpu-name=sm_{ARCH}{'a' if PDL else ''}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    registers = int(re.findall(r"Used (\d+) registers", log)[0])
+    return {"kernel": name, "shared": kernel.metadata.shared, "registers": registers, "spills": spills}
+
+
+def attention_variants() -> Iterator[dict[str, Any]]:
+    projection = Projection(qkv="*bf16", stride="i32", norm_weight="*bf16", eps="fp32", cos="*bf16", sin="*bf16")
+    numbers = dict(scale="fp32", softcap="fp32",
+                   **dict.fromkeys(("num_seqs", "num_tokens", "num_parts", "table_stride", "splits", "shared_parts", "first"), "i32"))
+    tensors = dict(out="*bf16", qk="*bf16", cache_k="*bf16", cache_v="*bf16", slots="*i64", seq_lens="*i32")
+    types: dict[str, Any] = dict(parts=Parts(mean="*fp32", log_weight="*fp32", finished="*i32", shared_keys="*i32"),
+                                 projection=projection, cache=Cache(k="*bf16", v="*bf16", block_table="*i32"), **numbers, **tensors)
+    prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", "block_table": "*i32", **dict.fromkeys(
+        ("first_seq", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")}
+    for head_dim in (64, 128):
+        for group in (2, 3, 8):
+            name = f"attention, head_dim {head_dim}, {group} heads per KV head"
+            shape = DecodeShape(
+                num_heads=group * 8, heads_per_kv=group, head_dim=head_dim, padded_dim=head_dim, block_size=16, query_width=1, block_q=1,
+                block_m=16, block_n=16, split=True, min_keys=tuning.MIN_KEYS_PER_SPLIT, shared=True,
+                shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=0, softcap=False, norm=True, rope=True)
+            tile: tuning.AttentionTile | None
+            for width, window in ((1, 0), (2, 0), (5, 1000), (8, 0)):
+                tile = tuning.wide_decode_tile(width, head_dim, group, 2, ARCH)
+                if width == 1:
+                    tile = tuning.decode_tile(8, 4096, head_dim, group, 2, ARCH)
+                assert tile is not None
+                one = shape._replace(query_width=width, block_m=tile.block_m, block_n=tile.block_n, window=window, shared=window == 0)
+                yield measure(f"decode {name}, query width {width}", _decode_attention, types, dict(SHAPE=one, PDL=PDL),
+                              num_warps=tile.num_warps, num_stages=tile.num_stages)
+            tile = tuning.shared_tile(head_dim, group, 2, ARCH)
+            one = shape._replace(block_q=tile.block_q, block_m=tile.block_m, block_n=tile.block_n)
+            yield measure(f"decode shared {name}", _shared_attention, types, dict(SHAPE=one, PDL=PDL),
+                          num_warps=tile.num_warps, num_stages=tile.num_stages)
+            tile = tuning.prompt_tile(head_dim, group, 2, ARCH)
+            yield measure(f"prefill {name}", _prompt_attention, prompt,
+                          dict(NUM_HEADS=group * 8, HEADS_PER_KV=group, D=head_dim, PADDED_D=head_dim, BLOCK_SIZE=16, BLOCK_Q=tile.block_q,
+                               BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=0, SOFTCAP=False, DESCRIPTORS=False),
+                          num_warps=tile.num_warps, num_stages=tile.num_stages)
+        yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, types,
+                      dict(NUM_HEADS=16, KV_HEADS=8, D=head_dim, PADDED_D=head_dim, HEADS=512 // head_dim, NORM=True, ROPE=True),
+                      num_warps=1)
+
+
+def linear_variants() -> Iterator[dict[str, Any]]:
+    types = {**dict.fromkeys(("out", "x", "weight", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32"}
+    shapes = {"0.6B": (1024, 2048, 4096, 3072), "135M": (576, 576, 960, 1536), "7B": (4096, 4096, 6144, 14336)}
+    for model, (hidden, heads, qkv, inner) in shapes.items():
+        for layer, n, k, gated in (("qkv", qkv, hidden, False), ("o", hidden, heads, False), ("gate_up", inner, hidden, True),
+                                   ("down", hidden, inner, False)):
+            before = layer in ("qkv", "gate_up")
+            flags = dict(N=n, K=k, NORM=before, GATED=gated, BIAS=False, ADD=not before, PDL=PDL)
+            for rows in (1, tuning.LINEAR_TILE_ROWS):
+                if not tuning.fuses(rows, n * k * (1 + gated), gated, 2):
+                    continue
+                tile = tuning.linear_tile(rows, n, k, gated, ARCH)
+                blocks = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+                name = f"decode {layer} of {model}, {rows} rows"
+                if rows == 1:
+                    yield measure(name, linear._matvec, types, {**flags, **blocks}, num_warps=tile.num_warps)
+                else:
+                    yield measure(name, linear._few_rows, {**types, "rows": "i32"},
+                                  {**flags, **blocks, "BLOCK_M": rows, "PARTS": min(tile.num_warps, tile.block_k // 16)},
+                                  num_warps=tile.num_warps)
+
+
+def small_variants() -> Iterator[dict[str, Any]]:
+    types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "eps": "fp32"}
+    for width in (576, 1024, 4096):
+        constants = dict(N=width, PADDED=triton.next_power_of_2(width), PDL=PDL)
+        yield measure(f"decode rms_norm of {width}", norm._rms_norm, types, constants, num_warps=tuning.norm_warps(width))
+    yield measure("decode silu_and_mul", activation._silu_and_mul, {"out": "*bf16", "x": "*bf16", "size": "i32"},
+                  dict(BLOCK=1024, PDL=PDL), num_warps=4)
+
+
+def sampling_variants() -> Iterator[dict[str, Any]]:
+    rows = {"row_stride": "i32", "size": "i32", "temperature": "*fp32", "threshold": "*fp32"}
+    chunks = {"peaks": "*fp32", "costs": "*fp32", "winners": "*i32", "temperature": "*fp32"}
+    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        types = {**rows, "logits": kind, "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
+        for filters in ("TOP_K", "TOP_P", "MIN_P", "TOP_K TOP_P MIN_P"):
+            constants = dict(TOP_K="TOP_K" in filters, TOP_P="TOP_P" in filters, MIN_P="MIN_P" in filters,
+                             SHIFT=sampling.KEY_SHIFT[dtype], POSITIONS=tuning.THRESHOLD_POSITIONS)
+            yield measure(f"decode sampling threshold {filters}, {kind}", sampling._thresholds, types, constants,
+                          num_warps=tuning.THRESHOLD_WARPS)
+        for filtered in (False, True):
+            yield measure(f"decode sampling draw, {kind}", sampling._draw, {**rows, **chunks, "logits": kind, "keys": "*i32"},
+                          dict(FILTERED=filtered, CHUNK=tuning.SAMPLER_CHUNK), num_warps=tuning.SAMPLER_WARPS)
+    yield measure("decode sampling combine", sampling._combine, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
+
+
+if __name__ == "__main__":
+    for row in (*attention_variants(), *linear_variants(), *small_variants(), *sampling_variants()):
+        print(json.dumps(row), flush=True)
