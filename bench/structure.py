@@ -117,7 +117,7 @@ def files_of_a_decode_step() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         models.write_config("tiny", Path(folder))
         _write_tokenizer(Path(folder), json.loads((Path(folder) / "config.json").read_text())["vocab_size"])
-        engine = compose.build_engine(EngineConfig(model=folder, load_format="dummy", device="cpu", num_gpu_blocks_override=32,
+        engine = compose.build_engine(EngineConfig(model=folder, load_format="dummy", num_gpu_blocks_override=32,
                                                    max_model_len=64))
     def send(message: Any) -> None:
         raise _OneStepDone

@@ -21,7 +21,7 @@ class _Heard(logging.Handler):
 
 class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
-        heard, logger = _Heard(logging.INFO), logging.getLogger("minivllm.engine.executor")
+        heard, logger = _Heard(logging.INFO), logging.getLogger("minivllm.engine.compose")
         level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(heard)
