@@ -6,7 +6,7 @@ one tensor, so that kernels index keys with a single multiplication:
     piece 0, keys     | block 0 | block 1 | block 2 | ...      [num_blocks, bytes]
     piece 1, values   | block 0 | block 1 | block 2 | ...
 
-Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and the offload ask for sizes here.
+Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and CPU offload get sizes from here.
 """
 from __future__ import annotations
 
