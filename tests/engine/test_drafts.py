@@ -1,7 +1,7 @@
-"""Drafts through the whole engine: proposed from outside, verified as wide decodes, and never a token changed.
+"""Drafts in the whole engine: they are verified as wide decodes and do not change a token.
 
-The proposer here knows the answers, so a test decides how many drafts are right. Everything else is the real engine: scheduler,
-worker, sampler, detokenizer.
+The proposer of these tests knows the answers, so a test decides how many drafts are right. All other parts are real: scheduler, worker,
+sampler, detokenizer.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REQUESTS = requests()
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The model is too small for two."""
+    """PyTorch uses one thread: more would slow such a small model down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
