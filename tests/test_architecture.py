@@ -180,7 +180,7 @@ def test_every_file_that_the_documents_name_exists() -> None:
     files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*")]
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         named = set(re.findall(r"[\w/.-]*\w\.(?:py|md)\b", document.read_text(encoding="utf-8")))
-        missing = {name for name in named if not any(file.endswith(f"/{name.removeprefix('./')}") for file in files)}
+        missing = {name for name in named if not any(file.endswith(f"/{name.lstrip('./')}") for file in files)}
         assert missing <= {"README.md", "CONTRIBUTING.md"}, f"{document.name} names {missing}"
 
 
