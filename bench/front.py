@@ -27,7 +27,7 @@ from bench import machine
 from minivllm.benchmarks.client import Address
 from minivllm.benchmarks.load import Call, Load, run_load
 from minivllm.benchmarks.statistics import percentile
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta

@@ -30,8 +30,8 @@ REPLACED = re.compile(
     re.IGNORECASE)
 # Folders and files that still contain such words.
 NOT_YET_REWORDED = (
-    "minivllm/benchmarks/", "minivllm/cli/", "minivllm/config.py", "minivllm/engine/", "minivllm/entrypoints/", "minivllm/kernels/",
-    "minivllm/sampling_params.py", "minivllm/server/", "docs/page.md", "docs/structured_output.md",
+    "minivllm/benchmarks/", "minivllm/cli/", "minivllm/config.py", "minivllm/entrypoints/", "minivllm/kernels/", "minivllm/server/",
+    "docs/page.md", "docs/structured_output.md",
 )
 
 

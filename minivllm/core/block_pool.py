@@ -5,7 +5,7 @@ from host memory hold references, and sequences with the same prefix reference t
 *free*. A free block that has a key (see `prefix_cache`) is also *cached*: its content stays until the block is allocated again
 (lazy eviction), and until then a request with the same prefix can reuse it.
 
-The free list is a doubly linked list, held in two lists of integers. The null block, which is never allocated, is its two ends:
+The free list is a doubly linked list, stored in two lists of integers. The null block, which is never allocated, marks both ends:
 
               allocated next                                          allocated last
     0  ->     7      ->     3      ->     9      ->     4      ->     1      ->   0
@@ -100,7 +100,7 @@ class BlockPool:
     # Content.
 
     def cache(self, block: BlockId, key: BlockKey) -> None:
-        """Make a used block, whose content is final, findable by `key`. If another block has this key, nothing changes."""
+        """Let `lookup` find a used block, whose content is final, by `key`. If another block has this key, nothing changes."""
         assert self.ref_counts[block] > 0, f"block {block} is free, so its content is not known"
         if self._keys[block] is None and key not in self._block_of:
             self._keys[block] = key

@@ -23,7 +23,7 @@ NULL_BLOCK: BlockId = 0  # never allocated: padded rows write here, and table en
 
 @dataclass(frozen=True, slots=True)
 class RowAdmission:
-    """The whole state of one row. Sent when a sequence gets a row: at its start, and again after each preemption."""
+    """The whole state of one row. Sent when a sequence gets a row, and again if the worker has lost its rows."""
 
     row: int
     request_id: str  # id of the sequence; children of one request have different ids (see core.request)
@@ -93,7 +93,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: of the token, whose rank is 1 if it is the most probable, and of the top k tokens."""
+    """The log-probabilities at one position: the token's own, its rank (1: most probable), and those of the top k tokens."""
 
     token_id: int
     logprob: float

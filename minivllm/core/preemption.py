@@ -3,7 +3,7 @@
 The sequence with the lowest priority among the running ones is preempted. Two rules limit preemption:
 
 - A sequence never preempts one with higher priority. If it has the lowest priority itself, it keeps its blocks and waits.
-- If blocks that are on their way back to the pool will suffice, the sequence waits for them and nothing is preempted.
+- If enough blocks will become free without a preemption, the sequence waits for them.
 """
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ class PrefixCache:
     ) -> None:
         """Append to a sequence's block hashes until they cover the full blocks of its first `num_tokens` tokens.
 
-        stop_at_miss: for a search. A group without a window needs every block, so hashing stops, after at most HASH_BATCH
-        blocks more, when such a group lacks the last hashed block.
+        stop_at_miss: stop early, where a match must end. A group without a window needs every block, so its first block that is
+        not cached ends the match. Blocks are hashed HASH_BATCH at a time until the last one is not cached in that group.
         """
         size, end = self.block_size, min(num_tokens, len(tokens)) // self.block_size
         if not hashes and end:

@@ -156,7 +156,7 @@ class Sequence:
         self.waits_for_result = new.params.structured_outputs is not None or new.beam_search
         self.paused = False  # a beam that has its token and waits for `choose_beams`
         wants_logprobs = new.params.prompt_logprobs is not None and index == 0
-        # First prompt position whose logprobs are not returned yet; None: none are wanted. Position 0 has no predecessor, thus no logprob.
+        # First prompt position whose logprobs are still to be returned; None: not requested. Position 0 has no predecessor, so no logprob.
         self.prompt_logprobs_from: int | None = 1 if wants_logprobs else None
 
         self.num_cached_tokens = 0

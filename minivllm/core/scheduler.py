@@ -12,9 +12,9 @@ There are no phases. `Sequence.num_left_to_plan` alone says how much work a sequ
     3. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step
 
 **Prompts never delay a decode by more than one step.** There are never more rows than the budget has tokens, and chunks get only
-what decodes leave. So every decode gets its token in every step, and two of its tokens are one step of at most
-`max_num_batched_tokens` tokens apart, however long the other prompts are. Two things can delay a decode: blocks run out and
-sequences with higher priority need them, or it must see its last token's value first.
+what decodes leave. So every decode gets its token in every step, however long the prompts beside it are, and a step has at most
+`max_num_batched_tokens` tokens. Only two things can delay a decode: blocks run out and sequences with higher priority need them, or
+it must see its last token's value first.
 
 **Every request finishes** (within one priority class). A sequence that needs a block takes it from the one with the lowest priority.
 The sequence with the highest priority can preempt all others, and admission control has checked that it fits alone. So it finishes,

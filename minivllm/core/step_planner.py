@@ -12,7 +12,7 @@ Planning works on counts alone. It never needs the value of a token that a launc
 from __future__ import annotations
 
 from minivllm.core.forks import fork
-from minivllm.core.plan import BlockId, RowAdmission, StepPlan
+from minivllm.core.plan import BlockId, BlockMove, RowAdmission, StepPlan
 from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
 from minivllm.core.preemption import allocate_slots
 from minivllm.core.request import Sequence, SequenceStatus
@@ -38,9 +38,12 @@ def plan_step(state: SchedulerState, now: float) -> PlanBuilder:
 def launch_plan(state: SchedulerState, plan: PlanBuilder) -> StepPlan | None:
     """Record the plan as launched, with the moves that are due. None if there is nothing to compute, move or wait for."""
     config, offload = state.config, state.kv.offload
-    if plan.sequences and not plan.short_of_blocks and config.num_host_blocks:
-        offload.save_before_eviction(config.max_num_batched_tokens // config.block_size + 1)
-    moves_out, moves_in = offload.pop_new_moves()
+    moves_out: list[BlockMove] = []
+    moves_in: list[BlockMove] = []
+    if config.num_host_blocks:
+        if plan.sequences and not plan.short_of_blocks:
+            offload.save_before_eviction(config.max_num_batched_tokens // config.block_size + 1)
+        moves_out, moves_in = offload.pop_new_moves()
     # With nothing to compute, only a finished move can help. Moves are reported with a result, so an empty step is launched.
     must_wait = offload.moves and state.requests and not state.launched
     if not (plan.sequences or moves_out or must_wait):

@@ -67,7 +67,8 @@ def _confirm(
     stop = stops.get(sample) if sample is not None else None
     kept, reason, stop_reason = sequence.request.stop_rule.cut(sequence.num_outputs, token_ids, stop)
     sequence.tokens.extend(kept)
-    if num_drafts:  # rejected drafts are no longer planned
+    if num_drafts:  # rejected drafts, and accepted ones after a stop, are neither computed nor planned
+        sequence.num_computed = min(sequence.num_computed, len(sequence.tokens))
         sequence.num_planned, sequence.num_known, sequence.drafts = sequence.num_computed, len(sequence.tokens), ()
     state.kv.cache_full_blocks(sequence)
     if sequence.num_computed >= sequence.num_prompt_tokens == sequence.max_tokens_total:
@@ -159,6 +160,7 @@ def _finish_with_error(state: SchedulerState, sequence: Sequence, updates: list[
 
 def release_plan(state: SchedulerState, launched: LaunchedPlan, finished_moves: abc.Sequence[int]) -> None:
     """The plan's result is applied: free what only this plan kept in use."""
-    state.kv.offload.finish_moves(finished_moves)
+    if finished_moves:
+        state.kv.offload.finish_moves(finished_moves)
     state.kv.pool.free_many(launched.blocks_to_free)
     state.remove_rowless()

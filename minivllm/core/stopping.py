@@ -28,6 +28,8 @@ class StopRule:
 
     def end(self, num_outputs: int, token_ids: Sequence[int]) -> tuple[int, FinishReason | None]:
         """How many of these tokens, sampled after `num_outputs` others, belong to the output, and why it ends there; None: it goes on."""
+        if num_outputs + len(token_ids) < self.max_tokens and self.stop_ids.isdisjoint(token_ids):
+            return len(token_ids), None  # the common case
         for count, token in enumerate(token_ids, start=1):
             if token in self.stop_ids and num_outputs + count > self.min_tokens:
                 return count, "stop"

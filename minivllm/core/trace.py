@@ -114,7 +114,7 @@ TraceEvent: TypeAlias = Arrival | Aborted | CacheReset | Readmitted | BeamsChose
 
 
 class TraceWriter:
-    """Writes the lines. A plan is written out before it is launched, so a plan that kills the process is on record."""
+    """Writes a trace file. A plan is written out before it is launched, so a plan that kills the process is on record."""
 
     def __init__(self, path: str | Path, config: SchedulerConfig, about: Mapping[str, Any] | None = None) -> None:
         try:

@@ -19,7 +19,7 @@ from minivllm.config import EngineConfig
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
@@ -60,7 +60,6 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
         raise
     return LLMEngine(
         executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
-        planning_depth=scheduler.config.planning_depth,
     )
 
 
@@ -147,7 +146,7 @@ def _with_length(spec: ModelSpec, wanted: int | None) -> ModelSpec:
 
 
 def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """generation_config.json knows best (chat models end with more than one token), then the tokenizer, then config.json."""
+    """All EOS ids of a model: chat models have more than one. generation_config.json comes first, then tokenizer, then config.json."""
     found: list[int] = []
     for value in (generation.get("eos_token_id"), tokenizer and tokenizer.eos_token_id, config.get("eos_token_id")):
         ids = value if isinstance(value, list) else [value]
@@ -156,7 +155,7 @@ def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tok
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters a model suggests for itself."""
+    """The sampling parameters that the model's own generation_config.json sets."""
     found = {ours: generation[theirs] for theirs, ours in _DEFAULTS.items() if generation.get(theirs) is not None}
     try:
         SamplingParams(**found)

@@ -16,9 +16,9 @@ def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
     """Runs where the engine lives. A process of its own has no logging yet."""
     if log_level is not None:
         configure_logging(log_level)
-    from minivllm.engine.engine import LLMEngine
+    from minivllm.engine import compose
 
-    return LLMEngine.from_config(config)
+    return compose.build_engine(config)
 
 
 def start_engine(config: EngineConfig, *, process: bool, log_level: str) -> EngineClient:

@@ -20,7 +20,8 @@ from pathlib import Path
 from minivllm import __version__
 from minivllm.config import EngineConfig
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
-from minivllm.engine.client import EngineClient, EngineInfo
+from minivllm.engine.client import EngineClient
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput

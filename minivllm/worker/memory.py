@@ -212,7 +212,7 @@ def _peak_of_one_step(
 
 
 def _dry_step(model: Decoder, kv: Sequence[KVLayer], batch: InputBatch, block_size: int) -> None:
-    """A step whose kernels are compiled only: what they would have computed is undefined, and nothing looks at it."""
+    """A step whose kernels are compiled only: their results are undefined and never read."""
     logits = model.logits(model.forward(batch, kv, block_size)[:MAX_LOGIT_ROWS], dtype=None)
     rows = len(logits)
     one, keys = torch.ones(rows, device=logits.device), torch.zeros((rows, 2), dtype=torch.int32, device=logits.device)

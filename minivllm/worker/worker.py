@@ -6,7 +6,7 @@
                                    .launch(plan), .sample(launched, masks)
 
 Every rank builds the same two objects and receives the same plans. A plan and the noise of its samples are pure values, so
-all ranks draw the same tokens without exchanging them.
+all ranks sample the same tokens without exchanging them.
 """
 from __future__ import annotations
 

@@ -128,10 +128,10 @@ class Words:
 @pytest.fixture
 def words(folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Words]:
     """Whatever engine a command builds, it gets this one."""
-    from minivllm.engine.engine import LLMEngine
+    from minivllm.engine import compose
 
     engine = Words(folder)
-    monkeypatch.setattr(LLMEngine, "from_config", classmethod(lambda cls, config: engine))
+    monkeypatch.setattr(compose, "build_engine", lambda config: engine)
     yield engine
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -12,7 +12,7 @@ CHUNKS = st.integers(1, 30)
 
 
 def blocks_held(num_tokens: int, block_size: int, window: int | None, chunk: int, first_chunk: int) -> int:
-    """Most blocks of one group that a sequence holds, computed in chunks, the first of which may be shorter.
+    """Most blocks of one group that a sequence holds while it is computed in chunks. The first chunk may be shorter.
 
     Before each chunk the sequence frees the blocks that no remaining query position can see.
     """
@@ -41,7 +41,7 @@ def test_a_simulated_sequence_never_holds_more_blocks(
 
 @given(block_size=BLOCK_SIZES, window=st.sampled_from([1, 2, 5, 16, 40]), chunk=CHUNKS)
 def test_the_bound_of_a_window_is_reached_or_missed_by_one_block(block_size: int, window: int, chunk: int) -> None:
-    """A long sequence whose first chunk may have any length comes within the block that is added for an unaligned start."""
+    """For some length of the first chunk, a long sequence holds as many blocks as the bound says, or one less."""
     length = 4 * (window + chunk + block_size)
     most = max(blocks_held(length, block_size, window, chunk, first) for first in range(1, chunk + 1))
     bound = max_blocks_held(length, block_size, (window,), chunk)
@@ -69,7 +69,7 @@ def test_the_null_block_is_part_of_the_pool_and_cannot_be_used() -> None:
 
 
 def test_one_window_by_hand() -> None:
-    """Window 5, chunk 8, blocks of 4: keys 4 back and 8 new, 12 positions in 3 blocks, or 4 if they start inside a block."""
+    """Window 5, chunk 8, blocks of 4 tokens: 4 earlier keys and 8 new ones are 12 positions, in 3 blocks or, unaligned, in 4."""
     assert max_blocks_held(100, 4, (5,), 8) == 4
     assert max_blocks_held(100, 4, (5, None), 8) == 4 + 25
     assert max_blocks_held(6, 4, (5,), 8) == 2

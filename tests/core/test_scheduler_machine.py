@@ -1,7 +1,7 @@
-"""Random histories: whatever comes, invariants hold, everything ends, nothing leaks, and the tokens are those of the plain computation.
+"""Random sequences of calls: invariants hold, every request finishes, nothing leaks, and the tokens equal the plain computation's.
 
-The fake executor makes tokens depend on every cell that is read through block tables, copies and moves, so "the tokens are right"
-covers paging, sharing, copy-on-write, windows, swapping, planning ahead and preemption at once.
+In the fake executor tokens depend on every cell that is read through block tables, copies and moves. So correct tokens test paging,
+sharing, copy-on-write, windows, swapping, asynchronous scheduling and preemption at once.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS = st.builds(
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 0, 5, 40]), swap_fixed_cost=st.sampled_from([0.0, 3.0]),
     swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]),
 )
-PROMPTS = st.builds(  # few beginnings, so that they are shared
+PROMPTS = st.builds(  # few different prefixes, so that they are shared
     lambda start, length, tail: tuple((start + i) % 3 for i in range(length)) + tuple(tail),
     st.integers(0, 1), st.integers(1, 16), st.lists(st.integers(0, 22), max_size=5),
 )
@@ -41,7 +41,7 @@ PARAMS = st.builds(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Users, the engine and misfortune, in any order; `Harness` checks every invariant after every call."""
+    """Calls of users and engine, and failures, in any order. `Harness` checks every invariant after every call."""
 
     configs = CONFIGS
 
@@ -91,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.h.scheduler.check()
 
     def teardown(self) -> None:
-        """Liveness: with nothing more coming, everything ends."""
+        """Liveness: without new requests, every request finishes."""
         if hasattr(self, "h"):
             self.h.run()
             self.h.check_answers()
@@ -101,7 +101,7 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 class SwapMachine(SchedulerMachine):
-    """The same with few device blocks and a host tier that is always worth using: moves under way at nearly every step."""
+    """The same with few device blocks and free swaps: moves are pending in nearly every step."""
 
     configs = st.builds(
         SchedulerConfig, num_blocks=st.integers(8, 18), block_size=st.sampled_from([2, 4]), max_num_seqs=st.integers(2, 6),
@@ -111,10 +111,10 @@ class SwapMachine(SchedulerMachine):
     )
 
 
-TestSwapTier = SwapMachine.TestCase
+TestSwap = SwapMachine.TestCase
 
 
-# Metamorphic: the same requests under other settings write the same tokens.
+# Metamorphic: the same requests under other settings get the same tokens.
 
 BASE: dict[str, Any] = {"num_blocks": 400, "block_size": 4, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 48,
                         "eos_token_ids": (5,)}
@@ -153,24 +153,24 @@ def run(settings: dict[str, Any], order: random.Random | None = None, windows: t
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
 def test_tokens_do_not_depend_on_settings(change: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     if windows != (None,) and change.get("num_blocks"):
-        change = {**change, "num_blocks": 24}  # more than one group needs
+        change = {**change, "num_blocks": 24}  # two groups need more blocks than one
     h = run(change, windows=windows)
     h.check_answers()
     if change.get("num_blocks"):
-        assert h.scheduler.stats().num_preemptions > 0, "too roomy to show anything"
+        assert h.scheduler.stats().num_preemptions > 0, "the pool is too large for this test"
     if change.get("num_host_blocks"):
         assert h.scheduler.stats().num_swaps > 0
 
 
 @given(seed=st.integers(0, 2**32))
-def test_tokens_do_not_depend_on_arrival_order_or_company(seed: int) -> None:
+def test_tokens_do_not_depend_on_arrival_order_or_other_requests(seed: int) -> None:
     h = run({"num_blocks": 20, "max_num_batched_tokens": 17, "planning_depth": seed % 2}, random.Random(seed))
     h.check_answers()
 
 
 @given(config=CONFIGS, seed=st.integers(0, 2**32))
-def test_nobody_who_decodes_misses_a_step_unless_blocks_run_out(config: SchedulerConfig, seed: int) -> None:
-    """The bound in the scheduler's docstring, on random settings."""
+def test_every_decode_is_in_every_step_unless_blocks_run_out(config: SchedulerConfig, seed: int) -> None:
+    """The guarantee in the scheduler's docstring, under random settings."""
     chaos = random.Random(seed)
     h = Harness(config)
     for i in range(7):
@@ -185,7 +185,7 @@ def test_nobody_who_decodes_misses_a_step_unless_blocks_run_out(config: Schedule
         plan = h.launch()
         missed = decoding - set(plan.request_ids if plan else ())
         ran_out = h.scheduler.pool.num_free < len(config.kv_windows) * 2 or h.scheduler.stats().num_preemptions > before
-        assert not missed or ran_out, f"{missed} missed their turn"
+        assert not missed or ran_out, f"{missed} missed a step"
         if h.in_flight:
             h.finish()
     h.check_answers()

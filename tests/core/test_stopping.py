@@ -21,6 +21,7 @@ def rule(max_tokens: int = 10, **params: object) -> StopRule:
     (0, (3, EOS, 4), None, ((3, EOS), "stop", None)),
     (0, (3, END, EOS), None, ((3, END), "stop", END)),
     (9, (3, 4), None, ((3,), "length", None)),
+    (9, (3,), None, ((3,), "length", None)),
     (9, (END, 4), None, ((END,), "stop", END)),  # a stop token on the last token that is allowed
     (0, (3, 4, 5), TEXT, ((3, 4), "stop", "###")),
     (8, (3, 4, 5), TEXT, ((3, 4), "stop", "###")),  # a stop string on the last token that is allowed

@@ -1,4 +1,4 @@
-"""The queue: its order, and that it holds no more than who waits."""
+"""The waiting queue: its order, and that finished entries do not accumulate."""
 from __future__ import annotations
 
 from hypothesis import given
@@ -23,7 +23,7 @@ def end(queue: WaitingQueue, sequence: Sequence) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
-def test_the_lowest_priority_number_comes_first_and_then_the_earliest_arrival(items: list[tuple[int, bool]]) -> None:
+def test_the_lowest_priority_number_is_first_and_then_the_earliest_arrival(items: list[tuple[int, bool]]) -> None:
     queue, left = WaitingQueue(), []
     for arrival, (priority, ends) in enumerate(items):
         sequence = waiting(arrival, priority)
@@ -37,7 +37,7 @@ def test_the_lowest_priority_number_comes_first_and_then_the_earliest_arrival(it
     assert queue.first() is None
 
 
-def test_sequences_that_ended_behind_a_front_that_stays_do_not_pile_up() -> None:
+def test_finished_sequences_behind_a_waiting_front_are_removed() -> None:
     queue = WaitingQueue()
     queue.push(waiting(0))
     for arrival in range(1, 2000):

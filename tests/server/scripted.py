@@ -16,7 +16,7 @@ from typing import Any
 
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest

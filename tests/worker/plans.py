@@ -1,4 +1,4 @@
-"""Plans written by hand: a tiny planner that runs sequences in any order, chunking and company, so that tests choose them."""
+"""A tiny planner: tests choose the order, the chunks and the batch of each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 @dataclass
 class Sequence:
-    """One sequence as the planner sees it: counts, and blocks."""
+    """One sequence: counts and blocks."""
 
     name: str
     row: int
@@ -43,7 +43,7 @@ class Sequence:
 
 
 class Planner:
-    """Hands out blocks and makes plans; `windows` gives the KV groups."""
+    """Allocates blocks and makes plans; `windows` gives the KV groups."""
 
     def __init__(self, block_size: int, free_blocks: list[int], windows: tuple[int | None, ...] = (None,)) -> None:
         self.block_size, self.windows = block_size, windows

@@ -1,4 +1,4 @@
-"""Decode steps replayed from CUDA graphs: the tokens of eager steps, whatever sizes follow each other."""
+"""Decode steps replayed from CUDA graphs: they give the tokens of eager steps, in any sequence of batch sizes."""
 from __future__ import annotations
 
 import random
@@ -37,7 +37,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def runner_with_graphs(tiny: Tiny, block_size: int) -> ModelRunner:
     shape = KVLayout.of(tiny.model.spec, block_size, torch.float32)
     kv = KVCache(shape, NUM_BLOCKS, 0, tiny.device, tiny.model.build.ops)
-    for layer in kv.layers:  # whoever reads what was never written gets NaN
+    for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=1024)
 
@@ -64,7 +64,7 @@ def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pyt
     assert replayed == [(sum(len(p) for p in tiny.prompts), len(sequences)), (len(sequences), len(sequences))]
 
 
-def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(
+def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not_change(
     plain: Tiny, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from minivllm.kernels.triton import attention

@@ -73,7 +73,7 @@ def test_copy_on_write_copies_a_block_in_every_tensor():
     assert {b: content(cache, b) for b in range(8)} == {**before, 5: before[2], 6: before[2]}
 
 
-def test_blocks_come_back_from_host_memory_as_they_left():
+def test_blocks_are_unchanged_after_a_move_to_host_memory_and_back():
     cache = KVCache(shape(), 30, 30, CPU, select(CPU))
     numbered(cache)
     before = {b: content(cache, b) for b in range(30)}
@@ -90,7 +90,7 @@ def test_blocks_come_back_from_host_memory_as_they_left():
     assert cache.finished_moves(wait=True) == ()
 
 
-def test_within_a_step_blocks_leave_before_others_come_into_their_place_and_copies_are_last():
+def test_a_step_moves_blocks_out_then_in_then_copies():
     cache = KVCache(shape(), 8, 8, CPU, select(CPU))
     numbered(cache)
     two, three = content(cache, 2), content(cache, 3)
@@ -113,7 +113,7 @@ def test_within_a_step_blocks_leave_before_others_come_into_their_place_and_copi
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_length_of_the_models_own_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
+def test_the_models_own_length_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
     s = shape(block_size=4)
     budget = 11 * s.block_bytes
     request = CacheRequest(max_model_len=100, length_is_explicit=False, chunk=8)
@@ -128,7 +128,7 @@ def test_a_length_of_the_models_own_is_lowered_and_an_explicit_one_is_an_error_w
 
 
 @pytest.mark.parametrize("budget", [-5, 0, 1])
-def test_no_room_at_all_names_the_setting_to_change(budget):
+def test_a_budget_without_room_for_a_block_names_the_setting_to_change(budget):
     s = shape()
     with pytest.raises(InvalidInput) as error:
         size_cache(

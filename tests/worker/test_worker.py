@@ -17,7 +17,7 @@ from minivllm.core.plan import StepPlan, StepResult
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.engine.compose import start_worker
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.errors import InvalidInput
 from minivllm.families import parse_config
 from minivllm.models.hub import find_model
@@ -76,20 +76,20 @@ def test_the_choices_made_for_the_user_are_printed_once(
     assert "max_model_len lowered from 256 to 128" in lines[1]
 
 
-def test_a_length_asked_for_that_does_not_fit_is_refused_with_the_one_that_would(tiny_llama: Callable[..., Path]):
+def test_an_explicit_length_that_does_not_fit_is_refused_with_one_that_fits(tiny_llama: Callable[..., Path]):
     with pytest.raises(InvalidInput, match="lower max_model_len to 128") as error:
         build(tiny_llama(), max_model_len=200, num_gpu_blocks_override=9)
     assert error.value.param == "max_model_len"
 
 
-def test_sizes_given_in_blocks_bytes_or_host_memory_are_honoured(tiny_llama: Callable[..., Path]):
+def test_sizes_given_in_blocks_bytes_or_host_memory_are_used(tiny_llama: Callable[..., Path]):
     worker = build(tiny_llama(), kv_cache_memory_bytes=1 << 20, kv_offloading_size=2**-10)
     block = 2 * 2 * 16 * 2 * 8 * 4  # k and v, layers, tokens, heads, head_dim, bytes
     assert worker.num_blocks == (1 << 20) // block and worker.num_host_blocks == (1 << 20) // block
     worker.close()
 
 
-def test_a_host_pool_too_small_for_a_block_names_what_would_do(tiny_llama: Callable[..., Path]):
+def test_a_host_pool_too_small_for_a_block_names_the_smallest_size(tiny_llama: Callable[..., Path]):
     layout = KVLayout.of(parse_config(find_model(EngineConfig(model=str(tiny_llama()))).config), 16, torch.float32)
     assert host_block_count(0.0, layout) == 0
     with pytest.raises(InvalidInput, match="set at least") as error:
@@ -103,7 +103,7 @@ def test_a_cache_that_the_host_cannot_hold_is_refused(tiny_llama: Callable[..., 
     assert error.value.param == "kv_cache_memory_bytes"
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
     with pytest.raises(InvalidInput, match="use device='cpu'"):
