@@ -21,7 +21,7 @@ class _LogCollector(logging.Handler):
 
 class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
-        collector, logger = _LogCollector(logging.INFO), logging.getLogger("minivllm.engine.executor")
+        collector, logger = _LogCollector(logging.INFO), logging.getLogger("minivllm.engine.compose")
         level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(collector)
