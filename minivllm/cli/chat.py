@@ -12,7 +12,7 @@ from typing import Any
 from minivllm.cli.flags import add_model_argument
 from minivllm.cli.local import Local, add_flags
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.config import NOT_YET, say
+from minivllm.server.config import NOT_YET, print_status
 
 HELP = "/reset forgets the conversation, /system TEXT begins one with this system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 COMMANDS = ("/reset", "/system", "/exit", "/help")
@@ -49,7 +49,7 @@ class Chat:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  input() gets line editing and a history
-            say(HELP)
+            print_status(HELP)
         while (line := self._read()) is not None:
             if line.startswith("/"):
                 if line == "/exit":
@@ -68,22 +68,22 @@ class Chat:
             return None
         except KeyboardInterrupt:  # at the prompt there is nothing to stop
             print()
-            say(HELP)
+            print_status(HELP)
             return ""
 
     def _command(self, line: str) -> None:
         if line == "/reset":
             self.messages = list(self.opening)
-            say("(a new conversation)")
+            print_status("(a new conversation)")
         elif line == "/system" or line.startswith("/system "):
             system = line.removeprefix("/system").strip()
             self.opening = [{"role": "system", "content": system}] if system else []
             self.messages = list(self.opening)
-            say("(a new conversation, with this system message)" if system else "(a new conversation, without a system message)")
+            print_status("(a new conversation, with this system message)" if system else "(a new conversation, without a system message)")
         elif line == "/help":
-            say(HELP)
+            print_status(HELP)
         else:
-            say(f"no command {line!r}{nearest(line, COMMANDS)}. {HELP}")
+            print_status(f"no command {line!r}{nearest(line, COMMANDS)}. {HELP}")
 
     def _answer(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
@@ -96,9 +96,9 @@ class Chat:
                 print(piece, end="", flush=True)
         except InvalidInput as error:  # most often: the conversation has outgrown the context
             self.messages.pop()
-            say(f"error: {error} (/reset starts afresh)")
+            print_status(f"error: {error} (/reset starts afresh)")
             return
         print()
         if self.local.interrupt.pressed:
-            say("(stopped)")
+            print_status("(stopped)")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})

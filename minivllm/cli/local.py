@@ -12,7 +12,7 @@ from minivllm.cli.flags import add_config_file, add_config_flags, build, given
 from minivllm.config import EngineConfig
 from minivllm.errors import EngineDead
 from minivllm.sampling_params import SamplingParams
-from minivllm.server.config import LOG_LEVELS, configure_logging, say
+from minivllm.server.config import LOG_LEVELS, configure_logging, print_status
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine
@@ -78,7 +78,7 @@ class Local:
         SamplingParams(**overrides)  # a wrong value is told before the model is loaded
         config = build(EngineConfig, given(args, EngineConfig))
         configure_logging(args.log_level)
-        say(f"loading {config.model or 'the default model'} ...")
+        print_status(f"loading {config.model or 'the default model'} ...")
         from minivllm.engine.engine import LLMEngine
 
         engine = LLMEngine.from_config(config)

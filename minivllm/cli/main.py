@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from minivllm import __version__
 from minivllm.cli.flags import Parser, normalise
 from minivllm.errors import EngineDead, InvalidInput
-from minivllm.server.config import say
+from minivllm.server.config import print_status
 
 COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "trace", "collect_env")  # modules of this package
 
@@ -49,7 +49,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return status
     except (InvalidInput, EngineDead) as error:
-        say(f"minivllm: error: {error}")
+        print_status(f"minivllm: error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -59,7 +59,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "minivllm":
             raise
-        say(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
+        print_status(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
         return 1
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 from minivllm.cli.flags import add_config_file, add_config_flags, add_model_argument, build, given
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
-from minivllm.server.config import NOT_YET, ServerConfig, configure_logging, say
+from minivllm.server.config import NOT_YET, ServerConfig, configure_logging, print_status
 
 # What of a server's settings means something without one.
 FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "enable_auto_tool_choice", "tool_call_parser",
@@ -48,24 +48,24 @@ def run(args: argparse.Namespace) -> int:
         from minivllm.server.run import build_tokenizer, read_chat_template
 
         template = read_chat_template(server.chat_template)
-        say(f"loading {engine.model or 'the default model'} ...")
+        print_status(f"loading {engine.model or 'the default model'} ...")
         with contextlib.closing(start_engine(engine, process=False, log_level=args.log_level)) as client:
             app = create_app(client, server, build_tokenizer(client.info, template))
             failed = asyncio.run(_answer(app, lines, 2 * engine.max_num_seqs, output))
-    say(f"{len(lines) - failed} of {len(lines)} requests were answered, {failed} have errors: {args.output_file}")
+    print_status(f"{len(lines) - failed} of {len(lines)} requests were answered, {failed} have errors: {args.output_file}")
     return 0
 
 
-async def _answer(app: Any, lines: list[str], at_once: int, output: IO[str]) -> int:
+async def _answer(app: Any, lines: list[str], concurrency: int, output: IO[str]) -> int:
     """Write every entry as soon as those before it are written. Returns how many are errors."""
     from tqdm import tqdm
 
-    from minivllm.server.batch import answers
+    from minivllm.server.batch import answer_lines
     from minivllm.server.errors import encode
 
     failed = 0
     with tqdm(total=len(lines), desc="Requests", unit="request", dynamic_ncols=True) as bar:
-        async for entry in answers(app, lines, at_once, bar.update):
+        async for entry in answer_lines(app, lines, concurrency, bar.update):
             failed += entry["error"] is not None
             output.write(encode(entry).decode() + "\n")
             output.flush()

@@ -1,4 +1,4 @@
-"""How the server's engine is made. Apart from `run.py`, so that an engine process imports nothing of the web server."""
+"""Build the server's engine. Separate from `run.py`, so that an engine process imports no part of the web server."""
 from __future__ import annotations
 
 from functools import partial
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
-    """Runs where the engine lives. A process of its own has no logging yet."""
+    """Runs in the process that owns the engine. `log_level` is set if that process has not configured logging yet."""
     if log_level is not None:
         configure_logging(log_level)
     from minivllm.engine.engine import LLMEngine
@@ -22,7 +22,7 @@ def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
 
 
 def start_engine(config: EngineConfig, *, process: bool, log_level: str) -> EngineClient:
-    """A client whose engine accepts requests. With `process`, torch is imported there only."""
+    """A client whose engine accepts requests. With `process`, only the engine's process imports torch."""
     if process:
         from minivllm.engine.process import ProcessClient
 

@@ -1,77 +1,61 @@
-"""uvicorn, with our endings: exit status 0, running requests aborted or drained, no polling while idle."""
+"""uvicorn's server with this project's shutdown: running requests are drained or aborted, and the exit status is 0."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from minivllm.server.config import ServerConfig, say
-from minivllm.server.generation import ENDING_SECONDS, Running
-from minivllm.server.wire import Protocol
+from minivllm.server.config import ServerConfig, print_status
+from minivllm.server.http_protocol import HttpProtocol
+from minivllm.server.running import ENDING_SECONDS, RunningRequests
 
-CTRL_C_SECONDS = 5  # for aborted streams to say goodbye; a client that does not read is cut off then
+ABORT_SECONDS = 5  # for aborted streams to send their last events; then uvicorn closes the connections
 
 
 class Server(uvicorn.Server):
-    """One server around one application made by `create_app`."""
+    """Serves one application made by `create_app`. `ready` is called once connections are accepted."""
 
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
         super().__init__(uvicorn.Config(
             app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,
-            http=Protocol,
+            http=HttpProtocol,
         ))
-        self.running: Running = app.state.frontend.running
+        self.running: RunningRequests = app.state.frontend.running
         self._drain_timeout = config.drain_timeout
         self._ready = ready
-        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
 
-    async def main_loop(self) -> None:
-        counter = 0
-        while not await self.on_tick(counter):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 1.0)  # once a second for the Date header
-            counter += 10
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        loop.add_signal_handler(signal.SIGINT, self.end, False)
-        loop.add_signal_handler(signal.SIGTERM, self.end, True)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn's signal handler. Its own version would raise the signal again after the shutdown, so the exit status would not be 0."""
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.end, sig == signal.SIGTERM)
 
     def end(self, drain: bool) -> None:
-        """Stop accepting; let running requests finish (`drain`) or abort them. Asked twice: end now."""
+        """Stop accepting connections and drain or abort running requests. A second call aborts and closes at once."""
         if self.should_exit:
             self.running.stop()
             self.force_exit = True
             return
         self.should_exit = self.running.ending = True
-        self._wake.set()
-        self.running.hurry(ENDING_SECONDS)
-        patience = self._drain_timeout if drain else 0.0
-        self.config.timeout_graceful_shutdown = int(patience) + CTRL_C_SECONDS
+        self.running.limit_body_wait(ENDING_SECONDS)
+        timeout = self._drain_timeout if drain else 0.0
+        self.config.timeout_graceful_shutdown = int(timeout) + ABORT_SECONDS
         if len(self.running):
-            say(f"requests still running: {len(self.running)}, " + (f"with {patience:g} s to finish" if patience else "now aborted"))
-        if patience:
-            asyncio.get_running_loop().call_later(patience, self.running.stop)
+            action = f"waiting up to {timeout:g} s for them" if timeout else "aborting them"
+            print_status(f"requests still running: {len(self.running)}, {action}")
+        if timeout:
+            asyncio.get_running_loop().call_later(timeout, self.running.stop)
         else:
             self.running.stop()

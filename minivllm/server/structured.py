@@ -1,11 +1,11 @@
-"""What the output must look like: OpenAI's `response_format`, vLLM's `structured_outputs`, and the older `guided_*` for the same.
+"""Structured output: OpenAI's `response_format`, vLLM's `structured_outputs`, and vLLM's older `guided_*` fields.
 
     response_format      {"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}
     structured_outputs   {"json": schema} or regex, choice, grammar, json_object: the fields of `StructuredOutputsParams`
     guided_json ...      one field each
 
-One request may use one of them. All end as one `StructuredOutputsParams`, which remembers the name the client used. A schema is always kept
-to, so `strict` true or false makes no difference.
+A request may use one of them. Each becomes a `StructuredOutputsParams` that keeps the client's field name for errors. A schema is always
+enforced, so `strict` has no effect.
 """
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pydantic import WithJsonSchema
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 from minivllm.sampling_params import STRUCTURES, StructuredOutputsParams
 
-Schema: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})]
+SchemaField: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})]
 
 _TYPES = ("text", "json_object", "json_schema")
 _OPTIONS = ("disable_any_whitespace", "whitespace_pattern")
-_NOT_HERE = ("structural_tag", "disable_fallback", "disable_additional_properties", "backend")  # vLLM's
+_NOT_BUILT = ("structural_tag", "disable_fallback", "disable_additional_properties", "backend")  # fields of vLLM
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-def unknown_fields(wanted: Mapping[str, Any] | None, form: Mapping[str, Any] | None, form_name: str, permissive: bool) -> list[str]:
-    """Names inside `structured_outputs` and `response_format` that nobody knows: reported where that is wished for, else refused."""
+def unknown_fields(outputs: Mapping[str, Any] | None, form: Mapping[str, Any] | None, form_name: str, permissive: bool) -> list[str]:
+    """Unknown names inside `structured_outputs` and `response_format`: returned if the server is permissive, else refused."""
     parts: list[tuple[str, Mapping[str, Any], Collection[str]]] = []
-    if wanted is not None:
-        parts.append(("structured_outputs", wanted, (*STRUCTURES, *_OPTIONS)))
+    if outputs is not None:
+        parts.append(("structured_outputs", outputs, (*STRUCTURES, *_OPTIONS)))
     if form is not None:
         parts.append((form_name, form, ("type", "json_schema") if form.get("type") == "json_schema" else ("type",)))
         inner = form.get("json_schema")
@@ -41,7 +41,7 @@ def unknown_fields(wanted: Mapping[str, Any] | None, form: Mapping[str, Any] | N
         for name in part.keys() - known:
             if part[name] is None:
                 continue
-            if name in _NOT_HERE:
+            if name in _NOT_BUILT:
                 raise NotSupportedYet(f"{where}.{name} is not supported yet: leave it out", f"{where}.{name}")
             if not permissive:
                 raise InvalidInput(f"unknown field '{where}.{name}'{nearest(name, known)}", f"{where}.{name}")
@@ -50,12 +50,12 @@ def unknown_fields(wanted: Mapping[str, Any] | None, form: Mapping[str, Any] | N
 
 
 def _inner(where: str) -> str:
-    """Where the schema and its name are: in a chat one level deeper than in `/v1/responses`."""
+    """The field that holds the schema and its name. A chat request has it one level deeper than `/v1/responses`."""
     return f"{where}.json_schema" if where == "response_format" else where
 
 
 def read_format(form: Mapping[str, Any], where: str) -> StructuredOutputsParams | None:
-    """`response_format`, or whatever the endpoint calls it."""
+    """The structure that `response_format` requests. `where` is the endpoint's name for that field."""
     kind = form.get("type")
     if kind == "text":
         return None
@@ -80,22 +80,22 @@ def read_format(form: Mapping[str, Any], where: str) -> StructuredOutputsParams 
     return StructuredOutputsParams(json=inner["schema"], origin=f"{where}.schema")
 
 
-def read_wish(
-    wanted: Mapping[str, Any] | None, form: Mapping[str, Any] | None, form_name: str, guided: Mapping[str, Any], whitespace: str | None,
+def structured_output(
+    outputs: Mapping[str, Any] | None, form: Mapping[str, Any] | None, form_name: str, guided: Mapping[str, Any], whitespace: str | None,
 ) -> StructuredOutputsParams | None:
-    """The one wish among all of a request's fields. `guided`: guided_json and the like, those that were sent."""
+    """The structure that a request's fields define; None if there is none. `guided`: the `guided_*` fields that were sent."""
     found: dict[str, StructuredOutputsParams] = {}
-    if form is not None and (read := read_format(form, form_name)) is not None:
-        found[form_name] = read
-    if wanted is not None:
-        given = {name: value for name, value in wanted.items() if value is not None and name in (*STRUCTURES, *_OPTIONS)}
+    if form is not None and (structure := read_format(form, form_name)) is not None:
+        found[form_name] = structure
+    if outputs is not None:
+        given = {name: value for name, value in outputs.items() if value is not None and name in (*STRUCTURES, *_OPTIONS)}
         found["structured_outputs"] = StructuredOutputsParams.of(given)
     for name, value in guided.items():
         pattern = whitespace if name == "guided_json" else None
         found[name] = StructuredOutputsParams(**{name.removeprefix("guided_"): value}, whitespace_pattern=pattern, origin=name)
     if len(found) > 1:
         first, second = list(found)[:2]
-        raise InvalidInput(f"{first} and {second} both say what the output must look like: send one of them", second)
+        raise InvalidInput(f"{first} and {second} both define the structure of the output: send one of them", second)
     if whitespace is not None and "guided_json" not in found:
         raise InvalidInput("guided_whitespace_pattern belongs to guided_json: leave it out", "guided_whitespace_pattern")
     return next(iter(found.values()), None)

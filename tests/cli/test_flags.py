@@ -125,7 +125,7 @@ def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: py
     (["serve", "--max-model-len", "0"], "max_model_len must be at least 1, got 0"),
     (["serve", "--port", "70000"], "port must be between 0 and 65535"),
     (["serve", "--api-key", ""], "api_key must not be empty"),
-    (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is no address"),
+    (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is not an address"),
     (["serve", "--chat-template", "/no/such/file"], "chat_template: cannot read /no/such/file"),
     (["serve", "--config", "/no/such/file"], "cannot read the config file /no/such/file"),
     (["complete", "x", "--temperature", "-1"], "temperature must be in [0, 10000]"),
