@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from minivllm.benchmarks.client import Address
-from minivllm.benchmarks.load import Call, Load, run_load
+from minivllm.benchmarks.client import ServerAddress
+from minivllm.benchmarks.load import Load, TimedRequest, run_load
 from minivllm.benchmarks.statistics import percentile
 from minivllm.engine.loop import EngineInfo
 from minivllm.engine.metrics import EngineStats
@@ -154,7 +154,7 @@ def main() -> None:
     body = {"prompt": [100] * 16, "max_tokens": args.tokens, "ignore_eos": True, "temperature": 0.6, "stream": args.stream}
     if args.stream:
         body["stream_options"] = {"include_usage": True}
-    load = Load(Address("127.0.0.1", port), "/v1/completions", [Call(json.dumps(body).encode())] * args.streams)
+    load = Load(ServerAddress("127.0.0.1", port), "/v1/completions", [TimedRequest(json.dumps(body).encode())] * args.streams)
     print(f"{args.streams} streams of {args.tokens} tokens, event loop {loop}, {args.client_processes} client processes, "
           f"server process {server.pid}", flush=True)
     for _ in range(args.repeats):
