@@ -60,7 +60,7 @@ async def _answer(app: Any, lines: list[str], concurrency: int, output: IO[str])
     """Write every entry as soon as those before it are written. Returns how many are errors."""
     from tqdm import tqdm
 
-    from minivllm.server.batch import answer_lines
+    from minivllm.cli.batch import answer_lines
     from minivllm.server.errors import encode
 
     failed = 0

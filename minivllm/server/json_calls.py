@@ -22,7 +22,7 @@ from collections.abc import Container
 _SPACE = " \t\n\r"
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _LITERALS = ("true", "false", "null")
-_HEX = frozenset("0123456789abcdefABCDEF")
+_HEX = "0123456789abcdefABCDEF"
 
 
 class JsonState(enum.Enum):
@@ -35,8 +35,6 @@ class JsonState(enum.Enum):
     COLON = enum.auto()
     NEXT = enum.auto()  # a comma, or the end of the object or array
     STRING = enum.auto()
-    ESCAPE = enum.auto()
-    HEX = enum.auto()
     NUMBER = enum.auto()
     LITERAL = enum.auto()
     END = enum.auto()
@@ -49,7 +47,9 @@ class JsonScanner:
         self.state = JsonState.VALUE
         self._stack: list[str] = []  # the open brackets
         self._in_key = False
-        self._word: list[str] = []  # of a number, a literal or a \u escape
+        self._escape = ""  # of a string: the allowed characters after a backslash or in a \u escape
+        self._hex_left = 0  # digits that a \u escape still needs
+        self._word = ""  # a number or literal so far
 
     @property
     def depth(self) -> int:
@@ -60,22 +60,19 @@ class JsonScanner:
         state = self.state
         if state is JsonState.STRING:
             return self._string(char)
-        if state in (JsonState.ESCAPE, JsonState.HEX):
-            return self._escape(char)
         if state is JsonState.NUMBER:
             if char in "0123456789+-.eE":
-                self._word.append(char)
+                self._word += char
                 return True
-            if not _NUMBER.fullmatch("".join(self._word)):
+            if not _NUMBER.fullmatch(self._word):
                 return False
             self._end_value()
             return self.push(char)
         if state is JsonState.LITERAL:
-            self._word.append(char)
-            word = "".join(self._word)
-            if word in _LITERALS:
+            self._word += char
+            if self._word in _LITERALS:
                 self._end_value()
-            return any(literal.startswith(word) for literal in _LITERALS)
+            return any(literal.startswith(self._word) for literal in _LITERALS)
         if state is JsonState.END:
             return False
         return char in _SPACE or self._structure(char)
@@ -92,7 +89,11 @@ class JsonScanner:
             self.state, self._in_key = JsonState.STRING, True
             return True
         if char in "]}":
-            return state in (JsonState.NEXT, JsonState.FIRST_KEY, JsonState.FIRST_VALUE) and self._close(char)
+            if state not in (JsonState.NEXT, JsonState.FIRST_KEY, JsonState.FIRST_VALUE):
+                return False
+            opened = self._stack.pop()
+            self._end_value()
+            return opened + char in ("{}", "[]")
         return state in (JsonState.VALUE, JsonState.FIRST_VALUE) and self._start_value(char)
 
     def _start_value(self, char: str) -> bool:
@@ -102,25 +103,24 @@ class JsonScanner:
             self._stack.append(char)
             self.state = JsonState.FIRST_KEY if char == "{" else JsonState.FIRST_VALUE
         elif char in "-0123456789":
-            self.state, self._word = JsonState.NUMBER, [char]
+            self.state, self._word = JsonState.NUMBER, char
         elif char in "tfn":
-            self.state, self._word = JsonState.LITERAL, [char]
+            self.state, self._word = JsonState.LITERAL, char
         else:
             return False
-        return True
-
-    def _close(self, char: str) -> bool:
-        if self._stack.pop() + char not in ("{}", "[]"):
-            return False
-        self._end_value()
         return True
 
     def _end_value(self) -> None:
         self.state = JsonState.NEXT if self._stack else JsonState.END
 
     def _string(self, char: str) -> bool:
+        if self._escape:
+            allowed = self._escape
+            self._hex_left = 4 if char == "u" and not self._hex_left else max(0, self._hex_left - 1)
+            self._escape = _HEX if self._hex_left else ""
+            return char in allowed
         if char == "\\":
-            self.state = JsonState.ESCAPE
+            self._escape = '"\\/bfnrtu'
         elif char != '"':
             return char >= " "
         elif self._in_key:
@@ -128,15 +128,6 @@ class JsonScanner:
         else:
             self._end_value()
         return True
-
-    def _escape(self, char: str) -> bool:
-        if self.state is JsonState.ESCAPE:
-            self.state, self._word = (JsonState.HEX if char == "u" else JsonState.STRING), []
-            return char in '"\\/bfnrtu'
-        self._word.append(char)
-        if len(self._word) == 4:
-            self.state = JsonState.STRING
-        return char in _HEX
 
 
 def is_object(text: str) -> bool:
@@ -162,8 +153,8 @@ class JsonCallParser:
         self._scanner = JsonScanner()
         self._key = ""
         self._seen: set[str] = set()  # of "name" and "arguments"
-        self._token: list[str] = []  # characters of the current key or of a value that matters
-        self._arguments: list[str] | None = None  # not returned by `take` yet. None: the arguments have not started
+        self._start = 0  # index in `raw` of the current key or value of the call's object
+        self._arguments: list[str] | None = None  # pieces that `take` has not returned. None: the arguments have not started
         self._streaming = False  # the current character belongs to an object of arguments
 
     @property
@@ -180,47 +171,42 @@ class JsonCallParser:
 
     def feed(self, text: str) -> int:
         """Read on. Returns the number of characters used: fewer than given if the call is done or broken."""
-        for i, char in enumerate(text):
-            if self.done or self.broken or not self._push(char):
+        for i in range(len(text)):
+            if self.done or self.broken or not self._push(text, i):
                 self.broken = not self.done
                 self.raw += text[:i]
                 return i
         self.raw += text
         return len(text)
 
-    def _push(self, char: str) -> bool:
-        scanner = self._scanner
+    def _push(self, text: str, i: int) -> bool:
+        """Read character i of a text that follows `raw`."""
+        char, scanner = text[i], self._scanner
         state, depth = scanner.state, scanner.depth
         if not scanner.push(char):
             return False
         if depth == 0:
             return char == "{" or char in _SPACE
-        if depth == 1 and state is JsonState.VALUE and char not in _SPACE and not self._start_value(char):
-            return False
+        if depth == 1 and state in (JsonState.KEY, JsonState.FIRST_KEY, JsonState.VALUE) and char not in _SPACE:
+            self._start = len(self.raw) + i
+            if state is JsonState.VALUE and not self._start_value(char):
+                return False
         if self._streaming:
             assert self._arguments is not None
             self._arguments.append(char)
-        elif depth == 1 and scanner.state is not JsonState.NEXT:
-            if state in (JsonState.KEY, JsonState.FIRST_KEY, JsonState.VALUE):
-                self._token.clear()
-            self._token.append(char)
-        elif depth == 1 and state is not JsonState.NEXT:
-            self._token.append(char)
         if scanner.depth == 1 and state is JsonState.STRING and scanner.state is JsonState.COLON:
-            return self._end_key()
+            return self._end_key((self.raw + text[:i + 1])[self._start:])
         if scanner.depth == 1 and scanner.state is JsonState.NEXT and (depth, state) != (1, JsonState.NEXT):
-            return self._end_value()
+            return self._end_value((self.raw + text[:i + 1])[self._start:])
         return scanner.depth > 0 or self._end_object()
 
-    def _end_key(self) -> bool:
-        self._key = json.loads("".join(self._token))
-        role = "arguments" if self._key in self.ARGUMENTS else self._key
-        if role in ("name", "arguments"):
-            if role in self._seen:
-                return False
-            self._seen.add(role)
-            self._key = role
-        return True
+    def _end_key(self, text: str) -> bool:
+        key = json.loads(text)
+        self._key = "arguments" if key in self.ARGUMENTS else key
+        is_new = self._key not in self._seen
+        if self._key in ("name", "arguments"):
+            self._seen.add(self._key)
+        return is_new
 
     def _start_value(self, char: str) -> bool:
         if self._key == "name":
@@ -231,16 +217,16 @@ class JsonCallParser:
             self._arguments, self._streaming = [], True
         return char in '{"n'  # null: no arguments; a string: some models write the object as its text
 
-    def _end_value(self) -> bool:
+    def _end_value(self, text: str) -> bool:
         if self._streaming:
             self._streaming = False
         elif self._key == "name":
-            name = json.loads("".join(self._token))
+            name = json.loads(text)
             if name not in self._names:
                 return False
             self.name = name
         elif self._key == "arguments":
-            arguments = json.loads("".join(self._token)) or "{}"
+            arguments = json.loads(text) or "{}"
             if not is_object(arguments):
                 return False
             self._arguments = [arguments]

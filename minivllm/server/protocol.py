@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
@@ -51,47 +51,35 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
 # Each list is checked as a whole: pydantic would collect one error per element, and a list may have a million elements.
 
 
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
+def _accepts(test: Callable[[Any], bool], expected: str, schema: Any) -> PlainValidator:
+    """A field whose values are null and what `test` accepts."""
+    def check(value: Any) -> Any:
+        if value is None or test(value):
+            return value
+        raise PydanticCustomError("unexpected_value", f"Input should be {expected}")
+
+    return PlainValidator(check, json_schema_input_type=schema)
 
 
-def _check_token_ids(value: Any) -> list[int] | None:
-    if value is None or (isinstance(value, list) and all(map(_is_integer, value))):
-        return value
-    raise PydanticCustomError("token_ids", "Input should be a list of token ids (whole numbers)")
-
-
-def _check_strings(value: Any) -> list[str] | None:
-    if value is None or (isinstance(value, list) and all(isinstance(s, str) for s in value)):
-        return value
-    raise PydanticCustomError("strings", "Input should be a list of strings")
-
-
-def _check_stop(value: Any) -> str | list[str] | None:
-    if value == "":
-        raise PydanticCustomError("stop", "Input should be a non-empty string, or null for none: every output contains the empty string")
-    if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(s, str) for s in value)):
-        return value
-    raise PydanticCustomError("stop", "Input should be a string or a list of strings")
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(element) is kind for element in value)
 
 
 def _check_prompt(value: Any) -> list[str] | list[list[int]]:
     """A prompt in any of its four forms, as a list of texts or a list of token lists."""
-    if isinstance(value, str):
+    if isinstance(value, str) or (value and _is_list(value, int)):
         return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(p, str) for p in value):
-            return value
-        if all(map(_is_integer, value)):
-            return [value]
-        if all(isinstance(p, list) and p and all(map(_is_integer, p)) for p in value):
-            return value
+    if value and (_is_list(value, str) or (isinstance(value, list) and all(p and _is_list(p, int) for p in value))):
+        return value
     raise PydanticCustomError(
         "prompt", "Input should be a string, a list of strings, a list of token ids, or a list of non-empty lists of token ids",
     )
 
 
-StopField: TypeAlias = Annotated[str | list[str] | None, PlainValidator(_check_stop, json_schema_input_type=str | list[str] | None)]
+StopField: TypeAlias = Annotated[str | list[str] | None, _accepts(
+    lambda value: (isinstance(value, str) and value != "") or _is_list(value, str),
+    "a non-empty string, a list of strings, or null for none", str | list[str] | None,
+)]
 PromptField: TypeAlias = Annotated[
     list[str] | list[list[int]], PlainValidator(_check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
@@ -99,8 +87,10 @@ _TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"ty
 ContentField: TypeAlias = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}),
 ]
-TokenIds: TypeAlias = Annotated[list[int] | None, PlainValidator(_check_token_ids, json_schema_input_type=list[int] | None)]
-Strings: TypeAlias = Annotated[list[str] | None, PlainValidator(_check_strings, json_schema_input_type=list[str] | None)]
+TokenIds: TypeAlias = Annotated[list[int] | None, _accepts(
+    lambda value: _is_list(value, int), "a list of token ids (whole numbers)", list[int] | None,
+)]
+Strings: TypeAlias = Annotated[list[str] | None, _accepts(lambda value: _is_list(value, str), "a list of strings", list[str] | None)]
 
 
 # -- what the generating endpoints share ------------------------------------------------------------------------------

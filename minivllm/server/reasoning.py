@@ -10,10 +10,9 @@ White space next to a tag belongs to the tag. An output that ends before </think
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta, settled
+from minivllm.server.output_events import ContentDelta, IncrementalParser, ReasoningDelta
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -30,31 +29,17 @@ def output_start(parser: str, prompt: str, continued: str = "") -> OutputStart:
     return "reasoning" if parser == "deepseek_r1" else "undecided"
 
 
-class ReasoningParser:
-    """Text in, `ReasoningDelta` and `ContentDelta` out. The same text gives the same result however it is cut into pieces."""
+class ReasoningParser(IncrementalParser):
+    """Reports `ReasoningDelta` and `ContentDelta`."""
 
     def __init__(self, start: OutputStart) -> None:
+        super().__init__(self._answer if start == "answer" else self._before)
         self._start = start
-        self._pending = ""  # text that later text may still change
-        self._ended = False
         self._after_tag = False  # white space here belongs to the tag
-        self._events: list[OutputEvent] = []
-        self._state: Callable[[], bool] = self._answer if start == "answer" else self._before  # returns False if it needs more text
 
     @property
     def in_reasoning(self) -> bool:
         return self._state == self._reasoning
-
-    def push(self, text: str) -> list[OutputEvent]:
-        self._pending += text
-        while self._state():
-            pass
-        events, self._events = self._events, []
-        return events
-
-    def finish(self) -> list[OutputEvent]:
-        self._ended = True
-        return self.push("")
 
     def _before(self) -> bool:
         text = self._pending.lstrip()
@@ -70,13 +55,14 @@ class ReasoningParser:
         return True
 
     def _reasoning(self) -> bool:
-        at = self._pending.find(CLOSE)
-        end = len(self._pending[:at].rstrip()) if at >= 0 else len(self._pending) if self._ended else settled(self._pending, CLOSE)
-        self._emit(ReasoningDelta, self._pending[:end])
-        if at < 0:
+        text, tag, rest = self._pending.partition(CLOSE)
+        if not tag:
+            end = self._settled(CLOSE)
+            self._emit(ReasoningDelta, self._pending[:end])
             self._pending = self._pending[end:]
             return False
-        self._pending = self._pending[at + len(CLOSE):]
+        self._emit(ReasoningDelta, text.rstrip())
+        self._pending = rest
         self._after_tag = True
         self._state = self._answer
         return True

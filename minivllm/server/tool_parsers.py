@@ -1,4 +1,4 @@
-"""Parsers that find tool calls in a model's text. Each is a small state machine: text in, events out.
+"""Parsers that find tool calls in a model's text.
 
     hermes        Let me look. <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>
     llama3_json   {"name": "weather", "parameters": {"city": "Paris"}}; {"name": ...}    <|python_tag|> in front is optional
@@ -6,7 +6,6 @@
 
     push(text) ─▶ ContentDelta("Let me look.")  ToolCallStart(0, "weather")  ToolCallArguments(0, '{"city": ')  ...  ToolCallEnd(0)
 
-The same text gives the same content and calls however it is cut into pieces: a state decides only what later text cannot change.
 Text that is not a call of one of the request's tools is content. Nothing is dropped except white space next to a call, and nothing
 raises. A call that breaks after its start keeps the arguments that were already reported, and the rest is content.
 """
@@ -21,38 +20,19 @@ from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 from minivllm.server.json_calls import JsonCallParser
-from minivllm.server.output_events import ContentDelta, OutputEvent, ToolCallArguments, ToolCallEnd, ToolCallStart, settled
+from minivllm.server.output_events import ContentDelta, IncrementalParser, ToolCallArguments, ToolCallEnd, ToolCallStart
 
 
-class ToolParser(ABC):
-    """The common part of all formats: pending text, and the calls so far."""
+class ToolParser(IncrementalParser, ABC):
+    """The common part of all formats."""
 
     MARKERS: ClassVar[tuple[str, ...]] = ()  # must be in the text even if they are special tokens of the tokenizer
 
     def __init__(self, names: Collection[str]) -> None:
+        super().__init__(self._start)
         self._names = frozenset(names)
-        self._pending = ""  # text that later text may still change
-        self._ended = False
-        self._events: list[OutputEvent] = []
         self._num_calls = 0
         self._after_call = False  # white space here belongs to the call
-        self._state: Callable[[], bool] = self._start  # does one thing and returns True, or False if it needs more text
-
-    def push(self, text: str) -> list[OutputEvent]:
-        """The events that a further piece of text makes certain."""
-        self._pending += text
-        return self._run()
-
-    def finish(self) -> list[OutputEvent]:
-        """The remaining events, at the end of the text."""
-        self._ended = True
-        return self._run()
-
-    def _run(self) -> list[OutputEvent]:
-        while self._state():
-            pass
-        events, self._events = self._events, []
-        return events
 
     @abstractmethod
     def _start(self) -> bool:
@@ -83,14 +63,6 @@ class ToolParser(ABC):
         self._num_calls += 1
         self._after_call = True
 
-    def _skip(self, token: str) -> bool | None:
-        """Skip white space and then `token`. True or False: whether it was there; None: more text is needed to know."""
-        text = self._pending.lstrip()
-        if text.startswith(token):
-            self._pending = text[len(token):]
-            return True
-        return None if not self._ended and token.startswith(text) else False
-
 
 class _MarkedParser(ToolParser):
     """Calls after an opening marker, with content around them."""
@@ -104,33 +76,31 @@ class _MarkedParser(ToolParser):
     def _text(self) -> bool:
         at = self._pending.find(self.OPEN)
         if at < 0:
-            end = len(self._pending) if self._ended else settled(self._pending, self.OPEN)
+            end = self._settled(self.OPEN)
             self._emit_content(self._pending[:end])
             self._pending = self._pending[end:]
             return False
-        content_end, marker_end = len(self._pending[:at].rstrip()), at + len(self.OPEN)
+        content_end = len(self._pending[:at].rstrip())
         self._emit_content(self._pending[:content_end])
-        self._raw, self._pending = self._pending[content_end:marker_end], self._pending[marker_end:]
-        self._open()
-        return True
+        self._pending = self._pending[content_end:]
+        return self._branch(self.OPEN, self._open, self._reject)
 
     @abstractmethod
     def _open(self) -> None:
         """Enter the state after the opening marker."""
 
-    def _open_unmarked(self, opening: str) -> bool:
-        """Accept a call without its marker if the text starts with `opening`."""
+    def _branch(self, token: str, found: Callable[[], None], missing: Callable[[], None]) -> bool:
+        """A state: skip white space and `token` and continue with `found`, or continue with `missing`."""
         text = self._pending.lstrip()
-        if text.startswith(self.OPEN):
-            text = text[len(self.OPEN):]
-        elif not text.startswith(opening):
-            if not self._ended and self.OPEN.startswith(text):
-                return False
-            self._reject()
-            return True
-        self._raw += self._pending[:len(self._pending) - len(text)]
-        self._pending = text
-        self._open()
+        if text.startswith(token):
+            size = len(self._pending) - len(text) + len(token)
+            self._raw += self._pending[:size]
+            self._pending = self._pending[size:]
+            found()
+        elif not self._ended and token.startswith(text):
+            return False
+        else:
+            missing()
         return True
 
     def _reject(self) -> None:
@@ -138,6 +108,15 @@ class _MarkedParser(ToolParser):
         raw, self._raw = self._raw, ""
         self._emit_content(raw)
         self._state = self._text
+
+    def _end_calls(self) -> None:
+        self._raw = ""
+        self._state = self._text
+
+    def _start_unmarked(self, opening: str) -> bool:
+        """A state: accept a call without its marker if the text starts with `opening`."""
+        is_call = self._pending.lstrip().startswith(opening)
+        return self._branch("" if is_call else self.OPEN, self._open, self._reject)
 
 
 class _JsonParser(_MarkedParser):
@@ -182,10 +161,7 @@ class HermesParser(_JsonParser):
         return self._text()
 
     def _close(self) -> bool:
-        if self._skip(self.CLOSE) is None:
-            return False
-        self._state = self._text
-        return True
+        return self._branch(self.CLOSE, self._end_calls, self._end_calls)
 
 
 class Llama3JsonParser(_JsonParser):
@@ -194,15 +170,13 @@ class Llama3JsonParser(_JsonParser):
     OPEN = "<|python_tag|>"
 
     def _start(self) -> bool:
-        return self._open_unmarked("{")
+        return self._start_unmarked("{")
 
     def _close(self) -> bool:
-        separated = self._skip(";")
-        if separated is None:
-            return False
-        self._raw = ";" if separated else ""
+        return self._branch(";", self._next, self._next)
+
+    def _next(self) -> None:
         self._state = self._start
-        return True
 
 
 class RequiredCallsParser(_JsonParser):
@@ -212,27 +186,13 @@ class RequiredCallsParser(_JsonParser):
     _text = ToolParser._emit_all
 
     def _start(self) -> bool:
-        opened = self._skip(self.OPEN)
-        if opened is None:
-            return False
-        if opened:
-            self._raw = self.OPEN
-            self._open()
-        else:
-            self._reject()
-        return True
+        return self._branch(self.OPEN, self._open, self._reject)
 
     def _close(self) -> bool:
-        more = self._skip(",")
-        if more is None:
-            return False
-        if more:
-            self._raw = ","
-            self._open()
-        else:
-            self._skip("]")
-            self._state = self._text
-        return True
+        return self._branch(",", self._open, self._end_array)
+
+    def _end_array(self) -> None:
+        self._branch("]", self._end_calls, self._end_calls)
 
 
 class NamedCallParser(ToolParser):
@@ -266,22 +226,13 @@ class PythonicParser(_MarkedParser):
     MAX_DEPTH = 64  # brackets; far fewer than what makes Python's compiler recurse too deep
 
     def _start(self) -> bool:
-        return self._open_unmarked("[")
+        return self._start_unmarked("[")
 
     def _open(self) -> None:
         self._state = self._list
 
     def _list(self) -> bool:
-        before = self._pending
-        opened = self._skip("[")
-        if opened is None:
-            return False
-        if opened:
-            self._raw += before[:len(before) - len(self._pending)]
-            self._next_item()
-        else:
-            self._reject()
-        return True
+        return self._branch("[", self._next_item, self._reject)
 
     def _next_item(self) -> None:
         self._item: list[str] = []  # its characters
@@ -348,10 +299,7 @@ class PythonicParser(_MarkedParser):
             self._state = self._close
 
     def _close(self) -> bool:
-        if self._skip(self.CLOSE) is None:
-            return False
-        self._state = self._text
-        return True
+        return self._branch(self.CLOSE, self._end_calls, self._end_calls)
 
 
 # Python text that can be a call with literal arguments. It excludes chains of operators and keywords, which Python's compiler would

@@ -25,7 +25,6 @@ from minivllm.server.strict import StrictModel
 MAX_TOOLS = 1024
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
-_WORDS = ("none", "auto", "required")
 
 
 class Function(StrictModel):
@@ -197,34 +196,28 @@ def tool_spec(
     functions: Sequence[Function] | None = None, function_call: str | dict[str, Any] | None = None,
 ) -> ToolSpec | None:
     """The tools of a request; None if the model sees none."""
-    if functions is not None or function_call not in (None, "none", "auto"):
-        if tools is not None or choice is not None:
-            raise InvalidInput("functions and function_call are the old names of tools and tool_choice: send one pair", "functions")
-        return _tool_spec(functions, "functions", function_call, "function_call", parallel=False, legacy=True)
-    listed = None if tools is None else [tool.function for tool in tools if tool.function is not None]
-    return _tool_spec(listed, "tools", choice, "tool_choice", parallel=parallel is not False, legacy=False)
-
-
-def _tool_spec(
-    functions: Sequence[Function] | None, field: str, choice: str | Mapping[str, Any] | None, choice_field: str, *,
-    parallel: bool, legacy: bool,
-) -> ToolSpec | None:
+    legacy = functions is not None or function_call not in (None, "none", "auto")
+    field, choice_field = ("functions", "function_call") if legacy else ("tools", "tool_choice")
+    if not legacy:
+        functions = None if tools is None else [tool.function for tool in tools if tool.function is not None]
+    elif tools is not None or choice is not None:
+        raise InvalidInput("functions and function_call are the old names of tools and tool_choice: send one pair", "functions")
+    else:
+        choice = function_call
     if functions is None:
         if choice in (None, "none", "auto"):
             return None
         raise InvalidInput(f"{choice_field} needs {field}: send both, or leave {choice_field} out", choice_field)
     names = _check_functions(functions, field)
-    words = ("none", "auto") if legacy else _WORDS
-    named = None
-    if isinstance(choice, Mapping):
-        named = _named_function(choice, choice_field, names, legacy)
-    elif choice is not None and choice not in words:
+    words = ("none", "auto") if legacy else ("none", "auto", "required")
+    named = _named_function(choice, choice_field, names, legacy) if isinstance(choice, Mapping) else None
+    if isinstance(choice, str) and choice not in words:
         raise InvalidInput(f"{choice_field} must be {', '.join(words)} or name a function, got {choice!r}{nearest(choice, words)}",
                            choice_field)
     if choice == "none":
         return None
     mode: Literal["auto", "required", "named"] = "named" if named is not None else "required" if choice == "required" else "auto"
-    return ToolSpec(mode=mode, functions=tuple(functions), named=named, parallel=parallel, legacy=legacy)
+    return ToolSpec(mode=mode, functions=tuple(functions), named=named, parallel=not legacy and parallel is not False, legacy=legacy)
 
 
 def _check_functions(functions: Sequence[Function], field: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Answers a file of requests with the server's application, without a server: OpenAI's batch format, as in vLLM's `run-batch`.
+"""The work of `run-batch`: passes a file of requests to the server's application, without a server. OpenAI's batch format.
 
     {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}        one line of input
     {"id": "batch-...", "custom_id": "1", "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null}
@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
-
-from starlette.types import ASGIApp
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
 
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.errors import ApiError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _FIELDS = ("custom_id", "method", "url", "body")
+Application: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI: scope, receive, send
 
 
-async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+async def call(app: Application, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
     """One POST to an application, in the form in which a server passes it on. Returns the status and the JSON of the response."""
     answered = asyncio.Event()
     unread = [{"type": "http.request", "body": body, "more_body": False}]
@@ -53,7 +52,7 @@ async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any
     return status, json.loads(b"".join(pieces))
 
 
-async def answer_line(app: ASGIApp, line: str) -> dict[str, Any]:
+async def answer_line(app: Application, line: str) -> dict[str, Any]:
     """The output entry for one line of input."""
     custom_id: str | None = None
     try:
@@ -96,7 +95,7 @@ def _check(request: Any) -> None:
 
 
 async def answer_lines(
-    app: ASGIApp, lines: Iterable[str], concurrency: int, done: Callable[[], object] = lambda: None,
+    app: Application, lines: Iterable[str], concurrency: int, done: Callable[[], object] = lambda: None,
 ) -> AsyncIterator[dict[str, Any]]:
     """The entries for the lines, in their order; blank lines are skipped. `concurrency`: requests at a time. `done` is called for each."""
     tasks: list[asyncio.Task[dict[str, Any]]] = []
