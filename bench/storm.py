@@ -58,9 +58,9 @@ def serve(model: str, pipe: Connection) -> None:
     from minivllm.config import EngineConfig
     from minivllm.engine.tokenizer import Tokenizer
     from minivllm.server.app import create_app
-    from minivllm.server.build import start_engine
     from minivllm.server.config import ServerConfig, configure_logging
     from minivllm.server.listen import Server
+    from minivllm.server.run import start_engine
 
     configure_logging("error")
     client = start_engine(EngineConfig(model=model, max_queue=MAX_QUEUE, **SETTINGS), process=True, log_level="error")

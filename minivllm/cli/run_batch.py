@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     configure_logging(args.log_level)
     with _open(Path(args.output_file)) as output:
         from minivllm.server.app import create_app
-        from minivllm.server.build import start_engine
-        from minivllm.server.run import build_tokenizer, read_chat_template
+        from minivllm.server.run import build_tokenizer, read_chat_template, start_engine
 
         template = read_chat_template(server.chat_template)
         print_status(f"loading {engine.model or 'the default model'} ...")

@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP server. It reaches the engine only through `EngineClient`.
 
     run.py                    from settings to a listening server: port, engine, readiness
-    listen.py                 uvicorn and its shutdown; http_protocol.py: one connection
+    listen.py                 uvicorn: shutdown, connections
     app.py                    the application: which path does what
     authentication.py         API keys and request ids
     frontend.py               what all endpoints share

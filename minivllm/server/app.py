@@ -22,13 +22,13 @@ from minivllm.server.authentication import AuthenticationMiddleware
 from minivllm.server.config import ServerConfig
 from minivllm.server.control import add_control
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
-from minivllm.server.formatters import CompletionFormatter, ResponseFormatter
+from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
 from minivllm.server.frontend import Frontend, off_loop
 from minivllm.server.generation import GenerationResponse
 from minivllm.server.logprobs import NumberedTokens
 from minivllm.server.openapi import body_of, describe
 from minivllm.server.page import add_page
-from minivllm.server.parsed_chat import chat_formatter
+from minivllm.server.parsed_chat import ParsedChatFormatter
 from minivllm.server.prepare import Preprocessor
 from minivllm.server.protocol import (
     IGNORED_HEADER,
@@ -90,8 +90,9 @@ def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await frontend.read(request, ChatRequest)
-        ignored = body.ignored_fields(frontend.config.permissive)
-        return respond(chat_formatter(await preprocessor.chat(body, ignored, "chatcmpl-"), names))
+        prepared = await preprocessor.chat(body, body.ignored_fields(frontend.config.permissive), "chatcmpl-")
+        formatter = ChatFormatter if prepared.output is None else ParsedChatFormatter
+        return respond(formatter(prepared, names))
 
     @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
     async def responses(request: Request) -> Response:

@@ -179,10 +179,6 @@ class ChoicesFormatter(ResponseFormatter):
 
     # -- the differences between the endpoints ------------------------------------------------------------------------
 
-    def echoed(self, choice: ChoiceState) -> str:
-        """Text in front of the output."""
-        return ""
-
     @abstractmethod
     def format_logprobs(self, choice: ChoiceState, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Any:
         """Log-probabilities of some tokens in the endpoint's format."""
@@ -292,7 +288,7 @@ class ChoicesFormatter(ResponseFormatter):
         token_ids: Sequence[int] = delta.token_ids
         entries: Sequence[TokenLogprobs | None] = delta.logprobs or ()
         if self.request.echo is not None and not choice.started:
-            text = self.echoed(choice) + text
+            text = self.request.echo[choice.prompt] + text
             token_ids = (*self.request.prompts[choice.prompt].prompt_token_ids, *token_ids)
             entries = (*self.state.prompt_logprobs[choice.prompt], *entries)
         choice.started = True
@@ -307,9 +303,6 @@ class CompletionFormatter(ChoicesFormatter):
     OBJECT = CHUNK_OBJECT = "text_completion"
     CONTENT = CHUNK_CONTENT = "text"
     TEXT_CHUNK = '"text":', ',"logprobs":null,"finish_reason":null,"stop_reason":null}'
-
-    def echoed(self, choice: ChoiceState) -> str:
-        return self.request.echo[choice.prompt] if self.request.echo is not None else ""
 
     def format_logprobs(self, choice: ChoiceState, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Any:
         if choice.completion_logprobs is None:

@@ -30,9 +30,7 @@ from minivllm.server.protocol import ignored_header
 from minivllm.server.running import RunningRequests
 
 PromptDeltas: TypeAlias = tuple[int, list[OutputDelta]]  # index of the prompt, and its new deltas
-EVENT_STREAM_HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
-)
+EVENT_STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class GenerationResponse(Response):
@@ -81,8 +79,9 @@ class GenerationResponse(Response):
         formatter = self._formatter
         prompt, deltas = await anext(stream)
         opening = formatter.first_events() + formatter.events(prompt, _checked(deltas))
-        headers = [(name.encode(), value.encode("latin-1")) for name, value in self._extra_headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *headers]})
+        headers = {**EVENT_STREAM_HEADERS, **self._extra_headers}
+        await send({"type": "http.response.start", "status": 200,
+                    "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]})
         if opening:
             await send(body_message(opening))
         try:

@@ -25,19 +25,22 @@ _LITERALS = ("true", "false", "null")
 _HEX = "0123456789abcdefABCDEF"
 
 
-class JsonState(enum.Enum):
-    """What the grammar expects of the next character."""
+_VALUE = '"{[-0123456789tfn'
 
-    VALUE = enum.auto()
-    FIRST_VALUE = enum.auto()  # or the end of the array
-    KEY = enum.auto()
-    FIRST_KEY = enum.auto()  # or the end of the object
-    COLON = enum.auto()
-    NEXT = enum.auto()  # a comma, or the end of the object or array
-    STRING = enum.auto()
-    NUMBER = enum.auto()
-    LITERAL = enum.auto()
-    END = enum.auto()
+
+class JsonState(enum.Enum):
+    """The scanner's position in the grammar. Between tokens: the characters that may come next, besides white space."""
+
+    VALUE = _VALUE
+    FIRST_VALUE = _VALUE + "]"  # of an array
+    KEY = '"'
+    FIRST_KEY = '"}'
+    COLON = ":"
+    NEXT = ",]}"  # after a value in an object or array
+    END = ""
+    STRING = "in a string"
+    NUMBER = "in a number"
+    LITERAL = "in a literal"
 
 
 class JsonScanner:
@@ -73,41 +76,27 @@ class JsonScanner:
             if self._word in _LITERALS:
                 self._end_value()
             return any(literal.startswith(self._word) for literal in _LITERALS)
-        if state is JsonState.END:
-            return False
-        return char in _SPACE or self._structure(char)
+        if state is not JsonState.END and char in _SPACE:
+            return True
+        return char in state.value and self._start_token(char)
 
-    def _structure(self, char: str) -> bool:
-        state = self.state
-        if state is JsonState.COLON:
-            self.state = JsonState.VALUE
-            return char == ":"
-        if state is JsonState.NEXT and char == ",":
-            self.state = JsonState.KEY if self._stack[-1] == "{" else JsonState.VALUE
-            return True
-        if state in (JsonState.KEY, JsonState.FIRST_KEY) and char == '"':
-            self.state, self._in_key = JsonState.STRING, True
-            return True
+    def _start_token(self, char: str) -> bool:
         if char in "]}":
-            if state not in (JsonState.NEXT, JsonState.FIRST_KEY, JsonState.FIRST_VALUE):
-                return False
             opened = self._stack.pop()
             self._end_value()
-            return opened + char in ("{}", "[]")
-        return state in (JsonState.VALUE, JsonState.FIRST_VALUE) and self._start_value(char)
-
-    def _start_value(self, char: str) -> bool:
-        if char == '"':
-            self.state, self._in_key = JsonState.STRING, False
+            return opened + char in ("[]", "{}")
+        if char == ",":
+            self.state = JsonState.KEY if self._stack[-1] == "{" else JsonState.VALUE
+        elif char == ":":
+            self.state = JsonState.VALUE
         elif char in "{[":
             self._stack.append(char)
             self.state = JsonState.FIRST_KEY if char == "{" else JsonState.FIRST_VALUE
-        elif char in "-0123456789":
-            self.state, self._word = JsonState.NUMBER, char
-        elif char in "tfn":
-            self.state, self._word = JsonState.LITERAL, char
+        elif char == '"':
+            self._in_key = self.state in (JsonState.KEY, JsonState.FIRST_KEY)
+            self.state = JsonState.STRING
         else:
-            return False
+            self.state, self._word = JsonState.LITERAL if char in "tfn" else JsonState.NUMBER, char
         return True
 
     def _end_value(self) -> None:

@@ -132,8 +132,3 @@ def _responses(path: str, has_body: bool, secured: bool) -> dict[str, Any]:
 
 def _failure(why: str) -> dict[str, Any]:
     return {"description": why, "content": {"application/json": {"schema": ref("Error")}}}
-
-
-def missing(paths: Iterable[str]) -> set[str]:
-    """Documented paths without a described response."""
-    return set(paths) - RESPONSES.keys() - OTHER_MEDIA.keys()

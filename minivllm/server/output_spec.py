@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import JSON_WHITESPACE, SamplingParams, StructuredOutputsParams
-from minivllm.server.output_events import ContentDelta, OutputEvent
+from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta
 from minivllm.server.reasoning import CLOSE, OPEN, OutputStart, ReasoningParser
 from minivllm.server.tool_parsers import PARSERS, HermesParser, NamedCallParser, RequiredCallsParser, ToolParser
 from minivllm.server.tools import ToolSpec
@@ -107,9 +107,10 @@ def _json_rule(structure: StructuredOutputsParams) -> str:
 
 
 class OutputParser:
-    """Parses one output while it arrives."""
+    """Parses one output while it arrives. Leaves out calls and reasoning that the request excludes."""
 
     def __init__(self, spec: OutputSpec) -> None:
+        self._spec = spec
         self._reasoning = ReasoningParser(spec.start)
         self._tools = spec.tool_parser()
 
@@ -118,14 +119,15 @@ class OutputParser:
         """Whether reasoning has started and not ended."""
         return self._reasoning.in_reasoning
 
-    def push(self, text: str) -> list[OutputEvent]:
-        return self._find_calls(self._reasoning.push(text))
+    def push(self, text: str, ended: bool) -> list[OutputEvent]:
+        """The events of a further piece of text, the last one if the output has ended."""
+        events = self._reasoning.push(text) + (self._reasoning.finish() if ended else [])
+        if self._tools is not None:
+            pushed = (self._tools.push(event.text) if isinstance(event, ContentDelta) else [event] for event in events)
+            events = [event for group in pushed for event in group] + (self._tools.finish() if ended else [])
+        return [event for event in events if self._is_included(event)]
 
-    def finish(self) -> list[OutputEvent]:
-        events = self._find_calls(self._reasoning.finish())
-        return events if self._tools is None else events + self._tools.finish()
-
-    def _find_calls(self, events: list[OutputEvent]) -> list[OutputEvent]:
-        if self._tools is None:
-            return events
-        return [found for event in events for found in (self._tools.push(event.text) if isinstance(event, ContentDelta) else (event,))]
+    def _is_included(self, event: OutputEvent) -> bool:
+        if isinstance(event, ReasoningDelta):
+            return self._spec.include_reasoning
+        return isinstance(event, ContentDelta) or self._spec.max_calls is None or event.index < self._spec.max_calls

@@ -7,18 +7,18 @@ second. The engine makes views only while such a stream is open.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response, StreamingResponse
 
 from minivllm.engine.watch import EngineView
 from minivllm.server.errors import ApiError
 from minivllm.server.formatters import event
 from minivllm.server.frontend import Frontend
-from minivllm.server.generation import EVENT_STREAM_HEADERS, body_message, until_disconnect
+from minivllm.server.generation import EVENT_STREAM_HEADERS
 
 FILES = {  # path -> (file, media type)
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -33,21 +33,21 @@ _HEADERS = {
 }
 POLL_SECONDS = 0.05  # between two checks for a new view
 KEEPALIVE_SECONDS = 10.0  # without a new view a comment is sent, so that proxies keep the connection open
-MAX_STREAMS = 32
+MAX_VIEWS = 32
 
 
 def add_page(app: FastAPI, frontend: Frontend) -> None:
     folder = Path(__file__).parent / "static"
     for path, (name, media_type) in FILES.items():
         _add_file(app, path, (folder / name).read_bytes(), media_type)
-    open_streams: set[LiveResponse] = set()
+    open_views: set[object] = set()
 
-    @app.get("/v1/engine/live", include_in_schema=False)  # an endless stream is no subject for OpenAPI: docs/page.md describes it
+    @app.get("/v1/engine/live", include_in_schema=False)  # OpenAPI cannot describe an endless stream: docs/page.md does
     async def live() -> Response:
         frontend.check_alive()
-        if len(open_streams) >= MAX_STREAMS:
-            raise ApiError(429, f"{MAX_STREAMS} live views are open already: close one", headers={"retry-after": "5"})
-        return LiveResponse(frontend, open_streams)
+        if len(open_views) >= MAX_VIEWS:
+            raise ApiError(429, f"{MAX_VIEWS} live views are open already: close one", headers={"retry-after": "5"})
+        return StreamingResponse(live_events(frontend, open_views), headers=EVENT_STREAM_HEADERS)
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
@@ -56,39 +56,27 @@ def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
 
-class LiveResponse(Response):
-    """A stream of views. It ends when its client disconnects, when the engine dies or when the server shuts down."""
-
-    def __init__(self, frontend: Frontend, open_streams: set[LiveResponse]) -> None:
-        self._frontend = frontend
-        self._open_streams = open_streams
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._open_streams.add(self)
-        try:
-            await until_disconnect(self._stream(send), receive)
-        finally:
-            self._open_streams.discard(self)
-
-    async def _stream(self, send: Send) -> None:
-        frontend = self._frontend
+async def live_events(frontend: Frontend, open_views: set[object]) -> AsyncIterator[bytes]:
+    """The events of one live view. They end when the engine dies or the server shuts down."""
+    this_view = object()
+    open_views.add(this_view)
+    try:
         with frontend.client.watching() as latest:
-            await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS]})
-            await send(body_message(event(constants(frontend))))
+            yield event(constants(frontend))
             shown: EngineView | None = None
-            idle = 0.0  # seconds since the last message
+            idle = 0.0  # seconds since the last event
             while frontend.client.dead is None and not frontend.running.ending:
                 view = latest()
                 if view is not None and view is not shown:
                     shown, idle = view, 0.0
-                    await send(body_message(event(describe(view, frontend))))
+                    yield event(describe(view, frontend))
                 elif idle >= KEEPALIVE_SECONDS:
                     idle = 0.0
-                    await send(body_message(b": keep-alive\n\n"))
+                    yield b": keep-alive\n\n"
                 idle += POLL_SECONDS
                 await asyncio.sleep(POLL_SECONDS)
-        await send(body_message(b"", more=False))
+    finally:
+        open_views.discard(this_view)
 
 
 def constants(frontend: Frontend) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivllm.server.formatters import ChatFormatter, ChoicesFormatter, ChoiceState, PreparedRequest
+from minivllm.server.formatters import ChatFormatter, ChoiceState, PreparedRequest
 from minivllm.server.logprobs import TokenNames
 from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
 from minivllm.server.output_spec import OutputParser, OutputSpec
@@ -47,11 +47,8 @@ class ParsedChatFormatter(ChatFormatter):
     def chunk_content(self, choice: ChoiceState, text: str) -> dict[str, Any]:
         """Parse new text; the change of the message as a delta."""
         parsed = self._parsed[choice.index]
-        events = parsed.parser.push(text)
-        if choice.finish_reason is not None:
-            events += parsed.parser.finish()
         delta: dict[str, Any] = {}
-        for event in events:
+        for event in parsed.parser.push(text, ended=choice.finish_reason is not None):
             self._add(parsed, event, delta)
         return delta
 
@@ -59,16 +56,12 @@ class ParsedChatFormatter(ChatFormatter):
         self.chunk_content(choice, text)
 
     def _add(self, parsed: ParsedChoice, event: OutputEvent, delta: dict[str, Any]) -> None:
-        limit = self._spec.max_calls
         if isinstance(event, ContentDelta):
             parsed.content += event.text
             delta["content"] = delta.get("content", "") + event.text
         elif isinstance(event, ReasoningDelta):
-            if self._spec.include_reasoning:
-                parsed.reasoning += event.text
-                delta["reasoning"] = delta["reasoning_content"] = delta.get("reasoning", "") + event.text
-        elif limit is not None and event.index >= limit:
-            pass  # more calls than the request allows
+            parsed.reasoning += event.text
+            delta["reasoning"] = delta["reasoning_content"] = delta.get("reasoning", "") + event.text
         elif isinstance(event, ToolCallStart):
             parsed.calls.append(ParsedToolCall(f"call_{uuid.uuid4().hex[:24]}", event.name))
             self._function_delta(delta, event.index, parsed.calls[-1])
@@ -111,8 +104,3 @@ class ParsedChatFormatter(ChatFormatter):
         if choice.finish_reason == "stop" and tools is not None and tools.mode != "named" and self._parsed[choice.index].calls:
             return "function_call" if self._legacy else "tool_calls"
         return choice.finish_reason
-
-
-def chat_formatter(request: PreparedRequest, names: TokenNames) -> ChoicesFormatter:
-    """The formatter that a chat needs: only outputs with a specification are parsed."""
-    return ChatFormatter(request, names) if request.output is None else ParsedChatFormatter(request, names)

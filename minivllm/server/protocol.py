@@ -24,7 +24,7 @@ from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from minivllm.server.errors import ApiError, shorten
 from minivllm.server.strict import StrictModel
-from minivllm.server.structured import SchemaField, structured_output, unknown_fields
+from minivllm.server.structured import ResponseFormat, SchemaField, StructuredOutputsFields
 from minivllm.server.tools import CalledFunction, Functions, ToolCalls, ToolChoice, Tools, ToolSpec, tool_spec
 
 IGNORED_HEADER = "x-minivllm-ignored"
@@ -122,7 +122,7 @@ class SharedFields(StrictModel):
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputsFields | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     truncate_prompt_tokens: int | None = None  # keep only the last so many prompt tokens; -1: as many as leave room for the output
@@ -142,7 +142,7 @@ class GenerationRequest(SharedFields):
     include_stop_str_in_output: bool | None = None
     bad_words: Strings = None
     allowed_token_ids: TokenIds = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     guided_json: SchemaField = None
     guided_regex: str | None = None
     guided_choice: Strings = None
@@ -165,11 +165,6 @@ class GenerationRequest(SharedFields):
     )
 
     FORMAT: ClassVar[str] = "response_format"  # that field's name in errors
-    GUIDED: ClassVar[tuple[str, ...]] = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-
-    def ignored_fields(self, permissive: bool, path: str = "") -> list[str]:
-        ignored = super().ignored_fields(permissive, path)
-        return ignored + unknown_fields(self.structured_outputs, self.response_format, self.FORMAT, permissive)
 
     def check(self) -> None:
         super().check()
@@ -185,9 +180,21 @@ class GenerationRequest(SharedFields):
         raise NotImplementedError
 
     def structure(self) -> StructuredOutputsParams | None:
-        """The structure that the output must have."""
-        guided = {name: value for name in self.GUIDED if (value := getattr(self, name)) is not None}
-        return structured_output(self.structured_outputs, self.response_format, self.FORMAT, guided, self.guided_whitespace_pattern)
+        """The structure that the output must have; None if it is free text. Several fields can define it, but only one of them may."""
+        found = {
+            self.FORMAT: None if self.response_format is None else self.response_format.structure(self.FORMAT),
+            "structured_outputs": None if self.structured_outputs is None else self.structured_outputs.structure(),
+        }
+        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+            if (value := getattr(self, name)) is not None:
+                pattern = self.guided_whitespace_pattern if name == "guided_json" else None
+                found[name] = StructuredOutputsParams(**{name.removeprefix("guided_"): value}, whitespace_pattern=pattern, origin=name)
+        names = [name for name, structure in found.items() if structure is not None]
+        if len(names) > 1:
+            raise InvalidInput(f"{names[0]} and {names[1]} both define the structure of the output: send one of them", names[1])
+        if self.guided_whitespace_pattern is not None and names != ["guided_json"]:
+            raise InvalidInput("guided_whitespace_pattern belongs to guided_json: leave it out", "guided_whitespace_pattern")
+        return found[names[0]] if names else None
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int) -> SamplingParams:
         """The engine's parameters. `defaults`: the model's own sampling defaults, and the request's `structure`."""

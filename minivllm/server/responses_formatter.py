@@ -10,7 +10,6 @@ One item is open at a time, and output of another kind closes it. A complete res
 """
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 from minivllm.outputs import OutputDelta
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.formatters import ChoiceState, PreparedRequest, ResponseFormatter
+from minivllm.server.json_calls import is_object
 from minivllm.server.logprobs import TokenNames, chat_entries
 from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
 from minivllm.server.output_spec import OutputParser
@@ -105,7 +105,6 @@ class ResponsesFormatter(ResponseFormatter):
         self._body = body
         self._sequence_number = 0  # of the next event
         self._parser = None if request.output is None else OutputParser(request.output)
-        self._max_calls = None if request.output is None else request.output.max_calls
         self._items: list[OutputItem] = []
         self._open: OutputItem | None = None
         self._held_logprobs: list[dict[str, Any]] = []  # of tokens whose text the parser has not reported yet
@@ -148,8 +147,7 @@ class ResponsesFormatter(ResponseFormatter):
     def _update(self, prompt: int, deltas: Sequence[OutputDelta]) -> Iterator[NamedEvent]:
         """Update the items. Yields each event right after its change."""
         for choice, delta in self.state.update(prompt, deltas):
-            entries = (entry for entry in delta.logprobs or () if entry is not None)
-            logprobs = [] if self.num_logprobs is None else chat_entries(self.names, entries, self.num_logprobs)
+            logprobs = chat_entries(self.names, delta.logprobs or (), self.num_logprobs or 0)
             self._held_logprobs += logprobs
             for event in self._parse(choice, delta, logprobs):
                 yield from self._apply(event)
@@ -161,7 +159,7 @@ class ResponsesFormatter(ResponseFormatter):
         if parser is None:
             return [ContentDelta(delta.text)] if delta.text else []
         was_in_reasoning = parser.in_reasoning
-        events = parser.push(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+        events = parser.push(delta.text, ended=delta.finish_reason is not None)
         if was_in_reasoning or parser.in_reasoning:
             self._reasoning_tokens = choice.num_tokens
             self._held_logprobs = logprobs if any(isinstance(event, ContentDelta) for event in events) else []
@@ -173,8 +171,6 @@ class ResponsesFormatter(ResponseFormatter):
             yield from self._add("message", event.text, logprobs)
         elif isinstance(event, ReasoningDelta):
             yield from self._add("reasoning", event.text, [])
-        elif self._max_calls is not None and event.index >= self._max_calls:
-            pass  # more calls than the request allows
         elif isinstance(event, ToolCallStart):
             yield from self._start(OutputItem("function_call", len(self._items), event.name))
         elif isinstance(event, ToolCallArguments):
@@ -198,7 +194,7 @@ class ResponsesFormatter(ResponseFormatter):
     def _close(self, status: str = "completed") -> Iterator[NamedEvent]:
         if self._open is not None:
             if self._open.kind == "function_call":
-                status = "completed" if _is_json("".join(self._open.pieces)) else "incomplete"
+                status = "completed" if is_object("".join(self._open.pieces)) else "incomplete"
             yield from self._open.close(status)
             self._open = None
 
@@ -244,11 +240,3 @@ class ResponsesFormatter(ResponseFormatter):
             "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens if has_reasoning else 0},
             "total_tokens": usage["total_tokens"],
         }
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

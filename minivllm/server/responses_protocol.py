@@ -256,10 +256,11 @@ def _chat_tool_choice(choice: Any) -> Any:
     raise NotSupportedYet(f"tool_choice.type {choice.get('type')!r} is not supported: name a function", "tool_choice.type")
 
 
-# Fields of the chat request -> fields here, for errors.
-_RESPONSES_NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input",
-                    "logprobs": "include", "reasoning_effort": "reasoning.effort"}
-_TOOL_FUNCTION = re.compile(r"(tools\.\d+\.)function\.")  # a chat request has a tool's fields one level deeper
+# Patterns of fields of the chat request, and their names here, for errors.
+_NAMES = (
+    (r"max_completion_tokens", "max_output_tokens"), (r"response_format(\.json_schema)?", "text.format"), (r"logprobs", "include"),
+    (r"reasoning_effort", "reasoning.effort"), (r"(tools\.\d+\.)function\.", r"\1"),
+)
 
 
 @contextmanager
@@ -268,11 +269,11 @@ def responses_names() -> Iterator[None]:
     try:
         yield
     except (InvalidInput, ApiError) as error:
-        first, dot, rest = (error.param or "").partition(".")
-        if first == "tools" and error.param is not None:
-            error.param, error.message = _TOOL_FUNCTION.sub(r"\1", error.param), _TOOL_FUNCTION.sub(r"\1", error.message)
-        elif first in _RESPONSES_NAMES:
-            name = _RESPONSES_NAMES[first]
-            error.param = name + (dot + rest if first != "messages" else "")  # an item's index is not its message's index
-            error.message = re.sub(r"messages\.\d+\.", "input: ", error.message).replace(first, name)
+        param = error.param or ""
+        if param.startswith("messages"):
+            error.param = "input"  # without an index: a message's index is not its item's index
+            error.message = re.sub(r"messages\.\d+\.", "input: ", error.message).replace("messages", "input")
+        for pattern, name in _NAMES:
+            if re.match(pattern, param):
+                error.param, error.message = re.sub(pattern, name, param), re.sub(pattern, name, error.message)
         raise

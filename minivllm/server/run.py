@@ -15,17 +15,21 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minivllm import __version__
 from minivllm.config import EngineConfig
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
-from minivllm.engine.client import EngineClient, EngineInfo
-from minivllm.engine.process import freeze_heap
+from minivllm.engine.client import EngineClient, EngineInfo, ThreadClient
+from minivllm.engine.process import ProcessClient, freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.server.build import start_engine
 from minivllm.server.config import ServerConfig, configure_logging, print_status
+
+if TYPE_CHECKING:
+    from minivllm.engine.engine import LLMEngine
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -78,6 +82,25 @@ def check_packages() -> None:
     missing = [package for package in ("fastapi", "httptools", "pydantic", "uvicorn") if importlib.util.find_spec(package) is None]
     if missing:
         raise InvalidInput(f"the server needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
+    """Runs in the process that owns the engine. `log_level` is set if that process has not configured logging yet."""
+    if log_level is not None:
+        configure_logging(log_level)
+    from minivllm.engine.engine import LLMEngine
+
+    return LLMEngine.from_config(config)
+
+
+def start_engine(config: EngineConfig, *, process: bool, log_level: str) -> EngineClient:
+    """A client whose engine accepts requests. With `process`, only the engine's process imports torch."""
+    if process:
+        return ProcessClient.start_with(partial(build_engine, config, log_level))
+    return ThreadClient.start_with(partial(build_engine, config, None))
 
 
 # -- the port ---------------------------------------------------------------------------------------------------------

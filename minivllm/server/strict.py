@@ -44,7 +44,8 @@ class StrictModel(BaseModel):
             elif permissive:
                 ignored.append(where)
             else:
-                known = [*type(self).model_fields, *self.INERT, *self.UNSUPPORTED]
+                fields = [field.alias or name for name, field in type(self).model_fields.items()]
+                known = [*fields, *self.INERT, *self.UNSUPPORTED]
                 raise InvalidInput(f"unknown field {where!r}{nearest(name, known)}", where)
         for where, model in self._nested(path):
             ignored += model.ignored_fields(permissive, where + ".")

@@ -17,7 +17,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from minivllm.server.json_calls import JsonCallParser
 from minivllm.server.output_events import ContentDelta, IncrementalParser, ToolCallArguments, ToolCallEnd, ToolCallStart
@@ -308,7 +308,19 @@ _LITERALS_ONLY = re.compile(r"""
     (?: '(?:[^'\\]|\\.)*+' | "(?:[^"\\]|\\.)*+" | (?!lambda) [\w.]++ (?!\s*["'\w.]) | [,:=()\[\]{}\s] | [+-] (?!\s*[+-]) )*+
 """, re.DOTALL | re.VERBOSE)
 _CALL = re.compile(r"([^()\s]+)\s*(\(.*\))", re.DOTALL)
-_JSON_NAMES = {"true": True, "false": False, "null": None}  # models mix JSON's spelling into Python
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+class _JsonNames(ast.NodeTransformer):
+    """Replaces JSON's names, which models mix into Python. Rejects objects with keys that are not strings."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        if not all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys):
+            raise ValueError("a key is not a string")
+        return self.generic_visit(node)
 
 
 def parse_python_call(text: str) -> tuple[str, str] | None:
@@ -320,34 +332,12 @@ def parse_python_call(text: str) -> tuple[str, str] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns about "\d" in a string
             call = ast.parse("f" + split[2], mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args or not all(k.arg for k in call.keywords):
             return None
-        arguments = {_key(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+        arguments = {keyword.arg: ast.literal_eval(_JsonNames().visit(keyword.value)) for keyword in call.keywords}
         return split[1], json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # TypeError: a literal that JSON does not have
         return None
-
-
-def _key(name: Any) -> str:
-    if not isinstance(name, str):
-        raise ValueError("not a name")
-    return name
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
-        return node.value
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_literal(element) for element in node.elts]
-    if isinstance(node, ast.Dict):
-        return {_key(key and _literal(key)): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
-    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
-        return _JSON_NAMES[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = _literal(node.operand)
-        if type(value) in (int, float):
-            return -value if isinstance(node.op, ast.USub) else value
-    raise ValueError("not a literal")
 
 
 PARSERS: dict[str, type[HermesParser | Llama3JsonParser | PythonicParser]] = {

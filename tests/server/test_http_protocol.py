@@ -11,7 +11,7 @@ import pytest
 
 from minivllm.errors import InvalidInput
 from minivllm.server.config import ServerConfig
-from minivllm.server.http_protocol import MAX_HEAD
+from minivllm.server.listen import MAX_HEAD
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 

@@ -16,9 +16,9 @@ from minivllm.engine.grammar import GrammarCompiler
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
-from minivllm.server.build import start_engine
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.reasoning import CLOSE, OPEN
+from minivllm.server.run import start_engine
 from minivllm.server.tool_parsers import HermesParser
 from minivllm.server.tools import Tool, tool_spec
 from tests.conftest import write_tiny_tokenizer

@@ -30,7 +30,7 @@ METHODS = [
 ATTRIBUTES = [
     (uvicorn.Server, ("should_exit", "force_exit", "config"), "draining, and the second signal that ends it"),
     (uvicorn.Config, ("timeout_graceful_shutdown",), "closing the connections of clients that do not read"),
-    (HttpToolsProtocol, ("cycle", "flow", "transport"), "all of http_protocol.py"),
+    (HttpToolsProtocol, ("cycle", "flow", "transport"), "all of HttpProtocol"),
     (RequestResponseCycle, ("response_started", "response_complete", "disconnected", "message_event"),
      "errors of the HTTP parser, and disconnects of pipelined requests"),
 ]
