@@ -84,10 +84,10 @@ class TalkingEngine:
 
 def serve(steps_per_second: float, in_thread: bool, profile: str | None, pipe: Connection) -> None:
     """The server's process. Says its port and its engine's process id; ends when the pipe says so."""
+    from minivllm.config import ServerConfig
     from minivllm.engine.client import ThreadClient
     from minivllm.engine.process import ProcessClient, freeze_heap
     from minivllm.server.app import create_app
-    from minivllm.server.config import ServerConfig
     from minivllm.server.listen import Server
 
     build = partial(TalkingEngine, steps_per_second)

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engine": ENGINE,
     "server": DOOR,
     "benchmarks": (*ENGINE, "planning"),
-    "entrypoints": ("cli", "server"),
+    "entrypoints": ("cli", "config"),
     "cli": (*ENGINE, "server", "planning", "benchmarks", "minivllm"),
     "__init__": (*INPUT, "outputs", "engine"),
     "__main__": ("cli",),

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.errors import ApiError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _FIELDS = ("custom_id", "method", "url", "body")
@@ -54,6 +53,8 @@ async def call(app: Application, path: str, body: bytes) -> tuple[int, dict[str,
 
 async def answer_line(app: Application, line: str) -> dict[str, Any]:
     """The output entry for one line of input."""
+    from minivllm.server.errors import ApiError
+
     custom_id: str | None = None
     try:
         try:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from minivllm.cli.flags import Parser, add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig
+from minivllm.config import FLAGS_NOT_YET, LOG_LEVELS, EngineConfig
 from minivllm.errors import InvalidInput
-from minivllm.server.config import LOG_LEVELS, NOT_YET, configure_logging
+from minivllm.server.terminal import configure_logging
 
 OF_THE_RUN = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # engine settings that the measurement decides
 
@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
     _add_serve(serve)
     serve.set_defaults(command_parser=serve)
     for name, text in (("latency", "one batch, again and again"), ("throughput", "many requests at once")):
-        offline = kinds.add_parser(name, help=f"{text}, without a server", not_yet=NOT_YET, description=f"Measure the engine: {text}.")
+        offline = kinds.add_parser(name, help=f"{text}, without a server", not_yet=FLAGS_NOT_YET,
+                                   description=f"Measure the engine: {text}.")
         _add_offline(offline, name)
         offline.set_defaults(command_parser=offline)
 

@@ -11,15 +11,16 @@ from typing import Any
 
 from minivllm.cli.flags import add_model_argument
 from minivllm.cli.local import Local, add_flags
+from minivllm.config import FLAGS_NOT_YET
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.config import NOT_YET, print_status
+from minivllm.server.terminal import print_status
 
 HELP = "/reset forgets the conversation, /system TEXT begins one with this system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 COMMANDS = ("/reset", "/system", "/exit", "/help")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="talk to a model in the terminal", not_yet=NOT_YET,
+    parser = commands.add_parser("chat", help="talk to a model in the terminal", not_yet=FLAGS_NOT_YET,
                                  description=f"Talk to a model in the terminal. {HELP}.")
     add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")

@@ -6,14 +6,14 @@ import sys
 from typing import Any
 
 from minivllm.cli.local import Local, add_flags
+from minivllm.config import FLAGS_NOT_YET
 from minivllm.errors import InvalidInput
-from minivllm.server.config import NOT_YET
 
 DEFAULT_TOKENS = 128  # a text, unlike an answer in a chat, seldom ends by itself
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("complete", help="continue a text", not_yet=NOT_YET,
+    parser = commands.add_parser("complete", help="continue a text", not_yet=FLAGS_NOT_YET,
                                  description="Continue a text. Only the continuation goes to stdout.")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
     add_flags(parser, f"longest continuation in tokens (default: {DEFAULT_TOKENS})")

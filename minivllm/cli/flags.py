@@ -127,13 +127,13 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
 def _from_file(path: str | None, fields: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
-    from minivllm.server.config import NOT_YET
+    from minivllm.config import FLAGS_NOT_YET
 
     values = {}
     for key, value in _read(Path(path)).items():
         name = str(key).replace("-", "_")
-        if name in NOT_YET:
-            raise NotSupportedYet(f"{path}: {key} ({NOT_YET[name]}) is not supported yet: leave it out", name)
+        if name in FLAGS_NOT_YET:
+            raise NotSupportedYet(f"{path}: {key} ({FLAGS_NOT_YET[name]}) is not supported yet: leave it out", name)
         if name not in fields:
             raise InvalidInput(f"{path}: unknown setting {key!r}{nearest(name, fields)}", name)
         values[name] = value

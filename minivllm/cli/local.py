@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, build, given
-from minivllm.config import EngineConfig
+from minivllm.config import LOG_LEVELS, EngineConfig
 from minivllm.errors import EngineDead
 from minivllm.sampling_params import SamplingParams
-from minivllm.server.config import LOG_LEVELS, configure_logging, print_status
+from minivllm.server.terminal import configure_logging, print_status
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine

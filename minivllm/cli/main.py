@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from minivllm import __version__
 from minivllm.cli.flags import Parser, normalise
 from minivllm.errors import EngineDead, InvalidInput
-from minivllm.server.config import print_status
+from minivllm.server.terminal import print_status
 
 COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "trace", "collect_env")  # modules of this package
 

@@ -5,14 +5,13 @@ import argparse
 from typing import Any
 
 from minivllm.cli.flags import add_config_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig
-from minivllm.server.config import NOT_YET
+from minivllm.config import FLAGS_NOT_YET, EngineConfig
 
 FIELDS = ("model", "tokenizer", "revision", "load_format")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("pull", help="fetch a model into the cache", not_yet=NOT_YET,
+    parser = commands.add_parser("pull", help="fetch a model into the cache", not_yet=FLAGS_NOT_YET,
                                  description="Fetch a model, convert it if need be, and print the folder it is in.")
     add_model_argument(parser)
     add_config_flags(parser, EngineConfig, "model", only=FIELDS)

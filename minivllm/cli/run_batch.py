@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig
+from minivllm.config import FLAGS_NOT_YET, EngineConfig, ServerConfig
 from minivllm.errors import InvalidInput
-from minivllm.server.config import NOT_YET, ServerConfig, configure_logging, print_status
+from minivllm.server.terminal import configure_logging, print_status
 
 # What of a server's settings means something without one.
 FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "enable_auto_tool_choice", "tool_call_parser",
@@ -19,7 +19,7 @@ FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "run-batch", help="answer a file of requests", not_yet=NOT_YET,
+        "run-batch", help="answer a file of requests", not_yet=FLAGS_NOT_YET,
         description="Answer a file of requests in OpenAI's batch format: a line each, to /v1/chat/completions, /v1/completions or "
                     "/v1/responses. A wrong line gets an error for its answer, and the others go on.")
     add_model_argument(parser)

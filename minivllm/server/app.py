@@ -15,11 +15,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from minivllm import __version__
+from minivllm.config import ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.authentication import AuthenticationMiddleware
-from minivllm.server.config import ServerConfig
 from minivllm.server.control import add_control
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
 from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter

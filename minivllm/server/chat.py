@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from minivllm.config import TOOL_CALL_PARSERS, ServerConfig
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, NotSupportedYet
-from minivllm.server.config import TOOL_CALL_PARSERS, ServerConfig
 from minivllm.server.errors import ApiError
 from minivllm.server.frontend import off_loop
 from minivllm.server.output_spec import OutputSpec

@@ -11,10 +11,10 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from minivllm import __version__
+from minivllm.config import ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.server.config import ServerConfig
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.protocol import Model, parse
 from minivllm.server.running import RunningRequests

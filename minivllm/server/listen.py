@@ -16,9 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from minivllm.server.config import ServerConfig, print_status
+from minivllm.config import ServerConfig
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.running import ENDING_SECONDS, RunningRequests
+from minivllm.server.terminal import print_status
 
 ABORT_SECONDS = 5  # for aborted streams to send their last events; then uvicorn closes the connections
 MAX_HEAD = 65_536  # bytes of request line and headers together

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivllm import __version__
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.engine.client import EngineClient, EngineInfo, ThreadClient
 from minivllm.engine.process import ProcessClient, freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.server.config import ServerConfig, configure_logging, print_status
+from minivllm.server.terminal import configure_logging, print_status
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine

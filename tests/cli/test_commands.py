@@ -221,7 +221,7 @@ def test_settings_may_come_from_a_file(words: Words, monkeypatch: pytest.MonkeyP
 
 
 def test_debug_logging_leaves_out_what_numba_prints_of_each_instruction_it_compiles() -> None:
-    code = ("import logging; from minivllm.server.config import configure_logging; configure_logging('debug');"
+    code = ("import logging; from minivllm.server.terminal import configure_logging; configure_logging('debug');"
             "print(*(logging.getLogger(name).isEnabledFor(logging.DEBUG) for name in ('minivllm', 'numba.core.ssa')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "True False\n"), done.stderr

@@ -12,9 +12,8 @@ import pytest
 
 from minivllm.cli.flags import build, given
 from minivllm.cli.main import COMMANDS, build_parser, guarded, main
-from minivllm.config import NOT_YET, EngineConfig
+from minivllm.config import NOT_YET, EngineConfig, ServerConfig
 from minivllm.errors import EngineDead, InvalidInput
-from minivllm.server.config import ServerConfig
 
 
 @pytest.fixture(autouse=True)

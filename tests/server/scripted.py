@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minivllm.config import ServerConfig
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.loop import EngineInfo
@@ -22,7 +23,6 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
-from minivllm.server.config import ServerConfig
 from minivllm.server.listen import Server
 
 Steps = list[tuple[tuple[int, ...], str]]

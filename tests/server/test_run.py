@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
+from minivllm.config import ServerConfig
 from minivllm.engine.client import EngineInfo
 from minivllm.errors import InvalidInput
-from minivllm.server.config import ServerConfig
 from minivllm.server.run import bind, listen, readiness
 
 INFO = EngineInfo(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from minivllm.cli import serve
 from minivllm.cli.flags import Parser, normalise
 from minivllm.cli.main import guarded
-from minivllm.server.config import NOT_YET
+from minivllm.config import FLAGS_NOT_YET
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m minivllm.entrypoints.openai.api_server", description="The same as `minivllm serve`.", not_yet=NOT_YET)
+    parser = Parser(prog="python -m minivllm.entrypoints.openai.api_server", not_yet=FLAGS_NOT_YET,
+                    description="The same as `minivllm serve`.")
     serve.add_flags(parser)
     args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
     if extras:
