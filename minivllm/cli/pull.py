@@ -1,4 +1,4 @@
-"""`minivllm pull [MODEL]`: fetch and convert a model now, so that later starts are quick."""
+"""`minivllm pull [MODEL]`: download and convert a model now, so that later starts are fast."""
 from __future__ import annotations
 
 import argparse
@@ -11,8 +11,8 @@ FIELDS = ("model", "tokenizer", "revision", "load_format")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("pull", help="fetch a model into the cache", not_yet=FLAGS_NOT_YET,
-                                 description="Fetch a model, convert it if need be, and print the folder it is in.")
+    parser = commands.add_parser("pull", help="download a model into the cache", not_yet=FLAGS_NOT_YET,
+                                 description="Download a model, convert it if necessary, and print its folder.")
     add_model_argument(parser)
     add_config_flags(parser, EngineConfig, "model", only=FIELDS)
 

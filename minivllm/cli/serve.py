@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minivllm.cli.flags import Parser, add_config_file, add_config_flags, add_model_argument, build, given
+from minivllm.cli.flags import CommandParser, add_config_file, add_config_flags, add_model_argument, build, given
 from minivllm.config import FLAGS_NOT_YET, EngineConfig, ServerConfig
 
 
@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     add_flags(parser)
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: CommandParser) -> None:
     add_config_file(parser)
     add_config_flags(parser, ServerConfig, "server")
     add_config_flags(parser, EngineConfig, "engine")

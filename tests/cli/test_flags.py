@@ -29,9 +29,9 @@ def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
     """The configs of a `serve` command line."""
-    from minivllm.cli.flags import normalise
+    from minivllm.cli.flags import normalize
 
-    args, extras = build_parser()[0].parse_known_args(normalise(["serve", *argv]))
+    args, extras = build_parser()[0].parse_known_args(normalize(["serve", *argv]))
     assert not extras
     values = given(args, EngineConfig, ServerConfig)
     return build(EngineConfig, values), build(ServerConfig, values)
