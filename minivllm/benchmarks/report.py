@@ -59,7 +59,7 @@ def read_objectives(pairs: Sequence[str]) -> dict[str, float]:
         name, colon, value = pair.partition(":")
         name = {"e2e": "e2el"}.get(name, name)
         if name not in METRICS:
-            raise InvalidInput(f"goodput knows {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}", "goodput")
+            raise InvalidInput(f"goodput must be among {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}", "goodput")
         try:
             limits[name] = float(value)
         except ValueError:

@@ -76,7 +76,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
                         help="metrics to report (default: ttft,tpot,itl,e2el)")
     result.add_argument("--metric-percentiles", default="90,99", metavar="NUMBERS", help="percentiles to report (default: 90,99)")
     result.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS",
-                        help="objectives, such as ttft:500 itl:50 (itl: a request's longest gap); reports requests per second that meet all")
+                        help="objectives, such as ttft:500 itl:50 (itl: a request's longest gap); reports requests/s that meet all")
     result.add_argument("--save", "--result-filename", dest="save", metavar="FILE", help="write the figures as JSON")
     result.add_argument("--save-result", action="store_true", help="write the figures to minivllm-bench-DATE.json")
     result.add_argument("--save-detailed", action="store_true", help="add the figures of each request to that file")
