@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.benchmarks import statistics, workloads
-from minivllm.benchmarks.workloads import Request
+from minivllm.benchmarks.workloads import WorkloadRequest
 
 ENGINES = {"minivllm": "bench.peers.minivllm_engine", "hf": "bench.peers.hf", "vllm": "bench.peers.vllm"}
 SMALL_CACHE_ROW = "nano8gb"  # nano's work with SMALL_CACHE, about what an 8 GB card has left with the 0.6B shape
@@ -65,7 +65,7 @@ def say(row: Row) -> None:
     print("BENCH " + json.dumps(row), flush=True)
 
 
-def run(engine: Any, requests: list[Request]) -> float:
+def run(engine: Any, requests: list[WorkloadRequest]) -> float:
     """Do the work, check its token counts -> seconds."""
     start = time.perf_counter()
     tokens = engine.generate(requests)
@@ -99,7 +99,7 @@ def measure(name: str, engine: Any, repeats: int, max_len: int) -> Row:
     return {"value": round(middle, 3), "unit": unit, "spread": round(spread, 3), "repeats": len(values)}
 
 
-def throughput(engine: Any, requests: list[Request]) -> tuple[float, str]:
+def throughput(engine: Any, requests: list[WorkloadRequest]) -> tuple[float, str]:
     return workloads.output_tokens(requests) / run(engine, requests), "tok/s"
 
 

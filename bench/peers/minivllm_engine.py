@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from minivllm import LLM, SamplingParams
-from minivllm.benchmarks.workloads import Request
+from minivllm.benchmarks.workloads import WorkloadRequest
 
 
 class _LogCollector(logging.Handler):
@@ -34,13 +34,13 @@ class Engine:
         self.start_parts = next((line.removeprefix("started: ") for line in collector.lines if line.startswith("started: ")), None)
         self.dtype = str(self.llm.llm_engine.info().dtype)
 
-    def generate(self, requests: list[Request]) -> list[list[int]]:
+    def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
         """-> the output tokens of each request."""
         prompts = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]
         params = [SamplingParams(temperature=r.temperature, max_tokens=r.output_len, ignore_eos=True, detokenize=False) for r in requests]
         return [list(out.outputs[0].token_ids) for out in self.llm.generate(prompts, params, use_tqdm=False)]
 
-    def generate_with_gaps(self, requests: list[Request]) -> tuple[list[list[int]], None]:
+    def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], None]:
         """Tokens without gaps. Only the oracle reports gaps."""
         return self.generate(requests), None
 
