@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from minivllm.benchmarks.client import Address
-from minivllm.benchmarks.load import Call, Load, run_load
+from minivllm.benchmarks.client import ServerAddress
+from minivllm.benchmarks.load import Load, TimedRequest, run_load
 from minivllm.benchmarks.statistics import percentile
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
@@ -85,10 +85,10 @@ class TalkingEngine:
 
 def serve(steps_per_second: float, in_thread: bool, profile: str | None, pipe: Connection) -> None:
     """The server's process. Says its port and its engine's process id; ends when the pipe says so."""
+    from minivllm.config import ServerConfig
     from minivllm.engine.client import ThreadClient
     from minivllm.engine.process import ProcessClient, freeze_heap
     from minivllm.server.app import create_app
-    from minivllm.server.config import ServerConfig
     from minivllm.server.listen import Server
 
     build = partial(TalkingEngine, steps_per_second)
@@ -155,7 +155,7 @@ def main() -> None:
     body = {"prompt": [100] * 16, "max_tokens": args.tokens, "ignore_eos": True, "temperature": 0.6, "stream": args.stream}
     if args.stream:
         body["stream_options"] = {"include_usage": True}
-    load = Load(Address("127.0.0.1", port), "/v1/completions", [Call(json.dumps(body).encode())] * args.streams)
+    load = Load(ServerAddress("127.0.0.1", port), "/v1/completions", [TimedRequest(json.dumps(body).encode())] * args.streams)
     print(f"{args.streams} streams of {args.tokens} tokens, event loop {loop}, {args.client_processes} client processes, "
           f"server process {server.pid}", flush=True)
     for _ in range(args.repeats):

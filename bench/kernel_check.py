@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench import models
-from minivllm.benchmarks.workloads import Request, check_requests
+from minivllm.benchmarks.workloads import WorkloadRequest, check_requests
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import parse_config
 from minivllm.kernels import REFERENCE, Ops
@@ -150,7 +150,7 @@ def apart(got: Tensor, want: Tensor) -> float:
     return float(error.nan_to_num(nan=torch.inf).max())
 
 
-def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[Request], outputs: Sequence[Sequence[int]]) -> float:
+def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[WorkloadRequest], outputs: Sequence[Sequence[int]]) -> float:
     """How far the worst of some greedy tokens is below the best logit, in standard deviations, all earlier tokens being given."""
     worst = 0.0
     for request, output in zip(requests, outputs, strict=True):
@@ -164,7 +164,7 @@ def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[Request],
 
 
 @torch.inference_mode()
-def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[Request]], list[list[int]]] | None = None) -> dict[str, Any]:
+def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadRequest]], list[list[int]]] | None = None) -> dict[str, Any]:
     """-> the distances found, and "refused" with the reason if they are too large. `greedy` asks the engine for its tokens."""
     reference = twin_with(model, REFERENCE)
     logits = [Trial(model, layout).run(), Trial(reference, layout, plain=True).run()]

@@ -55,12 +55,12 @@ def serve(model: str, pipe: Connection) -> None:
     """Serve until told to end; answer probes meanwhile."""
     import psutil
 
-    from minivllm.config import EngineConfig
+    from minivllm.config import EngineConfig, ServerConfig
     from minivllm.engine.tokenizer import Tokenizer
     from minivllm.server.app import create_app
-    from minivllm.server.build import start_engine
-    from minivllm.server.config import ServerConfig, configure_logging
     from minivllm.server.listen import Server
+    from minivllm.server.run import start_engine
+    from minivllm.server.terminal import configure_logging
 
     configure_logging("error")
     client = start_engine(EngineConfig(model=model, max_queue=MAX_QUEUE, **SETTINGS), process=True, log_level="error")

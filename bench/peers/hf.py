@@ -1,4 +1,4 @@
-"""Hugging Face Transformers' `generate`: a static batch, padded on the left, that runs until its longest output is done."""
+"""Hugging Face Transformers' `generate`: a static batch, padded on the left. It runs until its longest output is complete."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from minivllm.benchmarks.workloads import Request
+from minivllm.benchmarks.workloads import WorkloadRequest
 
 
 class Engine:
@@ -19,12 +19,12 @@ class Engine:
         self.model.generation_config.eos_token_id = None  # lengths are exact
         self.device, self.dtype = job["device"], job["dtype"]
 
-    def generate(self, requests: list[Request]) -> list[list[int]]:
-        """-> the output tokens of each request; those past its own length, which a static batch computes too, are cut off."""
+    def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
+        """-> the output tokens of each request. A static batch computes more tokens for the shorter ones; these are cut off."""
         return self._run(requests, scores=False)[0]
 
-    def generate_with_gaps(self, requests: list[Request]) -> tuple[list[list[int]], list[list[float]]]:
-        """One by one, so that no padding is involved; gaps: best minus second best logit at each token."""
+    def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], list[list[float]]]:
+        """One request at a time, without padding. gaps: best minus second best logit at each token."""
         tokens, gaps = [], []
         for request in requests:
             t, g = self._run([request], scores=True)
@@ -33,7 +33,7 @@ class Engine:
         return tokens, gaps
 
     @torch.inference_mode()
-    def _run(self, requests: list[Request], scores: bool) -> tuple[list[list[int]], list[list[float]]]:
+    def _run(self, requests: list[WorkloadRequest], scores: bool) -> tuple[list[list[int]], list[list[float]]]:
         longest = max(len(r.prompt_token_ids) for r in requests)
         steps = max(r.output_len for r in requests)
         ids = torch.zeros(len(requests), longest, dtype=torch.int64)

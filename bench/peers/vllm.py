@@ -1,11 +1,11 @@
-"""vLLM's `LLM`, with its defaults but for max_model_len 16384. It pins its own torch, so it needs an environment of its own."""
+"""vLLM's `LLM`, with its defaults, except max_model_len 16384. It pins its own torch, so it needs another environment."""
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
 
-from minivllm.benchmarks.workloads import Request
+from minivllm.benchmarks.workloads import WorkloadRequest
 
 MAX_MODEL_LEN = 16384
 
@@ -23,12 +23,12 @@ class Engine:
         self.llm = LLM(model=job["model"], dtype=job["dtype"], skip_tokenizer_init=True, load_format=job["load_format"], **options)
         self.dtype = job["dtype"]
 
-    def generate(self, requests: list[Request]) -> list[list[int]]:
+    def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
         """-> the output tokens of each request."""
         prompts = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]
         params = [self._params(temperature=r.temperature, max_tokens=r.output_len, ignore_eos=True, detokenize=False) for r in requests]
         return [list(out.outputs[0].token_ids) for out in self.llm.generate(prompts, params, use_tqdm=False)]
 
-    def generate_with_gaps(self, requests: list[Request]) -> tuple[list[list[int]], None]:
-        """Tokens, and no opinion on how close the second best came: that is the oracle's part."""
+    def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], None]:
+        """Tokens without gaps. Only the oracle reports gaps."""
         return self.generate(requests), None

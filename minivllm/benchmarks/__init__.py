@@ -1,1 +1,1 @@
-"""Workloads, statistics, and the load generator and offline runs of `minivllm bench`. Knows servers only by their sockets."""
+"""Workloads, statistics, and the runs of `minivllm bench`: a load generator for servers, and offline runs of the engine."""

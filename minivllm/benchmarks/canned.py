@@ -1,7 +1,7 @@
-"""A server that does no work: it streams prepared events as fast as its socket takes them.
+"""A server that does no work: it streams prepared events as fast as its sockets accept them.
 
-What a load generator reaches against this server is the generator's own ceiling; a figure measured with it means something only
-well below. One write per event and stream and turn of the event loop, as a real server's steps do.
+A load generator's rate against this server is the load generator's own limit. Figures measured with it are meaningful only well below
+that limit. Each event is one write, one event per stream and turn of the event loop, as the steps of a real server produce them.
 """
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import re
 import socket
-from multiprocessing.connection import Connection as Pipe
+from multiprocessing.connection import Connection
 from typing import cast
+
+from minivllm.benchmarks.event_loop import run_fast
 
 _HEAD = (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
          b"transfer-encoding: chunked\r\n\r\n")
@@ -30,20 +32,20 @@ def _event(text: str, finish: str | None = None) -> dict[str, object]:
 
 
 _TOKEN = _chunk(_event(" word"))
-_CARDS = json.dumps({"object": "list", "data": [{"id": "canned", "object": "model"}]}).encode()
-_MODELS = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(_CARDS) + _CARDS
+_MODEL_LIST = json.dumps({"object": "list", "data": [{"id": "canned", "object": "model"}]}).encode()
+_MODELS = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(_MODEL_LIST) + _MODEL_LIST
 
 
-class CannedServer(asyncio.Protocol):
-    """One connection. `max_tokens` events come back, whatever the prompt."""
+class CannedConnection(asyncio.Protocol):
+    """One connection. The response has `max_tokens` events, whatever the prompt."""
 
-    def __init__(self, streams: set[CannedServer]) -> None:
-        self._streams = streams  # those that are being answered; shared with the pump
+    def __init__(self, streams: set[CannedConnection]) -> None:
+        self._streams = streams  # the connections with an unfinished response; shared with `_serve`
         self._buffer = b""
         self._left = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from asyncio's
 
     def connection_lost(self, error: Exception | None) -> None:
         self._streams.discard(self)
@@ -59,27 +61,27 @@ class CannedServer(asyncio.Protocol):
         if head.startswith(b"GET"):
             self._transport.write(_MODELS)
             return
-        self._asked = int(json.loads(body[:size]).get("max_tokens") or 16)
-        self._left = self._asked
+        self._max_tokens = int(json.loads(body[:size]).get("max_tokens") or 16)
+        self._left = self._max_tokens
         self._transport.write(_HEAD)
         self._streams.add(self)
 
     def advance(self) -> bool:
-        """Send one event. False: that was the last one."""
+        """Send one event. False: it was the last one."""
         self._left -= 1
         if self._left > 0:
             self._transport.write(_TOKEN)
             return True
-        counts = {"prompt_tokens": 1, "completion_tokens": self._asked, "total_tokens": self._asked + 1}
+        counts = {"prompt_tokens": 1, "completion_tokens": self._max_tokens, "total_tokens": self._max_tokens + 1}
         usage = {**_event(""), "choices": [], "usage": counts}
         self._transport.write(_chunk(_event(" end", "length")) + _chunk(usage) + _chunk("[DONE]") + b"0\r\n\r\n")
         return False
 
 
 async def _serve(listener: socket.socket) -> None:
-    streams: set[CannedServer] = set()
+    streams: set[CannedConnection] = set()
     loop = asyncio.get_running_loop()
-    await loop.create_server(lambda: CannedServer(streams), sock=listener)
+    await loop.create_server(lambda: CannedConnection(streams), sock=listener)
     while True:
         for stream in list(streams):
             if not stream.advance():
@@ -87,37 +89,30 @@ async def _serve(listener: socket.socket) -> None:
         await asyncio.sleep(0 if streams else 0.001)
 
 
-def _main(port: int, ready: Pipe) -> None:
-    from minivllm.benchmarks.load import run_fast
-
-    listener = _listener(port)
+def _main(port: int, ready: Connection) -> None:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # several processes share one port
+    listener.bind(("127.0.0.1", port))
+    listener.listen(1024)
     ready.send(listener.getsockname()[1])
     run_fast(_serve(listener))
 
 
-def _listener(port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # several processes behind one port
-    listener.bind(("127.0.0.1", port))
-    listener.listen(1024)
-    return listener
-
-
-class Canned:
-    """Canned servers in processes of their own, all behind one port."""
+class CannedServers:
+    """Canned servers, each in its own process, all on one port."""
 
     def __init__(self, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._processes = []
         self.port = 0
         for _ in range(processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(self.port, theirs), daemon=True)
+            pipe, child_end = context.Pipe()
+            process = context.Process(target=_main, args=(self.port, child_end), daemon=True)
             process.start()
-            self.port = ours.recv()
+            self.port = pipe.recv()
             self._processes.append(process)
 
-    def __enter__(self) -> Canned:
+    def __enter__(self) -> CannedServers:
         return self
 
     def __exit__(self, *error: object) -> None:

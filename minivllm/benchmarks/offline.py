@@ -1,4 +1,4 @@
-"""`minivllm bench latency` and `throughput`: an `LLM` in this process, with exact output lengths and no text."""
+"""`minivllm bench latency` and `throughput`: an `LLM` in this process, with exact output lengths and without detokenization."""
 from __future__ import annotations
 
 import argparse
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minivllm.benchmarks.report import circumstances
+from minivllm.benchmarks.report import client_info
 from minivllm.benchmarks.statistics import percentile
-from minivllm.benchmarks.workloads import Request, nano, output_tokens, uniform
+from minivllm.benchmarks.workloads import WorkloadRequest, nano, output_tokens, uniform
 from minivllm.config import EngineConfig
 from minivllm.engine.llm import LLM
 from minivllm.sampling_params import SamplingParams
 
-WARM_UP_SEED = 1000  # prompts of a warm-up are none of those that are measured
+WARM_UP_SEED = 1000  # so that warm-up prompts differ from the measured ones
 
 
 def run_latency(config: EngineConfig, args: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def run_latency(config: EngineConfig, args: argparse.Namespace) -> int:
         "avg_latency": sum(seconds) / len(seconds), "latencies": seconds,
         "percentiles": {f"{q:g}": percentile(seconds, q) for q in (10, 25, 50, 75, 90, 99)},
     }
-    print(f"{args.batch_size} requests of {args.input_len} tokens in and {args.output_len} out, {args.num_iters} rounds")
+    print(f"{args.batch_size} requests, {args.input_len} input and {args.output_len} output tokens each, {args.num_iters} rounds")
     print(f"mean latency: {result['avg_latency']:.3f} s")
     for q, value in result["percentiles"].items():  # type: ignore[attr-defined]
         print(f"p{q} latency: {value:.3f} s")
@@ -63,9 +63,9 @@ def _load(config: EngineConfig) -> LLM:
     return LLM(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
-def generate(llm: LLM, requests: Sequence[Request], show: bool = False) -> float:
-    """Seconds for the whole work."""
-    vocabulary = llm.llm_engine.vocab_size  # ids past a small one are folded into it
+def generate(llm: LLM, requests: Sequence[WorkloadRequest], show: bool = False) -> float:
+    """Generate all outputs. Returns the seconds that it took."""
+    vocabulary = llm.llm_engine.vocab_size  # workloads may have larger ids than a small vocabulary
     prompts = [{"prompt_token_ids": [token % vocabulary for token in request.prompt_token_ids]} for request in requests]
     params = [SamplingParams(temperature=r.temperature, max_tokens=r.output_len, ignore_eos=True, detokenize=False) for r in requests]
     begin = time.perf_counter()
@@ -77,4 +77,4 @@ def generate(llm: LLM, requests: Sequence[Request], show: bool = False) -> float
 
 def _save(file: str | None, result: dict[str, Any]) -> None:
     if file is not None:
-        Path(file).write_text(json.dumps({**circumstances(), **result}, indent=1) + "\n", encoding="utf-8")
+        Path(file).write_text(json.dumps({**client_info(), **result}, indent=1) + "\n", encoding="utf-8")

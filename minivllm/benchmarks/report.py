@@ -1,8 +1,8 @@
-"""From outcomes to figures: throughput, latencies with percentiles, goodput; as a table and as JSON with vLLM's key names.
+"""Computes throughput, latencies with percentiles, and goodput from outcomes: as a table, and as JSON with vLLM's key names.
 
     TTFT   time to first token        start ──▶ first event
-    TPOT   time per output token      (last event - first event) / (tokens - 1), one value a request
-    ITL    inter-token latency        between neighbouring events, one value an event
+    TPOT   time per output token      (last event - first event) / (tokens - 1), one value per request
+    ITL    inter-token latency        between consecutive events, one value per event
     E2EL   end to end latency         start ──▶ last event
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from minivllm import __version__
-from minivllm.benchmarks.client import Outcome
+from minivllm.benchmarks.outcome import RequestOutcome
 from minivllm.benchmarks.statistics import percentile
 from minivllm.errors import InvalidInput, nearest
 
@@ -25,7 +25,7 @@ METRICS = {"ttft": "Time to first token", "tpot": "Time per output token", "itl"
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Of one answered request, in ms."""
+    """The latencies of one successful request, in ms."""
 
     ttft: float | None
     tpot: float | None
@@ -33,7 +33,7 @@ class Latencies:
     e2el: float
 
     @classmethod
-    def of(cls, outcome: Outcome) -> Latencies:
+    def of(cls, outcome: RequestOutcome) -> Latencies:
         times, tokens = outcome.times, outcome.tokens
         ttft = 1e3 * (times[0] - outcome.start) if times else None
         tpot = 1e3 * (times[-1] - times[0]) / (tokens - 1) if times and tokens > 1 else None
@@ -41,14 +41,14 @@ class Latencies:
         return cls(ttft, tpot, gaps, 1e3 * (outcome.end - outcome.start))
 
     def value(self, metric: str) -> float | None:
-        """The one figure that an objective looks at; of the gaps the longest, since that is the stall a reader sees."""
+        """The value that an objective limits. For ITL it is the longest gap, the worst stall of a stream."""
         if metric == "itl":
             return max(self.itl, default=None)
         value: float | None = getattr(self, metric)
         return value
 
     def meets(self, objectives: Mapping[str, float]) -> bool:
-        """Whether no objective is missed; what a request cannot have (gaps of a single token) it does not miss."""
+        """Whether all objectives are met. A metric that a request does not have (the ITL of a single token) is met."""
         return all((value := self.value(metric)) is None or value <= limit for metric, limit in objectives.items())
 
 
@@ -59,7 +59,7 @@ def read_objectives(pairs: Sequence[str]) -> dict[str, float]:
         name, colon, value = pair.partition(":")
         name = {"e2e": "e2el"}.get(name, name)
         if name not in METRICS:
-            raise InvalidInput(f"goodput knows {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}", "goodput")
+            raise InvalidInput(f"goodput must be among {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}", "goodput")
         try:
             limits[name] = float(value)
         except ValueError:
@@ -69,23 +69,23 @@ def read_objectives(pairs: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def summarise(
-    begin: float, outcomes: Sequence[Outcome], *, metrics: Sequence[str], percentiles: Sequence[float], objectives: Mapping[str, float],
-    prompt_tokens: Sequence[int],
+def summarize(
+    begin: float, outcomes: Sequence[RequestOutcome], *, metrics: Sequence[str], percentiles: Sequence[float],
+    objectives: Mapping[str, float], prompt_tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """All figures of a run. `prompt_tokens`: of each request, for servers that do not count them."""
-    answered = [o for o in outcomes if o.error is None]
-    if not answered:
-        raise InvalidInput(f"no request was answered: {outcomes[0].error}")
-    latencies = [Latencies.of(o) for o in answered]
+    """All figures of a run. `prompt_tokens`: those of each request, for servers that do not count them."""
+    successful = [o for o in outcomes if o.error is None]
+    if not successful:
+        raise InvalidInput(f"no request succeeded: {outcomes[0].error}")
+    latencies = [Latencies.of(o) for o in successful]
     duration = max(o.end for o in outcomes) - begin
     inputs = sum(p if o.prompt_tokens is None else o.prompt_tokens for o, p in zip(outcomes, prompt_tokens, strict=True) if o.error is None)
-    tokens = sum(o.tokens for o in answered)
+    tokens = sum(o.tokens for o in successful)
     result: dict[str, Any] = {
-        "duration": duration, "completed": len(answered), "failed": len(outcomes) - len(answered),
+        "duration": duration, "completed": len(successful), "failed": len(outcomes) - len(successful),
         "total_input_tokens": inputs, "total_output_tokens": tokens,
-        "request_throughput": len(answered) / duration, "output_throughput": tokens / duration,
-        "total_token_throughput": (inputs + tokens) / duration, "events": sum(len(o.times) for o in answered),
+        "request_throughput": len(successful) / duration, "output_throughput": tokens / duration,
+        "total_token_throughput": (inputs + tokens) / duration, "events": sum(len(o.times) for o in successful),
     }
     if objectives:
         result["request_goodput"] = sum(latency.meets(objectives) for latency in latencies) / duration
@@ -112,7 +112,7 @@ def _figures(metric: str, values: Sequence[float], percentiles: Sequence[float])
 
 
 def table(result: Mapping[str, Any], percentiles: Sequence[float]) -> str:
-    """The figures for a person."""
+    """The figures as a table."""
     rows: list[tuple[str, str]] = [
         ("Successful requests", str(result["completed"])), ("Failed requests", str(result["failed"])),
         ("Benchmark duration (s)", f"{result['duration']:.2f}"),
@@ -134,8 +134,8 @@ def table(result: Mapping[str, Any], percentiles: Sequence[float]) -> str:
     return "\n".join([*lines, "=" * 56])
 
 
-def details(begin: float, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One entry a request, for a later look: seconds."""
+def details(begin: float, outcomes: Sequence[RequestOutcome]) -> dict[str, Any]:
+    """Values of each request, in seconds, for later analysis."""
     return {
         "start_times": [o.start - begin for o in outcomes], "input_lens": [o.prompt_tokens for o in outcomes],
         "output_lens": [o.tokens for o in outcomes], "errors": [o.error or "" for o in outcomes],
@@ -144,8 +144,8 @@ def details(begin: float, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def circumstances() -> dict[str, Any]:
-    """When, and with what on the client's side."""
+def client_info() -> dict[str, Any]:
+    """The date, and the client's version and machine."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "client": f"minivllm {__version__}",
         "client_machine": {"system": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},

@@ -6,19 +6,23 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from minivllm.benchmarks.canned import Canned
-from minivllm.benchmarks.client import Address, Client, HttpError, Outcome
-from minivllm.benchmarks.load import Call, Load, Progress, run_fast, run_load
-from minivllm.benchmarks.report import METRICS, circumstances, details, read_objectives, summarise, table
-from minivllm.benchmarks.serving import Ask, Lengths, arrivals, nano_asks, random_asks, trace_asks
+from minivllm.benchmarks.canned import CannedServers
+from minivllm.benchmarks.client import HttpError, LoadClient, ServerAddress
+from minivllm.benchmarks.event_loop import run_fast
+from minivllm.benchmarks.load import Load, LoadProgress, TimedRequest, run_load
+from minivllm.benchmarks.outcome import RequestOutcome
+from minivllm.benchmarks.report import METRICS, client_info, details, read_objectives, summarize, table
+from minivllm.benchmarks.serving import LengthDistribution, ServingRequest, arrivals, nano_requests, random_requests, trace_requests
 from minivllm.errors import InvalidInput, nearest
 
-NO_SETTINGS = ("api_key", "command", "kind", "command_parser")  # of the arguments: not for the record
+NOT_SAVED = ("api_key", "command", "kind", "command_parser")  # arguments that the JSON record leaves out
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -28,29 +32,30 @@ def run_serve(args: argparse.Namespace) -> int:
     save = result_file(args)
     if args.plot:
         _check_plot(args.plot)
-    asks = read_work(args)
+    requests = read_requests(args)
     with contextlib.ExitStack() as stack:
         if args.canned:
-            address = Address("127.0.0.1", stack.enter_context(Canned(args.client_processes)).port)
+            address = ServerAddress("127.0.0.1", stack.enter_context(CannedServers(args.client_processes)).port)
         else:
-            address = Address.of(args.base_url or f"http://{args.host}:{args.port}")
+            address = ServerAddress.of(args.base_url or f"http://{args.host}:{args.port}")
         headers = _headers(args)
         model = args.model or run_fast(first_model(address, headers))
-        load = Load(address, args.endpoint, _calls(args, asks, model), args.max_concurrency, headers)
+        load = Load(address, args.endpoint, _timed(args, requests, model), args.max_concurrency, headers)
         if args.num_warmups:
             _warm_up(load, args.num_warmups)
-        print(f"{len(asks)} requests to {model} ({'canned events' if args.canned else args.endpoint}), rate {args.request_rate:g}/s, "
-              f"at most {args.max_concurrency or len(asks)} at once, from {args.client_processes} client processes", file=sys.stderr)
-        with progress_bar(len(asks), hidden=args.disable_tqdm) as progress:
+        print(f"{len(requests)} requests to {model} ({'canned events' if args.canned else args.endpoint}), rate {args.request_rate:g}/s, "
+              f"at most {args.max_concurrency or len(requests)} at a time, from {args.client_processes} client processes", file=sys.stderr)
+        with progress_bar(len(requests), hidden=args.disable_tqdm) as progress:
             begin, outcomes = run_load(load, args.client_processes, progress)
-    prompt_tokens = [len(ask.prompt.split() if isinstance(ask.prompt, str) else ask.prompt) for ask in asks]
-    result = summarise(begin, outcomes, metrics=metrics, percentiles=percentiles, objectives=objectives, prompt_tokens=prompt_tokens)
+    prompt_tokens = [len(r.prompt.split() if isinstance(r.prompt, str) else r.prompt) for r in requests]
+    result = summarize(begin, outcomes, metrics=metrics, percentiles=percentiles, objectives=objectives, prompt_tokens=prompt_tokens)
     print(table(result, percentiles))
     if args.canned:
-        print(f"the load generator's own ceiling: {result['events'] / result['duration']:,.0f} events a second "
-              f"with {args.client_processes} client processes (canned servers share the machine with them)")
-    _keep(args, save, model, begin, outcomes, result)
-    return _tell_failures(outcomes)
+        print(f"maximum rate of the load generator: {result['events'] / result['duration']:,.0f} events/s and "
+              f"{result['request_throughput']:,.0f} requests/s with {args.client_processes} client processes "
+              "(the canned servers run on the same machine)")
+    _save(args, save, model, begin, outcomes, result)
+    return _print_failures(outcomes)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
@@ -60,7 +65,8 @@ def read_metrics(text: str) -> list[str]:
     names = [{"e2e": "e2el"}.get(name, name) for name in text.split(",") if name]
     for name in names:
         if name not in METRICS:
-            raise InvalidInput(f"percentile_metrics knows {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}", "percentile_metrics")
+            raise InvalidInput(f"percentile_metrics must be among {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}",
+                               "percentile_metrics")
     return names
 
 
@@ -75,45 +81,47 @@ def read_percentiles(text: str) -> list[float]:
 
 
 def result_file(args: argparse.Namespace) -> Path | None:
-    """Where the figures go, tried before anything is measured."""
+    """The file for the figures, checked before the measurement."""
     name = args.save
     if name is None and (args.save_result or args.save_detailed):
         name = f"minivllm-bench-{datetime.now():%Y%m%d-%H%M%S}.json"
     if name is None:
         return None
-    path = Path(name)
-    if not path.resolve().parent.is_dir():
-        raise InvalidInput(f"the folder of {name} does not exist: make it, or choose another", "save")
-    return path
+    _check_folder(name, "save")
+    return Path(name)
 
 
 def _check_plot(file: str) -> None:
     if Path(file).suffix not in (".png", ".svg", ".pdf"):
         raise InvalidInput(f"plot must end in .png, .svg or .pdf, got {file!r}", "plot")
+    _check_folder(file, "plot")
+    import matplotlib  # noqa: F401  # if it is missing, fail now and not after the run
+
+
+def _check_folder(file: str, param: str) -> None:
     if not Path(file).resolve().parent.is_dir():
-        raise InvalidInput(f"the folder of {file} does not exist: make it, or choose another", "plot")
-    import matplotlib  # noqa: F401  # missing: said now, not after the run
+        raise InvalidInput(f"the folder of {file} does not exist: create it, or choose another", param)
 
 
-def read_work(args: argparse.Namespace) -> list[Ask]:
+def read_requests(args: argparse.Namespace) -> list[ServingRequest]:
     chat = args.endpoint.endswith("chat/completions")
     text = (args.prompt_format or ("text" if chat else "ids")) == "text"
     if chat and not text:
         raise InvalidInput("the chat endpoint takes text: leave out --prompt-format ids", "prompt_format")
     if (args.dataset_path is not None) != (args.dataset_name == "trace"):
-        raise InvalidInput("dataset_path names the file of --dataset-name trace: give both, or neither", "dataset_path")
+        raise InvalidInput("dataset_path is the file of --dataset-name trace: give both, or neither", "dataset_path")
     if args.dataset_name == "trace":
-        return trace_asks(args.dataset_path, args.num_prompts, seed=args.seed, last_id=args.max_token_id, text=text)
+        return trace_requests(args.dataset_path, args.num_prompts, seed=args.seed, last_id=args.max_token_id, text=text)
     if args.dataset_name == "nano":
         if text:
             raise InvalidInput("nano's prompts are token ids: use --endpoint /v1/completions with --prompt-format ids", "dataset_name")
-        return nano_asks(args.num_prompts, args.seed)
+        return nano_requests(args.num_prompts, args.seed)
     inputs, outputs = (
-        Lengths(middle=middle, ratio=args.random_range_ratio, sigma=args.random_sigma)
+        LengthDistribution(middle=middle, ratio=args.random_range_ratio, sigma=args.random_sigma)
         for middle in (args.random_input_len, args.random_output_len)
     )
-    return random_asks(args.num_prompts or 100, inputs, outputs, seed=args.seed, prefix_len=args.random_prefix_len,
-                       last_id=args.max_token_id, text=text)
+    return random_requests(args.num_prompts or 100, inputs, outputs, seed=args.seed, prefix_len=args.random_prefix_len,
+                           last_id=args.max_token_id, text=text)
 
 
 def _headers(args: argparse.Namespace) -> dict[str, str]:
@@ -121,28 +129,28 @@ def _headers(args: argparse.Namespace) -> dict[str, str]:
     if not key:
         return {}
     if not key.isascii() or not key.isprintable():
-        raise InvalidInput("api_key must be plain ASCII: HTTP headers carry nothing else", "api_key")
+        raise InvalidInput("api_key must be plain ASCII: HTTP headers allow nothing else", "api_key")
     return {"Authorization": f"Bearer {key}"}
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
-def _calls(args: argparse.Namespace, asks: Sequence[Ask], model: str) -> list[Call]:
-    due = arrivals(asks, args.request_rate, args.burstiness, args.seed)
-    return [Call(json.dumps(body(args, ask, model)).encode(), at) for ask, at in zip(asks, due, strict=True)]
+def _timed(args: argparse.Namespace, requests: Sequence[ServingRequest], model: str) -> list[TimedRequest]:
+    due = arrivals(requests, args.request_rate, args.burstiness, args.seed)
+    return [TimedRequest(json.dumps(body(args, request, model)).encode(), at) for request, at in zip(requests, due, strict=True)]
 
 
-def body(args: argparse.Namespace, ask: Ask, model: str) -> dict[str, Any]:
-    """One request as the server reads it."""
-    temperature = args.temperature if args.temperature is not None else ask.temperature or 0.0
-    fields: dict[str, Any] = {"model": model, "max_tokens": ask.output_len, "temperature": temperature, "stream": args.stream}
+def body(args: argparse.Namespace, request: ServingRequest, model: str) -> dict[str, Any]:
+    """The JSON body of one request."""
+    temperature = args.temperature if args.temperature is not None else request.temperature or 0.0
+    fields: dict[str, Any] = {"model": model, "max_tokens": request.output_len, "temperature": temperature, "stream": args.stream}
     if args.endpoint.endswith("chat/completions"):
-        if not isinstance(ask.prompt, str):
-            raise InvalidInput("the trace holds token ids, and the chat endpoint takes text: use --endpoint /v1/completions", "endpoint")
-        fields["messages"] = [{"role": "user", "content": ask.prompt}]
+        if not isinstance(request.prompt, str):
+            raise InvalidInput("the trace has token ids, and the chat endpoint takes text: use --endpoint /v1/completions", "endpoint")
+        fields["messages"] = [{"role": "user", "content": request.prompt}]
     else:
-        fields["prompt"] = ask.prompt if isinstance(ask.prompt, str) else list(ask.prompt)
+        fields["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
     if args.stream:
         fields["stream_options"] = {"include_usage": True}
     if args.ignore_eos:
@@ -150,14 +158,14 @@ def body(args: argparse.Namespace, ask: Ask, model: str) -> dict[str, Any]:
     return fields | args.extra_body
 
 
-async def first_model(address: Address, headers: dict[str, str]) -> str:
+async def first_model(address: ServerAddress, headers: dict[str, str]) -> str:
     """The first name in /v1/models."""
-    client = Client(address, headers)
+    client = LoadClient(address, headers)
     try:
         return str(json.loads(await client.get("/v1/models"))["data"][0]["id"])
     except (OSError, HttpError) as error:
         raise InvalidInput(f"no OpenAI-compatible server answers at {address.host}:{address.port} ({error}): start one "
-                           "(minivllm serve), or say where it is with base_url, host or port", "base_url") from None
+                           "(minivllm serve), or give its address with base_url, host or port", "base_url") from None
     except (ValueError, LookupError, TypeError):
         raise InvalidInput(f"{address.host}:{address.port} does not list its models as OpenAI's API does: give --model", "model") from None
     finally:
@@ -165,36 +173,36 @@ async def first_model(address: Address, headers: dict[str, str]) -> str:
 
 
 def _warm_up(load: Load, count: int) -> None:
-    """The first requests, one after the other; if they fail, so would all the others."""
-    calls = [Call(load.calls[i % len(load.calls)].body) for i in range(count)]
-    _, outcomes = run_load(Load(load.address, load.path, calls, 1, load.headers), 1)
+    """Send the first requests one after the other. If one of them fails, all others would fail too."""
+    requests = [replace(load.requests[i % len(load.requests)], due=0.0) for i in range(count)]
+    _, outcomes = run_load(replace(load, requests=requests, max_concurrency=1), 1)
     for outcome in outcomes:
         if outcome.error is not None:
             raise InvalidInput(f"the first request failed: {outcome.error}")
 
 
-# -- what is shown and kept -------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, hidden: bool) -> Iterator[Callable[[Progress], None]]:
+def progress_bar(total: int, hidden: bool) -> Iterator[Callable[[LoadProgress], None]]:
     from tqdm import tqdm
 
     with tqdm(total=total, disable=hidden or None, unit="req", leave=False) as bar:
-        def show(so_far: Progress) -> None:
+        def show(so_far: LoadProgress) -> None:
             bar.update(so_far.requests - bar.n)
             bar.set_postfix_str(f"{so_far.tokens:,} tokens", refresh=False)
 
         yield show
 
 
-def _keep(
-    args: argparse.Namespace, save: Path | None, model: str, begin: float, outcomes: Sequence[Outcome], result: dict[str, Any],
+def _save(
+    args: argparse.Namespace, save: Path | None, model: str, begin: float, outcomes: Sequence[RequestOutcome], result: dict[str, Any],
 ) -> None:
     if save is not None:
-        settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-        settings["request_rate"] = str(args.request_rate)  # JSON knows no infinity
-        record = {**circumstances(), "model_id": model, "settings": settings, **result}
+        settings = {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+        settings["request_rate"] = str(args.request_rate)  # JSON has no infinity
+        record = {**client_info(), "model_id": model, "settings": settings, **result}
         if args.save_detailed:
             record |= details(begin, outcomes)
         save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -202,17 +210,14 @@ def _keep(
     if args.plot:
         from minivllm.benchmarks.plot import draw
 
-        rate = "as fast as possible" if args.request_rate == float("inf") else f"{args.request_rate:g} requests a second"
-        title = f"{model}: {len(outcomes)} requests, {rate}, {result['output_throughput']:,.0f} output tokens a second"
+        rate = "as fast as possible" if args.request_rate == float("inf") else f"{args.request_rate:g} requests/s"
+        title = f"{model}: {len(outcomes)} requests, {rate}, {result['output_throughput']:,.0f} output tokens/s"
         draw(args.plot, begin, outcomes, title, result.get("goodput_objectives_ms", {}))
         print(f"picture written to {args.plot}", file=sys.stderr)
 
 
-def _tell_failures(outcomes: Sequence[Outcome]) -> int:
-    errors: dict[str, int] = {}
-    for outcome in outcomes:
-        if outcome.error is not None:
-            errors[outcome.error] = errors.get(outcome.error, 0) + 1
-    for error, count in sorted(errors.items(), key=lambda item: -item[1])[:5]:
+def _print_failures(outcomes: Sequence[RequestOutcome]) -> int:
+    errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
+    for error, count in errors.most_common(5):
         print(f"{count} requests failed: {error}", file=sys.stderr)
     return 1 if errors else 0

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100), linear between neighbours, as numpy's default."""
+    """The q-th percentile (0 to 100), interpolated linearly between neighbors as numpy does by default."""
     if not values:
         raise ValueError("no values")
     if not 0.0 <= q <= 100.0:
         raise ValueError(f"q must be within 0 and 100, got {q}")
     ordered = sorted(values)
-    place = q / 100.0 * (len(ordered) - 1)
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    position = q / 100.0 * (len(ordered) - 1)
+    low, high = math.floor(position), math.ceil(position)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def median(values: Sequence[float]) -> float:
@@ -22,6 +22,6 @@ def median(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """(largest - smallest) / median: how far repetitions lie apart, so that a reader can doubt a figure."""
+    """(largest - smallest) / median: how much repetitions differ, and so how reliable a figure is."""
     middle = median(values)
     return (max(values) - min(values)) / middle if middle else 0.0

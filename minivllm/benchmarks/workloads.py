@@ -1,4 +1,4 @@
-"""The work of each benchmark row, exactly: prompts as token ids, output lengths, temperature. Equal for every engine.
+"""The exact work of each benchmark row: prompts as token ids, output lengths, temperature. It is the same for every engine.
 
     row        requests                    prompt            output           figure
     cN         N at once                   128               128              output tokens / s
@@ -6,23 +6,23 @@
     ttftL      one                         L                 1                median ms
     bsB        B at once, greedy           128               1, then 257      ms per further output token (TPOT)
     nano       256 at once                 100..1024         100..1024        output tokens / s
-    nano8gb    nano, by an engine with room for 44,800 tokens      output tokens / s
-    prefix     64 with a common prefix     2,048 + 64        64               seconds, the prefix being known already
+    nano8gb    nano, with KV cache for 44,800 tokens               output tokens / s
+    prefix     64 with a common prefix     2,048 + 64        64               seconds, with the prefix already cached
 
-Output lengths are exact: end-of-sequence tokens are ignored. A repetition draws fresh prompts (another seed), so that no
-engine answers from what it remembers.
+Output lengths are exact: end-of-sequence tokens are ignored. A repetition uses new prompts (another seed), so that no engine profits
+from its prefix cache.
 """
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-FIRST_ID, LAST_ID = 100, 10_000  # of random prompts: in every vocabulary, and past the special tokens that open most
+FIRST_ID, LAST_ID = 100, 10_000  # of random prompts: within every vocabulary, above the special tokens at its start
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One request. `output_len` tokens come back, whatever they are."""
+class WorkloadRequest:
+    """One request with exactly `output_len` output tokens."""
 
     prompt_token_ids: tuple[int, ...]
     output_len: int
@@ -33,40 +33,40 @@ def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randint(FIRST_ID, LAST_ID) for _ in range(count))
 
 
-def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0) -> list[Request]:
+def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0) -> list[WorkloadRequest]:
     """`count` greedy requests of one size: rows cN, bsB and ttftL."""
     rng = random.Random(seed)
-    return [Request(_tokens(rng, prompt_len), output_len) for _ in range(count)]
+    return [WorkloadRequest(_tokens(rng, prompt_len), output_len) for _ in range(count)]
 
 
-def mixed(count: int = 32, low: int = 20, high: int = 200, seed: int = 0) -> list[Request]:
-    """Greedy requests of all sizes. The lengths (per request: prompt, then output) are the same for every seed."""
+def mixed(count: int = 32, low: int = 20, high: int = 200, seed: int = 0) -> list[WorkloadRequest]:
+    """Greedy requests of different sizes. The lengths (per request: prompt, then output) are the same for every seed."""
     lengths, rng = random.Random(0), random.Random(seed)
     sizes = [(lengths.randint(low, high), lengths.randint(low, high)) for _ in range(count)]
-    return [Request(_tokens(rng, prompt_len), output_len) for prompt_len, output_len in sizes]
+    return [WorkloadRequest(_tokens(rng, prompt_len), output_len) for prompt_len, output_len in sizes]
 
 
-def nano(seed: int = 0) -> list[Request]:
-    """nano-vllm's benchmark: first all prompts are drawn, then all output lengths; 133,966 output tokens with seed 0."""
+def nano(seed: int = 0) -> list[WorkloadRequest]:
+    """nano-vllm's benchmark: all prompts are drawn first, then all output lengths. 133,966 output tokens with seed 0."""
     rng = random.Random(seed)
     prompts = [tuple(rng.randint(0, LAST_ID) for _ in range(rng.randint(100, 1024))) for _ in range(256)]
-    return [Request(prompt, rng.randint(100, 1024), temperature=0.6) for prompt in prompts]
+    return [WorkloadRequest(prompt, rng.randint(100, 1024), temperature=0.6) for prompt in prompts]
 
 
 def shared_prefix(
     count: int = 64, prefix_len: int = 2048, own_len: int = 64, output_len: int = 64, seed: int = 0
-) -> tuple[Request, list[Request]]:
-    """-> (a request that makes the prefix known, requests that start with it)."""
+) -> tuple[WorkloadRequest, list[WorkloadRequest]]:
+    """A request that puts the prefix into the cache, and requests that start with the prefix."""
     rng = random.Random(seed)
     prefix = _tokens(rng, prefix_len)
-    return Request(prefix, 1), [Request(prefix + _tokens(rng, own_len), output_len) for _ in range(count)]
+    return WorkloadRequest(prefix, 1), [WorkloadRequest(prefix + _tokens(rng, own_len), output_len) for _ in range(count)]
 
 
-def output_tokens(requests: list[Request]) -> int:
+def output_tokens(requests: list[WorkloadRequest]) -> int:
     return sum(request.output_len for request in requests)
 
 
-def check_requests() -> list[Request]:
-    """A small mix whose greedy tokens are compared between engines before anything is timed."""
+def check_requests() -> list[WorkloadRequest]:
+    """A small mix whose greedy tokens are compared between engines before the measurement."""
     rng = random.Random(1)
-    return [Request(_tokens(rng, length), 16) for length in (1, 7, 64, 200)]
+    return [WorkloadRequest(_tokens(rng, length), 16) for length in (1, 7, 64, 200)]

@@ -1,6 +1,6 @@
 """`minivllm chat [MODEL]`: a conversation in the terminal, streamed.
 
-The whole conversation is sent each time; the engine finds all but the newest words in its prefix cache.
+Each prompt is the whole conversation. The engine finds all but the newest messages in its prefix cache.
 """
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import sys
 from typing import Any
 
 from minivllm.cli.flags import add_model_argument
-from minivllm.cli.local import Local, add_flags
+from minivllm.cli.local import LocalEngine, add_flags
+from minivllm.config import FLAGS_NOT_YET
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.config import NOT_YET, say
+from minivllm.server.terminal import print_status
 
-HELP = "/reset forgets the conversation, /system TEXT begins one with this system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+HELP = "/reset starts a new conversation, /system TEXT starts one with this system message, Ctrl-C stops an answer, /exit or Ctrl-D exits"
 COMMANDS = ("/reset", "/system", "/exit", "/help")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="talk to a model in the terminal", not_yet=NOT_YET,
-                                 description=f"Talk to a model in the terminal. {HELP}.")
+    parser = commands.add_parser("chat", help="chat with a model in the terminal", not_yet=FLAGS_NOT_YET,
+                                 description=f"Chat with a model in the terminal. {HELP}.")
     add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    with Local.start(args) as local:
-        Chat(local, args.system).run()
+    with LocalEngine.start(args) as local:
+        ChatSession(local, args.system).run()
     return 0
 
 
-class Chat:
+class ChatSession:
     """A conversation and its commands."""
 
-    def __init__(self, local: Local, system: str | None) -> None:
+    def __init__(self, local: LocalEngine, system: str | None) -> None:
         tokenizer = local.engine.tokenizer
-        assert tokenizer is not None  # skip_tokenizer_init is no flag here
+        assert tokenizer is not None  # this command has no flag skip_tokenizer_init
         if tokenizer.chat_template is None:
             raise InvalidInput("this model has no chat template: use a chat model, or `minivllm complete`", "model")
         self.local = local
@@ -48,8 +49,8 @@ class Chat:
     def run(self) -> None:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  input() gets line editing and a history
-            say(HELP)
+                import readline  # noqa: F401  # gives input() line editing and a history
+            print_status(HELP)
         while (line := self._read()) is not None:
             if line.startswith("/"):
                 if line == "/exit":
@@ -59,31 +60,31 @@ class Chat:
                 self._answer(line)
 
     def _read(self) -> str | None:
-        """A line; None at the end of input."""
+        """The next line of input; None at its end."""
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             if sys.stdin.isatty():
                 print()
             return None
-        except KeyboardInterrupt:  # at the prompt there is nothing to stop
+        except KeyboardInterrupt:  # there is no answer to stop
             print()
-            say(HELP)
+            print_status(HELP)
             return ""
 
     def _command(self, line: str) -> None:
         if line == "/reset":
             self.messages = list(self.opening)
-            say("(a new conversation)")
+            print_status("(a new conversation)")
         elif line == "/system" or line.startswith("/system "):
             system = line.removeprefix("/system").strip()
             self.opening = [{"role": "system", "content": system}] if system else []
             self.messages = list(self.opening)
-            say("(a new conversation, with this system message)" if system else "(a new conversation, without a system message)")
+            print_status("(a new conversation with this system message)" if system else "(a new conversation without a system message)")
         elif line == "/help":
-            say(HELP)
+            print_status(HELP)
         else:
-            say(f"no command {line!r}{nearest(line, COMMANDS)}. {HELP}")
+            print_status(f"unknown command {line!r}{nearest(line, COMMANDS)}. {HELP}")
 
     def _answer(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
@@ -94,11 +95,11 @@ class Chat:
             for piece in self.local.stream(prompt):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
-        except InvalidInput as error:  # most often: the conversation has outgrown the context
+        except InvalidInput as error:  # usually the conversation has become longer than the context
             self.messages.pop()
-            say(f"error: {error} (/reset starts afresh)")
+            print_status(f"error: {error} (/reset starts a new conversation)")
             return
         print()
         if self.local.interrupt.pressed:
-            say("(stopped)")
+            print_status("(stopped)")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})

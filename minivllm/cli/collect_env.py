@@ -1,4 +1,4 @@
-"""`minivllm collect-env`: what a bug report should say about the machine. Names no paths but the cache's."""
+"""`minivllm collect-env`: the facts about the machine that a bug report needs. The only path in it is the cache's."""
 from __future__ import annotations
 
 import argparse
@@ -13,7 +13,7 @@ from minivllm import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "jinja2", "gguf",
             "fastapi", "starlette", "pydantic", "uvicorn", "openai", "prometheus-client")
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")  # what chooses dtype and kernels
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")  # these determine dtype and kernels
 
 
 def add_parser(commands: Any) -> None:

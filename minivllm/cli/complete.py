@@ -1,31 +1,31 @@
-"""`minivllm complete PROMPT`: continue a text, streaming to stdout."""
+"""`minivllm complete PROMPT`: continue a text, streamed to stdout."""
 from __future__ import annotations
 
 import argparse
 import sys
 from typing import Any
 
-from minivllm.cli.local import Local, add_flags
+from minivllm.cli.local import LocalEngine, add_flags
+from minivllm.config import FLAGS_NOT_YET
 from minivllm.errors import InvalidInput
-from minivllm.server.config import NOT_YET
 
-DEFAULT_TOKENS = 128  # a text, unlike an answer in a chat, seldom ends by itself
+DEFAULT_TOKENS = 128  # unlike a chat's answer, a text rarely ends by itself
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("complete", help="continue a text", not_yet=NOT_YET,
+    parser = commands.add_parser("complete", help="continue a text", not_yet=FLAGS_NOT_YET,
                                  description="Continue a text. Only the continuation goes to stdout.")
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
-    add_flags(parser, f"longest continuation in tokens (default: {DEFAULT_TOKENS})")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; -: read it from stdin")
+    add_flags(parser, f"most tokens of the continuation (default: {DEFAULT_TOKENS})")
 
 
 def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise InvalidInput("the prompt is empty: give at least one character", "prompt")
-    with Local.start(args, max_tokens=DEFAULT_TOKENS) as local:
+    with LocalEngine.start(args, max_tokens=DEFAULT_TOKENS) as local:
         tokenizer = local.engine.tokenizer
-        assert tokenizer is not None  # skip_tokenizer_init is no flag here
+        assert tokenizer is not None  # this command has no flag skip_tokenizer_init
         for piece in local.stream(tokenizer.encode(prompt)):
             print(piece, end="", flush=True)
         print()

@@ -1,11 +1,10 @@
-"""Command-line flags made from the fields of a config dataclass, so names, defaults and help texts cannot drift apart.
+"""Command-line flags generated from the fields of a config dataclass, so names, defaults and help texts always agree.
 
     max_model_len: int | None = option(None, "longest prompt + output")
         ──▶  --max-model-len N          longest prompt + output
         ──▶  max_model_len = 4096       in a file given with --config
 
-A flag that was not given leaves no trace in the parsed arguments (`argparse.SUPPRESS`), so a file's value is known to be
-overridden only when the user really typed the flag.
+A flag that was not given is absent from the parsed arguments (`argparse.SUPPRESS`), so it does not override a value of the file.
 """
 from __future__ import annotations
 
@@ -18,25 +17,25 @@ from typing import Any, NoReturn, TypeVar
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
-Config = TypeVar("Config")
+ConfigType = TypeVar("ConfigType")
 
 _PARSE = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str, "tuple[str, ...]": str}
 
 
-class Parser(argparse.ArgumentParser):
-    """Argparse with exact flag names only, and errors that name the nearest flag."""
+class CommandParser(argparse.ArgumentParser):
+    """Accepts only exact flag names. Errors name the nearest flag."""
 
     def __init__(self, *args: Any, not_yet: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self.not_yet = dict(not_yet or {})  # flags known elsewhere that are not built yet: name -> what it is
+        self.not_yet = dict(not_yet or {})  # flags of vLLM that are not built yet: name -> feature
 
     def error(self, message: str) -> NoReturn:
-        """One line and a hint; the usage of forty flags would bury it."""
+        """One line with a hint: the usage text of forty flags would hide the error."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def refuse(self, extras: Sequence[str]) -> NoReturn:
-        """End the program over arguments that nothing took. Exit status 2, as for every wrong command line."""
+        """Exit because of unknown arguments, with status 2 as for every wrong command line."""
         flags = [arg.split("=", 1)[0] for arg in extras if arg.startswith("--")]
         if not flags:
             self.error(f"unexpected argument {extras[0]!r}")
@@ -48,12 +47,12 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown flag {flags[0]}{nearest(flags[0], known)}")
 
 
-def normalise(argv: Iterable[str]) -> list[str]:
-    """`--max_model_len=8` as `--max-model-len=8`: both spellings are in use."""
+def normalize(argv: Iterable[str]) -> list[str]:
+    """Replace `--max_model_len=8` by `--max-model-len=8`: users write both."""
     args = list(argv)
     fixed: list[str] = []
     for i, arg in enumerate(args):
-        if arg == "--":  # what follows are no flags
+        if arg == "--":  # the rest are not flags
             return fixed + args[i:]
         name, equals, value = arg.partition("=")
         fixed.append(name.replace("_", "-") + equals + value if name.startswith("--") else arg)
@@ -91,49 +90,49 @@ def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_argument", nargs="?", metavar="MODEL",
-                        help="folder, .gguf file or hub id; the embedded SmolLM2-135M-Instruct if left out")
+                        help="folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct)")
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE",
-                        help="JSON, TOML or YAML file with any of the flags below; the command line wins over it")
+                        help="JSON, TOML or YAML file with any of the flags below; flags on the command line override it")
 
 
 def given(args: argparse.Namespace, *configs: type) -> dict[str, Any]:
-    """Every setting that the user made, from `--config` and the command line, checked against the fields of `configs`."""
+    """The user's settings from `--config` and the command line, checked against the fields of `configs`."""
     fields = {f.name for config in configs for f in dataclasses.fields(config)}
     values = _from_file(getattr(args, "config", None), fields)
     values |= {name: value for name, value in vars(args).items() if name in fields}
     positional = getattr(args, "model_argument", None)
     if positional is not None:
         if values.get("model", positional) != positional and "model" in vars(args):
-            raise InvalidInput(f"two models were given, {positional!r} and --model {values['model']!r}: give one", "model")
+            raise InvalidInput(f"two models were given, {positional!r} and --model {values['model']!r}: give only one", "model")
         values["model"] = positional
     return values
 
 
-def build(config: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config that `values` describe; names of other configs in it are passed over."""
-    mine = {}
+def build(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
+    """The config with these values. Names of other configs are ignored."""
+    own = {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         if f.name in values:
             value = values[f.name]
             if str(f.type).startswith("tuple"):
                 value = tuple(value) if isinstance(value, list) else (value,)
-            mine[f.name] = value
-    return config(**mine)
+            own[f.name] = value
+    return config(**own)
 
 
 def _from_file(path: str | None, fields: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
-    from minivllm.server.config import NOT_YET
+    from minivllm.config import FLAGS_NOT_YET
 
     values = {}
     for key, value in _read(Path(path)).items():
         name = str(key).replace("-", "_")
-        if name in NOT_YET:
-            raise NotSupportedYet(f"{path}: {key} ({NOT_YET[name]}) is not supported yet: leave it out", name)
+        if name in FLAGS_NOT_YET:
+            raise NotSupportedYet(f"{path}: {key} ({FLAGS_NOT_YET[name]}) is not supported yet: leave it out", name)
         if name not in fields:
             raise InvalidInput(f"{path}: unknown setting {key!r}{nearest(name, fields)}", name)
         values[name] = value
@@ -157,9 +156,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidInput(f"reading {path} needs the package pyyaml: install it, or write the file as JSON or TOML", "config") from None
     except OSError as error:
         raise InvalidInput(f"cannot read the config file {path}: {error.strerror}", "config") from None
-    except Exception as error:  # each parser has its own error; all of them mean the same to the user
+    except Exception as error:  # each parser has its own kinds of errors
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidInput(f"{path} is not a valid config file: {line}", "config") from None
     if not isinstance(data, dict):
-        raise InvalidInput(f"{path} must hold settings by name, got a {type(data).__name__}", "config")
+        raise InvalidInput(f"{path} must contain settings by name, got a {type(data).__name__}", "config")
     return data

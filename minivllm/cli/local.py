@@ -1,4 +1,4 @@
-"""An engine inside the command's own process, for `chat` and `complete`: one request at a time, text as it comes."""
+"""An engine in the command's own process, for `chat` and `complete`: one request at a time, streamed."""
 from __future__ import annotations
 
 import argparse
@@ -9,35 +9,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, build, given
-from minivllm.config import EngineConfig
+from minivllm.config import LOG_LEVELS, EngineConfig
 from minivllm.errors import EngineDead
 from minivllm.sampling_params import SamplingParams
-from minivllm.server.config import LOG_LEVELS, configure_logging, say
+from minivllm.server.terminal import configure_logging, print_status
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import LLMEngine
 
-# Flag, type, help. What is left out comes from the model's generation_config.json.
+# Flag, type, help. Defaults come from the model's generation_config.json.
 SAMPLING = (
-    ("max_tokens", int, "longest answer in tokens; as long as the context allows if left out"),
-    ("temperature", float, "0: always the most probable token"),
-    ("top_p", float, "choose among the most probable tokens that add up to this"),
-    ("top_k", int, "choose among this many"),
-    ("min_p", float, "choose among tokens at least this fraction as probable as the best"),
-    ("repetition_penalty", float, "above 1: fewer repetitions"),
+    ("max_tokens", int, "most tokens of an answer (default: as many as the context allows)"),
+    ("temperature", float, "0: always choose the most probable token"),
+    ("top_p", float, "choose among the most probable tokens whose probabilities add up to this"),
+    ("top_k", int, "choose among this many most probable tokens"),
+    ("min_p", float, "choose among tokens with at least this fraction of the highest probability"),
+    ("repetition_penalty", float, "values above 1 reduce repetitions"),
 )
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-NOT_FOR_ONE = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # settings that mean nothing with one request and text
+UNUSED = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # engine settings without effect for one text request
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed. A step of the engine is never cut in the middle."""
+    """Records Ctrl-C instead of raising, so that no step of the engine is interrupted."""
 
     def __init__(self) -> None:
         self.pressed = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         self.pressed = False
         previous = signal.signal(signal.SIGINT, self._press)
         try:
@@ -55,12 +55,12 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = Non
     for name, kind, text in SAMPLING:
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is int else "X",
                            default=argparse.SUPPRESS, help=max_tokens_help if name == "max_tokens" and max_tokens_help else text)
-    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="how much to log (default: warning)")
-    add_config_flags(parser, EngineConfig, "engine", skip=NOT_FOR_ONE)
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="lowest level of log messages (default: warning)")
+    add_config_flags(parser, EngineConfig, "engine", skip=UNUSED)
 
 
-class Local:
-    """One engine, asked one thing at a time. Use as a context manager."""
+class LocalEngine:
+    """An engine that runs one request at a time."""
 
     def __init__(self, engine: LLMEngine, overrides: Mapping[str, Any]) -> None:
         self.engine = engine
@@ -72,13 +72,13 @@ class Local:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[Local]:
-        """`max_tokens`: when no flag says it; None: as the context allows."""
+    def start(cls, args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[LocalEngine]:
+        """`max_tokens`: the default of that flag. None: as many as the context allows."""
         overrides = {name: getattr(args, name) for name, _, _ in SAMPLING if name in vars(args)}
-        SamplingParams(**overrides)  # a wrong value is told before the model is loaded
+        SamplingParams(**overrides)  # refuse wrong values before the model is loaded
         config = build(EngineConfig, given(args, EngineConfig))
         configure_logging(args.log_level)
-        say(f"loading {config.model or 'the default model'} ...")
+        print_status(f"loading {config.model or 'the default model'} ...")
         from minivllm.engine import compose
 
         engine = compose.build_engine(config)
@@ -88,10 +88,10 @@ class Local:
             engine.close()
 
     def stream(self, prompt_token_ids: Sequence[int]) -> Iterator[str]:
-        """The answer in pieces. Ends early, with `interrupt.pressed` set, when the user presses Ctrl-C."""
+        """The answer in pieces. Ctrl-C ends it early and sets `interrupt.pressed`."""
         request_id = f"cli-{next(self._numbers)}"
         self.engine.add_request(request_id, {"prompt_token_ids": tuple(prompt_token_ids)}, SamplingParams(**self.sampling))
-        with self.interrupt.listening():
+        with self.interrupt.recording():
             while self.engine.has_unfinished_requests():
                 for delta in self.engine.step():
                     if delta.finish_reason == "error":

@@ -1,6 +1,6 @@
-"""`minivllm`: finds the command, runs it, and turns what goes wrong into one line and an exit status.
+"""`minivllm`: runs a command, and turns errors into one line and an exit status.
 
-Exit status: 0 all right, 1 something the user can mend (one line says what), 2 a wrong command line, 130 interrupted.
+Exit status: 0 success, 1 an error that the user can fix (one line describes it), 2 a wrong command line, 130 interrupted.
 """
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from minivllm import __version__
-from minivllm.cli.flags import Parser, normalise
+from minivllm.cli.flags import CommandParser, normalize
 from minivllm.errors import EngineDead, InvalidInput
-from minivllm.server.config import say
+from minivllm.server.terminal import print_status
 
 COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "trace", "collect_env")  # modules of this package
 
 
-def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+def build_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
     """The whole command line, and the parser of each command."""
-    parser = Parser(prog="minivllm", description="A compact LLM serving engine that is meant to be read.")
+    parser = CommandParser(prog="minivllm", description="A compact LLM serving engine that is meant to be read.")
     parser.add_argument("--version", action="version", version=f"minivllm {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name in COMMANDS:
         importlib.import_module(f"minivllm.cli.{name}").add_parser(commands)
     return parser, dict(commands.choices)
@@ -30,36 +30,36 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
-    # OpenMP threads wait for one another at each of a step's hundreds of operations. GNU's spin for milliseconds by default, which
-    # makes generation many times slower as soon as anything else wants a core; must be set before torch is imported.
+    # OpenMP threads synchronize at each of a step's hundreds of operations. GNU's threads spin for milliseconds by default, which makes
+    # generation many times slower as soon as another program uses a core. This must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parser, commands = build_parser()
-    args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
+    args, extras = parser.parse_known_args(normalize(sys.argv[1:] if argv is None else argv))
     if extras:
-        command = getattr(args, "command_parser", commands[args.command])  # of `bench serve`, not of `bench`
-        (command if isinstance(command, Parser) else parser).refuse(extras)
+        command = getattr(args, "command_parser", commands[args.command])  # the parser of `bench serve`, not of `bench`
+        (command if isinstance(command, CommandParser) else parser).refuse(extras)
     module = importlib.import_module(f"minivllm.cli.{args.command.replace('-', '_')}")
     return guarded(lambda: module.run(args))
 
 
 def guarded(run: Callable[[], int | None]) -> int:
-    """Run a command; what a user can mend is one line, never a traceback."""
+    """Run a command. An error that the user can fix becomes one line instead of a traceback."""
     try:
         status = run() or 0
         sys.stdout.flush()
         return status
     except (InvalidInput, EngineDead) as error:
-        say(f"minivllm: error: {error}")
+        print_status(f"minivllm: error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: `minivllm complete ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+    except BrokenPipeError:  # the reader of our output has ended, as in `minivllm complete ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
         return 141
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "minivllm":
             raise
-        say(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
+        print_status(f"minivllm: error: the package {error.name!r} is missing: pip install {error.name}")
         return 1
 
 

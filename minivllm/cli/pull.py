@@ -1,19 +1,18 @@
-"""`minivllm pull [MODEL]`: fetch and convert a model now, so that later starts are quick."""
+"""`minivllm pull [MODEL]`: download and convert a model now, so that later starts are fast."""
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
 from minivllm.cli.flags import add_config_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig
-from minivllm.server.config import NOT_YET
+from minivllm.config import FLAGS_NOT_YET, EngineConfig
 
 FIELDS = ("model", "tokenizer", "revision", "load_format")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("pull", help="fetch a model into the cache", not_yet=NOT_YET,
-                                 description="Fetch a model, convert it if need be, and print the folder it is in.")
+    parser = commands.add_parser("pull", help="download a model into the cache", not_yet=FLAGS_NOT_YET,
+                                 description="Download a model, convert it if necessary, and print its folder.")
     add_model_argument(parser)
     add_config_flags(parser, EngineConfig, "model", only=FIELDS)
 

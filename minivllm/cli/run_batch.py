@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig
+from minivllm.config import FLAGS_NOT_YET, LOG_LEVELS, EngineConfig, ServerConfig
 from minivllm.errors import InvalidInput
-from minivllm.server.config import NOT_YET, ServerConfig, configure_logging, say
+from minivllm.server.terminal import configure_logging, print_status
 
-# What of a server's settings means something without one.
+# The server settings that have an effect without a server.
 FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "enable_auto_tool_choice", "tool_call_parser",
           "reasoning_parser", "max_choices", "permissive")
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "run-batch", help="answer a file of requests", not_yet=NOT_YET,
-        description="Answer a file of requests in OpenAI's batch format: a line each, to /v1/chat/completions, /v1/completions or "
-                    "/v1/responses. A wrong line gets an error for its answer, and the others go on.")
+        "run-batch", help="answer a file of requests", not_yet=FLAGS_NOT_YET,
+        description="Answer a file of requests in OpenAI's batch format: one per line, to /v1/chat/completions, /v1/completions or "
+                    "/v1/responses. A wrong line is answered with an error and does not affect the others.")
     add_model_argument(parser)
-    parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="requests, one JSON object a line")
-    parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="answers, in the same order; overwritten")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning",
-                        help="how much to log (default: warning)")
+    parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="requests, one JSON object per line")
+    parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="responses, in the same order; overwritten if it exists")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning",
+                        help="lowest level of log messages (default: warning)")
     add_config_file(parser)
     add_config_flags(parser, ServerConfig, "answers", only=FIELDS)
     add_config_flags(parser, EngineConfig, "engine", skip=("max_queue",))
@@ -34,38 +34,37 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     values = given(args, EngineConfig, ServerConfig)
-    useful = {*EngineConfig.__dataclass_fields__, *FIELDS, "log_level"} - {"max_queue"}
-    for name in values.keys() - useful:
-        raise InvalidInput(f"{name} means nothing for run-batch: leave it out of the file", name)
+    known = {*EngineConfig.__dataclass_fields__, *FIELDS, "log_level"} - {"max_queue"}
+    for name in values.keys() - known:
+        raise InvalidInput(f"{name} has no effect on run-batch: leave it out of the file", name)
     server, engine = build(ServerConfig, values), build(EngineConfig, values)
     lines = _read(Path(args.input_file))
     if Path(args.output_file).exists() and Path(args.output_file).samefile(args.input_file):
-        raise InvalidInput(f"the answers would overwrite the requests in {args.input_file}: name another output file", "output_file")
+        raise InvalidInput(f"the responses would overwrite the requests in {args.input_file}: name another output file", "output_file")
     configure_logging(args.log_level)
     with _open(Path(args.output_file)) as output:
         from minivllm.server.app import create_app
-        from minivllm.server.build import start_engine
-        from minivllm.server.run import build_tokenizer, read_chat_template
+        from minivllm.server.run import build_tokenizer, read_chat_template, start_engine
 
         template = read_chat_template(server.chat_template)
-        say(f"loading {engine.model or 'the default model'} ...")
+        print_status(f"loading {engine.model or 'the default model'} ...")
         with contextlib.closing(start_engine(engine, process=False, log_level=args.log_level)) as client:
             app = create_app(client, server, build_tokenizer(client.info, template))
             failed = asyncio.run(_answer(app, lines, 2 * engine.max_num_seqs, output))
-    say(f"{len(lines) - failed} of {len(lines)} requests were answered, {failed} have errors: {args.output_file}")
+    print_status(f"{len(lines) - failed} of {len(lines)} requests were answered, {failed} have errors: {args.output_file}")
     return 0
 
 
-async def _answer(app: Any, lines: list[str], at_once: int, output: IO[str]) -> int:
-    """Write every entry as soon as those before it are written. Returns how many are errors."""
+async def _answer(app: Any, lines: list[str], concurrency: int, output: IO[str]) -> int:
+    """Write each entry as soon as those before it are written. Returns the number of errors."""
     from tqdm import tqdm
 
-    from minivllm.server.batch import answers
+    from minivllm.cli.batch import answer_lines
     from minivllm.server.errors import encode
 
     failed = 0
     with tqdm(total=len(lines), desc="Requests", unit="request", dynamic_ncols=True) as bar:
-        async for entry in answers(app, lines, at_once, bar.update):
+        async for entry in answer_lines(app, lines, concurrency, bar.update):
             failed += entry["error"] is not None
             output.write(encode(entry).decode() + "\n")
             output.flush()

@@ -4,19 +4,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minivllm.cli.flags import Parser, add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig
-from minivllm.server.config import NOT_YET, ServerConfig
+from minivllm.cli.flags import CommandParser, add_config_file, add_config_flags, add_model_argument, build, given
+from minivllm.config import FLAGS_NOT_YET, EngineConfig, ServerConfig
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible", not_yet=NOT_YET,
+    parser = commands.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible", not_yet=FLAGS_NOT_YET,
                                  description="Serve a model over HTTP with OpenAI's API.")
     add_model_argument(parser)
     add_flags(parser)
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: CommandParser) -> None:
     add_config_file(parser)
     add_config_flags(parser, ServerConfig, "server")
     add_config_flags(parser, EngineConfig, "engine")

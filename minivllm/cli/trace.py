@@ -1,9 +1,9 @@
-"""`minivllm trace FILE`: what happened, whether it replays, and what other settings would have done. Needs no model and no GPU.
+"""`minivllm trace FILE`: summarize a recorded run, replay it, compare settings. Needs no model and no GPU.
 
     minivllm trace run.jsonl                                            batch over time, tokens by kind, block use, waste
-    minivllm trace run.jsonl --replay                                   are all plans the same, to the last bit?
+    minivllm trace run.jsonl --replay                                   check that all plans are exactly the same
     minivllm trace run.jsonl --compare max_num_batched_tokens=256       the same requests under another setting
-    minivllm trace --synthetic 200 --rate 20 --compare policy=priority  made-up requests
+    minivllm trace --synthetic 200 --rate 20 --compare policy=priority  generated requests
 """
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from minivllm.core.trace import Arrival, Planned, Trace, read, replay
 from minivllm.core.trace_summary import StepRecord, Summary, summarize
 from minivllm.errors import InvalidInput, nearest
 
-BUCKETS = 12  # lines of the table over time
+BUCKETS = 12  # rows of the table over time
 SYNTHETIC = SchedulerConfig(num_blocks=1024, max_model_len=2048)
 SETTINGS = [f for f in dataclasses.fields(SchedulerConfig) if f.name != "kv_windows"]
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("trace", help="look into a recorded run, replay it, compare settings",
+    parser = commands.add_parser("trace", help="summarize a recorded run, replay it, compare settings",
                                  description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", metavar="FILE", help="what --trace FILE recorded")
-    parser.add_argument("--replay", action="store_true", help="only check that every plan comes out again")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="file that --trace FILE has recorded")
+    parser.add_argument("--replay", action="store_true", help="only check that a replay gives the same plans")
     parser.add_argument("--compare", nargs="+", action="append", metavar="KEY=VALUE",
-                        help="simulate with these settings beside the recorded ones; may be given several times")
+                        help="also simulate with these settings; may be given several times")
     parser.add_argument("--step-cost", metavar="BASE,TOKEN,CONTEXT[,HOST]",
-                        help="seconds of a step: base + per token computed + per key read, and of the CPU beside it; "
-                             "fitted to FILE's own step times if left out")
-    parser.add_argument("--synthetic", type=int, metavar="N", help="instead of FILE: N requests with ShareGPT-like lengths")
-    parser.add_argument("--rate", type=float, default=10.0, metavar="R", help="synthetic requests a second (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the synthetic requests (default: 0)")
+                        help="seconds of a step: base + per computed token + per key read, and the CPU's share that overlaps it "
+                             "(default: fitted to the step times in FILE)")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="instead of FILE: generate N requests with ShareGPT-like lengths")
+    parser.add_argument("--rate", type=float, default=10.0, metavar="R", help="synthetic requests per second (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the synthetic requests (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
     if (args.file is None) == (args.synthetic is None):
-        raise InvalidInput("give a trace file, or --synthetic N: one of the two", "file")
+        raise InvalidInput("give either a trace file or --synthetic N", "file")
     if args.synthetic is not None:
         if args.replay:
             raise InvalidInput("--replay needs a trace file", "replay")
         return _compare(SYNTHETIC, _synthetic(args.synthetic, args.rate, args.seed), _cost(args.step_cost, StepCost), args.compare or [])
     trace = read(args.file)
     if trace.cut_off:
-        print("the last line is incomplete: the process was killed while writing; it is left out\n")
+        print("the last line is incomplete and ignored: the process was killed while writing it\n")
     if args.replay:
         return _replay(trace)
     if args.compare:
         work = recorded_requests(trace)
         left_out = sum(isinstance(event, Arrival) for event in trace.events) - len(work)
         if left_out:
-            print(f"{left_out} requests are left out: beam searches, or aborted before their first token")
+            print(f"{left_out} requests are ignored: they are beam searches or were aborted before their first token")
         return _compare(trace.config, work, _cost(args.step_cost, lambda: StepCost.fit(trace)), args.compare)
     return _summary(summarize(trace))
 
@@ -83,21 +83,22 @@ def _summary(summary: Summary) -> int:
     if summary.trace.about:
         print("engine      " + ", ".join(f"{key} {value}" for key, value in summary.trace.about.items()))
     print("settings    " + ", ".join(f"{f.name}={getattr(config, f.name)}" for f in SETTINGS if getattr(config, f.name) != f.default))
-    endings = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.finish_reasons.items())) or "none ended"
-    print(f"requests    {summary.num_requests}; sequences that ended: {endings}")
+    endings = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.finish_reasons.items())) or "none"
+    print(f"requests    {summary.num_requests}; finished sequences: {endings}")
     if last is not None:
         total = sum(kinds)
         print(f"steps       {len(summary.steps)} in {summary.duration:.3f} s, {total / len(summary.steps):.1f} tokens each")
         print(f"tokens      {total} computed: {kinds.prompt} prompt, {kinds.output} output, {kinds.recomputed} recomputed; "
-              f"{summary.num_tokens_kept} handed out")
+              f"{summary.num_tokens_kept} returned")
         print(f"prefix      {last.prefix_hits} of {last.prefix_queries} tokens found in the cache")
-        print(f"preemptions {last.num_preemptions}, of them {last.num_swaps} to host memory")
+        print(f"preemptions {last.num_preemptions}, of which {last.num_swaps} swapped out to host memory")
         most = max(step.stats.num_used_blocks for step in summary.steps)
-        print(f"blocks      {most} of {last.num_blocks} used at most; {summary.waste:.1%} of the slots in used blocks were empty (mean)")
+        print(f"blocks      at most {most} of {last.num_blocks} used; "
+              f"on average {summary.waste:.1%} of the slots in used blocks were empty")
         print()
         _print_over_time(summary.steps)
     if summary.mismatch is not None:
-        print(f"\nthe rest does not replay with this version: {summary.mismatch}")
+        print(f"\nthe rest cannot be replayed with this version: {summary.mismatch}")
         return 1
     return 0
 
@@ -117,7 +118,7 @@ def _print_over_time(steps: Sequence[StepRecord]) -> None:
 
 
 def _buckets(steps: Sequence[StepRecord]) -> Iterator[tuple[float, list[StepRecord]]]:
-    """Steps in equal spans of time; a span without a step is left out."""
+    """Steps in equal intervals of time. Intervals without a step are left out."""
     first = steps[0].planned_at
     span = (steps[-1].planned_at - first) / BUCKETS or 1.0
     for i in range(BUCKETS):
@@ -131,11 +132,11 @@ def _buckets(steps: Sequence[StepRecord]) -> Iterator[tuple[float, list[StepReco
 
 def _compare(config: SchedulerConfig, work: Sequence[SimulatedRequest], cost: StepCost, changes: Sequence[Sequence[str]]) -> int:
     if not work:
-        raise InvalidInput("no request in this trace got a token: there is nothing to compare", "file")
-    columns = [("as it is", config)]
+        raise InvalidInput("no request in this trace has a token, so there is nothing to compare", "file")
+    columns = [("recorded", config)]
     columns += [(" ".join(change), dataclasses.replace(config, **dict(map(_setting, change)))) for change in changes]
-    print(f"simulated: {len(work)} requests; a step takes {cost.base * 1e3:.4g} ms + {cost.per_token * 1e6:.4g} us a token "
-          f"+ {cost.per_context * 1e9:.4g} ns a key read, and {cost.host * 1e3:.4g} ms of the CPU\n")
+    print(f"simulated: {len(work)} requests; a step takes {cost.base * 1e3:.4g} ms + {cost.per_token * 1e6:.4g} us per token "
+          f"+ {cost.per_context * 1e9:.4g} ns per key read, and {cost.host * 1e3:.4g} ms of the CPU\n")
     outcomes = [simulate(c, work, cost) for _, c in columns]
     width = max(12, *(len(name) for name, _ in columns)) + 2
     print(f"{'':34}" + "".join(f"{name:>{width}}" for name, _ in columns))
@@ -150,13 +151,13 @@ def _ms(values: Sequence[float], p: float) -> str:
 
 _FIGURES: tuple[tuple[str, Callable[[SimulationResult], str]], ...] = (
     ("duration, s", lambda o: f"{o.duration:.3f}"),
-    ("output tokens a second", lambda o: f"{o.output_tokens / o.duration:.1f}" if o.duration else "-"),
+    ("output tokens per second", lambda o: f"{o.output_tokens / o.duration:.1f}" if o.duration else "-"),
     ("steps", lambda o: str(len(o.steps))),
     ("tokens computed", lambda o: str(o.computed_tokens)),
-    ("tokens a step", lambda o: f"{o.computed_tokens / max(1, len(o.steps)):.1f}"),
+    ("tokens per step", lambda o: f"{o.computed_tokens / max(1, len(o.steps)):.1f}"),
     ("prompt tokens found in the cache", lambda o: str(o.cached_tokens)),
     ("preemptions", lambda o: str(o.num_preemptions)),
-    ("blocks used at most", lambda o: str(max((s.used_blocks for s in o.steps), default=0))),
+    ("most blocks used", lambda o: str(max((s.used_blocks for s in o.steps), default=0))),
     ("time to first token, median, ms", lambda o: _ms(o.times_to_first_token(), 50)),
     ("time to first token, 99%, ms", lambda o: _ms(o.times_to_first_token(), 99)),
     ("between tokens, median, ms", lambda o: _ms(o.inter_token_latencies(), 50)),
@@ -168,12 +169,13 @@ _FIGURES: tuple[tuple[str, Callable[[SimulationResult], str]], ...] = (
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """`key=value` as the scheduler's setting of that name."""
+    """A scheduler setting from `key=value`."""
     name, equals, value = text.partition("=")
     name = name.replace("-", "_")
     field = next((f for f in SETTINGS if f.name == name), None)
     if not equals or field is None:
-        raise InvalidInput(f"{text!r} is no KEY=VALUE of the scheduler{nearest(name, [f.name for f in SETTINGS])}", "compare")
+        hint = nearest(name, [f.name for f in SETTINGS])
+        raise InvalidInput(f"{text!r} is not KEY=VALUE with a setting of the scheduler{hint}", "compare")
     kind = str(field.type)
     try:
         if kind == "bool":
@@ -185,20 +187,21 @@ def _setting(text: str) -> tuple[str, Any]:
         raise InvalidInput(f"{name} is of type {kind}, got {value!r}", "compare") from None
 
 
-def _cost(text: str | None, otherwise: Callable[[], StepCost]) -> StepCost:
+def _cost(text: str | None, default: Callable[[], StepCost]) -> StepCost:
     if text is None:
-        return otherwise()
+        return default()
     try:
         base, per_token, per_context, *host = (float(part) for part in text.split(","))
         if len(host) > 1 or min(base, per_token, per_context, *host) < 0.0:
             raise ValueError
     except ValueError:
-        raise InvalidInput(f"--step-cost takes 3 or 4 seconds of 0 or more, as in 0.0015,4e-6,3e-8, got {text!r}", "step_cost") from None
+        raise InvalidInput(f"--step-cost must be 3 or 4 non-negative numbers of seconds such as 0.0015,4e-6,3e-8, got {text!r}",
+                           "step_cost") from None
     return StepCost(base, per_token, per_context, host=host[0] if host else 0.0)
 
 
 def _synthetic(count: int, rate: float, seed: int) -> list[SimulatedRequest]:
-    """ShareGPT-like lengths; exponential gaps between arrivals, as of people who know nothing of each other."""
+    """ShareGPT-like lengths, and exponential gaps between arrivals (a Poisson process)."""
     from minivllm.planning.allocator_replay import sharegpt_like
 
     if count < 1 or not rate > 0.0:

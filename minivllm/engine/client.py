@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig) -> Engine:
 
 
 class _DeltaStream:
-    """The deltas of one request that were not read yet. Used on its own event loop only, except for the last two fields."""
+    """The deltas of one request that were not read yet. Only its own event loop uses it, except for the last two fields."""
 
     __slots__ = ("deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
 
@@ -250,7 +250,7 @@ class EngineClient(ABC):
             self._die(message)
 
     def _deliver(self, message: StepMessage) -> None:
-        """Sort a step's deltas by event loop. An event loop that has not yet handled the last step's gets both in one call."""
+        """Sort a step's deltas by event loop. If an event loop has not yet handled an earlier step, one call handles both."""
         to_call: list[asyncio.AbstractEventLoop] = []
         with self._lock:
             self._stats = message.stats

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FailedLaunch:
-    """A step that could not be launched. Its error is raised when its result is taken, after those of earlier steps."""
+    """A step that could not be launched. Taking its result raises the error, after the results of earlier steps were taken."""
 
     error: Exception
 

@@ -63,14 +63,14 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRequest:
+class CompiledRequest:
     """From a compile thread to the loop: the request's grammar has been compiled, or cannot be."""
 
     request: EngineRequest
     error: Exception | None
 
 
-InboxItem: TypeAlias = EngineCommand | PreparedRequest
+InboxItem: TypeAlias = EngineCommand | CompiledRequest
 
 
 def run_engine(
@@ -152,8 +152,8 @@ class EngineLoop:
             elif isinstance(command, WatchCommand):
                 self._watched = command.on
                 self.engine.watch(command.on)
-            elif isinstance(command, PreparedRequest):
-                self._add_prepared(command)
+            elif isinstance(command, CompiledRequest):
+                self._add_compiled(command)
             else:
                 self._prepare(command)
         return True
@@ -177,17 +177,17 @@ class EngineLoop:
                 work()
             except Exception as failure:
                 error = failure
-            self.inbox.put(PreparedRequest(request, error))
+            self.inbox.put(CompiledRequest(request, error))
 
         self._preparing[request.request_id] = request
         self._compile_threads.submit(prepare)
 
-    def _add_prepared(self, prepared: PreparedRequest) -> None:
-        request = prepared.request
+    def _add_compiled(self, compiled: CompiledRequest) -> None:
+        request = compiled.request
         if self._preparing.get(request.request_id) is not request:
             return  # aborted meanwhile
         del self._preparing[request.request_id]
-        self._add(request, prepared.error)
+        self._add(request, compiled.error)
 
     def _add(self, request: EngineRequest, error: Exception | None = None) -> None:
         try:

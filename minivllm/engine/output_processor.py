@@ -2,7 +2,7 @@
 
     masks(plan)                    before sampling: the tokens that grammars allow
     advance_grammars, push_text    after the result: the samples that end by a grammar or a stop string  ──▶ Scheduler.update
-    assemble(progress)             after the update: one `OutputDelta` for each sequence that advanced or ended
+    assemble(updates)              after the update: one `OutputDelta` for each sequence that advanced or ended
 
 `RequestState` is all that the engine remembers of a request. What the request needs for planning is the scheduler's.
 """
@@ -169,9 +169,9 @@ class OutputProcessor:
         return stops, list(failures.values())
 
     def push_text(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop]) -> dict[int, Stop]:
-        """Detokenize the sampled tokens. Returns stops by sample index: those given, which end by a grammar, and stop strings.
+        """Detokenize the sampled tokens. `stops` by sample index are the ends that grammars set. Returns them with the stop strings.
 
-        A stop string goes before the end of the grammar.
+        If a stop string and the grammar end the same sample, the stop string counts.
         """
         found = dict(stops)
         for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
@@ -192,34 +192,34 @@ class OutputProcessor:
             if sequence.request.prompt_logprobs is not None:
                 sequence.request.prompt_logprobs[first:first + len(entries)] = entries
 
-    def assemble(self, progress: Iterable[SequenceUpdate], result: StepResult, now: float) -> list[OutputDelta]:
-        """The deltas of an update."""
-        return [self._delta(sequence, p, result, now) for p in progress if (sequence := self._sequences.get(p.sequence_id)) is not None]
+    def assemble(self, updates: Iterable[SequenceUpdate], result: StepResult, now: float) -> list[OutputDelta]:
+        """The deltas of what the scheduler's update returned."""
+        return [self._delta(sequence, u, result, now) for u in updates if (sequence := self._sequences.get(u.sequence_id)) is not None]
 
-    def _delta(self, sequence: SequenceState, progress: SequenceUpdate, result: StepResult, now: float) -> OutputDelta:
-        request, tokens, reason = sequence.request, progress.token_ids, progress.finish_reason
+    def _delta(self, sequence: SequenceState, update: SequenceUpdate, result: StepResult, now: float) -> OutputDelta:
+        request, tokens, reason = sequence.request, update.token_ids, update.finish_reason
         if tokens and sequence.first_token_time is None:
             sequence.first_token_time = now
         logprobs = None
-        if request.params.logprobs is not None and progress.sample_index is not None and result.logprobs:
-            logprobs = (result.logprobs[progress.sample_index] or ())[:len(tokens)]
+        if request.params.logprobs is not None and update.sample_index is not None and result.logprobs:
+            logprobs = (result.logprobs[update.sample_index] or ())[:len(tokens)]
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         if reason is None:
             text = "" if sequence.text is None else sequence.text.take(finished=False)
             metrics = None
         else:
             text = self._finish(sequence)
-            metrics = _metrics(sequence, now, progress)
+            metrics = _metrics(sequence, now, update)
         return OutputDelta(
-            progress.request_id, progress.index, tokens, text, logprobs, reason, progress.stop_reason, progress.num_cached_tokens,
+            update.request_id, update.index, tokens, text, logprobs, reason, update.stop_reason, update.num_cached_tokens,
             None if prompt_logprobs is None else tuple(prompt_logprobs), metrics, result.error if reason == "error" else None,
         )
 
 
-def _metrics(sequence: SequenceState, now: float, progress: SequenceUpdate | None = None) -> RequestMetrics:
+def _metrics(sequence: SequenceState, now: float, update: SequenceUpdate | None = None) -> RequestMetrics:
     metrics = RequestMetrics(sequence.request.arrival_time, first_token_time=sequence.first_token_time, finished_time=now)
-    if progress is not None:
-        metrics.first_scheduled_time, metrics.num_preemptions = progress.first_scheduled_time, progress.num_preemptions
+    if update is not None:
+        metrics.first_scheduled_time, metrics.num_preemptions = update.first_scheduled_time, update.num_preemptions
     return metrics
 
 

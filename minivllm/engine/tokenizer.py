@@ -101,8 +101,8 @@ class Tokenizer:
     def stream(self, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
         """A stream that decodes one sequence. Its text continues the prompt, so a space in front of the first word is kept.
 
-        (A sentencepiece decoder drops the space in front of a whole text.) Of malformed UTF-8 the valid characters are kept, while HF's
-        sentencepiece decoder replaces the whole run of bytes.
+        (A sentencepiece decoder drops the space in front of a whole text.) Malformed UTF-8 keeps its valid characters; HF's sentencepiece
+        decoder replaces the whole run of bytes.
         """
         if self._decoder is not None:
             return _ByteStream(self, skip_special_tokens)

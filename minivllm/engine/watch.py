@@ -15,7 +15,7 @@ from minivllm.core.scheduler import Scheduler
 from minivllm.core.snapshot import Snapshot, StepView, take_snapshot, view_step
 
 INTERVAL = 0.1  # seconds between two views, at least
-TIME_SHARE = 20  # views take at most one part in this many of the engine's time
+TIME_SHARE = 20  # views take at most 1/20 of the engine's time
 MAX_WORK = 600  # scheduled requests in the steps of one view; older steps are left out
 
 

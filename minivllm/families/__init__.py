@@ -3,8 +3,8 @@
     config.json --parse_config: the row of its architecture--> ModelSpec --linear_specs, tensor_specs--> sizes, checkpoint names
                                                                          --kv_groups--> which layers share a block table
 
-There is one decoder (`models/decoder.py`). What makes a Qwen3 of it is a row here (docs/adding_a_model.md). The loader, the
-layers and the planner read this package, and the planner must run on machines without torch.
+There is one decoder (`models/decoder.py`). A family, such as Qwen3, is a row of this table (docs/adding_a_model.md). The loader, the
+layers and the memory planner read this package. The planner must run without torch.
 """
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family, PerLayer

@@ -45,7 +45,7 @@ def num_layers(config: Config) -> int:
 
 
 def dtype(config: Config) -> str:
-    """Of the checkpoint's tensors."""
+    """The dtype of the checkpoint's tensors."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise model_error(f"config.json: dtype {name!r} is not supported; float32, bfloat16 and float16 are")
@@ -56,13 +56,13 @@ def dtype(config: Config) -> str:
 
 
 def head_dim(config: Config) -> int:
-    """hidden_size / heads unless the configuration says otherwise."""
+    """As given, else hidden_size / heads."""
     explicit = read(config, Key("head_dim", int, None))
     if explicit is not None:
         return int(explicit)
     hidden, heads = read(config, Key("hidden_size", int)), read(config, Key("num_attention_heads", int))
     if heads < 1 or hidden % heads:
-        raise model_error(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
+        raise model_error(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is missing")
     return int(hidden // heads)
 
 
@@ -97,7 +97,7 @@ def one_window(default: int | None) -> Callable[[Config], int | None]:
 
 
 def windows_by_layer(config: Config) -> tuple[int | None, ...]:
-    """One window per layer: `layer_types` if given, otherwise from layer `max_window_layers` on; only with `use_sliding_window`."""
+    """One window per layer, only with `use_sliding_window`: from `layer_types` if given, else in all layers from `max_window_layers`."""
     enabled = read(config, Key("use_sliding_window", bool, False))
     window = read(config, Key("sliding_window", int, None)) if enabled and "sliding_window" in config else (4096 if enabled else None)
     types, layers = read(config, Key("layer_types", list, None)), num_layers(config)
@@ -118,12 +118,12 @@ def windows_by_layer(config: Config) -> tuple[int | None, ...]:
 def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
     """-> (rotary embedding, context length with its scaling applied). max_len: `max_position_embeddings`, in tokens.
 
-    Transformers 5 writes everything into `rope_parameters`; 4 writes `rope_theta` beside an optional `rope_scaling`.
+    Transformers 5 writes all keys into `rope_parameters`. Transformers 4 writes `rope_theta` and an optional `rope_scaling`.
     """
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping) or any(isinstance(v, Mapping) for v in params.values()):
         raise model_error("config.json: rotary parameters per layer type are not supported")
-    both = {**config, **{key: value for key, value in params.items() if value is not None}}  # the inner value wins
+    both = {**config, **{key: value for key, value in params.items() if value is not None}}  # a key in both has the inner value
     partial = read(both, Key("partial_rotary_factor", float, 1.0))
     if partial != 1.0:
         raise model_error(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0 is")
@@ -139,13 +139,13 @@ def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
     factor = read(params, Key("factor", float, max_len / original if kind == "yarn" else REQUIRED))
     if not 1.0 <= factor < math.inf:
         raise model_error(f"config.json: the rope factor must be at least 1, got {factor}")
-    if kind == "llama3":  # max_position_embeddings is the stretched length already
+    if kind == "llama3":  # max_position_embeddings is already the length after scaling
         low, high = read(params, Key("low_freq_factor", float)), read(params, Key("high_freq_factor", float))
         if not low < high:
             raise model_error(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}")
         return RopeSpec(theta=theta, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low,
                         high_freq_factor=high), max_len
-    if kind == "yarn":  # max_position_embeddings may be either length
+    if kind == "yarn":  # max_position_embeddings may be the length before or after scaling
         fast, slow = read(params, Key("beta_fast", float, 0.0)) or 32.0, read(params, Key("beta_slow", float, 0.0)) or 1.0
         return RopeSpec(theta=theta, scaling="yarn", factor=factor, original_max_len=original, beta_fast=fast, beta_slow=slow,
                         truncate=read(params, Key("truncate", bool, True)),
@@ -155,7 +155,7 @@ def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
 
 
 def _yarn_attention_factor(params: Config, factor: float) -> float:
-    """YaRN (Peng et al. 2023, section 3.4) sharpens attention a little, the more the longer the stretch."""
+    """YaRN (Peng et al. 2023, section 3.4) sharpens attention: slightly, and more for a larger factor."""
     explicit = read(params, Key("attention_factor", float, None))
     if explicit is not None:
         return float(explicit)

@@ -1,4 +1,4 @@
-"""Llama and its descendants: RMSNorm before each half, rotary embedding, a gated MLP."""
+"""Llama and its descendants: RMSNorm before attention and MLP, rotary embedding, a gated MLP."""
 from __future__ import annotations
 
 from minivllm.families import config_json

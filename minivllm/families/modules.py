@@ -1,7 +1,7 @@
 """ModelSpec -> its modules: every linear layer, norm and table, with their sizes and their names in checkpoints.
 
 How a linear layer's weight is stored (one matrix, or packed integers with scales) is the linear method's choice
-(`minivllm.quantization`); here stand only its rows, its columns and its name.
+(`minivllm.quantization`); this file has only its rows, its columns and its name.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minivllm.families.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """y = W x + b. Fused ones are stored in parts, read once and multiplied in one product:
+    """y = W x + b. A fused layer consists of several parts, which are joined into one weight:
 
         qkv   [q + 2 kv rows, hidden]     |   q_proj   | k_proj | v_proj |
     """
@@ -22,15 +22,15 @@ class LinearSpec:
     name: str  # ours: layers.3.qkv
     rows: tuple[int, ...]  # outputs of each part
     cols: int  # inputs
-    checkpoint_names: tuple[str, ...]  # one per part, or one for all of them; without the prefix ("model.") that varies between exporters
+    checkpoint_names: tuple[str, ...]  # one per part, or one for all parts; without the prefix ("model.") that varies between exporters
     bias: bool
-    # How tensor-parallel ranks split it: column: by rows of W (outputs), row: by columns of W (inputs, so outputs are summed).
+    # How tensor-parallel ranks split W. column: by rows (outputs). row: by columns (inputs), so outputs are summed over ranks.
     parallel: Literal["column", "row"] | None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A parameter that no matrix product uses as its weight: a table looked up by row, a norm's scale or bias."""
+    """A parameter that is not the weight of a linear layer: a table that is looked up by row, or a norm's scale or bias."""
 
     name: str  # ours: layers.3.attn_norm.weight
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class TensorSpec:
 
 
 def linear_specs(spec: ModelSpec) -> dict[str, LinearSpec]:
-    """Every linear layer, by our name. A tied output head is none: it multiplies with the embedding table."""
+    """Every linear layer, by our name. A tied output head is not among them: its weight is the embedding table."""
     return {linear.name: linear for linear in _linears(spec)}
 
 

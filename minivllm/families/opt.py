@@ -1,4 +1,4 @@
-"""OPT: LayerNorm, learned positions, a plain MLP; its smallest models project the embeddings in and out."""
+"""OPT: LayerNorm, learned positions, a plain MLP. OPT-350m also projects its embeddings to the hidden size and back."""
 from __future__ import annotations
 
 from minivllm.families import config_json
@@ -29,7 +29,7 @@ OPT = Family(
         "norm_affine": Key("layer_norm_elementwise_affine", bool, True),
         "final_norm": _final_norm,
         "learned_positions": Key("max_position_embeddings", int, 2048),
-        "position_offset": 2,  # the first two rows of the table belonged to padding and are never read
+        "position_offset": 2,  # the first two rows of the table were for padding and are never read
         "embed_size": _embed_size,
     },
     attention={

@@ -3,9 +3,9 @@
     ModelSpec
       layers[i]: LayerSpec ── attention: AttentionSpec   heads, window, rotary embedding, norms of q and k, biases
                            ├─ mlp: MLPSpec               width, activation, gated or plain, biases
-                           └─ block: "pre" | "post"      where the norms stand
+                           └─ block: "pre" | "post"      where the norms are
 
-Layers may differ in everything that a `LayerSpec` says. Code that needs a property of a layer reads it from that layer.
+Layers may differ in every field of a `LayerSpec`. Code that needs a property of a layer reads it from that layer.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RopeSpec:
     factor: float = 1.0
     original_max_len: int = 0  # trained context length, in tokens
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are stretched by `factor` ...
-    high_freq_factor: float = 4.0  # ... those below original / high are kept, those in between are partly stretched
+    high_freq_factor: float = 4.0  # ... those below original / high are kept, those between are partly stretched
     beta_fast: float = 32.0  # yarn: dimensions with more turns than this over the original length are kept ...
     beta_slow: float = 1.0  # ... those with fewer turns than this are stretched by `factor`
     truncate: bool = True  # yarn: round these two borders outwards to whole dimensions
@@ -58,7 +58,7 @@ class AttentionSpec:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.num_heads % self.num_kv_heads == 0,
-                 f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
+                 f"{self.num_heads} heads cannot be divided evenly among {self.num_kv_heads} key-value heads")
         _require(self.rope is None or self.head_dim % 2 == 0, f"a rotary head_dim must be even, got {self.head_dim}")
         _require(self.window is None or self.window >= 1, f"a sliding window must be at least 1, got {self.window}")
 
@@ -109,7 +109,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     layers: tuple[LayerSpec, ...]
-    max_model_len: int  # the model's own limit, in tokens; `dataclasses.replace` it by the length that is served
+    max_model_len: int  # in tokens: the model's own limit, replaced by the served length if that is shorter
     dtype: str  # of the checkpoint: float32, bfloat16 or float16
     tied: bool  # the output head is the embedding table
     norm: Literal["rms", "layer"]
@@ -134,7 +134,7 @@ class ModelSpec:
 
     @property
     def attention_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Each (heads, KV heads, head dimension) that occurs, once."""
+        """The different (heads, KV heads, head dimension) of the layers."""
         return tuple(dict.fromkeys((a.num_heads, a.num_kv_heads, a.head_dim) for a in (layer.attention for layer in self.layers)))
 
 
@@ -164,7 +164,7 @@ class KVGroup:
 
 
 def kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
-    """Group the layers by attention shape and window, into groups of (nearly) equal size so that few of the cache's tensors stay unused."""
+    """Group the layers by attention shape and window, into groups of nearly equal size, so that few of the cache's tensors stay unused."""
     layers_of: dict[tuple[int, int, int, int | None], list[int]] = {}
     for i, layer in enumerate(spec.layers):
         a = layer.attention
@@ -173,10 +173,10 @@ def kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
         layers_of.setdefault((a.num_heads, a.num_kv_heads, a.head_dim, window), []).append(i)
     counts = [len(layers) for layers in layers_of.values()]
 
-    def unused(size: int) -> int:  # layers that groups of this size lack
+    def unused(size: int) -> int:  # tensors without a layer, summed over all groups of this size
         return sum(-n % size for n in counts)
 
-    # The largest size that leaves at most an eighth unused: every group costs a block table and a gather per step.
+    # The largest size with at most an eighth unused. Fewer groups are better: each costs a block table and a gather per step.
     size = max(s for s in range(1, max(counts) + 1) if unused(s) * 8 <= spec.num_layers)
     return tuple(
         KVGroup(*shape, layers=tuple(layers[at : at + size]))

@@ -1,4 +1,4 @@
-"""The architectures that run here, and config.json -> `ModelSpec`."""
+"""The supported architectures, and from config.json to `ModelSpec`."""
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Self-attention over the paged KV cache: project, position, store the new keys and values, attend, project back.
+"""Self-attention over the paged KV cache: project, rotate, store the new keys and values, attend, project back.
 
     x [T, hidden] -> norm -> qkv [T, (H + 2 Hk) * D]  =  | q heads | k heads | v heads |  -> heads' outputs [T, H * D] -> o -> + x
                                                          |-- norm, rotate ---|
@@ -25,17 +25,17 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines: [T, 1, 
 class StepContext:
     """What the layers of one forward pass share, computed once from the batch."""
 
-    rotations: tuple[Rotation | None, ...]  # one per rotary embedding of the model; a layer holds the index of its own
+    rotations: tuple[Rotation | None, ...]  # one per rotary embedding of the model; each layer has the index of its own
     slots: tuple[Tensor, ...]  # [G] of [T]
     metas: tuple[Any, ...]  # [G] from ops.prepare_attention; None for a group without layers here
 
 
 @dataclass(frozen=True, slots=True)
 class LastTokens:
-    """The last layer's short cut: it stores keys and values of all T tokens, but has queries of each sequence's last token only."""
+    """For the last layer: it stores the keys and values of all T tokens, but only each sequence's last token has a query."""
 
-    rows: Tensor  # [B] of T
-    step: StepContext  # of these tokens alone: B decodes
+    rows: Tensor  # [B]: indices of these last tokens among the T tokens
+    step: StepContext  # of a batch of only these tokens: B decodes
 
 
 class Attention:
@@ -48,20 +48,20 @@ class Attention:
         self.scale, self._softcap, self.group, self._rope = attention.scale, attention.softcap, group, rope
         self.qkv = Linear.load(build, take, linears[f"{name}.qkv"], norm=norm)
         self.o = Linear.load(build, take, linears[f"{name}.o"])
-        self.qk_norm: tuple[Tensor, float] | None = None  # one row of weights per head: [H + Hk, D]
+        self.qk_norm: tuple[Tensor, float] | None = None  # weights [H + Hk, D], one row per head, and epsilon
         if attention.qk_norm:
             q, k = take(f"{name}.q_norm.weight"), take(f"{name}.k_norm.weight")
             self.qk_norm = torch.cat((q.expand(attention.num_heads, -1), k.expand(attention.num_kv_heads, -1))), spec.norm_eps
         self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
-        """x: [T, hidden] -> x + attention(norm(x)), which may be written over x; stores this layer's keys and values in `kv`.
+        """x: [T, hidden] -> x + attention(norm(x)); x may be overwritten. Stores this layer's keys and values in `kv`.
 
-        With `last` only its B rows: [B, hidden]."""
+        With `last`, only the rows of its B tokens: [B, hidden]."""
         qkv, g = self.qkv(x), self.group
         if last is not None:
-            # On a GPU the attention of a decode fetches cached keys before the kernel ahead of it has ended. These keys are new. The
-            # gathers between are ordinary launches: they begin when the store has ended, and attention cannot overtake them.
+            # On a GPU, a decode's attention kernel may start before the kernel before it has ended, and then loads cached keys. Here some
+            # of these keys are new. The two gathers in between are ordinary launches: they wait for the store, and attention for them.
             self._store_kv(qkv, kv, step.slots[g], step.metas[g], rope=step.rotations[self._rope], qk_norm=self.qk_norm)
             qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
         heads = self._self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale, rope=step.rotations[self._rope],

@@ -13,7 +13,7 @@ from minivllm.layers.linear import Linear
 
 
 class Embedding:
-    """A table lookup; for OPT also a projection to the hidden size and a learned vector per position."""
+    """A table lookup. OPT adds a projection to the hidden size and a learned vector per position."""
 
     __slots__ = ("positions", "project", "table")
 

@@ -1,9 +1,9 @@
-"""A linear layer and the order of what stands around it:
+"""A linear layer, and the order of the operations around its matrix product:
 
     norm → matmul → + bias → activation → + residual
 
-The weight's method may compute all of this in one kernel (`Matmul.fused`). What it declines is composed here from one kernel
-per step, so that every method works in every layer.
+The weight's method may compute all of this in one kernel (`Matmul.fused`). If it has no such kernel, the steps run here, one
+kernel each, so every method works in every layer.
 """
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from minivllm.quantization.dense import DENSE
 
 
 class Linear:
-    """act(norm(x) W^T + bias) + residual. Fused layers (qkv, gate_up) are this too: their rows come from several checkpoint tensors."""
+    """act(norm(x) W^T + bias) + residual. Also for fused layers (qkv, gate_up), whose rows come from several checkpoint tensors."""
 
-    __slots__ = ("_activation", "_epilogue", "_matmul", "_norm", "_norm_apart")
+    __slots__ = ("_activation", "_epilogue", "_matmul", "_norm", "_unfusable_norm")
 
     def __init__(self, build: BuildContext, matmul: Matmul, *, bias: Tensor | None = None, norm: Norm | None = None,
                  activation: str | None = None) -> None:
         """bias: [N]. norm: of the input. activation: silu_and_mul, for rows [gate | up], or silu, relu, gelu, gelu_tanh."""
         self._matmul, self._norm = matmul, norm
         fusible = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
-        self._norm_apart = None if fusible is not None else norm
+        self._unfusable_norm = None if fusible is not None else norm
         self._epilogue = Epilogue(fusible, bias, activation)
         self._activation: Callable[[Tensor], Tensor] | None = None if activation is None else getattr(build.ops, activation)
 
     @classmethod
     def load(cls, build: BuildContext, take: Take, spec: LinearSpec, *, norm: Norm | None = None, activation: str | None = None) -> Linear:
-        """The layer of `spec`, stored as its method says."""
+        """The layer of `spec`, with its weight in the format of its method."""
         method = build.method(spec)
         tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
         bias = take(f"{spec.name}.bias") if spec.bias else None
@@ -47,14 +47,14 @@ class Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten."""
-        if self._norm_apart is not None:
-            x = self._norm_apart(x)
+        if self._unfusable_norm is not None:
+            x = self._unfusable_norm(x)
         y = self._matmul.fused(x, self._epilogue, residual)
         return self._composed(x, residual) if y is None else y
 
     def _composed(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """One kernel per step."""
-        if self._norm is not None and self._norm_apart is None:
+        if self._norm is not None and self._unfusable_norm is None:
             x = self._norm(x)
         y = self._matmul(x, self._epilogue.bias)
         if self._activation is not None:

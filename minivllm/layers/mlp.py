@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer."""
+"""The feed-forward part of a layer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -27,5 +27,5 @@ class MLP:
         self.down = Linear.load(build, take, linears[f"{name}.down"])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [T, hidden] -> x + mlp(norm(x)), which may be written over x."""
+        """x: [T, hidden] -> x + mlp(norm(x)); x may be overwritten."""
         return self.down(self.up(x), residual=x)

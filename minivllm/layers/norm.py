@@ -39,7 +39,7 @@ Norm: TypeAlias = RMSNorm | LayerNorm
 
 
 def load_norm(build: BuildContext, take: Take, spec: ModelSpec, name: str) -> Norm:
-    """The norm called `name`, of the model's kind."""
+    """The norm `name`: RMSNorm or LayerNorm, as the model's specification states."""
     weight = take(f"{name}.weight") if spec.norm_affine else None
     if spec.norm == "layer":
         return LayerNorm(build, weight, take(f"{name}.bias") if spec.norm_affine else None, spec.norm_eps)

@@ -1,9 +1,9 @@
-"""The one decoder. Every family is this code with other layer specifications (minivllm/families).
+"""The one decoder. All families share this code and differ only in their specifications (minivllm/families).
 
-    tokens -> embedding -> x [ + attention(norm(x)) ] [ + mlp(norm(x)) ] ... -> (rows asked for) -> norm -> logits
+    tokens -> embedding -> x [ + attention(norm(x)) ] [ + mlp(norm(x)) ] ... -> (needed rows) -> norm -> logits
                            '------------- a layer ---------------------'
 
-Run state is an argument: the batch and the KV cache come with each call, and the model itself never changes.
+The batch and the KV cache are arguments of each call. The model itself never changes.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from minivllm.layers.rope import RotaryEmbedding
 
 
 class PreNormLayer:
-    """x + attention(norm(x)), then the same with the MLP. Both halves apply their norm themselves."""
+    """x + attention(norm(x)), then the same with the MLP. Attention and MLP each apply their own norm."""
 
     __slots__ = ("attention", "index", "mlp")
 
@@ -33,7 +33,7 @@ class PreNormLayer:
         self.index, self.attention, self.mlp = index, attention, mlp
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
-        """x: [T, hidden] -> the same shape, possibly written over x; with `last` its rows alone: [B, hidden]."""
+        """x: [T, hidden] -> the same shape; x may be overwritten. With `last`, only the rows of its tokens: [B, hidden]."""
         return self.mlp(self.attention(x, step, kv, last))
 
 
@@ -58,7 +58,7 @@ class Decoder:
         self.groups = kv_groups(spec)
         group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         linears = linear_specs(spec)
-        ropes: dict[tuple[RopeSpec | None, int], int] = {}  # each rotary embedding that occurs -> its index
+        ropes: dict[tuple[RopeSpec | None, int], int] = {}  # each different rotary embedding -> its index
         self.embedding = Embedding(spec, build, take, linears)
         self.layers: list[PreNormLayer | PostNormLayer] = []
         for i, layer in enumerate(spec.layers):
@@ -79,7 +79,7 @@ class Decoder:
             self.head = Linear.load(build, take, linears["head"], norm=norm)
 
     def without_repetition(self) -> Decoder:
-        """A model of the first two layers of each kind: it runs every kernel that the whole one runs."""
+        """A model with only the first two layers of each kind. It runs every kernel that the whole model runs."""
         few, chosen = copy(self), set[int]()
         seen: dict[object, int] = {}
         for layer in self.layers:
@@ -94,8 +94,8 @@ class Decoder:
     def forward(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int) -> Tensor:
         """-> hidden states before the final norm: [T, hidden], or [B, hidden] if `batch.last_only`.
 
-        kv[i]: the cache of layer i. With `last_only` the last layer stores the keys and values of all tokens, and computes the
-        rest for each sequence's last token only: no later layer reads its other results.
+        kv[i]: the cache of layer i. With `last_only` the last layer stores the keys and values of all tokens, but computes queries,
+        attention and MLP only for each sequence's last token: no later layer needs its other outputs.
         """
         step, last = self._prepare(batch, block_size), None
         if batch.last_only:
@@ -108,12 +108,12 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] in `dtype`; None: as the head leaves them."""
+        """hidden: [L, hidden] of `forward`, only the needed rows -> [L, vocab] in `dtype`; None: in the dtype of the output head."""
         logits = self.head(hidden if self.project_out is None else self.project_out(hidden))
         return logits if dtype is None else logits.to(dtype)
 
     def _prepare(self, batch: InputBatch, block_size: int, only: int | None = None) -> StepContext:
-        """only: the one KV group that is needed."""
+        """only: prepare attention for this KV group alone."""
         metas = tuple(
             None if only not in (None, g) else self.build.ops.prepare_attention(
                 batch, g, block_size=block_size, num_heads=group.num_heads, num_kv_heads=group.kv_heads, head_dim=group.head_dim,

@@ -1,1 +1,1 @@
-"""How linear layers and the KV cache store their numbers. One file per method; no method knows families, adapters or ranks."""
+"""How linear layers and the KV cache store their numbers. One file per method; none depends on families, adapters or ranks."""

@@ -3,10 +3,10 @@
     LinearSpec (rows, columns) ──LinearMethod.parameters──▶ {suffix: ParamSpec}     what checkpoints hold; one loader for all methods
                                                                  │ loaded tensors
                                LinearMethod.build      ◀─────────┘
-                                    └──▶ Matmul                      x W^T + b, perhaps fused with what stands around it
+                                    └──▶ Matmul                      x W^T + b, perhaps fused with the operations around it
 
-A new method is one file with these two classes. `Matmul.__call__` alone makes it work everywhere; `Matmul.fused` makes it
-fast where the norm before, the gate after or the residual after can be part of its kernel.
+A new method is one file with these two classes. With `Matmul.__call__` alone it works everywhere. `Matmul.fused` makes it faster
+where its kernel can include the norm before, or the gate or the residual after the product.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ParamSpec:
 
 @dataclass(frozen=True, slots=True)
 class Epilogue:
-    """What stands around a product: y = act(rms_norm(x) W^T + bias). The residual is added per call."""
+    """The operations around a product: y = act(rms_norm(x) W^T + bias). The residual is added per call."""
 
     norm: tuple[Tensor, float] | None = None  # weight [K] and epsilon of an RMSNorm of x
     bias: Tensor | None = None  # [N]
@@ -59,14 +59,14 @@ class Matmul(Protocol):
         """x: [T, K] -> x W^T + bias: [T, N]."""
 
     def fused(self, x: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
-        """x: [T, K] -> [T, N or N / 2] with the epilogue applied and `residual` added, which may be overwritten.
+        """x: [T, K] -> [T, N or N / 2] with the epilogue applied and `residual` added. `residual` may be overwritten.
 
         None: this method has no kernel for that epilogue, and the caller composes the steps.
         """
 
 
 class LinearMethod(Protocol):
-    """A way to store and multiply the weights of linear layers."""
+    """A storage format for the weights of linear layers, and how to multiply with it."""
 
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """Checkpoint suffix -> tensor, for a layer with these outputs per part and these inputs."""

@@ -1,4 +1,4 @@
-"""Weights as they are: one matrix in the model's dtype."""
+"""Unquantized weights: one matrix in the model's dtype."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class DenseMatmul:
-    """A plain matrix, in the layout that the device multiplies fastest with."""
+    """A matrix in the memory layout with which the device multiplies fastest."""
 
     __slots__ = ("_fused_linear", "weight")
 

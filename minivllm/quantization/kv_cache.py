@@ -1,4 +1,4 @@
-"""How one layer's keys and values are stored: the only code that knows the bytes, the dtype and the tensors of a page.
+"""How one layer's keys and values are stored. Only this code depends on the bytes, the dtype and the tensors of a page.
 
 A *page* is one KV block of one layer. It consists of pieces (keys, values, perhaps their scales), and each piece of all pages is
 one tensor, so that kernels index keys with a single multiplication:
@@ -6,7 +6,7 @@ one tensor, so that kernels index keys with a single multiplication:
     piece 0, keys     | block 0 | block 1 | block 2 | ...      [num_blocks, bytes]
     piece 1, values   | block 0 | block 1 | block 2 | ...
 
-Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and CPU offload get sizes from here.
+Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and CPU KV offload get all sizes from here.
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def page_bytes(spec: KVCacheSpec, block_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DenseKV:
-    """Keys and values as they are, in the model's dtype: [num_blocks, block_size, kv_heads, head_dim] each."""
+    """Unquantized keys and values in the model's dtype: [num_blocks, block_size, kv_heads, head_dim] each."""
 
     kv_heads: int
     head_dim: int

@@ -1,4 +1,4 @@
-"""Which method stores which linear layer, and every parameter of a model that follows from it."""
+"""Which method stores which linear layer, and the resulting parameters of a model."""
 from __future__ import annotations
 
 import math
@@ -12,7 +12,7 @@ from minivllm.quantization.base import LinearMethod, ParamSpec
 from minivllm.quantization.dense import DENSE
 
 MethodOf: TypeAlias = Callable[[LinearSpec], LinearMethod]  # linear layer -> its method
-# quant_method of a checkpoint's config.json -> from its quantization_config, the method of each layer
+# quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
 Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
 METHODS: Methods = MappingProxyType({})
 
@@ -23,7 +23,7 @@ def all_dense(linear: LinearSpec) -> LinearMethod:
 
 
 def method_of(config: Mapping[str, Any], methods: Methods = METHODS) -> MethodOf:
-    """The methods that a parsed config.json names. `parse_config` has refused names that `methods` lacks."""
+    """The methods that a parsed config.json names. `parse_config` has already refused names that are not in `methods`."""
     quantization = config.get("quantization_config")
     return methods[quantization["quant_method"]](quantization) if quantization else all_dense
 
@@ -69,7 +69,7 @@ def _linear(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Par
     # A checkpoint may hold the parts of a fused layer as one tensor already.
     rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
     tensors = method.parameters(rows, linear.cols)
-    if linear.bias:  # split with the outputs; after a sum over ranks it is added once
+    if linear.bias:  # split along the outputs. A row-parallel layer adds it once, after the sum over ranks
         tensors["bias"] = ParamSpec(tuple((n,) for n in rows), input_dim=None)
     for suffix, param in tensors.items():
         sources = tuple(Source(f"{name}.{suffix}", shape) for name, shape in zip(linear.checkpoint_names, param.parts, strict=True))

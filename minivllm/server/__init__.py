@@ -1,14 +1,16 @@
 """The OpenAI-compatible HTTP server. It reaches the engine only through `EngineClient`.
 
-    run.py         from settings to a listening server: port, engine, readiness
-    listen.py      uvicorn, and how it ends
-    app.py         the application: which path does what
-    protocol.py    what a request may say, strictly
-    generation.py  a request on its way: prompts out, deltas in, bytes to the client
-    answers.py     deltas as the JSON of the two generation endpoints, whole or streamed
-    logprobs.py    log-probabilities in OpenAI's two formats
-    errors.py      every failure as {"error": {message, type, param, code}}
-    door.py        keys, request ids
+    run.py                    from settings to a listening server: port, engine, readiness
+    listen.py                 uvicorn: shutdown, connections
+    app.py                    the application: which path does what
+    authentication.py         API keys and request ids
+    frontend.py               what all endpoints share
+    protocol.py, tools.py     the request models; responses_protocol.py: those of /v1/responses
+    prepare.py, chat.py       from a request model to engine requests
+    generation.py             the response: engine requests out, deltas in, bytes to the client
+    formatters.py             deltas as JSON, streamed or complete; parsed_chat.py, responses_formatter.py
+    output_spec.py            how an output is parsed: reasoning.py, tool_parsers.py
+    errors.py                 every failure as {"error": {message, type, param, code}}
 
-FastAPI, pydantic and uvicorn are imported here and nowhere else, so the engine runs without them.
+FastAPI, pydantic and uvicorn are imported only here, so the engine runs without them.
 """

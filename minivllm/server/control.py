@@ -1,25 +1,20 @@
-"""What operators ask of a running server, under vLLM's paths, and the paths that are known elsewhere and not built here.
+"""Endpoints for operators, under vLLM's paths, and refusals of paths that other servers have.
 
-    GET  /load                  {"server_load": requests being answered}, and what the engine says of its queue and blocks
-    POST /reset_prefix_cache    forget all shared prefixes
-    POST /abort_requests        {"request_ids": [...]} or {"all": true}: end running requests; each ends with finish reason "abort"
+    GET  /load                  {"server_load": requests being answered}, and the engine's queue and block use
+    POST /reset_prefix_cache    drop all cached prefixes
+    POST /abort_requests        {"request_ids": [...]} or {"all": true}: end running requests with finish reason "abort"
 """
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from minivllm.errors import InvalidInput
 from minivllm.server.errors import ApiError, json_response
+from minivllm.server.frontend import Frontend
 from minivllm.server.openapi import body_of
-from minivllm.server.protocol import Strict, Strings
+from minivllm.server.protocol import AbortRequest
 
-if TYPE_CHECKING:
-    from minivllm.server.app import Frontend
-
-# Paths of vLLM's and OpenAI's servers: asked for, they get 501 and not 404, so that nobody looks for a typing error.
+# Paths of vLLM's and OpenAI's servers. They return 501 and not 404, so that a client does not look for a typing error.
 NOT_BUILT = {
     "/v1/embeddings": "embeddings", "/v1/score": "scoring", "/score": "scoring", "/v1/rerank": "reranking", "/rerank": "reranking",
     "/v1/messages": "Anthropic's messages", "/v1/load_lora_adapter": "LoRA adapters", "/v1/unload_lora_adapter": "LoRA adapters",
@@ -27,17 +22,6 @@ NOT_BUILT = {
     "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping", "/v1/batches": "batches (use `minivllm run-batch`)",
     "/v1/files": "stored files", "/v1/moderations": "moderation",
 }
-
-
-class AbortRequest(Strict):
-    """`POST /abort_requests`: by the ids that responses carry, or everything."""
-
-    request_ids: Strings = None
-    all: bool | None = None
-
-    def check(self) -> None:
-        if bool(self.request_ids) == bool(self.all):
-            raise InvalidInput("send request_ids (a non-empty list), or all: true", "request_ids")
 
 
 def add_control(app: FastAPI, frontend: Frontend) -> None:
@@ -59,7 +43,7 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
     @app.post("/abort_requests", openapi_extra=body_of(AbortRequest))
     async def abort_requests(request: Request) -> Response:
         body = await frontend.read(request, AbortRequest)
-        body.extras("", frontend.config.permissive)
+        body.ignored_fields(frontend.config.permissive)
         body.check()
         return json_response({"aborted": frontend.running.abort(None if body.all else body.request_ids or [])})
 

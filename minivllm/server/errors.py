@@ -1,10 +1,10 @@
-"""Every failure in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, with the status a client expects.
+"""Every failure in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, with the HTTP status that clients expect.
 
-    InvalidInput   400   the request is wrong: message names the field, the value and the fix; `param` is the dotted field
+    InvalidInput   400   the request is wrong: the message names the field, the value and the fix; `param` is the dotted field
     QueueFull      429   with Retry-After
-    ApiError       ...   as it says: 401, 404, 405, 413, 415; 501 for paths known elsewhere and not built here
-    EngineDead     503   nothing will be answered until a restart
-    anything else  500   a bug of ours: logged with its traceback, which never leaves the process
+    ApiError       ...   its own status: 401, 404, 405, 413, 415; 501 for paths of other servers that are not built here
+    EngineDead     503   no request can be answered until a restart
+    anything else  500   a bug in minivllm: its traceback goes to the log and never to a client
 """
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from minivllm.errors import EngineDead, InvalidInput
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER = "1"  # seconds; a queue that was full moves within one request's time
-# Characters. Messages quote what was sent, which may be a megabyte.
-LONGEST_MESSAGE = 600
-LONGEST_QUOTE = 80
+RETRY_AFTER = "1"  # seconds; a full queue has room again after about the time of one request
+# Limits in characters. Messages quote what the client sent, which may be a megabyte.
+MAX_MESSAGE = 600
+MAX_QUOTE = 80
 
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError", 408: "RequestTimeoutError",
@@ -32,7 +32,7 @@ _TYPES = {
 }
 
 
-def shorten(text: str, limit: int = LONGEST_QUOTE) -> str:
+def shorten(text: str, limit: int = MAX_QUOTE) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
@@ -44,8 +44,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = shorten(message, LONGEST_MESSAGE)
-        self.param = None if param is None else shorten(param, LONGEST_QUOTE)
+        self.message = shorten(message, MAX_MESSAGE)
+        self.param = None if param is None else shorten(param)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -62,7 +62,7 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 
 def encode(body: Any) -> bytes:
-    """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot carry, becomes a question mark."""
+    """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
 
 
@@ -73,23 +73,23 @@ def context_error(prompt_tokens: int, max_tokens: int | None, limit: int, param:
     else:
         room = limit - prompt_tokens
         fix = f"shorten the prompt, or lower {param} to {room}" if room > 0 else "shorten the prompt"
-        message = (f"the context is {limit} tokens, and {prompt_tokens + max_tokens} were asked for: {prompt_tokens} in the prompt "
+        message = (f"the context is {limit} tokens, and the request needs {prompt_tokens + max_tokens}: {prompt_tokens} for the prompt "
                    f"and {max_tokens} for the output; {fix}")
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def engine_dead() -> ApiError:
-    """Without the reason, which may name paths and addresses of this machine; the server's log has it."""
+    """The reason is left out, because it may name paths and addresses of this machine. The server's log has it."""
     return ApiError(503, "the engine has stopped: the server must be restarted", code="engine_dead")
 
 
 def generation_failed() -> ApiError:
-    return ApiError(500, "a step of the engine failed, and this request with it: try again; the server's log says more",
+    return ApiError(500, "a step of the engine failed, and this request with it: try again; the server's log has the reason",
                     code="generation_failed")
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """What the client is told about any exception."""
+    """The error that a client gets for any exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -98,5 +98,5 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(400, error.message, param=error.param)
     if isinstance(error, EngineDead):
         return engine_dead()
-    log.error("a request failed on a bug", exc_info=error)
-    return ApiError(500, "internal error: the server's log says more")
+    log.error("a request failed because of a bug", exc_info=error)
+    return ApiError(500, "internal error: the server's log has the details")

@@ -1,11 +1,16 @@
-"""Tool calls written as JSON, read while they come.
+"""An incremental parser for tool calls that are written as JSON.
 
     {"name": "weather", "arguments": {"city": "Par
-                                     ╰─ from here on every character is handed out: the client sees arguments as they are written
+                                     ╰─ from here on each character is passed on at once, so clients see arguments as they are written
 
-`JsonScanner` is JSON's grammar as a pushdown automaton, one character at a time: it says at once when a text can no longer become
-JSON. `CallReader` watches it and knows where the name and the arguments are. Until both are known the text may still be an answer
-that only looks like a call, so it is kept and can be given back.
+`JsonScanner` is JSON's grammar as a pushdown automaton that reads one character at a time. It rejects a text at the first character
+that cannot belong to JSON. `JsonCallParser` uses it to find the name and the arguments. Until both are known the text may still be an
+answer that only resembles a call, so it is kept and can be returned as content.
+
+Why not `pydantic_core.from_json(text, allow_partial=True)`: it is several times faster, but it accepts texts that can no longer become
+JSON (`{"a": 1 2`, `{"a": 1}}`), so the point where a call breaks would not be found. It also rejects lone surrogates and values nested
+more than 200 deep. And it returns values without their place in the text, while clients must get the arguments exactly as the model
+wrote them. `test_tool_parsers.py` shows these cases.
 """
 from __future__ import annotations
 
@@ -17,153 +22,133 @@ from collections.abc import Container
 _SPACE = " \t\n\r"
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _LITERALS = ("true", "false", "null")
-_HEX = frozenset("0123456789abcdefABCDEF")
+_HEX = "0123456789abcdefABCDEF"
 
 
-class At(enum.Enum):
-    """Where in the grammar the next character stands."""
+_VALUE = '"{[-0123456789tfn'
 
-    VALUE = enum.auto()
-    FIRST_VALUE = enum.auto()  # or the end of the array
-    KEY = enum.auto()
-    FIRST_KEY = enum.auto()  # or the end of the object
-    COLON = enum.auto()
-    NEXT = enum.auto()  # a comma, or the end of the object or array
-    STRING = enum.auto()
-    ESCAPE = enum.auto()
-    HEX = enum.auto()
-    NUMBER = enum.auto()
-    LITERAL = enum.auto()
-    END = enum.auto()
+
+class JsonState(enum.Enum):
+    """The scanner's position in the grammar. Between tokens: the characters that may come next, besides white space."""
+
+    VALUE = _VALUE
+    FIRST_VALUE = _VALUE + "]"  # of an array
+    KEY = '"'
+    FIRST_KEY = '"}'
+    COLON = ":"
+    NEXT = ",]}"  # after a value in an object or array
+    END = ""
+    STRING = "in a string"
+    NUMBER = "in a number"
+    LITERAL = "in a literal"
 
 
 class JsonScanner:
     """One JSON value, strictly, one character at a time."""
 
     def __init__(self) -> None:
-        self.at = At.VALUE
-        self._stack: list[str] = []
+        self.state = JsonState.VALUE
+        self._stack: list[str] = []  # the open brackets
         self._in_key = False
-        self._word: list[str] = []
+        self._escape = ""  # of a string: the allowed characters after a backslash or in a \u escape
+        self._hex_left = 0  # digits that a \u escape still needs
+        self._word = ""  # a number or literal so far
 
     @property
     def depth(self) -> int:
         return len(self._stack)
 
     def push(self, char: str) -> bool:
-        """Whether the text can still become JSON; after False the scanner must not be used."""
-        at = self.at
-        if at is At.STRING:
+        """Whether the text can still become JSON. After False the scanner must not be used."""
+        state = self.state
+        if state is JsonState.STRING:
             return self._string(char)
-        if at in (At.ESCAPE, At.HEX):
-            return self._escape(char)
-        if at is At.NUMBER:
+        if state is JsonState.NUMBER:
             if char in "0123456789+-.eE":
-                self._word.append(char)
+                self._word += char
                 return True
-            if not _NUMBER.fullmatch("".join(self._word)):
+            if not _NUMBER.fullmatch(self._word):
                 return False
-            self._ended()
+            self._end_value()
             return self.push(char)
-        if at is At.LITERAL:
-            self._word.append(char)
-            word = "".join(self._word)
-            if word in _LITERALS:
-                self._ended()
-            return any(literal.startswith(word) for literal in _LITERALS)
-        if at is At.END:
-            return False
-        return char in _SPACE or self._structure(char)
+        if state is JsonState.LITERAL:
+            self._word += char
+            if self._word in _LITERALS:
+                self._end_value()
+            return any(literal.startswith(self._word) for literal in _LITERALS)
+        if state is not JsonState.END and char in _SPACE:
+            return True
+        return char in state.value and self._start_token(char)
 
-    def _structure(self, char: str) -> bool:
-        at = self.at
-        if at is At.COLON:
-            self.at = At.VALUE
-            return char == ":"
-        if at is At.NEXT and char == ",":
-            self.at = At.KEY if self._stack[-1] == "{" else At.VALUE
-            return True
-        if at in (At.KEY, At.FIRST_KEY) and char == '"':
-            self.at, self._in_key = At.STRING, True
-            return True
+    def _start_token(self, char: str) -> bool:
         if char in "]}":
-            return at in (At.NEXT, At.FIRST_KEY, At.FIRST_VALUE) and self._close(char)
-        return at in (At.VALUE, At.FIRST_VALUE) and self._begin(char)
-
-    def _begin(self, char: str) -> bool:
-        if char == '"':
-            self.at, self._in_key = At.STRING, False
+            opened = self._stack.pop()
+            self._end_value()
+            return opened + char in ("[]", "{}")
+        if char == ",":
+            self.state = JsonState.KEY if self._stack[-1] == "{" else JsonState.VALUE
+        elif char == ":":
+            self.state = JsonState.VALUE
         elif char in "{[":
             self._stack.append(char)
-            self.at = At.FIRST_KEY if char == "{" else At.FIRST_VALUE
-        elif char in "-0123456789":
-            self.at, self._word = At.NUMBER, [char]
-        elif char in "tfn":
-            self.at, self._word = At.LITERAL, [char]
+            self.state = JsonState.FIRST_KEY if char == "{" else JsonState.FIRST_VALUE
+        elif char == '"':
+            self._in_key = self.state in (JsonState.KEY, JsonState.FIRST_KEY)
+            self.state = JsonState.STRING
         else:
-            return False
+            self.state, self._word = JsonState.LITERAL if char in "tfn" else JsonState.NUMBER, char
         return True
 
-    def _close(self, char: str) -> bool:
-        if self._stack.pop() + char not in ("{}", "[]"):
-            return False
-        self._ended()
-        return True
-
-    def _ended(self) -> None:
-        self.at = At.NEXT if self._stack else At.END
+    def _end_value(self) -> None:
+        self.state = JsonState.NEXT if self._stack else JsonState.END
 
     def _string(self, char: str) -> bool:
+        if self._escape:
+            allowed = self._escape
+            self._hex_left = 4 if char == "u" and not self._hex_left else max(0, self._hex_left - 1)
+            self._escape = _HEX if self._hex_left else ""
+            return char in allowed
         if char == "\\":
-            self.at = At.ESCAPE
+            self._escape = '"\\/bfnrtu'
         elif char != '"':
             return char >= " "
         elif self._in_key:
-            self.at = At.COLON
+            self.state = JsonState.COLON
         else:
-            self._ended()
+            self._end_value()
         return True
-
-    def _escape(self, char: str) -> bool:
-        if self.at is At.ESCAPE:
-            self.at, self._word = (At.HEX if char == "u" else At.STRING), []
-            return char in '"\\/bfnrtu'
-        self._word.append(char)
-        if len(self._word) == 4:
-            self.at = At.STRING
-        return char in _HEX
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is one JSON object."""
+    """Whether a text is one complete JSON object."""
     scanner = JsonScanner()
     text = text.strip(_SPACE)
-    return text.startswith("{") and all(map(scanner.push, text)) and scanner.at is At.END
+    return text.startswith("{") and all(map(scanner.push, text)) and scanner.state is JsonState.END
 
 
-class CallReader:
-    """`{"name": ..., "arguments": {...}}`, or with "parameters". Other keys are read over.
+class JsonCallParser:
+    """Reads `{"name": ..., "arguments": {...}}`, or the same with "parameters". Other keys are skipped.
 
-    A name that no tool has, or a text that is not such an object, makes it `broken`: the character after `raw` does not fit.
+    `broken` is set for a name that no tool has and for a text that is not such an object. The character after `raw` is the wrong one.
     """
 
     ARGUMENTS = ("arguments", "parameters")
 
     def __init__(self, names: Container[str]) -> None:
-        self.raw = ""  # what was read
+        self.raw = ""  # the text read so far
         self.name: str | None = None
         self.done = self.broken = False
         self._names = names
         self._scanner = JsonScanner()
         self._key = ""
-        self._seen: set[str] = set()
-        self._token: list[str] = []  # the key or the value that is being read, where it matters
-        self._arguments: list[str] | None = None  # not handed out yet; None: have not begun
-        self._streams = False  # inside of an object of arguments
+        self._seen: set[str] = set()  # of "name" and "arguments"
+        self._start = 0  # index in `raw` of the current key or value of the call's object
+        self._arguments: list[str] | None = None  # pieces that `take` has not returned. None: the arguments have not started
+        self._streaming = False  # the current character belongs to an object of arguments
 
     @property
-    def begun(self) -> bool:
-        """Whether this is a call for certain, whatever follows."""
+    def started(self) -> bool:
+        """Whether the text is certainly a call, whatever follows."""
         return self.name is not None and self._arguments is not None
 
     def take(self) -> str:
@@ -174,74 +159,69 @@ class CallReader:
         return fragment
 
     def feed(self, text: str) -> int:
-        """Read on; returns how many characters were taken. Fewer than given: it is done or broken."""
-        for i, char in enumerate(text):
-            if self.done or self.broken or not self._push(char):
+        """Read on. Returns the number of characters used: fewer than given if the call is done or broken."""
+        for i in range(len(text)):
+            if self.done or self.broken or not self._push(text, i):
                 self.broken = not self.done
                 self.raw += text[:i]
                 return i
         self.raw += text
         return len(text)
 
-    def _push(self, char: str) -> bool:
-        scanner = self._scanner
-        at, depth = scanner.at, scanner.depth
+    def _push(self, text: str, i: int) -> bool:
+        """Read character i of a text that follows `raw`."""
+        char, scanner = text[i], self._scanner
+        state, depth = scanner.state, scanner.depth
         if not scanner.push(char):
             return False
         if depth == 0:
             return char == "{" or char in _SPACE
-        if depth == 1 and at is At.VALUE and char not in _SPACE and not self._value_begins(char):
-            return False
-        if self._streams:
+        if depth == 1 and state in (JsonState.KEY, JsonState.FIRST_KEY, JsonState.VALUE) and char not in _SPACE:
+            self._start = len(self.raw) + i
+            if state is JsonState.VALUE and not self._start_value(char):
+                return False
+        if self._streaming:
             assert self._arguments is not None
             self._arguments.append(char)
-        elif depth == 1 and scanner.at is not At.NEXT:
-            if at in (At.KEY, At.FIRST_KEY, At.VALUE):
-                self._token.clear()
-            self._token.append(char)
-        elif depth == 1 and at is not At.NEXT:
-            self._token.append(char)
-        if scanner.depth == 1 and at is At.STRING and scanner.at is At.COLON:
-            return self._key_ends()
-        if scanner.depth == 1 and scanner.at is At.NEXT and (depth, at) != (1, At.NEXT):
-            return self._value_ends()
-        return scanner.depth > 0 or self._object_ends()
+        if scanner.depth == 1 and state is JsonState.STRING and scanner.state is JsonState.COLON:
+            return self._end_key((self.raw + text[:i + 1])[self._start:])
+        if scanner.depth == 1 and scanner.state is JsonState.NEXT and (depth, state) != (1, JsonState.NEXT):
+            return self._end_value((self.raw + text[:i + 1])[self._start:])
+        return scanner.depth > 0 or self._end_object()
 
-    def _key_ends(self) -> bool:
-        self._key = json.loads("".join(self._token))
-        role = "arguments" if self._key in self.ARGUMENTS else self._key
-        if role in ("name", "arguments"):
-            if role in self._seen:
-                return False
-            self._seen.add(role)
-            self._key = role
-        return True
+    def _end_key(self, text: str) -> bool:
+        key = json.loads(text)
+        self._key = "arguments" if key in self.ARGUMENTS else key
+        is_new = self._key not in self._seen
+        if self._key in ("name", "arguments"):
+            self._seen.add(self._key)
+        return is_new
 
-    def _value_begins(self, char: str) -> bool:
+    def _start_value(self, char: str) -> bool:
         if self._key == "name":
             return char == '"'
         if self._key != "arguments":
             return True
         if char == "{":
-            self._arguments, self._streams = [], True
-        return char in '{"n'  # null: none; a string: some models write the object as one
+            self._arguments, self._streaming = [], True
+        return char in '{"n'  # null: no arguments; a string: some models write the object as its text
 
-    def _value_ends(self) -> bool:
-        if self._streams:
-            self._streams = False
+    def _end_value(self, text: str) -> bool:
+        if self._streaming:
+            self._streaming = False
         elif self._key == "name":
-            name = json.loads("".join(self._token))
+            name = json.loads(text)
             if name not in self._names:
                 return False
             self.name = name
         elif self._key == "arguments":
-            arguments = json.loads("".join(self._token)) or "{}"
+            arguments = json.loads(text) or "{}"
             if not is_object(arguments):
                 return False
             self._arguments = [arguments]
         return True
 
-    def _object_ends(self) -> bool:
+    def _end_object(self) -> bool:
         if self._arguments is None:
             self._arguments = ["{}"]
         self.done = self.name is not None

@@ -1,77 +1,119 @@
-"""uvicorn, with our endings: exit status 0, running requests aborted or drained, no polling while idle."""
+"""uvicorn with this project's shutdown and errors.
+
+It relies on internals of uvicorn's server and of its httptools protocol, so pyproject.toml pins uvicorn's version and
+`tests/server/test_uvicorn_internals.py` says what each of them is used for.
+"""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from minivllm.server.config import ServerConfig, say
-from minivllm.server.generation import ENDING_SECONDS, Running
-from minivllm.server.wire import Protocol
+from minivllm.config import ServerConfig
+from minivllm.server.errors import ApiError, encode
+from minivllm.server.running import ENDING_SECONDS, RunningRequests
+from minivllm.server.terminal import print_status
 
-CTRL_C_SECONDS = 5  # for aborted streams to say goodbye; a client that does not read is cut off then
+ABORT_SECONDS = 5  # for aborted streams to send their last events; then uvicorn closes the connections
+MAX_HEAD = 65_536  # bytes of request line and headers together
+MAX_PIPELINED = 8  # requests of one connection that are read before the first is answered
 
 
 class Server(uvicorn.Server):
-    """One server around one application made by `create_app`."""
+    """Serves one application made by `create_app`. On shutdown, running requests are drained or aborted, and the exit status is 0.
+
+    `ready` is called once connections are accepted.
+    """
 
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
         super().__init__(uvicorn.Config(
             app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,
-            http=Protocol,
+            http=HttpProtocol,
         ))
-        self.running: Running = app.state.frontend.running
+        self.running: RunningRequests = app.state.frontend.running
         self._drain_timeout = config.drain_timeout
         self._ready = ready
-        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
 
-    async def main_loop(self) -> None:
-        counter = 0
-        while not await self.on_tick(counter):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 1.0)  # once a second for the Date header
-            counter += 10
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        loop.add_signal_handler(signal.SIGINT, self.end, False)
-        loop.add_signal_handler(signal.SIGTERM, self.end, True)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn's signal handler. Its own version would raise the signal again after the shutdown, so the exit status would not be 0."""
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.end, sig == signal.SIGTERM)
 
     def end(self, drain: bool) -> None:
-        """Stop accepting; let running requests finish (`drain`) or abort them. Asked twice: end now."""
+        """Stop accepting connections and drain or abort running requests. A second call aborts and closes at once."""
         if self.should_exit:
             self.running.stop()
             self.force_exit = True
             return
         self.should_exit = self.running.ending = True
-        self._wake.set()
-        self.running.hurry(ENDING_SECONDS)
-        patience = self._drain_timeout if drain else 0.0
-        self.config.timeout_graceful_shutdown = int(patience) + CTRL_C_SECONDS
+        self.running.limit_body_wait(ENDING_SECONDS)
+        timeout = self._drain_timeout if drain else 0.0
+        self.config.timeout_graceful_shutdown = int(timeout) + ABORT_SECONDS
         if len(self.running):
-            say(f"requests still running: {len(self.running)}, " + (f"with {patience:g} s to finish" if patience else "now aborted"))
-        if patience:
-            asyncio.get_running_loop().call_later(patience, self.running.stop)
+            action = f"waiting up to {timeout:g} s for them" if timeout else "aborting them"
+            print_status(f"requests still running: {len(self.running)}, {action}")
+        if timeout:
+            asyncio.get_running_loop().call_later(timeout, self.running.stop)
         else:
             self.running.stop()
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection: errors of the HTTP parser in OpenAI's shape, a limit for headers, and disconnects of pipelined requests."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0  # received of a head that is not complete
+        self._in_body = False
+        self._unanswered: list[Any] = []  # uvicorn's cycles of requests; several if the client pipelines
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            before, self._head_bytes = self._head_bytes, self._head_bytes + len(data)
+            if before > MAX_HEAD:
+                self.send_400_response(f"the request line and headers are longer than {MAX_HEAD} bytes")
+                return
+        super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Send the error and close the connection. In the middle of a response the connection can only be closed."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            body = encode(ApiError(400, msg, code="invalid_http").body())
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._in_body, self._head_bytes = True, 0
+        super().on_headers_complete()
+        self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        if all(cycle is not self.cycle for cycle in self._unanswered):
+            self._unanswered.append(self.cycle)
+        if 1 < len(self._unanswered) <= MAX_PIPELINED:
+            self.flow.resume_reading()  # uvicorn paused it; without reading, a disconnect would go unnoticed
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)  # notifies the newest request only
+        for cycle in self._unanswered:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()

@@ -3,7 +3,7 @@
     completions   four parallel lists: tokens, token_logprobs, top_logprobs [{text: logprob}], text_offset
     chat          one entry per token: {token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}
 
-A token may be part of a character. Chat's `bytes` are then exact, and completions spell it "bytes:\\xe2\\x82", as OpenAI does.
+A token may be only a part of a character. Chat's `bytes` are exact then, and completions write "bytes:\\xe2\\x82", as OpenAI does.
 """
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any, Protocol
 
 from minivllm.core.plan import TokenLogprobs
 
-LOWEST = -9999.0  # JSON has no minus infinity; OpenAI's stand-in for "impossible"
+LOWEST = -9999.0  # OpenAI's value for an impossible token: JSON has no minus infinity
 
 
 class TokenNames(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that this module uses."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
     def is_special(self, token_id: int) -> bool: ...
 
 
-class NoNames:
-    """For an engine without a tokenizer: tokens are known by their numbers."""
+class NumberedTokens:
+    """Stands in for the tokenizer of an engine without one: each token is named by its id."""
 
     def token_bytes(self, token_id: int) -> bytes:
         return f"token_id:{token_id}".encode()
@@ -36,53 +36,53 @@ class NoNames:
 
 
 def finite(logprob: float) -> float:
-    """A number JSON can carry."""
+    """A number that JSON can represent."""
     return logprob if math.isfinite(logprob) else LOWEST
 
 
 def chat_entries(names: TokenNames, entries: Iterable[TokenLogprobs], top: int) -> list[dict[str, Any]]:
     """`choices[].logprobs.content`, one entry per token."""
-    def shown(token_id: int, logprob: float) -> dict[str, Any]:
+    def named(token_id: int, logprob: float) -> dict[str, Any]:
         raw = names.token_bytes(token_id)
         return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
     return [
-        {**shown(entry.token_id, entry.logprob),
-         "top_logprobs": [shown(t, lp) for t, lp in zip(entry.top_ids[:top], entry.top_logprobs[:top], strict=True)]}
+        {**named(entry.token_id, entry.logprob),
+         "top_logprobs": [named(t, lp) for t, lp in zip(entry.top_ids[:top], entry.top_logprobs[:top], strict=True)]}
         for entry in entries
     ]
 
 
 class CompletionLogprobs:
-    """Completions' format for one choice, token by token: it remembers where in the text it stands."""
+    """Completions' format for one choice, token by token. Keeps the offset in the text."""
 
     def __init__(self, names: TokenNames, top: int, skip_special: bool) -> None:
         self._names = names
         self._top = top
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0  # characters of text completed by the tokens so far
+        self._offset = 0  # characters of the text so far
 
     def add(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
-        """The four lists for some more tokens. An entry is None for a prompt's first token, which nothing predicts."""
+        """The four lists for further tokens. A prompt's first token has the entry None, because nothing predicts it."""
         new: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(token_ids, entries, strict=True):
             new["text_offset"].append(self._offset)
             if not (self._skip_special and self._names.is_special(token_id)):
                 self._offset += len(self._utf8.decode(self._names.token_bytes(token_id)))
-            new["tokens"].append(self._shown(token_id))
+            new["tokens"].append(self._name(token_id))
             new["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             new["top_logprobs"].append(None if entry is None else self._tops(entry))
         return new
 
     def _tops(self, entry: TokenLogprobs) -> dict[str, float]:
-        """The most probable tokens and the chosen one: up to top + 1 entries."""
+        """The most probable tokens and the sampled one: up to top + 1 entries."""
         pairs = list(zip(entry.top_ids[:self._top], entry.top_logprobs[:self._top], strict=True))
         if all(token_id != entry.token_id for token_id, _ in pairs):
             pairs.append((entry.token_id, entry.logprob))
-        return {self._shown(token_id): finite(logprob) for token_id, logprob in pairs}
+        return {self._name(token_id): finite(logprob) for token_id, logprob in pairs}
 
-    def _shown(self, token_id: int) -> str:
+    def _name(self, token_id: int) -> str:
         raw = self._names.token_bytes(token_id)
         try:
             return raw.decode("utf-8")

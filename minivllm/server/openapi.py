@@ -1,7 +1,7 @@
-"""`/openapi.json`: what each path takes and gives, true enough for a machine to test the server against it.
+"""`/openapi.json`: the body and the responses of each path, exact enough for automatic tests of the server.
 
-FastAPI lists the paths; bodies are described by the request classes themselves, answers by the schemas below. Answers may carry more
-fields than are named here, requests may not.
+FastAPI lists the paths, the request models describe bodies, and the schemas below describe responses. A response may have further
+fields; a request may not.
 """
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from minivllm.server.strict import Strict
+from minivllm.server.strict import StrictModel
 
-Schema = dict[str, Any]
+JsonSchema = dict[str, Any]
 _REF = "#/components/schemas/{model}"
 
 
-def nullable(kind: str) -> Schema:
+def nullable(kind: str) -> JsonSchema:
     return {"type": [kind, "null"]}
 
 
-def array(items: Schema) -> Schema:
+def array(items: JsonSchema) -> JsonSchema:
     return {"type": "array", "items": items}
 
 
-def record(required: dict[str, Schema], **more: Schema) -> Schema:
-    """An object: fields that are always there, and others."""
+def record(required: dict[str, JsonSchema], **more: JsonSchema) -> JsonSchema:
+    """An object: required fields, and optional ones."""
     return {"type": "object", "required": list(required), "properties": {**required, **more}}
 
 
-def ref(name: str) -> Schema:
+def ref(name: str) -> JsonSchema:
     return {"$ref": _REF.format(model=name)}
 
 
 STRING, INTEGER, NUMBER, BOOLEAN = ({"type": kind} for kind in ("string", "integer", "number", "boolean"))
-_ENDED = {"finish_reason": {"enum": ["stop", "length", "tool_calls", "function_call", "abort"]},
+_FINISHED = {"finish_reason": {"enum": ["stop", "length", "tool_calls", "function_call", "abort"]},
           "stop_reason": {"type": ["string", "integer", "null"]}}
 _GENERATED = {"id": STRING, "created": INTEGER, "model": STRING, "usage": ref("Usage")}
 _CARD = record({"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING, "root": STRING,
                 "parent": nullable("string"), "max_model_len": INTEGER})
 
-COMPONENTS: dict[str, Schema] = {
+COMPONENTS: dict[str, JsonSchema] = {
     "Error": record({"error": record({"message": STRING, "type": STRING, "param": nullable("string"), "code": nullable("string")})}),
     "Usage": record({"prompt_tokens": INTEGER, "completion_tokens": INTEGER, "total_tokens": INTEGER,
                      "prompt_tokens_details": record({"cached_tokens": INTEGER})}),
     "Completion": record({
         **_GENERATED, "object": {"const": "text_completion"},
-        "choices": array(record({"index": INTEGER, "text": STRING, "logprobs": nullable("object"), **_ENDED})),
+        "choices": array(record({"index": INTEGER, "text": STRING, "logprobs": nullable("object"), **_FINISHED})),
     }),
     "ChatCompletion": record({
         **_GENERATED, "object": {"const": "chat.completion"},
         "choices": array(record({
-            "index": INTEGER, "logprobs": nullable("object"), **_ENDED,
+            "index": INTEGER, "logprobs": nullable("object"), **_FINISHED,
             "message": record({"role": {"const": "assistant"}, "content": nullable("string")}, tool_calls=array({"type": "object"})),
         })),
     }),
@@ -64,8 +64,8 @@ COMPONENTS: dict[str, Schema] = {
     "Model": _CARD,
 }
 
-# Path -> schema of a good answer. A path that is not here answers with something that is no JSON.
-ANSWERS: dict[str, Schema] = {
+# Path -> schema of a successful response. Paths that are missing here do not respond with JSON.
+RESPONSES: dict[str, JsonSchema] = {
     "/v1/completions": ref("Completion"),
     "/v1/chat/completions": ref("ChatCompletion"),
     "/v1/responses": ref("Response"),
@@ -84,19 +84,20 @@ STREAMS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"}
 OTHER_MEDIA = {"/metrics": "text/plain"}
 OPEN = frozenset({"/health"})
 
-# Status -> why; of every path, of those that read a body, and of those that generate.
-_ALWAYS = {404: "there is no such path or model", 405: "another method is needed", 500: "a bug of ours", 503: "the engine has stopped"}
+# Status -> description: for every path, for paths that read a body, and for paths that generate.
+_ALWAYS = {404: "there is no such path or model", 405: "the path needs another method", 500: "a bug of the server",
+           503: "the engine has stopped"}
 _WITH_BODY = {400: "the request is wrong; param names the field", 413: "the body is too large", 415: "the body is not JSON"}
-_GENERATING = {429: "the queue is full; Retry-After says when to come again", 501: "known elsewhere and not built here"}
+_GENERATING = {429: "the queue is full; Retry-After says when to try again", 501: "not built here"}
 
 
-def body_of(kind: type[Strict]) -> dict[str, Any]:
-    """For a path's `openapi_extra`: it reads a body of this kind itself."""
+def body_of(kind: type[StrictModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a path that parses a body of this kind itself."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(kind.__name__)}}}}
 
 
-def describe(app: FastAPI, bodies: Iterable[type[Strict]], secured: bool) -> dict[str, Any]:
-    """The whole document; `bodies` are all kinds that its paths read."""
+def describe(app: FastAPI, bodies: Iterable[type[StrictModel]], secured: bool) -> dict[str, Any]:
+    """The whole document. `bodies`: the request models of all paths."""
     document = get_openapi(title=app.title, version=app.version, openapi_version="3.1.0", routes=app.routes,
                            description="OpenAI's API, with vLLM's fields.")
     components = {**COMPONENTS}
@@ -117,8 +118,8 @@ def describe(app: FastAPI, bodies: Iterable[type[Strict]], secured: bool) -> dic
 
 def _responses(path: str, has_body: bool, secured: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if path in ANSWERS:
-        content["application/json"] = {"schema": ANSWERS[path]}
+    if path in RESPONSES:
+        content["application/json"] = {"schema": RESPONSES[path]}
     if path in STREAMS:
         content["text/event-stream"] = {"schema": record({"data": STRING}, event=STRING)}  # one event
     if path in OTHER_MEDIA or not content:
@@ -126,13 +127,8 @@ def _responses(path: str, has_body: bool, secured: bool) -> dict[str, Any]:
     errors = {**_ALWAYS, **(_WITH_BODY if has_body else {}), **(_GENERATING if path in STREAMS else {})}
     if secured and path not in OPEN:
         errors[401] = "a valid API key is required"
-    return {"200": {"description": "done", "content": content}, **{str(status): _failure(why) for status, why in sorted(errors.items())}}
+    return {"200": {"description": "success", "content": content}, **{str(status): _failure(why) for status, why in sorted(errors.items())}}
 
 
 def _failure(why: str) -> dict[str, Any]:
     return {"description": why, "content": {"application/json": {"schema": ref("Error")}}}
-
-
-def missing(paths: Iterable[str]) -> set[str]:
-    """Documented paths whose answers nobody has described."""
-    return set(paths) - ANSWERS.keys() - OTHER_MEDIA.keys()

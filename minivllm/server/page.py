@@ -1,28 +1,24 @@
-"""The page at `/` and what it looks at: a chat, and beside it what the engine is doing.
+"""The page at `/`, a chat with a live view of the engine, and the stream of events that the live view shows.
 
-The page's three files hold no data and need no API key; everything they show they ask for, with the key that is typed in.
-`GET /v1/engine/live` is a stream of server-sent events: first what is constant, then a view of the engine whenever there is a new
-one, at most about ten a second. The engine makes views only while such a stream is open.
+The page's files hold no data and need no API key. The page's requests send the key that the user typed.
+`GET /v1/engine/live` is a stream of server-sent events: first the constants, then each new view of the engine, at most about ten a
+second. The engine makes views only while such a stream is open.
 """
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import FastAPI, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from fastapi import FastAPI
+from starlette.responses import Response, StreamingResponse
 
 from minivllm.engine.watch import EngineView
-from minivllm.server.answers import event
 from minivllm.server.errors import ApiError
-from minivllm.server.generation import while_listening
-
-if TYPE_CHECKING:
-    from minivllm.server.app import Frontend
+from minivllm.server.formatters import event
+from minivllm.server.frontend import Frontend
+from minivllm.server.generation import EVENT_STREAM_HEADERS
 
 FILES = {  # path -> (file, media type)
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -35,82 +31,52 @@ _HEADERS = {
                                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-cache",
 }
-LOOK_SECONDS = 0.05  # how often a stream looks for a new view
-QUIET_SECONDS = 10.0  # without a view: a comment, so that nobody in between takes the connection for dead
-MOST_WATCHERS = 32
+POLL_SECONDS = 0.05  # between two checks for a new view
+KEEPALIVE_SECONDS = 10.0  # without a new view a comment is sent, so that proxies keep the connection open
+MAX_VIEWS = 32
 
 
 def add_page(app: FastAPI, frontend: Frontend) -> None:
     folder = Path(__file__).parent / "static"
     for path, (name, media_type) in FILES.items():
         _add_file(app, path, (folder / name).read_bytes(), media_type)
-    watchers = Watchers(frontend)
+    open_views: set[object] = set()
 
-    @app.get("/v1/engine/live", include_in_schema=False)  # its answer has no end: docs/page.md describes it
-    async def live(request: Request) -> Response:
+    @app.get("/v1/engine/live", include_in_schema=False)  # OpenAPI cannot describe an endless stream: docs/page.md does
+    async def live() -> Response:
         frontend.check_alive()
-        if watchers.count >= MOST_WATCHERS:
-            raise ApiError(429, f"{MOST_WATCHERS} others watch the engine already: close one", headers={"retry-after": "5"})
-        return LiveResponse(watchers)
-
-
-class Watchers:
-    """Those who watch."""
-
-    def __init__(self, frontend: Frontend) -> None:
-        self.frontend = frontend
-        self.count = 0
-
-    @contextmanager
-    def one_more(self) -> Iterator[Callable[[], EngineView | None]]:
-        self.count += 1
-        try:
-            with self.frontend.client.watching() as latest:
-                yield latest
-        finally:
-            self.count -= 1
-
-
-class LiveResponse(Response):
-    """A stream of views, which ends with its client, its engine or its server."""
-
-    def __init__(self, watchers: Watchers) -> None:
-        self._watchers = watchers
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_listening(self._stream(send), receive)
-
-    async def _stream(self, send: Send) -> None:
-        frontend = self._watchers.frontend
-        with self._watchers.one_more() as latest:
-            await send({"type": "http.response.start", "status": 200, "headers": [
-                (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
-            ]})
-            await send(_piece(event(constants(frontend))))
-            shown: EngineView | None = None
-            quiet = 0.0
-            while frontend.client.dead is None and not frontend.running.ending:
-                view = latest()
-                if view is not None and view is not shown:
-                    shown, quiet = view, 0.0
-                    await send(_piece(event(describe(view, frontend))))
-                elif quiet >= QUIET_SECONDS:
-                    quiet = 0.0
-                    await send(_piece(b": nothing new\n\n"))
-                quiet += LOOK_SECONDS
-                await asyncio.sleep(LOOK_SECONDS)
-        await send(_piece(b"", more=False))
-
-
-def _piece(data: bytes, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": more}
+        if len(open_views) >= MAX_VIEWS:
+            raise ApiError(429, f"{MAX_VIEWS} live views are open already: close one", headers={"retry-after": "5"})
+        return StreamingResponse(live_events(frontend, open_views), headers=EVENT_STREAM_HEADERS)
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
     @app.get(path, include_in_schema=False)
     async def file() -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
+
+
+async def live_events(frontend: Frontend, open_views: set[object]) -> AsyncIterator[bytes]:
+    """The events of one live view. They end when the engine dies or the server shuts down."""
+    this_view = object()
+    open_views.add(this_view)
+    try:
+        with frontend.client.watching() as latest:
+            yield event(constants(frontend))
+            shown: EngineView | None = None
+            idle = 0.0  # seconds since the last event
+            while frontend.client.dead is None and not frontend.running.ending:
+                view = latest()
+                if view is not None and view is not shown:
+                    shown, idle = view, 0.0
+                    yield event(describe(view, frontend))
+                elif idle >= KEEPALIVE_SECONDS:
+                    idle = 0.0
+                    yield b": keep-alive\n\n"
+                idle += POLL_SECONDS
+                await asyncio.sleep(POLL_SECONDS)
+    finally:
+        open_views.discard(this_view)
 
 
 def constants(frontend: Frontend) -> dict[str, Any]:
@@ -122,7 +88,7 @@ def constants(frontend: Frontend) -> dict[str, Any]:
 
 
 def describe(view: EngineView, frontend: Frontend) -> dict[str, Any]:
-    """A view as JSON. Sequences: [owner, child, prompt tokens, tokens, computed, cached, blocks, preempted]."""
+    """A view as JSON. A sequence is [owner, child, prompt tokens, tokens, computed, cached, blocks, preempted]."""
     snapshot, stats, metrics = view.snapshot, frontend.client.stats(), frontend.client.metrics
 
     def rows(sequences: Any) -> list[list[int]]:

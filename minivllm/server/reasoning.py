@@ -1,94 +1,80 @@
-"""Reasoning split from the answer: what stands between <think> and </think>, while it comes.
+"""Splits reasoning, the text between <think> and </think>, from the answer while the text arrives.
 
-Where a text begins depends on the prompt, because some chat templates open or close the tag themselves:
+Some chat templates open or close the tag themselves, so the start of the output depends on the prompt:
 
-    prompt ends with <think>     the text begins inside
-    prompt ends with </think>    the template was told not to think: all of it is the answer
-    neither                      qwen3: inside if the text opens the tag; deepseek_r1: inside, the model leaves the tag out
+    prompt ends with <think>     the output starts with reasoning
+    prompt ends with </think>    thinking is turned off: the whole output is the answer
+    neither                      qwen3: reasoning if the output opens the tag; deepseek_r1: reasoning, the model leaves the tag out
 
-White space beside the tags belongs to them. A text that ends inside is all reasoning: its answer was cut off.
+White space next to a tag belongs to the tag. An output that ends before </think> is reasoning only: its answer was cut off.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from minivllm.server.tool_parsers import Content, Event, Reasoning, settled
+from minivllm.server.output_events import ContentDelta, IncrementalParser, ReasoningDelta
 
 OPEN, CLOSE = "<think>", "</think>"
 
-Beginning = Literal["inside", "answer", "undecided"]
+OutputStart: TypeAlias = Literal["reasoning", "answer", "undecided"]
 
 
-def beginning(parser: str, prompt: str, continued: str = "") -> Beginning:
-    """Where the output of this prompt begins. `continued` is the message it continues, if it does."""
+def output_start(parser: str, prompt: str, continued: str = "") -> OutputStart:
+    """How the output of this prompt starts. `continued` is the content of the final message if the output continues it."""
     prompt = prompt.rstrip()
     if prompt.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE):
-        return "inside"
+        return "reasoning"
     if prompt.endswith(CLOSE) or continued:
         return "answer"
-    return "inside" if parser == "deepseek_r1" else "undecided"
+    return "reasoning" if parser == "deepseek_r1" else "undecided"
 
 
-class ReasoningSplitter:
-    """Text in, `Reasoning` and `Content` out; the same however the text is cut into pieces."""
+class ReasoningParser(IncrementalParser):
+    """Reports `ReasoningDelta` and `ContentDelta`."""
 
-    def __init__(self, begin: Beginning) -> None:
-        self._rest = ""
-        self._ended = False
-        self._events: list[Event] = []
-        self._begin = begin
-        self._fresh = False  # right behind a tag: white space is part of it
-        self._state: Callable[[], bool] = self._answer if begin == "answer" else self._first
+    def __init__(self, start: OutputStart) -> None:
+        super().__init__(self._answer if start == "answer" else self._before)
+        self._start = start
+        self._after_tag = False  # white space here belongs to the tag
 
     @property
-    def thinking(self) -> bool:
-        return self._state == self._inside
+    def in_reasoning(self) -> bool:
+        return self._state == self._reasoning
 
-    def push(self, text: str) -> list[Event]:
-        self._rest += text
-        while self._state():
-            pass
-        events, self._events = self._events, []
-        return events
-
-    def finish(self) -> list[Event]:
-        self._ended = True
-        return self.push("")
-
-    def _first(self) -> bool:
-        text = self._rest.lstrip()
+    def _before(self) -> bool:
+        text = self._pending.lstrip()
         if text.startswith(OPEN):
-            self._rest = text[len(OPEN):]
+            self._pending = text[len(OPEN):]
         elif not self._ended and OPEN.startswith(text):
             return False
-        elif self._begin == "undecided":
+        elif self._start == "undecided":
             self._state = self._answer
             return True
-        self._fresh = True
-        self._state = self._inside
+        self._after_tag = True
+        self._state = self._reasoning
         return True
 
-    def _inside(self) -> bool:
-        at = self._rest.find(CLOSE)
-        sure = len(self._rest[:at].rstrip()) if at >= 0 else len(self._rest) if self._ended else settled(self._rest, CLOSE)
-        self._tell(Reasoning, self._rest[:sure])
-        if at < 0:
-            self._rest = self._rest[sure:]
+    def _reasoning(self) -> bool:
+        text, tag, rest = self._pending.partition(CLOSE)
+        if not tag:
+            end = self._settled(CLOSE)
+            self._emit(ReasoningDelta, self._pending[:end])
+            self._pending = self._pending[end:]
             return False
-        self._rest = self._rest[at + len(CLOSE):]
-        self._fresh = True
+        self._emit(ReasoningDelta, text.rstrip())
+        self._pending = rest
+        self._after_tag = True
         self._state = self._answer
         return True
 
     def _answer(self) -> bool:
-        self._tell(Content, self._rest)
-        self._rest = ""
+        self._emit(ContentDelta, self._pending)
+        self._pending = ""
         return False
 
-    def _tell(self, kind: type[Reasoning] | type[Content], text: str) -> None:
-        if self._fresh:
+    def _emit(self, kind: type[ReasoningDelta] | type[ContentDelta], text: str) -> None:
+        if self._after_tag:
             text = text.lstrip()
         if text:
-            self._fresh = False
+            self._after_tag = False
             self._events.append(kind(text))

@@ -1,8 +1,8 @@
-"""From settings to a server that listens, and back to nothing: port, engine, readiness, signals.
+"""The life of a server: port, engine, readiness, shutdown.
 
-    take the port ─▶ load the engine ─▶ listen ─▶ "ready" ─▶ serve ─▶ SIGINT: abort what runs, end
-    (fails at once,                                                   SIGTERM: let it finish, for drain_timeout seconds
-     not after loading)                                               a second signal: end now
+    bind the port ─▶ load the engine ─▶ listen ─▶ "ready" ─▶ serve ─▶ SIGINT: abort running requests and exit
+    (a port in use                                                    SIGTERM: let them finish for up to drain_timeout seconds
+     fails at once)                                                   a second signal: exit at once
 """
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minivllm import __version__
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
-from minivllm.engine.client import EngineClient
+from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
-from minivllm.engine.process import freeze_heap
+from minivllm.engine.process import ProcessClient, freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.server.build import start_engine
-from minivllm.server.config import ServerConfig, configure_logging, say
+from minivllm.server.terminal import configure_logging, print_status
+
+if TYPE_CHECKING:
+    from minivllm.engine.engine import LLMEngine
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serve until a signal ends it. Returns the exit status; raises `InvalidInput` for what the user can mend."""
+    """Serve until a signal. Returns the exit status; raises `InvalidInput` for errors that the user can fix."""
     begun = time.monotonic()
     configure_logging(config.log_level)
     check_packages()
@@ -39,8 +43,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with listener:
-            say(f"minivllm {__version__}: loading {engine_config.model or 'the default model'} ...")
-            # The web server's packages take a second to import: time the engine needs anyway.
+            print_status(f"minivllm {__version__}: loading {engine_config.model or 'the default model'} ...")
+            # Importing the web server's packages takes a second. Do it while the engine loads.
             threading.Thread(target=importlib.import_module, args=("minivllm.server.listen",), daemon=True).start()
             client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level)
             with contextlib.closing(client):
@@ -49,7 +53,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         pass
     finally:
         signal.signal(signal.SIGTERM, previous)
-    say("stopped")
+    print_status("stopped")
     return 0
 
 
@@ -65,35 +69,54 @@ def _run(client: EngineClient, config: ServerConfig, template: str | None, liste
     def ready() -> None:
         freeze_heap()
         port, name = listener.getsockname()[1], app.state.frontend.names[0]
-        say(readiness(client.info, config, port, name, chat, time.monotonic() - begun))
+        print_status(readiness(client.info, config, port, name, chat, time.monotonic() - begun))
 
     Server(app, config, ready).run(sockets=[listener])
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt  # SIGTERM while loading: unwind like Ctrl-C
+    raise KeyboardInterrupt  # SIGTERM during loading has the same effect as Ctrl-C
 
 
 def check_packages() -> None:
-    """The engine needs none of these, so they may be missing."""
-    missing = [package for package in ("fastapi", "pydantic", "uvicorn") if importlib.util.find_spec(package) is None]
+    """The engine runs without these packages, so they may be missing."""
+    missing = [package for package in ("fastapi", "httptools", "pydantic", "uvicorn") if importlib.util.find_spec(package) is None]
     if missing:
         raise InvalidInput(f"the server needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
+    """Runs in the process that owns the engine. `log_level` is set if that process has not configured logging yet."""
+    if log_level is not None:
+        configure_logging(log_level)
+    from minivllm.engine import compose
+
+    return compose.build_engine(config)
+
+
+def start_engine(config: EngineConfig, *, process: bool, log_level: str) -> EngineClient:
+    """A client whose engine accepts requests. With `process`, only the engine's process imports torch."""
+    if process:
+        return ProcessClient.start_with(partial(build_engine, config, log_level))
+    return ThreadClient.start_with(partial(build_engine, config, None))
 
 
 # -- the port ---------------------------------------------------------------------------------------------------------
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port, before anything slow happens. Connections are refused until `listen`."""
+    """Reserve the port before the slow parts of the start. Connections are refused until `listen`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # "localhost" is 127.0.0.1, not ::1
     except (socket.gaierror, UnicodeError):
-        raise InvalidInput(f"host {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host") from None
+        raise InvalidInput(f"host {host!r} is not an address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose old connections linger is free
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port is free although old connections are in TIME_WAIT
         listener.bind(address)
     except OSError as error:
         listener.close()
@@ -105,22 +128,22 @@ def listen(listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     try:
         listener.listen(2048)
-    except OSError as error:  # another server took the port in the meantime
+    except OSError as error:  # another server has started to listen on the port in the meantime
         raise _port_error(error, host, port) from None
 
 
 def _port_error(error: OSError, host: str, port: int) -> InvalidInput:
     if error.errno == errno.EADDRINUSE:
         other = port + 1 if port < 65535 else 8000
-        return InvalidInput(f"port {port} on {host} is in use: end the program that has it, or choose another: --port {other}", "port")
+        return InvalidInput(f"port {port} on {host} is in use: stop the program that uses it, or choose another: --port {other}", "port")
     if error.errno == errno.EACCES:
         return InvalidInput(f"port {port} needs privileges that this user lacks: choose one above 1023, such as --port 8000", "port")
     if error.errno == errno.EADDRNOTAVAIL:
-        return InvalidInput(f"host {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host")
+        return InvalidInput(f"host {host!r} is not an address of this machine: use 127.0.0.1, or 0.0.0.0 for all", "host")
     return InvalidInput(f"cannot listen on {host}:{port}: {error.strerror}", "port")
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
+# -- tokenizer and chat template ---------------------------------------------------------------------------------------
 
 
 def read_chat_template(file: str | None) -> str | None:
@@ -132,12 +155,12 @@ def read_chat_template(file: str | None) -> str | None:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InvalidInput(f"chat_template: cannot read {file}: {reason}; give a file, or a built-in one: {', '.join(BUILT_IN)}",
+        raise InvalidInput(f"chat_template: cannot read {file}: {reason}; give a file, or a built-in template: {', '.join(BUILT_IN)}",
                            "chat_template") from None
 
 
 def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:
-    """The server's own, so that text never crosses to the engine; None for an engine without one."""
+    """The server tokenizes itself, so that the engine receives token ids. None for an engine without a tokenizer."""
     if info.tokenizer_folder is None:
         return None
     tokenizer = Tokenizer(info.tokenizer_folder)
@@ -147,7 +170,7 @@ def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:
 
 
 def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat: bool, seconds: float) -> str:
-    """What is served and how to try it: the last line can be pasted into a shell."""
+    """A description of the server. The last line is a curl command that can be pasted into a shell."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, f"[{config.host}]" if ":" in config.host else config.host)
     url = f"http://{host}:{port}"
     tokens = (info.num_blocks - 1) * info.block_size  # one block is the null block
@@ -159,6 +182,6 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
         f"model     {name}, {info.dtype} on {info.device}",
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
-        f"ready after {seconds:.1f} s at {url} (Ctrl-C ends it). Try:",
+        f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try:",
         f"curl {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))

@@ -1,8 +1,8 @@
-"""The base of every request's classes: a JSON object that ignores no field in silence. `protocol.py` says what the classes are."""
+"""The base class of all request models: a JSON object in which no field is silently ignored. `protocol.py` lists the four classes."""
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
@@ -11,8 +11,8 @@ from pydantic_core import CoreSchema
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
 
-class Strict(BaseModel):
-    """A JSON object whose unknown names are sorted into the four classes by `extras`."""
+class StrictModel(BaseModel):
+    """A JSON object. `ignored_fields` sorts names that are no fields of the class into inert, unsupported and unknown."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     INERT: ClassVar[frozenset[str]] = frozenset()
@@ -20,18 +20,18 @@ class Strict(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Unknown fields are refused, unless the server is permissive; the other classes are as good as declared."""
+        """The schema lists inert and unsupported fields too. Unknown fields are refused unless the server is permissive."""
         schema = handler.resolve_ref_schema(handler(core))
         fields = schema.setdefault("properties", {})
         for name in sorted(cls.INERT):
-            fields[name] = {"description": "accepted; changes nothing"}
+            fields[name] = {"description": "accepted; has no effect"}
         for name, harmless in sorted(cls.UNSUPPORTED.items()):
-            fields[name] = {"enum": [None, *harmless], "description": "not supported: only values that ask for nothing are accepted"}
+            fields[name] = {"enum": [None, *harmless], "description": "not supported: only values that request nothing are accepted"}
         schema["additionalProperties"] = False
         return schema
 
-    def extras(self, path: str, permissive: bool) -> list[str]:
-        """Names to report as ignored; raises over those that must not be."""
+    def ignored_fields(self, permissive: bool, path: str = "") -> list[str]:
+        """Dotted names to report as ignored, nested models included. Raises for unsupported and unknown ones."""
         ignored = []
         for name, value in (self.model_extra or {}).items():
             where = path + name
@@ -44,6 +44,18 @@ class Strict(BaseModel):
             elif permissive:
                 ignored.append(where)
             else:
-                known = [*type(self).model_fields, *self.INERT, *self.UNSUPPORTED]
+                fields = [field.alias or name for name, field in type(self).model_fields.items()]
+                known = [*fields, *self.INERT, *self.UNSUPPORTED]
                 raise InvalidInput(f"unknown field {where!r}{nearest(name, known)}", where)
+        for where, model in self._nested(path):
+            ignored += model.ignored_fields(permissive, where + ".")
         return ignored
+
+    def _nested(self, path: str) -> Iterator[tuple[str, StrictModel]]:
+        """Every model in a field or in a list of models, with its dotted name."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, StrictModel):
+                yield path + name, value
+            elif isinstance(value, list) and value and isinstance(value[0], StrictModel):
+                yield from ((f"{path}{name}.{i}", model) for i, model in enumerate(value))

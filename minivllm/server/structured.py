@@ -1,101 +1,66 @@
-"""What the output must look like: OpenAI's `response_format`, vLLM's `structured_outputs`, and the older `guided_*` for the same.
+"""Structured output: OpenAI's `response_format`, vLLM's `structured_outputs`, and vLLM's older `guided_*` fields.
 
     response_format      {"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}
     structured_outputs   {"json": schema} or regex, choice, grammar, json_object: the fields of `StructuredOutputsParams`
     guided_json ...      one field each
 
-One request may use one of them. All end as one `StructuredOutputsParams`, which remembers the name the client used. A schema is always kept
-to, so `strict` true or false makes no difference.
+A request may use one of them. Each becomes a `StructuredOutputsParams` that keeps the client's field name for errors. A schema is always
+enforced, so `strict` has no effect.
 """
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, TypeAlias
+import types
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import WithJsonSchema
+from pydantic import Field, StringConstraints, WithJsonSchema
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest
-from minivllm.sampling_params import STRUCTURES, StructuredOutputsParams
+from minivllm.errors import InvalidInput
+from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.server.strict import StrictModel
 
-Schema: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})]
-
-_TYPES = ("text", "json_object", "json_schema")
-_OPTIONS = ("disable_any_whitespace", "whitespace_pattern")
-_NOT_HERE = ("structural_tag", "disable_fallback", "disable_additional_properties", "backend")  # vLLM's
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+SchemaField: TypeAlias = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})]
 
 
-def unknown_fields(wanted: Mapping[str, Any] | None, form: Mapping[str, Any] | None, form_name: str, permissive: bool) -> list[str]:
-    """Names inside `structured_outputs` and `response_format` that nobody knows: reported where that is wished for, else refused."""
-    parts: list[tuple[str, Mapping[str, Any], Collection[str]]] = []
-    if wanted is not None:
-        parts.append(("structured_outputs", wanted, (*STRUCTURES, *_OPTIONS)))
-    if form is not None:
-        parts.append((form_name, form, ("type", "json_schema") if form.get("type") == "json_schema" else ("type",)))
-        inner = form.get("json_schema")
-        if isinstance(inner, Mapping):
-            parts.append((_inner(form_name), inner, ("name", "description", "schema", "strict")))
-    ignored = []
-    for where, part, known in parts:
-        for name in part.keys() - known:
-            if part[name] is None:
-                continue
-            if name in _NOT_HERE:
-                raise NotSupportedYet(f"{where}.{name} is not supported yet: leave it out", f"{where}.{name}")
-            if not permissive:
-                raise InvalidInput(f"unknown field '{where}.{name}'{nearest(name, known)}", f"{where}.{name}")
-            ignored.append(f"{where}.{name}")
-    return ignored
+class JsonSchemaFormat(StrictModel):
+    """The schema of a `response_format`."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
 
 
-def _inner(where: str) -> str:
-    """Where the schema and its name are: in a chat one level deeper than in `/v1/responses`."""
-    return f"{where}.json_schema" if where == "response_format" else where
+class ResponseFormat(StrictModel):
+    """`response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def structure(self, where: str) -> StructuredOutputsParams | None:
+        """`where`: the name of the field in errors. `/v1/responses` has the schema in `text.format` itself."""
+        inner = f"{where}.json_schema" if where == "response_format" else where
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            problem = "is required with" if self.json_schema is None else "is only for"
+            raise InvalidInput(f"{inner} {problem} type json_schema", inner)
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.json_schema, origin=f"{inner}.schema")
+        return None if self.type == "text" else StructuredOutputsParams(json_object=True, origin=where)
 
 
-def read_format(form: Mapping[str, Any], where: str) -> StructuredOutputsParams | None:
-    """`response_format`, or whatever the endpoint calls it."""
-    kind = form.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return StructuredOutputsParams(json_object=True, origin=where)
-    if kind != "json_schema":
-        hint = nearest(kind, _TYPES) if isinstance(kind, str) else ""
-        raise InvalidInput(f"{where}.type must be one of {', '.join(_TYPES)}, got {kind!r}{hint}", f"{where}.type")
-    where = _inner(where)
-    inner = form.get("json_schema")
-    if not isinstance(inner, Mapping):
-        raise InvalidInput(f"{where} must be an object with name and schema, got {inner!r}", where)
-    name = inner.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidInput(f"{where}.name must be 1 to 64 letters, digits or _.-, got {name!r}", f"{where}.name")
-    if not isinstance(inner.get("schema"), Mapping):
-        raise InvalidInput(f"{where}.schema must be a JSON schema (an object), got {inner.get('schema')!r}", f"{where}.schema")
-    for field, kinds in (("strict", bool), ("description", str)):
-        if not isinstance(inner.get(field), (kinds, type(None))):
-            raise InvalidInput(f"{where}.{field} must be {'true or false' if kinds is bool else 'a string'}, got {inner[field]!r}",
-                               f"{where}.{field}")
-    return StructuredOutputsParams(json=inner["schema"], origin=f"{where}.schema")
+class StructuredOutputsFields(StrictModel):
+    """`structured_outputs`. `StructuredOutputsParams` checks the values."""
 
+    json_: Any = Field(default=None, alias="json")
+    regex: Any = None
+    choice: Any = None
+    grammar: Any = None
+    json_object: Any = None
+    disable_any_whitespace: Any = None
+    whitespace_pattern: Any = None
+    UNSUPPORTED = types.MappingProxyType({
+        "structural_tag": (), "disable_fallback": (), "disable_additional_properties": (), "backend": (),
+    })
 
-def read_wish(
-    wanted: Mapping[str, Any] | None, form: Mapping[str, Any] | None, form_name: str, guided: Mapping[str, Any], whitespace: str | None,
-) -> StructuredOutputsParams | None:
-    """The one wish among all of a request's fields. `guided`: guided_json and the like, those that were sent."""
-    found: dict[str, StructuredOutputsParams] = {}
-    if form is not None and (read := read_format(form, form_name)) is not None:
-        found[form_name] = read
-    if wanted is not None:
-        given = {name: value for name, value in wanted.items() if value is not None and name in (*STRUCTURES, *_OPTIONS)}
-        found["structured_outputs"] = StructuredOutputsParams.of(given)
-    for name, value in guided.items():
-        pattern = whitespace if name == "guided_json" else None
-        found[name] = StructuredOutputsParams(**{name.removeprefix("guided_"): value}, whitespace_pattern=pattern, origin=name)
-    if len(found) > 1:
-        first, second = list(found)[:2]
-        raise InvalidInput(f"{first} and {second} both say what the output must look like: send one of them", second)
-    if whitespace is not None and "guided_json" not in found:
-        raise InvalidInput("guided_whitespace_pattern belongs to guided_json: leave it out", "guided_whitespace_pattern")
-    return next(iter(found.values()), None)
+    def structure(self) -> StructuredOutputsParams:
+        names = {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items()}
+        return StructuredOutputsParams.of({name: value for name, value in names.items() if value is not None})

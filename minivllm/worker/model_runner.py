@@ -237,7 +237,9 @@ class ModelRunner:
         if masks is None and self.sampler.all_plain(c.sample_rows):
             return SampledStep(step, self.kv, [work.sampled], order=work.order)
         self._only_replays = False
-        (index,) = upload([c.sample_index], work.logits.device)
+        index, draft_index, drafts = upload([c.sample_index, c.draft_index, c.drafts], work.logits.device)
+        if len(c.drafts):  # the graph's samples have overwritten the drafts, which penalties must count
+            self.rows.write_tokens(draft_index, drafts)
         logits = work.logits if work.order is None else work.logits.index_select(0, upload([work.order], work.logits.device)[0])
         choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks)
         self.rows.write_tokens(index, choice.token_ids)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from minivllm.benchmarks.client import Address, Client, HttpError, Outcome
+from minivllm.benchmarks.client import HttpError, LoadClient, ServerAddress
+from minivllm.benchmarks.outcome import RequestOutcome
 from minivllm.errors import InvalidInput
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -32,10 +33,10 @@ USAGE = event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens":
 DONE = b"data: [DONE]\n\n"
 
 
-def ask(*answers: bytes, cut: int = 1 << 20, times: int | None = None) -> list[Outcome]:
+def ask(*answers: bytes, cut: int = 1 << 20, times: int | None = None) -> list[RequestOutcome]:
     """What the client makes of a server that gives these answers, one for each request, in pieces of `cut` bytes."""
 
-    async def main() -> list[Outcome]:
+    async def main() -> list[RequestOutcome]:
         waiting = list(answers)
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -54,7 +55,7 @@ def ask(*answers: bytes, cut: int = 1 << 20, times: int | None = None) -> list[O
             writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        client = Client(Address("127.0.0.1", server.sockets[0].getsockname()[1]))
+        client = LoadClient(ServerAddress("127.0.0.1", server.sockets[0].getsockname()[1]))
         outcomes = [await client.post(client.prepare("/x", b"{} END")) for _ in range(times or len(answers))]
         client.close()
         server.close()
@@ -111,7 +112,7 @@ def test_an_error_in_the_midst_of_a_stream_is_an_error() -> None:
 
 
 def test_a_connection_lost_in_an_answer_is_an_error_and_a_new_one_is_made() -> None:
-    lost, answered = ask(HEAD + b"5\r\nabCLOSE", HEAD + chunked(text("a"), DONE))
+    lost, answered = ask(HEAD + b"20\r\nabCLOSE", HEAD + chunked(text("a"), DONE))
     assert lost.error is not None and "connection was lost" in lost.error
     assert answered.error is None
 
@@ -123,12 +124,12 @@ def test_a_server_that_hangs_up_between_two_requests_is_asked_again() -> None:
 
 def test_what_is_not_http_is_an_error() -> None:
     [outcome] = ask(b"SSH-2.0-OpenSSH\r\n\r\nCLOSE")
-    assert outcome.error is not None and "not HTTP/1.1" in outcome.error
+    assert outcome.error is not None and "not valid HTTP/1.1" in outcome.error
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
     async def main() -> None:
-        client = Client(Address("127.0.0.1", 1))
+        client = LoadClient(ServerAddress("127.0.0.1", 1))
         assert (await client.post(client.prepare("/", b""))).error
         with pytest.raises((OSError, HttpError)):
             await client.get("/")
@@ -137,17 +138,17 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("url", "address"), [
-    ("http://127.0.0.1:8000", Address("127.0.0.1", 8000)),
-    ("http://localhost:8000/v1/", Address("localhost", 8000)),
-    ("localhost:9", Address("localhost", 9)),
-    ("https://example.org/llm/v1", Address("example.org", 443, True, "/llm")),
-    ("http://[::1]:80", Address("::1", 80)),
+    ("http://127.0.0.1:8000", ServerAddress("127.0.0.1", 8000)),
+    ("http://localhost:8000/v1/", ServerAddress("localhost", 8000)),
+    ("localhost:9", ServerAddress("localhost", 9)),
+    ("https://example.org/llm/v1", ServerAddress("example.org", 443, True, "/llm")),
+    ("http://[::1]:80", ServerAddress("::1", 80)),
 ])
-def test_a_base_url_may_be_written_in_many_ways(url: str, address: Address) -> None:
-    assert Address.of(url) == address
+def test_a_base_url_may_be_written_in_many_ways(url: str, address: ServerAddress) -> None:
+    assert ServerAddress.of(url) == address
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:port", "http://x?y=1", ""])
 def test_what_is_no_base_url_is_refused_by_name(url: str) -> None:
     with pytest.raises(InvalidInput, match="base_url"):
-        Address.of(url)
+        ServerAddress.of(url)

@@ -12,11 +12,11 @@ import torch
 from bench import models
 from bench.kernel_check import TOKEN_TOLERANCE, TOLERANCE, Trial, apart, check, twin_with
 from minivllm import LLM, SamplingParams
-from minivllm.benchmarks.workloads import Request, check_requests
+from minivllm.benchmarks.workloads import WorkloadRequest, check_requests
 from minivllm.kernels import REFERENCE, Ops
 from minivllm.models import loader
 
-Greedy = Callable[[list[Request]], list[list[int]]]
+Greedy = Callable[[list[WorkloadRequest]], list[list[int]]]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 
 def greedy(llm: LLM) -> Greedy:
-    def generate(requests: list[Request]) -> list[list[int]]:
+    def generate(requests: list[WorkloadRequest]) -> list[list[int]]:
         prompts = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]
         params = [SamplingParams(temperature=0, max_tokens=r.output_len, ignore_eos=True, detokenize=False) for r in requests]
         return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
@@ -84,7 +84,7 @@ def test_a_wrong_kernel_is_refused(llm: LLM, kind: str) -> None:
 def test_tokens_that_are_not_the_best_are_refused(llm: LLM) -> None:
     right = greedy(llm)
 
-    def one_wrong(requests: list[Request]) -> list[list[int]]:
+    def one_wrong(requests: list[WorkloadRequest]) -> list[list[int]]:
         outputs = right(requests)
         outputs[2][7] = (outputs[2][7] + 1) % 12000
         return outputs

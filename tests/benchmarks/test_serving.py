@@ -11,46 +11,46 @@ from pathlib import Path
 import pytest
 
 from minivllm.benchmarks import workloads
-from minivllm.benchmarks.client import Outcome
-from minivllm.benchmarks.report import Latencies, read_objectives, summarise
-from minivllm.benchmarks.serving import Ask, Lengths, arrivals, nano_asks, random_asks, trace_asks
+from minivllm.benchmarks.outcome import RequestOutcome
+from minivllm.benchmarks.report import Latencies, read_objectives, summarize
+from minivllm.benchmarks.serving import LengthDistribution, ServingRequest, arrivals, nano_requests, random_requests, trace_requests
 from minivllm.errors import InvalidInput
 
 
 def test_lengths_are_fixed_or_in_their_range_or_log_normal_around_their_median() -> None:
     rng = random.Random(0)
-    assert {Lengths(middle=64).draw(rng) for _ in range(50)} == {64}
-    ranged = [Lengths(middle=100, ratio=0.2).draw(rng) for _ in range(2000)]
+    assert {LengthDistribution(middle=64).draw(rng) for _ in range(50)} == {64}
+    ranged = [LengthDistribution(middle=100, ratio=0.2).draw(rng) for _ in range(2000)]
     assert (min(ranged), max(ranged)) == (80, 120)
-    logs = sorted(Lengths(middle=100, sigma=0.5).draw(rng) for _ in range(4000))
+    logs = sorted(LengthDistribution(middle=100, sigma=0.5).draw(rng) for _ in range(4000))
     assert 95 < logs[2000] < 105
     assert 0.45 < math.log(logs[int(4000 * 0.8413)] / logs[2000]) < 0.55  # one sigma above
 
 
 def test_random_prompts_share_their_prefix_and_nothing_else_and_are_the_same_for_the_same_seed() -> None:
-    asks = random_asks(5, Lengths(middle=20), Lengths(middle=3), seed=7, prefix_len=10, last_id=300)
+    asks = random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=7, prefix_len=10, last_id=300)
     assert len({ask.prompt[:10] for ask in asks}) == 1
     assert len({ask.prompt[10:] for ask in asks}) == 5
     assert all(len(ask.prompt) == 30 and ask.output_len == 3 for ask in asks)
     assert all(isinstance(t, int) and t <= 300 for ask in asks for t in ask.prompt)
-    assert asks == random_asks(5, Lengths(middle=20), Lengths(middle=3), seed=7, prefix_len=10, last_id=300)
-    assert asks != random_asks(5, Lengths(middle=20), Lengths(middle=3), seed=8, prefix_len=10, last_id=300)
+    assert asks == random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=7, prefix_len=10, last_id=300)
+    assert asks != random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=8, prefix_len=10, last_id=300)
 
 
 def test_text_prompts_have_as_many_words() -> None:
-    [ask] = random_asks(1, Lengths(middle=20), Lengths(middle=3), seed=0, prefix_len=5, text=True)
+    [ask] = random_requests(1, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=0, prefix_len=5, text=True)
     assert isinstance(ask.prompt, str)
     assert len(ask.prompt.split()) == 25
 
 
 def test_the_nano_work_is_nanos() -> None:
-    asks = nano_asks(None, 0)
+    asks = nano_requests(None, 0)
     assert sum(ask.output_len for ask in asks) == 133_966
     assert [ask.prompt for ask in asks] == [request.prompt_token_ids for request in workloads.nano()]
 
 
 def test_poisson_arrivals_come_at_their_rate_and_burstiness_changes_only_their_spread() -> None:
-    asks = [Ask((1,), 1)] * 4000
+    asks = [ServingRequest((1,), 1)] * 4000
     spreads = []
     for burstiness in (0.25, 1.0, 16.0):
         due = arrivals(asks, 10.0, burstiness, seed=3)
@@ -69,14 +69,14 @@ def write(path: Path, *lines: object) -> str:
 def test_a_trace_is_replayed_at_its_own_times_in_order(tmp_path: Path) -> None:
     file = write(tmp_path / "t.jsonl", {"timestamp": 9500, "prompt": "later", "output_length": 5}, "",
                  {"timestamp": 8000, "prompt": [1, 2, 3], "output_length": 2})
-    asks = trace_asks(file, None, seed=0)
-    assert asks == [Ask((1, 2, 3), 2, 0.0), Ask("later", 5, 1.5)]
+    asks = trace_requests(file, None, seed=0)
+    assert asks == [ServingRequest((1, 2, 3), 2, 0.0), ServingRequest("later", 5, 1.5)]
     assert arrivals(asks, math.inf, 1.0, 0) == [0.0, 1.5]
 
 
 def test_equal_hash_ids_of_a_trace_are_equal_tokens(tmp_path: Path) -> None:
     lines = [{"input_length": 700, "output_length": 1, "hash_ids": [5, 6]}, {"input_length": 1500, "output_length": 1, "hash_ids": [5, 7]}]
-    first, second = (ask.prompt for ask in trace_asks(write(tmp_path / "t.jsonl", *lines), None, seed=0))
+    first, second = (ask.prompt for ask in trace_requests(write(tmp_path / "t.jsonl", *lines), None, seed=0))
     assert (len(first), len(second)) == (700, 1500)
     assert first[:512] == second[:512] and first[512:700] != second[512:700]
 
@@ -88,11 +88,11 @@ def test_equal_hash_ids_of_a_trace_are_equal_tokens(tmp_path: Path) -> None:
 ])
 def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: object, says: str) -> None:
     with pytest.raises(InvalidInput, match=rf"line 2.*{says}"):
-        trace_asks(write(tmp_path / "t.jsonl", {"input_length": 3, "output_length": 1}, line), None, seed=0)
+        trace_requests(write(tmp_path / "t.jsonl", {"input_length": 3, "output_length": 1}, line), None, seed=0)
 
 
-def outcome(start: float, *times: float, tokens: int | None = None, error: str | None = None) -> Outcome:
-    return Outcome(start, times[-1] if times else start + 1, array("d", times), 10, tokens, error)
+def outcome(start: float, *times: float, tokens: int | None = None, error: str | None = None) -> RequestOutcome:
+    return RequestOutcome(start, times[-1] if times else start + 1, array("d", times), 10, tokens, error)
 
 
 def test_latencies_are_what_their_names_say() -> None:
@@ -116,7 +116,7 @@ def test_a_wrong_objective_is_refused(pair: str) -> None:
 
 def test_the_summary_counts_failures_apart_and_adds_up_the_rest() -> None:
     outcomes = [outcome(0.0, 1.0, 2.0, tokens=2), outcome(1.0, 2.0, 4.0, tokens=2), outcome(0.0, error="HTTP 500")]
-    result = summarise(
+    result = summarize(
         0.0, outcomes, metrics=["ttft", "itl"], percentiles=[50.0, 99.0], objectives={"itl": 1500.0}, prompt_tokens=[5, 5, 5])
     assert (result["completed"], result["failed"], result["total_input_tokens"], result["total_output_tokens"]) == (2, 1, 20, 4)
     assert (result["duration"], result["output_throughput"], result["request_goodput"]) == (4.0, 1.0, 0.25)
@@ -126,4 +126,4 @@ def test_the_summary_counts_failures_apart_and_adds_up_the_rest() -> None:
 
 def test_a_run_without_any_answer_says_why() -> None:
     with pytest.raises(InvalidInput, match="HTTP 500"):
-        summarise(0.0, [outcome(0.0, error="HTTP 500")], metrics=[], percentiles=[], objectives={}, prompt_tokens=[1])
+        summarize(0.0, [outcome(0.0, error="HTTP 500")], metrics=[], percentiles=[], objectives={}, prompt_tokens=[1])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import models, worker
-from minivllm.benchmarks.workloads import Request
+from minivllm.benchmarks.workloads import WorkloadRequest
 
 
 class Pretender:
@@ -25,11 +25,11 @@ class Pretender:
     def __init__(self, job: dict[str, Any]) -> None:
         self.started = 0
 
-    def generate(self, requests: list[Request]) -> list[list[int]]:
+    def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
         self.started += 1
         return [[0] * (r.output_len - (self.short_by if self.started > 1 else 0)) for r in requests]
 
-    def generate_with_gaps(self, requests: list[Request]) -> tuple[list[list[int]], None]:
+    def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], None]:
         return [[0] * r.output_len for r in requests], None
 
     def check_kernels(self) -> dict[str, Any]:

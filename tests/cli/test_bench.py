@@ -124,7 +124,7 @@ def test_the_canned_server_shows_the_generators_own_ceiling(capsys: pytest.Captu
     assert main(["bench", "serve", *flags]) == 0
     out = capsys.readouterr().out
     assert "Total generated tokens:                              600" in out
-    assert "the load generator's own ceiling" in out
+    assert "maximum rate of the load generator" in out
 
 
 def test_offline_runs_print_and_save_their_figures(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minivllm.cli.local import Local
+from minivllm.cli.local import LocalEngine
 from minivllm.cli.main import main
 
 ENGINE_FLAGS = ["--dtype", "float32", "--device", "cpu", "--num-gpu-blocks-override", "64"]
@@ -213,15 +213,15 @@ def test_settings_may_come_from_a_file(words: Words, monkeypatch: pytest.MonkeyP
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"max_model_len": 99}))
     seen = []
-    started = Local.__init__
-    monkeypatch.setattr(Local, "__init__", lambda self, engine, overrides: (seen.append(overrides), started(self, engine, overrides))[1])
+    init = LocalEngine.__init__
+    monkeypatch.setattr(LocalEngine, "__init__", lambda self, engine, values: (seen.append(values), init(self, engine, values))[1])
     typed(monkeypatch, "hello")
     assert main(["chat", "--config", str(file)]) == 0
     assert seen == [{"max_tokens": None}]
 
 
 def test_debug_logging_leaves_out_what_numba_prints_of_each_instruction_it_compiles() -> None:
-    code = ("import logging; from minivllm.server.config import configure_logging; configure_logging('debug');"
+    code = ("import logging; from minivllm.server.terminal import configure_logging; configure_logging('debug');"
             "print(*(logging.getLogger(name).isEnabledFor(logging.DEBUG) for name in ('minivllm', 'numba.core.ssa')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "True False\n"), done.stderr

@@ -12,9 +12,8 @@ import pytest
 
 from minivllm.cli.flags import build, given
 from minivllm.cli.main import COMMANDS, build_parser, guarded, main
-from minivllm.config import NOT_YET, EngineConfig
+from minivllm.config import NOT_YET, EngineConfig, ServerConfig
 from minivllm.errors import EngineDead, InvalidInput
-from minivllm.server.config import ServerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +29,9 @@ def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
     """The configs of a `serve` command line."""
-    from minivllm.cli.flags import normalise
+    from minivllm.cli.flags import normalize
 
-    args, extras = build_parser()[0].parse_known_args(normalise(["serve", *argv]))
+    args, extras = build_parser()[0].parse_known_args(normalize(["serve", *argv]))
     assert not extras
     values = given(args, EngineConfig, ServerConfig)
     return build(EngineConfig, values), build(ServerConfig, values)
@@ -125,7 +124,7 @@ def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: py
     (["serve", "--max-model-len", "0"], "max_model_len must be at least 1, got 0"),
     (["serve", "--port", "70000"], "port must be between 0 and 65535"),
     (["serve", "--api-key", ""], "api_key must not be empty"),
-    (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is no address"),
+    (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is not an address"),
     (["serve", "--chat-template", "/no/such/file"], "chat_template: cannot read /no/such/file"),
     (["serve", "--config", "/no/such/file"], "cannot read the config file /no/such/file"),
     (["complete", "x", "--temperature", "-1"], "temperature must be in [0, 10000]"),

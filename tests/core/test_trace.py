@@ -411,7 +411,7 @@ def test_the_command_summarizes_replays_and_compares(tmp_path: Path, capsys: pyt
     small_run(path)
     assert run_command(str(path)) == 0
     out = capsys.readouterr().out
-    assert "requests    6; sequences that ended: 8 length, 1 stop" in out and "recomputed" in out and "blocks used" in out
+    assert "requests    6; finished sequences: 8 length, 1 stop" in out and "recomputed" in out and "blocks used" in out
     assert run_command(str(path), "--replay") == 0
     assert "all equal" in capsys.readouterr().out
     assert run_command(str(path), "--compare", "num_blocks=200", "--compare", "policy=priority", "planning_depth=1") == 0

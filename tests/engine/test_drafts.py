@@ -1,7 +1,7 @@
-"""Drafts through the whole engine: proposed from outside, verified as wide decodes, and never a token changed.
+"""Drafts in the whole engine: they are verified as wide decodes and do not change a token.
 
-The proposer here knows the answers, so a test decides how many drafts are right. Everything else is the real engine: scheduler,
-worker, sampler, detokenizer.
+The proposer of these tests knows the answers, so a test decides how many drafts are right. All other parts are real: scheduler, worker,
+sampler, detokenizer.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REQUESTS = requests()
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The model is too small for two."""
+    """PyTorch uses one thread: more would slow such a small model down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -82,6 +82,12 @@ class Proposed:
 def build(folder: Path, **config: Any) -> LLMEngine:
     settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 200, **config}
     return build_engine(EngineConfig(**settings))
+
+
+def proposing(engine: LLMEngine, propose: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> tuple[LLMEngine, Proposing]:
+    """The same engine with an executor that proposes."""
+    executor = Proposing(engine.executor, propose)
+    return LLMEngine(executor=executor, scheduler=engine.scheduler, tokenizer=engine.tokenizer, info=engine.info()), executor
 
 
 def generate(
@@ -133,8 +139,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_no_token_changes_with_drafts(
     tiny_llama: Callable[..., Path], plain: tuple[Tokens, dict[str, list[OutputDelta]]], way: str, k: int, right: str,
 ) -> None:
-    engine = build(tiny_llama(), **WAYS[way])
-    executor = engine.executor = Proposing(engine.executor, proposer(plain[0], k, RIGHT[right]))
+    engine, executor = proposing(build(tiny_llama(), **WAYS[way]), proposer(plain[0], k, RIGHT[right]))
     got, deltas = generate(engine)
     assert got == plain[0]
     entries = [[round(e.logprob, 4) for delta in found["filtered#0"] for e in delta.logprobs or ()] for found in (deltas, plain[1])]
@@ -161,7 +166,7 @@ def test_a_stop_string_and_a_stop_token_inside_accepted_drafts_end_the_output_wh
     for drafts in (False, True):
         engine = build(tiny_llama())
         if drafts:
-            engine.executor = Proposing(engine.executor, proposer(plain[0], 5, lambda n: n))
+            engine, _ = proposing(engine, proposer(plain[0], 5, lambda n: n))
         tokens, deltas = generate(engine, wanted)
         ends = {name: ("".join(d.text for d in some), some[-1].finish_reason, some[-1].stop_reason) for name, some in deltas.items()}
         found.append((tokens, ends))

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 from minivllm import LLM, SamplingParams
+from minivllm.engine.compose import build_engine
 from minivllm.kernels import REFERENCE
 from minivllm.outputs import OutputDelta
+from minivllm.worker.worker import Components
 from tests.engine.oracle import Oracle
 
 pytest.importorskip("transformers")
@@ -268,7 +271,8 @@ def test_the_reference_kernels_give_the_same_answers(
     """`answers` come from compiled kernels, and these from PyTorch's. The last engine preempts all the time."""
     if ON_GPU in folder.name:
         pytest.skip("on a GPU the kernels are compared with their twins one by one")
-    monkeypatch.setattr("minivllm.engine.executor.select", lambda device: REFERENCE)
+    build = partial(build_engine, components=Components(ops=lambda device: REFERENCE))
+    monkeypatch.setattr("minivllm.engine.llm.build_engine", build)
     with engine(folder, block_size=block_size, max_num_batched_tokens=budget, num_gpu_blocks_override=num_blocks) as llm:
         assert ask(llm) == answers
         assert (llm.llm_engine.stats().num_preemptions > 0) == (num_blocks == 62)

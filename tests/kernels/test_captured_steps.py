@@ -1,7 +1,7 @@
-"""What CUDA graphs are told, without a GPU: their steps run in Triton's interpreter instead of being captured.
+"""The inputs of CUDA graphs, tested without a GPU: their steps run in Triton's interpreter instead of being captured.
 
-They stand beside the kernels' tests because `conftest.py` there chooses the interpreter. A "replay" runs the step again on
-the static inputs and leaves its logits where all graphs leave theirs, as on a GPU.
+The file is in this folder because `conftest.py` here chooses the interpreter. A "replay" runs the step again on the static inputs,
+and writes its logits to the memory that all graphs share, as on a GPU.
 """
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner
 from tests.models.tiny import read_spec
+from tests.worker.plans import GREEDY
+from tests.worker.test_drafts import decode, run_with_drafts
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
 CPU = torch.device("cpu")
-PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
+LOGITS_MEMORY = torch.zeros(ROWS * 1000)  # of every graph's logits
+PENALIZED = SamplingParams(temperature=1.1, presence_penalty=0.7, ignore_eos=True)
 
 
 class Repeated(cuda_graphs.Graph):
@@ -51,7 +54,7 @@ class Repeated(cuda_graphs.Graph):
         if not self.shape.decodes:  # sequences that pad a mixed step have no tokens: tiles are found by where each one's begin
             assert all(a == b for a, b, n in zip(start, start[1:], lens, strict=False) if n == 0)
         logits, self._sampled = self._step()
-        self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
+        self._logits = LOGITS_MEMORY[: logits.numel()].view_as(logits).copy_(logits)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
@@ -91,12 +94,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
+def runner_of(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,)) -> ModelRunner:
     model = tiny.with_triton
     kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
+    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32, query_widths=query_widths)
 
 
 @pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])
@@ -159,6 +162,18 @@ def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_th
                         [[(e.token_id, round(e.logprob, 3)) for e in entries] for r in results for entries in r.logprobs if entries]))
     assert outputs[0] == outputs[1] and outputs[0][1]
     assert Repeated.replayed
+
+
+@pytest.mark.parametrize("right", ["all", "none"])
+@pytest.mark.parametrize("params", [GREEDY, PENALIZED], ids=["plain", "penalized"])
+def test_decodes_with_drafts_are_captured_with_their_width(plain: Tiny, right: str, params: SamplingParams) -> None:
+    expected, got = decode(sequences_of(plain), [params]), decode(sequences_of(plain), [params])
+    run(plain.runner(), plain.planner(), expected, random.Random(1))
+    answers = [s.outputs for s in expected]
+    accepted = {"all": lambda n: n, "none": lambda n: 0}[right]
+    run_with_drafts(runner_of(plain, 4, (1, 3)), plain.planner(), got, answers, accepted, random.Random(2), lambda: 2)
+    assert [s.outputs for s in got] == answers
+    assert {shape.query_width for shape in Repeated.replayed if shape.decodes} >= {3}
 
 
 def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0) -> batch.Columns:

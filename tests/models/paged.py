@@ -1,7 +1,7 @@
-"""Runs a Decoder the way an engine would, without one: several sequences, scattered blocks, several KV groups.
+"""Runs a Decoder as an engine does, but without an engine: several sequences, scattered blocks, several KV groups.
 
-Unwritten cache holds NaN, so reading a slot that nothing wrote shows at once; and blocks that a window has left behind are
-taken out of the block table, as the scheduler does.
+The unwritten cache holds NaN, so a read of an unwritten slot changes the results. Blocks that have left a sliding window are removed
+from the block table, as the scheduler does.
 """
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from minivllm.worker.kv_cache import KVLayout
 
 
 def make_build(dtype: torch.dtype = torch.float32, device: str = "cpu", ops: Ops | None = None) -> BuildContext:
-    """ops: the kernels; None: those that serve the device."""
+    """ops: the kernels; None: the default ones of the device."""
     return BuildContext(torch.device(device), dtype, ops or select(torch.device(device)))
 
 
 class Paged:
-    """A cache and the block tables of `lengths.keys()` sequences; `run` computes the next tokens of some of them."""
+    """A KV cache and the block tables of `num_seqs` sequences. `run` computes the next tokens of some of them."""
 
     def __init__(self, model: Decoder, capacity: int, num_seqs: int = 1, block_size: int = 4, seed: int = 0) -> None:
         layout = KVLayout.of(model.spec, block_size, model.build.dtype)

@@ -1,6 +1,6 @@
-"""A KV storage that the package has never heard of (int8 with a scale per token and head) runs through the whole engine.
+"""A KV cache format that the package does not contain (int8 with a scale per token and head) runs through the whole engine.
 
-Preemption, swapping to host memory and copy-on-write move its pages as raw bytes: tokens must not depend on them.
+Preemption, swapping to host memory and copy-on-write move its pages as raw bytes, so they must not change a token.
 """
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def engine(folder: Path, components: Components = INT8, **config: Any) -> LLMEng
 
 
 def generate(core: LLMEngine) -> Tokens:
-    """Long greedy and sampled requests that share a prefix; one of them has children, which write to a shared block."""
+    """Run long greedy and sampled requests that share a prefix. The children of one of them write to a shared block."""
     rng = random.Random(3)
     base = [rng.randrange(2, 320) for _ in range(40)]
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True)
@@ -111,7 +111,7 @@ def expected(tiny_llama: Callable[..., Path]) -> Tokens:
     return found
 
 
-def test_quantized_keys_change_tokens_so_that_the_comparisons_below_mean_something(
+def test_int8_keys_change_tokens_so_the_comparisons_below_can_fail(
     tiny_llama: Callable[..., Path], expected: Tokens,
 ) -> None:
     core = engine(tiny_llama(), Components())
@@ -120,7 +120,7 @@ def test_quantized_keys_change_tokens_so_that_the_comparisons_below_mean_somethi
 
 
 @pytest.mark.parametrize("host_gib", [0.0, 2**-8], ids=["recompute", "swap"])
-def test_preemption_and_copies_of_quantized_blocks_change_no_token(
+def test_preemption_and_copies_of_int8_blocks_change_no_token(
     tiny_llama: Callable[..., Path], expected: Tokens, host_gib: float, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     core = engine(tiny_llama(), num_gpu_blocks_override=23, kv_offloading_size=host_gib)
@@ -134,7 +134,7 @@ def test_preemption_and_copies_of_quantized_blocks_change_no_token(
     core.close()
 
 
-def test_copies_and_moves_take_every_piece_of_a_page() -> None:
+def test_copies_and_moves_include_every_piece_of_a_page() -> None:
     group = KVGroup(4, 2, 8, None, (0, 1, 2))
     cache = KVCache(KVLayout((group,), (Int8KV(2, 8),), 5), 12, 4, torch.device("cpu"), REFERENCE)
     pieces = [t for layer in cache.layers for t in (layer.k, layer.v, layer.k_scale, layer.v_scale)]

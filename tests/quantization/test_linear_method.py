@@ -1,4 +1,4 @@
-"""A linear method that the package has never heard of runs through loader, layers and engine, from one file (toy_int4.py)."""
+"""A linear method that the package does not contain runs through loader, layers and engine. It is one file (toy_int4.py)."""
 from __future__ import annotations
 
 import json
@@ -77,7 +77,7 @@ def test_a_packed_checkpoint_gives_the_logits_of_its_dequantized_weights(name: s
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0.0)
 
 
-def test_an_engine_built_with_the_method_generates_hfs_tokens(tmp_path: Path) -> None:
+def test_an_engine_built_with_the_method_generates_the_tokens_of_transformers(tmp_path: Path) -> None:
     hf = quantized(tmp_path, "Llama", num_key_value_heads=2)
     config = EngineConfig(model=str(tmp_path), device="cpu", dtype="float32", skip_tokenizer_init=True, num_gpu_blocks_override=20)
     with pytest.raises(NotSupportedYet, match="toy_int4"):
@@ -127,7 +127,8 @@ def cut(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     (drop, r"missing: layers\.1\.mlp\.up_proj\.scales"), (add, r"unexpected: model\.layers\.1\.mlp\.up_proj\.weight"),
-    (cast, r"k_proj\.qweight in model.safetensors is of torch\.int16, not of uint8"), (cut, r"wrong shape: .*v_proj\.zeros"),
+    (cast, r"k_proj\.qweight in model.safetensors has dtype torch\.int16, but its method needs uint8"),
+    (cut, r"wrong shape: .*v_proj\.zeros"),
 ])
 def test_loading_is_total_for_packed_tensors_too(
     change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path,
@@ -149,7 +150,7 @@ def test_shard_dimensions_follow_the_methods_declaration() -> None:
 
 
 class Unfused:
-    """A product that fuses nothing."""
+    """A product without fused kernels."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight

@@ -1,4 +1,4 @@
-"""A second linear method, in one file: group-wise int4, packed and transposed, as checkpoints of real methods store it.
+"""A second linear method, in one file: group-wise int4, packed and transposed as in checkpoints of real methods.
 
     qweight  [K, N / 2] uint8     two outputs per byte, the even one in the low half
     scales   [K / GROUP, N]       weight = (q - zero) * scale
@@ -36,7 +36,7 @@ class ToyInt4:
 
 
 class ToyInt4Matmul:
-    """Dequantizes for each product, and fuses nothing."""
+    """Dequantizes for each product. It has no fused kernels."""
 
     def __init__(self, qweight: Tensor, scales: Tensor, zeros: Tensor) -> None:
         self.tensors = qweight, scales, zeros
@@ -49,7 +49,7 @@ class ToyInt4Matmul:
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
-    """Every layer but the output head, as most methods leave it."""
+    """This method for every layer except the output head, which most methods leave unquantized."""
     assert config["group_size"] == GROUP
     method = ToyInt4()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minivllm.config import ServerConfig
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
@@ -23,7 +24,6 @@ from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
-from minivllm.server.config import ServerConfig
 from minivllm.server.listen import Server
 
 Steps = list[tuple[tuple[int, ...], str]]

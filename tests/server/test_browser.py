@@ -122,10 +122,10 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_memory_only(page: Any, 
     with page_server(tmp_path, api_key=("secret",)) as (live, _):
         page.goto(live.url)
         expect = playwright.expect
-        field = page.get_by_label("This server asks for an API key", exact=False)
+        field = page.get_by_label("This server requires an API key", exact=False)
         field.fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_contain_text("does not know this key")
+        expect(page.get_by_role("alert")).to_contain_text("rejected this key")
         field.fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#live-state")).to_have_text("live")

@@ -85,7 +85,7 @@ def test_a_body_that_does_not_come_holds_no_ending_up(
 ) -> None:
     monkeypatch.setattr("minivllm.server.listen.ENDING_SECONDS", 0.05)
     with half_sent(live) as connection:
-        live.wait_until(lambda: len(live.server.running._bodies) == 1)
+        live.wait_until(lambda: len(live.server.running._receiving) == 1)
         live.end(drain=drain)
         answer = connection.recv(65536)
         assert answer.startswith(b"HTTP/1.1 503") and b"shutting down" in answer
@@ -94,10 +94,10 @@ def test_a_body_that_does_not_come_holds_no_ending_up(
 
 
 def test_a_body_that_does_not_come_is_waited_for_so_long_and_no_longer(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minivllm.server.generation.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("minivllm.server.running.BODY_SECONDS", 0.05)
     with half_sent(live) as connection:
         answer = b"".join(iter(lambda: connection.recv(65536), b""))  # to the end: the server hangs up
-    assert answer.startswith(b"HTTP/1.1 408") and b"did not come within" in answer
+    assert answer.startswith(b"HTTP/1.1 408") and b"the body was not complete after" in answer
 
 
 def half_sent(live: LiveServer) -> socket.socket:

@@ -417,7 +417,7 @@ def test_version_and_metrics_answer(http: httpx.Client) -> None:
     assert 'model_name="org/fake-model"' in text
 
 
-def test_the_openapi_document_describes_the_request_bodies(http: httpx.Client) -> None:
+def test_the_openapi_document_describes_the_request_receiving(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     for path, names in ((COMPLETIONS, {"prompt", "temperature", "stop"}), (CHAT, {"messages", "tools", "tool_choice"})):
         schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minivllm.config import EngineConfig
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.server.build import start_engine
+from minivllm.server.run import start_engine
 from tests.server.scripted import LiveServer, serving
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 64, "num_gpu_blocks_override": 64}

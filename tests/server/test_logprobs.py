@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.server.logprobs import LOWEST, CompletionLogprobs, NoNames, chat_entries, finite, prompt_logprobs
+from minivllm.server.logprobs import LOWEST, CompletionLogprobs, NumberedTokens, chat_entries, finite, prompt_logprobs
 
 
 class Bytes:
@@ -54,4 +54,4 @@ def test_prompt_logprobs_keep_the_rank_of_a_token_that_is_not_among_the_best() -
 
 
 def test_without_a_tokenizer_tokens_are_known_by_number() -> None:
-    assert CompletionLogprobs(NoNames(), 0, True).add([7], [entry(7)])["tokens"] == ["token_id:7"]
+    assert CompletionLogprobs(NumberedTokens(), 0, True).add([7], [entry(7)])["tokens"] == ["token_id:7"]

@@ -78,7 +78,7 @@ def test_a_watcher_who_leaves_is_noticed_and_the_number_of_watchers_is_limited(
     served: tuple[LiveServer, Pace], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     live, _ = served
-    monkeypatch.setattr(page, "MOST_WATCHERS", 1)
+    monkeypatch.setattr(page, "MAX_VIEWS", 1)
     with httpx.stream("GET", live.url + LIVE, headers=KEY) as first:
         views = events(first)  # kept: a generator that is dropped closes its connection
         next(views)

@@ -24,13 +24,13 @@ from openai.types.shared_params import FunctionDefinition
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions, Strict, parse
+from minivllm.server.protocol import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, StrictModel, parse
 from minivllm.server.tools import Function, Tool, ToolCall
 
 NOT_CALLERS = {"role", "content", "stream"}
 
 
-def known(kind: type[Strict]) -> set[str]:
+def known(kind: type[StrictModel]) -> set[str]:
     return {*kind.model_fields, *kind.INERT, *kind.UNSUPPORTED}
 
 
@@ -38,22 +38,22 @@ def known(kind: type[Strict]) -> set[str]:
     (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
     (ChatRequest, chat_create_params.CompletionCreateParamsBase),
     (StreamOptions, ChatCompletionStreamOptionsParam),
-    (Message, ChatCompletionUserMessageParam),
-    (Message, ChatCompletionSystemMessageParam),
-    (Message, ChatCompletionDeveloperMessageParam),
-    (Message, ChatCompletionAssistantMessageParam),
-    (Message, ChatCompletionToolMessageParam),
-    (Message, ChatCompletionFunctionMessageParam),
+    (ChatMessage, ChatCompletionUserMessageParam),
+    (ChatMessage, ChatCompletionSystemMessageParam),
+    (ChatMessage, ChatCompletionDeveloperMessageParam),
+    (ChatMessage, ChatCompletionAssistantMessageParam),
+    (ChatMessage, ChatCompletionToolMessageParam),
+    (ChatMessage, ChatCompletionFunctionMessageParam),
     (ToolCall, ChatCompletionMessageFunctionToolCallParam),
     (Tool, ChatCompletionFunctionToolParam),
     (Function, FunctionDefinition),
 ], ids=lambda kind: kind.__name__)
-def test_every_field_of_the_official_sdk_has_a_class(ours: type[Strict], sdk: type) -> None:
+def test_every_field_of_the_official_sdk_has_a_class(ours: type[StrictModel], sdk: type) -> None:
     assert set(typing.get_type_hints(sdk)) <= known(ours)
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, Message, StreamOptions])
-def test_no_field_has_two_classes(kind: type[Strict]) -> None:
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, ChatMessage, StreamOptions])
+def test_no_field_has_two_classes(kind: type[StrictModel]) -> None:
     classes = [set(kind.model_fields), set(kind.INERT), set(kind.UNSUPPORTED)]
     assert sum(map(len, classes)) == len(set.union(*classes))
 
@@ -67,18 +67,18 @@ def test_every_sampling_parameter_is_honoured_refused_or_derived() -> None:
     assert set(CompletionRequest.SAMPLING) <= set(CompletionRequest.model_fields)
 
 
-def requests(kind: type[Strict], **fields: Any) -> Any:
+def requests(kind: type[StrictModel], **fields: Any) -> Any:
     import json
 
     base: Mapping[str, Any] = {"prompt": "x"} if kind is CompletionRequest else {"messages": [{"role": "user", "content": "x"}]}
     request = parse(kind, json.dumps({**base, **fields}).encode())
-    ignored = request.ignored(False)  # type: ignore[attr-defined]
+    ignored = request.ignored_fields(False)  # type: ignore[attr-defined]
     request.check()  # type: ignore[attr-defined]
     return request, ignored
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_unsupported_fields_take_null_and_the_values_that_ask_for_nothing(kind: type[Strict]) -> None:
+def test_unsupported_fields_take_null_and_the_values_that_ask_for_nothing(kind: type[StrictModel]) -> None:
     for name, harmless in kind.UNSUPPORTED.items():
         for value in (None, *harmless):
             assert requests(kind, **{name: value})[1] == [], name
@@ -93,7 +93,7 @@ def test_a_harmless_value_is_compared_with_its_type() -> None:
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_inert_fields_take_anything_and_are_reported_unless_null(kind: type[Strict]) -> None:
+def test_inert_fields_take_anything_and_are_reported_unless_null(kind: type[StrictModel]) -> None:
     for name in kind.INERT:
         assert requests(kind, **{name: {"any": ["thing"]}})[1] == [name]
         assert requests(kind, **{name: None})[1] == []

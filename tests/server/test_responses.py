@@ -138,7 +138,7 @@ def test_every_field_of_the_official_sdk_has_a_class() -> None:
 
     from openai.types.responses import response_create_params
 
-    from minivllm.server.responses import ResponsesRequest
+    from minivllm.server.responses_protocol import ResponsesRequest
 
     sdk = set(typing.get_type_hints(response_create_params.ResponseCreateParamsBase))
     ours = {*ResponsesRequest.model_fields, *ResponsesRequest.INERT, *ResponsesRequest.UNSUPPORTED}

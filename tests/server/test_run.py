@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
+from minivllm.config import ServerConfig
 from minivllm.engine.messages import EngineInfo
 from minivllm.errors import InvalidInput
-from minivllm.server.config import ServerConfig
 from minivllm.server.run import bind, listen, readiness
 
 INFO = EngineInfo(
@@ -50,7 +50,7 @@ def test_a_port_that_another_server_took_while_loading_is_told_in_words() -> Non
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid", "a" * 300])
 def test_a_host_that_is_not_this_machine_is_refused(host: str) -> None:
-    with pytest.raises(InvalidInput, match="is no address of this machine") as caught:
+    with pytest.raises(InvalidInput, match="is not an address of this machine") as caught:
         bind(host, 0)
     assert caught.value.param == "host"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minivllm.server.generation import started
+from minivllm.server.generation import start_now
 from tests.server.scripted import EOS, ScriptedEngine, scripted_server
 
 PIECES = ["begin", *(f"{i:04d}" * 25_000 for i in range(100))]  # 100 kB each: far more than sockets and uvicorn hold together
@@ -61,7 +61,7 @@ def test_a_coroutine_that_need_not_wait_is_done_at_once() -> None:
     async def write() -> None:
         seen.append(1)
 
-    assert started(write().__await__()) is None
+    assert start_now(write().__await__()) is None
     assert seen == [1]
 
 
@@ -77,7 +77,7 @@ def test_a_coroutine_that_must_wait_goes_on_in_a_task() -> None:
             await second.wait()
             seen.append(3)
 
-        task = started(write().__await__())
+        task = start_now(write().__await__())
         assert task is not None
         assert seen == [1]
         first.set()
@@ -96,7 +96,7 @@ def test_what_goes_wrong_is_told_to_who_awaits_the_rest_and_not_to_who_started_i
                 await asyncio.sleep(0)
             raise OSError("gone")
 
-        rest = started(write().__await__())
+        rest = start_now(write().__await__())
         assert rest is not None
         with pytest.raises(OSError, match="gone"):
             await rest

@@ -15,7 +15,7 @@ import pytest
 from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.server.build import start_engine
+from minivllm.server.run import start_engine
 from tests.server.scripted import LiveServer, serving
 
 pytest.importorskip("llguidance")

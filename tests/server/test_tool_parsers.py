@@ -12,22 +12,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minivllm.server.json_calls import JsonScanner, is_object
-from minivllm.server.reasoning import Beginning, ReasoningSplitter, beginning
+from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
+from minivllm.server.reasoning import OutputStart, ReasoningParser, output_start
 from minivllm.server.tool_parsers import (
-    CallArguments,
-    CallEnd,
-    CallStart,
-    Content,
-    Event,
-    Hermes,
-    Llama3Json,
-    Named,
-    Pythonic,
-    Reasoning,
-    Required,
+    HermesParser,
+    Llama3JsonParser,
+    NamedCallParser,
+    PythonicParser,
+    RequiredCallsParser,
     ToolParser,
     guess_parser,
-    read_python_call,
+    parse_python_call,
 )
 
 NAMES = ("f", "get_weather")
@@ -36,25 +31,25 @@ Read = tuple[str, list[tuple[str, str]]]  # content, and each call's name and ar
 
 def read(parser: ToolParser, pieces: Sequence[str]) -> Read:
     """Feed the pieces; check the order of events on the way."""
-    events: list[Event] = []
+    events: list[OutputEvent] = []
     for piece in pieces:
         events += parser.push(piece)
     events += parser.finish()
     assert parser.finish() == [], "nothing is told twice"
     content, calls, is_open = "", [], False
     for event in events:
-        if isinstance(event, Content):
+        if isinstance(event, ContentDelta):
             assert event.text and not is_open
             content += event.text
-        elif isinstance(event, CallStart):
+        elif isinstance(event, ToolCallStart):
             assert not is_open and event.index == len(calls)
             is_open = True
             calls.append((event.name, ""))
-        elif isinstance(event, CallArguments):
+        elif isinstance(event, ToolCallArguments):
             assert is_open and event.fragment and event.index == len(calls) - 1
             calls[-1] = (calls[-1][0], calls[-1][1] + event.fragment)
         else:
-            assert isinstance(event, CallEnd) and is_open and event.index == len(calls) - 1
+            assert isinstance(event, ToolCallEnd) and is_open and event.index == len(calls) - 1
             is_open = False
     assert not is_open, "every call that begins ends"
     return content, calls
@@ -84,7 +79,7 @@ ONE = [("f", '{"a": 1}')]
     ("no call, a <tool and an end <tool_c", "no call, a <tool and an end <tool_c", []),
 ])
 def test_hermes(text: str, content: str, calls: Any) -> None:
-    assert whole(Hermes, text) == (content, calls)
+    assert whole(HermesParser, text) == (content, calls)
 
 
 @pytest.mark.parametrize("text, content, calls", [
@@ -100,7 +95,7 @@ def test_hermes(text: str, content: str, calls: Any) -> None:
     ("Paris.", "Paris.", []),
 ])
 def test_llama3_json(text: str, content: str, calls: Any) -> None:
-    assert whole(Llama3Json, text) == (content, calls)
+    assert whole(Llama3JsonParser, text) == (content, calls)
 
 
 @pytest.mark.parametrize("text, content, calls", [
@@ -125,7 +120,7 @@ def test_llama3_json(text: str, content: str, calls: Any) -> None:
     ("Paris.", "Paris.", []),
 ])
 def test_pythonic(text: str, content: str, calls: Any) -> None:
-    assert whole(Pythonic, text) == (content, calls)
+    assert whole(PythonicParser, text) == (content, calls)
 
 
 @pytest.mark.parametrize("value", [
@@ -134,7 +129,7 @@ def test_pythonic(text: str, content: str, calls: Any) -> None:
 ], ids=lambda value: value[:8].encode("unicode_escape").decode())
 def test_a_call_that_is_an_attack_on_pythons_compiler_is_content(value: str) -> None:
     text = f"[f(a={value})]"
-    content, calls = whole(Pythonic, text)
+    content, calls = whole(PythonicParser, text)
     assert (content, calls) == (text, []) or json.loads(calls[0][1])
 
 
@@ -144,13 +139,13 @@ def test_pythons_compiler_sees_no_chain_of_operators_or_keywords_and_no_string_w
 
     monkeypatch.setattr("minivllm.server.tool_parsers.ast", SimpleNamespace(parse=forbidden))
     for value in ("--1", "+ -1", "not 1", "lambda: 1", "1 if 1 else 2", "f'{1}'", "b'x'", "1 + 1 ** 2", "a @ b"):
-        assert read_python_call(f"f(a={value})") is None, value
+        assert parse_python_call(f"f(a={value})") is None, value
 
 
 def test_only_literals_of_python_are_read() -> None:
-    assert read_python_call("f(a=1, b='x')") == ("f", '{"a": 1, "b": "x"}')
+    assert parse_python_call("f(a=1, b='x')") == ("f", '{"a": 1, "b": "x"}')
     for text in ("f", "f(", "f)(", "f(a=b)", "f(a=1)(b=2)", "f(a=[x for x in y])", "f(a=...)", "f(a:=1)", "f(a=1j)", "(a=1)", ""):
-        assert read_python_call(text) is None, text
+        assert parse_python_call(text) is None, text
 
 
 @pytest.mark.parametrize("text", [
@@ -161,47 +156,47 @@ def test_only_literals_of_python_are_read() -> None:
     '<tool_call>{"name": "f", "arguments', '<tool_call>{"arguments": {"a": 1}, "na',
 ])
 def test_what_is_no_call_of_a_known_tool_is_content_and_nothing_is_lost(text: str) -> None:
-    assert whole(Hermes, text) == (text, [])
+    assert whole(HermesParser, text) == (text, [])
 
 
 def test_a_call_that_breaks_after_it_began_keeps_its_arguments_and_the_rest_is_content() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": 1,,}}</tool_call>'
-    assert whole(Hermes, text) == (",}}</tool_call>", [("f", '{"a": 1,')])
-    assert whole(Hermes, text[:40]) == ("", [("f", '{"')]), "cut off by the length"
+    assert whole(HermesParser, text) == (",}}</tool_call>", [("f", '{"a": 1,')])
+    assert whole(HermesParser, text[:40]) == ("", [("f", '{"')]), "cut off by the length"
 
 
 def test_a_call_can_follow_a_broken_one() -> None:
     good = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-    assert whole(Hermes, "<tool_call>{" + good) == ("<tool_call>{", ONE)
-    assert whole(Hermes, '<tool_call>{"name": "f", "arguments": {"b": ' + good) == ("", [("f", '{"b": '), *ONE])
+    assert whole(HermesParser, "<tool_call>{" + good) == ("<tool_call>{", ONE)
+    assert whole(HermesParser, '<tool_call>{"name": "f", "arguments": {"b": ' + good) == ("", [("f", '{"b": '), *ONE])
 
 
 def test_arguments_are_told_while_they_are_written() -> None:
-    parser = Hermes(NAMES)
+    parser = HermesParser(NAMES)
     assert parser.push('Hm <tool_call>{"name": "f", "arguments": {"city": "Par') == [
-        Content("Hm"), CallStart(0, "f"), CallArguments(0, '{"city": "Par'),
+        ContentDelta("Hm"), ToolCallStart(0, "f"), ToolCallArguments(0, '{"city": "Par'),
     ]
-    assert parser.push('is"') == [CallArguments(0, 'is"')]
-    assert parser.push("}}</tool_") == [CallArguments(0, "}"), CallEnd(0)]
+    assert parser.push('is"') == [ToolCallArguments(0, 'is"')]
+    assert parser.push("}}</tool_") == [ToolCallArguments(0, "}"), ToolCallEnd(0)]
     assert parser.push("call>") == parser.finish() == []
 
 
 def test_text_is_held_back_only_while_it_may_become_a_call() -> None:
-    parser = Hermes(NAMES)
-    assert parser.push("The <tool") == [Content("The")]
-    assert parser.push("box>") == [Content(" <toolbox>")]
+    parser = HermesParser(NAMES)
+    assert parser.push("The <tool") == [ContentDelta("The")]
+    assert parser.push("box>") == [ContentDelta(" <toolbox>")]
 
 
 def test_what_the_grammar_of_required_writes_is_read_back() -> None:
     text = '[{"name": "f", "parameters": {"a": 1}}, {"name":"get_weather","parameters":{}}]'
-    assert whole(Required, text) == ("", [*ONE, ("get_weather", "{}")])
-    assert whole(Required, text[:35]) == ("", [("f", '{"a": ')])
-    assert whole(Required, text[:10]) == (text[:10], [])
+    assert whole(RequiredCallsParser, text) == ("", [*ONE, ("get_weather", "{}")])
+    assert whole(RequiredCallsParser, text[:35]) == ("", [("f", '{"a": ')])
+    assert whole(RequiredCallsParser, text[:10]) == (text[:10], [])
 
 
 def test_what_the_grammar_of_a_named_function_writes_is_its_arguments() -> None:
-    assert read(Named("f"), ['{"a"', ": 1}"]) == ("", ONE)
-    assert read(Named("f"), [""]) == ("", [])
+    assert read(NamedCallParser("f"), ['{"a"', ": 1}"]) == ("", ONE)
+    assert read(NamedCallParser("f"), [""]) == ("", [])
 
 
 # -- the same however it is cut ---------------------------------------------------------------------------------------
@@ -225,7 +220,7 @@ def cut(text: str, places: Sequence[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(at)]
 
 
-@pytest.mark.parametrize("make", [Hermes, Llama3Json, Pythonic, Required, lambda names: Named("f")],
+@pytest.mark.parametrize("make", [HermesParser, Llama3JsonParser, PythonicParser, RequiredCallsParser, lambda names: NamedCallParser("f")],
                          ids=["hermes", "llama3_json", "pythonic", "required", "named"])
 @given(text=TEXTS, places=st.lists(st.integers(0, 500), max_size=12))
 @example(text=f"a <tool_call>{CALL}</tool_call> \n<tool_call>{CALL}", places=list(range(200)))
@@ -270,8 +265,8 @@ def test_a_string_holds_no_control_characters_and_no_unknown_escapes() -> None:
 def test_any_arguments_come_back(value: dict[str, Any]) -> None:
     arguments = json.dumps(value)
     text = '<tool_call>{"name": "f", "arguments": ' + arguments + "}</tool_call>"
-    assert whole(Hermes, text) == ("", [("f", arguments)])
-    calls = whole(Pythonic, f"[f(a={value!r})]")[1]
+    assert whole(HermesParser, text) == ("", [("f", arguments)])
+    calls = whole(PythonicParser, f"[f(a={value!r})]")[1]
     assert [json.loads(arguments) for _, arguments in calls] == [{"a": value}]
 
 
@@ -290,10 +285,12 @@ def test_a_parser_is_guessed_where_the_template_is_clear(template: str, wanted: 
 
 # -- reasoning --------------------------------------------------------------------------------------------------------
 
-def split(begin: Beginning, pieces: Sequence[str]) -> tuple[str, str]:
-    splitter = ReasoningSplitter(begin)
-    events = [event for piece in pieces for event in splitter.push(piece)] + splitter.finish()
-    return ("".join(e.text for e in events if isinstance(e, Reasoning)), "".join(e.text for e in events if isinstance(e, Content)))
+def split(start: OutputStart, pieces: Sequence[str]) -> tuple[str, str]:
+    """The reasoning and the content of a text."""
+    parser = ReasoningParser(start)
+    events = [event for piece in pieces for event in parser.push(piece)] + parser.finish()
+    reasoning = [event.text for event in events if isinstance(event, ReasoningDelta)]
+    return "".join(reasoning), "".join(event.text for event in events if isinstance(event, ContentDelta))
 
 
 @pytest.mark.parametrize("begin, text, reasoning, content", [
@@ -301,18 +298,18 @@ def split(begin: Beginning, pieces: Sequence[str]) -> tuple[str, str]:
     ("undecided", " yes", "", " yes"),
     ("undecided", "<think>\n\n</think>\n\nyes", "", "yes"),
     ("undecided", "<thin", "", "<thin"),
-    ("inside", "hm\n</think>\n\nyes </think>", "hm", "yes </think>"),
-    ("inside", "<think>hm</think>yes", "hm", "yes"),
-    ("inside", "hm, cut of", "hm, cut of", ""),
+    ("reasoning", "hm\n</think>\n\nyes </think>", "hm", "yes </think>"),
+    ("reasoning", "<think>hm</think>yes", "hm", "yes"),
+    ("reasoning", "hm, cut of", "hm, cut of", ""),
     ("answer", "<think>yes</think>", "", "<think>yes</think>"),
 ])
-def test_reasoning_is_split_off(begin: Beginning, text: str, reasoning: str, content: str) -> None:
+def test_reasoning_is_split_off(begin: OutputStart, text: str, reasoning: str, content: str) -> None:
     assert split(begin, [text]) == (reasoning, content)
 
 
 @given(text=st.lists(st.sampled_from(["<think>", "</think>", "<th", "</", " ", "\n", "a", "b ", ">"]), max_size=10).map("".join),
-       begin=st.sampled_from(["undecided", "inside", "answer"]), places=st.lists(st.integers(0, 60), max_size=10))
-def test_any_cutting_of_any_text_gives_the_same_reasoning(text: str, begin: Beginning, places: list[int]) -> None:
+       begin=st.sampled_from(["undecided", "reasoning", "answer"]), places=st.lists(st.integers(0, 60), max_size=10))
+def test_any_cutting_of_any_text_gives_the_same_reasoning(text: str, begin: OutputStart, places: list[int]) -> None:
     reasoning, content = split(begin, [text])
     assert split(begin, cut(text, places)) == (reasoning, content)
     if begin == "answer":
@@ -321,12 +318,12 @@ def test_any_cutting_of_any_text_gives_the_same_reasoning(text: str, begin: Begi
 
 @pytest.mark.parametrize("parser, prompt, continued, wanted", [
     ("qwen3", "<|im_start|>assistant\n", "", "undecided"),
-    ("qwen3", "<|im_start|>assistant\n<think>\n", "", "inside"),
+    ("qwen3", "<|im_start|>assistant\n<think>\n", "", "reasoning"),
     ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "", "answer"),
-    ("deepseek_r1", "<|Assistant|>", "", "inside"),
+    ("deepseek_r1", "<|Assistant|>", "", "reasoning"),
     ("deepseek_r1", "<|Assistant|></think>", "", "answer"),
-    ("qwen3", "... <think> so", "<think> so", "inside"),
+    ("qwen3", "... <think> so", "<think> so", "reasoning"),
     ("deepseek_r1", "... well", "well", "answer"),
 ])
 def test_the_prompt_says_where_the_output_begins(parser: str, prompt: str, continued: str, wanted: str) -> None:
-    assert beginning(parser, prompt, continued) == wanted
+    assert output_start(parser, prompt, continued) == wanted

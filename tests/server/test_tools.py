@@ -272,7 +272,7 @@ def test_the_clients_parse_helper_which_wants_strict_tools_works(tools: Stage) -
 def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:
     form: Any = {"type": "json_object"}
     for choice in ("auto", "required"):
-        with pytest.raises(openai.BadRequestError, match="tools ask for different outputs") as refused:
+        with pytest.raises(openai.BadRequestError, match="tools request different outputs") as refused:
             tools.chat(tools=TOOLS, tool_choice=choice, response_format=form)
         assert refused.value.param == "response_format"
     tools.chat(tools=TOOLS, tool_choice="none", response_format=form)

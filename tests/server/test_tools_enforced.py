@@ -16,11 +16,11 @@ from minivllm.engine.grammar import GrammarCompiler
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
-from minivllm.server.build import start_engine
-from minivllm.server.reading import Reading
+from minivllm.server.output_spec import OutputSpec
 from minivllm.server.reasoning import CLOSE, OPEN
-from minivllm.server.tool_parsers import Hermes
-from minivllm.server.tools import Tool, read_tools
+from minivllm.server.run import start_engine
+from minivllm.server.tool_parsers import HermesParser
+from minivllm.server.tools import Tool, tool_spec
 from tests.conftest import write_tiny_tokenizer
 from tests.server.scripted import serving
 from tests.server.test_tools import calls_of, join
@@ -140,18 +140,18 @@ def test_a_demanded_call_comes_after_the_reasoning(tiny_llama: Callable[..., Pat
         check(*calls_of(answers.message)[0])
 
 
-def take(folder: Path, special: bool, reading: Callable[[dict[str, int]], Reading], params: SamplingParams, text: str) -> Any:
-    """Feed a text to the grammar of a reading: the matcher, and whether it took all."""
+def match(folder: Path, special: bool, spec: Callable[[dict[str, int]], OutputSpec], params: SamplingParams, text: str) -> Any:
+    """Feed a text to the grammar of an output specification. Returns the matcher and whether it accepted the whole text."""
     from tokenizers import AddedToken
 
     write_tiny_tokenizer(folder)
     tokenizer = Tokenizer(folder)
     ids: dict[str, int] = {}
     if special:
-        marks = (OPEN, CLOSE, Hermes.OPEN, Hermes.CLOSE)
+        marks = (OPEN, CLOSE, HermesParser.OPEN, HermesParser.CLOSE)
         tokenizer._backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
         ids = {mark: tokenizer._backend.token_to_id(mark) for mark in marks}
-    changed = reading(ids).apply(params)
+    changed = spec(ids).apply(params)
     assert changed.skip_special_tokens is not special and changed.structured_outputs is not None
     matcher = GrammarCompiler(tokenizer, [1]).compile(changed.structured_outputs).deep_copy()
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -159,30 +159,32 @@ def take(folder: Path, special: bool, reading: Callable[[dict[str, int]], Readin
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("begin, text, taken", [
-    ("inside", 'hm {"on": 1} <b> x</think>\n\n{"on": true}', True),
-    ("inside", 'hm</think>{"on":false}', True),
-    ("inside", '{"on":false}', None),  # thought, so far
-    ("inside", 'hm</think>so: {"on":false}', False),
-    ("inside", 'hm</think>{"off":false}', False),
+@pytest.mark.parametrize("start, text, accepted", [
+    ("reasoning", 'hm {"on": 1} <b> x</think>\n\n{"on": true}', True),
+    ("reasoning", 'hm</think>{"on":false}', True),
+    ("reasoning", '{"on":false}', None),  # thought, so far
+    ("reasoning", 'hm</think>so: {"on":false}', False),
+    ("reasoning", 'hm</think>{"off":false}', False),
     ("undecided", '<think>\nhm\n</think>\n\n{"on": true}', True),
     ("undecided", '{"on": true}', True),
     ("undecided", 'hm</think>{"on": true}', False),
     ("undecided", '<think>{"on": true}', None),
 ])
-def test_the_grammar_waits_for_the_end_of_the_reasoning(tmp_path: Path, begin: Any, text: str, taken: bool | None, special: bool) -> None:
-    use = read_tools([Tool.model_validate(tool) for tool in TOOLS], named("switch"), None)
-    matcher, complete = take(tmp_path, special, lambda ids: Reading(begin=begin, splits=True, tools=use, special_ids=ids),
-                             SamplingParams(), text)
-    assert complete == (taken is not False)
-    assert matcher.is_stopped() == (taken is True)
+def test_the_grammar_applies_after_the_end_of_the_reasoning(
+    tmp_path: Path, start: Any, text: str, accepted: bool | None, special: bool,
+) -> None:
+    tools = tool_spec([Tool.model_validate(tool) for tool in TOOLS], named("switch"), None)
+    matcher, complete = match(tmp_path, special, lambda ids: OutputSpec(start=start, splits_reasoning=True, tools=tools, special_ids=ids),
+                              SamplingParams(), text)
+    assert complete == (accepted is not False)
+    assert matcher.is_stopped() == (accepted is True)
 
 
 ON = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("text, taken", [
+@pytest.mark.parametrize("text, accepted", [
     ("no call {", True),
     (ON, True),
     (f"So: {ON}\n{ON} done", True),
@@ -194,19 +196,21 @@ ON = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
     ("<tool_call>so", False),
     (f"{ON[:-2]} ", False),
 ])
-def test_a_strict_tool_is_kept_to_where_the_model_is_free_to_call(tmp_path: Path, special: bool, text: str, taken: bool | None) -> None:
+def test_a_strict_tool_is_kept_to_where_the_model_is_free_to_call(tmp_path: Path, special: bool, text: str, accepted: bool | None) -> None:
     strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}
-    use = read_tools([Tool.model_validate(tool) for tool in (strict, TOOLS[2])], "auto", None)
-    begin: Any = "undecided" if "<think>" in text else "answer"
-    matcher, complete = take(tmp_path, special, lambda ids: Reading(begin=begin, splits=True, tools=use, format="hermes", special_ids=ids),
-                             SamplingParams(), text)
-    assert complete == (taken is not False)
-    assert matcher.is_accepting() == (taken is True) or not complete
+    tools = tool_spec([Tool.model_validate(tool) for tool in (strict, TOOLS[2])], "auto", None)
+    start: Any = "undecided" if "<think>" in text else "answer"
+    matcher, complete = match(
+        tmp_path, special,
+        lambda ids: OutputSpec(start=start, splits_reasoning=True, tools=tools, call_format="hermes", special_ids=ids),
+        SamplingParams(), text)
+    assert complete == (accepted is not False)
+    assert matcher.is_accepting() == (accepted is True) or not complete
 
 
 def test_only_json_can_follow_reasoning() -> None:
     with pytest.raises(InvalidInput, match="enable_thinking") as refused:
-        Reading(begin="inside", splits=True).apply(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+")))
+        OutputSpec(start="reasoning", splits_reasoning=True).apply(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+")))
     assert refused.value.param == "structured_outputs.regex"
 
 

@@ -22,7 +22,7 @@ from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import LLMEngine
 from minivllm.engine.process import ProcessClient
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.server.build import start_engine
+from minivllm.server.run import start_engine
 from tests.server.scripted import LiveServer, serving
 
 PATH = "/v1/completions"

@@ -157,16 +157,16 @@ def test_a_worker_uses_its_fraction_of_the_memory(tiny_llama: Callable[..., Path
     torch.cuda.empty_cache()
     free_before, total = torch.cuda.mem_get_info()
     share = (total - free_before) / total + 0.05
-    executor = build(tiny_llama(), device="cuda", dtype="auto", gpu_memory_utilization=share)
-    assert executor.dtype == "bfloat16" and executor.max_num_batched_tokens == 8192
+    worker = build(tiny_llama(), device="cuda", dtype="auto", gpu_memory_utilization=share)
+    assert worker.dtype == torch.bfloat16 and worker.max_num_batched_tokens == 8192
     s = Sequence("a", 0, tuple(range(200)), 5)
     planner = Planner(16, list(range(1, 30)))
     while s.left:
-        result = executor.sample(executor.launch(planner.plan([(s, s.left)]))).wait()
+        result = worker.execute(planner.plan([(s, s.left)]))
         assert result.error is None
     used = total - torch.cuda.mem_get_info()[0]
     assert 0.8 * share < used / total < share + 0.01
-    executor.close()
+    worker.close()
     assert torch.cuda.mem_get_info()[0] > free_before - 0.01 * total
 
 

@@ -1,1 +1,1 @@
-"""Old ways to start the server."""
+"""Older commands that start the server."""

@@ -1,19 +1,20 @@
-"""`python -m minivllm.entrypoints.openai.api_server --model MODEL`: the launch line of older tutorials, with serve's flags."""
+"""`python -m minivllm.entrypoints.openai.api_server --model MODEL`: the command of older tutorials, with the flags of `minivllm serve`."""
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
 from minivllm.cli import serve
-from minivllm.cli.flags import Parser, normalise
+from minivllm.cli.flags import CommandParser, normalize
 from minivllm.cli.main import guarded
-from minivllm.server.config import NOT_YET
+from minivllm.config import FLAGS_NOT_YET
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m minivllm.entrypoints.openai.api_server", description="The same as `minivllm serve`.", not_yet=NOT_YET)
+    parser = CommandParser(prog="python -m minivllm.entrypoints.openai.api_server", not_yet=FLAGS_NOT_YET,
+                    description="The same as `minivllm serve`.")
     serve.add_flags(parser)
-    args, extras = parser.parse_known_args(normalise(sys.argv[1:] if argv is None else argv))
+    args, extras = parser.parse_known_args(normalize(sys.argv[1:] if argv is None else argv))
     if extras:
         parser.refuse(extras)
     return guarded(lambda: serve.run(args))

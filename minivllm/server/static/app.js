@@ -1,14 +1,14 @@
-// The chat: history, streaming, stop, settings; and the key, which lives in this variable and nowhere else.
+// The chat: history, streaming, stop, settings, and the API key, which is kept in this variable only.
 import { watch } from "./live.js";
 
 const $ = (id) => document.getElementById(id);
 let key = "";
 let history = []; // {role, content}
-let running = null; // AbortController of the answer that is being written
+let running = null; // AbortController of the current answer
 
 export const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
-// -- events of a stream -----------------------------------------------------------------------------------------------
+// -- server-sent events -----------------------------------------------------------------------------------------------
 
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -22,7 +22,7 @@ export async function* events(response) {
   }
 }
 
-async function problem(response) {
+async function errorText(response) {
   try {
     return (await response.json()).error.message;
   } catch {
@@ -30,7 +30,7 @@ async function problem(response) {
   }
 }
 
-function tell(message) {
+function showError(message) {
   $("problem").textContent = message || "";
   $("problem").hidden = !message;
 }
@@ -41,7 +41,7 @@ function addTurn(role, text) {
   $("empty").hidden = true;
   const turn = document.createElement("div");
   turn.className = `turn ${role}`;
-  for (const [name, content] of [["who", role === "user" ? "You" : "Model"], ["text", text], ["note", ""]]) {
+  for (const [name, content] of [["author", role === "user" ? "You" : "Model"], ["text", text], ["note", ""]]) {
     const part = document.createElement("div");
     part.className = name;
     part.textContent = content;
@@ -52,7 +52,7 @@ function addTurn(role, text) {
   return turn;
 }
 
-function busy(on) {
+function setBusy(on) {
   $("send").disabled = on;
   $("stop").hidden = !on;
   $("log").setAttribute("aria-busy", on);
@@ -71,24 +71,24 @@ function request() {
 async function send() {
   const text = $("message").value.trim();
   if (!text || running) return;
-  tell("");
+  showError("");
   $("message").value = "";
   history.push({ role: "user", content: text });
-  const asked = addTurn("user", text);
-  const mine = (running = new AbortController());
-  busy(true);
+  const question = addTurn("user", text);
+  const own = (running = new AbortController());
+  setBusy(true);
   let turn = null;
   let answer = "";
   try {
     const begin = performance.now();
-    const response = await fetch("/v1/chat/completions", { method: "POST", signal: mine.signal, body: JSON.stringify(request()),
+    const response = await fetch("/v1/chat/completions", { method: "POST", signal: own.signal, body: JSON.stringify(request()),
       headers: { "Content-Type": "application/json", ...headers() } });
     if (!response.ok) {
       if (response.status === 401) askForKey();
-      throw new Error(await problem(response));
+      throw new Error(await errorText(response));
     }
     turn = addTurn("assistant", "");
-    const place = turn.querySelector(".text").appendChild(document.createTextNode(""));
+    const node = turn.querySelector(".text").appendChild(document.createTextNode(""));
     let first = 0;
     for await (const data of events(response)) {
       if (data === "[DONE]") break;
@@ -99,7 +99,7 @@ async function send() {
         first ||= performance.now();
         answer += piece;
         const atEnd = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 60;
-        place.appendData(piece);
+        node.appendData(piece);
         if (atEnd) $("log").scrollTop = $("log").scrollHeight;
       }
       if (body.usage) turn.querySelector(".note").textContent = figures(body.usage, begin, first);
@@ -107,19 +107,19 @@ async function send() {
   } catch (error) {
     if (error.name === "AbortError") {
       if (turn) turn.querySelector(".note").textContent = "stopped";
-    } else tell(error.message);
+    } else showError(error.message);
   }
-  if (running !== mine) return; // a new chat was begun meanwhile
+  if (running !== own) return; // a new chat was started meanwhile
   if (answer) history.push({ role: "assistant", content: answer });
-  else { // nothing came: the question may be sent again
+  else { // there was no answer: put the question back, so that it can be sent again
     history.pop();
     $("message").value ||= text;
-    asked.remove();
+    question.remove();
     turn?.remove();
     if (!history.length) $("empty").hidden = false;
   }
   running = null;
-  busy(false);
+  setBusy(false);
   $("message").focus();
 }
 
@@ -127,8 +127,8 @@ function figures(usage, begin, first) {
   const cached = usage.prompt_tokens_details?.cached_tokens || 0;
   const seconds = (performance.now() - (first || begin)) / 1000;
   const pace = usage.completion_tokens > 1 ? `, ${((usage.completion_tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-  const known = cached ? `, ${cached} of them cached` : "";
-  return `${usage.prompt_tokens} tokens in${known}; ${usage.completion_tokens} out; first after ${Math.round((first || begin) - begin)} ms${pace}`;
+  const cachedText = cached ? `, ${cached} of them cached` : "";
+  return `${usage.prompt_tokens} tokens in${cachedText}; ${usage.completion_tokens} out; first after ${Math.round((first || begin) - begin)} ms${pace}`;
 }
 
 $("ask").addEventListener("submit", (e) => { e.preventDefault(); send(); });
@@ -141,8 +141,8 @@ $("clear").addEventListener("click", () => {
   running?.abort();
   running = null;
   history = [];
-  busy(false);
-  tell("");
+  setBusy(false);
+  showError("");
   for (const turn of document.querySelectorAll(".turn")) turn.remove();
   $("empty").hidden = false;
   $("message").focus();
@@ -155,21 +155,21 @@ function askForKey() {
   $("key").focus();
 }
 
-async function begin() {
+async function start() {
   try {
     const response = await fetch("/v1/models", { headers: headers() });
     if (response.status === 401) {
-      if (key) tell("The server does not know this key.");
+      if (key) showError("The server rejected this key.");
       return askForKey();
     }
-    if (!response.ok) throw new Error(await problem(response));
+    if (!response.ok) throw new Error(await errorText(response));
     const card = (await response.json()).data[0];
     $("model").textContent = `${card.id}, context of ${card.max_model_len.toLocaleString("en")} tokens`;
     $("key-form").hidden = true;
-    tell("");
+    showError("");
     watch(headers, events);
   } catch (error) {
-    tell(error.message);
+    showError(error.message);
   }
 }
 
@@ -177,7 +177,7 @@ $("key-form").addEventListener("submit", (e) => {
   e.preventDefault();
   key = $("key").value.trim();
   $("key").value = "";
-  begin();
+  start();
 });
 
 const themes = ["auto", "light", "dark"];
@@ -187,4 +187,4 @@ $("theme").addEventListener("click", () => {
   $("theme").textContent = `Theme: ${next}`;
 });
 
-begin();
+start();

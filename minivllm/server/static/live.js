@@ -1,20 +1,20 @@
-// The engine's live view. Asks only while the page is visible: nobody looks, nothing is made.
+// The live view of the engine. The stream is open only while the page is visible, so a hidden page costs the engine nothing.
 const $ = (id) => document.getElementById(id);
 const SHOWN_STEPS = 72;
-const MOST_LANES = 40;
-const MOST_ROWS = 12;
-const RATE_SECONDS = 2; // rates are over so long
+const MAX_LANES = 40;
+const MAX_ROWS = 12;
+const RATE_SECONDS = 2; // period over which rates are measured
 
 let steps = []; // [step id, [[owner, tokens, is prompt]...]]
 let past = []; // views of the last RATE_SECONDS
 let last = null;
-let constant = null;
+let constants = null;
 let watching = false;
 let painting = false;
 
 const dark = () => getComputedStyle(document.documentElement).getPropertyValue("--paper").trim().startsWith("#1");
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const colour = (owner) => `hsl(${(owner * 137.508) % 360} ${dark() ? "48% 60%" : "52% 48%"})`; // the golden angle: neighbours differ
+const color = (owner) => `hsl(${(owner * 137.508) % 360} ${dark() ? "48% 60%" : "52% 48%"})`; // the golden angle gives neighbors different colors
 
 export async function watch(headers, events) {
   if (watching) return;
@@ -29,7 +29,7 @@ export async function watch(headers, events) {
     document.addEventListener("visibilitychange", hide);
     try {
       const response = await fetch("/v1/engine/live", { headers: headers(), signal: abort.signal });
-      if (!response.ok) throw new Error(response.status === 429 ? "too many watch already" : `the server answered ${response.status}`);
+      if (!response.ok) throw new Error(response.status === 429 ? "too many live views are open" : `the server answered ${response.status}`);
       $("live-state").textContent = "live";
       for await (const data of events(response)) take(JSON.parse(data));
       $("live-state").textContent = "the server has ended the stream";
@@ -44,7 +44,7 @@ export async function watch(headers, events) {
 
 function take(view) {
   if (view.cells === undefined) {
-    constant = view;
+    constants = view;
     return;
   }
   last = view;
@@ -77,11 +77,11 @@ function figures() {
   $("steps").textContent = rate("num_steps").toFixed(1);
   $("running").textContent = last.num_running;
   $("waiting").textContent = last.num_waiting;
-  $("used").textContent = constant.num_blocks ? `${Math.round((100 * last.used_blocks) / constant.num_blocks)} %` : "–";
+  $("used").textContent = constants.num_blocks ? `${Math.round((100 * last.used_blocks) / constants.num_blocks)} %` : "–";
   $("hits").textContent = last.prefix_queries ? `${Math.round((100 * last.prefix_hits) / last.prefix_queries)} %` : "–";
 }
 
-// A canvas as large as its place, in device pixels.
+// Resizes a canvas to its element, in device pixels.
 function prepare(canvas, height) {
   const width = canvas.clientWidth;
   const scale = window.devicePixelRatio || 1;
@@ -99,19 +99,19 @@ function prepare(canvas, height) {
 
 function lanes() {
   const owners = [...new Set(steps.flatMap((step) => step[1].map((work) => work[0])))].sort((a, b) => a - b);
-  const shown = owners.slice(-MOST_LANES);
+  const shown = owners.slice(-MAX_LANES);
   const [context, width, height] = prepare($("lanes"));
   const margin = 34;
   const column = (width - margin) / SHOWN_STEPS;
   const lane = Math.min(26, (height - 4) / Math.max(shown.length, 1));
-  const place = new Map(shown.map((owner, i) => [owner, 2 + i * lane]));
+  const laneTop = new Map(shown.map((owner, i) => [owner, 2 + i * lane]));
   context.font = "11px system-ui, sans-serif";
   context.textBaseline = "middle";
-  const labelled = Math.ceil(13 / lane); // every so many rows have room for their number
-  for (const [owner, y] of place) {
+  const labelStep = Math.ceil(13 / lane); // every labelStep-th row has room for its number
+  for (const [owner, y] of laneTop) {
     context.fillStyle = variable("--free");
     context.fillRect(margin, y + lane - 1, width - margin, 0.5);
-    if (shown.indexOf(owner) % labelled) continue;
+    if (shown.indexOf(owner) % labelStep) continue;
     context.fillStyle = variable("--soft");
     context.textAlign = "right";
     context.fillText(String(owner), margin - 6, y + lane / 2);
@@ -119,22 +119,22 @@ function lanes() {
   const offset = SHOWN_STEPS - steps.length;
   steps.forEach((step, i) => {
     const x = margin + (offset + i) * column;
-    if (step[0] === null) { // steps of which there was too much to tell
+    if (step[0] === null) { // steps that the view left out
       context.fillStyle = variable("--free");
       context.fillRect(x, 0, Math.max(1, column - 1), height);
       return;
     }
-    const tokens = new Map(); // children of one request share a lane
+    const tokens = new Map(); // the children of one request share a lane
     for (const [owner, count, isPrompt] of step[1]) {
       const known = tokens.get(owner) || [0, false];
       tokens.set(owner, [known[0] + count, known[1] || Boolean(isPrompt)]);
     }
     for (const [owner, [count, isPrompt]] of tokens) {
-      const y = place.get(owner);
+      const y = laneTop.get(owner);
       if (y === undefined) continue;
       const full = Math.max(1, lane - 2);
       const tall = isPrompt ? full : Math.max(1, full * 0.38);
-      context.fillStyle = colour(owner);
+      context.fillStyle = color(owner);
       context.fillRect(x, y + full - tall, Math.max(1, column - 1), tall);
     }
   });
@@ -144,11 +144,11 @@ function lanes() {
     context.fillText("no step yet", 0, 10);
   }
   const byStep = (step) => step[1].filter((work) => work[2]);
-  context.textAlign = "left"; // prompt chunks have their number beside them, last so that nothing covers it
+  context.textAlign = "left"; // the sizes of prompt chunks are drawn last, so that nothing covers them
   steps.forEach((step, i) => {
     if (lane < 13) return;
     for (const [owner, count] of byStep(step)) {
-      const y = place.get(owner);
+      const y = laneTop.get(owner);
       if (y === undefined) continue;
       const text = String(count);
       const wide = context.measureText(text).width;
@@ -181,7 +181,7 @@ function blocks() {
   last.cells.forEach((state, i) => {
     const x = (i % columns) * size;
     const y = Math.floor(i / columns) * size;
-    context.fillStyle = state > 0 ? colour(state) : state < 0 ? cached : free;
+    context.fillStyle = state > 0 ? color(state) : state < 0 ? cached : free;
     context.fillRect(x, y, size - gap, size - gap);
     if (shared.has(i)) {
       context.fillStyle = ink;
@@ -193,12 +193,12 @@ function blocks() {
     }
   });
   const each = last.per_cell > 1 ? `A square is ${last.per_cell} blocks` : "A square is a block";
-  $("blocks-note").textContent = `${each} of ${constant.block_size} tokens, in the colour of its request.`;
-  describe("blocks", `${last.used_blocks} of ${constant.num_blocks} blocks in use, ${shared.size} squares shared, ${last.cached_blocks} cached`);
+  $("blocks-note").textContent = `${each} of ${constants.block_size} tokens, in the color of its request.`;
+  describe("blocks", `${last.used_blocks} of ${constants.num_blocks} blocks in use, ${shared.size} squares shared, ${last.cached_blocks} cached`);
 }
 
 const described = {};
-function describe(id, text) { // not ten times a second: a screen reader would never come to an end
+function describe(id, text) { // at most every 2 s, so that a screen reader can finish reading
   const now = performance.now();
   if (now - (described[id] || -1e9) < 2000 && last.num_running) return;
   described[id] = now;
@@ -209,22 +209,22 @@ function requests() {
   const rows = [...last.running.map((row) => [row, row[4] < row[2] ? "prefill" : "decode"]),
     ...last.waiting.map((row) => [row, row[7] ? "preempted" : "waiting"])];
   const body = $("requests");
-  body.replaceChildren(...rows.slice(0, MOST_ROWS).map(([row, state]) => {
+  body.replaceChildren(...rows.slice(0, MAX_ROWS).map(([row, state]) => {
     const [owner, child, prompt, tokens, , cached, blockCount] = row;
     const line = document.createElement("tr");
     const name = document.createElement("td");
     const swatch = document.createElement("span");
     swatch.className = "swatch";
-    swatch.style.background = state === "waiting" ? variable("--free") : colour(owner);
+    swatch.style.background = state === "waiting" ? variable("--free") : color(owner);
     name.append(swatch, child ? `${owner}.${child}` : String(owner));
     line.append(name);
     for (const value of [state, prompt, cached, tokens - prompt, blockCount]) line.append(cell(value));
     return line;
   }));
   const total = last.num_running + last.num_waiting;
-  if (total === 0 || total > MOST_ROWS) {
+  if (total === 0 || total > MAX_ROWS) {
     const line = document.createElement("tr");
-    const only = cell(total ? `and ${total - MOST_ROWS} more` : "none");
+    const only = cell(total ? `and ${total - MAX_ROWS} more` : "none");
     only.colSpan = 6;
     line.append(only);
     body.append(line);

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from minivllm.config import ServerConfig
 from minivllm.errors import InvalidInput
-from minivllm.server.config import ServerConfig
-from minivllm.server.wire import MAX_HEAD
+from minivllm.server.listen import MAX_HEAD
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 

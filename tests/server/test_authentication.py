@@ -8,8 +8,8 @@ import httpx
 import openai
 import pytest
 
-from minivllm.server.config import ServerConfig
-from minivllm.server.door import OPEN_PATHS
+from minivllm.config import ServerConfig
+from minivllm.server.authentication import OPEN_PATHS
 from minivllm.server.page import FILES
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 

@@ -1,4 +1,4 @@
-"""The first and last thing a request meets: its id, the API key, and a net under our own bugs."""
+"""The outermost middleware: request ids, API keys, and a response for errors that no handler caught."""
 from __future__ import annotations
 
 import hashlib
@@ -12,14 +12,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.server.errors import ApiError, to_api_error
 
-RAW_SEND = "minivllm.send"  # in the scope: a `send` for the many pieces of a body, past the layers that only look at its head
-# Answered without a key: load balancers have none, and the page's files hold no data (see `page`; a test compares the two).
+RAW_SEND = "minivllm.send"  # scope key of a `send` for body messages that skips the middleware, which only changes headers
+# Paths that need no key: load balancers send none, and the page's files hold no data (a test compares them with `page.FILES`).
 OPEN_PATHS = frozenset({"/health", "/", "/static/app.js", "/static/live.js", "/static/style.css"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
-class Door:
-    """ASGI middleware: every response carries `x-request-id` (the client's own, if it sent one); keys are checked."""
+class AuthenticationMiddleware:
+    """ASGI middleware that checks API keys. Every response carries `x-request-id`: the client's own if it sent one."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str] = ()) -> None:
         self._app = app
@@ -35,36 +35,36 @@ class Door:
 
         started = False
 
-        async def send_named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if self._digests and scope["path"] not in OPEN_PATHS and not self._admits(headers.get("authorization", "")):
+        if self._digests and scope["path"] not in OPEN_PATHS and not self._is_authorized(headers.get("authorization", "")):
             refusal = ApiError(
                 401, "a valid API key is required: send it as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-            await refusal.response()(scope, receive, send_named)
+            await refusal.response()(scope, receive, send_with_id)
             return
         scope[RAW_SEND] = send
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_with_id)
         except Exception as error:
             if started:
                 raise
-            await to_api_error(error).response()(scope, receive, send_named)
+            await to_api_error(error).response()(scope, receive, send_with_id)
 
-    def _admits(self, authorization: str) -> bool:
-        """Compares with every key, each in constant time, so that the time taken tells nothing about any of them."""
+    def _is_authorized(self, authorization: str) -> bool:
+        """Compare with every key, each in constant time, so that the duration reveals nothing about the keys."""
         scheme, _, token = authorization.partition(" ")
         digest = _digest(token.strip())
-        admitted = False
-        for known in self._digests:
-            admitted |= hmac.compare_digest(digest, known)
-        return admitted and scheme.lower() == "bearer"
+        known = False
+        for key_digest in self._digests:
+            known |= hmac.compare_digest(digest, key_digest)
+        return known and scheme.lower() == "bearer"
 
 
 def _digest(key: str) -> bytes:

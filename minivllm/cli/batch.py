@@ -1,29 +1,27 @@
-"""A file of requests, answered by the server's application without a server: OpenAI's batch format in, vLLM's `run-batch` out.
+"""The work of `run-batch`: passes a file of requests to the server's application, without a server. OpenAI's batch format.
 
     {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}        one line of input
     {"id": "batch-...", "custom_id": "1", "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null}
 
-A line that is wrong gets an entry with an error, and the others go on. Entries come out in the order of the input.
+A wrong line gets an entry with an error and does not affect the others. The entries have the order of the lines.
 """
 from __future__ import annotations
 
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
-
-from starlette.types import ASGIApp
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
 
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.errors import ApiError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _FIELDS = ("custom_id", "method", "url", "body")
+Application: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI: scope, receive, send
 
 
-async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    """One POST to an application, as a server would pass it on: status and JSON."""
+async def call(app: Application, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    """One POST to an application, in the form in which a server passes it on. Returns the status and the JSON of the response."""
     answered = asyncio.Event()
     unread = [{"type": "http.request", "body": body, "more_body": False}]
     status, pieces = 0, []
@@ -31,7 +29,7 @@ async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any
     async def receive() -> dict[str, Any]:
         if unread:
             return unread.pop()
-        await answered.wait()  # a client that stays
+        await answered.wait()  # the client stays connected until then
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -53,8 +51,10 @@ async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any
     return status, json.loads(b"".join(pieces))
 
 
-async def answer_line(app: ASGIApp, line: str) -> dict[str, Any]:
+async def answer_line(app: Application, line: str) -> dict[str, Any]:
     """The output entry for one line of input."""
+    from minivllm.server.errors import ApiError
+
     custom_id: str | None = None
     try:
         try:
@@ -67,11 +67,11 @@ async def answer_line(app: ASGIApp, line: str) -> dict[str, Any]:
         status, body = await call(app, request["url"], json.dumps(request["body"]).encode())
     except InvalidInput as error:
         status, body = 400, ApiError(400, error.message, param=error.param).body()
-    good = status == 200
+    success = status == 200
     return {
         "id": f"batch-{uuid.uuid4().hex}", "custom_id": custom_id,
-        "response": {"status_code": status, "request_id": f"batch-req-{uuid.uuid4().hex}", "body": body if good else None},
-        "error": None if good else body,
+        "response": {"status_code": status, "request_id": f"batch-req-{uuid.uuid4().hex}", "body": body if success else None},
+        "error": None if success else body,
     }
 
 
@@ -82,7 +82,7 @@ def _check(request: Any) -> None:
         if name not in _FIELDS:
             raise InvalidInput(f"unknown field {name!r}{nearest(name, _FIELDS)}", name)
     if not isinstance(request.get("custom_id"), str):
-        raise InvalidInput("custom_id must be a string: it tells the answers apart", "custom_id")
+        raise InvalidInput("custom_id must be a string: it identifies the response", "custom_id")
     if request.get("method", "POST") != "POST":
         raise InvalidInput(f"method must be POST, got {request['method']!r}", "method")
     if request.get("url") not in URLS:
@@ -92,16 +92,16 @@ def _check(request: Any) -> None:
     if not isinstance(body, dict):
         raise InvalidInput(f"body must be an object, got {body!r}", "body")
     if body.get("stream"):
-        raise InvalidInput("body.stream: a batch has no streams; leave it out", "body.stream")
+        raise InvalidInput("body.stream: a batch cannot be streamed; leave it out", "body.stream")
 
 
-async def answers(
-    app: ASGIApp, lines: Iterable[str], at_once: int, done: Callable[[], object] = lambda: None,
+async def answer_lines(
+    app: Application, lines: Iterable[str], concurrency: int, done: Callable[[], object] = lambda: None,
 ) -> AsyncIterator[dict[str, Any]]:
-    """Entries for the lines, in their order; `at_once` are under way. A blank line is no request. `done` is called for each answer."""
-    waiting: list[asyncio.Task[dict[str, Any]]] = []
+    """The entries for the lines, in their order; blank lines are skipped. `concurrency`: requests at a time. `done` is called for each."""
+    tasks: list[asyncio.Task[dict[str, Any]]] = []
 
-    async def work(line: str) -> dict[str, Any]:
+    async def answer(line: str) -> dict[str, Any]:
         entry = await answer_line(app, line)
         done()
         return entry
@@ -110,15 +110,15 @@ async def answers(
         for line in lines:
             if not line.strip():
                 continue
-            waiting.append(asyncio.create_task(work(line)))
-            running = [task for task in waiting if not task.done()]
-            if len(running) >= at_once:
+            tasks.append(asyncio.create_task(answer(line)))
+            running = [task for task in tasks if not task.done()]
+            if len(running) >= concurrency:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            while waiting and waiting[0].done():
-                yield waiting.pop(0).result()
-        while waiting:
-            yield await waiting.pop(0)
+            while tasks and tasks[0].done():
+                yield tasks.pop(0).result()
+        while tasks:
+            yield await tasks.pop(0)
     finally:
-        for task in waiting:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,90 @@
+"""What all endpoints share: the engine's client, settings, tokenizer, model names, and how a request's body is read."""
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from minivllm import __version__
+from minivllm.config import ServerConfig
+from minivllm.engine.client import EngineClient
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput
+from minivllm.server.errors import ApiError, engine_dead, shorten
+from minivllm.server.protocol import Model, parse
+from minivllm.server.running import RunningRequests
+
+LONG_TEXT = 4096  # characters; longer texts are processed in a thread, so that the event loop keeps serving streams
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from a generation_config.json
+Value = TypeVar("Value")
+
+
+class Frontend:
+    """Constant after its construction, except for the set of running requests."""
+
+    def __init__(self, client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> None:
+        self.client = client
+        self.config = config
+        self.tokenizer = tokenizer
+        self.running = RunningRequests(client)
+        self.created = int(time.time())
+        info = client.info
+        is_path = os.path.isabs(info.model) or info.model.startswith((".", "~"))
+        model_name = os.path.basename(info.model.rstrip("/\\")) if is_path else info.model
+        self.names = config.served_model_name or (model_name,)
+        self.aliases = frozenset() if config.served_model_name else frozenset({info.model})  # accepted, but not listed
+        self.defaults = {name: info.generation_config[name] for name in MODEL_DEFAULTS if info.generation_config.get(name) is not None}
+        build = f"{__version__}|{model_name}|{info.dtype}|{info.device}|{info.vocab_size}"
+        self.fingerprint = "fp_" + hashlib.sha256(build.encode()).hexdigest()[:10]
+
+    async def read(self, request: Request, kind: type[Model]) -> Model:
+        """The body, with size, content type, JSON and types checked."""
+        self.check_alive()
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+            raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")
+        if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+            raise ApiError(415, f"the content encoding {encoding!r} is not supported: send the body without one")
+        limit = self.config.max_body_size
+        too_large = ApiError(413, f"the body is larger than {limit} bytes: send less, or start the server with a larger --max-body-size")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_large
+        raw = bytearray()
+        try:
+            async with self.running.receiving():
+                async for piece in request.stream():
+                    raw += piece
+                    if len(raw) > limit:
+                        raise too_large
+        except ClientDisconnect:  # the response has no reader
+            raise ApiError(400, "the connection was closed before the whole body had arrived") from None
+        return parse(kind, bytes(raw))
+
+    def check_alive(self) -> None:
+        if self.client.dead is not None:
+            raise engine_dead()
+
+    def check_model(self, name: str | None) -> str:
+        """The model name for the response."""
+        if name is None or name in self.aliases:
+            return self.names[0]
+        if name not in self.names:
+            raise ApiError(404, f"the model {shorten(name)!r} does not exist; this server has {', '.join(map(repr, self.names))}",
+                           param="model", code="model_not_found")
+        return name
+
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidInput(f"this server has no tokenizer (skip_tokenizer_init): send token ids instead of {param}", param)
+        return self.tokenizer
+
+
+async def off_loop(size: int, work: Callable[[], Value]) -> Value:
+    """Process a text of `size` characters: at once if it is short, else in a thread."""
+    return work() if size <= LONG_TEXT else await asyncio.to_thread(work)

@@ -1,0 +1,124 @@
+"""From a request body to a request that is ready for the engine.
+
+    body ──▶ prompts as token ids ──▶ SamplingParams (ranges), output limit ──▶ PreparedRequest (an engine request for each prompt)
+"""
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+
+from minivllm.engine.prompts import check_vocabulary, truncate
+from minivllm.engine_request import EngineRequest
+from minivllm.errors import InvalidInput
+from minivllm.server.chat import ChatPreprocessor, check_length
+from minivllm.server.errors import context_error
+from minivllm.server.formatters import PreparedRequest
+from minivllm.server.frontend import Frontend, off_loop
+from minivllm.server.output_spec import OutputSpec
+from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+
+DEFAULT_OUTPUT = 16  # tokens of a completion without max_tokens; a chat's answer may fill the context
+
+
+class Preprocessor:
+    """Prepares the requests of one server."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._max_model_len = frontend.client.info.max_model_len
+        self._chat = ChatPreprocessor(frontend.config, frontend.tokenizer, self._max_model_len)
+
+    async def completion(self, body: CompletionRequest) -> PreparedRequest:
+        ignored = body.ignored_fields(self._frontend.config.permissive)
+        body.check()
+        self._frontend.check_model(body.model)
+        self._check_choices(len(body.prompt), body.n or 1)
+        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body)]
+        echo = self._echo(body, prompts) if body.echo else None
+        return self._prepared("cmpl-", body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
+
+    async def chat(self, body: ChatRequest, ignored: list[str], prefix: str) -> PreparedRequest:
+        """`prefix`: of the response's id. Appends to `ignored`."""
+        body.check()
+        self._frontend.check_model(body.model)
+        self._check_choices(1, body.n or 1)
+        prompt, output = await self.chat_prompt(body, ignored)
+        return self._prepared(prefix, body, [self._truncated(body, prompt, None)], ignored, default_output=None, output=output)
+
+    async def chat_prompt(self, body: ChatRequest, ignored: list[str]) -> tuple[list[int], OutputSpec | None]:
+        return await self._chat.prompt(body, self._frontend.need_tokenizer("messages"), ignored)
+
+    async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        if not texts:
+            prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+            for prompt in prompts:
+                check_vocabulary("prompt", prompt, self._frontend.client.info.vocab_size)
+            return prompts
+        for text in texts:
+            check_length(len(text), self._max_model_len, "prompt")
+        tokenizer = self._frontend.need_tokenizer("prompt")
+        special = body.add_special_tokens is not False
+        return await off_loop(sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=special) for text in texts])
+
+    def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        if isinstance(body.prompt[0], str) and body.truncate_prompt_tokens is None:
+            return tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
+        tokenizer = self._frontend.need_tokenizer("echo")
+        return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
+
+    def _check_choices(self, prompts: int, n: int) -> None:
+        limit = self._frontend.config.max_choices
+        if prompts * n > limit:
+            raise InvalidInput(f"{prompts} prompts times n={n} make {prompts * n} completions, and one request may have {limit}: "
+                               "send several requests", "n")
+
+    def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
+        limit, _ = body.output_limit()
+        return truncate(prompt, body.truncate_prompt_tokens, self._max_model_len, default_output if limit is None else limit)
+
+    def _prepared(
+        self, prefix: str, body: GenerationRequest, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
+        default_output: int | None, echo: tuple[str, ...] | None = None, output: OutputSpec | None = None,
+    ) -> PreparedRequest:
+        frontend = self._frontend
+        frontend.check_alive()  # the engine may have died since the body was read
+        if body.priority and frontend.client.info.scheduling_policy != "priority":
+            raise InvalidInput("priority has no effect on this server: leave it out, or start the server with --scheduling-policy priority",
+                               "priority")
+        request_id = prefix + (body.request_id or uuid.uuid4().hex)
+        now = time.monotonic()
+        structure = body.structure()
+        defaults = frontend.defaults if structure is None else {**frontend.defaults, "structured_outputs": structure}
+        requests = []
+        for i, prompt in enumerate(prompts):
+            params = body.sampling(defaults, self._max_tokens(body, len(prompt), default_output))
+            requests.append(EngineRequest(
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
+                params=params if output is None else output.apply(params),
+                priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
+            ))
+        options = body.stream_options
+        return PreparedRequest(
+            id=request_id, created=int(time.time()), model=frontend.check_model(body.model), fingerprint=frontend.fingerprint,
+            prompts=tuple(requests), stream=bool(body.stream), include_usage=options is not None and bool(options.include_usage),
+            continuous_usage=options is not None and bool(options.continuous_usage_stats),
+            return_token_ids=bool(body.return_token_ids), return_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
+            ignored=tuple(ignored), output=output,
+        )
+
+    def _max_tokens(self, body: GenerationRequest, prompt_tokens: int, default: int | None) -> int:
+        """The output limit for one prompt: the requested one if it fits, else the default or what is left of the context."""
+        context = self._max_model_len
+        requested, field = body.output_limit()
+        if prompt_tokens == 0:
+            raise InvalidInput("the prompt is empty: send at least one token", "prompt")
+        if requested is not None:
+            if prompt_tokens + requested > context:
+                raise context_error(prompt_tokens, requested, context, field)
+            return requested
+        room = context - prompt_tokens
+        if room < 1:
+            raise context_error(prompt_tokens, None, context, "messages" if isinstance(body, ChatRequest) else "prompt")
+        return room if default is None else min(default, room)

@@ -1,0 +1,83 @@
+"""The requests that the server is receiving or answering, so that an operator or a shutdown can end them."""
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from minivllm.engine.client import EngineClient
+from minivllm.errors import InvalidInput
+from minivllm.server.errors import ApiError
+
+_PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
+
+BODY_SECONDS = 60.0  # time limit for receiving a request's body
+ENDING_SECONDS = 2.0  # the same once the server is shutting down
+
+
+class RunningRequests:
+    """The HTTP requests that are being answered, by the id of their response."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._engine_ids: dict[str, tuple[str, ...]] = {}  # response id -> ids of its prompts in the engine
+        self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
+        self.ending = False  # the server is shutting down: streams without an end of their own stop now
+        self.stopping = False  # no further request may start
+
+    def __len__(self) -> int:
+        return len(self._engine_ids)
+
+    @contextmanager
+    def track(self, response_id: str, engine_ids: tuple[str, ...]) -> Iterator[None]:
+        """Keep a request in the table while it is being answered."""
+        if self.stopping:
+            raise _shutting_down()
+        if response_id in self._engine_ids:
+            raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
+        self._engine_ids[response_id] = engine_ids
+        try:
+            yield
+        finally:
+            del self._engine_ids[response_id]
+
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[None]:
+        """Limit the time in which a request's body is received: `BODY_SECONDS`, less during a shutdown."""
+        try:
+            async with asyncio.timeout(ENDING_SECONDS if self.ending else BODY_SECONDS) as limit:
+                self._receiving.add(limit)
+                try:
+                    yield
+                finally:
+                    self._receiving.discard(limit)
+        except TimeoutError:
+            if self.ending:
+                raise _shutting_down() from None
+            message = f"the body was not complete after {BODY_SECONDS:g} s: send it faster"
+            raise ApiError(408, message, headers={"connection": "close"}) from None
+
+    def limit_body_wait(self, seconds: float) -> None:
+        """Lower the remaining time for every body that is being received."""
+        for limit in self._receiving:
+            end = asyncio.get_running_loop().time() + seconds
+            limit.reschedule(min(end, limit.when() or end))
+
+    def abort(self, ids: Collection[str] | None) -> list[str]:
+        """End the requests with these ids, or all. An id is a response's, with or without its prefix. Returns the responses' ids."""
+        aborted = [i for i in self._engine_ids if ids is None or i in ids or _PREFIX.sub("", i) in ids]
+        for response_id in aborted:
+            for engine_id in self._engine_ids[response_id]:
+                self._client.abort(engine_id)
+        return aborted
+
+    def stop(self) -> None:
+        """End every request now, with finish reason "abort", and let no other start."""
+        self.stopping = True
+        self.limit_body_wait(0)
+        self.abort(None)
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down: send the request again later", headers={"retry-after": "5", "connection": "close"})
