@@ -37,7 +37,7 @@ from minivllm.quantization.methods import parameters
 
 CLASSES = {  # parts of kernels' names; what is named nowhere is "norm, other"
     "attention": ("_decode_attention", "_prompt_attention", "_position_and_store", "attention", "flash", "fmha"),
-    "sampling": ("_draw", "_combine", "_thresholds", "argmax"),
+    "sampling": ("_sample_chunks", "_combine_chunks", "_thresholds", "argmax"),
     "matmul": ("_matvec", "_few_rows", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "matmul", "xmma"),
 }
 OTHER = "norm, other"

@@ -1,7 +1,7 @@
-"""Kernels: pure functions on tensors, chosen once for a device and handed to every layer as one `Ops` value.
+"""Kernels: pure functions on tensors, chosen once for a device and passed to every layer as one `Ops` value.
 
-A function of the same name and signature may exist several times (PyTorch, Triton, Numba); the PyTorch one in `reference` is the
-specification. Layers call `build.ops.rms_norm(...)` and never learn which one it is.
+A function may exist several times with the same name and signature: in PyTorch, Triton and Numba. The PyTorch function in `reference`
+is the specification. Layers call `build.ops.rms_norm(...)`, so that they do not depend on the device.
 """
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Every kernel a model needs. Signatures and shapes: the functions of the same names in `kernels/reference`."""
+    """All kernels of a model. Signatures and shapes are those of the functions with the same names in `kernels/reference`."""
 
     prepare_attention: Callable[..., Any]  # once per step and KV group
     self_attention: Callable[..., Tensor]
-    store_kv: Callable[..., Tensor]  # the first half of self_attention: writes keys and values, gives the positioned queries
+    store_kv: Callable[..., Tensor]  # the first half of self_attention: writes keys and values, returns the rotated queries
     copy_blocks: Callable[..., None]
     pack_weight: Callable[[Tensor, torch.dtype], Any]
     fused_linear: Callable[..., Tensor]
@@ -40,9 +40,9 @@ class Ops:
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
-    warm_up: Callable[..., None]  # (num_heads, num_kv_heads, head_dim, dtype): compile ahead what a model of this shape needs
-    compiling: Callable[[], AbstractContextManager[None]] | None  # within it kernels are compiled side by side, but do not run
-    before_replays: Callable[[torch.device], None]  # to be called before a captured graph is replayed after other kernels
+    warm_up: Callable[..., None]  # (num_heads, num_kv_heads, head_dim, dtype, query_widths=(1,)): compile a model's kernels ahead
+    compiling: Callable[[], AbstractContextManager[None]] | None  # kernels launched inside it are compiled in parallel and do not run
+    before_replays: Callable[[torch.device], None]  # call it before a replay of a captured graph that follows other kernels
 
 
 REFERENCE = Ops(
@@ -61,14 +61,14 @@ REFERENCE = Ops(
     gelu=activation.gelu,
     gelu_tanh=activation.gelu_tanh,
     sample=sampling.sample,
-    warm_up=lambda *shape: None,
+    warm_up=lambda *shape, **options: None,
     compiling=None,
     before_replays=lambda device: None,
 )
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest kernels for a device: Triton's on a CUDA GPU, Numba's on a CPU, and PyTorch's where one of these is missing."""
+    """The fastest kernels for a device: Triton's on a CUDA GPU, Numba's on a CPU, and PyTorch's if the compiler is not installed."""
     if device.type == "cpu":
         return _for_cpu()
     if device.type != "cuda":
@@ -76,7 +76,7 @@ def select(device: torch.device) -> Ops:
     try:
         from minivllm.kernels import triton
     except ImportError as error:
-        logger.warning("Triton cannot be imported (%s): the slower PyTorch kernels serve. On Linux, pip install triton.", error)
+        logger.warning("Triton cannot be imported (%s): using the slower PyTorch kernels. On Linux, pip install triton.", error)
         return REFERENCE
     return dataclasses.replace(
         REFERENCE,
@@ -88,7 +88,7 @@ def select(device: torch.device) -> Ops:
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,
-        compiling=triton.device.compiling_side_by_side,
+        compiling=triton.device.compiling_in_parallel,
         before_replays=triton.device.before_replays,
     )
 
@@ -96,8 +96,8 @@ def select(device: torch.device) -> Ops:
 def _for_cpu() -> Ops:
     try:
         from minivllm.kernels import numba
-    except (ImportError, OSError, RuntimeError) as error:  # LLVM's library may not load, or the system forbid code made at run time
-        logger.info("Numba cannot be imported (%s): the slower PyTorch kernels serve. pip install numba", error)
+    except (ImportError, OSError, RuntimeError) as error:  # besides: LLVM's library does not load; the system forbids generated code
+        logger.info("Numba cannot be imported (%s): using the slower PyTorch kernels. pip install numba", error)
         return REFERENCE
     return dataclasses.replace(
         REFERENCE,

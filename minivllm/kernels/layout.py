@@ -1,11 +1,13 @@
-"""One layout for all work: the tensors that a forward pass reads, whatever mix of prefill and decode it holds.
+"""The tensors that a forward pass reads: one layout for any mix of prompt chunks and decodes.
 
-    tokens     | a a a a a a | b | c c c | d |      T tokens, sequence after sequence
-    query_start  0             6   7       10  11    B + 1 offsets
-    seq_lens     6             58  915     31        B: keys visible to each sequence's last query
+    tokens     | a a | b b | c c c | d d d d |     T tokens, sequence after sequence
+    query_start  0     2     4       7         11  B + 1 offsets
+    seq_lens     58    915   31      4             B: number of keys that each sequence's last query sees, its own key included
 
-The packer puts sequences with a single query (decodes) first, so kernels may treat [0, num_decodes) specially.
-A *slot* is one token's place in the cache: block_id * block_size + offset.
+Decodes come first, so that kernels can treat sequences [0, num_decodes) separately. Each of them has `query_width` queries: a sequence's
+newest token and its drafts (here one draft). Without drafts the width is 1.
+
+A *slot* is the memory of one token in the cache: block_id * block_size + offset.
 """
 from __future__ import annotations
 
@@ -27,20 +29,20 @@ class KVLayer:
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """Device tensors of one forward pass, and the few host integers that choose kernels without waiting for the device."""
+    """Device tensors of one forward pass, and the host integers that choose kernels without waiting for the device."""
 
     tokens: Tensor  # [T] int32
     positions: Tensor  # [T] int64
     query_start: Tensor  # [B + 1] int32
     seq_lens: Tensor  # [B] int32
-    slots: tuple[Tensor, ...]  # [G] of [T] int64: where each token's key and value go
+    slots: tuple[Tensor, ...]  # [G] of [T] int64: where each token's key and value are written
     block_tables: tuple[Tensor, ...]  # [G] of [B, M] int32; entries past a sequence's end are NULL_BLOCK
-    logit_rows: Tensor  # [L] int64: which rows of the forward pass's result are projected to the vocabulary
-    num_decodes: int  # the first num_decodes sequences have exactly query_width queries each
+    logit_rows: Tensor  # [L] int64: rows of the hidden states from which logits are computed
+    num_decodes: int  # the first num_decodes sequences have query_width queries each
     query_lens_host: tuple[int, ...]  # [B]
     seq_lens_host: tuple[int, ...]  # [B]
     last_only: bool = False  # hidden states are needed for the rows of `last_tokens` only
-    shared: Tensor | None = None  # [1] int32, in a batch of decodes only: number of leading keys that all sequences have in the same blocks
+    shared: Tensor | None = None  # [1] int32, if all sequences are decodes: number of leading keys that they have in the same blocks
     query_width: int = 1  # queries of a decode: its newest token and its drafts
 
     @property

@@ -1,8 +1,8 @@
 """Host arrays to the device in one copy.
 
-A step needs a dozen small integer columns on the device. Each copy of its own costs about 10 us and, from ordinary memory,
-makes the host wait; one copy from pinned memory does neither. PyTorch keeps a pinned buffer out of reuse until the copy
-that reads it has run, so a fresh one per step costs nothing and planning ahead is safe.
+A step needs a dozen small integer columns on the device. Separate copies would cost several microseconds each, and a copy from pageable
+memory makes the host wait. So all columns are copied at once, from pinned memory. Each step uses a new pinned buffer: PyTorch reuses a
+buffer only after the copy that reads it has run, so a buffer may still be in use while the next step is prepared.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGN = 16  # bytes, so that every column may be viewed as its own dtype
+_ALIGN = 16  # bytes; a column can then be viewed in any dtype
 
 
 def upload(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[Tensor]:
@@ -25,22 +25,22 @@ def upload(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list
 
 
 class StaticColumns:
-    """Device tensors that stay where they are and are filled again and again: the inputs of a captured graph."""
+    """Device tensors at fixed addresses whose contents change: the inputs of a captured graph."""
 
     def __init__(self, arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> None:
-        """arrays: the first contents; shapes and dtypes stay the same."""
+        """arrays: the first contents. Later contents have the same shapes and dtypes."""
         self._offsets, total = _layout(arrays)
         self._memory = torch.empty(total, dtype=torch.uint8, device=device)
         self.tensors = _views(self._memory, arrays, self._offsets)
         self.fill(arrays)
 
     def fill(self, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
-        """One copy, which the host does not wait for."""
+        """Copy new contents to the device, without waiting for it."""
         self._memory.copy_(_stage(arrays, self._offsets, len(self._memory)), non_blocking=True)
 
 
 def _layout(arrays: Sequence[np.ndarray[Any, Any]]) -> tuple[list[int], int]:
-    """Where each array begins, and the length of all, in bytes."""
+    """-> (offset of each array, total size), in bytes."""
     offsets, total = [], 0
     for a in arrays:
         offsets.append(total)
@@ -49,7 +49,7 @@ def _layout(arrays: Sequence[np.ndarray[Any, Any]]) -> tuple[list[int], int]:
 
 
 def _stage(arrays: Sequence[np.ndarray[Any, Any]], offsets: Sequence[int], total: int) -> Tensor:
-    """All arrays in fresh pinned memory."""
+    """All arrays in a new pinned buffer."""
     staging = torch.empty(total, dtype=torch.uint8, pin_memory=True)
     host = staging.numpy()
     for a, offset in zip(arrays, offsets, strict=True):

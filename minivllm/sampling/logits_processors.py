@@ -1,7 +1,7 @@
-"""What changes logits before a token is chosen, for the few rows that ask.
+"""Changes to logits before a token is sampled, for the few rows that need any.
 
-Order (vLLM's): grammar mask, allowed ids, bad words, minimum length, bias; then penalties. A row that asks for none of them
-is never touched, and nothing here waits for the device: even "were the last two tokens `a b`?" is answered on it.
+The order is vLLM's: grammar mask, allowed ids, bad words, minimum length, bias; then penalties. Rows without these parameters are not
+read or written. Nothing here waits for the device: even bad words are compared with the last tokens on the device.
 """
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NO_IDS = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """One row's bans and biases, as arrays. `max_tokens` never appears here: ending a request is the scheduler's business."""
+    """One row's banned tokens and biases, as arrays. `max_tokens` is not here: the scheduler ends requests."""
 
     num_prompt_tokens: int
-    allowed: Array | None  # [n] the only ids that may be drawn
-    banned: Array  # [n] never drawn (bad words of one token)
+    allowed: Array | None  # [n] the only ids that may be sampled
+    banned: Array  # [n] ids that may not be sampled (bad words of one token)
     bad_words: tuple[tuple[int, ...], ...]  # of two tokens or more
     min_tokens: int
-    ends: Array  # [n] ids banned while the output is shorter than min_tokens
+    ends: Array  # [n] ids that are banned while the output is shorter than min_tokens
     bias_ids: Array  # [n]
     bias_values: Array  # [n] float32
 
@@ -53,13 +53,13 @@ class Constraints:
         )
 
 
-def apply_constraints(logits: Tensor, wanted: Mapping[int, Constraints], rows: Array, positions: Array, tokens: Tensor) -> None:
-    """In place on logits [S, V]. `wanted`: sample index -> constraints; `rows`, `positions` [S]: the row in the token table
-    `tokens` [R, max_model_len] that each sample extends, and the position it will get."""
+def apply_constraints(logits: Tensor, constraints: Mapping[int, Constraints], rows: Array, positions: Array, tokens: Tensor) -> None:
+    """In place on logits [L, V]. constraints: index of a logits row -> its constraints; rows [L]: of the token table `tokens`
+    [R, max_model_len]; positions [L]: of the tokens to be sampled."""
     vocab = logits.shape[-1]
     banned: list[Array] = []
     biased: list[tuple[Array, Array]] = []
-    for i, c in wanted.items():
+    for i, c in constraints.items():
         num_outputs = int(positions[i]) - c.num_prompt_tokens
         if c.allowed is not None:
             (ids,) = upload([c.allowed], logits.device)
@@ -89,25 +89,25 @@ def _ban_last_tokens(row: Tensor, words: Sequence[tuple[int, ...]], history: Ten
     prefix = np.full((len(words), longest), -1, np.int32)  # right-aligned; -1 matches anything
     for j, word in enumerate(words):
         prefix[j, longest - len(word) + 1 :] = word[:-1]
-    wanted, last = upload([prefix, np.array([w[-1] for w in words], np.int64)], row.device)
-    matched = ((wanted == history[-longest:]) | (wanted < 0)).all(dim=-1)
+    prefixes, last = upload([prefix, np.array([w[-1] for w in words], np.int64)], row.device)
+    matched = ((prefixes == history[-longest:]) | (prefixes < 0)).all(dim=-1)
     row.index_add_(0, last, torch.where(matched, -math.inf, 0.0).to(row.dtype))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """Which tokens the grammars of some samples allow: one packed row each, so that 256 rows of a large vocabulary are 5 MB."""
+    """The tokens that grammars allow, as one bit per token, for some logits rows. So 256 rows of a large vocabulary are 5 MB."""
 
-    samples: Array  # [m] int64, ascending: sample indices of the plan
+    samples: Array  # [m] int64, ascending: indices of the logits rows
     words: Array  # [m, W] int32: bit t % 32 of word t // 32 is set if token t is allowed
 
     def part(self, start: int, stop: int) -> TokenMasks | None:
-        """Those of the samples start .. stop - 1, counted from start; None if there are none."""
+        """The masks of logits rows [start, stop), with indices relative to start; None if there are none."""
         first, last = np.searchsorted(self.samples, (start, stop)).tolist()
         return TokenMasks(self.samples[first:last] - start, self.words[first:last]) if last > first else None
 
     def apply(self, logits: Tensor) -> None:
-        """In place on logits [S, V]. One upload, one operation."""
+        """In place on logits [L, V]. One upload, one operation."""
         if len(self.samples) == len(logits):
             ops.apply_bitmask(logits, None, upload([self.words], logits.device)[0])
         else:
@@ -116,7 +116,7 @@ class TokenMasks:
 
 
 class PenaltyCounts:
-    """Which tokens a row has seen, for the rows with penalties alone: a row of counts is 4 bytes a vocabulary entry.
+    """How often each token occurred, for rows with penalties only: a slot takes 5 bytes per vocabulary entry.
 
         slot of row:  -1  0 -1 -1  1     seen in prompt or output [slots, V] bool     counts in the output [slots, V] int32
     """
@@ -127,10 +127,10 @@ class PenaltyCounts:
         self.seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
         self.counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
 
-    def admit(self, row: int, wanted: bool, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        """Start a row over: release what it had, count `token_ids` if it has penalties now."""
+    def admit(self, row: int, penalized: bool, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Reset a row: release its slot, or if it is `penalized`, count `token_ids` in one."""
         slot = int(self.slot[row])
-        if not wanted:
+        if not penalized:
             if slot >= 0:
                 self._free.append(slot)
                 self.slot[row] = -1
@@ -146,36 +146,36 @@ class PenaltyCounts:
     def _take(self) -> int:
         if not self._free:
             used = len(self.counts)
-            grown = max(4, used)  # doubling
+            grown = max(4, used)  # doubles the number of slots
             self._free = list(range(used + grown - 1, used - 1, -1))
             self.seen = torch.cat([self.seen, self.seen.new_zeros((grown, self.seen.shape[1]))])
             self.counts = torch.cat([self.counts, self.counts.new_zeros((grown, self.counts.shape[1]))])
         return self._free.pop()
 
     def add(self, slots: Array, token_ids: Tensor, accepted: Tensor | None = None) -> None:
-        """Count one token [n] per slot [n], of those accepted [n] bool; None: all."""
+        """Count a token [n] for each slot [n], if accepted [n] bool; None: all are."""
         vocab = self.counts.shape[1]
         at = upload([slots * vocab], token_ids.device)[0] + token_ids
         if accepted is None:
             accepted = torch.ones_like(at, dtype=torch.bool)
         else:
-            at = torch.where(accepted, at, at[0])  # the first token is always accepted, so that it may be marked as seen again
+            at = torch.where(accepted, at, at[0])  # the first token is always accepted: it may be marked as seen twice
         self.seen.view(-1).index_fill_(0, at, True)
         self.counts.view(-1).index_add_(0, at, accepted.to(torch.int32))
 
 
 @dataclass(frozen=True, slots=True)
 class DraftRuns:
-    """Logits rows of one sequence at consecutive positions, of which each but the first follows a draft.
+    """Runs of logits rows: those of one sequence, at consecutive positions. Each logits row but the first follows a draft.
 
-        logits row           0    1    2    3    4        sequences of two drafts, none, and one
-        first of its run     0    0    0    3    4
-        drafts before it     -    a    a b  -    -        in the token table, at the positions of the logits rows before
+        logits row           0    1    2    3    4    5        sequences with two drafts, none, and one
+        first of the run     0    0    0    3    4    4
+        drafts before it     -    a    a b  -    -    c        at the positions of the logits rows before it, in the token table
     """
 
     rows: Array  # [n] of the token table
     positions: Array  # [n] of the tokens to be sampled
-    first: Array  # [n] index of the first logits row of the run
+    first: Array  # [n] index of the run's first logits row
 
     @classmethod
     def of(cls, rows: Array, positions: Array) -> DraftRuns | None:
@@ -188,9 +188,9 @@ class DraftRuns:
 
     def count(self, seen: Tensor, counts: Tensor, tokens: Tensor) -> None:
         """Add the drafts before each logits row to its counts, in place: seen [n, V] bool, counts [n, V] int32."""
-        before = np.arange(len(self.rows)) - self.first
-        target = np.repeat(np.arange(len(self.rows)), before)  # a draft before a logits row: the index of this row, and of the draft's own
-        draft = np.arange(len(target)) - np.repeat(before.cumsum() - before, before) + self.first[target]
+        before = np.arange(len(self.rows)) - self.first  # number of drafts
+        target = np.repeat(np.arange(len(self.rows)), before)  # for each pair of a logits row and a draft before it: the logits row,
+        draft = np.arange(len(target)) - np.repeat(before.cumsum() - before, before) + self.first[target]  # and the one at the draft
         at, index = upload([target * seen.shape[1], self._table_index(tokens)[draft]], seen.device)
         at += tokens.view(-1)[index]
         seen.view(-1).index_fill_(0, at, True)

@@ -1,11 +1,11 @@
-"""Keys of the noise: a counter, not a generator with state.
+"""Noise keys: the noise of a sample is a function of counters, so there is no random generator with a state.
 
     seed, child        -> stream   64 bits, once per row
     stream, position,
     purpose            -> key      64 bits, once per row and step: two uint32 words for the kernels
 
-Nothing here depends on what was drawn before or on who shares the batch, so a seeded request draws the same tokens alone, in a
-crowd, after a preemption or on another device, and the n children of one request differ. The mixing is SplitMix64
+A key depends neither on earlier samples nor on the other rows of the batch. So a request with a seed gets the same tokens alone, in any
+batch, after a preemption and on another device, and the n children of one request get different tokens. The mixing is SplitMix64
 (`minivllm/splitmix64.py`): key number i of a stream is its i-th output.
 """
 from __future__ import annotations
@@ -19,10 +19,10 @@ from minivllm.splitmix64 import GOLDEN, MULTIPLIERS, mix64
 
 
 class Purpose(IntEnum):
-    """What a random word decides; streams of different purposes are independent."""
+    """What a random word is used for. Keys of different purposes are independent."""
 
     SAMPLE = 0  # the token itself
-    ACCEPT = 1  # whether a draft is kept
+    ACCEPT = 1  # whether a draft is accepted
     RECOVER = 2  # the token that replaces a rejected draft
 
 

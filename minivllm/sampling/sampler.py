@@ -1,13 +1,16 @@
-"""One token for each sampled row: parameters per row, work only for the rows that ask for it.
+"""One token for each logits row: each row has its own parameters, and only rows that need an operation get it.
 
-    logits [S, V] --+--> (rows with logprobs) keep the raw logits
+    logits [L, V] --+--> (rows with logprobs) a copy of the raw logits
                     |
-                    +--> masks, bans, bias --> penalties --> temperature --> min-p, top-k, top-p --> draw --> token ids [S]
-                         only flagged rows                   one call for greedy rows (temperature 0) and others
+                    +--> masks, bans, bias --> penalties --> temperature --> min-p, top-k, top-p --> sample --> token ids [L]
+                         only rows that need it             one call for greedy rows (temperature 0) and others
 
-The parameters of each row stand in numpy columns filled when the row is admitted, so a step only gathers a few integers on
-the host; nothing waits for the device. Logits come in the model's dtype. What calculates with them (bias, penalties,
-log-probabilities) does so in float32; other rows are compared by the same values either way.
+The parameters are numpy columns with one entry per row of the row table, written when a row is admitted. So a step only gathers a few
+numbers on the host, and nothing waits for the device. Logits come in the model's dtype. Bias, penalties and log-probabilities are computed
+in float32. Other rows have the same values in either dtype.
+
+A sequence with drafts has several logits rows. Their tokens are sampled as if the drafts before them were output, which makes
+verification simple: a draft is accepted if it equals the token that is sampled at its position.
 """
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class LogprobColumns:
-    """Log-probabilities on the device, one entry per sample that asked."""
+    """Log-probabilities on the device, for the logits rows that need them."""
 
-    index: Array  # [m] which samples
-    k: Array  # [m] how many alternatives each asked for
+    index: Array  # [m] of the logits rows
+    k: Array  # [m] number of alternatives for each
     token_ids: Tensor  # [m]
     logprob: Tensor  # [m]
     rank: Tensor  # [m]
@@ -43,7 +46,7 @@ class LogprobColumns:
 
     @classmethod
     def of(cls, logits: Tensor, token_ids: Tensor, index: Array, k: Array) -> LogprobColumns:
-        """From raw logits [m, V] float32 and chosen tokens [m]."""
+        """From raw logits [m, V] float32 and tokens [m]."""
         return cls(index, k, token_ids, *sampling.token_logprobs(logits, token_ids, int(k.max())))
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -57,15 +60,15 @@ class LogprobColumns:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """What the sampler drew, still on the device."""
+class SampledTokens:
+    """The sampler's result, still on the device."""
 
-    token_ids: Tensor  # [S] int64
+    token_ids: Tensor  # [L] int64
     logprobs: LogprobColumns | None
 
 
 class Sampler:
-    """Parameters of every row, and the sampling of a batch of them."""
+    """Holds the sampling parameters of all rows, and samples tokens for some of them."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int] = (),
                  ops: Ops | None = None) -> None:
@@ -79,15 +82,15 @@ class Sampler:
         self._repetition = np.ones(num_rows, np.float32)
         self._frequency = np.zeros(num_rows, np.float32)
         self._presence = np.zeros(num_rows, np.float32)
-        self._logprobs = np.full(num_rows, -1, np.int32)  # -1: none wanted
+        self._logprobs = np.full(num_rows, -1, np.int32)  # number of alternatives; -1: no logprobs
         self._streams = np.zeros(num_rows, np.uint64)
-        self._plain = np.ones(num_rows, np.bool_)  # asks for the largest logit or a draw, and nothing else
+        self._plain = np.ones(num_rows, np.bool_)  # greedy or with a temperature, and no other parameter
         self._constraints: dict[int, Constraints] = {}
         self._zeros = torch.zeros(num_rows, 2, dtype=torch.int32, device=device)
         self._penalties = PenaltyCounts(num_rows, vocab_size, device)
 
     def admit(self, admission: RowAdmission) -> None:
-        """Overwrite a row's parameters; rebuild its counts from the tokens known so far."""
+        """Overwrite a row's parameters, and count its tokens again if it has penalties."""
         row, params = admission.row, admission.params
         self._temperature[row] = 0.0 if params.greedy else params.temperature
         self._top_k[row] = params.top_k
@@ -108,32 +111,32 @@ class Sampler:
         self._penalties.admit(row, params.has_penalties, admission.token_ids, admission.num_prompt_tokens)
 
     def all_plain(self, rows: Array) -> bool:
-        """Whether these rows ask for the largest logit or a draw from all of them, and for nothing else."""
+        """Whether these rows are sampled plainly: greedily or with a temperature, without any other parameter."""
         return bool(self._plain[rows].all())
 
     def plain_columns(self, rows: Array, positions: Array) -> tuple[Array, Array]:
-        """What that needs: temperatures [S] and keys [S, 2] of rows [S] at the positions [S] of the tokens to be chosen."""
+        """What plain sampling needs: temperatures [L] and noise keys [L, 2], for rows [L] and positions [L] of the tokens to be sampled."""
         return self._temperature[rows], row_keys(self._streams[rows], positions)
 
-    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> Choice:
-        """Choose a token for each of S logits rows and count it.
+    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> SampledTokens:
+        """Sample a token for each of L logits rows, and count it.
 
-        logits [S, V] float32 or half (overwritten); rows [S]: whose parameters; positions [S]: of the token being chosen;
-        tokens [R, max_model_len]: the token table, for bad words; masks: what grammars allow.
+        logits [L, V] float32 or half (overwritten); rows [L]: of the row table, whose parameters apply; positions [L]: of the tokens to be
+        sampled; tokens [R, max_model_len]: the token table; masks: the tokens that grammars allow.
 
-        A sequence with k drafts has 1 + k logits rows, one after another, at consecutive positions and all in one call. The caller has
-        written the drafts to the token table: the draft that the token of one logits row is compared with stands at its position. Each
-        token is chosen as if the drafts before it were output. It is counted only if they are: if each equals the token chosen there.
+        A sequence with k drafts has 1 + k logits rows, one after another, at consecutive positions, all in one call. The caller has written
+        the drafts to the token table: a draft is at the position of the token that it is compared with. Each token is sampled as if the
+        drafts before it were output. It is counted only if all of these drafts are accepted.
         """
-        wanted = np.flatnonzero(self._logprobs[rows] >= 0)
+        with_logprobs = np.flatnonzero(self._logprobs[rows] >= 0)
         slots = self._penalties.slot[rows]
         penalized = np.flatnonzero(slots >= 0)
         constrained = {i: self._constraints[r] for i, r in enumerate(rows.tolist()) if r in self._constraints} if self._constraints else {}
 
         raw = None
-        if len(wanted):
+        if len(with_logprobs):
             altered = bool(masks is not None or constrained or len(penalized))
-            raw = logits if len(wanted) == len(rows) and not altered else logits[upload([wanted], logits.device)[0]]
+            raw = logits if len(with_logprobs) == len(rows) and not altered else logits[upload([with_logprobs], logits.device)[0]]
             raw = raw.float()
         if len(penalized) or any(len(c.bias_ids) for c in constrained.values()):
             logits = logits.float()
@@ -151,9 +154,9 @@ class Sampler:
             sampled = token_ids[upload([penalized], logits.device)[0]]
             self._penalties.add(slots[penalized], sampled, None if drafts is None else drafts.accepted(sampled, tokens))
         if raw is None:
-            return Choice(token_ids, None)
-        chosen = token_ids[upload([wanted], logits.device)[0]]
-        return Choice(token_ids, LogprobColumns.of(raw, chosen, wanted, self._logprobs[rows[wanted]]))
+            return SampledTokens(token_ids, None)
+        chosen = token_ids[upload([with_logprobs], logits.device)[0]]
+        return SampledTokens(token_ids, LogprobColumns.of(raw, chosen, with_logprobs, self._logprobs[rows[with_logprobs]]))
 
     def _penalize(self, logits: Tensor, rows: Array, index: Array, slots: Array, drafts: DraftRuns | None, tokens: Tensor) -> None:
         at = rows[index]
@@ -167,20 +170,20 @@ class Sampler:
         logits[where] = some
 
     def _choose(self, logits: Tensor, rows: Array, positions: Array) -> Tensor:
-        """Greedy rows take the largest logit, the others draw: [S, V] -> [S] int64."""
+        """Greedy rows take the largest logit, other rows are sampled: [L, V] -> [L] int64."""
         temperature = self._temperature[rows]
-        drawn = temperature > 0
-        if not drawn.any():
+        random = temperature > 0
+        if not random.any():
             return self._ops.sample(logits, *self._greedy_columns(len(rows)))
-        # A greedy row needs no filter: the largest logit survives them all.
+        # Filters of greedy rows can be ignored: no filter removes the largest logit.
         top_k, top_p, min_p = self._top_k[rows], self._top_p[rows], self._min_p[rows]
         keys = row_keys(self._streams[rows], positions)
         t, key, k, p, floor = upload([temperature, keys, top_k, top_p, min_p], logits.device)
-        return self._ops.sample(logits, t, key, k if (top_k > 0)[drawn].any() else None, p if (top_p < 1.0)[drawn].any() else None,
-                                floor if (min_p > 0.0)[drawn].any() else None)
+        return self._ops.sample(logits, t, key, k if (top_k > 0)[random].any() else None, p if (top_p < 1.0)[random].any() else None,
+                                floor if (min_p > 0.0)[random].any() else None)
 
     def _greedy_columns(self, n: int) -> tuple[Tensor, Tensor]:
-        """Temperatures and keys of a batch that draws nothing: always the same, so never uploaded."""
+        """Temperatures and keys of a batch of greedy rows: all zeros, which are on the device already."""
         if len(self._zeros) < n:
             self._zeros = torch.zeros(n, 2, dtype=torch.int32, device=self._device)
         return self._zeros.view(torch.float32).view(-1)[:n], self._zeros[:n]

@@ -22,7 +22,8 @@ ROWS = [
 
 
 def test_a_moment_counts_once_for_the_kernel_that_began_first() -> None:
-    kernels = [("_few_rows", 0, 10), ("_decode_attention", 6, 14), ("_draw", 7, 9), ("index_select", 20, 21), ("nvjet_tst", 21, 23)]
+    kernels = [("_few_rows", 0, 10), ("_decode_attention", 6, 14), ("_sample_chunks", 7, 9), ("index_select", 20, 21),
+               ("nvjet_tst", 21, 23)]
     for order in (kernels, kernels[::-1]):
         assert busy(order) == {"matmul": 10 + 2, "attention": 4, "sampling": 0, OTHER: 1}
     assert sum(busy(kernels).values()) == 14 + 3  # as long as anything ran: what is missing to the step's time is the gap
@@ -30,7 +31,8 @@ def test_a_moment_counts_once_for_the_kernel_that_began_first() -> None:
 
 @pytest.mark.parametrize("name, kind", [
     ("_matvec", "matmul"), ("void gemmSN_TN_kernel", "matmul"), ("_prompt_attention", "attention"), ("_position_and_store", "attention"),
-    ("_combine", "sampling"), ("_thresholds", "sampling"), ("_rms_norm", OTHER), ("_silu_and_mul", OTHER), ("Memset (Device)", OTHER)])
+    ("_combine_chunks", "sampling"), ("_thresholds", "sampling"), ("_rms_norm", OTHER), ("_silu_and_mul", OTHER),
+    ("Memset (Device)", OTHER)])
 def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
@@ -41,7 +43,7 @@ def test_every_kernel_of_ours_has_a_class_that_was_chosen_for_it() -> None:
             if before.startswith("@triton.jit") and line.startswith("def _")}
     named = {name: kind_of(name) for name in ours}
     assert {name for name, kind in named.items() if kind == "matmul"} >= {"_matvec", "_few_rows"}
-    assert {name for name, kind in named.items() if kind == "sampling"} >= {"_draw", "_combine", "_thresholds"}
+    assert {name for name, kind in named.items() if kind == "sampling"} >= {"_sample_chunks", "_combine_chunks", "_thresholds"}
     assert {name for name, kind in named.items() if kind == OTHER} >= {"_rms_norm", "_silu_and_mul", "_rope_angles"}
 
 

@@ -122,7 +122,7 @@ def small_variants() -> Iterator[dict[str, Any]]:
 
 def sampling_variants() -> Iterator[dict[str, Any]]:
     rows = {"row_stride": "i32", "size": "i32", "temperature": "*fp32", "threshold": "*fp32"}
-    chunks = {"peaks": "*fp32", "costs": "*fp32", "winners": "*i32", "temperature": "*fp32"}
+    chunks = {"peaks": "*fp32", "costs": "*fp32", "tokens": "*i32", "temperature": "*fp32"}
     for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         types = {**rows, "logits": kind, "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
         for filters in ("TOP_K", "TOP_P", "MIN_P", "TOP_K TOP_P MIN_P"):
@@ -131,9 +131,9 @@ def sampling_variants() -> Iterator[dict[str, Any]]:
             yield measure(f"decode sampling threshold {filters}, {kind}", sampling._thresholds, types, constants,
                           num_warps=tuning.THRESHOLD_WARPS)
         for filtered in (False, True):
-            yield measure(f"decode sampling draw, {kind}", sampling._draw, {**rows, **chunks, "logits": kind, "keys": "*i32"},
+            yield measure(f"decode sampling chunks, {kind}", sampling._sample_chunks, {**rows, **chunks, "logits": kind, "keys": "*i32"},
                           dict(FILTERED=filtered, CHUNK=tuning.SAMPLER_CHUNK), num_warps=tuning.SAMPLER_WARPS)
-    yield measure("decode sampling combine", sampling._combine, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
+    yield measure("decode sampling combine", sampling._combine_chunks, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
 
 
 if __name__ == "__main__":

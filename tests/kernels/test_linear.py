@@ -1,11 +1,13 @@
-"""Matrix products with packed weights equal the plain ones."""
+"""Matrix products with packed weights equal plain products."""
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference.linear import fused_linear, linear, pack_weight
+from minivllm.kernels.reference.linear import can_pack, fused_linear, linear, pack_weight
 
 
 def check(x: Tensor, w: Tensor, b: Tensor | None, packed: Tensor) -> None:
@@ -47,18 +49,57 @@ def test_a_weight_is_converted_to_the_dtype_that_it_is_packed_for() -> None:
     check(x.bfloat16(), w.bfloat16(), None, pack_weight(w, torch.bfloat16))
 
 
-def test_a_cpu_that_cannot_pack_multiplies_with_the_plain_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
+
+
+@ONEDNN
+def test_pytorch_has_the_private_operators_of_packed_weights() -> None:
+    assert can_pack(torch.float32), (
+        f"torch {torch.__version__} changed torch.ops.mkldnn._reorder_linear_weight or _linear_pointwise. Weights on a CPU now stay plain, "
+        "which is slower (python -m bench.cpu_kernels): adapt kernels/reference/linear.py, or limit torch's versions in pyproject.toml")
+
+
+@pytest.fixture(params=["another CPU", "operators are gone", "other arguments", "wrong product"])
+def without_packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    class Operators:
+        """torch.ops.mkldnn of a PyTorch in which the operators are gone."""
+
     def refuse(*_: object) -> Tensor:
         raise RuntimeError("needs another CPU")
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
-    x, w = tensors(torch.float32, (3, 24), (40, 24))
-    packed = pack_weight(w, torch.float32)
+    def packed_only() -> Tensor:
+        raise AssertionError("not reached")
+
+    class ForOtherWeights:
+        def __call__(self, x: Tensor, *_: object) -> Tensor:
+            return 2 * x
+
+        binary = __call__
+
+    if request.param == "another CPU":
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    elif request.param == "operators are gone":
+        monkeypatch.setattr(torch.ops, "mkldnn", Operators())
+    elif request.param == "other arguments":
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", packed_only)
+    else:
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", ForOtherWeights())
+    can_pack.cache_clear()
+    yield
+    can_pack.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("without_packing")
+def test_without_packed_products_the_plain_weight_is_used(dtype: torch.dtype) -> None:
+    x, w, residual = tensors(dtype, (3, 24), (40, 24), (3, 40))
+    packed = pack_weight(w, dtype)
     assert not packed.is_mkldnn
     check(x, w, None, packed)
+    torch.testing.assert_close(fused_linear(x, packed, residual=residual.clone()), x @ w.T + residual, atol=1e-1, rtol=1e-2)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
+@ONEDNN
 def test_a_packed_weight_does_not_keep_the_plain_one_alive() -> None:
     w = torch.randn(40, 24)
     packed = pack_weight(w, torch.float32)

@@ -4,12 +4,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import operator
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minivllm import kernels
+from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import activation as activation_twin
 from minivllm.kernels.reference import attention as attention_twin
@@ -29,7 +33,7 @@ pytest.importorskip("numba", reason="Numba is not installed")
 import numba
 from numba.core import caching
 
-from minivllm.kernels.numba import attention, decode_attention, rows, threads
+from minivllm.kernels.numba import attention, decode_attention, rows, threads, vectors
 
 # Query heads, KV heads, head_dim: 1, 2, 3 and 7 queries for a key, all widths of vectors; all KV heads in a task, one, and two of
 # three, so that the last task has fewer. Compiling one takes seconds, so that bfloat16 has some of them, other tests use (9, 3, 64),
@@ -159,7 +163,7 @@ def test_one_preparation_serves_every_layer_and_the_next_layer_counts_from_zero(
     meta = prepare(attention, case)
     first = [run(case, forget_new(case), meta) for _ in range(3)]
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
-    assert not meta.tickets.any()
+    assert not meta.finished.any()
     louder = dataclasses.replace(case, values=[2.0 * v for v in case.values], kv=KVLayer(case.kv.k, 2.0 * case.kv.v))
     torch.testing.assert_close(run(louder, forget_new(louder), meta), 2.0 * first[0])
 
@@ -247,10 +251,19 @@ def test_the_kernels_run_on_pytorchs_own_threads() -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == before
 
 
-def test_only_splits_that_are_seen_are_tasks() -> None:
-    assert decode_attention.SPLIT == 128
-    assert decode_attention.first_tasks([1, 128, 129, 700], 1 << 40) == [0, 1, 2, 4, 10]
-    assert decode_attention.first_tasks([1, 128, 129, 700], 300) == [0, 1, 2, 4, 7]  # 700: keys 400 to 699
+def test_only_splits_with_visible_keys_are_tasks() -> None:
+    assert tuning.CPU_SPLIT_KEYS == 128
+    assert decode_attention.first_splits([1, 128, 129, 700], 1 << 40) == [0, 1, 2, 4, 10]
+    assert decode_attention.first_splits([1, 128, 129, 700], 300) == [0, 1, 2, 4, 7]  # 700: keys 400 to 699
+    assert decode_attention.first_splits([128, 384, 385], 128, query_width=2) == [0, 1, 3, 5]  # keys 0 to 127, 255 to 383, 256 to 384
+
+
+def test_warming_up_compiles_the_kernels_of_all_query_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    monkeypatch.setattr(attention, "kernel_for", lambda *shape: widths.append(shape[-1]))
+    kernels.select(torch.device("cpu")).warm_up(9, 3, 64, torch.float32, query_widths=(1, 4))
+    kernels.REFERENCE.warm_up(9, 3, 64, torch.float32, query_widths=(1, 4))
+    assert widths == [1, 4]
 
 
 @settings(max_examples=30)
@@ -337,7 +350,7 @@ def test_code_is_kept_on_disk_and_the_log_says_when_it_is_compiled(folder: Path,
     with caplog.at_level(logging.INFO):
         assert compile_norm()._code.cache_hits == 0
         assert [record.getMessage() for record in caplog.records] == [
-            "compiling RMSNorm in float32 for this CPU: once, the code is kept on disk for the next start"]
+            "compiling RMSNorm in float32 for this CPU: once, since the code is kept on disk for the next start"]
         caplog.clear()
         assert compile_norm()._code.cache_hits == 1
         assert not caplog.records
@@ -378,7 +391,7 @@ def test_a_cache_that_cannot_be_used_only_costs_time(
         monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", no_room)
     with caplog.at_level(logging.INFO):
         assert compile_norm()._code.cache_hits == 0
-    assert "each start compiles them anew" in caplog.text
+    assert "each start compiles them again" in caplog.text
 
 
 def test_a_change_of_any_file_of_the_folder_changes_the_key_of_the_code_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,5 +403,25 @@ def test_a_change_of_any_file_of_the_folder_changes_the_key_of_the_code_on_disk(
     assert threads.version.__wrapped__() != before
 
 
-def test_split_and_tile_agree_with_the_vectors() -> None:
-    assert decode_attention.SPLIT % decode_attention.TILE == 0 and decode_attention.TILE % 4 == 0
+@ONCE
+def test_numba_has_the_internals_that_the_kernels_use(folder: Path) -> None:
+    """With another version of Numba this test says what has changed. pyproject.toml limits the versions to tested ones."""
+    from numba.core import cgutils
+    from numba.core.compiler import Compiler
+
+    for name in ("alloca_once", "for_range", "get_or_insert_function"):
+        assert callable(getattr(cgutils, name, None)), f"kernels/numba/vectors.py uses numba.core.cgutils.{name}"
+    assert callable(getattr(Compiler, "define_pipelines", None)), "kernels/numba/threads.py logs the start of a compilation in it"
+    code = compile_norm()._code
+    assert isinstance(code.address, int), "kernels/numba/threads.py calls the machine code at CFunc.address"
+    for operation in (operator.add, operator.sub, operator.mul, operator.truediv):
+        assert _of_vectors(operation) == operation(6.0, 3.0), f"kernels/numba/vectors.py defines {operation.__name__} of vectors"
+
+
+def _of_vectors(operation: Callable[[Any, Any], Any]) -> float:
+    """operation(6, 3) on vectors."""
+    @numba.njit
+    def function() -> float:
+        return vectors.largest(operation(vectors.splat(np.float32(6.0), 4), vectors.splat(np.float32(3.0), 4)))
+
+    return function()

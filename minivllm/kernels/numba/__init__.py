@@ -1,12 +1,14 @@
-"""Compiled kernels for a CPU: the functions of `kernels/reference` that are worth it, in Numba. Importing this needs Numba.
+"""Compiled kernels for a CPU: the functions of `kernels/reference` for which compiling pays off, in Numba. Importing this needs Numba.
 
-    attention.py         which rows the kernel computes, and which PyTorch does
+    attention.py         divides the rows between the kernel (decodes) and PyTorch (prompt chunks)
     decode_attention.py  the kernel: one call for all decodes of a layer
-    rows.py              RMSNorm and the gated MLP's middle
+    rows.py              RMSNorm and the middle of a gated MLP
     vectors.py           vectors of float32 inside Numba functions
-    threads.py           running all of these on the threads of PyTorch's own operations
+    threads.py           runs the kernels on the threads of PyTorch's own operations
 """
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,10 +16,11 @@ from minivllm.kernels.numba import attention as attention
 from minivllm.kernels.numba import rows as rows
 
 
-def warm_up(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    """Compile what a model of this shape needs, or load it from Numba's cache on disk, before a request waits for it."""
+def warm_up(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, query_widths: Sequence[int] = (1,)) -> None:
+    """Compile the kernels of a model of this shape, or load them from Numba's cache on disk, before a request waits for them."""
     if attention.covers(head_dim, dtype):
-        attention.kernel_for(num_heads, num_kv_heads, head_dim, dtype)
+        for width in query_widths:
+            attention.kernel_for(num_heads, num_kv_heads, head_dim, dtype, width)
     if dtype in (torch.float32, torch.bfloat16):
         rows.norm_kernel(int(dtype == torch.bfloat16))
         rows.silu_kernel(int(dtype == torch.bfloat16))

@@ -1,11 +1,11 @@
-"""Self-attention over the paged cache on a CPU: decodes in one compiled call a layer, prompt chunks in PyTorch.
+"""Self-attention over the paged cache on a CPU: decodes in one compiled call per layer, prompt chunks in PyTorch.
 
-    rows of the fused projection   | decodes, one each      |  prompt chunks, padding ..................  |
+    rows of the fused projection   | decodes                |  prompt chunks, padding ..................  |
     computed by                    | decode_attention.py    |  kernels/reference/attention.py             |
 
-What depends only on lengths and block tables is computed once per step and KV group by `prepare_attention`: the tasks, and an
-array of arguments in which each layer changes a few addresses. The reference also serves dtypes and shapes that the kernel has
-no code for (float16; a head that is no whole number of vectors).
+The tasks depend only on lengths and block tables. So `prepare_attention` computes them once per step and KV group, together with an array
+of the kernel's arguments, in which each layer replaces a few addresses. The reference also computes dtypes and shapes for which there is no
+kernel: float16, and heads whose dimension is not a multiple of 8.
 """
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ NO_WINDOW = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class AttentionMeta:
-    """What every layer of a KV group shares in one step: see `prepare_attention`."""
+    """What the layers of a KV group share in one step: see `prepare_attention`."""
 
     kernel: Kernel
     args: Arguments
     num_tasks: int
-    num_decodes: int
+    num_tokens: int  # of all decodes
     dtype: torch.dtype
     num_heads: int
     block: tuple[int, int, int]  # block size, KV heads, D
-    tickets: Array  # [decodes, KV] int32: zero between layers
-    memory: tuple[Any, ...]  # what else args point to
-    rest: reference.AttentionMeta | None  # of the rows after the decodes; None: there are none
+    finished: Array  # [decodes, KV] int32: splits that have finished; zero between layers
+    memory: tuple[Any, ...]  # the other arrays that args point to
+    rest: reference.AttentionMeta | None  # for the rows after the decodes; None: there are none
 
     @property
     def num_kv_heads(self) -> int:
@@ -51,46 +51,48 @@ class AttentionMeta:
 
 
 def covers(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernel serves this shape."""
+    """Whether there is a compiled kernel for this shape."""
     return head_dim % 8 == 0 and dtype in (torch.float32, torch.bfloat16)
 
 
-def kernel_for(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Kernel:
+def kernel_for(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, query_width: int = 1) -> Kernel:
     """The kernel of a shape, compiled at the first call."""
     group = num_heads // num_kv_heads
-    return code.kernel(head_dim, group, code.heads_at_once(head_dim, group, num_kv_heads), int(dtype == torch.bfloat16))
+    at_once = code.heads_at_once(head_dim, group * query_width, num_kv_heads)
+    return code.kernel(head_dim, group, at_once, int(dtype == torch.bfloat16), query_width)
 
 
 def prepare_attention(
     batch: InputBatch, group: int, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None,
     dtype: torch.dtype,
 ) -> AttentionMeta | reference.AttentionMeta:
-    """Cut the decodes of KV group `group` into tasks; the reference prepares the rest, or all of a shape that is not covered."""
+    """Divide the decodes of KV group `group` into tasks. The reference prepares prompt chunks, and all sequences if there is no kernel."""
     shape: dict[str, Any] = dict(block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
                                  dtype=dtype)
-    n = batch.num_decodes
-    if n == 0 or batch.query_width > 1 or not covers(head_dim, dtype):
+    n, width, tokens = batch.num_decodes, batch.query_width, batch.num_decode_tokens
+    if n == 0 or not covers(head_dim, dtype):
         return reference.prepare_attention(batch, group, **shape)
     rest = None
-    if n < batch.num_tokens:
+    if tokens < batch.num_tokens:
         rest = reference.prepare_attention(_without_decodes(batch), group, **shape)
-    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype)
+    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype, width)
     window = NO_WINDOW if window is None else window
-    first_tasks = np.array(code.first_tasks(batch.seq_lens_host[:n], window), np.int32)
-    splits = int(first_tasks[-1])
-    tasks = splits * -(-num_kv_heads // code.heads_at_once(head_dim, num_heads // num_kv_heads, num_kv_heads))
+    first_splits = np.array(code.first_splits(batch.seq_lens_host[:n], window, width), np.int32)
+    splits = int(first_splits[-1])
+    tasks = splits * -(-num_kv_heads // code.heads_at_once(head_dim, width * num_heads // num_kv_heads, num_kv_heads))
     table, seq_lens = batch.block_tables[group], batch.seq_lens
-    # The kernel gets addresses: what it takes for granted is asserted here and in `self_attention`.
-    assert min(batch.seq_lens_host[:n]) > 0 and table.shape[1] * block_size >= max(batch.seq_lens_host[:n])
+    # The kernel reads memory by address, so its assumptions are asserted here and in `self_attention`.
+    assert min(batch.seq_lens_host[:n]) >= width and table.shape[1] * block_size >= max(batch.seq_lens_host[:n])
     assert table.dtype == seq_lens.dtype == torch.int32 and table.stride(1) == seq_lens.stride(0) == 1
-    partial = tickets = np.empty(0, np.int32)
+    partial = finished = np.empty(0, np.int32)
     if splits > n:
-        partial, tickets = np.empty((splits, num_heads, head_dim + 2), np.float32), np.zeros((n, num_kv_heads), np.int32)
+        partial = np.empty((splits, num_heads * width, head_dim + 2), np.float32)
+        finished = np.zeros((n, num_kv_heads), np.int32)
     args, block = Arguments(code.NUM_ARGS), (block_size, num_kv_heads, head_dim)
     code.STEP_ARGS.pack_into(
-        args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_tasks.ctypes.data, tasks,
-        partial.ctypes.data, tickets.ctypes.data, window, num_heads, num_kv_heads, block_size)
-    return AttentionMeta(kernel, args, tasks, n, dtype, num_heads, block, tickets, (first_tasks, table, seq_lens, partial), rest)
+        args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_splits.ctypes.data, tasks,
+        partial.ctypes.data, finished.ctypes.data, window, num_heads, num_kv_heads, block_size)
+    return AttentionMeta(kernel, args, tasks, tokens, dtype, num_heads, block, finished, (first_splits, table, seq_lens, partial), rest)
 
 
 def self_attention(
@@ -100,8 +102,8 @@ def self_attention(
     """qkv: [T, (H + 2 KV) * D] -> [T, H * D]; writes the T new keys and values to `slots`: [T]. See the reference."""
     if isinstance(meta, reference.AttentionMeta):
         return reference.self_attention(qkv, kv, slots, meta, scale=scale, rope=rope, qk_norm=qk_norm, softcap=softcap)
-    n, args = meta.num_decodes, meta.args
-    if not args.checked:  # the other layers of a step are like the first one
+    n, args = meta.num_tokens, meta.args
+    if not args.checked:  # once per step: all layers have the same shapes
         _check(qkv, kv, slots, meta, *(rope or ()), *(qk_norm or ())[:1])
         args.checked = True
     out = qkv.new_empty((len(qkv), meta.num_heads * meta.block[2]))
@@ -118,10 +120,10 @@ def self_attention(
 
 
 def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *others: Tensor) -> None:
-    """The kernel gets addresses, so what it takes for granted is asserted. others: cos, sin, weights of norms, or fewer of them."""
+    """Assert what the kernel assumes, because it reads memory by address. others: cos, sin and norm weights, as far as they are used."""
     _, kv_heads, head_dim = meta.block
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
-    assert qkv.stride(1) == 1 and qkv.shape == (len(slots), (meta.num_heads + 2 * kv_heads) * head_dim) and len(slots) >= meta.num_decodes
+    assert qkv.stride(1) == 1 and qkv.shape == (len(slots), (meta.num_heads + 2 * kv_heads) * head_dim) and len(slots) >= meta.num_tokens
     assert slots.dtype == torch.int64 and slots.is_contiguous() and kv.k.shape[1:] == kv.v.shape[1:] == meta.block
     for t in (qkv, kv.k, kv.v, *others):
         assert t.dtype == meta.dtype and t.device.type == "cpu" and (t is qkv or t.is_contiguous())
@@ -131,9 +133,9 @@ def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *others
 
 def _without_decodes(batch: InputBatch) -> InputBatch:
     """The same batch from the first prompt chunk on."""
-    n = batch.num_decodes
+    n, first = batch.num_decodes, batch.num_decode_tokens
     return dataclasses.replace(
-        batch, tokens=batch.tokens[n:], positions=batch.positions[n:], query_start=batch.query_start[n:] - n, seq_lens=batch.seq_lens[n:],
-        slots=tuple(slots[n:] for slots in batch.slots), block_tables=tuple(table[n:] for table in batch.block_tables), num_decodes=0,
-        query_lens_host=batch.query_lens_host[n:], seq_lens_host=batch.seq_lens_host[n:])
-
+        batch, tokens=batch.tokens[first:], positions=batch.positions[first:], query_start=batch.query_start[n:] - first,
+        seq_lens=batch.seq_lens[n:], slots=tuple(slots[first:] for slots in batch.slots), num_decodes=0, query_width=1,
+        block_tables=tuple(table[n:] for table in batch.block_tables), query_lens_host=batch.query_lens_host[n:],
+        seq_lens_host=batch.seq_lens_host[n:])

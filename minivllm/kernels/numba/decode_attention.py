@@ -1,15 +1,17 @@
 """Attention of decodes on a CPU, from the fused projection to the heads' outputs in one compiled call.
 
-A task is one sequence's run of up to SPLIT keys, for all KV heads or some of them:
+A task is up to CPU_SPLIT_KEYS keys of one sequence (a split), for all KV heads or some of them:
 
-    cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     the last split's task writes the new key and value
-    positions     0                SPLIT            2 SPLIT       length
+    cached keys   |---- split 0 ----|---- split 1 ----|-- split 2 --|     each new key is written by the task whose split it is in
+    positions     0                128               256        length
 
-It normalises and rotates its heads' queries and then visits the keys, TILE at a time, where the block table says they lie:
-scores, online softmax in base 2 (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023), weighted values. All heads that share a KV
-head are served by one reading of a key. Threads take tasks from a counter, so that one that starts late does less. Splits
-begin at multiples of SPLIT whatever the batch and the number of threads are, so a sequence's output does not depend on them: of
-more than one split each leaves its sums, and the task that finishes last adds them up in the splits' order.
+A task normalizes and rotates its queries, writes its new keys and values, and then visits its keys, CPU_TILE_KEYS at a time, where the
+block table says they are: scores, online softmax in base 2 (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023), weighted values.
+All queries that share a KV head use a key while it is loaded: the heads of its group, for each of the sequence's new tokens.
+
+Threads take tasks from a counter, so that a thread that starts late computes less. Splits begin at multiples of CPU_SPLIT_KEYS for
+every batch and every number of threads, so a sequence's output does not depend on them. With more than one split, each task stores its
+sums, and the task that finishes last adds them in the order of the splits.
 """
 from __future__ import annotations
 
@@ -47,28 +49,28 @@ from minivllm.kernels.numba.vectors import (
     store,
     total,
 )
+from minivllm.kernels.tuning import CPU_SPLIT_KEYS, CPU_TASK_FLOATS, CPU_TILE_KEYS
 
-SPLIT = 128  # keys of a task
-TILE = 16  # keys whose scores are held at a time
 LOG2_E = 1.4426950408889634
-# Arguments, 8 bytes each: addresses unless said otherwise, strides in bytes. First what each layer changes.
-LAYER_ARGS = struct.Struct("10q3d")  # the last three: numbers; softcap 0 is none, and so are addresses 0
+# Arguments, 8 bytes each: addresses unless stated otherwise, strides in bytes. First those that change with each layer.
+LAYER_ARGS = struct.Struct("10q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
 (COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
- TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_TASKS, NUM_TASKS, PARTIAL, TICKETS, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(25)
+ TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(25)
 STEP_ARGS = struct.Struct("11q")  # from TABLE on
 
 
-def first_tasks(lengths: Sequence[int], window: int) -> list[int]:
-    """How many splits the sequences before each one have, and at the end all of them."""
+def first_splits(lengths: Sequence[int], window: int, query_width: int = 1) -> list[int]:
+    """The number of splits of all sequences before each one, and at the end of all sequences."""
     starts = [0]
     for length in lengths:
-        starts.append(starts[-1] + (length - 1) // SPLIT - max(0, length - window) // SPLIT + 1)
+        oldest = max(0, length - query_width + 1 - window)  # the first key that a query sees
+        starts.append(starts[-1] + (length - 1) // CPU_SPLIT_KEYS - oldest // CPU_SPLIT_KEYS + 1)
     return starts
 
 
 def heads_at_once(head_dim: int, group: int, kv_heads: int) -> int:
-    """KV heads of a task: as many as keep queries and sums in the L1 cache beside a tile of keys."""
-    return min(kv_heads, max(1, 1024 // (head_dim * group)))
+    """KV heads of a task, for `group` queries per KV head: as many as keep queries and sums in the L1 cache beside a tile of keys."""
+    return min(kv_heads, max(1, CPU_TASK_FLOATS // (head_dim * group)))
 
 
 @njit(inline="always")
@@ -80,30 +82,30 @@ def power(x):
 @njit(inline="always")
 def capped(x, softcap):
     """softcap * tanh(x / softcap) * log2(e)."""
-    c = splat(softcap, TILE)
-    one = splat(np.float32(1.0), TILE)
-    e = exp2(x * splat(np.float32(2.0 * LOG2_E), TILE) / c)
-    return c * splat(np.float32(LOG2_E), TILE) * (one - (one + one) / (e + one))
+    c = splat(softcap, CPU_TILE_KEYS)
+    one = splat(np.float32(1.0), CPU_TILE_KEYS)
+    e = exp2(x * splat(np.float32(2.0 * LOG2_E), CPU_TILE_KEYS) / c)
+    return c * splat(np.float32(LOG2_E), CPU_TILE_KEYS) * (one - (one + one) / (e + one))
 
 
 @njit(inline="always")
-def locate(places, table, start, n, block_size, slot_bytes):
-    """Where the keys start ... start + n - 1 lie, in bytes from the cache's beginning; the last one fills up a group of four."""
+def locate(offsets, table, start, n, block_size, slot_bytes):
+    """Where the keys start ... start + n - 1 are, in bytes from the cache's beginning. The last offset fills up a group of four."""
     block, offset = start // block_size, start % block_size
     base = np.int64(get_i32(table + block * 4)) * block_size
     for j in range(n):
         if offset == block_size:
             block, offset = block + 1, 0
             base = np.int64(get_i32(table + block * 4)) * block_size
-        put_i64(places + j * 8, (base + offset) * slot_bytes)
+        put_i64(offsets + j * 8, (base + offset) * slot_bytes)
         offset += 1
-    for j in range(n, TILE):
-        put_i64(places + j * 8, get_i64(places + (n - 1) * 8))
+    for j in range(n, CPU_TILE_KEYS):
+        put_i64(offsets + j * 8, get_i64(offsets + (n - 1) * 8))
 
 
 @njit(inline="always")
 def rotate(token, head, out, norm, eps, rope, cos, sin, dim, lanes, half):
-    """Head `head` of a token's projection, normalised and rotated, in float32 at `out`: [dim]. Rounds where the reference does."""
+    """Head `head` of a token's projection, normalized and rotated, in float32 at `out`: [dim]. Rounds where the reference rounds."""
     item = 2 if half else 4
     row = token + head * dim * item
     if norm == 0:
@@ -129,10 +131,113 @@ def rotate(token, head, out, norm, eps, rope, cos, sin, dim, lanes, half):
             store(out + (c + middle) * 4, rounded(fma(a, load(sin + (c + middle) * item, lanes, half), second), half), 0)
 
 
+@njit(inline="always")
+def start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, num_new, eps, factor, dim, group, width, lanes, half):
+    """The task's queries [heads, width * group, dim] times `factor`, with averages that have seen no key; its new keys to the cache.
+
+    first_new, num_new: the new tokens whose keys are in the task's split.
+    """
+    item = 2 if half else 4
+    num_heads, kv_heads = p[HEADS], p[KV_HEADS]
+    rows = heads * width * group
+    scale = splat(np.float32(factor), lanes)
+    # Queries and new keys in one loop, so that `rotate` is compiled once.
+    for i in range(rows + heads * num_new):
+        h = first_head + i // (width * group)
+        w = i // group % width
+        source = h * group + i % group
+        if i >= rows:
+            h = first_head + (i - rows) % heads
+            w = first_new + (i - rows) // heads
+            source = num_heads + h
+        token = seq * width + w
+        row = p[QKV] + token * p[QKV_STRIDE]
+        head = queries + min(i, rows) * dim * 4
+        rotate(row, source, head, p[NORM], eps, p[COS], p[COS] + token * dim * item, p[SIN] + token * dim * item, dim, lanes, half)
+        value = row + (num_heads + kv_heads + h) * dim * item
+        slot = (get_i64(p[SLOTS] + 8 * token) * kv_heads + h) * dim * item
+        for c in range(0, dim, lanes):
+            x = load(head + c * 4, lanes, 0)
+            if i < rows:
+                store(head + c * 4, x * scale, 0)
+                store(sums + (i * dim + c) * 4, splat(np.float32(0.0), lanes), 0)
+            else:
+                store(p[CACHE_K] + slot + c * item, x, half)
+                store(p[CACHE_V] + slot + c * item, load(value + c * item, lanes, half), half)
+    for i in range(rows):
+        put_f32(peaks + i * 4, np.float32(LOWEST))
+        put_f32(totals + i * 4, np.float32(0.0))
+
+
+@njit(inline="always")
+def weigh(scores, peaks, totals, shrink, n, softcap, start, context, window, group, width):
+    """Softmax of a tile's scores [width * group, CPU_TILE_KEYS], n of them valid, into weights; `shrink`: factors of the sums so far.
+
+    The tile begins at position `start`; the query of new token w is at position context + w.
+    """
+    for r in range(width * group):
+        s = scores + r * CPU_TILE_KEYS * 4
+        if softcap != 0.0:
+            store(s, capped(load(s, CPU_TILE_KEYS, 0), softcap), 0)
+        for j in range(n, CPU_TILE_KEYS):
+            put_f32(s + j * 4, np.float32(LOWEST))
+        if width > 1:  # LOWEST is finite: weights of rows that have seen no key yet vanish with the first key
+            position = context + r // group
+            for j in range(n):
+                if start + j > position or start + j <= position - window:
+                    put_f32(s + j * 4, np.float32(LOWEST))
+        x = load(s, CPU_TILE_KEYS, 0)
+        i = r * 4
+        old = get_f32(peaks + i)
+        peak = max(old, largest(x))
+        weights = exp2(x - splat(peak, CPU_TILE_KEYS))
+        store(s, weights, 0)
+        less = power(old - peak)
+        put_f32(shrink + i, less)
+        put_f32(peaks + i, peak)
+        put_f32(totals + i, get_f32(totals + i) * less + total(weights))
+
+
+@njit(inline="always")
+def store_mean(out, sums, weight_sum, dim, lanes, half):
+    """sums: [dim] float32 / weight_sum -> out: [dim]."""
+    mean = splat(np.float32(1.0) / weight_sum, lanes)
+    for c in range(0, dim, lanes):
+        store(out + c * (2 if half else 4), load(sums + c * 4, lanes, 0) * mean, half)
+
+
+@njit(inline="always")
+def store_part(part, sums, peak, weight_sum, dim, lanes):
+    """A query's sums [dim], peak and total of one split, in PARTIAL."""
+    for c in range(0, dim, lanes):
+        store(part + c * 4, load(sums + c * 4, lanes, 0), 0)
+    put_f32(part + dim * 4, peak)
+    put_f32(part + dim * 4 + 4, weight_sum)
+
+
+@njit(inline="always")
+def merge_parts(sums, part, splits, stride, dim, lanes):
+    """Add a query's sums of all splits, `stride` bytes apart, to sums: [dim] -> their total."""
+    peak = np.float32(LOWEST)
+    for k in range(splits):
+        peak = max(peak, get_f32(part + k * stride + dim * 4))
+    for c in range(0, dim, lanes):
+        store(sums + c * 4, splat(np.float32(0.0), lanes), 0)
+    weight_sum = np.float32(0.0)
+    for k in range(splits):
+        at = part + k * stride
+        weight = power(get_f32(at + dim * 4) - peak)
+        weight_sum += weight * get_f32(at + dim * 4 + 4)
+        w = splat(weight, lanes)
+        for c in range(0, dim, lanes):
+            store(sums + c * 4, fma(load(at + c * 4, lanes, 0), w, load(sums + c * 4, lanes, 0)), 0)
+    return weight_sum
+
+
 @lru_cache(maxsize=64)
-def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
-    """The kernel for `group` query heads per KV head, up to `most_heads` KV heads in a task."""
-    D, G, MOST_HEADS, HALF = head_dim, group, most_heads, half
+def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: int = 1) -> Kernel:
+    """The kernel for `group` query heads per KV head, up to `most_heads` KV heads in a task, and query_width new tokens per sequence."""
+    D, G, W, MOST_HEADS, HALF = head_dim, group, query_width, most_heads, half
     ITEM = 2 if half else 4
     LANES, REGISTERS = vector_shape()
     while D % LANES:
@@ -140,142 +245,90 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int) -> Kernel:
     PAIR = LANES  # lanes for the rotation, whose two halves of a head are apart
     while (D // 2) % PAIR:
         PAIR //= 2
-    ROW = G * D  # floats of one KV head's queries or sums
-    SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, PLACES_BYTES, ROW_BYTES = (
-        4 * most_heads * ROW, 4 * most_heads * ROW + 4 * D, 4 * most_heads * G, 4 * G, 4 * G * TILE, 8 * TILE, ITEM * D)
+    ROWS = W * G  # queries of a KV head
+    ROW_BYTES, PART_BYTES = ITEM * D, 4 * (D + 2)  # of a head in the cache; of a query in PARTIAL: sums, peak, total
+    SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, OFFSETS_BYTES = (
+        4 * most_heads * ROWS * D, 4 * most_heads * ROWS * D + 4 * D, 4 * most_heads * ROWS, 4 * ROWS, 4 * ROWS * CPU_TILE_KEYS,
+        8 * CPU_TILE_KEYS)
 
     def decode(p: Any) -> None:
-        queries = stack(QUERIES_BYTES)
+        queries = stack(QUERIES_BYTES)  # one more row: a new key
         sums = stack(SUMS_BYTES)
         peaks = stack(HEADS_BYTES)
         totals = stack(HEADS_BYTES)
         shrink = stack(SHRINK_BYTES)
         scores = stack(SCORES_BYTES)
-        places = stack(PLACES_BYTES)
-        ahead = stack(PLACES_BYTES)
+        offsets = stack(OFFSETS_BYTES)
+        ahead = stack(OFFSETS_BYTES)
         kv_heads, block_size, num_heads = p[KV_HEADS], p[BLOCK_SIZE], p[HEADS]
         args = address_of(p)
         eps, scale, softcap = (np.float32(get_f64(args + 8 * EPS)), np.float32(get_f64(args + 8 * SCALE)),
                                np.float32(get_f64(args + 8 * SOFTCAP)))
-        slot_bytes = kv_heads * D * ITEM
+        factor = scale * LOG2_E if softcap == 0.0 else scale
         tasks_per_split = (kv_heads + MOST_HEADS - 1) // MOST_HEADS
         seq = 0
         while True:
             t = fetch_add(args + 8 * COUNTER, 1)
             if t >= p[NUM_TASKS]:
                 break
-            row = t // tasks_per_split  # of PARTIAL, if the sequence has several splits
-            while get_i32(p[FIRST_TASKS] + seq * 4 + 4) <= row:  # tasks come in order
+            row = t // tasks_per_split  # split among those of all sequences
+            while get_i32(p[FIRST_SPLITS] + seq * 4 + 4) <= row:  # tasks come in order
                 seq += 1
-            first_row = get_i32(p[FIRST_TASKS] + seq * 4)
-            splits = get_i32(p[FIRST_TASKS] + seq * 4 + 4) - first_row
+            first_row = get_i32(p[FIRST_SPLITS] + seq * 4)
+            splits = get_i32(p[FIRST_SPLITS] + seq * 4 + 4) - first_row
             first_head = t % tasks_per_split * MOST_HEADS
             heads = min(MOST_HEADS, kv_heads - first_head)
             length = get_i32(p[SEQ_LENS] + 4 * seq)
-            begin = max(0, length - p[WINDOW])
-            split = begin // SPLIT + row - first_row
-            begin = max(begin, split * SPLIT)
-            end = min(length, (split + 1) * SPLIT)
-            token = p[QKV] + seq * p[QKV_STRIDE]
-            cos = p[COS] + seq * D * ITEM
-            sin = p[SIN] + seq * D * ITEM
+            context = length - W
+            begin = max(0, context + 1 - p[WINDOW])
+            split = begin // CPU_SPLIT_KEYS + row - first_row
+            begin = max(begin, split * CPU_SPLIT_KEYS)
+            end = min(length, (split + 1) * CPU_SPLIT_KEYS)
+            first_new = max(0, begin - context)
+            start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, max(0, end - context - first_new), eps, factor,
+                       D, G, W, PAIR, HALF)
 
-            # Queries and, in the last split's task, the new keys, in one loop: what is called once is compiled once.
-            factor = splat(np.float32(scale * LOG2_E if softcap == 0.0 else scale), PAIR)
-            slot = get_i64(p[SLOTS] + 8 * seq) * slot_bytes
-            for i in range(heads * G + (heads if end == length else 0)):
-                h = first_head + i - heads * G  # KV head of a new key
-                head = queries + min(i, heads * G) * D * 4
-                rotate(token, first_head * G + i if i < heads * G else num_heads + h, head, p[NORM], eps, p[COS], cos, sin, D, PAIR, HALF)
-                value = token + (num_heads + kv_heads + h) * D * ITEM
-                for c in range(0, D, PAIR):
-                    x = load(head + c * 4, PAIR, 0)
-                    if i < heads * G:
-                        store(head + c * 4, x * factor, 0)
-                        store(sums + (i * D + c) * 4, splat(np.float32(0.0), PAIR), 0)
-                    else:
-                        at = slot + h * D * ITEM + c * ITEM
-                        store(p[CACHE_K] + at, x, HALF)
-                        store(p[CACHE_V] + at, load(value + c * ITEM, PAIR, HALF), HALF)
-            for i in range(heads * G):
-                put_f32(peaks + i * 4, np.float32(LOWEST))
-                put_f32(totals + i * 4, np.float32(0.0))
-
-            # Each tile's keys are located, and brought near, while the tile before is computed; first of all the first one's.
+            # The next tile's keys are located and prefetched while a tile is computed. The iteration before the first tile only does that.
             table = p[TABLE] + seq * p[TABLE_STRIDE]
-            for start in range(begin - TILE, end, TILE):
-                following = min(TILE, end - start - TILE)
+            for start in range(begin - CPU_TILE_KEYS, end, CPU_TILE_KEYS):
+                following = min(CPU_TILE_KEYS, end - start - CPU_TILE_KEYS)
                 if following > 0:
-                    locate(ahead, table, start + TILE, following, block_size, slot_bytes)
+                    locate(ahead, table, start + CPU_TILE_KEYS, following, block_size, kv_heads * ROW_BYTES)
                 if start < begin:
                     for j in range(following):
                         for h in range(first_head, first_head + heads):
-                            prefetch(p[CACHE_K] + get_i64(ahead + j * 8) + h * D * ITEM, ROW_BYTES)
-                            prefetch(p[CACHE_V] + get_i64(ahead + j * 8) + h * D * ITEM, ROW_BYTES)
-                    places, ahead = ahead, places
+                            prefetch(p[CACHE_K] + get_i64(ahead + j * 8) + h * ROW_BYTES, ROW_BYTES)
+                            prefetch(p[CACHE_V] + get_i64(ahead + j * 8) + h * ROW_BYTES, ROW_BYTES)
+                    offsets, ahead = ahead, offsets
                     continue
-                n = min(TILE, end - start)
-                near = ahead if following > 0 else places
+                n = min(CPU_TILE_KEYS, end - start)
+                near = ahead if following > 0 else offsets
                 for h in range(heads):
-                    offset = (first_head + h) * D * ITEM
-                    keys, values = p[CACHE_K] + offset, p[CACHE_V] + offset
+                    keys, values = p[CACHE_K] + (first_head + h) * ROW_BYTES, p[CACHE_V] + (first_head + h) * ROW_BYTES
                     for j in range(0, n, 4):
-                        four_scores(scores + j * 4, queries + h * ROW * 4, places + j * 8, near + j * 8, keys,
-                                    D, G, TILE, LANES, HALF, REGISTERS)
-                    for g in range(G):
-                        s = scores + g * TILE * 4
-                        if softcap != 0.0:
-                            store(s, capped(load(s, TILE, 0), softcap), 0)
-                        for j in range(n, TILE):
-                            put_f32(s + j * 4, np.float32(LOWEST))
-                        x = load(s, TILE, 0)
-                        i = (h * G + g) * 4
-                        old = get_f32(peaks + i)
-                        peak = max(old, largest(x))
-                        weights = exp2(x - splat(peak, TILE))
-                        store(s, weights, 0)
-                        less = power(old - peak)
-                        put_f32(shrink + g * 4, less)
-                        put_f32(peaks + i, peak)
-                        put_f32(totals + i, get_f32(totals + i) * less + total(weights))
-                    add_weighted(sums + h * ROW * 4, shrink, scores, places, near, values, n, D, G, TILE, LANES, HALF, REGISTERS)
-                places, ahead = ahead, places
+                        four_scores(scores + j * 4, queries + h * ROWS * D * 4, offsets + j * 8, near + j * 8, keys,
+                                    D, ROWS, CPU_TILE_KEYS, LANES, HALF, REGISTERS)
+                    weigh(scores, peaks + h * ROWS * 4, totals + h * ROWS * 4, shrink, n, softcap, start, context, p[WINDOW], G, W)
+                    add_weighted(sums + h * ROWS * D * 4, shrink, scores, offsets, near, values, n,
+                                 D, ROWS, CPU_TILE_KEYS, LANES, HALF, REGISTERS)
+                offsets, ahead = ahead, offsets
 
-            out = p[OUT] + (seq * num_heads + first_head * G) * D * ITEM
-            if splits == 1:
-                for i in range(heads * G):
-                    mean = splat(np.float32(1.0) / get_f32(totals + i * 4), PAIR)
-                    for c in range(0, D, PAIR):
-                        store(out + (i * D + c) * ITEM, load(sums + (i * D + c) * 4, PAIR, 0) * mean, HALF)
-                continue
-            width = (D + 2) * 4  # bytes of a head in PARTIAL: sums, peak, total
-            mine = p[PARTIAL] + (row * num_heads + first_head * G) * width
-            for i in range(heads * G):
-                for c in range(0, D, PAIR):
-                    store(mine + i * width + c * 4, load(sums + (i * D + c) * 4, PAIR, 0), 0)
-                put_f32(mine + i * width + D * 4, get_f32(peaks + i * 4))
-                put_f32(mine + i * width + D * 4 + 4, get_f32(totals + i * 4))
-            ticket = p[TICKETS] + (seq * kv_heads + first_head) * 4
-            if fetch_add(ticket, 1) < splits - 1:
-                continue
-            put_i32(ticket, 0)  # as it was, for the next layer
-            for i in range(heads * G):
-                part = p[PARTIAL] + (first_row * num_heads + first_head * G + i) * width
-                peak = np.float32(LOWEST)
-                for k in range(splits):
-                    peak = max(peak, get_f32(part + k * num_heads * width + D * 4))
-                for c in range(0, D, PAIR):
-                    store(sums + c * 4, splat(np.float32(0.0), PAIR), 0)
-                weight_sum = np.float32(0.0)
-                for k in range(splits):
-                    at = part + k * num_heads * width
-                    weight = power(get_f32(at + D * 4) - peak)
-                    weight_sum += weight * get_f32(at + D * 4 + 4)
-                    w = splat(weight, PAIR)
-                    for c in range(0, D, PAIR):
-                        store(sums + c * 4, fma(load(at + c * 4, PAIR, 0), w, load(sums + c * 4, PAIR, 0)), 0)
-                mean = splat(np.float32(1.0) / weight_sum, PAIR)
-                for c in range(0, D, PAIR):
-                    store(out + (i * D + c) * ITEM, load(sums + c * 4, PAIR, 0) * mean, HALF)
+            parts = p[PARTIAL] + first_head * ROWS * PART_BYTES
+            stride = num_heads * W * PART_BYTES  # from split to split
+            if splits > 1:
+                for i in range(heads * ROWS):
+                    store_part(parts + row * stride + i * PART_BYTES, sums + i * D * 4, get_f32(peaks + i * 4), get_f32(totals + i * 4),
+                               D, PAIR)
+                finished = p[FINISHED] + (seq * kv_heads + first_head) * 4
+                if fetch_add(finished, 1) < splits - 1:
+                    continue
+                put_i32(finished, 0)  # for the next layer
+            for i in range(heads * ROWS):
+                if splits > 1:
+                    first_part = parts + first_row * stride + i * PART_BYTES
+                    put_f32(totals + i * 4, merge_parts(sums + i * D * 4, first_part, splits, stride, D, PAIR))
+                head = (seq * W + i // G % W) * num_heads + (first_head + i // ROWS) * G + i % G
+                store_mean(p[OUT] + head * ROW_BYTES, sums + i * D * 4, get_f32(totals + i * 4), D, PAIR, HALF)
 
-    return Kernel(decode, f"decode attention in {DTYPE_NAMES[half]} (heads of {head_dim}, {group} per KV head)")
+    name = f"decode attention in {DTYPE_NAMES[half]} (heads of {head_dim}, {group} per KV head)"
+    return Kernel(decode, name if query_width == 1 else f"{name} of {query_width} queries")

@@ -1,7 +1,7 @@
-"""What happens between a layer's products, row by row, in one compiled call each: RMSNorm, and the gated MLP's middle.
+"""RMSNorm and the middle of a gated MLP, row by row, in one compiled call each.
 
-PyTorch needs five operations for the one and two for the other, of some microseconds each, which for the few rows of a decode
-step is longer than the work. Long batches, and rows that are no whole number of vectors, stay with PyTorch.
+PyTorch needs five operations for RMSNorm and two for the gated MLP. Each takes some microseconds, which for the few rows of a decode step
+is longer than the arithmetic. PyTorch computes long batches, and rows whose length is not a multiple of a vector's.
 """
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from minivllm.kernels.numba.threads import DTYPE_NAMES, Arguments, Kernel, vector_shape
 from minivllm.kernels.numba.vectors import address_of, exp2, fetch_add, fma, get_f64, load, rounded, splat, store, total
 from minivllm.kernels.reference import activation, linear, norm
+from minivllm.kernels.tuning import CPU_MAX_ROWS, CPU_SERIAL_ELEMENTS
 
 LOG2_E = 1.4426950408889634
-MAX_ROWS = 256  # of longer batches PyTorch's operations take no longer
-ALONE = 1 << 13  # elements that one thread is done with before another has started
 ARGS = struct.Struct("7qd")
 COUNTER, OUT, X, WEIGHT, ROWS, STRIDE, LENGTH, EPS = range(8)  # STRIDE: bytes of a row of X; LENGTH: elements of a row of OUT
 
@@ -54,7 +53,7 @@ def fused_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer and its surroundings: x: [T, K] -> [T, N]. See the reference."""
+    """A linear layer with the operations before and after it: x: [T, K] -> [T, N]. See the reference."""
     if norm is not None:
         x = rms_norm(x, *norm)
     if not gated:
@@ -64,7 +63,7 @@ def fused_linear(
 
 
 def _covers(x: Tensor, n: int) -> bool:
-    return x.ndim == 2 and n % 16 == 0 and 0 < len(x) <= MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
+    return x.ndim == 2 and n % 16 == 0 and 0 < len(x) <= CPU_MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
 
 
 def _run(kernel: Kernel, x: Tensor, weight: int, n: int, eps: float) -> Tensor:
@@ -72,7 +71,7 @@ def _run(kernel: Kernel, x: Tensor, weight: int, n: int, eps: float) -> Tensor:
     out = x.new_empty((rows, n))
     args = _scratch.args
     ARGS.pack_into(args.memory, 0, 0, out.data_ptr(), x.data_ptr(), weight, rows, width * x.itemsize, n, eps)
-    kernel.run(args.address, 1 if rows * n <= ALONE else rows)
+    kernel.run(args.address, 1 if rows * n <= CPU_SERIAL_ELEMENTS else rows)
     return out
 
 
@@ -81,7 +80,7 @@ def norm_kernel(half: int) -> Kernel:
     """x * weight / sqrt(mean(x^2) + eps); a task is a row."""
     HALF, LANES, ITEM = half, vector_shape()[0], 2 if half else 4
 
-    def normalise(p: Any) -> None:
+    def normalize(p: Any) -> None:
         args = address_of(p)
         n, eps = p[LENGTH], np.float32(get_f64(args + 8 * EPS))
         while True:
@@ -98,7 +97,7 @@ def norm_kernel(half: int) -> Kernel:
                 v = rounded(load(x + c * ITEM, LANES, HALF) * scale, HALF)
                 store(out + c * ITEM, v * load(p[WEIGHT] + c * ITEM, LANES, HALF), HALF)
 
-    return Kernel(normalise, f"RMSNorm in {DTYPE_NAMES[half]}")
+    return Kernel(normalize, f"RMSNorm in {DTYPE_NAMES[half]}")
 
 
 @lru_cache(maxsize=2)
@@ -121,4 +120,4 @@ def silu_kernel(half: int) -> Kernel:
                 v = rounded(v / (one + exp2(v * factor)), HALF)
                 store(out + c * ITEM, v * load(up + c * ITEM, LANES, HALF), HALF)
 
-    return Kernel(gate_rows, f"the gated MLP's middle in {DTYPE_NAMES[half]}")
+    return Kernel(gate_rows, f"the middle of a gated MLP in {DTYPE_NAMES[half]}")

@@ -1,9 +1,12 @@
-"""Vectors of float32 inside Numba functions: a type, its arithmetic, and the two loops that attention spends its time in.
+"""Vectors of float32 inside Numba functions: a type, its arithmetic, and the two loops in which attention spends its time.
 
-Numba leaves the choice of vector instructions to LLVM's guesses about scalar loops. Attention on a few query rows is only
-fast if sums stay in registers, so here the vectors are written down: each function below emits a few LLVM instructions on
-vectors of `lanes` floats, which LLVM cuts into the registers that the CPU has (AVX2, AVX-512, NEON ...). Memory is given by
-addresses (integers). `half` is 1 where memory holds bfloat16, which is the upper half of a float32.
+Numba leaves the choice of vector instructions to LLVM, which has to guess it from scalar loops. Attention on a few query rows is fast
+only if sums stay in registers. So the vectors are explicit here: each function below emits a few LLVM instructions on vectors of `lanes`
+floats, and LLVM maps them to the registers of the CPU (AVX2, AVX-512, NEON ...). Memory is given by addresses (integers). `half` is 1 if
+memory holds bfloat16, which is the upper half of a float32.
+
+The functions use Numba's extension API (`numba.extending`) and llvmlite's IR builder. `tests/kernels/test_numba.py` names what would
+have to change with another version of Numba.
 """
 from __future__ import annotations
 
@@ -13,13 +16,12 @@ from itertools import pairwise
 from typing import Any
 
 import llvmlite.ir as ir
-from numba.core import cgutils, types
-from numba.core.typing import signature
-from numba.core.typing.templates import ConcreteTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-LOWEST = -3.0e38  # less than any score; finite, so that differences of two are not NaN
+LOWEST = -3.0e38  # less than any score, but finite: the difference of two such numbers is not NaN
 
 
 class Vector(types.Type):
@@ -36,19 +38,17 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(F32, kind.lanes))
 
 
-def _define(symbol: Any, instruction: str) -> None:
-    kinds = [Vector(2**i) for i in range(7)]
+def _define(operation: Any, instruction: str) -> None:
+    """`a operation b` for two vectors of the same length."""
+    @type_callable(operation)
+    def _type_of(context: Any) -> Any:
+        return lambda a, b: a if isinstance(a, Vector) and a == b else None
 
-    class Template(ConcreteTemplate):
-        cases = [signature(kind, kind, kind) for kind in kinds]  # noqa: RUF012
-
-    infer_global(symbol)(Template)
-    for kind in kinds:
-        lower_builtin(symbol, kind, kind)(lambda context, builder, sig, args: getattr(builder, instruction)(*args))
+    lower_builtin(operation, Vector, Vector)(lambda context, builder, sig, args: getattr(builder, instruction)(*args))
 
 
-for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
-    _define(_symbol, _instruction)
+for _operation, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+    _define(_operation, _instruction)
 
 
 # --- emitting instructions -----------------------------------------------------------------------------------------
@@ -78,9 +78,9 @@ def _load(builder: ir.IRBuilder, address: ir.Value, lanes: int, half: int) -> ir
 
 
 def _upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
-    """The bits of a float32 rounded to bfloat16, ties to even, as an integer of 32 bits whose lower half is to be dropped.
+    """Round float32 to bfloat16, ties to even: -> 32 bits, of which the caller drops the lower half.
 
-    A NaN that comes from bfloat16 or from arithmetic has zeros there, so that rounding leaves it a NaN.
+    A NaN from bfloat16 or from arithmetic has zeros in its lower half, so that it stays a NaN.
     """
     bits = builder.bitcast(value, ir.VectorType(I32, lanes))
     odd = builder.and_(builder.lshr(bits, _constant(16, lanes, I32)), _constant(1, lanes, I32))
@@ -101,7 +101,7 @@ def _halves(builder: ir.IRBuilder, x: ir.Value, lanes: int) -> tuple[ir.Value, i
 
 
 def _add_pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: int) -> ir.Value:
-    """Of each four lanes: x0 + x1, x2 + x3, y0 + y1, y2 + y3."""
+    """-> x0 + x1, x2 + x3, y0 + y1, y2 + y3, for each four lanes."""
     kind = ir.VectorType(I32, lanes)
     masks = [ir.Constant(kind, [b + i + (lanes if i >= 4 else 0) - (4 if i >= 4 else 0) for b in range(0, lanes, 4)
                                 for i in picked]) for picked in ((0, 2, 4, 6), (1, 3, 5, 7))]
@@ -120,7 +120,7 @@ def _at(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
 
 
 def _prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
-    """Bring `num_bytes` from `row` on near, by lines of 64 bytes."""
+    """Prefetch `num_bytes` from `row` on, in cache lines of 64 bytes."""
     byte = ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
@@ -156,7 +156,7 @@ def store(typingctx, address, value, half):
 
 @intrinsic(prefer_literal=True)
 def rounded(typingctx, value, half):
-    """What a vector is after it was stored and loaded."""
+    """The vector as it would be after a store and a load."""
     n, narrow = value.lanes, half.literal_value
 
     def emit(context, builder, sig, args):
@@ -198,7 +198,7 @@ get_i64, put_i64 = _scalar_access(types.int64, I64)
 
 @intrinsic
 def fetch_add(typingctx, address, value):
-    """Add to an int32 that other threads see; its value before. Everything written before it is visible to who sees the sum."""
+    """Add to an int32 that threads share -> its value before. A thread that reads the sum sees everything written before the addition."""
     def emit(context, builder, sig, args):
         return builder.atomic_rmw("add", _pointer(builder, args[0], I32), args[1], "acq_rel")
 
@@ -220,7 +220,7 @@ def stack(typingctx, size):
 
 @intrinsic(prefer_literal=True)
 def prefetch(typingctx, address, size):
-    """Bring `size` bytes near."""
+    """Prefetch `size` bytes."""
     num_bytes = size.literal_value
 
     def emit(context, builder, sig, args):
@@ -235,7 +235,7 @@ def prefetch(typingctx, address, size):
 
 @intrinsic(prefer_literal=True)
 def splat(typingctx, value, lanes):
-    """A vector of equal numbers."""
+    """A vector with `value` in every lane."""
     n = lanes.literal_value
     return Vector(n)(types.float32, lanes), lambda context, builder, sig, args: _splat(builder, args[0], n)
 
@@ -260,7 +260,7 @@ def total(typingctx, x):
 
 @intrinsic
 def largest(typingctx, x):
-    """The largest lane; with NaN among them, a NaN or any lane."""
+    """The largest lane. If a lane is NaN, the result is NaN or any lane."""
     def emit(context, builder, sig, args):
         v, n = args[0], x.lanes
         while n > 1:
@@ -273,10 +273,10 @@ def largest(typingctx, x):
 
 @intrinsic
 def exp2(typingctx, x):
-    """2^x within a few ulp for x in [-126, 127], beyond that 2^-126 or 2^127; NaN stays NaN.
+    """2^x within a few ulp for x in [-126, 127]; 2^-126 or 2^127 outside; NaN for NaN.
 
-    x = n + f with a whole n and |f| <= 1/2: 2^f is a Taylor series, 2^n an exponent's bits. Adding 1.5 * 2^23 rounds x to
-    whole numbers and leaves n in the lowest bits.
+    x = n + f with an integer n and |f| <= 1/2. 2^f is a Taylor series, and n becomes the exponent bits of 2^n. Adding 1.5 * 2^23 rounds x
+    to an integer and leaves n in the lowest bits.
     """
     def emit(context, builder, sig, args):
         lanes = x.lanes
@@ -298,21 +298,21 @@ def exp2(typingctx, x):
 
 
 @intrinsic(prefer_literal=True)
-def four_scores(typingctx, scores, queries, places, ahead, keys, head_dim, heads, tile, lanes, half, registers):
-    """scores[h, j] = queries[h] . keys[places[j]] for four keys j and all heads h.
+def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, heads, tile, lanes, half, registers):
+    """scores[h, j] = queries[h] . keys[offsets[j]] for four keys j and all heads h.
 
-    queries: [heads, head_dim] and scores: [heads, tile] in float32; places: [4] int64, bytes from `keys`. The products of up
-    to `registers` pairs of a head and a key are summed side by side, so each key and query that is loaded serves several.
+    queries: [heads, head_dim] and scores: [heads, tile] in float32; offsets: [4] int64, in bytes from `keys`; ahead: likewise of the keys
+    to prefetch. Up to `registers` pairs of a head and a key are summed together, so that each loaded key and query is used several times.
     """
     d, h, t, n, narrow = (x.literal_value for x in (head_dim, heads, tile, lanes, half))
     most = max(1, registers.literal_value // 4)
 
     def emit(context, builder, sig, args):
-        out, q, where, later, base = args[:5]
+        out, q, where, following, base = args[:5]
         rows = [builder.add(base, builder.load(_pointer(builder, _at(builder, where, 8 * j), I64))) for j in range(4)]
         for j in range(4):
-            next_place = builder.load(_pointer(builder, _at(builder, later, 8 * j), I64))
-            _prefetch(builder, builder.add(base, next_place), d * (2 if narrow else 4))
+            next_offset = builder.load(_pointer(builder, _at(builder, following, 8 * j), I64))
+            _prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
         for group in _split_heads(h, most):
             sums = {(g, j): _constant(0.0, n) for g in group for j in range(4)}
             for c in range(0, d, n):
@@ -333,17 +333,17 @@ def four_scores(typingctx, scores, queries, places, ahead, keys, head_dim, heads
 
 
 @intrinsic(prefer_literal=True)
-def add_weighted(typingctx, sums, shrink, weights, places, ahead, values, count, head_dim, heads, tile, lanes, half, registers):
-    """sums[h] = sums[h] * shrink[h] + sum over j < count of weights[h, j] * values[places[j]], for all heads h.
+def add_weighted(typingctx, sums, shrink, weights, offsets, ahead, values, count, head_dim, heads, tile, lanes, half, registers):
+    """sums[h] = sums[h] * shrink[h] + sum over j < count of weights[h, j] * values[offsets[j]], for all heads h.
 
-    sums: [heads, head_dim], shrink: [heads], weights: [heads, tile] in float32; places: int64, bytes from `values`. As many
-    dimensions as fit `registers` are summed over all j before the next ones.
+    sums: [heads, head_dim], shrink: [heads], weights: [heads, tile] in float32; offsets: int64, in bytes from `values`; ahead: likewise
+    of the values to prefetch. As many dimensions as fit into `registers` are summed over all j before the next ones.
     """
     d, h, t, n, narrow = (x.literal_value for x in (head_dim, heads, tile, lanes, half))
     room = registers.literal_value
 
     def emit(context, builder, sig, args):
-        out, factors, w, where, later, base, number = args[:7]
+        out, factors, w, where, following, base, number = args[:7]
         for group in _split_heads(h, min(room, 6)):
             at_once = max(1, room // len(group))
             for part in _split_heads(d // n, at_once):  # of vectors
@@ -355,11 +355,11 @@ def add_weighted(typingctx, sums, shrink, weights, places, ahead, values, count,
                         cell = cells[g, c] = cgutils.alloca_once(builder, kind)
                         builder.store(builder.fmul(_load(builder, _at(builder, out, 4 * (g * d + c * n)), n, 0), factor), cell)
                 with cgutils.for_range(builder, number) as loop:
-                    place = builder.load(_pointer(builder, builder.add(where, builder.shl(loop.index, I64(3))), I64))
-                    row = builder.add(base, place)
+                    offset = builder.load(_pointer(builder, builder.add(where, builder.shl(loop.index, I64(3))), I64))
+                    row = builder.add(base, offset)
                     if part.start == 0 and group.start == 0:
-                        next_place = builder.load(_pointer(builder, builder.add(later, builder.shl(loop.index, I64(3))), I64))
-                        _prefetch(builder, builder.add(base, next_place), d * (2 if narrow else 4))
+                        next_offset = builder.load(_pointer(builder, builder.add(following, builder.shl(loop.index, I64(3))), I64))
+                        _prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
                     weight = builder.add(w, builder.shl(loop.index, I64(2)))
                     ps = {g: _splat(builder, builder.load(_pointer(builder, _at(builder, weight, 4 * g * t), F32)), n) for g in group}
                     for c in part:

@@ -1,1 +1,1 @@
-"""The PyTorch kernels: they run on every device, and they are the specification of the faster twins."""
+"""The PyTorch kernels. They run on every device and are the specification of the Triton and Numba kernels."""

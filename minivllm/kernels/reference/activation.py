@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
-    """The gated MLP's middle: x = [gate | up]: [T, 2 * I] -> silu(gate) * up: [T, I]."""
+    """The middle of a gated MLP: x = [gate | up]: [T, 2 * I] -> silu(gate) * up: [T, I]."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate).mul_(up)
 

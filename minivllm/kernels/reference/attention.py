@@ -1,17 +1,18 @@
 """Attention of any mix of prompt chunks and decodes over the paged KV cache, in plain PyTorch.
 
-The cache is written before it is read, so a query at position p attends the cached keys at positions
-(p - window, p] of its own sequence, its own key included.
+New keys and values are written to the cache first. So a query at position p attends to the cached keys at positions (p - window, p]
+of its own sequence, its own key included.
 
-    sequence      keys 0 .. seq_len-1             kind of work here
+    sequence      keys 0 .. seq_len-1             how it is computed
     decode        [x x x x x x x x x x q]         one query: many decodes are gathered, padded, and computed as one batch
     prompt        [q q q q q q]                   no earlier context: causal
     prompt chunk  [x x x x x x q q q q]           context and causal part: a mask, shifted by the context's length
 
-Everything that depends only on lengths and block tables (what to gather, which sequences share a padded batch, masks, views
-of the memory gathered into) is computed once per step and KV group by `prepare_attention`; all layers of the group share it.
-Memory that a query may not see may hold anything, NaN included: it is overwritten with zeros once it is gathered. Padding
-repeats a page that the sequence owns, so that no other sequence's keys get near it.
+Some things depend only on lengths and block tables: which slots to gather, which decodes form a batch, masks, buffers. They are computed
+once per step and KV group by `prepare_attention`, and all layers of the group share them.
+
+Slots that no query may see can hold anything, NaN included. If such slots are gathered, they are overwritten with zeros. Padding repeats
+a page of the same sequence, so that keys of other sequences never influence a result.
 """
 from __future__ import annotations
 
@@ -32,38 +33,38 @@ from minivllm.kernels.reference.rope import apply_rope
 
 @dataclass(frozen=True, slots=True)
 class DecodeBucket:
-    """Decodes of similar length, computed as one padded batch of L keys each."""
+    """Decodes of similar length, computed as one batch of L keys each, padding included."""
 
-    keys: Tensor  # [n, KV, L, D]: where they will have been gathered
+    keys: Tensor  # [n, KV, L, D]: a view of the buffer that keys are gathered into
     values: Tensor
     mask: Tensor | None  # [n, 1, 1, L] additive; None: all have exactly L keys
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Keys and values copied together for some buckets, in pages of consecutive slots.
+    """Keys and values that are copied together for some buckets, in pages of consecutive slots.
 
-        pages     | a0 a1 a2 | b0 b1 b2 | c0 c1 c0 | d0 | e0 |      c is a page shorter than its bucket and repeats one
-        bucket              0, three pages each          1           rows of a last page after the sequence's end are cleared
+        pages     | a0 a1 a2 | b0 b1 b2 | c0 c1 c0 | d0 | e0 |      c has one page less than its bucket and repeats a page
+        bucket              0, three pages each          1           rows after a sequence's end are overwritten with zeros
     """
 
     pages: Tensor  # [P] int64
-    keys: Tensor  # [P, page]: where they go
+    keys: Tensor  # [P, elements of a page]: the buffer for keys
     values: Tensor
-    hidden: Tensor | None  # [C] int64: rows gathered, but not for their sequence to see; None: there are none
-    rows: Tensor  # [2, P * slots of a page, ...]: keys and values, in elements as wide as possible
+    hidden: Tensor | None  # [C] int64: gathered rows that their sequence may not see; None: there are none
+    rows: Tensor  # [2, P * slots of a page, ...]: the same buffers, viewed in the widest dtype possible
     buckets: tuple[DecodeBucket, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """One sequence in consecutive slots, which are read where they are."""
+    """A decode whose keys are in consecutive slots: they are read without a copy."""
 
     slots: slice
 
 
 class _View(NamedTuple):
-    """What a decode sees of its sequence: rows [low, high) of the sequence's pages [first, first + pages)."""
+    """The keys that a decode sees: rows [low, high) of the sequence's pages [first, first + pages)."""
 
     first: int
     pages: int
@@ -75,14 +76,14 @@ class _View(NamedTuple):
 class PromptChunk:
     """Consecutive queries of one sequence."""
 
-    start: int  # rows of q
+    start: int  # of the rows of q
     end: int
-    slots: Tensor | slice  # [S] int64 of the keys that any of them sees; a slice: they lie in consecutive slots
+    slots: Tensor | slice  # [S] int64 of the keys that any of the queries sees; a slice if the slots are consecutive
     mask: Tensor | None  # [q, S] additive; None: causal, and S == q
 
 
 class HeadCounts(Protocol):
-    """What every device's meta tells."""
+    """What `store_kv` reads of every backend's AttentionMeta."""
 
     @property
     def num_heads(self) -> int: ...
@@ -94,16 +95,16 @@ class HeadCounts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionMeta:
-    """What `attention` needs beside the tensors of one layer; made by `prepare_attention`, once per step and KV group."""
+    """What the layers of a KV group share in one step: made by `prepare_attention`."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_rows: int  # rows of q that belong to a sequence; any after them are padding
-    num_decodes: int
-    order: Tensor | None  # [num_decodes] int64: decode rows sorted by length; None: as they are
+    num_rows: int  # rows of q that belong to a sequence; rows after them are padding
+    num_decode_tokens: int  # rows of q that belong to decodes
+    order: Tensor | None  # [num_decode_tokens] int64: these rows sorted by length; None: they are in order
     gathers: tuple[Gather | InPlace, ...]
-    sizes: tuple[int, ...]  # decodes of each bucket, all gathers' buckets in a row
+    sizes: tuple[int, ...]  # rows of q in each bucket of all gathers
     chunks: tuple[PromptChunk, ...]
 
 
@@ -123,7 +124,7 @@ def prepare_attention(
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
     width, page = batch.query_width, math.gcd(block_size, tuning.PAGE_SLOTS)
-    # The new keys are in the cache already, so a decode of several queries is as many decodes of the same blocks, each one key longer.
+    # New keys are in the cache already. So each query of a decode is a decode of its own, which sees one key more than the one before it.
     n = batch.num_decode_tokens
     views = [_view(seq_len - i, window, page) for seq_len in batch.seq_lens_host[: batch.num_decodes] for i in reversed(range(width))]
     limit = tuning.GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
@@ -135,7 +136,7 @@ def prepare_attention(
         tables = table[: batch.num_decodes].repeat_interleave(width, 0) if width > 1 else table[:n]
         pages, mask = _pages_and_mask(tables if order is None else tables.index_select(0, order), views, block_size, dtype)
         largest = max(sum((b - a) * max(view.pages for view in views[a:b]) for a, b in spans) for spans in cuts)
-        memory = torch.empty((2, largest * page, num_kv_heads, head_dim), dtype=dtype, device=device)  # for all layers: still cached
+        memory = torch.empty((2, largest * page, num_kv_heads, head_dim), dtype=dtype, device=device)  # all layers use it
         gathers = [_gather(pages, mask, views, spans, page, memory) for spans in cuts]
     sizes = tuple(b - a for spans in cuts for a, b in spans)
     chunks: list[PromptChunk] = []
@@ -152,10 +153,10 @@ def self_attention(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
 ) -> Tensor:
-    """All that happens between a layer's two projections: qkv: [T, (H + 2 KV) * D] -> the heads' outputs [T, H * D].
+    """From a layer's fused projection to its output projection: qkv: [T, (H + 2 KV) * D] -> the heads' outputs [T, H * D].
 
-    The T new keys and values are written to `slots`: [T]. rope: (cos, signed sin) of `rope_angles`. qk_norm: weights
-    [H + KV, D] and epsilon of the norm that some families give each head's queries and keys before they are rotated.
+    Writes the T new keys and values to `slots`: [T]. rope: (cos, signed sin) of `rope_angles`. qk_norm: weights [H + KV, D] and epsilon
+    of an RMSNorm of each head's queries and keys, before the rotation.
     """
     q = store_kv(qkv, kv, slots, meta, rope=rope, qk_norm=qk_norm)
     return attention(q, kv, meta, scale=scale, softcap=softcap).reshape(len(qkv), -1)
@@ -180,7 +181,7 @@ def store_kv(
 def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
     """q: [T, num_heads, head_dim] -> the same shape; keys and values come from the cache `kv`."""
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
-    h, hk, d, n = meta.num_heads, meta.num_kv_heads, meta.head_dim, meta.num_decodes
+    h, hk, d, n = meta.num_heads, meta.num_kv_heads, meta.head_dim, meta.num_decode_tokens
     if 0 < n == q.shape[0] and meta.order is None:
         return _decode(q, kv, meta, scale, softcap).reshape(n, h, d)
     out = torch.empty_like(q)
@@ -206,7 +207,7 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
 def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: float | None) -> Tensor:
     """q: [decodes, heads, head_dim] in the order of `AttentionMeta.order` -> [decodes, kv_heads, group, head_dim]."""
     hk, d = meta.num_kv_heads, meta.head_dim
-    # The query heads of one KV head stand where a sequence's queries usually stand: its keys are read once for all of them.
+    # The query heads of a KV head take the dimension of a sequence's queries, so that its keys are read once for all of them.
     queries = q.view(len(q), hk, -1, d)
     parts, rest = [], iter(queries.split(meta.sizes))
     for gather in meta.gathers:
@@ -223,7 +224,7 @@ def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: 
 
 
 def _take(cache: Tensor, slots: Tensor | slice) -> Tensor:
-    """cache: [slots, kv_heads, head_dim] -> the rows `slots`, copied together unless they already lie together."""
+    """cache: [slots, kv_heads, head_dim] -> the rows `slots`: a view if they are consecutive, else a copy."""
     return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
 
 
@@ -241,10 +242,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 
 def _cut(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], list[list[tuple[int, int]]]]:
-    """Cut decodes into spans that are padded to a common length -> (order, spans [start, end) in that order, by gather).
+    """Divide decodes into spans that are padded to a common length -> (order, per gather its spans [start, end) in that order).
 
-    A span holds at most `free_padding` keys of padding and a gather at most `limit` keys (or one sequence). Unless one span
-    in the given order does, sequences are sorted by length (the packer's order already), so that neighbours need little padding.
+    A span holds at most `free_padding` keys of padding, and a gather at most `limit` keys or one sequence. If one span can hold all
+    decodes, they keep their order. Otherwise they are sorted by length (as the packer does already), so that neighbors need little padding.
     """
     if not lens:
         return [], []
@@ -252,30 +253,30 @@ def _cut(lens: list[int], limit: int, free_padding: int) -> tuple[list[int], lis
         return list(range(len(lens))), [[(0, len(lens))]]
     order = sorted(range(len(lens)), key=lambda i: -lens[i])
     gathers: list[list[tuple[int, int]]] = [[]]
-    start, longest, padding, held = 0, lens[order[0]], 0, 0  # held: keys in the gather's finished spans
+    start, longest, padding, gathered = 0, lens[order[0]], 0, 0  # gathered: keys in the gather's finished spans
     for i in range(1, len(order)):
         padding += longest - lens[order[i]]
-        full = held + longest * (i + 1 - start) > limit
+        full = gathered + longest * (i + 1 - start) > limit
         if full or padding > free_padding:
             gathers[-1].append((start, i))
-            held += longest * (i - start)
+            gathered += longest * (i - start)
             start, longest, padding = i, lens[order[i]], 0
             if full:
                 gathers.append([])
-                held = 0
+                gathered = 0
     gathers[-1].append((start, len(order)))
     return order, gathers
 
 
 def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Where the tokens at positions: [n, L] of sequences with block tables table: [n, M] lie -> [n, L] int64."""
+    """The slots of the tokens at positions: [n, L] of sequences with block tables table: [n, M] -> [n, L] int64."""
     blocks = table.gather(1, positions // block_size).long()
     return blocks * block_size + positions % block_size
 
 
-def _in_place(places: Tensor) -> bool:
-    """Whether places: [S] of one sequence are consecutive. Asked on a CPU only: a GPU would have to be waited for."""
-    return places.device.type == "cpu" and int(places[-1]) - int(places[0]) + 1 == len(places) and bool((places.diff() == 1).all())
+def _consecutive(index: Tensor) -> bool:
+    """Whether index: [S] counts up by one. Always false on a GPU, because reading the values would wait for it."""
+    return index.device.type == "cpu" and int(index[-1]) - int(index[0]) + 1 == len(index) and bool((index.diff() == 1).all())
 
 
 def _view(seq_len: int, window: int | None, page: int) -> _View:
@@ -287,7 +288,7 @@ def _view(seq_len: int, window: int | None, page: int) -> _View:
 def _pages_and_mask(tables: Tensor, views: list[_View], block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """tables: [n, M] -> the pages of each decode, [n, P] int64, and the additive mask of their rows, [n, 1, 1, P * page].
 
-        pages of a row     | 7 | 3 | 4 | 7 | 7 |     P = 5: shorter ones repeat their first page, but see its keys once only
+        pages of a decode  | 7 | 3 | 4 | 7 | 7 |     P = 5: a shorter decode repeats its first page, and the mask hides the repetitions
     """
     page, device = math.gcd(block_size, tuning.PAGE_SLOTS), tables.device
     if len(set(views)) == 1:
@@ -302,7 +303,7 @@ def _pages_and_mask(tables: Tensor, views: list[_View], block_size: int, dtype: 
 
 
 def _locate(tables: Tensor, pages: Tensor, each: int) -> Tensor:
-    """Pages [n, P], counted within each sequence, of blocks of `each` pages -> counted in the cache."""
+    """Page numbers within each sequence [n, P] -> page numbers within the cache; `each`: pages of a block."""
     if each == 1:
         return tables.gather(1, pages).long()
     return tables.gather(1, pages // each).long() * each + pages % each
@@ -311,21 +312,21 @@ def _locate(tables: Tensor, pages: Tensor, each: int) -> Tensor:
 def _gather(
     pages: Tensor, mask: Tensor | None, views: list[_View], spans: list[tuple[int, int]], page: int, memory: Tensor
 ) -> Gather | InPlace:
-    """What to copy for the decodes [start, end) of each span; memory: [2, rows, KV, D] to gather into, the rest as above."""
+    """The copies for the decodes [start, end) of each span; pages, mask: of `_pages_and_mask`; memory: [2, rows, KV, D] to gather into."""
     hidden: list[int] = []
     parts, buckets, row = [], [], 0
     for start, end in spans:
         some = views[start:end]
         low, high, width = min(v.low for v in some), max(v.high for v in some), max(v.pages for v in some)
         parts.append(pages[start:end, :width].reshape(-1))
-        if len(some) == 1 and len(spans) == 1 and _in_place(parts[0]):
+        if len(some) == 1 and len(spans) == 1 and _consecutive(parts[0]):
             at = int(parts[0][0]) * page
             return InPlace(slice(at + low, at + high))
         ragged = False
         for i, v in enumerate(some):
             at = row + i * width * page
             if v.low > low or v.high < high:
-                whole = v.low == 0 and v.high >= page  # the first page is, so repetitions of it hold nothing strange
+                whole = v.low == 0 and v.high >= page  # of the first page all rows are visible, so repetitions of it need no zeros
                 hidden += range(at + low, at + v.low)
                 hidden += range(at + v.high, at + (min(v.pages * page, high) if whole else high))
                 ragged = True
@@ -339,7 +340,7 @@ def _gather(
 
 
 def _widest(x: Tensor) -> Tensor:
-    """x seen in the largest elements its rows consist of: filling rows costs a moment per element."""
+    """A view of x in the widest dtype that divides a row, since the cost of filling rows grows with the number of elements."""
     size = x.shape[-1] * x.dtype.itemsize
     return next((x.view(t) for t in (torch.complex128, torch.int64, torch.int32) if size % t.itemsize == 0), x)
 
@@ -347,7 +348,7 @@ def _widest(x: Tensor) -> Tensor:
 def _prompt_chunks(
     table: Tensor, row: int, query_len: int, seq_len: int, block_size: int, window: int | None, dtype: torch.dtype
 ) -> list[PromptChunk]:
-    """One sequence's queries, in pieces small enough for their mask."""
+    """One sequence's queries, in pieces whose masks have at most MAX_SCORES elements."""
     device = table.device
     first = seq_len - query_len  # position of the first query
     plain = first == 0 and (window is None or window >= seq_len)
@@ -365,6 +366,6 @@ def _prompt_chunks(
             if window is not None:
                 hidden |= positions <= queries - window
             mask = torch.zeros(end - begin, end - low, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-        where = slice(int(slots[0]), int(slots[-1]) + 1) if _in_place(slots) else slots
+        where = slice(int(slots[0]), int(slots[-1]) + 1) if _consecutive(slots) else slots
         chunks.append(PromptChunk(row + begin - first, row + end - first, where, mask))
     return chunks

@@ -1,11 +1,11 @@
 """Writing to the paged KV cache, and copying whole blocks inside it.
 
     block 0        block 1        block 2                  slot = block * block_size + offset
-    |. . . .|      |k k k k|      |k k . .|                block 0 is the null block: padded rows write there,
-     0 1 2 3        4 5 6 7        8 9                     nobody reads it
+    |. . . .|      |k k k k|      |k k . .|                block 0 is the null block: padded rows are written there
+     0 1 2 3        4 5 6 7        8 9                     and never read
 
-A cache tensor is [num_blocks, block_size, kv_heads, head_dim]; seen as [num_blocks * block_size, kv_heads, head_dim]
-a slot is simply a row number.
+A cache tensor is [num_blocks, block_size, kv_heads, head_dim]. Viewed as [num_blocks * block_size, kv_heads, head_dim], a slot is a
+row number.
 """
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Matrix products with weights in the layout that the device multiplies fastest with.
 
-On an x86 CPU that is oneDNN's own blocked layout, made once when the model is loaded. A plain [N, K] weight is reordered
-by each product anew, which costs as much as a small batch's product itself: with AMX, bfloat16 and a decode's one to 32
-rows a packed weight takes 0.6 of the time, with AVX2 and float32 0.5 to 0.8 of it (`python -m bench.cpu_kernels`
-prints the table). A packed weight is opaque: only this file reads it. Elsewhere the weight stays as checkpoints have it.
+On an x86 CPU this is oneDNN's blocked layout. A weight is packed into it once, when the model is loaded. For a plain [N, K] weight each
+product converts the layout again, which for a small batch takes as long as the product (`python -m bench.cpu_kernels`). A packed weight
+is opaque: only this file reads it. On other devices the weight stays as checkpoints have it.
 """
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +14,38 @@ from torch import Tensor
 
 from minivllm.kernels.reference.activation import silu_and_mul
 from minivllm.kernels.reference.norm import rms_norm
-
-# Rows of x that the packed layout is chosen for; other numbers work with it too. The values were measured over 1 to 1,024
-# rows: with AMX a layout for one row is as fast as any for small batches and the only one that is fast for long prompts.
-_ROWS_PACKED_FOR = {torch.bfloat16: 1, torch.float32: 32}
+from minivllm.kernels.tuning import PACKED_FOR_ROWS
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight: [N, K] as checkpoints store it -> what `linear` multiplies with; keeps no reference to `weight` if packed."""
-    weight = weight.to(dtype)
-    if weight.device.type == "cpu" and dtype in _ROWS_PACKED_FOR and torch.backends.mkldnn.is_available():
-        try:
-            return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_PACKED_FOR[dtype])
-        except (AttributeError, RuntimeError):
-            pass  # this build or this CPU has no packed products in this dtype
-    return weight.contiguous()
+    """weight: [N, K] as checkpoints store it -> what `linear` multiplies with; a packed weight shares no memory with `weight`."""
+    weight = weight.to(dtype).contiguous()
+    if weight.device.type != "cpu" or not can_pack(dtype):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS[_name(dtype)])
+
+
+@lru_cache(maxsize=8)
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and this CPU multiply with packed weights.
+
+    The operators are private to PyTorch (its compiler emits them). If a version changes them, a small product fails here or is wrong,
+    and weights stay plain.
+    """
+    if _name(dtype) not in PACKED_FOR_ROWS or not torch.backends.mkldnn.is_available():
+        return False
+    x, ops = torch.ones(16, 16, dtype=dtype, device="cpu"), torch.ops.mkldnn
+    try:
+        packed = ops._reorder_linear_weight(x.clone(), 1)
+        product = ops._linear_pointwise(x, packed, None, "none", [], "")
+        added = ops._linear_pointwise.binary(x, x, packed, None, "add")
+        return bool(packed.is_mkldnn and (product == 16).all() and (added == 17).all())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,9 +61,9 @@ def fused_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer and its surroundings: x: [T, K] -> [T, N].
+    """A linear layer with the operations before and after it: x: [T, K] -> [T, N].
 
-    norm: weight [K] and epsilon of an RMSNorm of x before it. gated: the layer gives [gate | up], the result is silu(gate) * up.
+    norm: weight [K] and epsilon of an RMSNorm of x before the product. gated: the product is [gate | up], the result silu(gate) * up.
     residual: [T, N] is added to the result, and may be overwritten.
     """
     if norm is not None:

@@ -1,4 +1,4 @@
-"""Normalisation. RMSNorm (Zhang and Sennrich 2019) is x / rms(x) * weight; LayerNorm also subtracts the mean."""
+"""Normalization. RMSNorm (Zhang and Sennrich 2019) is x / rms(x) * weight; LayerNorm also subtracts the mean."""
 from __future__ import annotations
 
 import math
@@ -12,8 +12,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., N] / sqrt(mean(x^2) + eps) * weight, over the last dimension; weight: [N] or [heads, N]. Statistics are in fp32.
 
-    A decode step on a CPU calls this twice a layer, so it is few and small operations: with |x| the length of a row,
-    1 / sqrt(|x|^2 / N + eps) = sqrt(N) / hypot(|x|, sqrt(N eps)). Half precision is widened once, not by each operation.
+    A decode step on a CPU calls this twice per layer, so the number of operations matters. With |x| the length of a row,
+    1 / sqrt(|x|^2 / N + eps) = sqrt(N) / hypot(|x|, sqrt(N eps)). Half precision is converted to fp32 once, not by each operation.
     """
     root, root_eps = _constants(x.shape[-1], eps, x.device)
     wide = x.float()
@@ -28,6 +28,6 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 @lru_cache(maxsize=64)
 def _constants(n: int, eps: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """sqrt(n), sqrt(n * eps): a Python number in a tensor operation costs 2 us, a tensor nothing."""
-    with torch.inference_mode(False):  # a tensor born in inference mode could not be used outside of it
+    """sqrt(n), sqrt(n * eps) as tensors: an operation converts a Python number to a tensor, which takes longer."""
+    with torch.inference_mode(False):  # autograd cannot use a tensor that was created in inference mode
         return torch.tensor(math.sqrt(n), device=device), torch.tensor(math.sqrt(n * eps), device=device)

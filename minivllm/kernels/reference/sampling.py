@@ -1,25 +1,24 @@
 """From logits to tokens: filters, counter-based noise, Gumbel-max, penalties, log-probabilities.
 
-Drawing from softmax(z) needs no sum and no running state: add independent Gumbel noise to every z and take the largest
+Sampling from softmax(z) needs no sum and no generator state: add independent Gumbel noise to every z and take the largest
 (the Gumbel-max trick, after Gumbel, 1954). The noise of token `id` is a pure function of the row's key and the id:
 
     key  = two 32-bit words mixed from seed, child, position and purpose    (minivllm.sampling.noise, on the host)
     word = mix(mix(hash(id) ^ key0) + key1)                                  32-bit arithmetic, equal on every device
     v    = (word + 1/2) / 2^32       E = -log1p(-v)       g = -log(E)        floats, equal within rounding
 
-so a row draws the same token whatever else is in the batch. `hash` is lowbias32 (C. Wellons, "Prospecting for hash
-functions", 2018), cut in two around key1 for the mixing of id and key. The small E are the ones that win, and floats are
-finest near v = 0: a thousand tokens of probability 1e-9 each are still drawn as often as they should be.
+So the token of a row does not depend on the other rows of the batch. `hash` is lowbias32 (C. Wellons, "Prospecting for hash functions",
+2018). The mixing of id and key consists of the same steps, with key1 added between them. Only tokens with a small E are ever sampled, and
+floats have the finest steps near v = 0. So tokens with a probability of 1e-9 are sampled as often as they should be.
 
-The three filters are one threshold per row, the smallest value that survives. So ties survive together, and nothing
-depends on the order that a sort happens to give them:
+The three filters are one threshold per row: the smallest z that they keep. So equal values are kept or removed together:
 
     min-p   z >= max z + log(min_p)
     top-k   z >= the k-th largest z
-    top-p   z >= the last z needed, from the largest down, for a fraction p of the mass of what min-p and top-k left
+    top-p   z >= the last z needed, from the largest down, for a fraction p of the mass that min-p and top-k leave
 
-`sample` has two ways to the same token: the plain one above, which a Triton kernel fuses, and for a CPU `_sample_row`, which
-finds the few tokens that can win with integer comparisons and computes logarithms for those alone.
+`sample` computes the same token in one of two ways: `sample_plain` as in the formulas, or on a CPU `_sample_row`, which finds the few
+tokens that can be the result with integer comparisons, and computes logarithms for these alone.
 """
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from torch import Tensor
 MUL1, MUL2 = 0x7FEB352D, 0x846CA68B  # lowbias32's multipliers
 V_MAX = 1.0 - 2.0**-24  # the largest float32 below 1: keeps E finite
 NO_FILTER = -math.inf
-HEAD = 8.0  # tokens within e^-8 of the most probable one are looked at singly on a CPU
+HEAD = 8.0  # on a CPU, tokens with at least e^-8 of the highest probability are compared one by one
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ def gumbel(words: Tensor) -> Tensor:
 
 
 def filter_threshold(z: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
-    """The smallest z that survives in each row [n]. Off: None for all rows; top_k 0, top_p 1, min_p 0 for one row."""
+    """The smallest z that the filters keep in each row [n]. A filter is off with None for all rows, or top_k 0, top_p 1, min_p 0."""
     largest = z.amax(dim=-1)
     threshold = torch.full_like(largest, NO_FILTER)
     if min_p is not None:
@@ -109,18 +108,18 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | No
            min_p: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """One token per row: logits [n, V] float32 or half, the rest one value (keys: two) per row -> [n] int64, in `out` if given.
 
-    temperature 0 takes the largest logit, of equals the first; other rows draw. Filters that no row asks for are None.
-    A row of -inf alone has no distribution and gives token 0, never NaN.
+    Temperature 0 takes the largest logit, and of equal ones the first. A filter that no row uses is None. A row with only -inf has no
+    distribution; its token is 0.
     """
-    way = _sample_cpu if logits.device.type == "cpu" else sample_plain
-    tokens = way(logits.float(), temperature, keys, top_k, top_p, min_p)
+    method = _sample_cpu if logits.device.type == "cpu" else sample_plain
+    tokens = method(logits.float(), temperature, keys, top_k, top_p, min_p)
     return tokens if out is None else out.copy_(tokens)
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None,
                  min_p: Tensor | None = None) -> Tensor:
-    """`sample` as the formulas say it, on any device: logits float32."""
-    greedy = (temperature == 0)[:, None]  # the same without noise
+    """`sample` by the formulas above, on any device: logits float32."""
+    greedy = (temperature == 0)[:, None]  # no noise is added
     largest = logits.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)  # -inf - -inf would be NaN
     z = (logits - largest) / torch.where(greedy, 1.0, temperature[:, None])
     noise = gumbel(noise_words(keys, torch.arange(z.shape[-1], dtype=torch.int32, device=z.device)))
@@ -134,7 +133,7 @@ def sample_plain(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tenso
 
 @lru_cache(maxsize=4)
 def _hashed_vocabulary(size: int) -> np.ndarray[Any, Any]:
-    """hash(id) of every id: a constant, so worth keeping."""
+    """hash(id) of every id."""
     return hash_ids(torch.arange(size, dtype=torch.int32)).numpy().view(np.uint32)
 
 
@@ -183,7 +182,7 @@ def _threshold_cpu(z: np.ndarray[Any, Any], top_k: int, top_p: float, min_p: flo
     if 0 < top_k < z.size:
         threshold = max(threshold, float(np.partition(z, z.size - top_k)[z.size - top_k]))
     if top_p < 1.0:
-        # The nucleus rarely reaches beyond the head; sorting that alone is cheap. The mass is always that of all survivors.
+        # Usually the tokens within HEAD of the largest are enough, and sorting these alone is cheap. The mass is that of all survivors.
         survivors = z[z >= threshold] if threshold > NO_FILTER else z
         wanted = np.float32(top_p) * np.exp(survivors, dtype=np.float32).sum(dtype=np.float64)
         for lowest in (-HEAD, -1.5 * HEAD, NO_FILTER):
@@ -199,9 +198,9 @@ def _sample_row(z: np.ndarray[Any, Any], threshold: float, key0: np.uint32, key1
                 x: np.ndarray[Any, Any], shifted: np.ndarray[Any, Any]) -> int:
     """argmax of z + noise over the tokens with z >= threshold, for one row [V] whose largest value is 0.
 
-    A token wins only with z + g above the score of any other, say `bound`. As g = -log E and v <= E = -log1p(-v), that asks
-    for word < 2^32 exp(z - bound): an integer comparison. z is 0 at most, and below -HEAD for all but a few tokens.
-    `x` and `shifted` are scratch.
+    The result has the largest score z + g. Let `bound` be the score of any token. A token can only be the result if its score is at least
+    `bound`. As g = -log E and v <= E = -log1p(-v), this requires word < 2^32 exp(z - bound), which is an integer comparison. z is at most
+    0, and below -HEAD for all but a few tokens. `x` and `shifted` are scratch memory.
     """
     if threshold >= -HEAD:
         few = np.flatnonzero(z >= threshold)
@@ -220,8 +219,8 @@ def _sample_row(z: np.ndarray[Any, Any], threshold: float, key0: np.uint32, key1
     np.right_shift(x, np.uint32(15), out=shifted)
     np.bitwise_xor(x, shifted, out=x)
     np.add(x, key1, out=x)
-    np.multiply(x, np.uint32(MUL2), out=x)  # all but the last fold, which leaves the upper 16 bits as they are
-    # The better of two tokens, the most probable one and the one with most noise, gives a bound; few can exceed it.
+    np.multiply(x, np.uint32(MUL2), out=x)  # the last fold is missing; it does not change the upper 16 bits
+    # The bound is the better score of two tokens, the most probable one and the one with the most noise. Few tokens can exceed it.
     bound = _best(z, x, np.array([z.argmax(), x.argmin()]), threshold)[1]
     candidate = z >= np.float32(-HEAD)
     candidate &= x <= _word_limit(math.exp(-bound))
@@ -230,26 +229,26 @@ def _sample_row(z: np.ndarray[Any, Any], threshold: float, key0: np.uint32, key1
 
 
 def _best(z: np.ndarray[Any, Any], x: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], threshold: float) -> tuple[int, float]:
-    """The winner among tokens `ids` with z >= threshold, and its score."""
+    """The token with the largest score among `ids` with z >= threshold, and its score."""
     ids = ids[z[ids] >= threshold]
     scores = z[ids] + _gumbel_cpu(_finish(x[ids]))
-    winner = int(scores.argmax())
-    return int(ids[winner]), float(scores[winner])
+    best = int(scores.argmax())
+    return int(ids[best]), float(scores[best])
 
 
 def _word_limit(v: float) -> np.uint32:
-    """The largest word, before the last fold, whose v may be as small as `v` (with 0.1% to spare for rounding)."""
+    """The largest word before the last fold that can give a value of at most `v`, plus 0.1% for rounding."""
     return np.uint32(min(int(v * 1.001 * 2.0**32) | 0xFFFF, 0xFFFFFFFF))
 
 
-# --- grammar masks, penalties and log-probabilities -------------------------------------------------------------------------------
+# --- grammar masks, penalties and log-probabilities ----------------------------------------------------------------
 
 
 def apply_bitmask(logits: Tensor, index: Tensor | None, words: Tensor) -> None:
     """In place on logits [n, V]: row index[i] (None: row i) keeps the tokens whose bits are set in words [m, W] int32.
 
-    Bit t % 32 of word t // 32 is token t; tokens beyond 32 W are not allowed. The bits are spread as bytes, eight times
-    smaller than as the words they come in.
+    Bit t % 32 of word t // 32 is token t; tokens beyond 32 W are not allowed. The bits are expanded from bytes, whose intermediate
+    tensor is smaller than one of 32-bit words.
     """
     vocab, masked = logits.shape[-1], len(words)
     octets = words.view(torch.uint8)[:, :, None]  # [m, 4 W, 1]: bit t % 8 of byte t // 8, as every device here is little-endian
@@ -267,10 +266,10 @@ def apply_bitmask(logits: Tensor, index: Tensor | None, words: Tensor) -> None:
 
 
 def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> None:
-    """In place on logits [n, V], given the tokens seen in prompt or output [n, V] bool, their counts in the output [n, V] int32,
-    and one value of each penalty per row.
+    """In place on logits [n, V]. seen: [n, V] bool, tokens in prompt or output; counts: [n, V] int32, number of times in the output.
 
-    Repetition (Keskar et al., CTRL, 2019) looks at prompt and output; frequency and presence (OpenAI) at the output alone.
+    The repetition penalty (Keskar et al., CTRL, 2019) applies to tokens of prompt and output, the frequency and presence penalties (OpenAI)
+    to tokens of the output. Each has one value per row.
     """
     if logits.device.type == "cpu":
         _apply_penalties_cpu(logits, seen, counts, repetition, frequency, presence)
@@ -282,7 +281,7 @@ def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, repetition: Te
 
 
 def _apply_penalties_cpu(logits: Tensor, seen: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> None:
-    """The same, visiting only the tokens seen."""
+    """The same, computed only for the tokens seen."""
     for i in range(len(logits)):
         ids = torch.from_numpy(np.flatnonzero(seen[i].numpy()))
         some, count = logits[i, ids], counts[i, ids]

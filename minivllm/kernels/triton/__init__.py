@@ -1,4 +1,4 @@
-"""Triton twins of `kernels/reference`: same signatures, held equal to them by tests. They run on NVIDIA GPUs."""
+"""Functions of `kernels/reference` in Triton, for NVIDIA GPUs: the same signatures, and tests compare the results."""
 from minivllm.kernels.triton import activation, attention, device, linear, norm, rope, sampling
 
 __all__ = ["activation", "attention", "device", "linear", "norm", "rope", "sampling"]

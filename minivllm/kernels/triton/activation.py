@@ -1,4 +1,4 @@
-"""The gated MLP's middle, silu(gate) * up, in one pass over memory."""
+"""The middle of a gated MLP, silu(gate) * up, in one pass over memory."""
 from __future__ import annotations
 
 import torch
@@ -11,7 +11,7 @@ from minivllm.kernels.triton.device import early_start, launch
 
 @triton.jit
 def silu_mul(gate, up, dtype: tl.constexpr):
-    """Float32 values, rounded as the reference rounds: both products to dtype, then the activation."""
+    """silu(gate) * up for float32 values. Rounds where the reference rounds: gate, up and the activation to dtype."""
     gate = gate.to(dtype).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     return silu * up.to(dtype).to(tl.float32)

@@ -1,9 +1,9 @@
-"""What kernels ask of the GPU they run on.
+"""Properties of the GPU, and how kernels are launched and compiled.
 
-Programmatic dependent launch (Hopper and later) lets a kernel start while the one before it ends. Its programs are placed as
-soon as those of the one before have all begun, do what depends on nobody (fetch weights, say), and wait for that one's
-results with `gdc_wait`. Every kernel launched so must wait before it reads or writes what others write or read: then each
-kernel's end implies that of all before it.
+Programmatic dependent launch (Hopper and later) lets a kernel start before the kernel ahead of it has ended. Its programs start when all
+programs of the kernel ahead have started. They do what does not depend on other kernels (fetch weights, for example), and then wait with
+`gdc_wait` for the results. Every kernel launched in this way must wait before it reads or writes memory that other kernels use. Then the
+end of a kernel implies the end of all kernels before it.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-_compile_only: ContextVar[bool] = ContextVar("compile_only", default=False)  # other threads' kernels run meanwhile
+_compile_only: ContextVar[bool] = ContextVar("compile_only", default=False)  # per thread: kernels of other threads still run
 
 
 @lru_cache(maxsize=8)
@@ -33,13 +33,13 @@ def capability(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors: how many programs run side by side, at least. 16 for the interpreter."""
+    """Streaming multiprocessors: at least so many programs run at the same time. 16 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 @lru_cache(maxsize=8)
 def early_start(device: torch.device) -> dict[str, Any]:
-    """Launch options of a kernel with a parameter PDL: whether it may start early."""
+    """Launch options of a kernel with a parameter PDL: programmatic dependent launch if the GPU has it."""
     return {"PDL": True, "launch_pdl": True} if capability(device) >= 90 else {"PDL": False}
 
 
@@ -51,11 +51,11 @@ def _nothing(PDL: tl.constexpr):
 
 
 def before_replays(device: torch.device) -> None:
-    """To be called before the first replay of a CUDA graph that follows kernels launched one by one.
+    """Call this before the first replay of a CUDA graph that follows kernels launched one by one.
 
-    Measured on an H200 (CUDA 13): after kernels that were all launched without the option of an early start, or all with it,
-    every replay of a graph that mixes both takes 0.3 us longer at each border without, 6% of a step of 32 sequences, until
-    two kernels in a row differ in it. So two that do nothing are launched, one of each kind.
+    A graph mixes kernels with and without programmatic dependent launch. Measured on an H200 (CUDA 13): if all kernels launched before
+    the replays were of one kind, each change of the kind within a replay takes longer (docs/performance.md), until two consecutive
+    launches differ in kind. So two kernels that do nothing are launched here, one of each kind.
     """
     if early_start(device)["PDL"]:
         _nothing[(1,)](PDL=False, num_warps=1)
@@ -63,7 +63,7 @@ def before_replays(device: torch.device) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`; within `compiling_side_by_side` the kernel is compiled, but does not run."""
+    """`kernel[grid](*args, **options)`. Inside `compiling_in_parallel` the kernel is compiled and does not run."""
     if _compile_only.get():
         kernel.warmup(*args, grid=grid, **options)
     else:
@@ -71,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 class _Loader:
-    """What `AsyncCompileMode` needs of an executor. Loads each kernel too: older Tritons (3.6) have a C compiler make its launcher."""
+    """An executor for `AsyncCompileMode` that also loads each kernel, because Triton 3.6 compiles a C launcher when a kernel is loaded."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -79,17 +79,17 @@ class _Loader:
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
         def load() -> Any:
             kernel = compile_kernel()
-            kernel.run  # noqa: B018  asking for it loads the kernel
+            kernel.run  # noqa: B018  the property loads the kernel
             return kernel
 
         return self._pool.submit(load)
 
 
 @contextmanager
-def compiling_side_by_side() -> Iterator[None]:
-    """No kernel that this thread launches within runs: all are compiled, as many at once as there are CPUs, and are there at the end.
+def compiling_in_parallel() -> Iterator[None]:
+    """Compile the kernels that this thread launches, in parallel on all CPUs, without running them. At the end all are compiled.
 
-    What they would have written is undefined, so nothing within may use it as an index.
+    The kernels' outputs stay undefined, so code inside must not use them as an index.
     """
     from triton import AsyncCompileMode
 

@@ -1,17 +1,17 @@
-"""Linear layers of few rows, with what stands around them: the norm before, the residual stream or the gate after.
+"""Linear layers of few rows, fused with the operations before and after them: norm, residual addition, gate.
 
-With one to a few dozen rows a linear layer is as fast as its weight can be read, and a kernel of its own for each norm,
-activation and addition costs more than the arithmetic. So there is one kernel for
+With one to a few dozen rows, reading the weight takes most of a linear layer's time, and separate kernels for norm, activation and
+addition would take longer than their arithmetic. So one kernel computes each of these:
 
-    norm -> qkv         out = rms_norm(x) W^T            the sum of squares is taken on the way, the scale applied at the end
+    norm -> qkv         out = rms_norm(x) W^T            the sum of squares is computed in the same loop, and scales the result
     o, down             out = x W^T + residual
-    norm -> gate | up   out = silu(x Wg^T) * (x Wu^T)    one program owns the same columns of both
+    norm -> gate | up   out = silu(x Wg^T) * (x Wu^T)    a program computes the same columns of both
 
-A program owns BLOCK_N output columns. For one row the product is a sum over registers (`_matvec`), for more it is a tensor
-core tile (`_few_rows`).
+A program computes BLOCK_N output columns. For one row the product is a sum over registers (`_matvec`), for more rows it is a tensor core
+tile (`_few_rows`).
 
-On Hopper each kernel starts while the one before still runs (programmatic dependent launch): it fetches its weights,
-which nobody writes, and only then waits for its input.
+On Hopper each kernel starts before the kernel ahead of it has ended (programmatic dependent launch). It first fetches its weights, which
+no kernel writes, and then waits for its input.
 """
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _few_rows(
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each of PARTS warps multiplies its own part of BLOCK_K: a batched product over parts, which are added up at the end.
+    """Each of PARTS warps multiplies one part of BLOCK_K. The product is batched over the parts, and their results are added at the end.
 
         k of a chunk   | part 0 ....... | part 1 ....... | part 2 ....... | part 3 ....... |
     """
@@ -97,7 +97,7 @@ def _few_rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live_m = m < rows
     source = x + m[:, None] * K
-    HALF: tl.constexpr = x.dtype.element_ty == tl.float16  # whose range the product with the norm's weights alone might leave
+    HALF: tl.constexpr = x.dtype.element_ty == tl.float16  # x times the norm's weight, not yet divided by the norm, may overflow float16
     squares = tl.zeros([BLOCK_M], tl.float32)
     scale = tl.full([BLOCK_M], 1.0, tl.float32)
     if NORM and HALF:
@@ -176,7 +176,7 @@ def fused_linear(
 def _many_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None, gated: bool, residual: Tensor | None
 ) -> Tensor:
-    """One kernel each: here reading the rows once more costs little beside the product."""
+    """One kernel for each operation: with many rows, reading them once more is cheap compared with the product."""
     if norm is not None:
         x = rms_norm(x, *norm)
     if residual is not None and bias is None and not gated:

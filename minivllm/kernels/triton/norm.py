@@ -1,4 +1,4 @@
-"""RMSNorm in Triton, one program per row: one pass over memory where PyTorch makes three."""
+"""RMSNorm in Triton, one program per row, in one pass over memory (PyTorch's operations make three)."""
 from __future__ import annotations
 
 import torch
@@ -21,7 +21,7 @@ def _rms_norm(out, x, weight, eps, N: tl.constexpr, PADDED: tl.constexpr, PDL: t
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * N + columns, mask=live, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / N + eps)
-    normed = (value * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded as the reference rounds
+    normed = (value * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded where the reference rounds
     tl.store(out + row * N + columns, (normed * w.to(tl.float32)).to(out.dtype.element_ty), mask=live)
 
 

@@ -1,21 +1,21 @@
-"""Attention of prompt chunks in Triton, and what comes before it: norm, rotation and the write to the cache.
+"""Attention of prompt chunks in Triton, and the kernel before it: norm, rotation and the write to the cache.
 
-A program owns a tile of consecutive queries of one sequence together with all the query heads that share one KV head, packed
-into the rows of one matrix, so that keys are read once for a whole group and tensor cores get full tiles:
+A program computes a tile of consecutive queries of one sequence, for all query heads that share a KV head. They are the rows of one
+matrix, so that keys are read once for the whole group and tensor cores get full tiles:
 
     row m of the tile  ->  query m // HEADS_PER_KV of the tile,  head kv_head * HEADS_PER_KV + m % HEADS_PER_KV
 
-Its keys come from two places. Those computed in earlier steps lie in scattered blocks and are all visible; those of the chunk
-itself lie together, as the projection left them, and are causal. Only the tiles on the diagonal need a mask:
+Its keys come from two sources. Keys of earlier steps are in scattered blocks, and all of them are visible. Keys of the chunk itself are
+contiguous in the projection's output, and causal. Only the tiles on the diagonal need a mask:
 
     keys       | context, paged | own chunk ....... | diagonal |
     mask       | its end        | none              | causal   |         (a sliding window masks all of them)
 
-Which tile belongs to which sequence is found by binary search, so that the grid depends on T and B alone:
+A program finds its sequence by binary search, so that the grid depends only on T and B:
 
     sequence         |---- 0 ----|- 1 -|------- 2 -------|      BLOCK_Q = 4
     query_start      0           10    15                31
-    first tile       0 // 4 + 0  10//4 + 1 = 3  15//4 + 2 = 5    an upper bound: some tiles are empty and return at once
+    first tile       0 // 4 + 0  10//4 + 1 = 3  15//4 + 2 = 5    an upper bound: programs of empty tiles return at once
 
 The softmax runs online (FlashAttention-2, Dao 2023), in base 2.
 """
@@ -33,7 +33,7 @@ def _position_and_store(
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """One program per token (from `first` on) and HEADS heads: queries and keys to `qk`, keys and values to the cache."""
+    """One program per HEADS heads of a token, from token `first` on: queries and keys to `qk`, keys and values to the cache."""
     token = first + tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, PADDED_D)
@@ -42,23 +42,23 @@ def _position_and_store(
     positioned = (head < NUM_HEADS + KV_HEADS)[:, None] & live_dim
     x = rotated_heads(projection, token, head, dims, positioned, D, NORM, ROPE, DTYPE, False)
     tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
-    place = tl.load(slots + token) * KV_HEADS * D
+    row = tl.load(slots + token) * KV_HEADS * D
     is_key = (head >= NUM_HEADS)[:, None] & positioned
-    tl.store(cache_k + place + (head - NUM_HEADS)[:, None] * D + dims[None, :], x, mask=is_key)
+    tl.store(cache_k + row + (head - NUM_HEADS)[:, None] * D + dims[None, :], x, mask=is_key)
     is_value = ((head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS))[:, None] & live_dim
     value = tl.load(projection.qkv + token * projection.stride + head[:, None] * D + dims[None, :], mask=is_value, other=0.0)
-    tl.store(cache_v + place + (head - NUM_HEADS - KV_HEADS)[:, None] * D + dims[None, :], value.to(DTYPE), mask=is_value)
+    tl.store(cache_v + row + (head - NUM_HEADS - KV_HEADS)[:, None] * D + dims[None, :], value.to(DTYPE), mask=is_value)
 
 
 @triton.jit
 def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """One tile of keys [D, N] and values [N, D] into the running averages of queries [M, D]; scale includes log2(e)."""
+    """Add a tile of keys [D, N] and values [N, D] to the running averages of queries [M, D]; scale includes log2(e)."""
     scores = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
         scores = _cap(scores * scale, softcap)
         factor = 1.0
     else:
-        factor = scale  # applied with the subtraction below, in one instruction
+        factor = scale  # multiplied below, in one instruction with the subtraction
     if MASK:
         scores = tl.where(visible, scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
@@ -82,13 +82,13 @@ def _prompt_attention(
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    tile = num_tiles - 1 - tl.program_id(0)  # late queries see most keys: first come, first done
+    tile = num_tiles - 1 - tl.program_id(0)  # the last queries see the most keys, so they start first
     kv_head = tl.program_id(1)
     KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
     base = tl.load(query_start + first_seq) // BLOCK_Q
     low = first_seq
     high = num_seqs
-    while low < high:  # the last sequence whose first tile is not after this one
+    while low < high:  # finds the last sequence with its first tile at or before this tile
         middle = (low + high) // 2
         if tl.load(query_start + middle) // BLOCK_Q - base + middle - first_seq <= tile:
             low = middle + 1
@@ -100,7 +100,7 @@ def _prompt_attention(
     first_in_tile = (tile - (first_query // BLOCK_Q - base + seq - first_seq)) * BLOCK_Q
     if first_in_tile >= num_queries:
         return
-    context = tl.load(seq_lens + seq) - num_queries  # keys of earlier steps
+    context = tl.load(seq_lens + seq) - num_queries  # number of keys of earlier steps
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED_D)
@@ -125,15 +125,15 @@ def _prompt_attention(
         key = start + tl.arange(0, BLOCK_N)
         live_key = (key >= oldest) & (key < context)  # the rest of a block may hold anything, NaN included, and is never loaded
         block = tl.load(table + key // BLOCK_SIZE, mask=live_key, other=0).to(tl.int64)
-        place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
-        k_tile = tl.load(cache_k + place[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
-        v_tile = tl.load(cache_v + place[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
+        row = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+        k_tile = tl.load(cache_k + row[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
+        v_tile = tl.load(cache_v + row[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
         visible = live_key[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > (context + query)[:, None] - WINDOW)
         acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
 
-    # The chunk's own keys, counted from its beginning.
+    # The chunk's own keys, counted from the chunk's beginning.
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(oldest - context, 0) // BLOCK_N * BLOCK_N

@@ -1,23 +1,23 @@
 """The sampler in Triton: logits to tokens without a sort and without a second copy of the logits.
 
-    _thresholds   one program per row, only if some row filters     logits -> the smallest logit that survives
-    _draw         one program per row and chunk of the vocabulary   the chunk's winner, relative to the chunk's largest logit
-    _combine      one program per row                               the winner of the chunks
+    _thresholds      one program per row, if a row has a filter        logits -> the smallest logit that the filters keep
+    _sample_chunks   one program per row and chunk of the vocabulary   the chunk's best token and its cost
+    _combine_chunks  one program per row                               the best token of all chunks
 
-The draw is the reference's, written as a race. The largest of z + g with g = -log E is the smallest of E exp(-z), so a token
-costs one logarithm and the other is taken once per chunk. z counts from the chunk's largest logit, which wins its chunk with
-a finite cost whatever the temperature; `_combine` moves the chunks' scores to the row's largest. Row and vocabulary size
-alone fix the grids, and no token depends on the rows beside it.
+The method is the reference's, with costs instead of scores. With g = -log E, the largest z + g is the smallest cost E exp(-z). So each
+token needs one logarithm, and the second one is computed once per chunk. Within a chunk, z is relative to the chunk's largest logit, so
+that the smallest cost is finite for every temperature. `_combine_chunks` converts the costs to scores relative to the row's largest logit.
+Grids depend only on the numbers of rows and of tokens in the vocabulary, and a token never depends on other rows.
 
-A threshold is searched by bisection on integers in the order of the logits (16 bits where they have 16), and nearly always
-among few tokens, which registers hold: each of POSITIONS interleaved parts of the row keeps its four largest logits.
+A threshold is found by bisection over integers that have the order of the logits (16 bits for 16-bit logits). Nearly always it is one of
+few logits, which are kept in registers: the four largest ones of each of POSITIONS interleaved parts of the row.
 
     token    0 1 2 3 ... P-1 | P P+1 ... 2P-1 | 2P ...       part j: tokens j, P + j, 2P + j ...
-    kept     a[P] >= b[P] >= c[P] >= d[P]                    above max(d), nothing is missing
+    kept     a[P] >= b[P] >= c[P] >= d[P]                    all logits above max(d) are kept
 
-If the threshold may be lower than that (many tokens survive, or tie), passes over the whole row find it, two bits
-a pass. Probabilities are added as integers: such sums do not depend on their order, so a token never depends on the logits'
-dtype, nor on what the compiler made of it.
+If the threshold may be lower than max(d), because many tokens survive or are equal, passes over the whole row find it. Each pass
+determines two bits. Probabilities are added as integers, whose sum does not depend on the order. So a token depends neither on the
+logits' dtype nor on the compiler.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from minivllm.kernels import tuning
 from minivllm.kernels.triton.device import launch
 
-KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that this dtype leaves empty
+KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that are 0 if it has this dtype's precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -56,16 +56,16 @@ def random_words(ids, key0, key1):
 
 @triton.jit
 def exponential(words):
-    """E = -log1p(-v), exact within 2 ulp for every word.
+    """E = -log1p(-v), within 2 ulp for every word.
 
-    u = 1 - v rounds; what it lost is added again, so a tiny v is its own E. log u splits u into 2^e (1 + m), m in [-1/3, 1/3],
-    and log(1 + m) is a polynomial fitted for the smallest relative error (a library's logarithm branches for special values).
+    u = 1 - v is rounded, and the rounding error is added at the end, so that E = v for a tiny v. With u = 2^e (1 + m) and m in [-1/3, 1/3],
+    log(1 + m) is a polynomial with the smallest relative error. (A library's logarithm has branches for special values.)
     """
     v = tl.minimum((words.to(tl.float32) + 0.5) * 2.0**-32, V_MAX)
     u = 1.0 - v
     lost = v - (1.0 - u)
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -0x800000  # in the bits' place; 0x3F2AAAAB is 2/3
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # still shifted left by 23 bits; 0x3F2AAAAB is 2/3
     m = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
     p = m * -0.12951058 + 0.14006792
     p = p * m - 0.12166707
@@ -83,7 +83,7 @@ def exponential(words):
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    """An integer that grows with x (float32, with SHIFT empty low bits): neighbouring values have neighbouring integers."""
+    """An integer that grows with x (float32 with SHIFT low bits of 0): consecutive values have consecutive integers."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
 
@@ -98,25 +98,25 @@ def _value(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _mass(x, peak, scale):
-    """Probability as a multiple of 2^-40 of the most probable token's, so that a long tail of improbable tokens counts too."""
+    """Probability relative to the most probable token's, in units of 2^-40: fine enough for a long tail of improbable tokens."""
     return (tl.exp2((x - peak) * scale) * 2.0**40).to(tl.int64)
 
 
 @triton.jit
 def _weight(x, peak, scale):
-    """The same as a multiple of 2^-31: half the registers, and fine enough for a few thousand tokens."""
+    """The same in units of 2^-31: needs half the registers, and is fine enough for a few thousand tokens."""
     return (tl.exp2((x - peak) * scale) * 2.0**31).to(tl.uint32)
 
 
 @triton.jit
 def _count_from(cut, a, b, c, d):
-    """How many of the kept logits are >= cut."""
+    """Number of kept logits >= cut."""
     return tl.sum((a >= cut).to(tl.int32) + (b >= cut).to(tl.int32) + (c >= cut).to(tl.int32) + (d >= cut).to(tl.int32), 0).to(tl.int64)
 
 
 @triton.jit
 def _mass_from(cut, a, b, c, d, wa, wb, wc, wd):
-    """The sum of their weights, in units of `_mass`."""
+    """Sum of the weights of kept logits >= cut, in units of `_mass`."""
     ab = tl.where(a >= cut, wa, 0).to(tl.int64) + tl.where(b >= cut, wb, 0).to(tl.int64)
     cd = tl.where(c >= cut, wc, 0).to(tl.int64) + tl.where(d >= cut, wd, 0).to(tl.int64)
     return tl.sum(ab + cd, 0) << 9
@@ -124,16 +124,16 @@ def _mass_from(cut, a, b, c, d, wa, wb, wc, wd):
 
 @triton.jit
 def _tile(row, start, size, POSITIONS: tl.constexpr):
-    """The logits [POSITIONS / 8, 8] from `start`: sums over the second dimension stay within a thread."""
+    """Logits [POSITIONS / 8, 8] from `start` on: a sum over the second dimension needs one thread only."""
     ids = start + tl.arange(0, POSITIONS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     return tl.load(row + ids, mask=ids < size, other=-INF).to(tl.float32)
 
 
 @triton.jit
 def _search_row(row, size, peak, scale, target, low, high, BY_MASS: tl.constexpr, SHIFT: tl.constexpr, POSITIONS: tl.constexpr):
-    """The largest key in [low, high) such that the logits at or above it reach `target`, a mass or a number; low is known to.
+    """The largest key in [low, high) for which the logits at or above it have a mass or number of at least `target`.
 
-    A pass over the row tries three keys, so it settles two bits.
+    For `low` this must hold. A pass over the row tries three keys, and so determines two bits.
     """
     while high - low > 1:
         quarter = tl.maximum((high - low) >> 2, 1)
@@ -159,7 +159,7 @@ def _search_row(row, size, peak, scale, target, low, high, BY_MASS: tl.constexpr
 
 @triton.jit
 def _mass_of_row(row, size, peak, scale, cut, POSITIONS: tl.constexpr):
-    """The mass of all logits >= cut."""
+    """Sum of the mass of all logits >= cut."""
     total = tl.zeros([POSITIONS // 8], tl.int64)
     for start in tl.range(0, size, POSITIONS, loop_unroll_factor=2):
         x = _tile(row, start, size, POSITIONS)
@@ -186,7 +186,7 @@ def _by_min_p(peak, floor, t, bottom, SHIFT: tl.constexpr):
 @triton.jit
 def _by_top_k(row, size, k, found, missing, bottom, top, a, b, c, d, SHIFT: tl.constexpr, POSITIONS: tl.constexpr):
     """The larger of `found` and the key of the k-th largest logit."""
-    low = tl.maximum(found, missing + 1)  # from here on nothing is missing
+    low = tl.maximum(found, missing + 1)  # all logits from here on are kept
     if k < size:
         if _count_from(_value(low, SHIFT), a, b, c, d) >= k:
             high = top
@@ -196,7 +196,7 @@ def _by_top_k(row, size, k, found, missing, bottom, top, a, b, c, d, SHIFT: tl.c
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
             found = low
-        elif (found <= missing) & (missing > bottom):  # otherwise fewer than k survive min-p, and all of them are kept
+        elif (found <= missing) & (missing > bottom):  # otherwise min-p leaves fewer than k tokens, and top-k removes none
             found = tl.maximum(found, _search_row(row, size, 0.0, 0.0, k, bottom, low, False, SHIFT, POSITIONS))
     return found
 
@@ -231,7 +231,7 @@ def _thresholds(
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, SHIFT: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """The smallest logit that survives in each row; -inf where nothing is filtered."""
+    """The smallest logit that the filters keep in each row; -inf for a row without filters."""
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * row_stride
     t = tl.load(temperature + r)
@@ -254,7 +254,7 @@ def _thresholds(
     b = a
     c = a
     d = a
-    for start in tl.range(0, size, POSITIONS, loop_unroll_factor=4):  # the loads of four turns are under way at once
+    for start in tl.range(0, size, POSITIONS, loop_unroll_factor=4):  # so that loads of four iterations overlap
         x = tl.load(row + start + position, mask=start + position < size, other=-INF).to(tl.float32)
         a, x = tl.maximum(a, x), tl.minimum(a, x)
         b, x = tl.maximum(b, x), tl.minimum(b, x)
@@ -266,7 +266,7 @@ def _thresholds(
         return
     top = _key(peak, SHIFT) + 1
     bottom = top * 0 + (-0x7F800001 >> SHIFT)  # the key of -inf
-    missing = _key(tl.max(d, 0), SHIFT)  # a logit that was not kept is this or less
+    missing = _key(tl.max(d, 0), SHIFT)  # no logit above this one is missing among the kept ones
     found = bottom  # the key of the threshold so far
     if MIN_P:
         found = _by_min_p(peak, floor, t, bottom, SHIFT)
@@ -277,15 +277,15 @@ def _thresholds(
     tl.store(threshold + r, _value(found, SHIFT))
 
 
-# --- drawing -------------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _draw(
-    peaks, costs, winners, logits, row_stride, size, temperature, keys, threshold,  # the first three [n, chunks]
+def _sample_chunks(
+    peaks, costs, tokens, logits, row_stride, size, temperature, keys, threshold,  # the first three [n, chunks]
     FILTERED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The winner of one chunk of one row: its token, its cost, and the largest logit that the cost counts from."""
+    """The best token of one chunk of one row, its cost, and the chunk's largest logit, to which the cost is relative."""
     r = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * CHUNK
     at = r * tl.num_programs(1) + tl.program_id(1)
@@ -297,44 +297,44 @@ def _draw(
     tl.store(peaks + at, peak)
     if peak == -INF:
         tl.store(costs + at, INF)
-        tl.store(winners + at, first)
+        tl.store(tokens + at, first)
         return
     t = tl.load(temperature + r)
     if t == 0.0:  # greedy
         tl.store(costs + at, 1.0)
-        tl.store(winners + at, tl.min(tl.where(x == peak, ids, size - 1), 0))
+        tl.store(tokens + at, tl.min(tl.where(x == peak, ids, size - 1), 0))
     else:
         words = random_words(ids, tl.load(keys + 2 * r).to(tl.uint32, bitcast=True), tl.load(keys + 2 * r + 1).to(tl.uint32, bitcast=True))
         cost = exponential(words) * tl.exp2((peak - x) * (LOG2_E / t))
         cost = tl.where(x == -INF, INF, cost)
         least = tl.min(cost, 0)
         tl.store(costs + at, least)
-        tl.store(winners + at, tl.min(tl.where(cost == least, ids, size - 1), 0))
+        tl.store(tokens + at, tl.min(tl.where(cost == least, ids, size - 1), 0))
 
 
 @triton.jit
-def _combine(out, peaks, costs, winners, temperature, CHUNKS: tl.constexpr, PADDED: tl.constexpr):
-    """The best chunk's winner; of equals the lowest token, and token 0 where there is nothing but -inf."""
+def _combine_chunks(out, peaks, costs, tokens, temperature, CHUNKS: tl.constexpr, PADDED: tl.constexpr):
+    """The best token of all chunks: of equally good ones the lowest id, and token 0 if all logits are -inf."""
     r = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, PADDED)
     live = chunk < CHUNKS
     at = r * CHUNKS + chunk
     peak = tl.load(peaks + at, mask=live, other=-INF)
     cost = tl.load(costs + at, mask=live, other=INF)
-    winner = tl.load(winners + at, mask=live, other=0x7FFFFFFF)
+    token = tl.load(tokens + at, mask=live, other=0x7FFFFFFF)
     t = tl.load(temperature + r)
     largest = tl.maximum(tl.max(peak, 0), -3.4028234663852886e38)  # -inf - -inf would be NaN
     score = (peak - largest) / tl.where(t == 0.0, 1.0, t) - tl.log(cost)
     score = tl.where(peak == -INF, -INF, score)
     best = tl.max(score, 0)
-    tl.store(out + r, tl.min(tl.where(score == best, winner, 0x7FFFFFFF), 0).to(tl.int64))
+    tl.store(out + r, tl.min(tl.where(score == best, token, 0x7FFFFFFF), 0).to(tl.int64))
 
 
 def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None,
            min_p: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """One token per row: logits [n, V] float32 or half, last dimension contiguous; the rest one value (keys: two) per row.
 
-    temperature 0 takes the largest logit. Filters that no row asks for are None. -> [n] int64, in `out` if it is given.
+    Temperature 0 takes the largest logit. A filter that no row uses is None. -> [n] int64, written to `out` if it is given.
     """
     n, size = logits.shape
     assert logits.stride(1) == 1 or size == 1
@@ -354,9 +354,9 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tensor | No
             POSITIONS=tuning.THRESHOLD_POSITIONS, num_warps=tuning.THRESHOLD_WARPS,
         )  # fmt: skip
     chunks = triton.cdiv(size, tuning.SAMPLER_CHUNK)
-    peaks, costs = new((n, chunks), dtype=torch.float32), new((n, chunks), dtype=torch.float32)  # aligned both: one compiled kernel
-    winners = new((n, chunks), dtype=torch.int32)
-    launch(_draw, (n, chunks), peaks, costs, winners, logits, logits.stride(0), size, temperature, keys, threshold,
-                       FILTERED=filtered, CHUNK=tuning.SAMPLER_CHUNK, num_warps=tuning.SAMPLER_WARPS)
-    launch(_combine, (n,), out, peaks, costs, winners, temperature, CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), num_warps=1)
+    peaks, costs = new((n, chunks), dtype=torch.float32), new((n, chunks), dtype=torch.float32)  # separate, so both are aligned
+    tokens = new((n, chunks), dtype=torch.int32)
+    launch(_sample_chunks, (n, chunks), peaks, costs, tokens, logits, logits.stride(0), size, temperature, keys, threshold,
+           FILTERED=filtered, CHUNK=tuning.SAMPLER_CHUNK, num_warps=tuning.SAMPLER_WARPS)
+    launch(_combine_chunks, (n,), out, peaks, costs, tokens, temperature, CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), num_warps=1)
     return out
