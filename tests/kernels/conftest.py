@@ -1,4 +1,4 @@
-"""Without a CUDA device Triton kernels run in Triton's interpreter, which must be chosen before the kernels are imported."""
+"""Without a CUDA device, Triton kernels run in Triton's interpreter. It must be chosen before the kernels are imported."""
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""Random paged batches for kernel tests, and attention written out as hand maths: one query at a time, in float64."""
+"""Random paged batches for kernel tests, and a dense computation of attention: one query at a time, in float64."""
 from __future__ import annotations
 
 import math
@@ -14,7 +14,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 
 @dataclass(frozen=True)
 class Case:
-    """A batch over a scattered cache, and the dense truth it came from."""
+    """A batch over scattered blocks, and the dense keys and values that are in them."""
 
     batch: InputBatch
     kv: KVLayer
@@ -39,10 +39,9 @@ def make_case(
     query_width: int = 1,
     seed: int = 0,
 ) -> Case:
-    """Sequences in scattered blocks. Every slot that no query may see holds NaN: other blocks, tails of last blocks, and
-    (with a window) keys that have left it; block-table entries of blocks wholly outside the window are the null block.
-    The first `shared_keys`, whole blocks that each sequence has cached, are the same blocks in all. Sequences with `query_width`
-    queries are decodes."""
+    """Sequences in scattered blocks. Every slot that no query may see holds NaN: other blocks, ends of last blocks, and keys before the
+    window. Block-table entries of blocks that are entirely before the window are the null block. The blocks of the first `shared_keys`
+    keys are the same in all sequences. Sequences with `query_width` queries are decodes."""
     rng = random.Random(seed)
     gen = torch.Generator().manual_seed(seed)
     shape = sorted(shape, key=lambda s: s[0] != query_width)  # decodes first, as the packer does
@@ -93,7 +92,7 @@ def make_case(
 
 
 def naive_attention(case: Case, *, scale: float, window: int | None = None, softcap: float | None = None) -> Tensor:
-    """The definition: each query, each head, against the keys at positions (p - window, p] -> [T, heads, head_dim] float64."""
+    """The definition, for each query and head, with the keys at positions (p - window, p] -> [T, heads, head_dim] float64."""
     out = []
     row = 0
     group = case.q.shape[1] // case.keys[0].shape[1]
@@ -115,13 +114,13 @@ def naive_attention(case: Case, *, scale: float, window: int | None = None, soft
 
 
 def fused(case: Case) -> Tensor:
-    """The projection that a case's newest tokens come from: [T, (H + 2 KV) * D], where the queries are."""
+    """The fused projection of a case's new tokens: [T, (H + 2 KV) * D], on the device of the queries."""
     new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]).to(case.q.device) for t in (case.keys, case.values)]
     return torch.cat((case.q, *new), 1).flatten(1)
 
 
 def forget_new(case: Case) -> KVLayer:
-    """A copy of the case's cache without its newest tokens."""
+    """A copy of the case's cache, with NaN in the slots of the new tokens."""
     kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
     for t in (kv.k, kv.v):
         t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan

@@ -20,7 +20,7 @@ def test_silu_and_mul_gates_the_second_half_by_the_first(dtype: torch.dtype) -> 
     assert torch.equal(x, before)
 
 
-def test_the_plain_activations_are_their_formulas() -> None:
+def test_activations_equal_their_formulas() -> None:
     x = torch.linspace(-4, 4, 41, dtype=torch.float64)
     torch.testing.assert_close(ops.silu(x), x / (1 + torch.exp(-x)))
     torch.testing.assert_close(ops.relu(x), torch.where(x > 0, x, 0.0))

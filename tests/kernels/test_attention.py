@@ -1,4 +1,4 @@
-"""Reference attention over the paged cache, against hand-written maths: one query at a time in float64."""
+"""Reference attention over the paged cache, against a dense computation: one query at a time in float64."""
 from __future__ import annotations
 
 import dataclasses
@@ -56,12 +56,12 @@ sequences = st.lists(
     limits=st.tuples(st.sampled_from([1, 5000, 10**7]), st.sampled_from([0, 10, 400]), st.sampled_from([50, 10**7])),
     seed=st.integers(0, 1000),
 )
-def test_any_mix_of_prompts_chunks_and_decodes_over_scattered_blocks_equals_hand_written_maths(
+def test_any_mix_of_prompts_chunks_and_decodes_over_scattered_blocks_equals_a_dense_computation(
     shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None,
     softcap: float | None, limits: tuple[int, int, int], seed: int,
 ) -> None:
     case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, block_size=block_size, window=window, seed=seed)
-    with pytest.MonkeyPatch.context() as patch:  # small limits cut small batches
+    with pytest.MonkeyPatch.context() as patch:  # with small limits, small batches are divided
         patch.setitem(tuning.GATHER_BYTES, "cpu", limits[0])
         patch.setitem(tuning.FREE_PADDING, "cpu", limits[1])
         patch.setattr(tuning, "MAX_SCORES", limits[2])
@@ -69,7 +69,7 @@ def test_any_mix_of_prompts_chunks_and_decodes_over_scattered_blocks_equals_hand
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | None) -> None:
+def test_slots_that_no_query_may_see_do_not_influence_the_output(window: int | None) -> None:
     case = make_case([(1, 33), (1, 2), (1, 17), (5, 5), (3, 21)], window=window, seed=1)
     assert case.kv.k.isnan().any() and case.kv.v.isnan().any()
     out = attention(case.q, case.kv, prepare(case, window), scale=0.5)
@@ -77,7 +77,7 @@ def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_sequence_in_the_batch_that_overflowed_does_not_reach_the_output(dtype: torch.dtype) -> None:
+def test_nan_in_one_sequence_does_not_influence_other_sequences(dtype: torch.dtype) -> None:
     case = make_case([(1, 33), (1, 21), (1, 40), (1, 2), (1, 30)], dtype=dtype, seed=1)
     own = [set(row[: -(-n // 4)].tolist()) for row, n in zip(case.batch.block_tables[0], case.batch.seq_lens_host, strict=True)]
     before = attention(case.q, case.kv, prepare(case), scale=0.5)
@@ -95,7 +95,7 @@ def test_another_sequence_in_the_batch_that_overflowed_does_not_reach_the_output
     block_size=st.sampled_from([1, 4, 16, 24, 256]), window=st.none() | st.integers(1, 50), softcap=st.none() | st.just(5.0),
     limits=st.tuples(st.sampled_from([1, 5000, 10**7]), st.sampled_from([0, 10, 400])), seed=st.integers(0, 1000),
 )
-def test_bfloat16_decodes_equal_hand_written_maths(
+def test_bfloat16_decodes_equal_a_dense_computation(
     shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None, softcap: float | None,
     limits: tuple[int, int], seed: int,
 ) -> None:
@@ -107,7 +107,7 @@ def test_bfloat16_decodes_equal_hand_written_maths(
         check(case, window=window, softcap=softcap, tolerance=3e-2)
 
 
-def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
+def test_short_decodes_are_not_padded_to_the_length_of_a_long_one() -> None:
     case = make_case([(1, 1000)] + [(1, 10 + i) for i in range(20)], seed=2)
     gathered = sum(len(gather.pages) * case.block_size for gather in gathers_of(case))
     last_pages = case.block_size * case.batch.num_seqs
@@ -115,7 +115,7 @@ def test_a_long_decode_does_not_pad_the_short_ones_to_its_length() -> None:
     check(case)
 
 
-def test_decodes_gather_in_pieces_when_one_gather_would_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decodes_are_gathered_in_pieces_if_one_gather_would_need_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tuning.GATHER_BYTES, "cpu", 50 * 2 * 2 * 8 * 4)  # fifty keys
     case = make_case([(1, n) for n in (20, 21, 22, 23, 24, 90, 19)], seed=3)
     gathers = gathers_of(case)
@@ -147,7 +147,7 @@ def test_every_decode_is_in_exactly_one_batch_and_neither_padding_nor_memory_exc
 
 
 @pytest.mark.parametrize("window", [None, 9])
-def test_a_long_chunk_is_computed_in_pieces_when_its_mask_would_take_too_much_memory(
+def test_a_long_chunk_is_computed_in_pieces_if_its_mask_would_need_too_much_memory(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
     monkeypatch.setattr(tuning, "MAX_SCORES", 200)
@@ -159,7 +159,7 @@ def test_a_long_chunk_is_computed_in_pieces_when_its_mask_would_take_too_much_me
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("shape", [(1, 30), (30, 30), (6, 30)])
-def test_a_sequence_in_consecutive_blocks_is_read_in_place(shape: tuple[int, int], window: int | None) -> None:
+def test_a_sequence_in_consecutive_blocks_is_read_without_a_copy(shape: tuple[int, int], window: int | None) -> None:
     case = make_case([shape], window=window, seed=9)
     table = case.batch.block_tables[0]
     kv = KVLayer(torch.full_like(case.kv.k, torch.nan), torch.full_like(case.kv.v, torch.nan))
@@ -208,7 +208,7 @@ def test_bfloat16_stays_within_its_rounding(softcap: float | None) -> None:
     check(case, softcap=softcap, tolerance=2e-2)
 
 
-def test_the_same_step_meta_serves_every_layer() -> None:
+def test_one_preparation_serves_all_layers_of_a_step() -> None:
     case = make_case([(1, 20), (1, 9), (6, 6)], seed=8)
     meta = prepare(case)
     other = make_case([(1, 20), (1, 9), (6, 6)], seed=8)
@@ -221,7 +221,7 @@ def test_the_same_step_meta_serves_every_layer() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_the_same_function_serves_a_gpu(window: int | None, softcap: float | None) -> None:
+def test_the_reference_runs_on_a_gpu(window: int | None, softcap: float | None) -> None:
     shape = [(1, 33), (1, 2), (1, 170), (5, 5), (30, 44)]
     case = make_case(shape, window=window, device="cuda", heads=9, kv_heads=3, head_dim=64, block_size=16, seed=9)
     check(case, window=window, softcap=softcap, tolerance=1e-4)

@@ -40,7 +40,7 @@ class Repeated(cuda_graphs.Graph):
 
     replayed: ClassVar[list[cuda_graphs.GraphShape]] = []
     runs_first: ClassVar[bool] = False  # as before a capture
-    told_shared: int  # at the last replay
+    shared_keys: int  # at the last replay
     pool = None
 
     def _record(self, pool: Any) -> None:
@@ -49,9 +49,9 @@ class Repeated(cuda_graphs.Graph):
 
     def _run(self) -> None:
         self.replayed.append(self.shape)
-        self.told_shared = int(self._inputs.tensors[0][0])
+        self.shared_keys = int(self._inputs.tensors[0][0])
         start, lens = self._inputs.tensors[1].tolist(), self._inputs.tensors[3].tolist()
-        if not self.shape.decodes:  # sequences that pad a mixed step have no tokens: tiles are found by where each one's begin
+        if not self.shape.decodes:  # padding has no tokens, since programs find their tile by where sequences begin
             assert all(a == b for a, b, n in zip(start, start[1:], lens, strict=False) if n == 0)
         logits, self._sampled = self._step()
         self._logits = LOGITS_MEMORY[: logits.numel()].view_as(logits).copy_(logits)
@@ -103,7 +103,7 @@ def runner_of(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,))
 
 
 @pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])
-def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
+def test_greedy_tokens_equal_transformers_and_the_device_has_all_block_table_entries(
     tiny: Tiny, block_size: int, seed: int, drop_after: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner = runner_of(tiny, block_size)
@@ -120,7 +120,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     run(runner, tiny.planner(block_size, seed), sequences, random.Random(seed), depth=1, drop_after=drop_after)
     assert [s.outputs for s in sequences] == tiny.expected
     assert {shape.decodes for shape in Repeated.replayed} >= {2, 4}
-    assert {(16, 3), (32, 4)} <= {shape[:2] for shape in Repeated.replayed}  # mixed steps; those of more tokens or rows ran eagerly
+    assert {(16, 3), (32, 4)} <= {shape[:2] for shape in Repeated.replayed}  # mixed steps; larger ones run eagerly
 
 
 def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not_change(
@@ -130,18 +130,18 @@ def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not
     monkeypatch.setattr(attention, "launch", lambda kernel, *args, **options: (launched.add(kernel), launch(kernel, *args, **options)))
     sequences = run_from_one_prefix(runner, plain)
     assert [s.outputs for s in sequences] == [plain._generate(list(s.prompt)) for s in sequences]
-    assert {graph.told_shared for graph in runner._graphs._sharing} == {16}
+    assert {graph.shared_keys for graph in runner._graphs._sharing} == {16}
     assert attention._shared_attention in launched
     assert {shape.seqs for shape in Repeated.replayed if shape.sharing} == {2, ROWS - 2}
 
 
-def test_a_graph_runs_before_it_is_told_anything(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_runs_before_its_first_inputs(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Repeated, "runs_first", True)
     runner = runner_of(plain, 4)  # an index out of bounds raises
     assert runner._graphs._mixed and runner._graphs._sharing and not Repeated.replayed
 
 
-def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_blocks_are_sent_before_a_graph_that_has_no_room_for_them(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, planner = runner_of(plain, 4), plain.planner()
     for graph in (*runner._graphs._decodes, *runner._graphs._mixed):
         graph.max_changes = 0
@@ -151,7 +151,7 @@ def test_more_changed_blocks_than_a_graph_has_room_for_are_sent_before_it(plain:
     assert Repeated.replayed
 
 
-def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_that_the_graph_left(plain: Tiny) -> None:
+def test_rows_that_are_not_sampled_plainly_use_the_logits_of_the_graph(plain: Tiny) -> None:
     outputs = []
     for runner in (plain.runner(), runner_of(plain, 4)):  # the first has no graphs
         sequences = sequences_of(plain)
@@ -196,7 +196,7 @@ def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(m
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]
     assert graphs.find(columns(3, 3, 16)) is graphs._decodes[2]
     assert graphs.find(columns(5, 5, 16)) is None
-    assert graphs.find(columns(4, 4, 60, 11)) is graphs._sharing[0]  # what three of four need not read again is worth it
+    assert graphs.find(columns(4, 4, 60, 11)) is graphs._sharing[0]  # the keys that three of four do not read again are worth it
     assert graphs.find(columns(4, 4, 60, 10)) is graphs._decodes[2]
     assert graphs.find(columns(2, 2, 64, 31)) is graphs._decodes[1]
     assert graphs.find(columns(3, 20, 20)) is graphs._mixed[0]

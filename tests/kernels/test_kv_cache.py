@@ -12,7 +12,7 @@ def layers(num_blocks: int, n: int = 2, block_size: int = 4, seed: int = 0) -> l
     return [KVLayer(*(torch.randn(num_blocks, block_size, 2, 3, generator=gen) for _ in range(2))) for _ in range(n)]
 
 
-def test_each_token_lands_in_its_slot_and_nothing_else_changes() -> None:
+def test_each_token_is_written_to_its_slot_and_nothing_else_changes() -> None:
     kv = layers(5, 1)[0]
     before = KVLayer(kv.k.clone(), kv.v.clone())
     k, v = torch.randn(3, 2, 3), torch.randn(3, 2, 3)
@@ -25,7 +25,7 @@ def test_each_token_lands_in_its_slot_and_nothing_else_changes() -> None:
     assert torch.equal(kv.v.view(20, 2, 3)[others], before.v.view(20, 2, 3)[others])
 
 
-def test_padded_rows_may_all_write_to_the_null_block() -> None:
+def test_all_padded_rows_may_write_to_the_null_block() -> None:
     kv = layers(3, 1)[0]
     rest = kv.k[1:].clone()
     write_kv(torch.ones(5, 2, 3), torch.ones(5, 2, 3), kv, torch.zeros(5, dtype=torch.int64))
@@ -48,8 +48,8 @@ def test_a_copied_block_equals_its_source_in_every_tensor() -> None:
         assert torch.equal(new[[4, 5]], old[[1, 3]]) and torch.equal(new[:4], old[:4])
 
 
-def test_a_block_may_be_copied_from_and_overwritten_in_one_step() -> None:
+def test_a_block_may_be_source_and_destination_in_one_step() -> None:
     pages = torch.randint(0, 256, (5, 24), dtype=torch.uint8)
     old = pages.clone()
-    copy_blocks([pages], torch.tensor([1, 2]), torch.tensor([2, 3]))  # block 1 overwrites 2, which is also read for 3
+    copy_blocks([pages], torch.tensor([1, 2]), torch.tensor([2, 3]))  # block 2 is overwritten by block 1 and copied to block 3
     assert torch.equal(pages[2], old[1]) and torch.equal(pages[3], old[2])

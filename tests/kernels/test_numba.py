@@ -1,4 +1,4 @@
-"""Each Numba kernel against its PyTorch twin, and attention against hand-written maths."""
+"""Each Numba kernel against the PyTorch reference, and attention against a dense computation."""
 from __future__ import annotations
 
 import dataclasses
@@ -22,11 +22,11 @@ from torch import Tensor
 from minivllm import kernels
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
-from minivllm.kernels.reference import activation as activation_twin
-from minivllm.kernels.reference import attention as attention_twin
-from minivllm.kernels.reference import linear as linear_twin
-from minivllm.kernels.reference import norm as norm_twin
-from minivllm.kernels.reference import rope as rope_twin
+from minivllm.kernels.reference import activation as activation_reference
+from minivllm.kernels.reference import attention as attention_reference
+from minivllm.kernels.reference import linear as linear_reference
+from minivllm.kernels.reference import norm as norm_reference
+from minivllm.kernels.reference import rope as rope_reference
 from tests.kernels.paged import Case, forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("numba", reason="Numba is not installed")
@@ -35,9 +35,9 @@ from numba.core import caching
 
 from minivllm.kernels.numba import attention, decode_attention, rows, threads, vectors
 
-# Query heads, KV heads, head_dim: 1, 2, 3 and 7 queries for a key, all widths of vectors; all KV heads in a task, one, and two of
-# three, so that the last task has fewer. Compiling one takes seconds, so that bfloat16 has some of them, other tests use (9, 3, 64),
-# and tiny models elsewhere the first two.
+# (query heads, KV heads, head_dim). They cover: 1, 2, 3 and 7 query heads per KV head; all vector lengths; tasks of all KV heads, of one,
+# and of two out of three, where the last task has one. Compiling a kernel takes seconds, so bfloat16 has some of these shapes only, the
+# other tests here use (9, 3, 64), and tiny models in other folders use the first two.
 SHAPES = [(4, 4, 16), (4, 2, 8), (9, 3, 64), (14, 2, 80), (9, 3, 128)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}  # of outputs near 1
 DTYPES = list(TOLERANCE)
@@ -52,13 +52,13 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def prepare(twin: object, case: Case, window: int | None = None) -> object:
-    return twin.prepare_attention(case.batch, 0, block_size=case.block_size, num_heads=case.q.shape[1], num_kv_heads=case.kv.k.shape[2],
+def prepare(backend: object, case: Case, window: int | None = None) -> object:
+    return backend.prepare_attention(case.batch, 0, block_size=case.block_size, num_heads=case.q.shape[1], num_kv_heads=case.kv.k.shape[2],
                                   head_dim=case.q.shape[2], window=window, dtype=case.q.dtype)
 
 
-def run(case: Case, kv: KVLayer, meta: object, *, twin: object = attention, **options: object) -> Tensor:
-    return twin.self_attention(fused(case), kv, case.batch.slots[0], meta, scale=case.q.shape[2] ** -0.5, **options)
+def run(case: Case, kv: KVLayer, meta: object, *, backend: object = attention, **options: object) -> Tensor:
+    return backend.self_attention(fused(case), kv, case.batch.slots[0], meta, scale=case.q.shape[2] ** -0.5, **options)
 
 
 decode_lengths = st.integers(1, 70) | st.sampled_from([127, 128, 129, 256, 257, 400])
@@ -76,7 +76,7 @@ sequences = st.lists(
 @settings(max_examples=25)
 @given(sequences, st.integers(1, 40) | st.sampled_from([16, 256]), st.none() | st.integers(1, 300), st.none() | st.sampled_from([0.5, 5.0]),
        st.integers(0, 1000))
-def test_any_mix_over_scattered_poisoned_blocks_equals_hand_written_maths(
+def test_any_mix_over_scattered_poisoned_blocks_equals_a_dense_computation(
     shape: tuple[int, int, int], dtype: torch.dtype, seqs: list[tuple[int, int]], block_size: int, window: int | None,
     softcap: float | None, seed: int,
 ) -> None:
@@ -85,7 +85,7 @@ def test_any_mix_over_scattered_poisoned_blocks_equals_hand_written_maths(
     kv = forget_new(case)
     got = run(case, kv, prepare(attention, case, window), softcap=softcap)
     want = naive_attention(case, scale=head_dim**-0.5, window=window, softcap=softcap)
-    # the prompt chunks are PyTorch's, which rounds more in bfloat16
+    # PyTorch computes the prompt chunks, with more rounding in bfloat16
     torch.testing.assert_close(got.view(case.q.shape).double(), want, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
     assert all(torch.equal(a.nan_to_num(99.0), b.nan_to_num(99.0)) for a, b in ((kv.k, case.kv.k), (kv.v, case.kv.v)))
 
@@ -93,32 +93,32 @@ def test_any_mix_over_scattered_poisoned_blocks_equals_hand_written_maths(
 @pytest.mark.parametrize(("shape", "dtype"), KERNELS)
 @settings(max_examples=15)
 @given(sequences, st.booleans(), st.booleans(), st.integers(0, 1000))
-def test_heads_are_normalised_and_rotated_before_they_attend_as_in_the_reference(
+def test_heads_are_normalized_and_rotated_before_they_attend_as_in_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, seqs: list[tuple[int, int]], normed: bool, roped: bool, seed: int,
 ) -> None:
     heads, kv_heads, head_dim = shape
     case = make_case(seqs, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
     gen = torch.Generator().manual_seed(seed)
     qk_norm = (torch.randn(heads + kv_heads, head_dim, generator=gen).to(dtype), 1e-6) if normed else None
-    rope = rope_twin.rope_angles(case.batch.positions, torch.rand(head_dim // 2, generator=gen), 1.0, dtype) if roped else None
-    (got, cache), (want, cache_twin) = ((run(case, kv, prepare(twin, case), twin=twin, rope=rope, qk_norm=qk_norm), kv)
-                                        for twin in (attention, attention_twin) for kv in [forget_new(case)])
+    rope = rope_reference.rope_angles(case.batch.positions, torch.rand(head_dim // 2, generator=gen), 1.0, dtype) if roped else None
+    (got, cache), (want, cache_reference) = ((run(case, kv, prepare(backend, case), backend=backend, rope=rope, qk_norm=qk_norm), kv)
+                                        for backend in (attention, attention_reference) for kv in [forget_new(case)])
     torch.testing.assert_close(got, want, atol=4 * TOLERANCE[dtype], rtol=4 * TOLERANCE[dtype])
-    for a, b in ((cache.k, cache_twin.k), (cache.v, cache_twin.v)):
+    for a, b in ((cache.k, cache_reference.k), (cache.v, cache_reference.v)):
         torch.testing.assert_close(a, b, atol=2 * TOLERANCE[dtype], rtol=2e-6 if dtype == torch.float32 else 8e-3, equal_nan=True)
     if dtype == torch.bfloat16 and not normed:
-        assert torch.equal(cache.k.nan_to_num(99.0), cache_twin.k.nan_to_num(99.0)), "rotated keys are rounded where the reference rounds"
+        assert torch.equal(cache.k.nan_to_num(99.0), cache_reference.k.nan_to_num(99.0)), "keys are rounded as in the reference"
 
 
 @pytest.mark.parametrize("window", [None, 7, 150])
-def test_memory_that_no_query_may_see_never_reaches_the_output(window: int | None) -> None:
+def test_slots_that_no_query_may_see_do_not_influence_the_output(window: int | None) -> None:
     case = make_case([(1, 33), (1, 2), (1, 400), (1, 17), (3, 21)], heads=9, kv_heads=3, head_dim=64, window=window, seed=1)
     assert case.kv.k.isnan().any() and case.kv.v.isnan().any()
     assert not run(case, forget_new(case), prepare(attention, case, window)).isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_another_sequence_that_overflowed_does_not_reach_the_output(dtype: torch.dtype) -> None:
+def test_nan_in_one_sequence_does_not_influence_other_sequences(dtype: torch.dtype) -> None:
     case = make_case([(1, 33), (1, 300), (1, 40), (1, 2)], heads=9, kv_heads=3, head_dim=64, dtype=dtype, seed=1)
     before = run(case, forget_new(case), prepare(attention, case))
     for i, length in enumerate(case.batch.seq_lens_host):
@@ -158,7 +158,7 @@ def test_rows_past_the_last_sequence_are_zero() -> None:
     assert not out[5:].any()
 
 
-def test_one_preparation_serves_every_layer_and_the_next_layer_counts_from_zero() -> None:
+def test_one_preparation_serves_all_layers_and_counters_are_zero_after_each() -> None:
     case = make_case([(1, 400), (1, 9)], heads=9, kv_heads=3, head_dim=64, seed=8)
     meta = prepare(attention, case)
     first = [run(case, forget_new(case), meta) for _ in range(3)]
@@ -168,10 +168,10 @@ def test_one_preparation_serves_every_layer_and_the_next_layer_counts_from_zero(
     torch.testing.assert_close(run(louder, forget_new(louder), meta), 2.0 * first[0])
 
 
-def test_two_python_threads_may_call_at_once() -> None:
+def test_two_python_threads_may_call_at_the_same_time() -> None:
     cases = [make_case([(1, 300 + 20 * i), (1, 70)], heads=9, kv_heads=3, head_dim=64, seed=i) for i in range(2)]
     expected = [run(case, forget_new(case), prepare(attention, case)) for case in cases]
-    x, weight = torch.randn(2, 256, 2048), torch.randn(2048)  # rows enough that calls overlap
+    x, weight = torch.randn(2, 256, 2048), torch.randn(2048)  # enough rows that calls overlap
     normed = [rows.rms_norm(some, weight, 1e-5) for some in x]
     wrong: list[str] = []
 
@@ -192,15 +192,16 @@ def test_two_python_threads_may_call_at_once() -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(12, torch.float32), (64, torch.float16)])
-def test_what_the_kernel_does_not_cover_is_the_references(head_dim: int, dtype: torch.dtype) -> None:
+def test_shapes_without_a_kernel_are_computed_by_the_reference(head_dim: int, dtype: torch.dtype) -> None:
     case = make_case([(1, 30), (1, 7), (4, 9)], head_dim=head_dim, dtype=dtype)
     meta = prepare(attention, case)
-    assert isinstance(meta, attention_twin.AttentionMeta)
-    assert torch.equal(run(case, forget_new(case), meta), run(case, forget_new(case), prepare(attention_twin, case), twin=attention_twin))
+    assert isinstance(meta, attention_reference.AttentionMeta)
+    want = run(case, forget_new(case), prepare(attention_reference, case), backend=attention_reference)
+    assert torch.equal(run(case, forget_new(case), meta), want)
 
 
-def test_what_the_kernel_would_read_wrongly_is_refused() -> None:
-    """It gets addresses: a wrong type, stride or length would be memory read or written out of bounds."""
+def test_tensors_that_the_kernel_would_read_wrongly_are_refused() -> None:
+    """The kernel gets addresses: with a wrong dtype, stride or length it would read or write out of bounds."""
     case = make_case([(1, 30), (1, 7)], heads=9, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
     kv, qkv, slots, angles = case.kv, fused(case), case.batch.slots[0], torch.ones(2, 1, 64)
     good = dict(qkv=qkv, kv=kv, slots=slots, rope=(angles.bfloat16(), angles.bfloat16()), qk_norm=(torch.ones(12, 64).bfloat16(), 1e-6))
@@ -218,21 +219,21 @@ def test_what_the_kernel_would_read_wrongly_is_refused() -> None:
             prepare(attention, dataclasses.replace(case, batch=dataclasses.replace(case.batch, **batch)))
 
 
-def test_a_norm_whose_weight_has_another_type_is_the_references() -> None:
+def test_a_norm_with_a_weight_of_another_dtype_is_computed_by_the_reference() -> None:
     x, weight = torch.randn(2, 32).to(torch.bfloat16), torch.randn(32)
-    assert torch.equal(rows.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5))
+    assert torch.equal(rows.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5))
     strided = torch.randn(64).to(torch.bfloat16)[::2]
-    assert torch.equal(rows.rms_norm(x, strided, 1e-5), norm_twin.rms_norm(x, strided, 1e-5))
+    assert torch.equal(rows.rms_norm(x, strided, 1e-5), norm_reference.rms_norm(x, strided, 1e-5))
 
 
-def test_results_are_on_a_cpu_whatever_pytorchs_default_device_is() -> None:
+def test_results_are_on_the_cpu_with_any_default_device_of_pytorch() -> None:
     case = make_case([(1, 30), (1, 7)], heads=9, kv_heads=3, head_dim=64)
     meta, kv, x, weight = prepare(attention, case), forget_new(case), torch.ones(2, 32), torch.ones(32)
     with torch.device("meta"):
         assert run(case, kv, meta).device.type == rows.rms_norm(x, weight, 1e-5).device.type == "cpu"
 
 
-def test_without_an_openmp_library_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_openmp_library_one_thread_runs_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([(1, 400), (1, 9)], heads=9, kv_heads=3, head_dim=64, seed=8)
     want = run(case, forget_new(case), prepare(attention, case))
     monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
@@ -268,48 +269,49 @@ def test_warming_up_compiles_the_kernels_of_all_query_widths(monkeypatch: pytest
 
 @settings(max_examples=30)
 @given(rows_=st.integers(1, 40), width=st.sampled_from([16, 48, 576, 1000]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
-def test_norms_equal_their_twins(rows_: int, width: int, dtype: torch.dtype, seed: int) -> None:
+def test_norms_equal_the_reference(rows_: int, width: int, dtype: torch.dtype, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((rows_, width), (width,)))
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
-    torch.testing.assert_close(rows.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(rows.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5), atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=30)
 @given(rows_=st.integers(1, 40), width=st.sampled_from([16, 48, 576, 1000]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
-def test_silu_and_mul_equals_its_twin(rows_: int, width: int, dtype: torch.dtype, seed: int) -> None:
+def test_silu_and_mul_equals_the_reference(rows_: int, width: int, dtype: torch.dtype, seed: int) -> None:
     x = (20 * torch.randn(rows_, 2 * width, generator=torch.Generator().manual_seed(seed))).to(dtype)
     x[0, 0], x[-1, 1] = -300.0, 300.0
     tolerance = 4e-6 if dtype == torch.float32 else 8e-3
-    torch.testing.assert_close(rows.silu_and_mul(x), activation_twin.silu_and_mul(x), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(rows.silu_and_mul(x), activation_reference.silu_and_mul(x), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"normed": True}, {"gated": True, "normed": True}, {"added": True}])
-def test_a_linear_layer_with_its_surroundings_equals_its_twin(dtype: torch.dtype, options: dict[str, bool]) -> None:
+def test_a_fused_linear_layer_equals_the_reference(dtype: torch.dtype, options: dict[str, bool]) -> None:
     gen = torch.Generator().manual_seed(0)
     x, weight, gain, residual = (torch.randn(*s, generator=gen).to(dtype) for s in ((5, 64), (96, 64), (64,), (5, 96)))
-    got, want = (twin.fused_linear(x, linear_twin.pack_weight(weight * 0.1, dtype), norm=(gain, 1e-5) if "normed" in options else None,
-                                   gated="gated" in options, residual=residual.clone() if "added" in options else None)
-                 for twin in (rows, linear_twin))
+    packed, norm_of = linear_reference.pack_weight(weight * 0.1, dtype), (gain, 1e-5) if "normed" in options else None
+    got, want = (backend.fused_linear(x, packed, norm=norm_of, gated="gated" in options,
+                                      residual=residual.clone() if "added" in options else None)
+                 for backend in (rows, linear_reference))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-def test_nan_and_infinity_are_stored_in_bfloat16_as_such() -> None:
+def test_nan_and_infinity_do_not_change_in_bfloat16() -> None:
     x = torch.randn(1, 32).to(torch.bfloat16)
     x[0, 16:20] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38])
     x[0, :16] = 80.0  # silu(80) is 80
-    torch.testing.assert_close(rows.silu_and_mul(x), activation_twin.silu_and_mul(x), equal_nan=True, atol=0, rtol=8e-3)
+    torch.testing.assert_close(rows.silu_and_mul(x), activation_reference.silu_and_mul(x), equal_nan=True, atol=0, rtol=8e-3)
 
 
-def test_a_cpu_is_served_by_these_kernels() -> None:
+def test_these_kernels_are_selected_for_a_cpu() -> None:
     ops = kernels.select(torch.device("cpu"))
     assert ops.self_attention is attention.self_attention and ops.fused_linear is rows.fused_linear
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError])  # not installed; LLVM's library does not load
-def test_without_numba_the_pytorch_kernels_serve_and_the_log_says_so(
+def test_without_numba_the_pytorch_kernels_are_selected_and_the_log_says_so(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("minivllm.kernels.numba")]:
@@ -332,13 +334,13 @@ ONCE = pytest.mark.parametrize("num_threads", [1], indirect=True)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where compiled code is kept during a test."""
+    """The folder of Numba's cache during a test."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
 def compile_norm(half: int = 0) -> threads.Kernel:
-    """A kernel that compiles fast, as a new process gets it; it is run once."""
+    """A kernel that compiles fast, built as in a new process and run once."""
     kernel = rows.norm_kernel.__wrapped__(half)
     x = torch.ones(1, 16, dtype=DTYPES[half])
     assert rows._run(kernel, x, x.data_ptr(), 16, 0.0).sum() == 16
@@ -361,9 +363,9 @@ def test_code_is_kept_on_disk_and_the_log_says_when_it_is_compiled(folder: Path,
 
 
 @ONCE
-def test_codes_of_different_sizes_share_no_file(folder: Path) -> None:
-    """Numba's index of a function's codes is read, changed and written without a lock: two processes that compile different ones
-    at once may put them into one file, and a third one then runs the wrong one."""
+def test_kernels_for_different_sizes_are_in_different_files(folder: Path) -> None:
+    """Numba reads, changes and writes the index of a function's files without a lock. If two processes compile different specializations of
+    one function at the same time, both may write to the same file, and a third process then runs the wrong code."""
     compile_norm(0)
     first = {path.name for path in folder.rglob("*.nb?")}
     compile_norm(1)
@@ -373,11 +375,11 @@ def test_codes_of_different_sizes_share_no_file(folder: Path) -> None:
 
 
 @ONCE
-@pytest.mark.parametrize("harm", ["nowhere to write", "damaged", "full"])
-def test_a_cache_that_cannot_be_used_only_costs_time(
+@pytest.mark.parametrize("harm", ["no writable folder", "damaged", "full"])
+def test_without_a_usable_cache_kernels_are_compiled_at_each_start(
     harm: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if harm == "nowhere to write":
+    if harm == "no writable folder":
         monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
         monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "")
     elif harm == "damaged":
@@ -394,13 +396,17 @@ def test_a_cache_that_cannot_be_used_only_costs_time(
     assert "each start compiles them again" in caplog.text
 
 
-def test_a_change_of_any_file_of_the_folder_changes_the_key_of_the_code_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_cached_code_depends_on_all_source_files_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "threads.py").write_text("a")
     (tmp_path / "vectors.py").write_text("b")
     monkeypatch.setattr(threads, "__file__", str(tmp_path / "threads.py"))
     before = threads.version.__wrapped__()
     (tmp_path / "vectors.py").write_text("c")
-    assert threads.version.__wrapped__() != before
+    after = threads.version.__wrapped__()
+    assert after != before
+    (tmp_path / "tuning.txt").write_text("d")
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.txt"))
+    assert threads.version.__wrapped__() != after
 
 
 @ONCE

@@ -19,7 +19,7 @@ def rotate_by_hand(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Ten
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 2000), max_size=8), st.integers(1, 3), st.sampled_from([2, 4, 16, 20]), st.sampled_from([1.0, 1.3]))
-def test_each_pair_of_dimensions_turns_by_position_times_frequency(positions: list[int], heads: int, dim: int, scale: float) -> None:
+def test_each_pair_of_dimensions_is_rotated_by_position_times_frequency(positions: list[int], heads: int, dim: int, scale: float) -> None:
     at = torch.tensor(positions, dtype=torch.int64)
     x, inv_freq = torch.randn(len(positions), heads, dim), torch.rand(dim // 2)
     before = x.clone()
@@ -35,7 +35,7 @@ def test_heads_may_be_a_slice_of_a_fused_tensor() -> None:
     assert torch.equal(apply_rope(qkv[:, :4], *angles), apply_rope(qkv[:, :4].clone(), *angles))
 
 
-def test_scores_depend_on_the_distance_of_positions_only() -> None:
+def test_scores_depend_only_on_the_distance_of_positions() -> None:
     q, k, inv_freq = torch.randn(1, 1, 16), torch.randn(1, 1, 16), torch.rand(8)
 
     def score(p: int, r: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_scores_depend_on_the_distance_of_positions_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_angles_are_computed_in_fp32_whatever_the_model_is(dtype: torch.dtype) -> None:
+def test_angles_are_computed_in_fp32_for_every_dtype(dtype: torch.dtype) -> None:
     inv_freq = torch.tensor([1.0, 0.01])
     cos, sin = rope_angles(torch.tensor([12345]), inv_freq, 1.0, dtype)  # 12345 is not a bfloat16
     exact = (12345 * inv_freq.double()).cos().float()

@@ -60,8 +60,8 @@ def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
 # --- noise ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_published_vectors_of_the_hashes_are_met():
-    # SplitMix64 seeded with 1234567 (Vigna's reference program) and lowbias32 (worked out from its five lines in plain integers).
+def test_hashes_equal_published_test_vectors():
+    # SplitMix64 seeded with 1234567 (Vigna's reference program) and lowbias32 (computed by its five lines in plain integers).
     stream = np.array([1234567], np.uint64)
     first = row_keys(stream, np.array([0])).view(np.uint64)[0, 0]  # output 1: counter 0
     assert int(first) == 6457827717110365317
@@ -73,7 +73,7 @@ def test_the_published_vectors_of_the_hashes_are_met():
     st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
 )
 @settings(max_examples=200, deadline=None)
-def test_random_words_are_exact_32_bit_arithmetic(key0, key1, ids):
+def test_random_words_equal_32_bit_integer_arithmetic(key0, key1, ids):
     keys = torch.from_numpy(np.array([[key0, key1]], np.uint32).view(np.int32))
     words = ops.noise_words(keys, torch.tensor(ids, dtype=torch.int32))
     assert unsigned(words)[0].tolist() == [word(key0, key1, i) for i in ids]
@@ -104,7 +104,7 @@ def test_no_key_is_used_for_two_positions_purposes_or_children():
     assert len(set(keys)) == 2 * 4 * 3 * 50
 
 
-def test_negative_and_huge_seeds_have_streams_of_their_own():
+def test_negative_and_huge_seeds_have_different_streams():
     seeds = [-(2**63), -1, 0, 1, 2**63 - 1]
     assert len({stream_key(s, c) for s in seeds for c in range(3)}) == 15
 
@@ -130,8 +130,8 @@ def test_every_byte_of_the_words_is_uniform_along_every_input(along, shift):
 
 
 @pytest.mark.parametrize("pair", ["next position", "next child", "next seed", "next token"])
-def test_neighbouring_words_are_independent(pair):
-    """Joint distribution of the upper five bits of two neighbours: 1,024 cells, and the correlation of the words."""
+def test_neighboring_words_are_independent(pair):
+    """Joint distribution of the upper five bits of two neighbors: 1,024 cells, and the correlation of the words."""
     n = 40_000
     ids = torch.arange(n + 1, dtype=torch.int32)
     a = unsigned(ops.noise_words(keys_of([3], [100]), ids))[0]
@@ -154,16 +154,16 @@ def test_no_two_rows_of_a_large_batch_are_correlated():
         ops.noise_words(keys_of([i // 20 for i in range(rows)], [i % 20 for i in range(rows)]), ids)
     ).astype(np.float64)
     correlation = np.abs(np.corrcoef(words) - np.eye(rows))
-    assert correlation.max() < 5.5 / math.sqrt(n)  # 79,800 pairs: 5.5 sigma happens by chance once in 300 such tests
+    assert correlation.max() < 5.5 / math.sqrt(n)  # of 79,800 pairs one exceeds 5.5 sigma by chance in one of 300 such tests
     g = (
         ops.gumbel(ops.noise_words(keys_of(list(range(rows))), ids)).double().numpy()
-    )  # and nor are the values that decide
+    )  # the noise values are not correlated either
     assert np.abs(np.corrcoef(g) - np.eye(rows)).max() < 6.5 / math.sqrt(n)
 
 
-def test_gumbel_noise_has_the_distribution_it_is_named_after():
+def test_gumbel_noise_has_the_gumbel_distribution():
     g = ops.gumbel(ops.noise_words(keys_of([1, 2]), torch.arange(50_000, dtype=torch.int32))).flatten().double().numpy()
-    uniform = np.sort(np.exp(-np.exp(-g)))  # its own distribution function makes it uniform
+    uniform = np.sort(np.exp(-np.exp(-g)))  # its distribution function maps it to a uniform distribution
     steps = np.arange(1, uniform.size + 1) / uniform.size
     assert np.abs(uniform - steps).max() < 1.95 / math.sqrt(uniform.size)  # Kolmogorov-Smirnov, 99.9%
     assert abs(g.mean() - 0.5772157) < 4 * 1.2825 / math.sqrt(g.size)
@@ -179,7 +179,7 @@ def test_the_extreme_words_give_finite_noise():
 
 
 def survivors(z: list[float], k: int, p: float, floor: float) -> set[int]:
-    """The definition, token by token, in double precision."""
+    """The tokens that the filters keep, by their definitions, in double precision."""
     alive = set(range(len(z)))
     probability = lambda some: {i: math.exp(z[i] - max(z)) for i in some}  # noqa: E731
     if floor > 0:
@@ -211,7 +211,7 @@ logit_rows = st.lists(
     st.sampled_from([0.0, 0.3, 0.05, 1.0, 0.001]),
 )
 @settings(max_examples=300, deadline=None)
-def test_filters_keep_exactly_the_tokens_their_definitions_keep_ties_included(logits, k, p, floor):
+def test_filters_keep_exactly_the_tokens_of_their_definitions_including_ties(logits, k, p, floor):
     z = torch.tensor([logits])
     z = z - z.max()
     expected = survivors(z[0].double().tolist(), k, p, floor)
@@ -222,7 +222,7 @@ def test_filters_keep_exactly_the_tokens_their_definitions_keep_ties_included(lo
         assert set(np.flatnonzero(z[0].numpy() >= np.float32(threshold))) == expected
 
 
-def test_filters_that_one_row_asks_for_leave_its_neighbours_alone():
+def test_a_filter_of_one_row_does_not_change_other_rows():
     z = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]])).repeat(4, 1)
     z = z - z.max()
     t = ops.filter_threshold(
@@ -231,11 +231,11 @@ def test_filters_that_one_row_asks_for_leave_its_neighbours_alone():
     assert (z >= t[:, None]).sum(-1).tolist() == [4, 1, 2, 2]
 
 
-def test_top_p_reaches_beyond_the_head_when_the_head_holds_too_little():
+def test_top_p_keeps_tokens_below_the_head_if_the_head_has_too_little_mass():
     rng = np.random.default_rng(0)
     z = np.concatenate([[0.0], rng.uniform(-20, -9, 60_000)]).astype(
         np.float32
-    )  # one token, and a wide tail with most of the mass
+    )  # one token, and a long tail with most of the mass
     for p in (0.3, 0.8, 0.99):
         mass = np.sort(np.exp(z.astype(np.float64)))[::-1]
         needed = int(np.searchsorted(mass.cumsum(), p * mass.sum())) + 1
@@ -243,32 +243,32 @@ def test_top_p_reaches_beyond_the_head_when_the_head_holds_too_little():
         assert abs(kept - needed) <= max(1, 1e-4 * needed)
 
 
-# --- drawing -------------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------------------
 
 
-def draw(
-    logits: torch.Tensor, seed: int, count: int, way=ops.sample, temperature: float = 1.0, **filters
+def sampled(
+    logits: torch.Tensor, seed: int, count: int, method=ops.sample, temperature: float = 1.0, **filters
 ) -> np.ndarray:
-    """`count` draws from one row of logits, at positions 0, 1, 2 ... of one seeded request."""
+    """`count` tokens from one row of logits, at positions 0, 1, 2 ... of one request with a seed."""
     columns = {name: torch.full((count,), value) for name, value in filters.items()}
     keys = keys_of([seed] * count, list(range(count)))
-    return way(logits.expand(count, -1).contiguous(), torch.full((count,), temperature), keys, **columns).numpy()
+    return method(logits.expand(count, -1).contiguous(), torch.full((count,), temperature), keys, **columns).numpy()
 
 
-@pytest.mark.parametrize("way", [ops.sample, ops.sample_plain])
+@pytest.mark.parametrize("method", [ops.sample, ops.sample_plain])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(way, temperature):
+def test_sampled_tokens_follow_the_softmax(method, temperature):
     logits = torch.linspace(-1.5, 1.5, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
     n = 8_000
-    counts = np.bincount(draw(logits, seed=42, count=n, way=way, temperature=temperature), minlength=16)
+    counts = np.bincount(sampled(logits, seed=42, count=n, method=method, temperature=temperature), minlength=16)
     assert chi_square(counts, n * torch.softmax(logits / temperature, -1).double().numpy()) < CHI2_999[15]
 
 
-def test_filtered_draws_follow_the_renormalised_softmax():
+def test_tokens_sampled_with_filters_follow_the_renormalized_softmax():
     logits = torch.linspace(-2, 2, 64)
     n = 6_000
     for filters in ({"top_k": 8}, {"top_p": 0.5}, {"min_p": 0.5}):
-        counts = np.bincount(draw(logits, seed=9, count=n, **filters), minlength=64)
+        counts = np.bincount(sampled(logits, seed=9, count=n, **filters), minlength=64)
         kept = sorted(
             survivors(
                 logits.double().tolist(), filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0.0)
@@ -279,11 +279,11 @@ def test_filtered_draws_follow_the_renormalised_softmax():
         assert chi_square(counts[kept], expected) < 2.5 * len(kept) + 15
 
 
-def test_a_long_tail_of_improbable_tokens_is_drawn_as_often_as_it_should_be():
+def test_a_long_tail_of_improbable_tokens_is_sampled_with_its_probability():
     logits = torch.full((50_000,), math.log(1e-6))  # 5% of the mass in 49,999 tokens of a millionth each
     logits[123] = math.log(0.95)
     n = 2_000
-    tail = (draw(logits, seed=5, count=n) != 123).mean()
+    tail = (sampled(logits, seed=5, count=n) != 123).mean()
     exact = 49_999e-6 / (49_999e-6 + 0.95)
     assert abs(tail - exact) < 4 * math.sqrt(exact * (1 - exact) / n)
 
@@ -294,7 +294,7 @@ def test_a_long_tail_of_improbable_tokens_is_drawn_as_often_as_it_should_be():
     [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 3000, "top_p": 0.7, "min_p": 1e-4}],
     ids=lambda f: "+".join(f) or "no filter",
 )
-def test_the_short_way_on_a_cpu_draws_the_same_tokens_as_the_plain_one(spread, filters):
+def test_the_fast_method_on_a_cpu_samples_the_same_tokens_as_the_plain_one(spread, filters):
     logits = torch.randn(24, 9_000, generator=torch.Generator().manual_seed(1)) * spread
     keys = keys_of(list(range(24)), list(range(24)))
     columns = {name: torch.full((24,), value) for name, value in filters.items()}
@@ -303,8 +303,8 @@ def test_the_short_way_on_a_cpu_draws_the_same_tokens_as_the_plain_one(spread, f
         assert torch.equal(ops.sample(logits, t, keys, **columns), ops.sample_plain(logits, t, keys, **columns))
 
 
-@pytest.mark.parametrize("way", [ops.sample, ops.sample_plain])
-def test_degenerate_rows_give_the_only_token_possible_and_never_nan(way):
+@pytest.mark.parametrize("method", [ops.sample, ops.sample_plain])
+def test_rows_with_one_possible_token_give_this_token_and_never_nan(method):
     inf = math.inf
     logits = torch.tensor(
         [
@@ -323,26 +323,26 @@ def test_degenerate_rows_give_the_only_token_possible_and_never_nan(way):
             {"top_p": torch.tensor([0.01] * 5)},
             {"min_p": torch.tensor([1.0] * 5)},
         ):
-            tokens = way(logits.clone(), temperature, keys_of([seed] * 5), **filters).tolist()
+            tokens = method(logits.clone(), temperature, keys_of([seed] * 5), **filters).tolist()
             assert tokens[:2] == [2, 1] and tokens[2] in (0, 1) and tokens[3:] == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", [ops.sample, ops.sample_plain])
-def test_temperature_0_takes_the_largest_logit_and_leaves_the_rows_that_draw_alone(way, dtype):
+@pytest.mark.parametrize("method", [ops.sample, ops.sample_plain])
+def test_temperature_0_takes_the_largest_logit_and_does_not_change_random_rows(method, dtype):
     logits = (torch.randn(6, 500, generator=torch.Generator().manual_seed(8)) * 3).to(dtype)
     logits[2, [100, 400]] = 20.0  # a tie
     t, keys = torch.tensor([0.0, 0.7, 0.0, 1.0, 0.0, 2.0]), keys_of(list(range(6)))
     filters = {"top_p": torch.full((6,), 0.5)}
-    tokens = way(logits.float(), t, keys, **filters)
+    tokens = method(logits.float(), t, keys, **filters)
     assert tokens[::2].tolist() == [logits[0].float().argmax(), 100, logits[4].float().argmax()]
     some = {name: column[1::2] for name, column in filters.items()}
-    assert torch.equal(tokens[1::2], way(logits[1::2].float(), t[1::2], keys[1::2], **some))
+    assert torch.equal(tokens[1::2], method(logits[1::2].float(), t[1::2], keys[1::2], **some))
     out = torch.zeros(6, dtype=torch.int64)
     assert ops.sample(logits, t, keys, **filters, out=out) is out and torch.equal(out, tokens)
 
 
-def test_argmax_takes_the_first_of_equals():
+def test_argmax_takes_the_first_of_equal_logits():
     assert ops.argmax(torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 0.0]])).tolist() == [1, 0]
 
 

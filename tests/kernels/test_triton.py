@@ -1,4 +1,4 @@
-"""Each Triton kernel against its PyTorch twin: in Triton's interpreter on a CPU, compiled where there is a CUDA device."""
+"""Each Triton kernel against the PyTorch reference: compiled on a CUDA device, or else in Triton's interpreter on a CPU."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
-from minivllm.kernels.reference import activation as activation_twin
-from minivllm.kernels.reference import attention as attention_twin
-from minivllm.kernels.reference import linear as linear_twin
-from minivllm.kernels.reference import norm as norm_twin
-from minivllm.kernels.reference import rope as rope_twin
+from minivllm.kernels.reference import activation as activation_reference
+from minivllm.kernels.reference import attention as attention_reference
+from minivllm.kernels.reference import linear as linear_reference
+from minivllm.kernels.reference import norm as norm_reference
+from minivllm.kernels.reference import rope as rope_reference
 from tests.kernels.paged import forget_new, fused, make_case, naive_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes in numpy, which has no bfloat16 products.
 DTYPES = [torch.float32, torch.bfloat16]
 DOT_DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
-HALF_ULP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative: both twins round once more than the definition
+HALF_ULP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative: both round once more than the definition
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ sequences = st.lists(
     dtype=st.sampled_from(DOT_DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_attention_of_any_mix_over_scattered_poisoned_blocks_equals_hand_written_maths(
+def test_attention_of_any_mix_over_scattered_poisoned_blocks_equals_a_dense_computation(
     shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int, window: int | None, softcap: float | None,
     dtype: torch.dtype, seed: int,
 ) -> None:
@@ -88,10 +88,10 @@ def test_attention_of_any_mix_over_scattered_poisoned_blocks_equals_hand_written
 
 
 @pytest.mark.parametrize("window", [None, 300])
-def test_few_decodes_share_their_keys_out_over_splits_and_the_last_one_takes_the_mean(window: int | None) -> None:
+def test_the_keys_of_few_decodes_are_divided_into_splits_and_the_last_split_merges_them(window: int | None) -> None:
     meta = check_attention([(1, 700), (1, 3), (1, 130), (5, 30)], heads=2, kv_heads=1, head_dim=16, block_size=16, window=window)
     assert meta.splits > 1 and meta.parts is not None
-    assert not meta.parts.finished.any(), "the next layer counts from zero"
+    assert not meta.parts.finished.any(), "the counters must be zero for the next layer"
 
 
 @settings(max_examples=12, deadline=None)
@@ -123,10 +123,10 @@ def test_a_sliding_window_does_not_share() -> None:
 def test_a_prefix_that_is_shared_by_many_sequences_needs_several_programs() -> None:
     meta = check_attention([(1, 256 + n) for n in range(1, 40)], heads=4, kv_heads=1, head_dim=16, block_size=16, shared_keys=256)
     assert meta.shared_parts == 4 and meta.num_decodes * 4 > 2 * 64
-    assert meta.parts is not None and not meta.parts.finished.any(), "the next layer counts from zero"
+    assert meta.parts is not None and not meta.parts.finished.any(), "the counters must be zero for the next layer"
 
 
-def test_sequences_told_to_share_nothing_share_nothing() -> None:
+def test_a_prefix_of_no_shared_keys_changes_nothing() -> None:
     case = make_case([(1, 300), (1, 20)], heads=4, kv_heads=2, head_dim=16, block_size=16, device=DEVICE)
     batch = replace(case.batch, shared=torch.zeros(1, dtype=torch.int32, device=DEVICE))
     meta = attention.prepare_attention(batch, 0, block_size=16, num_heads=4, num_kv_heads=2, head_dim=16, window=None, dtype=torch.float32)
@@ -136,16 +136,16 @@ def test_sequences_told_to_share_nothing_share_nothing() -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (9, 3)])
-def test_the_newest_keys_are_stored_and_the_queries_positioned_as_in_the_reference(heads: tuple[int, int]) -> None:
+def test_new_keys_are_stored_and_queries_rotated_as_in_the_reference(heads: tuple[int, int]) -> None:
     case = make_case([(1, 9), (1, 3), (6, 11), (4, 4)], heads=heads[0], kv_heads=heads[1], head_dim=20, device=DEVICE)
     qk_norm = torch.randn(sum(heads), 20, device=DEVICE), 1e-6
-    rope = rope_twin.rope_angles(case.batch.positions, torch.rand(10, device=DEVICE), 1.0, torch.float32)
+    rope = rope_reference.rope_angles(case.batch.positions, torch.rand(10, device=DEVICE), 1.0, torch.float32)
     results = []
-    for twin in (attention, attention_twin):
-        meta = twin.prepare_attention(case.batch, 0, block_size=4, num_heads=heads[0], num_kv_heads=heads[1], head_dim=20, window=None,
+    for backend in (attention, attention_reference):
+        meta = backend.prepare_attention(case.batch, 0, block_size=4, num_heads=heads[0], num_kv_heads=heads[1], head_dim=20, window=None,
                                       dtype=torch.float32)
         kv = forget_new(case)
-        queries = twin.store_kv(fused(case), kv, case.batch.slots[0], meta, rope=rope, qk_norm=qk_norm)
+        queries = backend.store_kv(fused(case), kv, case.batch.slots[0], meta, rope=rope, qk_norm=qk_norm)
         results.append((queries, kv.k.nan_to_num(99.0), kv.v.nan_to_num(99.0)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -154,7 +154,7 @@ def test_the_newest_keys_are_stored_and_the_queries_positioned_as_in_the_referen
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 8, 32])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", [89, 90])
-def test_any_decodes_need_the_kernels_of_the_sizes_that_are_compiled_before_serving(kv_heads: int, head_dim: int, arch: int) -> None:
+def test_decodes_of_any_size_use_kernels_that_are_compiled_at_start(kv_heads: int, head_dim: int, arch: int) -> None:
     def variant(seqs: int, keys: int) -> tuple[tuning.AttentionTile, bool]:
         programs = seqs * kv_heads
         return tuning.decode_tile(programs, keys, head_dim, 2, 2, arch), tuning.num_splits(programs, keys, 132 if arch == 90 else 24) > 1
@@ -174,19 +174,19 @@ def test_any_decodes_need_the_kernels_of_the_sizes_that_are_compiled_before_serv
     dtype=st.sampled_from(DOT_DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_heads_are_normalised_and_rotated_before_they_attend_as_in_the_reference(
+def test_heads_are_normalized_and_rotated_before_they_attend_as_in_the_reference(
     shape: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, normed: bool, roped: bool, dtype: torch.dtype, seed: int,
 ) -> None:
     case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, seed=seed, device=DEVICE)
     qkv = fused(case)
     qk_norm = (torch.randn(sum(heads), head_dim, device=DEVICE).to(dtype), 1e-6) if normed else None
-    rope = rope_twin.rope_angles(case.batch.positions, torch.rand(head_dim // 2, device=DEVICE), 1.0, dtype) if roped else None
+    rope = rope_reference.rope_angles(case.batch.positions, torch.rand(head_dim // 2, device=DEVICE), 1.0, dtype) if roped else None
     results = []
-    for twin in (attention, attention_twin):
-        meta = twin.prepare_attention(case.batch, 0, block_size=4, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
+    for backend in (attention, attention_reference):
+        meta = backend.prepare_attention(case.batch, 0, block_size=4, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
                                       window=None, dtype=dtype)
         kv = forget_new(case)
-        out = twin.self_attention(qkv, kv, case.batch.slots[0], meta, scale=head_dim**-0.5, rope=rope, qk_norm=qk_norm)
+        out = backend.self_attention(qkv, kv, case.batch.slots[0], meta, scale=head_dim**-0.5, rope=rope, qk_norm=qk_norm)
         results.append((out, kv.k.nan_to_num(99.0), kv.v.nan_to_num(99.0)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=4 * HALF_ULP[dtype], rtol=4 * HALF_ULP[dtype])
@@ -201,7 +201,7 @@ def test_heads_are_normalised_and_rotated_before_they_attend_as_in_the_reference
     dtype=st.sampled_from(DOT_DTYPES),
     seed=st.integers(0, 99),
 )
-def test_a_linear_layer_with_its_norm_gate_and_residual_equals_its_twin(
+def test_a_linear_layer_with_norm_gate_and_residual_equals_the_reference(
     rows: int, width: int, columns: int, normed: bool, gated: bool, biased: bool, added: bool, dtype: torch.dtype, seed: int
 ) -> None:
     gen = torch.Generator().manual_seed(seed)
@@ -214,13 +214,13 @@ def test_a_linear_layer_with_its_norm_gate_and_residual_equals_its_twin(
     norm_of = (random(width), 1e-5) if normed else None
     residual = random(rows, columns) if added else None
 
-    def run(twin: object) -> torch.Tensor:
-        return twin.fused_linear(x, weight, bias, norm=norm_of, gated=gated, residual=None if residual is None else residual.clone())
+    def run(backend: object) -> torch.Tensor:
+        return backend.fused_linear(x, weight, bias, norm=norm_of, gated=gated, residual=None if residual is None else residual.clone())
 
-    torch.testing.assert_close(run(linear), run(linear_twin), atol=6 * HALF_ULP[dtype], rtol=4 * HALF_ULP[dtype])
+    torch.testing.assert_close(run(linear), run(linear_reference), atol=6 * HALF_ULP[dtype], rtol=4 * HALF_ULP[dtype])
 
 
-def test_a_norm_in_float16_does_not_leave_the_range_of_float16() -> None:
+def test_a_norm_in_float16_does_not_overflow() -> None:
     x = torch.full((2, 32), 6e4, dtype=torch.float16, device=DEVICE)
     weight = torch.full((8, 32), 1 / 32, dtype=torch.float16, device=DEVICE)
     got = linear.fused_linear(x, weight, norm=(torch.full((32,), 4.0, dtype=torch.float16, device=DEVICE), 1e-5))
@@ -229,46 +229,46 @@ def test_a_norm_in_float16_does_not_leave_the_range_of_float16() -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70), st.sampled_from(DTYPES), st.integers(0, 99))
-def test_norms_equal_their_twins(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+def test_norms_equal_the_reference(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
     x, weight = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((rows, width), (width,)))
-    close(norm.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5))
-    close(norm.rms_norm(x, weight, 1e-5), norm_twin.rms_norm(x, weight, 1e-5))
+    close(norm.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5))
+    close(norm.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 80, 1500])
-def test_silu_and_mul_equals_its_twin(dtype: torch.dtype, width: int) -> None:
+def test_silu_and_mul_equals_the_reference(dtype: torch.dtype, width: int) -> None:
     x = torch.randn(3, 2 * width, device=DEVICE).to(dtype)
-    close(activation.silu_and_mul(x), activation_twin.silu_and_mul(x))
+    close(activation.silu_and_mul(x), activation_reference.silu_and_mul(x))
 
 
 @pytest.mark.parametrize("half", [4, 10, 64])
-def test_rope_angles_equal_their_twins_at_positions_near_and_far(half: int) -> None:
+def test_rope_angles_equal_the_reference_at_small_and_large_positions(half: int) -> None:
     positions = torch.tensor([0, 1, 77, 4095, 131071], device=DEVICE)
     inv_freq = 10000.0 ** -(torch.arange(half, device=DEVICE) / half)
-    twins = [twin.rope_angles(positions, inv_freq, 1.1, torch.float32) for twin in (rope, rope_twin)]
-    for got, want in zip(*twins, strict=True):
+    backends = [backend.rope_angles(positions, inv_freq, 1.1, torch.float32) for backend in (rope, rope_reference)]
+    for got, want in zip(*backends, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @triton.jit
-def _mark(place):
-    tl.store(place, 1.0)
+def _mark(flag):
+    tl.store(flag, 1.0)
 
 
 @pytest.mark.gpu
-def test_kernels_launched_while_others_compile_do_not_run_and_are_there_afterwards() -> None:
-    place = torch.zeros(1, device="cuda")
-    with device.compiling_side_by_side():
-        device.launch(_mark, (1,), place, num_warps=1)
-    assert place.item() == 0.0
-    device.launch(_mark, (1,), place, num_warps=1)
-    assert place.item() == 1.0
-    with pytest.raises(ZeroDivisionError), device.compiling_side_by_side():
+def test_kernels_launched_while_compiling_in_parallel_do_not_run_but_are_compiled() -> None:
+    flag = torch.zeros(1, device="cuda")
+    with device.compiling_in_parallel():
+        device.launch(_mark, (1,), flag, num_warps=1)
+    assert flag.item() == 0.0
+    device.launch(_mark, (1,), flag, num_warps=1)
+    assert flag.item() == 1.0
+    with pytest.raises(ZeroDivisionError), device.compiling_in_parallel():
         raise ZeroDivisionError
-    device.launch(_mark, (1,), place.zero_(), num_warps=1)
-    assert place.item() == 1.0  # an error within does not leave kernels unlaunched for ever
+    device.launch(_mark, (1,), flag.zero_(), num_warps=1)
+    assert flag.item() == 1.0  # after an error inside, kernels run again
 
 
 def test_long_sequences_are_split_more_finely_and_many_of_them_only_in_two() -> None:
@@ -279,7 +279,7 @@ def test_long_sequences_are_split_more_finely_and_many_of_them_only_in_two() -> 
 
 
 class Logged:
-    """A kernel that notes what is done with it."""
+    """A kernel that records whether it was run or compiled."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -291,9 +291,9 @@ class Logged:
         self.log.append("compiled")
 
 
-def test_while_one_thread_compiles_ahead_the_kernels_of_others_run() -> None:
+def test_kernels_of_other_threads_run_while_one_thread_compiles() -> None:
     kernel = Logged()
-    with device.compiling_side_by_side():
+    with device.compiling_in_parallel():
         other = Thread(target=device.launch, args=(kernel, (1,)))
         other.start()
         other.join()

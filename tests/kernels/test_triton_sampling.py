@@ -1,4 +1,4 @@
-"""The Triton sampler against its twin: words bit for bit, noise within 2 ulp, thresholds exactly, tokens but for ties."""
+"""The Triton sampler against the reference: equal words and thresholds, noise within 2 ulp, equal tokens except for ties."""
 from __future__ import annotations
 
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minivllm.kernels import tuning
-from minivllm.kernels.reference import sampling as twin
+from minivllm.kernels.reference import sampling as reference
 from tests.kernels.test_sampling import CHI2_999, chi_square, keys_of, survivors
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -19,7 +19,7 @@ from minivllm.kernels.triton import sampling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's word for exp2(200) = inf
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # for exp2(200) = inf in numpy
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def columns(**filters: list[float]) -> dict[str, torch.Tensor]:
 
 
 def thresholds(logits: torch.Tensor, temperature: torch.Tensor, **filters: torch.Tensor) -> torch.Tensor:
-    """[n]; the unused filters' pointers are never read."""
+    """[n]. The pointers of unused filters are not read."""
     out = torch.full((len(logits),), math.nan, device=logits.device)
     pointers = [filters.get(name, temperature) for name in ("top_k", "top_p", "min_p")]
     sampling._thresholds[(len(logits),)](
@@ -52,15 +52,15 @@ def thresholds(logits: torch.Tensor, temperature: torch.Tensor, **filters: torch
 
 
 def check_tokens(logits: torch.Tensor, temperature: torch.Tensor, seed: int = 0, **filters: torch.Tensor) -> None:
-    """Equal tokens, except where the two best perturbed scores are within 1e-5 (those are few)."""
+    """Equal tokens, except in the few rows whose two best scores with noise are within 1e-5."""
     keys = keys_of([seed] * len(logits), list(range(len(logits)))).to(logits.device)
     got = sampling.sample(logits, temperature, keys, **filters)
     wide = logits.float()
-    want = twin.sample_plain(wide, temperature, keys, **filters)
+    want = reference.sample_plain(wide, temperature, keys, **filters)
     differ = (got != want).nonzero().flatten().tolist()
     t = torch.where(temperature == 0, 1.0, temperature)[:, None]
     z = (wide - wide.amax(-1, keepdim=True)) / t
-    scores = z + twin.gumbel(twin.noise_words(keys, torch.arange(z.shape[1], dtype=torch.int32, device=z.device)))
+    scores = z + reference.gumbel(reference.noise_words(keys, torch.arange(z.shape[1], dtype=torch.int32, device=z.device)))
     assert len(differ) <= len(logits) // 50, (got, want)
     for i in differ:
         assert temperature[i] > 0 and abs(scores[i, got[i]] - scores[i, want[i]]) < 1e-5, (i, got[i], want[i])
@@ -71,12 +71,12 @@ def check_tokens(logits: torch.Tensor, temperature: torch.Tensor, seed: int = 0,
 
 @pytest.mark.parametrize("key", [(0, 0), (0xFFFFFFFF, 0x80000000), (0x12345678, 0x9ABCDEF0)])
 @pytest.mark.parametrize("first", [0, 151_000, 2**31 - 4096])
-def test_random_words_are_the_references_bit_for_bit(key: tuple[int, int], first: int) -> None:
+def test_random_words_equal_the_reference_exactly(key: tuple[int, int], first: int) -> None:
     keys = torch.from_numpy(np.array([key], np.uint32).view(np.int32)).to(DEVICE)
     out = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
     words_kernel[(1,)](out, keys, first, BLOCK=4096)
     ids = torch.arange(first, first + 4096, dtype=torch.int64).to(torch.int32).to(DEVICE)
-    assert torch.equal(out, twin.noise_words(keys, ids)[0])
+    assert torch.equal(out, reference.noise_words(keys, ids)[0])
 
 
 def test_noise_is_within_2_ulp_of_log1p_from_the_smallest_word_to_the_largest() -> None:
@@ -88,7 +88,7 @@ def test_noise_is_within_2_ulp_of_log1p_from_the_smallest_word_to_the_largest() 
     words = words[: len(words) // block * block]
     out = torch.zeros(len(words), device=DEVICE)
     noise_kernel[(len(words) // block,)](out, torch.from_numpy(words.view(np.int32)).to(DEVICE), BLOCK=block)
-    v = np.minimum((words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(twin.V_MAX))
+    v = np.minimum((words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(reference.V_MAX))
     exact = -np.log1p(-v.astype(np.float64))
     error = np.abs(out.cpu().double().numpy() - exact) / np.spacing(exact.astype(np.float32))
     assert error.max() <= 2.0, (error.max(), v[error.argmax()])
@@ -108,10 +108,10 @@ FILTERS = [
 
 @pytest.mark.parametrize(("positions", "dtype"), [(4096, torch.float32), (4096, torch.float16), (32, torch.bfloat16)])
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f))
-def test_thresholds_keep_exactly_the_tokens_their_definitions_keep(
+def test_thresholds_keep_exactly_the_tokens_of_their_definitions(
     monkeypatch: pytest.MonkeyPatch, positions: int, dtype: torch.dtype, filters: dict[str, list[float]],
 ) -> None:
-    """With 32 positions, four logits kept of each, not all of 300 fit: flat rows are found by passes over all of the row."""
+    """With 32 positions and four logits kept for each, 128 of the 300 logits are kept: flat rows need passes over the whole row."""
     monkeypatch.setattr(tuning, "THRESHOLD_POSITIONS", positions)
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(4, 300, generator=generator) * torch.tensor([[3.0], [0.05], [1.0], [8.0]]) - 1
@@ -123,7 +123,7 @@ def test_thresholds_keep_exactly_the_tokens_their_definitions_keep(
         row = logits[i].cpu()
         z = ((row.float() - row.float().max()) / t[i].item()).double().tolist()
         kept = set((row.float() >= got[i]).nonzero().flatten().tolist()) - set((row == -INF).nonzero().flatten().tolist())
-        # A sum within rounding of the wanted mass may fall either way: p is tried from just below to just above.
+        # A sum that equals the required mass up to rounding may count or not, so p is also tried slightly smaller and larger.
         k, p, floor = (filters.get(name, default)[i] for name, default in (("top_k", [0] * 4), ("top_p", [1.0] * 4), ("min_p", [0.0] * 4)))
         alive = {j for j, value in enumerate(z) if value > -INF}
         allowed = [survivors(z, int(min(k, 300)), q, floor) & alive for q in (p * (1 - 2e-6), p, min(1.0, p * (1 + 2e-6)))]
@@ -131,10 +131,10 @@ def test_thresholds_keep_exactly_the_tokens_their_definitions_keep(
 
 
 @pytest.mark.parametrize("filters", [{"top_k": [3, 4, 5, 6, 7]}, {"top_p": [0.3, 0.55, 0.68, 0.8, 0.9]}], ids=lambda f: "+".join(f))
-def test_the_largest_logits_may_all_stand_where_only_four_are_kept(
+def test_more_than_four_of_the_largest_logits_may_be_at_one_position(
     monkeypatch: pytest.MonkeyPatch, filters: dict[str, list[float]],
 ) -> None:
-    """Six of them, a position's four kept: the threshold is among those, just below them, or further down."""
+    """Six of them are, and four are kept: the threshold is one of the kept ones, the next one, or a smaller one."""
     monkeypatch.setattr(tuning, "THRESHOLD_POSITIONS", 16)
     row = torch.linspace(-1.0, 0.0, 96)
     row[::16] = torch.tensor([2.8, 2.75, 2.7, 2.65, 2.6, 2.55])
@@ -145,32 +145,32 @@ def test_the_largest_logits_may_all_stand_where_only_four_are_kept(
         assert kept == survivors(z, value if name == "top_k" else 0, value if name == "top_p" else 1.0, 0.0), (value, len(kept))
 
 
-def test_a_row_without_a_filter_is_not_filtered_by_its_neighbours() -> None:
+def test_a_row_without_a_filter_is_not_filtered_by_those_of_other_rows() -> None:
     logits = torch.randn(3, 50).to(DEVICE)
     t = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
     assert thresholds(logits, t, **columns(top_k=[0, 5, 5], top_p=[1.0, 0.1, 1.0], min_p=[0.0, 0.1, 0.0])).isinf().tolist() == [1, 1, 0]
 
 
-# --- drawing -------------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 37, 2048, 5001])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 200, "top_p": 0.9, "min_p": 0.001}],
                          ids=lambda f: "+".join(f) or "no filter")
-def test_tokens_are_the_references_greedy_and_drawn_rows_mixed_at_any_temperature(
+def test_tokens_equal_the_reference_for_greedy_and_random_rows_at_any_temperature(
     dtype: torch.dtype, size: int, filters: dict[str, float],
 ) -> None:
     generator = torch.Generator().manual_seed(size)
     t = torch.tensor([1.0, 0.0, 1e-2, 1e4, 0.7, 0.0, 1.3], device=DEVICE)
     wide = (torch.randn(7, size + 3, generator=generator) * 3).to(dtype).to(DEVICE)
-    logits = wide[:, 3:]  # rows that start anywhere
+    logits = wide[:, 3:]  # rows without any alignment
     logits[5] = logits[5].round()  # ties
     logits[6, : size // 2] = -INF
     check_tokens(logits, t, seed=size, **columns(**{name: [value] * 7 for name, value in filters.items()}))
 
 
-def test_degenerate_rows_give_the_only_token_possible_and_never_nan() -> None:
+def test_rows_with_one_possible_token_give_this_token_and_never_nan() -> None:
     rows = [[-INF, -INF, 0.0, -INF], [-INF, 1e30, -INF, -INF], [-INF] * 4, [-INF, -3e38, -INF, -INF], [-INF] * 4]
     logits = torch.tensor(rows, device=DEVICE)
     t = torch.tensor([1.0, 1e-5, 1.0, 1e30, 0.0], device=DEVICE)
@@ -179,14 +179,14 @@ def test_degenerate_rows_give_the_only_token_possible_and_never_nan() -> None:
         assert sampling.sample(logits, t, keys, **columns(**filters)).tolist() == [2, 1, 0, 1, 0]
 
 
-def test_greedy_rows_take_the_first_of_equals_even_across_chunks() -> None:
+def test_greedy_rows_take_the_first_of_equal_logits_even_across_chunks() -> None:
     logits = torch.zeros(2, 9000, device=DEVICE)
     logits[0, [8000, 4100, 4101]] = 5.0
     zeros = torch.zeros(2, device=DEVICE)
     assert sampling.sample(logits, zeros, keys_of([1, 2]).to(DEVICE)).tolist() == [4100, 0]
 
 
-def test_a_token_depends_neither_on_the_rows_beside_it_nor_on_the_dtype_that_holds_the_logits() -> None:
+def test_a_token_depends_neither_on_other_rows_nor_on_the_dtype_of_the_logits() -> None:
     logits = (torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)) * 2).to(torch.bfloat16).to(DEVICE)
     t, keys = torch.tensor([1.0, 0.5, 2.0, 1.0], device=DEVICE), keys_of([1, 2, 3, 4]).to(DEVICE)
     f = columns(top_p=[0.9, 0.8, 0.95, 1.0], top_k=[50, 0, 0, 0])
@@ -198,7 +198,7 @@ def test_a_token_depends_neither_on_the_rows_beside_it_nor_on_the_dtype_that_hol
         assert alone is into and alone.tolist() == [together[i].item()]
 
 
-def test_draws_follow_the_softmax() -> None:
+def test_sampled_tokens_follow_the_softmax() -> None:
     logits = torch.linspace(-1, 1, 8)[torch.randperm(8, generator=torch.Generator().manual_seed(0))]
     n = 20_000 if DEVICE == "cuda" else 200
     t, keys = torch.full((n,), 0.8, device=DEVICE), keys_of([4] * n, list(range(n))).to(DEVICE)
@@ -212,7 +212,7 @@ def test_draws_follow_the_softmax() -> None:
 @pytest.mark.parametrize("spread", [0.3, 4.0], ids=["flat rows", "peaked rows"])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"min_p": 0.02}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}],
                          ids=lambda f: "+".join(f) or "no filter")
-def test_full_batches_of_a_large_vocabulary_give_the_references_tokens(
+def test_full_batches_of_a_large_vocabulary_equal_the_reference(
     dtype: torch.dtype, spread: float, filters: dict[str, float],
 ) -> None:
     generator = torch.Generator("cuda").manual_seed(7)

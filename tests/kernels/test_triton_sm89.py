@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for an RTX 4060 without one: it must fit its 99 KB of shared memory a block, and not spill."""
+"""Every Triton kernel compiled for an RTX 4060, without that GPU: at most 99 KB of shared memory per block, and no spilled registers."""
 from __future__ import annotations
 
 import json
@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def test_every_kernel_fits_an_rtx_4060_and_decode_kernels_spill_no_register() -> None:
+def test_kernels_fit_an_rtx_4060_and_decode_kernels_spill_no_registers() -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "tests.kernels.compile_kernels"]

@@ -1,4 +1,4 @@
-"""The sampler on whole batches: every row gets what it asked for, and never notices its neighbours."""
+"""The sampler on whole batches: the parameters of each row apply, and no row changes the tokens of another row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """A sampler with its token table, fed one sequence at a time."""
+    """A sampler with its token table."""
 
     def __init__(self, num_rows: int = 8, vocab: int = VOCAB) -> None:
         self.sampler = Sampler(num_rows, vocab, CPU, eos_token_ids=(EOS,))
@@ -52,10 +52,10 @@ class Bench:
         )
 
     def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int], masks=None):
-        choice = self.sampler.sample(logits.clone(), np.array(rows), np.array(positions), self.tokens, masks)
-        for row, position, token in zip(rows, positions, choice.token_ids.tolist(), strict=True):
+        sampled_tokens = self.sampler.sample(logits.clone(), np.array(rows), np.array(positions), self.tokens, masks)
+        for row, position, token in zip(rows, positions, sampled_tokens.token_ids.tolist(), strict=True):
             self.tokens[row, position] = token
-        return choice
+        return sampled_tokens
 
     def one(self, logits: torch.Tensor, row: int = 0, position: int = 3) -> int:
         return int(self.sample(logits[None], [row], [position]).token_ids[0])
@@ -73,7 +73,7 @@ def ranked(*ids: int) -> torch.Tensor:
     return logits
 
 
-# --- a row never notices its neighbours ----------------------------------------------------------------------------
+# --- rows do not influence each other -------------------------------------------------------------------------------
 
 any_params = st.builds(
     SamplingParams,
@@ -93,27 +93,27 @@ any_params = st.builds(
 
 
 def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torch.Tensor, steps: int):
-    """Sample `steps` tokens for the members (identity, params) in the given rows; per member its tokens and logprobs."""
+    """Sample `steps` tokens for each member (id, params) in its row -> id: its tokens and logprobs."""
     bench = Bench()
-    for (who, params), row in zip(members, rows, strict=True):
-        bench.admit(row, params, tokens=(5, 6, 7, 8, 9, 10)[: 1 + who], prompt=1 + who, seed=who)
-    history = {who: [] for who, _ in members}
+    for (member, params), row in zip(members, rows, strict=True):
+        bench.admit(row, params, tokens=(5, 6, 7, 8, 9, 10)[: 1 + member], prompt=1 + member, seed=member)
+    history = {member: [] for member, _ in members}
     for step in range(steps):
-        positions = [1 + who + step for who, _ in members]
-        choice = bench.sample(torch.stack([logits[step, who] for who, _ in members]), rows, positions)
+        positions = [1 + member + step for member, _ in members]
+        sampled_tokens = bench.sample(torch.stack([logits[step, member] for member, _ in members]), rows, positions)
         entries = {}
-        if choice.logprobs:
+        if sampled_tokens.logprobs:
             entries = dict(
-                zip(choice.logprobs.index.tolist(), choice.logprobs.entries(choice.logprobs.tensors()), strict=True)
+                zip(sampled_tokens.logprobs.index.tolist(), sampled_tokens.logprobs.entries(sampled_tokens.logprobs.tensors()), strict=True)
             )
-        for i, (who, _) in enumerate(members):
-            history[who].append((int(choice.token_ids[i]), entries.get(i)))
+        for i, (member, _) in enumerate(members):
+            history[member].append((int(sampled_tokens.token_ids[i]), entries.get(i)))
     return history
 
 
 @given(st.lists(any_params, min_size=2, max_size=6), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_a_request_draws_the_same_tokens_alone_and_in_any_batch_order_and_row(params, random):
+def test_a_request_gets_the_same_tokens_alone_and_in_any_batch_order_and_row(params, random):
     members = list(enumerate(params))
     logits = torch.randn(4, len(members), VOCAB, generator=torch.Generator().manual_seed(random.randrange(10**6))) * 3
     together = run(members, list(range(len(members))), logits, 4)
@@ -125,7 +125,7 @@ def test_a_request_draws_the_same_tokens_alone_and_in_any_batch_order_and_row(pa
 
 @given(any_params, st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_a_row_rebuilt_from_its_tokens_continues_as_if_nothing_had_happened(params, dropped_after):
+def test_a_row_admitted_again_with_its_tokens_continues_with_the_same_tokens(params, dropped_after):
     logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
     steady, dropped = Bench(), Bench()
     steady.admit(0, params, seed=3)
@@ -136,7 +136,7 @@ def test_a_row_rebuilt_from_its_tokens_continues_as_if_nothing_had_happened(para
             dropped = Bench()
             dropped.admit(
                 6, greedy(repetition_penalty=3.0, logit_bias={4: 100}, min_tokens=16, logprobs=2)
-            )  # an earlier tenant
+            )  # an earlier request in the same row
             dropped.admit(6, params, tokens=known, seed=3)
         row = 6 if step >= dropped_after else 0
         assert dropped.one(logits[step], row, 3 + step) == steady.one(logits[step], 0, 3 + step)
@@ -147,7 +147,7 @@ def test_a_row_rebuilt_from_its_tokens_continues_as_if_nothing_had_happened(para
 
 @st.composite
 def verification_steps(draw):
-    """Per sequence: parameters, output tokens so far, drafts that all, some or none are likely to be accepted of."""
+    """Per sequence: parameters, output tokens so far, number of drafts, and how many of the first drafts are right."""
     return [(draw(any_params), draw(st.lists(st.integers(0, VOCAB - 1), max_size=3)), draw(st.integers(0, 5)), draw(st.integers(0, 5)))
             for _ in range(draw(st.integers(1, 4)))]
 
@@ -168,9 +168,9 @@ def test_logits_rows_after_drafts_are_sampled_as_in_plain_decoding_and_only_acce
         positions += range(len(known), len(known) + len(own_logits))
         logits += own_logits
         drafts_of.append(drafts)
-    choice = together.sampler.sample(torch.stack(logits), np.array(rows), np.array(positions), together.tokens)
-    entries = iter(choice.logprobs.entries(choice.logprobs.tensors()) if choice.logprobs else ())
-    sampled, expected = iter(choice.token_ids.tolist()), iter(logits)
+    sampled_tokens = together.sampler.sample(torch.stack(logits), np.array(rows), np.array(positions), together.tokens)
+    entries = iter(sampled_tokens.logprobs.entries(sampled_tokens.logprobs.tensors()) if sampled_tokens.logprobs else ())
+    sampled, expected = iter(sampled_tokens.token_ids.tolist()), iter(logits)
     for row, ((params, outputs, _, _), drafts) in enumerate(zip(sequences, drafts_of, strict=True)):
         known, accepted = [5, 6, 7, *outputs], []
         for j in range(1 + len(drafts)):  # plain decoding, with the drafts before each token as output
@@ -204,21 +204,21 @@ def test_penalties_count_the_drafts_before_a_logits_row_and_no_rejected_token():
     bench.admit(0, greedy(frequency_penalty=1.5))
     level = ranked(9, 8)  # 9 by a margin of 1
     bench.tokens[0, 3:5] = torch.tensor([9, 20])
-    choice = bench.sampler.sample(level.repeat(3, 1), np.array([0, 0, 0]), np.array([3, 4, 5]), bench.tokens)
-    assert choice.token_ids.tolist() == [9, 8, 8]  # the draft 20 is rejected and the token after it dropped
+    sampled_tokens = bench.sampler.sample(level.repeat(3, 1), np.array([0, 0, 0]), np.array([3, 4, 5]), bench.tokens)
+    assert sampled_tokens.token_ids.tolist() == [9, 8, 8]  # the draft 20 is rejected, so the token after it is dropped
     bench.tokens[0, 3:5] = torch.tensor([9, 8])
     assert [bench.one(level, position=5 + s) for s in range(3)] == [9, 8, 9]
 
 
-def test_minimum_length_and_bad_words_take_drafts_for_output():
+def test_minimum_length_and_bad_words_count_drafts_as_output():
     bench = Bench()
     bench.admit(0, greedy(min_tokens=2, bad_words_token_ids=((11, 12),)))
     bench.tokens[0, 3:5] = torch.tensor([11, 12])
-    choice = bench.sampler.sample(ranked(EOS, 12, 8).repeat(3, 1), np.array([0, 0, 0]), np.array([3, 4, 5]), bench.tokens)
-    assert choice.token_ids.tolist() == [12, 8, EOS]
+    sampled_tokens = bench.sampler.sample(ranked(EOS, 12, 8).repeat(3, 1), np.array([0, 0, 0]), np.array([3, 4, 5]), bench.tokens)
+    assert sampled_tokens.token_ids.tolist() == [12, 8, EOS]
 
 
-def test_children_of_one_request_draw_different_tokens_and_the_same_seed_repeats_them():
+def test_children_of_one_request_get_different_tokens_and_the_same_seed_repeats_them():
     bench = Bench()
     for child in range(8):
         bench.admit(child, SamplingParams(n=8, temperature=1.0), seed=77, child=child)
@@ -255,13 +255,13 @@ def test_bias_is_added_and_can_ban_or_force():
     assert bench.one(ranked(9, 8)) == 30
 
 
-def test_only_allowed_tokens_are_drawn():
+def test_only_allowed_tokens_are_sampled():
     bench = Bench()
     bench.admit(0, SamplingParams(temperature=50.0, allowed_token_ids=[3, 17]))
     assert {bench.one(torch.randn(VOCAB), position=3 + s) for s in range(40)} == {3, 17}
 
 
-def test_ends_are_masked_until_min_tokens_are_out_and_not_after():
+def test_stop_tokens_are_banned_until_min_tokens_are_output():
     bench = Bench()
     bench.admit(0, greedy(min_tokens=2, stop_token_ids=[9]))
     assert [bench.one(ranked(EOS, 9, 8), position=p) for p in (3, 4, 5)] == [8, 8, EOS]
@@ -269,11 +269,11 @@ def test_ends_are_masked_until_min_tokens_are_out_and_not_after():
 
 def test_min_tokens_counts_outputs_across_a_preemption():
     bench = Bench()
-    bench.admit(0, greedy(min_tokens=2), tokens=(5, 6, 7, 8), prompt=3)  # one output known already
+    bench.admit(0, greedy(min_tokens=2), tokens=(5, 6, 7, 8), prompt=3)  # one output token so far
     assert [bench.one(ranked(EOS, 8), position=p) for p in (4, 5)] == [8, EOS]
 
 
-def test_a_bad_word_is_banned_exactly_when_its_beginning_was_just_generated():
+def test_the_last_token_of_a_bad_word_is_banned_after_its_other_tokens():
     bench = Bench()
     bench.admit(0, greedy(bad_words_token_ids=((11, 12, 13), (14,), (12, 20))))
     want = [(14, 10), (11,), (12,), (13, 15), (13,), (12,), (20, 13), (13,)]
@@ -282,7 +282,7 @@ def test_a_bad_word_is_banned_exactly_when_its_beginning_was_just_generated():
     assert got == [10, 11, 12, 15, 13, 12, 13, 13]
 
 
-def test_bad_words_look_at_the_output_alone():
+def test_bad_words_apply_to_the_output_only():
     bench = Bench()
     bench.admit(0, greedy(bad_words_token_ids=((7, 9),)))  # the prompt ends with 7
     assert bench.one(ranked(9, 8)) == 9
@@ -298,12 +298,12 @@ def test_grammar_masks_allow_exactly_the_tokens_whose_bits_are_set():
     words[0] = 1 << 31 | 1 << 4
     words[1] = 1 << 3  # token 35
     logits = torch.stack([ranked(9, 8), ranked(9, 31, 35)])
-    choice = bench.sample(logits, [0, 1], [3, 3], masks=TokenMasks(np.array([1]), words.view(np.int32)[None]))
-    assert choice.token_ids.tolist() == [9, 31]
-    assert choice.logprobs.entries(choice.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
+    sampled_tokens = bench.sample(logits, [0, 1], [3, 3], masks=TokenMasks(np.array([1]), words.view(np.int32)[None]))
+    assert sampled_tokens.token_ids.tolist() == [9, 31]
+    assert sampled_tokens.logprobs.entries(sampled_tokens.logprobs.tensors())[0].top_ids == (9,)  # logprobs are of the raw distribution
 
 
-def test_tokens_beyond_a_mask_are_not_allowed_whether_all_rows_have_masks_or_some():
+def test_tokens_beyond_a_mask_are_not_allowed_if_all_or_some_rows_have_masks():
     for index in ([0, 1, 2], [0, 2]):
         logits = torch.zeros(3, VOCAB)
         words = np.full((len(index), 1), -1, np.int32)  # the first 32 tokens
@@ -313,7 +313,7 @@ def test_tokens_beyond_a_mask_are_not_allowed_whether_all_rows_have_masks_or_som
         assert allowed[:, :32].all()
 
 
-def test_filters_work_on_what_penalties_and_bias_left():
+def test_filters_apply_after_penalties_and_bias():
     bench = Bench()
     bench.admit(0, SamplingParams(temperature=1.0, top_k=1, logit_bias={8: 5.0}))
     assert bench.one(ranked(9, 8)) == 8
@@ -322,7 +322,7 @@ def test_filters_work_on_what_penalties_and_bias_left():
 # --- penalties -----------------------------------------------------------------------------------------------------
 
 
-def test_penalties_count_each_generated_token_and_only_repetition_sees_the_prompt():
+def test_penalties_count_output_tokens_and_only_repetition_counts_the_prompt():
     bench = Bench()
     level = torch.zeros(VOCAB)
     level[[5, 20, 21]] = torch.tensor([1.0, 0.9, 0.8])  # 5 is in the prompt
@@ -348,7 +348,7 @@ def test_repetition_equals_huggingfaces_processor_over_a_whole_generation(penalt
         history.append(expected)
 
 
-def test_counts_are_kept_for_rows_with_penalties_alone_and_their_memory_is_reused():
+def test_only_rows_with_penalties_have_counts_and_their_memory_is_reused():
     counts = PenaltyCounts(100, VOCAB, CPU)
     for row in range(100):
         counts.admit(row, False, (1, 2), 2)
@@ -371,19 +371,19 @@ def test_logprobs_are_of_the_model_before_bias_penalties_and_temperature():
     bench.admit(1, replace(params, logprobs=None))
     bench.admit(2, replace(params, logprobs=0))
     logits = torch.randn(3, VOCAB)
-    choice = bench.sample(logits, [0, 1, 2], [3, 3, 3])
-    assert choice.token_ids.tolist() == [30, 30, 30]
-    assert choice.logprobs.index.tolist() == [0, 2]
+    sampled_tokens = bench.sample(logits, [0, 1, 2], [3, 3, 3])
+    assert sampled_tokens.token_ids.tolist() == [30, 30, 30]
+    assert sampled_tokens.logprobs.index.tolist() == [0, 2]
     reference = torch.log_softmax(logits.double(), -1)
-    for i, k, entry in zip((0, 2), (2, 0), choice.logprobs.entries(choice.logprobs.tensors()), strict=True):
+    for i, k, entry in zip((0, 2), (2, 0), sampled_tokens.logprobs.entries(sampled_tokens.logprobs.tensors()), strict=True):
         assert entry.token_id == 30 and entry.logprob == pytest.approx(reference[i, 30].item(), abs=1e-5)
         assert entry.rank == 1 + int((logits[i] > logits[i, 30]).sum())
         assert list(entry.top_ids) == reference[i].topk(k).indices.tolist()
         assert list(entry.top_logprobs) == pytest.approx(reference[i].topk(k).values.tolist(), abs=1e-5)
 
 
-def test_drawn_tokens_follow_the_softmax_over_many_requests():
-    """Seeds 0..n-1, one token each: independent across requests, as well as along one (chi-square, 5 degrees of freedom)."""
+def test_tokens_of_many_requests_follow_the_softmax():
+    """Seeds 0..n-1, one token each: tokens of different requests are independent (chi-square, 5 degrees of freedom)."""
     n, logits = 3_000, torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -math.inf, 0.2])
     sampler, table = Sampler(n, 7, CPU), torch.zeros(n, 4, dtype=torch.int32)
     for row in range(n):
@@ -395,8 +395,8 @@ def test_drawn_tokens_follow_the_softmax_over_many_requests():
     assert counts[5] == 0 and ((counts[alive] - expected) ** 2 / expected).sum() < 20.5  # 99.9%
 
 
-def test_half_precision_logits_are_compared_as_they_are_whatever_the_neighbours_ask_for():
-    """A row that asks for nothing gets the same token alone (bfloat16 all the way) and beside rows that need float32."""
+def test_plain_rows_get_the_same_tokens_beside_rows_that_need_float32():
+    """Alone, plain rows are sampled in bfloat16. Beside rows with penalties or a bias, they are converted to float32."""
     rng = torch.Generator().manual_seed(5)
     logits = (torch.randn(4, VOCAB, generator=rng) * 0.02 + 3).to(torch.bfloat16)  # few distinct values: many ties
     plain = [greedy(), SamplingParams(temperature=0.8, top_p=0.9)]
@@ -417,7 +417,7 @@ def test_half_precision_logits_are_compared_as_they_are_whatever_the_neighbours_
     assert both.sample(logits[:1], [0], [9], masks=TokenMasks(np.array([0]), words.view(np.int32)[None])).token_ids.tolist() == [20]
 
 
-def test_the_kernels_of_the_model_choose_for_greedy_and_drawn_rows_in_one_call():
+def test_greedy_and_random_rows_are_sampled_in_one_call_of_the_models_kernel():
     calls = []
 
     def choose(logits, temperature, keys, top_k=None, top_p=None, min_p=None):
@@ -434,8 +434,8 @@ def test_the_kernels_of_the_model_choose_for_greedy_and_drawn_rows_in_one_call()
     assert tokens.tolist() == logits[[0, 2]].argmax(-1).tolist()
 
 
-def test_penalties_smaller_than_a_step_of_half_precision_still_count():
+def test_penalties_smaller_than_the_precision_of_bfloat16_apply():
     bench, logits = Bench(), torch.full((VOCAB,), -5.0)
     bench.admit(0, greedy(frequency_penalty=0.006))
-    logits[[10, 20]] = torch.tensor([3.0, 2.984375])  # neighbours in bfloat16
+    logits[[10, 20]] = torch.tensor([3.0, 2.984375])  # consecutive bfloat16 numbers
     assert [bench.one(logits.to(torch.bfloat16), position=3 + s) for s in range(4)] == [10, 10, 10, 20]
