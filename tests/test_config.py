@@ -36,6 +36,6 @@ def test_an_unknown_keyword_is_a_type_error_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize("name", NOT_YET)
-def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
+def test_a_setting_that_is_not_supported_yet_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotSupportedYet, match=f"{name}.*not supported yet"):
         EngineConfig.from_kwargs(**{name: 1})

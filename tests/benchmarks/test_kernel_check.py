@@ -48,7 +48,7 @@ def test_correct_kernels_pass_with_the_engines_own_tokens(llm: LLM) -> None:
     assert "refused" not in result and result["logits_apart"] < 1e-3 and result["tokens_short_of_best"] < 1e-3
 
 
-def test_a_twin_shares_weights_and_computes_with_the_other_kernels_everywhere(llm: LLM) -> None:
+def test_a_twin_model_shares_the_weights_and_uses_only_the_other_kernels(llm: LLM) -> None:
     model = runner(llm).model
     other = Ops(**{f.name: (lambda *args, name=f.name, **options: pytest.fail(name)) for f in dataclasses.fields(Ops)})
     twin = twin_with(model, other)

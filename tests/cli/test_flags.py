@@ -113,7 +113,7 @@ def test_a_wrong_command_line_is_a_one_line_error_with_status_2(capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_flag_that_is_not_supported_yet_is_refused_by_name_and_hidden_in_the_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
     flag = "--" + name.replace("_", "-")
     assert "not supported yet" in refused(capsys, "serve", flag)
     with pytest.raises(SystemExit):

@@ -319,7 +319,7 @@ def split(start: OutputStart, pieces: Sequence[str]) -> tuple[str, str]:
     ("reasoning", "hm, cut of", "hm, cut of", ""),
     ("answer", "<think>yes</think>", "", "<think>yes</think>"),
 ])
-def test_reasoning_is_split_off(start: OutputStart, text: str, reasoning: str, content: str) -> None:
+def test_reasoning_is_separated_from_the_answer(start: OutputStart, text: str, reasoning: str, content: str) -> None:
     assert split(start, [text]) == (reasoning, content)
 
 
