@@ -1,4 +1,4 @@
-# The two commands are `make serve` and `make test`. Every recipe is one plain line, to be typed by hand just as well.
+# The two commands are `make serve` and `make test`. Each recipe is one plain line that can be typed by hand.
 # Variables: make serve PORT=9000 ARGS="--model facebook/opt-125m"    make test PYTEST="tests/core -x"    make PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ PYTEST ?=
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
-serve: $(VENV)/.installed  ## install once, fetch the default model once, serve it on PORT (8000)
+serve: $(VENV)/.installed  ## install once, download the default model once, serve it on PORT (8000)
 	$(VENV)/bin/minivllm serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-test  ## install the test extra once, run the whole suite (or PYTEST="...")
@@ -27,10 +27,10 @@ bench: $(VENV)/.installed  ## the same work under minivllm and Hugging Face gene
 notebooks: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
 	$(VENV)/bin/jupyter lab notebooks
 
-clean:  ## remove the environment and what tools left (the model cache stays: ~/.cache/minivllm)
+clean:  ## remove the environment and the tools' caches (the model cache in ~/.cache/minivllm stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# One environment; a stamp file says that it holds what pyproject.toml and constraints.txt ask for.
+# One environment. A stamp file is newer than pyproject.toml and constraints.txt if their packages are installed.
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'minivllm needs Python 3.11 or newer, and $(PYTHON) is ' + sys.version.split()[0] + ': try make PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)

@@ -27,8 +27,9 @@ from bench import machine
 from minivllm.benchmarks.client import ServerAddress
 from minivllm.benchmarks.load import Load, TimedRequest, run_load
 from minivllm.benchmarks.statistics import percentile
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 
@@ -51,9 +52,9 @@ class TalkingEngine:
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self._left), num_blocks=1, num_steps=self._steps)
 
-    def add_request(self, request_id: str, prompt: Any, params: SamplingParams, **options: Any) -> None:
-        assert params.max_tokens is not None
-        self._left[request_id] = params.max_tokens
+    def add(self, request: EngineRequest) -> None:
+        assert request.params.max_tokens is not None
+        self._left[request.request_id] = request.params.max_tokens
 
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         return [OutputDelta(request_id, 0, (), "", finish_reason="abort")] if self._left.pop(request_id, None) else []

@@ -53,6 +53,7 @@ class Maker:
     def __init__(self, spec: ModelSpec, ops: Ops, device: torch.device, dtype: torch.dtype = torch.bfloat16, draws: int = 128) -> None:
         """draws: rows whose tokens are compared, whatever number is timed: each is a program of its own."""
         self.spec, self.ops, self.device, self.dtype, self.draws = spec, ops, device, dtype, draws
+        self.attention = spec.layers[0].attention
         torch.manual_seed(0)
 
     def random(self, *size: int, std: float = 1.0) -> Tensor:
@@ -61,13 +62,13 @@ class Maker:
     # -- linears --------------------------------------------------------------------------------------------------------
 
     def linears(self, rows: Sequence[int]) -> Iterator[Case]:
-        s = self.spec
-        heads = s.num_heads * s.head_dim
-        yield from self._linear("norm + qkv", heads + 2 * s.num_kv_heads * s.head_dim, s.hidden_size, rows, norm=True)
+        s, a, m = self.spec, self.attention, self.spec.layers[0].mlp
+        heads = a.num_heads * a.head_dim
+        yield from self._linear("norm + qkv", heads + 2 * a.num_kv_heads * a.head_dim, s.hidden_size, rows, norm=True)
         yield from self._linear("o + residual", s.hidden_size, heads, rows, add=True)
-        gated = s.mlp == "gated"
-        yield from self._linear("norm + gate, up", s.intermediate_size, s.hidden_size, rows, norm=True, gated=gated)
-        yield from self._linear("down + residual", s.hidden_size, s.intermediate_size, rows, add=True)
+        gated = m.gated
+        yield from self._linear("norm + gate, up", m.intermediate_size, s.hidden_size, rows, norm=True, gated=gated)
+        yield from self._linear("down + residual", s.hidden_size, m.intermediate_size, rows, add=True)
         yield from self._linear("norm + head", s.vocab_size, s.hidden_size, rows, norm=True)
 
     def _linear(self, name: str, n: int, k: int, rows: Sequence[int], norm: bool = False, gated: bool = False,
@@ -103,7 +104,7 @@ class Maker:
                 yield self._attention("position, store, prompt attention", str(length), [length], [length])
 
     def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int], shared: int = 0) -> Case:
-        s, (batch, caches, args) = self.spec, self._step(query_lens, lens, shared)
+        a, (batch, caches, args) = self.attention, self._step(query_lens, lens, shared)
         metas = {ops: self._prepare(ops, batch) for ops in (self.ops, REFERENCE)}
 
         def call(kv: KVLayer, ops: Ops = self.ops) -> Tensor:
@@ -114,16 +115,16 @@ class Maker:
             got, want = (call(kv, ops) for kv, ops in zip(pair, (self.ops, REFERENCE), strict=True))
             return compare(got, want) or compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v)
 
-        tokens, per_token = sum(query_lens), 2 * s.num_heads * s.head_dim + 2 * s.num_kv_heads * s.head_dim
+        tokens, per_token = sum(query_lens), 2 * a.num_heads * a.head_dim + 2 * a.num_kv_heads * a.head_dim
         pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(query_lens, lens, strict=True))  # of a query and a key it sees
-        moved = 2 * (2 * (sum(lens) - shared * (len(lens) - 1)) * s.num_kv_heads * s.head_dim + tokens * per_token)
-        return Case(name, size, [lambda kv=kv: call(kv) for kv in caches], wrong, moved, 4 * pairs * s.num_heads * s.head_dim)
+        moved = 2 * (2 * (sum(lens) - shared * (len(lens) - 1)) * a.num_kv_heads * a.head_dim + tokens * per_token)
+        return Case(name, size, [lambda kv=kv: call(kv) for kv in caches], wrong, moved, 4 * pairs * a.num_heads * a.head_dim)
 
     def _position(self, length: int) -> Case:
         """The kernel before the prompts' attention, which is left out here."""
         from minivllm.kernels.triton import attention
 
-        s, (batch, caches, args) = self.spec, self._step([length], [length])
+        a, (batch, caches, args) = self.attention, self._step([length], [length])
         meta = self._prepare(self.ops, batch)
 
         def call(kv: KVLayer) -> Tensor:
@@ -135,32 +136,32 @@ class Maker:
             pair = [KVLayer(caches[-1].k.clone(), caches[-1].v.clone()) for _ in range(2)]
             qk = call(pair[0])
             REFERENCE.self_attention(args["qkv"], pair[1], batch.slots[0], self._prepare(REFERENCE, batch), **args["how"])
-            keys = pair[1].k.view(-1, s.num_kv_heads, s.head_dim)[batch.slots[0]]
-            return compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v) or compare(qk[:, s.num_heads :], keys)
+            keys = pair[1].k.view(-1, a.num_kv_heads, a.head_dim)[batch.slots[0]]
+            return compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v) or compare(qk[:, a.num_heads :], keys)
 
-        moved = 2 * length * s.head_dim * (2 * s.num_heads + 5 * s.num_kv_heads + 2)
+        moved = 2 * length * a.head_dim * (2 * a.num_heads + 5 * a.num_kv_heads + 2)
         return Case("position and store", str(length), [lambda kv=kv: call(kv) for kv in caches], wrong, moved)
 
     def _prepare(self, ops: Ops, batch: InputBatch) -> Any:
-        s = self.spec
-        return ops.prepare_attention(batch, 0, block_size=BLOCK_SIZE, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads,
-                                     head_dim=s.head_dim, window=None, dtype=self.dtype)
+        a = self.attention
+        return ops.prepare_attention(batch, 0, block_size=BLOCK_SIZE, num_heads=a.num_heads, num_kv_heads=a.num_kv_heads,
+                                     head_dim=a.head_dim, window=None, dtype=self.dtype)
 
     def _step(self, query_lens: list[int], lens: list[int], shared: int = 0) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
         """A batch over scattered blocks, caches for it, and what `self_attention` takes beside them."""
-        s, device = self.spec, self.device
+        a, device = self.attention, self.device
         batch = scattered(query_lens, lens, device, shared)
-        shape = (sum(-(-n // BLOCK_SIZE) for n in lens) + 1, BLOCK_SIZE, s.num_kv_heads, s.head_dim)
-        num_bytes = 4 * shape[0] * BLOCK_SIZE * s.num_kv_heads * s.head_dim
+        shape = (sum(-(-n // BLOCK_SIZE) for n in lens) + 1, BLOCK_SIZE, a.num_kv_heads, a.head_dim)
+        num_bytes = 4 * shape[0] * BLOCK_SIZE * a.num_kv_heads * a.head_dim
         caches = [KVLayer(self.random(*shape), self.random(*shape)) for _ in range(copies_beyond_l2(num_bytes, device))]
-        heads = s.num_heads + s.num_kv_heads
-        how: dict[str, Any] = {"scale": s.head_dim**-0.5}
-        if s.rope is not None:
-            inv_freq = s.rope.theta ** -(torch.arange(0, s.head_dim, 2, device=device) / s.head_dim)
+        heads = a.num_heads + a.num_kv_heads
+        how: dict[str, Any] = {"scale": a.head_dim**-0.5}
+        if a.rope is not None:
+            inv_freq = a.rope.theta ** -(torch.arange(0, a.head_dim, 2, device=device) / a.head_dim)
             how["rope"] = self.ops.rope_angles(batch.positions, inv_freq, 1.0, self.dtype)
-        if s.qk_norm:
-            how["qk_norm"] = 1.0 + self.random(heads, s.head_dim, std=0.1), s.norm_eps
-        return batch, caches, {"qkv": self.random(sum(query_lens), (heads + s.num_kv_heads) * s.head_dim), "how": how}
+        if a.qk_norm:
+            how["qk_norm"] = 1.0 + self.random(heads, a.head_dim, std=0.1), self.spec.norm_eps
+        return batch, caches, {"qkv": self.random(sum(query_lens), (heads + a.num_kv_heads) * a.head_dim), "how": how}
 
     # -- the rest -------------------------------------------------------------------------------------------------------
 

@@ -91,8 +91,8 @@ def decode(engine: LLMEngine, rows: int, wanted: StructuredOutputs | None, steps
 
 def share_of_a_step(llm: LLM, batches: list[int], steps: int) -> list[dict[str, float]]:
     clock, engine = Clock(), llm.llm_engine
-    clock.around(engine._grammars, "masks", "masks")
-    clock.around(engine._grammars, "advance", "advance")
+    clock.around(engine._pipeline, "_masks", "masks")
+    clock.around(engine._outputs, "advance_grammars", "advance")
     clock.around(TokenMasks, "apply", "apply")
     found = []
     print(f"\n{'rows':>5} {'step ms':>9} {'with schema':>12} {'masks':>7} {'advance':>8} {'apply':>7} {'share':>7}")

@@ -29,12 +29,13 @@ from torch import Tensor
 from bench import models
 from minivllm.benchmarks.workloads import WorkloadRequest, check_requests
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.families import kv_groups, parameters, parse_config
+from minivllm.families import parse_config
 from minivllm.kernels import REFERENCE, Ops
-from minivllm.kernels.layout import SHARED_RUN, InputBatch, KVLayer
+from minivllm.kernels.layout import SHARED_RUN, InputBatch
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
-from minivllm.worker.kv_cache import BlockShape
+from minivllm.quantization.methods import parameters
+from minivllm.worker.kv_cache import KVLayout
 
 TOLERANCE = 0.1  # root mean square of a row's differences, over the standard deviation of the reference's row
 TOKEN_TOLERANCE = 0.5  # how far below the best logit a greedy token may be, likewise (a token at random is about 4 below)
@@ -61,7 +62,7 @@ def twin_with(model: Decoder, ops: Ops) -> Decoder:
             return type(thing)(replaced(each) for each in thing)
         if callable(thing) and thing in names:
             return names[thing]
-        if not type(thing).__module__.startswith(("minivllm.layers", "minivllm.models")):
+        if not type(thing).__module__.startswith(("minivllm.layers", "minivllm.models", "minivllm.quantization")):
             return thing
         new = copy.copy(thing)
         for name in (*getattr(thing, "__dict__", ()), *getattr(type(thing), "__slots__", ())):
@@ -75,10 +76,10 @@ def twin_with(model: Decoder, ops: Ops) -> Decoder:
 class Trial:
     """Some sequences of random tokens, run step by step through one model with a small cache of its own."""
 
-    def __init__(self, model: Decoder, shape: BlockShape, steps: Sequence[Sequence[tuple[int, int]]] = STEPS,
+    def __init__(self, model: Decoder, layout: KVLayout, steps: Sequence[Sequence[tuple[int, int]]] = STEPS,
                  forks: Mapping[int, tuple[int, int]] = FORKS, plain: bool = False) -> None:
         """plain: every layer answers for all tokens, and no keys are read for several sequences at once."""
-        self.model, self.shape, self.plain = model, shape, plain
+        self.model, self.layout, self.plain = model, layout, plain
         self.steps = steps
         rng = random.Random(0)
         self.forks = {seq: fork for seq, fork in forks.items() if any(seq == s for step in steps for s, _ in step)}
@@ -88,7 +89,7 @@ class Trial:
                 lengths[seq] = lengths.get(seq, 0) + count
         vocab = model.spec.vocab_size
         self.tokens = {seq: [rng.randrange(vocab) for _ in range(n)] for seq, n in sorted(lengths.items())}
-        groups, size = len(shape.groups), shape.block_size
+        groups, size = len(layout.groups), layout.block_size
         widths = {seq: -(-n // size) for seq, n in lengths.items()}
         num_blocks = NULL_BLOCK + 1 + groups * sum(widths.values())
         blocks = list(range(NULL_BLOCK + 1, num_blocks))
@@ -100,17 +101,16 @@ class Trial:
             self.tokens[seq][:count] = self.tokens[source][:count]
             for g in range(groups):
                 self.blocks[g, seq][: count // size] = self.blocks[g, source][: count // size]
-        spec, device = model.spec, model.build.device
-        pairs = 1 + max(model.kv_tensors)
-        size4 = (num_blocks, size, spec.num_kv_heads, spec.head_dim)
-        self.kv = [KVLayer(*(torch.full(size4, torch.nan, dtype=shape.dtype, device=device) for _ in range(2))) for _ in range(pairs)]
+        self.kv = layout.views(layout.allocate(num_blocks, model.build.device))
+        for layer in self.kv:
+            layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
 
     def run(self) -> list[Tensor]:
         """-> of each step, the logits of each sequence's last token, [B, V] float32."""
         return [self._step(step) for step in self.steps]
 
     def _step(self, step: Sequence[tuple[int, int]]) -> Tensor:
-        device, size = self.model.build.device, self.shape.block_size
+        device, size = self.model.build.device, self.layout.block_size
         spans = [(seq, self.done[seq], self.done[seq] + count) for seq, count in step]
         for seq, _, end in spans:
             self.done[seq] = end
@@ -118,7 +118,7 @@ class Trial:
         positions = [p for _, start, end in spans for p in range(start, end)]
         width = max(-(-end // size) for _, _, end in spans)
         tables, slots = [], []
-        for g in range(len(self.shape.groups)):
+        for g in range(len(self.layout.groups)):
             own = [(self.blocks[g, seq] + [NULL_BLOCK] * width)[:width] for seq, _, _ in spans]
             tables.append(torch.tensor(own, dtype=torch.int32, device=device))
             slots.append(torch.tensor([self.blocks[g, seq][p // size] * size + p % size for seq, start, end in spans
@@ -149,12 +149,12 @@ def apart(got: Tensor, want: Tensor) -> float:
     return float(error.nan_to_num(nan=torch.inf).max())
 
 
-def short_of_best(model: Decoder, shape: BlockShape, requests: Sequence[WorkloadRequest], outputs: Sequence[Sequence[int]]) -> float:
+def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[WorkloadRequest], outputs: Sequence[Sequence[int]]) -> float:
     """How far the worst of some greedy tokens is below the best logit, in standard deviations, all earlier tokens being given."""
     worst = 0.0
     for request, output in zip(requests, outputs, strict=True):
         prompt = list(request.prompt_token_ids)
-        trial = Trial(model, shape, [[(0, len(prompt))], *([[(0, 1)]] * (len(output) - 1))])
+        trial = Trial(model, layout, [[(0, len(prompt))], *([[(0, 1)]] * (len(output) - 1))])
         trial.tokens[0] = prompt + list(output[:-1])
         for logits, token in zip(trial.run(), output, strict=True):
             short = (logits.max() - logits[0, token]) / logits.std()
@@ -163,16 +163,16 @@ def short_of_best(model: Decoder, shape: BlockShape, requests: Sequence[Workload
 
 
 @torch.inference_mode()
-def check(model: Decoder, shape: BlockShape, greedy: Callable[[list[WorkloadRequest]], list[list[int]]] | None = None) -> dict[str, Any]:
+def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadRequest]], list[list[int]]] | None = None) -> dict[str, Any]:
     """-> the distances found, and "refused" with the reason if they are too large. `greedy` asks the engine for its tokens."""
     reference = twin_with(model, REFERENCE)
-    logits = [Trial(model, shape).run(), Trial(reference, shape, plain=True).run()]
+    logits = [Trial(model, layout).run(), Trial(reference, layout, plain=True).run()]
     distance = max(apart(got, want) for got, want in zip(*logits, strict=True))
     result: dict[str, Any] = {"logits_apart": round(distance, 4), "tolerance": TOLERANCE}
     refused = [] if distance <= TOLERANCE else [f"logits are {distance:.3g} from the reference's, more than {TOLERANCE}"]
     if greedy is not None:
         requests = check_requests()
-        short = short_of_best(reference, shape, requests, greedy(requests))
+        short = short_of_best(reference, layout, requests, greedy(requests))
         result |= {"tokens_short_of_best": round(short, 4), "token_tolerance": TOKEN_TOLERANCE}
         if not short <= TOKEN_TOLERANCE:
             refused.append(f"a greedy token is {short:.3g} below the reference's best, more than {TOKEN_TOLERANCE}")
@@ -194,10 +194,10 @@ def noise(shape: str) -> dict[float, float]:
 
             def take(name: str, wanted: Any = wanted, generator: Any = generator, dtype: Any = dtype, std: float = std) -> Tensor:
                 out = torch.empty(wanted[name].shape, dtype=torch.bfloat16)
-                out = out.fill_(1.0) if wanted[name].kind == "scale" else out.normal_(0.0, std, generator=generator)
+                out = out.fill_(1.0) if wanted[name].dummy == 1.0 else out.normal_(0.0, std, generator=generator)
                 return out.to(dtype)
 
-            logits.append(Trial(Decoder(spec, build, take), BlockShape(kv_groups(spec), 16, dtype), steps).run())
+            logits.append(Trial(Decoder(spec, build, take), KVLayout.of(spec, 16, dtype), steps).run())
         found[std] = max(apart(*pair) for pair in zip(*logits, strict=True))
     return found
 

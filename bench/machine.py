@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, its instructions that matter here, GPU, versions, commit."""
+"""The machine that a figure was measured on: processor, its relevant instructions, GPU, versions, commit."""
 from __future__ import annotations
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Model folders for benchmarks without a download: real shapes, random weights, the same file for every engine."""
+"""Model folders for benchmarks without a download: real shapes and random weights, in one file for all engines."""
 from __future__ import annotations
 
 import json
@@ -22,13 +22,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         "sliding_window": None,
     },
-    "tiny": {  # to try the harness itself
+    "tiny": {  # for tests of the benchmark itself
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 12000,
         "max_position_embeddings": 4096, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     },
 }
-SHAPES["bytes"] = {**SHAPES["tiny"], "vocab_size": 320}  # room for a tokenizer of single bytes, where text must go in and out
+SHAPES["bytes"] = {**SHAPES["tiny"], "vocab_size": 320}  # enough for a tokenizer of single bytes, for work with text
 COMMON = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -55,7 +55,7 @@ def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norm weights are one; the rest is as large as trained weights are, so that logits have clear winners.
+            # Norm weights are 1. The rest is as large as in trained models, so that the best logit is clearly the best.
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.04)
             assert parameter.device.type == "cpu", name
     model.tie_weights()

@@ -1,14 +1,15 @@
-"""The same work for every engine, one after another, each in its own process: a table, then one JSON line.
+"""The same work for every engine, one engine after another, each in its own process. Prints a table, then one JSON line.
 
     python -m bench.run --engines minivllm,hf-bf16,hf-fp32 --rows c1,c8,c32,mixed32,ttft1024,memory,start --threads 2
     python -m bench.run --model smollm2-135m --device cuda --engines minivllm-bf16,hf-bf16 --rows bs1,bs32,ttft1024
     python -m bench.run --model mistral-7b --device cuda --load-format dummy --engines minivllm-bf16 --rows bs1,start,coldstart
 
-An engine is a name (minivllm, hf, vllm) and a dtype (bf16, fp32, fp16; left out: minivllm's own choice, else bf16). The model is the
-default one, a folder, or a shape of bench/models.py with random weights that all engines read from one file; with --load-format dummy
-each engine makes its own. Before a row is timed its engine must be right: in fp32 greedy tokens equal Transformers', in every dtype
-the number of tokens is exact, and on a GPU minivllm's kernels give the logits of the reference kernels (bench/kernel_check.py).
-nano8gb, start (a second one, everything compiled) and coldstart (compiled kernels in no cache) are engine starts of their own.
+An engine is a name (minivllm, hf, vllm) and a dtype (bf16, fp32, fp16). Without a dtype minivllm chooses its own; others use bf16. The
+model is the default one, a folder, or a shape of bench/models.py with random weights, which all engines read from one file. With
+--load-format dummy each engine makes its own random weights. An engine is checked before it is timed: in fp32 its greedy tokens equal
+those of Transformers, in every dtype the number of tokens is exact, and on a GPU minivllm's kernels give the logits of the reference
+kernels (bench/kernel_check.py). The rows nano8gb, start and coldstart each start a new engine: start with all kernels compiled already,
+coldstart with empty kernel caches.
 """
 from __future__ import annotations
 
@@ -29,10 +30,10 @@ from bench import machine, models
 from bench.worker import SMALL_CACHE, SMALL_CACHE_ROW
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "CUDA_CACHE_PATH")  # where engines keep compiled kernels
+COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "CUDA_CACHE_PATH")  # where engines store compiled kernels
 NO_OPTIONS: Mapping[str, Any] = {}
-TIE = 1e-4  # greedy engines may part where the best two logits are closer than this (fp32)
-Results = dict[str, dict[str, Any]]  # engine -> row -> what the worker said
+TIE = 1e-4  # greedy tokens may differ where the best two logits are closer than this (fp32)
+Results = dict[str, dict[str, Any]]  # engine -> row -> the worker's result
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         where = machine.describe(args.device, args.threads)
         print(f"{machine.one_line(where)}\nmodel {shown}, device {args.device}, {args.repeats} repetitions, median", flush=True)
         expected = None
-        if args.device == "cpu" or args.check:  # the oracle: Transformers in fp32, whether it is a column or not
+        if args.device == "cpu" or args.check:  # the oracle: Transformers in fp32, even if it is not among the engines
             expected = start_worker("hf-fp32", model, args, [], max_len)["check"]
         results: Results = {}
         for name in names:
@@ -73,13 +74,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="compare greedy tokens on a GPU too")
-    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: no file of weights is written")
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: each engine makes its own random weights")
     parser.add_argument("--options", type=json.loads, default={}, help='more keywords for minivllm\'s LLM, as JSON: {"block_size": 32}')
     parser.add_argument("--save", help="file for the JSON record, such as bench/results/NAME.json")
     args = parser.parse_args()
     for name in args.engines.split(","):
         if not re.fullmatch(r"(minivllm|hf|vllm)(-(bf16|fp32|fp16))?", name):
-            parser.error(f"unknown engine {name!r}: minivllm, hf or vllm, then perhaps -bf16, -fp32 or -fp16")
+            parser.error(f"unknown engine {name!r}: must be minivllm, hf or vllm, optionally with -bf16, -fp32 or -fp16")
         if args.load_format == "dummy" and name.startswith("hf"):
             parser.error("hf reads its weights from a file: leave --load-format dummy out")
     if args.load_format == "dummy" and (args.device == "cpu" or args.check or args.model not in models.SHAPES):
@@ -91,7 +92,7 @@ def parse() -> argparse.Namespace:
 
 
 def find_model(name: str | None, scratch: Path, load_format: str) -> tuple[str, str]:
-    """-> (what to call it, its folder)."""
+    """-> (the name to print, the folder)."""
     if name in models.SHAPES and load_format == "dummy":
         models.write_config(name, scratch)
         return f"{name} shape with each engine's own random weights", str(scratch)
@@ -109,7 +110,7 @@ def find_model(name: str | None, scratch: Path, load_format: str) -> tuple[str, 
 
 
 def measure(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int) -> dict[str, Any]:
-    """All rows of one engine: most in one process, those that need an engine of their own one after another."""
+    """All rows of one engine: most of them in one process, those that start a new engine one after another."""
     results = start_worker(name, model, args, [r for r in rows if r not in (SMALL_CACHE_ROW, "coldstart")], max_len)
     if SMALL_CACHE_ROW in rows:
         if name.startswith("hf"):
@@ -117,7 +118,7 @@ def measure(name: str, model: str, args: argparse.Namespace, rows: list[str], ma
         else:
             own = start_worker(name, model, args, [SMALL_CACHE_ROW], max_len, SMALL_CACHE)
             results[SMALL_CACHE_ROW] = own.get(SMALL_CACHE_ROW) or own.get("failed", {"refused": "no result"})
-    if "start" in rows and "ready" in results:  # once more: the first start may have compiled kernels and read from a cold disk
+    if "start" in rows and "ready" in results:  # again: the first start may have compiled kernels and read from a cold disk
         own = start_worker(name, model, args, [], max_len, check=False)
         results["start"] = own.get("start") or own.get("failed", {"refused": "no result"})
     if "coldstart" in rows:
@@ -129,7 +130,7 @@ def measure(name: str, model: str, args: argparse.Namespace, rows: list[str], ma
 
 def start_worker(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int, options: Mapping[str, Any] = NO_OPTIONS,
                  environment: Mapping[str, str] = NO_OPTIONS, check: bool = True) -> dict[str, Any]:
-    """Run one engine's process -> row -> its result; an engine that dies has "failed" with its last words."""
+    """Run one engine's process -> row -> its result. An engine that dies has the row "failed" with the last line of its errors."""
     engine, _, short = name.partition("-")
     dtype = DTYPES[short] if short else "auto" if engine == "minivllm" else "bfloat16"
     job = {"engine": engine, "model": model, "dtype": dtype, "device": args.device, "threads": args.threads, "repeats": args.repeats,
@@ -140,8 +141,8 @@ def start_worker(name: str, model: str, args: argparse.Namespace, rows: list[str
     command = [sys.executable, "-m", "bench.worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False,
                           env={**os.environ, **environment, **threads, "PYTHONUNBUFFERED": "1"})
-    said = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("BENCH ")]
-    results = {row.pop("row"): row for row in said}
+    lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("BENCH ")]
+    results = {row.pop("row"): row for row in lines}
     if "ready" in results:
         results["start"] = {"value": results["ready"]["seconds"], "unit": "s", "parts": results["ready"]["parts"]}
     if done.returncode != 0:
@@ -151,7 +152,7 @@ def start_worker(name: str, model: str, args: argparse.Namespace, rows: list[str
 
 
 def judge(results: dict[str, Any], expected: dict[str, Any] | None) -> None:
-    """Compare the check row with the oracle's; a wrong fp32 engine loses its figures."""
+    """Compare the check row with the oracle's. A wrong fp32 engine gets no figures."""
     if expected is None or "check" not in results:
         return
     equal = total = ties = 0
@@ -163,12 +164,12 @@ def judge(results: dict[str, Any], expected: dict[str, Any] | None) -> None:
         if results["ready"]["dtype"] == "float32" and first < len(want) and gaps[first] >= TIE:
             for row in results.values():
                 row.pop("value", None)
-                row["refused"] = f"greedy tokens part from Transformers' at token {first} (gap {gaps[first]:.2g})"
+                row["refused"] = f"greedy tokens differ from Transformers' from token {first} on (gap {gaps[first]:.2g})"
     results["check"] = {"equal_before_parting": equal, "of": total, "ties": ties}
 
 
 def report(results: Results, rows: list[str]) -> None:
-    """One line per engine, one column per row; then the ratios to vllm-bf16 or hf-bf16 (or the first of those engines)."""
+    """Print one line per engine and one column per row, then the ratios to vllm-bf16 or hf-bf16 (or else the first vllm or hf engine)."""
     print(f"\n{'engine':<16}{'dtype':<10}" + "".join(f"{row:>12}" for row in rows) + f"{'same tokens':>14}")
     for name, by_row in results.items():
         cells = [cell(by_row.get(row)) for row in rows]
@@ -202,7 +203,7 @@ def cell(result: dict[str, Any] | None) -> str:
 
 
 def ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:
-    """How many times as good: throughput over throughput, time under time."""
+    """How many times as good: the quotient of throughputs, or the inverse quotient of times."""
     if not ours or not theirs or "value" not in ours or "value" not in theirs:
         return "-"
     q = ours["value"] / theirs["value"]

@@ -32,7 +32,8 @@ import torch
 from bench import gpu_timing, machine, models
 from bench.gpu_timing import Ceiling, replay_seconds
 from minivllm.benchmarks.statistics import median
-from minivllm.families import ModelSpec, parameters, parse_config
+from minivllm.families import ModelSpec, parse_config
+from minivllm.quantization.methods import parameters
 
 CLASSES = {  # parts of kernels' names; what is named nowhere is "norm, other"
     "attention": ("_decode_attention", "_prompt_attention", "_position_and_store", "attention", "flash", "fmha"),
@@ -81,10 +82,11 @@ def floor_ms(spec: ModelSpec, limits: Ceiling, query_lens: list[int], seq_lens: 
     after = sum(size for name, size in sizes.items() if name.startswith(f"layers.{spec.num_layers - 1}.") and ".qkv." not in name)
     rows, count = sum(query_lens), len(query_lens)
     products = 2 * (layers * rows - after * (rows - count) + head * count)
-    keys = 2 * 2 * (sum(seq_lens) - shared * (count - 1)) * spec.num_layers * spec.num_kv_heads * spec.head_dim  # bytes, values included
+    heads = spec.layers[0].attention
+    keys = 2 * 2 * (sum(seq_lens) - shared * (count - 1)) * spec.num_layers * heads.kv_size  # bytes, values included
     prompts = [(q, n) for q, n in zip(query_lens, seq_lens, strict=True) if q > 1]
     pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in prompts)
-    attention = 4 * pairs * (spec.num_layers - 1) * spec.num_heads * spec.head_dim
+    attention = 4 * pairs * (spec.num_layers - 1) * heads.q_size
     return 1e3 * (max(2 * (layers + head) / limits.copy, products / limits.matmul) + keys / limits.copy + attention / limits.matmul)
 
 
@@ -93,7 +95,7 @@ class Bench:
 
     def __init__(self, shape: str, limits: Ceiling) -> None:
         from minivllm import LLM
-        from minivllm.engine.executor import LocalExecutor
+        from minivllm.worker.worker import Worker
 
         self.spec, self.limits = parse_config(models.config_of(shape)), limits
         with tempfile.TemporaryDirectory() as folder:
@@ -101,8 +103,8 @@ class Bench:
             self.llm = LLM(model=folder, load_format="dummy", dtype="bfloat16", device="cuda", skip_tokenizer_init=True)
         self.engine = self.llm.llm_engine
         executor = self.engine.executor
-        assert isinstance(executor, LocalExecutor) and executor._runner is not None
-        self.executor, self.runner = executor, executor._runner
+        assert isinstance(executor, Worker)
+        self.executor, self.runner = executor, executor.runner
         self.added = 0
 
     def row(self, name: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""One engine in one process: loads, then answers rows of work with JSON lines. Started by bench/run.py, job as argument.
+"""One engine in one process: it loads a model, then prints a JSON line for each row of work. bench/run.py starts it with a job.
 
-    -> {"row": "ready", "seconds": since the parent started this process}
-    -> {"row": "kernels", "logits_apart": 0.03, "tolerance": 0.1}         minivllm on a GPU: beside the reference kernels
+    -> {"row": "ready", "seconds": since the start of this process}
+    -> {"row": "kernels", "logits_apart": 0.03, "tolerance": 0.1}         minivllm on a GPU: compared with the reference kernels
     -> {"row": "check", "tokens": [...], "gaps": [...] | null}
-    -> {"row": "c8", "value": 170.2, "unit": "tok/s", "spread": 0.02}      or {"row": ..., "refused": "why there is no figure"}
+    -> {"row": "c8", "value": 170.2, "unit": "tok/s", "spread": 0.02}      or {"row": ..., "refused": "reason without a figure"}
 """
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from minivllm.benchmarks import statistics, workloads
 from minivllm.benchmarks.workloads import WorkloadRequest
 
 ENGINES = {"minivllm": "bench.peers.minivllm_engine", "hf": "bench.peers.hf", "vllm": "bench.peers.vllm"}
-SMALL_CACHE_ROW = "nano8gb"  # nano's work by an engine with SMALL_CACHE, about what a card of 8 GB has left beside the 0.6B shape
+SMALL_CACHE_ROW = "nano8gb"  # nano's work with SMALL_CACHE, about what an 8 GB card has left with the 0.6B shape
 SMALL_CACHE = {"num_gpu_blocks_override": 2800, "block_size": 16}
 Row = dict[str, Any]
 
 
 class WrongOutput(Exception):
-    """The engine did not do the work, so the time it took means nothing."""
+    """The engine did not do the work, so its time has no meaning."""
 
 
 def main() -> None:
@@ -48,17 +48,17 @@ def main() -> None:
         wrong = verdict.get("refused")
         say({"row": "kernels", **verdict})
     for name in job["rows"]:
-        if wrong:  # wrong kernels are fast too
+        if wrong:  # wrong kernels can be fast
             say({"row": name, "refused": wrong})
         if wrong or name == "memory":
             continue
         try:
             say({"row": name, **measure(name, engine, job["repeats"], job["max_len"])})
-        except Exception as error:  # one row's failure is its own result
+        except Exception as error:  # a row that fails must not end the other rows
             say({"row": name, "refused": f"{type(error).__name__}: {error}"})
     if "memory" in job["rows"] and not wrong:
         other = job["engine"] == "vllm"
-        say({"row": "memory", **({"refused": "vLLM's memory belongs to processes of its own"} if other else memory(job["device"]))})
+        say({"row": "memory", **({"refused": "vLLM's memory is in other processes"} if other else memory(job["device"]))})
 
 
 def say(row: Row) -> None:
@@ -66,7 +66,7 @@ def say(row: Row) -> None:
 
 
 def run(engine: Any, requests: list[WorkloadRequest]) -> float:
-    """Seconds for the whole work, its token counts checked."""
+    """Do the work, check its token counts -> seconds."""
     start = time.perf_counter()
     tokens = engine.generate(requests)
     seconds = time.perf_counter() - start
@@ -90,7 +90,7 @@ def measure(name: str, engine: Any, repeats: int, max_len: int) -> Row:
     if kind == "ttft" and int(number) + 1 > max_len:
         raise WrongOutput(f"the model holds {max_len} tokens")
     if kind in ("ttft", "bs"):
-        rows[kind](1000)  # warm-up with this very shape: these rows measure single steps
+        rows[kind](1000)  # warm-up with the same shape, because these rows measure single steps
     values = []
     for i in range(repeats + 2 if kind == "ttft" else repeats):
         value, unit = rows[kind](i)
@@ -104,7 +104,7 @@ def throughput(engine: Any, requests: list[WorkloadRequest]) -> tuple[float, str
 
 
 def tpot(engine: Any, count: int, seed: int) -> tuple[float, str]:
-    """(time for 257 tokens - time for 1 token) / 256, in ms; the second with fresh prompts."""
+    """(time for 257 tokens - time for 1 token) / 256, in ms; each with fresh prompts."""
     one = run(engine, workloads.uniform(count, 128, 1, seed=2 * seed))
     many = run(engine, workloads.uniform(count, 128, 257, seed=2 * seed + 1))
     return 1e3 * (many - one) / 256, "ms"
@@ -117,7 +117,7 @@ def prefix(engine: Any, seed: int) -> tuple[float, str]:
 
 
 def memory(device: str) -> Row:
-    """Peak resident memory of this process, all rows before it included; on a GPU also the peak there."""
+    """Peak resident memory of this process over all rows so far. On a GPU also the peak of its memory."""
     status = Path("/proc/self/status")
     if status.exists():
         peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) / 1024  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
     from minivllm import LLM, SamplingParams
 
-Names are resolved on first use (PEP 562), so `import minivllm` costs nothing: torch is loaded when an engine is built.
+Names are imported on first use (PEP 562), so `import minivllm` is fast: torch is imported when an engine is built.
 """
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Errors a user can cause, kept apart from bugs.
+"""Errors that a user can cause. Bugs of this package are reported by `assert` instead.
 
-A user error names the field, the value and the fix, and is raised at the door (principle 6): by a constructor, by
-`add_request`, by the loader. The server turns `InvalidInput` into HTTP 400 with `param` set; the command line prints the
-message alone. An `assert` anywhere in this package means a bug of ours, never a user's mistake.
+A user error names the field, the value and the fix. It is raised as early as possible: by a constructor, by `add_request`, or by
+the loader. The server answers `InvalidInput` with HTTP 400 and sets `param`. The command line prints only the message.
 """
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from collections.abc import Iterable
 
 
 class InvalidInput(ValueError):
-    """Bad input from a user. `param` is the dotted name of the offending field (``None`` if there is no single one)."""
+    """Wrong input from a user. `param` is the dotted name of the wrong field; None if it is not one single field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -23,18 +22,18 @@ class InvalidInput(ValueError):
 
 
 class ModelError(InvalidInput):
-    """A model that cannot be found, read or built: missing folder, truncated file, missing or mis-shaped tensor."""
+    """A model that cannot be found, read or built: a missing folder, a truncated file, a tensor that is missing or has a wrong shape."""
 
 
 class NotSupportedYet(InvalidInput):
-    """A name that vLLM or OpenAI users know and that this engine does not have yet. Never silently ignored."""
+    """A parameter of vLLM or OpenAI that this engine does not support yet. It is refused and never ignored."""
 
 
 class EngineDead(RuntimeError):
-    """The engine loop ended; nothing more will be answered. Carries the reason."""
+    """The engine loop ended, so no request is answered any more. The message is the reason."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'temperature'?`` for an unknown `name`, or an empty string."""
+    """A hint for an unknown name, such as ``; did you mean 'temperature'?``. Empty if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,7 @@
-"""What callers get back: `RequestOutput` (vLLM's names), and the `OutputDelta` it is assembled from.
+"""The output of a request: `RequestOutput` (vLLM's names), and the `OutputDelta`s that it is assembled from.
 
-The engine emits deltas, because a stream wants only what is new and a message between processes should be small;
-`LLM.generate` adds them up into one `RequestOutput` per prompt.
+The engine emits deltas, because a stream sends only what is new, and messages between processes stay small. `LLM.generate` adds them
+up to one `RequestOutput` per prompt.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's log-probability at one position (vLLM's shape)."""
+    """One token's log-probability at one position (vLLM's class)."""
 
     logprob: float
     rank: int
@@ -24,7 +24,7 @@ class Logprob:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Clock readings (seconds, `time.monotonic`) and counts of one request."""
+    """Times (seconds, from `time.monotonic`) and counts of one request."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -34,20 +34,20 @@ class RequestMetrics:
 
 
 class OutputDelta(NamedTuple):
-    """What one step added to one child of one request. (A tuple: one is made and sent per token of every stream.)"""
+    """What one step added to one child of one request. It is a tuple because one is created and sent for every token."""
 
     request_id: str
     index: int  # type: ignore[assignment]  # child, 0..n-1 (hides tuple.index)
     token_ids: tuple[int, ...]
-    text: str  # text that became certain with these tokens; may lag behind the tokens
+    text: str  # text that is final now; it may lag behind the tokens
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop string or token id that ended it; None for EOS
+    stop_reason: int | str | None = None  # the stop string or stop token id; None for EOS
     num_cached_tokens: int = 0
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, if asked for
-    metrics: RequestMetrics | None = None  # with the last delta
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first delta, if requested
+    metrics: RequestMetrics | None = None  # in the last delta
     error: str | None = None
-    error_param: str | None = None  # the field of the request that is to blame, if one is
+    error_param: str | None = None  # the request's field that caused the error, if it is one field
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
-"""How one request wants its tokens chosen: vLLM's `SamplingParams`, checked on construction.
+"""The sampling settings of one request: vLLM's `SamplingParams`, checked when it is constructed.
 
-The object is frozen and plain (no torch), so it crosses from the server to the engine and rides on the plan to the worker
-unchanged. Field names and defaults are vLLM's; ranges are the OpenAI API's where it states one.
+The object is frozen and contains no tensors. It goes unchanged from the server to the engine, and with the plan to the worker. Field
+names and defaults are vLLM's. Ranges are those of the OpenAI API where it states one.
 """
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
-MAX_LOGPROBS = 20  # the most alternatives a request may ask for (OpenAI's and vLLM's limit)
+MAX_LOGPROBS = 20  # most alternatives per token (OpenAI's and vLLM's limit)
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
-MAX_TEMPERATURE = 1e4  # and far below this every token is equally likely; larger ones would leave float32's range
-MAX_TOP_K = 2**31 - 1  # what the sampler's columns hold
-MAX_REPETITION = 100.0  # the penalty and its inverse, for the same reason
-# Stop strings and bad words are looked for at every token, so their number and size are everybody's business.
+MAX_TEMPERATURE = 1e4  # all tokens are equally likely far below this; much larger values would exceed float32's range
+MAX_TOP_K = 2**31 - 1  # the sampler's columns are int32
+MAX_REPETITION = 100.0  # limit of the penalty and of its inverse, so that both stay in float32's range
+# Stop strings and bad words are checked at every token, so their number and size slow down all requests.
 MAX_STRINGS = 1024
-MAX_STRING = 1024  # characters of one
-MAX_CHARACTERS = 16_384  # of all together
-MAX_BIASES = 4096  # entries of logit_bias, which are added at every token
+MAX_STRING = 1024  # characters in one string
+MAX_CHARACTERS = 16_384  # characters in all strings together
+MAX_BIASES = 4096  # entries of logit_bias, which is added at every token
 MAX_GRAMMAR = 1 << 17  # characters of a JSON schema, a grammar, or all choices together
 MAX_REGEX = 1 << 14  # characters
-# What may stand between the tokens of JSON, unless the request says otherwise: a space, or a new line and its indentation.
-# Free white space is a trap for small models, which then write nothing else until their tokens are used up.
+# Whitespace allowed between the tokens of JSON by default: one space, or a newline and its indentation.
+# If any amount were allowed, small models would sometimes generate whitespace until max_tokens.
 JSON_WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
-MAX_NESTING = 64  # JSON objects and arrays inside one another in a schema
+MAX_NESTING = 64  # nested objects and arrays in a JSON schema
 
 _NOT_YET = {
     "guided_decoding": "the older name of structured_outputs",
@@ -52,7 +52,7 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
     span = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
     try:
         finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
+    except OverflowError:  # an int that is too large for a float
         finite = False
     if not finite:
         raise InvalidInput(f"{name} must be a finite number in {span}, got {reprlib.repr(value)}", name)
@@ -63,25 +63,25 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the whole output must look like: exactly one of the first five fields (vLLM's names). Raises `InvalidInput`.
+    """A constraint on the whole output: exactly one of the first five fields (vLLM's names). Raises `InvalidInput`.
 
-    Checked here: type, size, nesting. Whether a grammar can be compiled the engine says when the request comes in.
+    Type, size and nesting are checked here. The engine compiles the grammar when the request is added, and reports errors then.
     """
 
-    json: str | Mapping[str, Any] | None = None  # a JSON schema; kept as its text
-    regex: str | None = None  # the whole output matches it; Rust's regex syntax without look-around, \d is 0 to 9
-    choice: Sequence[str] | None = None  # one of these
-    grammar: str | None = None  # in llguidance's dialect of Lark, or GBNF
+    json: str | Mapping[str, Any] | None = None  # a JSON schema; stored as text
+    regex: str | None = None  # the whole output must match; Rust's regex syntax without look-around, \d is 0 to 9
+    choice: Sequence[str] | None = None  # the output is one of these strings
+    grammar: str | None = None  # in llguidance's variant of Lark, or in GBNF
     json_object: bool | None = None  # any JSON object
     disable_any_whitespace: bool = False  # JSON on one line, without spaces
-    whitespace_pattern: str | None = None  # a regex: what may stand between the tokens of JSON
-    origin: str = field(default="structured_outputs", repr=False, compare=False)  # what errors call it: a server has several names
+    whitespace_pattern: str | None = None  # a regex for the whitespace between the tokens of JSON
+    origin: str = field(default="structured_outputs", repr=False, compare=False)  # its name in error messages: the server accepts several
 
     def __post_init__(self) -> None:
         given = [name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
-            said = ", ".join(given) or "none"
-            raise InvalidInput(f"{self.origin} needs exactly one of {', '.join(STRUCTURES)}, got {said}", self.origin)
+            found = ", ".join(given) or "none"
+            raise InvalidInput(f"{self.origin} needs exactly one of {', '.join(STRUCTURES)}, got {found}", self.origin)
         where = self.where
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json, where))
@@ -89,12 +89,12 @@ class StructuredOutputsParams:
             object.__setattr__(self, "choice", _choices(self.choice, where))
         for name in ("regex", "grammar", "whitespace_pattern"):
             if getattr(self, name) is not None:
-                _pattern(getattr(self, name), where if name in given else f"{self.origin}.{name}", _LONGEST[name])
+                _pattern(getattr(self, name), where if name in given else f"{self.origin}.{name}", _MAX_LENGTH[name])
         for name in ("json_object", "disable_any_whitespace"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise InvalidInput(f"{name} must be true or false, got {getattr(self, name)!r}", f"{self.origin}.{name}")
         if (self.whitespace_pattern is not None or self.disable_any_whitespace) and self.kind not in ("json", "json_object"):
-            raise InvalidInput(f"whitespace settings are for JSON, and {self.origin} asks for {self.kind}: leave them out", self.origin)
+            raise InvalidInput(f"whitespace settings are for JSON, and {self.origin} has {self.kind}: leave them out", self.origin)
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise InvalidInput("whitespace_pattern and disable_any_whitespace exclude each other: leave one out", self.origin)
 
@@ -114,25 +114,25 @@ class StructuredOutputsParams:
 
     @property
     def kind(self) -> str:
-        """Which of the five it is."""
+        """The name of the given field, one of `STRUCTURES`."""
         return next(name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False)
 
     @property
     def where(self) -> str:
-        """What errors call the field that was given. (A dotted origin, or a legacy name such as guided_json, is that field.)"""
+        """The given field's name in error messages. (A dotted origin, or an older name such as guided_json, is already that name.)"""
         return f"{self.origin}.{self.kind}" if self.origin == "structured_outputs" else self.origin
 
 
 STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
-_LONGEST = {"regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "whitespace_pattern": 256}
+_MAX_LENGTH = {"regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "whitespace_pattern": 256}
 StructuredOutputs = StructuredOutputsParams
 
 
-def _pattern(value: Any, where: str, longest: int) -> None:
+def _pattern(value: Any, where: str, max_length: int) -> None:
     if not isinstance(value, str) or not value:
         raise InvalidInput(f"{where} must be a non-empty string, got {reprlib.repr(value)}", where)
-    if len(value) > longest:
-        raise InvalidInput(f"{where} has {len(value)} characters, and at most {longest} are allowed: make it shorter", where)
+    if len(value) > max_length:
+        raise InvalidInput(f"{where} has {len(value)} characters, and at most {max_length} are allowed: make it shorter", where)
     _unicode(value, where)
 
 
@@ -155,7 +155,7 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _schema_text(value: Any, where: str) -> str:
-    """The schema as JSON text, keys in their order: generated objects have it too."""
+    """The schema as JSON text. The order of its keys is kept, because generated objects follow it."""
     if isinstance(value, str):
         if len(value) > MAX_GRAMMAR:
             raise InvalidInput(f"{where} has {len(value)} characters, and at most {MAX_GRAMMAR} are allowed: make it shorter", where)
@@ -191,28 +191,28 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted once from tokens already in the output, [-2, 2]
     frequency_penalty: float = 0.0  # subtracted per occurrence in the output, [-2, 2]
     repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, [0.01, 100]
-    seed: int | None = None  # None: a seed is drawn from the engine's; the same seed draws the same tokens in any batch
+    seed: int | None = None  # the same seed gives the same tokens in any batch; None: derived from the engine's seed
     stop: Sequence[str] | str | None = None  # strings that end the output
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: as many as the context holds
     min_tokens: int = 0  # EOS and stop tokens are masked until then
-    logprobs: int | None = None  # 0: only the chosen token's; k: and the k most probable ones
+    logprobs: int | None = None  # 0: of the sampled token only; k: also of the k most probable tokens
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None  # token id -> bias, clamped to [-100, 100]
-    bad_words: Sequence[str] | None = None  # strings whose tokens must not be generated in sequence
+    bad_words: Sequence[str] | None = None  # strings whose token sequences must not be generated
     allowed_token_ids: Sequence[int] | None = None  # only these may be generated
     skip_special_tokens: bool = True
     detokenize: bool = True
-    structured_outputs: StructuredOutputsParams | None = None  # what the output must look like; a dict with its fields will do
-    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens; -1: as many as leave room for the output
+    structured_outputs: StructuredOutputsParams | None = None  # a dict with its fields is accepted too
+    truncate_prompt_tokens: int | None = None  # keep only this many of the prompt's last tokens; -1: as many as leave room for the output
 
-    # Filled by the engine, which knows the tokenizer: token sequences of `bad_words`.
+    # Token sequences of `bad_words`, filled in by the engine, which has the tokenizer.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
-        """Only here can a misspelt name get a hint; everything else is done on the fields."""
+        """Report an unknown name with the nearest known one. (The generated __init__ would raise an error without a hint.)"""
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
                 hint = f" ({_NOT_YET[name]}) is not supported yet" if name in _NOT_YET else nearest(name, cls.__dataclass_fields__)
@@ -221,7 +221,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)  # frozen for everybody else
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
         _whole("n", self.n, 1, "ask for one completion or more")
         put("temperature", _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE))
@@ -242,7 +242,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
-                raise InvalidInput("allowed_token_ids is empty, so no token could ever be generated: leave it out to allow all",
+                raise InvalidInput("allowed_token_ids is empty, so no token could be generated: leave it out to allow all",
                                    "allowed_token_ids")
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, "the number of tokens to generate")
@@ -254,7 +254,7 @@ class SamplingParams:
             if value is not None and _whole(name, value, 0, f"0 to {MAX_LOGPROBS}") > MAX_LOGPROBS:
                 raise InvalidInput(f"{name} must be at most {MAX_LOGPROBS}, got {value}", name)
         if self.truncate_prompt_tokens is not None and _whole(
-            "truncate_prompt_tokens", self.truncate_prompt_tokens, -1, "-1 keeps what leaves room for the output",
+            "truncate_prompt_tokens", self.truncate_prompt_tokens, -1, "-1 keeps as many as leave room for the output",
         ) == 0:
             raise InvalidInput("truncate_prompt_tokens must be at least 1, or -1 for as many as leave room for the output, got 0",
                                "truncate_prompt_tokens")
@@ -311,7 +311,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken (top_p, top_k and min_p then change nothing)."""
+        """Whether the most probable token is always chosen. Then top_p, top_k and min_p have no effect."""
         return self.temperature < GREEDY_EPSILON
 
     @property
@@ -320,7 +320,7 @@ class SamplingParams:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
-        """Like the constructor, but an unknown name gets an error with the nearest known one."""
+        """Like the constructor, but an unknown name raises `InvalidInput`."""
         known = [f.name for f in dataclasses.fields(cls) if f.name != "bad_words_token_ids"]
         for name in kwargs:
             if name in _NOT_YET:

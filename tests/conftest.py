@@ -1,6 +1,6 @@
-"""What all tests share: Hypothesis profiles, the `gpu` marker, and the models they run on.
+"""Shared by all tests: Hypothesis profiles, the `gpu` marker, and models.
 
-    default_model    ModelFiles of the embedded default model, fetched and converted once into the user's own cache
+    default_model    ModelFiles of the embedded default model, downloaded and converted once into the user's cache
     tiny_llama       (**config) -> folder of a tiny random Llama with a tokenizer; the same arguments give the same folder
 """
 from __future__ import annotations
@@ -18,18 +18,18 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from minivllm.models.hub import ModelFiles
 
-# Before anything imports torch: two threads, so that a test costs the same on every machine, and no test asks the hub.
+# Set before torch is imported. Two threads, so that a test costs the same on every machine; no requests to the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for one another crawl on a machine with other work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are very slow on a machine with other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it runs in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background processes so
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 IN_CI = bool(os.environ.get("CI"))
 
-# `pytest --hypothesis-profile=long tests/core` is the nightly size: 10,000 steps and more for each state machine.
+# `pytest --hypothesis-profile=long tests/core` is the nightly size: at least 10,000 steps for each state machine.
 _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=60, stateful_step_count=40, derandomize=IN_CI, **_COMMON)
 settings.register_profile("long", max_examples=500, stateful_step_count=100, **_COMMON)
@@ -37,7 +37,7 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device. torch is imported only if there are any."""
+    """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device. torch is imported only if there are such tests."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def default_model() -> ModelFiles:
-    """The embedded default model. Without a network and an empty cache: an error in CI, a visible skip elsewhere."""
+    """The embedded default model. If it is neither cached nor downloadable: an error in CI, elsewhere a skip with a reason."""
     from minivllm.config import EngineConfig
     from minivllm.errors import ModelError
     from minivllm.models.hub import find_model
@@ -59,12 +59,12 @@ def default_model() -> ModelFiles:
     except ModelError as error:
         if IN_CI:
             raise
-        pytest.skip(f"the default model is not here: {error}")
+        pytest.skip(f"the default model is not available: {error}")
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes folders of tiny random Llamas: config.json, model.safetensors, tokenizer.json with a chat template."""
+    """Makes folders with tiny random Llamas: config.json, model.safetensors, tokenizer.json with a chat template."""
     made: dict[str, Path] = {}
 
     def make(seed: int = 0, **overrides: Any) -> Path:

@@ -1,7 +1,7 @@
-"""Who may import whom: the design's rules as data, checked against the syntax tree of every file.
+"""Which module may import which: the design's rules as data, checked against the syntax tree of every file.
 
-Imports inside functions and under TYPE_CHECKING count like any other: a rule about knowledge is not kept by being late.
-The last tests plant violations, so that each rule is seen to catch something.
+Imports inside functions and under TYPE_CHECKING count like all others.
+The last tests plant violations, to show that each rule can fail.
 """
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minivllm"
 
-# A unit is a module or a folder right under minivllm/. Each may import those on its right, and itself.
-# "core.plan" on the right means that one module of core and no other.
-INPUT = ("errors", "sampling_params", "config", "families")  # what a user may say; known to everybody
-BRIDGE = (*INPUT, "core.plan")  # all that the data plane may know of the control plane
+# A unit is a module or a folder directly under minivllm/. Each may import itself and the units on its right.
+# "core.plan" on the right means only this module of core.
+INPUT = ("errors", "sampling_params", "config", "families")  # a user's input; every unit may import it
+BRIDGE = (*INPUT, "core.plan", "core.block_math")  # the only modules of the control plane that the data plane may import
 KERNELS = (*BRIDGE, "kernels")
 PARALLEL = (*KERNELS, "parallel")
 PARAMETERS = (*PARALLEL, "quantization", "lora")
@@ -30,39 +30,41 @@ LAYERS = (*PARAMETERS, "layers")
 MODELS = (*LAYERS, "models")
 CHOICE = (*MODELS, "sampling", "speculative")
 WORKER = (*CHOICE, "worker")
-ENGINE = (*WORKER, "outputs", "core", "engine")
-DOOR = (*INPUT, "outputs", "core.plan", "core.admission", "engine")  # what the server may know: the engine's door
+ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "engine")
+ENGINE_CLIENT = (*INPUT, "outputs", "engine_request", "core.plan", "core.admission", "engine")  # what the server may import
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "sampling_params": ("errors",),
     "config": ("errors",),
     "families": ("errors",),
     "outputs": ("core.plan",),
+    "engine_request": ("sampling_params",),
+    "splitmix64": (),
     # the control plane
-    "core": (*INPUT, "outputs"),
+    "core": (*INPUT, "outputs", "engine_request"),
     "planning": (*INPUT, "planning"),
-    # the data plane, each step of the stair sees the ones below it
+    # the data plane: each layer may import the layers below it
     "kernels": BRIDGE,
     "parallel": KERNELS,
     "quantization": PARALLEL,
     "lora": PARALLEL,
     "layers": PARAMETERS,
     "models": LAYERS,
-    "sampling": MODELS,
+    "sampling": (*MODELS, "splitmix64"),
     "speculative": MODELS,
     "worker": CHOICE,
-    # both planes meet
+    # the engine, which connects both planes
     "engine": ENGINE,
-    "server": DOOR,
+    "server": ENGINE_CLIENT,
     "benchmarks": (*ENGINE, "planning"),
     "entrypoints": ("cli", "config"),
     "cli": (*ENGINE, "server", "planning", "benchmarks", "minivllm"),
     "__init__": (*INPUT, "outputs", "engine"),
     "__main__": ("cli",),
 }
-EVERYBODY = ("minivllm",)  # the package itself, for its version and its lazy names
+ALWAYS = ("minivllm",)  # the package itself: its version and its lazy names
 
-# Third parties that only these folders or files may import.
+# Third-party packages that only these folders or files may import.
 CONFINED = {
     "triton": "minivllm.kernels.triton",
     "numba": "minivllm.kernels.numba",
@@ -76,13 +78,10 @@ CONFINED = {
     "llguidance": "minivllm.engine.grammar",
 }
 # Circles that still have to be removed, each as the set of its modules.
-KNOWN_CIRCLES = {
-    frozenset({"minivllm.core.invariants", "minivllm.core.scheduler"}),
-    frozenset({"minivllm.engine.client", "minivllm.engine.process"}),
-    frozenset({"minivllm.engine.compose", "minivllm.engine.engine", "minivllm.engine.loop"}),
-}
-STANDARD_LIBRARY_ONLY = ("errors", "sampling_params", "config", "families", "outputs", "core", "planning")
-OUTSIDE = ("lessons", "notebooks", "bench", "tests")  # they import the package, never the other way round
+KNOWN_CIRCLES: set[frozenset[str]] = set()
+STANDARD_LIBRARY_ONLY = (
+    "errors", "sampling_params", "config", "families", "outputs", "engine_request", "splitmix64", "core", "planning")
+OUTSIDE = ("lessons", "notebooks", "bench", "tests")  # they import the package; the package never imports them
 
 
 def module_name(path: Path) -> str:
@@ -96,13 +95,13 @@ def sources() -> dict[str, str]:
 
 
 def imported(source: str, known: Iterable[str]) -> set[str]:
-    """Full names of the modules a source text imports: `from a import b` is a.b where that is a module, a where it is not."""
+    """Full names of the modules a source text imports: `from a import b` is a.b if that is a module, else a."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute, so that a reader can search for them"
+            assert node.level == 0, "imports are absolute, so that they can be searched for"
             both = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
             names |= both or {str(node.module)}
     return names
@@ -115,7 +114,7 @@ def unit(module: str) -> str:
 
 
 def allowed(importer: str, target: str) -> bool:
-    may = (*MAY_IMPORT[unit(importer)], *EVERYBODY, unit(importer))
+    may = (*MAY_IMPORT[unit(importer)], *ALWAYS, unit(importer))
     inside = target.removeprefix("minivllm.")
     return any(inside == name or inside.startswith(f"{name}.") for name in may)
 
@@ -133,7 +132,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
                 if not allowed(module, target):
                     found.append(f"{module} may not import {target}")
             elif top in OUTSIDE:
-                found.append(f"{module} may not import {target}: the package does not know what is built on it")
+                found.append(f"{module} may not import {target}: the package must not depend on what is built on it")
             elif top in CONFINED and not f"{module}.".startswith(f"{CONFINED[top]}."):
                 found.append(f"{module} may not import {target}: only {CONFINED[top]} may")
             elif unit(module) in STANDARD_LIBRARY_ONLY and top not in sys.stdlib_module_names:
@@ -178,7 +177,7 @@ def circles(files: Mapping[str, str]) -> set[frozenset[str]]:
 
 
 def is_compiled(module: str) -> bool:
-    """Whether a module needs a compiler that not every machine has."""
+    """Whether a module needs a compiler that some machines lack."""
     return any(f"{module}.".startswith(f"minivllm.kernels.{compiler}.") for compiler in ("triton", "numba"))
 
 
@@ -190,7 +189,7 @@ def run(code: str) -> str:
 
 # ---- the rules
 
-def test_every_import_in_the_package_keeps_the_rules() -> None:
+def test_every_import_in_the_package_follows_the_rules() -> None:
     assert violations(sources()) == []
 
 
@@ -225,7 +224,7 @@ def test_every_file_that_the_documents_name_exists() -> None:
     files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*")]
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         named = set(re.findall(r"[\w/.-]*\w\.(?:py|md)\b", document.read_text(encoding="utf-8")))
-        missing = {name for name in named if not any(file.endswith(f"/{name.removeprefix('./')}") for file in files)}
+        missing = {name for name in named if not any(file.endswith(f"/{name.lstrip('./')}") for file in files)}
         assert missing <= {"README.md", "CONTRIBUTING.md"}, f"{document.name} names {missing}"
 
 
@@ -241,7 +240,7 @@ print([name for name in ("torch", "numpy") if name in sys.modules])
     assert run(code) == "[]\n"
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_no_heavy_package() -> None:
     heavy = ("torch", "numpy", "numba", "transformers", "tokenizers", "fastapi", "pydantic", "huggingface_hub")
     assert run(f"import sys, minivllm\nprint([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
@@ -300,8 +299,8 @@ CLEAN = {"minivllm.core.plan": "import dataclasses", "minivllm.core.scheduler": 
     ("minivllm.server.app", "import llguidance", "only minivllm.engine.grammar may"),
     ("minivllm.server.app", "from minivllm.worker.batch import Rows", "may not import minivllm.worker.batch"),
     ("minivllm.server.app", "from minivllm.core.scheduler import Scheduler", "may not import minivllm.core.scheduler"),
-    ("minivllm.engine.llm", "from tests.models.tiny import load", "does not know what is built on it"),
-    ("minivllm.engine.llm", "import bench.harness", "does not know what is built on it"),
+    ("minivllm.engine.llm", "from tests.models.tiny import load", "must not depend on what is built on it"),
+    ("minivllm.engine.llm", "import bench.harness", "must not depend on what is built on it"),
     ("minivllm.surprise", "", "has no row"),
 ])
 def test_a_planted_violation_is_found(module: str, source: str, says: str) -> None:

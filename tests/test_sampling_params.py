@@ -1,4 +1,4 @@
-"""What a request may ask for: ranges, names, and errors that say what to change."""
+"""`SamplingParams`: ranges, names, and error messages with a fix."""
 from __future__ import annotations
 
 from typing import Any
@@ -30,19 +30,19 @@ def test_a_value_out_of_range_is_an_error_that_names_field_and_value(field: str,
     assert error.value.param == field and field in str(error.value) and len(str(error.value)) < 400
 
 
-def test_stop_strings_need_text() -> None:
+def test_stop_strings_need_detokenization() -> None:
     with pytest.raises(InvalidInput, match="stop_token_ids, or turn detokenize on"):
         SamplingParams(stop="x", detokenize=False)
 
 
-def test_an_unknown_name_gets_the_nearest_known_one_and_a_known_absent_one_says_so() -> None:
+def test_an_unknown_name_is_refused_with_a_hint_and_an_unsupported_one_says_so() -> None:
     with pytest.raises(InvalidInput, match="did you mean 'temperature'"):
         SamplingParams.from_kwargs(temprature=1.0)
     with pytest.raises(NotSupportedYet, match="not supported yet"):
         SamplingParams.from_kwargs(best_of=2)
 
 
-def test_forms_that_mean_the_same_become_the_same() -> None:
+def test_equivalent_values_are_normalized() -> None:
     params = SamplingParams(stop="x", top_k=-1, logit_bias={"7": 500})  # type: ignore[dict-item]
     assert params.stop == ("x",) and params.top_k == 0 and params.logit_bias == {7: 100.0}
     assert SamplingParams(temperature=1e-6).greedy and not SamplingParams(temperature=0.01).greedy
@@ -55,8 +55,8 @@ names = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presen
 
 
 @given(st.dictionaries(st.sampled_from(names), numbers))
-def test_whatever_is_accepted_fits_the_columns_of_the_sampler(fields: dict[str, Any]) -> None:
-    """A float32 or an int32, and no zero or infinity where the maths would divide: one request cannot fail its neighbours' step."""
+def test_every_accepted_value_fits_the_sampler(fields: dict[str, Any]) -> None:
+    """Values fit float32 or int32, and divisors are finite and not 0. Otherwise one request could fail the step of all others."""
     try:
         params = SamplingParams(**fields)
     except InvalidInput as error:
@@ -68,6 +68,6 @@ def test_whatever_is_accepted_fits_the_columns_of_the_sampler(fields: dict[str, 
     assert params.greedy or 0 < np.float32(params.temperature) < np.inf
 
 
-def test_a_misspelt_keyword_of_the_constructor_gets_the_nearest_name_too() -> None:
+def test_a_misspelled_keyword_of_the_constructor_is_refused_with_a_hint() -> None:
     with pytest.raises(TypeError, match="no parameter 'temprature'; did you mean 'temperature'"):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]

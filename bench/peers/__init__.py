@@ -1,1 +1,1 @@
-"""One adapter per engine: `Engine(job)` loads, `generate(requests)` answers with token ids. Only engines that were seen to work."""
+"""One adapter per engine: `Engine(job)` loads a model, `generate(requests)` returns token ids. Each was seen to work."""

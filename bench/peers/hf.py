@@ -1,4 +1,4 @@
-"""Hugging Face Transformers' `generate`: a static batch, padded on the left, that runs until its longest output is done."""
+"""Hugging Face Transformers' `generate`: a static batch, padded on the left. It runs until its longest output is complete."""
 from __future__ import annotations
 
 from typing import Any
@@ -20,11 +20,11 @@ class Engine:
         self.device, self.dtype = job["device"], job["dtype"]
 
     def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
-        """-> the output tokens of each request; those past its own length, which a static batch computes too, are cut off."""
+        """-> the output tokens of each request. A static batch computes more tokens for the shorter ones; these are cut off."""
         return self._run(requests, scores=False)[0]
 
     def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], list[list[float]]]:
-        """One by one, so that no padding is involved; gaps: best minus second best logit at each token."""
+        """One request at a time, without padding. gaps: best minus second best logit at each token."""
         tokens, gaps = [], []
         for request in requests:
             t, g = self._run([request], scores=True)

@@ -8,8 +8,8 @@ from minivllm import LLM, SamplingParams
 from minivllm.benchmarks.workloads import WorkloadRequest
 
 
-class _Heard(logging.Handler):
-    """Keeps what the engine logs while it starts."""
+class _LogCollector(logging.Handler):
+    """Keeps the engine's log messages while it starts."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -21,17 +21,17 @@ class _Heard(logging.Handler):
 
 class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
-        heard, logger = _Heard(logging.INFO), logging.getLogger("minivllm.engine.executor")
+        collector, logger = _LogCollector(logging.INFO), logging.getLogger("minivllm.engine.compose")
         level = logger.level
         logger.setLevel(logging.INFO)
-        logger.addHandler(heard)
+        logger.addHandler(collector)
         try:
             self.llm = LLM(model=job["model"], dtype=job["dtype"], device=job["device"], skip_tokenizer_init=job["model"] is not None,
                            load_format=job["load_format"], **job["options"])
         finally:
-            logger.removeHandler(heard)
+            logger.removeHandler(collector)
             logger.setLevel(level)
-        self.start_parts = next((line.removeprefix("started: ") for line in heard.lines if line.startswith("started: ")), None)
+        self.start_parts = next((line.removeprefix("started: ") for line in collector.lines if line.startswith("started: ")), None)
         self.dtype = str(self.llm.llm_engine.info().dtype)
 
     def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
@@ -41,15 +41,14 @@ class Engine:
         return [list(out.outputs[0].token_ids) for out in self.llm.generate(prompts, params, use_tqdm=False)]
 
     def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], None]:
-        """Tokens, and no opinion on how close the second best came: that is the oracle's part."""
+        """Tokens without gaps. Only the oracle reports gaps."""
         return self.generate(requests), None
 
     def check_kernels(self) -> dict[str, Any]:
-        """The chosen kernels beside the reference kernels, at full size: see bench/kernel_check.py."""
+        """Compare the engine's kernels with the reference kernels, at full size: see bench/kernel_check.py."""
         from bench.kernel_check import check
-        from minivllm.engine.executor import LocalExecutor
+        from minivllm.worker.worker import Worker
 
         executor = self.llm.llm_engine.executor
-        assert isinstance(executor, LocalExecutor) and executor._runner is not None
-        runner = executor._runner
-        return check(runner.model, runner.kv.shape, self.generate)
+        assert isinstance(executor, Worker)
+        return check(executor.runner.model, executor.runner.kv.layout, self.generate)

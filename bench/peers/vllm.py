@@ -1,4 +1,4 @@
-"""vLLM's `LLM`, with its defaults but for max_model_len 16384. It pins its own torch, so it needs an environment of its own."""
+"""vLLM's `LLM`, with its defaults, except max_model_len 16384. It pins its own torch, so it needs another environment."""
 from __future__ import annotations
 
 import json
@@ -30,5 +30,5 @@ class Engine:
         return [list(out.outputs[0].token_ids) for out in self.llm.generate(prompts, params, use_tqdm=False)]
 
     def generate_with_gaps(self, requests: list[WorkloadRequest]) -> tuple[list[list[int]], None]:
-        """Tokens, and no opinion on how close the second best came: that is the oracle's part."""
+        """Tokens without gaps. Only the oracle reports gaps."""
         return self.generate(requests), None

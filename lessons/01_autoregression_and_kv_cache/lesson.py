@@ -1,9 +1,9 @@
-"""Lesson 1: a language model writes one token at a time, and remembers keys and values so as not to start over.
+"""Lesson 1: a language model generates one token at a time, and keeps keys and values so that it need not compute them again.
 
 Run it:  python lessons/01_autoregression_and_kv_cache/lesson.py      (a few seconds on a CPU; needs torch, nothing else)
 
-A transformer with 2 layers learns a nursery text by heart, then writes it twice: once recomputing the whole text for every
-new letter, once with a KV cache. Same letters; count the work.
+A transformer with 2 layers memorizes a short text, then writes it twice: once it recomputes the whole text for every new letter, once
+it uses a KV cache. The letters are the same. The lesson counts the work of both.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,10 +19,10 @@ LETTERS = sorted(set(TEXT))
 
 
 class Shape(NamedTuple):
-    """How big a model is. Fewer key/value heads than query heads is called grouped-query attention (GQA)."""
+    """The sizes of a model. With fewer key/value heads than query heads, attention is grouped-query attention (GQA)."""
 
     vocab: int = len(LETTERS)
-    width: int = 64  # numbers that describe one token between layers
+    width: int = 64  # numbers per token between layers
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
@@ -32,9 +32,9 @@ class Shape(NamedTuple):
 
 @dataclass
 class Work:
-    """What a forward pass costs, counted as it happens. One multiply-add = 2 operations (FLOPs)."""
+    """The cost of a forward pass, counted while it runs. One multiply-add = 2 operations (FLOPs)."""
 
-    rows: int = 0  # token rows pushed through the layers
+    rows: int = 0  # token rows computed by the layers
     flops: int = 0
 
     def matmul(self, m: int, k: int, n: int) -> None:
@@ -52,7 +52,7 @@ class Cache:
         return len(self.k[0])
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k[layer] = torch.cat([self.k[layer], k])  # copies everything: simple, and what paging (lesson 2) avoids
+        self.k[layer] = torch.cat([self.k[layer], k])  # copies everything: simple and slow; paging (lesson 2) avoids it
         self.v[layer] = torch.cat([self.v[layer], v])
         return self.k[layer], self.v[layer]
 
@@ -62,24 +62,24 @@ class Cache:
 
 def random_weights(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
     """One flat dictionary. A weight matrix is stored [out, in], as checkpoints do."""
-    dice = torch.Generator().manual_seed(seed)
-    w = {"embed": torch.randn(shape.vocab, shape.width, generator=dice) * 0.1, "final_norm": torch.ones(shape.width)}
+    generator = torch.Generator().manual_seed(seed)
+    w = {"embed": torch.randn(shape.vocab, shape.width, generator=generator) * 0.1, "final_norm": torch.ones(shape.width)}
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"q": (q, shape.width), "k": (kv, shape.width), "v": (kv, shape.width), "o": (shape.width, q),
              "gate": (shape.inner, shape.width), "up": (shape.inner, shape.width), "down": (shape.width, shape.inner)}
     for i in range(shape.layers):
         w[f"{i}.norm1"], w[f"{i}.norm2"] = torch.ones(shape.width), torch.ones(shape.width)
         for name, (rows, cols) in sizes.items():
-            w[f"{i}.{name}"] = torch.randn(rows, cols, generator=dice) * cols**-0.5
+            w[f"{i}.{name}"] = torch.randn(rows, cols, generator=generator) * cols**-0.5
     return w
 
 
-def normalise(x: Tensor, gain: Tensor) -> Tensor:
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return gain * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-def turn(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding: number j and number j + half are one complex number, turned by position x speed_j."""
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding: numbers j and j + half form one complex number, rotated by position x speed_j."""
     half = x.shape[-1] // 2
     speed = 10000.0 ** (-torch.arange(half) / half)
     angle = positions[:, None, None] * speed  # [t, 1, half]
@@ -88,19 +88,19 @@ def turn(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, work: Work) -> Tensor:
-    """Queries are the last t of the s tokens whose keys are given: q [t, heads, d], k and v [s, kv_heads, d] -> [t, heads * d]."""
+    """Attention of the last t of s tokens: q [t, heads, d], k and v [s, kv_heads, d] -> [t, heads * d]."""
     (t, heads, d), (s, kv_heads, _) = q.shape, k.shape
-    q = q.reshape(t, kv_heads, heads // kv_heads, d)  # query heads that share one kv head sit together
+    q = q.reshape(t, kv_heads, heads // kv_heads, d)  # query heads that share one kv head are adjacent
     scores = torch.einsum("tkgd,skd->kgts", q, k) / d**0.5
-    may_see = torch.arange(s)[None, :] <= torch.arange(s - t, s)[:, None]  # nobody looks into the future
-    scores = scores.masked_fill(~may_see, float("-inf"))
+    visible = torch.arange(s)[None, :] <= torch.arange(s - t, s)[:, None]  # no token sees a later one
+    scores = scores.masked_fill(~visible, float("-inf"))
     work.matmul(t * heads, d, s)
     work.matmul(t * heads, s, d)
     return torch.einsum("kgts,skd->tkgd", scores.softmax(-1), v).reshape(t, heads * d)
 
 
 def forward(w: dict[str, Tensor], shape: Shape, tokens: Tensor, work: Work, cache: Cache | None = None) -> Tensor:
-    """tokens [t] -> logits [t, vocab]. With a cache, `tokens` are only the new ones; all earlier ones are in it."""
+    """tokens [t] -> logits [t, vocab]. With a cache, `tokens` are only the new ones; the cache holds all earlier ones."""
     work.rows += len(tokens)
     start = len(cache) if cache is not None else 0
     positions = torch.arange(start, start + len(tokens))
@@ -111,19 +111,19 @@ def forward(w: dict[str, Tensor], shape: Shape, tokens: Tensor, work: Work, cach
 
     x = w["embed"][tokens]  # [t, width]
     for i in range(shape.layers):
-        y = normalise(x, w[f"{i}.norm1"])
+        y = rms_norm(x, w[f"{i}.norm1"])
         q, k, v = (dense(y, f"{i}.{n}").unflatten(-1, (-1, shape.head_dim)) for n in "qkv")
-        q, k = turn(q, positions), turn(k, positions)
+        q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:
             k, v = cache.extend(i, k, v)
         x = x + dense(attend(q, k, v, work), f"{i}.o")
-        y = normalise(x, w[f"{i}.norm2"])
+        y = rms_norm(x, w[f"{i}.norm2"])
         x = x + dense(torch.nn.functional.silu(dense(y, f"{i}.gate")) * dense(y, f"{i}.up"), f"{i}.down")
-    return dense(normalise(x, w["final_norm"]), "embed")  # the embedding table, used backwards
+    return dense(rms_norm(x, w["final_norm"]), "embed")  # the output head is the embedding table
 
 
 def train(w: dict[str, Tensor], shape: Shape, steps: int) -> float:
-    """Learn to predict letter i + 1 from letters 0..i, at every i of the text at once. Returns the last loss."""
+    """Train the model to predict letter i + 1 from letters 0..i, for all i at once. Returns the last loss."""
     for p in w.values():
         p.requires_grad_()
     ids = encode(TEXT)
@@ -138,8 +138,8 @@ def train(w: dict[str, Tensor], shape: Shape, steps: int) -> float:
     return loss.item()
 
 
-def write_without_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: int) -> tuple[list[int], list[Work]]:
-    """n times: run the model over everything, keep the last row's best letter, throw the rest away."""
+def generate_without_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: int) -> tuple[list[int], list[Work]]:
+    """n times: run the model over the whole text, and keep only the best letter of the last row."""
     text, steps = prompt.tolist(), []
     for _ in range(n):
         work = Work()
@@ -149,8 +149,8 @@ def write_without_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: i
     return text[len(prompt):], steps
 
 
-def write_with_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: int) -> tuple[list[int], list[Work], Cache]:
-    """The first step reads the prompt (prefill); every later one computes a single row (decode)."""
+def generate_with_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: int) -> tuple[list[int], list[Work], Cache]:
+    """The first step computes the prompt (prefill). Every later step computes a single row (decode)."""
     cache, fresh, out, steps = Cache(shape), prompt, [], []
     for _ in range(n):
         work = Work()
@@ -162,7 +162,7 @@ def write_with_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: int)
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int = 1, bytes_per_number: int = 2) -> int:
-    """The whole price of a KV cache: 2 (a key and a value) x layers x kv_heads x head_dim numbers a token."""
+    """Bytes of a KV cache: 2 (a key and a value) x layers x kv_heads x head_dim numbers per token."""
     return 2 * layers * kv_heads * head_dim * bytes_per_number * tokens
 
 
@@ -174,8 +174,8 @@ def main(train_steps: int = 150, n: int = 96) -> None:
     shape, prompt = Shape(), encode("the hen ")
     w = random_weights(shape)
     print(f"trained {train_steps} steps on {len(TEXT)} letters: loss {train(w, shape, train_steps):.3f} nats per letter")
-    slow, slow_steps = write_without_cache(w, shape, prompt, n)
-    fast, fast_steps, cache = write_with_cache(w, shape, prompt, n)
+    slow, slow_steps = generate_without_cache(w, shape, prompt, n)
+    fast, fast_steps, cache = generate_with_cache(w, shape, prompt, n)
     assert slow == fast, "the cache changed the text"
     print("both ways write: the hen |", "".join(LETTERS[i] for i in fast), sep="", end="\n\n")
 
@@ -189,7 +189,7 @@ def main(train_steps: int = 150, n: int = 96) -> None:
 
     formula = kv_bytes(shape.layers, shape.kv_heads, shape.head_dim, len(cache), bytes_per_number=4)
     print(f"the cache holds {len(cache)} tokens in {cache.nbytes():,} bytes (formula: {formula:,})\n")
-    print("the same formula, 2-byte numbers              a token      2,000 tokens   131,072 tokens")
+    print("the same formula, 2-byte numbers            per token      2,000 tokens   131,072 tokens")
     for name, dims in {"SmolLM2-135M (30 layers, 3 kv heads of 64)": (30, 3, 64), "Llama-3-8B (32 layers, 8 of 128)": (32, 8, 128),
                        "Llama-3-70B (80 layers, 8 of 128)": (80, 8, 128), "the same without GQA (80, 64 of 128)": (80, 64, 128)}.items():
         one, some, many = kv_bytes(*dims) / 2**10, kv_bytes(*dims, 2000) / 2**20, kv_bytes(*dims, 2**17) / 2**30

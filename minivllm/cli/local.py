@@ -79,9 +79,9 @@ class LocalEngine:
         config = build(EngineConfig, given(args, EngineConfig))
         configure_logging(args.log_level)
         print_status(f"loading {config.model or 'the default model'} ...")
-        from minivllm.engine.engine import LLMEngine
+        from minivllm.engine import compose
 
-        engine = LLMEngine.from_config(config)
+        engine = compose.build_engine(config)
         try:
             yield cls(engine, {"max_tokens": max_tokens} | overrides)
         finally:

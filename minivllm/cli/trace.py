@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from minivllm.core.scheduler import SchedulerConfig
-from minivllm.core.simulate import Outcome, StepCost, Work, percentile, recorded_work, simulate, synthetic_work
+from minivllm.core.simulate import SimulatedRequest, SimulationResult, StepCost, percentile, recorded_requests, simulate, synthetic_requests
 from minivllm.core.trace import Arrival, Planned, Trace, read, replay
-from minivllm.core.trace_summary import StepRecord, Summary, summarise
+from minivllm.core.trace_summary import StepRecord, Summary, summarize
 from minivllm.errors import InvalidInput, nearest
 
 BUCKETS = 12  # rows of the table over time
@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     if args.replay:
         return _replay(trace)
     if args.compare:
-        work = recorded_work(trace)
+        work = recorded_requests(trace)
         left_out = sum(isinstance(event, Arrival) for event in trace.events) - len(work)
         if left_out:
             print(f"{left_out} requests are ignored: they are beam searches or were aborted before their first token")
         return _compare(trace.config, work, _cost(args.step_cost, lambda: StepCost.fit(trace)), args.compare)
-    return _summary(summarise(trace))
+    return _summary(summarize(trace))
 
 
 # -- replay ----------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def _summary(summary: Summary) -> int:
     if summary.trace.about:
         print("engine      " + ", ".join(f"{key} {value}" for key, value in summary.trace.about.items()))
     print("settings    " + ", ".join(f"{f.name}={getattr(config, f.name)}" for f in SETTINGS if getattr(config, f.name) != f.default))
-    endings = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.endings.items())) or "none"
+    endings = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.finish_reasons.items())) or "none"
     print(f"requests    {summary.num_requests}; finished sequences: {endings}")
     if last is not None:
         total = sum(kinds)
@@ -130,7 +130,7 @@ def _buckets(steps: Sequence[StepRecord]) -> Iterator[tuple[float, list[StepReco
 # -- comparison ------------------------------------------------------------------------------------------------------------
 
 
-def _compare(config: SchedulerConfig, work: Sequence[Work], cost: StepCost, changes: Sequence[Sequence[str]]) -> int:
+def _compare(config: SchedulerConfig, work: Sequence[SimulatedRequest], cost: StepCost, changes: Sequence[Sequence[str]]) -> int:
     if not work:
         raise InvalidInput("no request in this trace has a token, so there is nothing to compare", "file")
     columns = [("recorded", config)]
@@ -149,7 +149,7 @@ def _ms(values: Sequence[float], p: float) -> str:
     return f"{percentile(values, p) * 1e3:.1f}"
 
 
-_FIGURES: tuple[tuple[str, Callable[[Outcome], str]], ...] = (
+_FIGURES: tuple[tuple[str, Callable[[SimulationResult], str]], ...] = (
     ("duration, s", lambda o: f"{o.duration:.3f}"),
     ("output tokens per second", lambda o: f"{o.output_tokens / o.duration:.1f}" if o.duration else "-"),
     ("steps", lambda o: str(len(o.steps))),
@@ -200,9 +200,9 @@ def _cost(text: str | None, default: Callable[[], StepCost]) -> StepCost:
     return StepCost(base, per_token, per_context, host=host[0] if host else 0.0)
 
 
-def _synthetic(count: int, rate: float, seed: int) -> list[Work]:
+def _synthetic(count: int, rate: float, seed: int) -> list[SimulatedRequest]:
     """ShareGPT-like lengths, and exponential gaps between arrivals (a Poisson process)."""
-    from minivllm.planning.laboratory import sharegpt_like
+    from minivllm.planning.allocator_replay import sharegpt_like
 
     if count < 1 or not rate > 0.0:
         raise InvalidInput(f"--synthetic and --rate must be above 0, got {count} and {rate:g}", "synthetic")
@@ -210,4 +210,4 @@ def _synthetic(count: int, rate: float, seed: int) -> list[Work]:
     for _ in range(count):
         times.append(now)
         now += dice.expovariate(rate)
-    return synthetic_work([(job.prompt, job.output) for job in sharegpt_like(count, seed=seed)], times)
+    return synthetic_requests([(job.prompt, job.output) for job in sharegpt_like(count, seed=seed)], times)

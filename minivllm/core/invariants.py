@@ -1,47 +1,42 @@
-"""What is true of a scheduler between any two calls, as assertions. Read it as the specification of who owns what."""
+"""What is true of a scheduler between any two calls, as assertions. Read it as the specification of which part owns what."""
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.core.prefix_cache import chain_digests
-from minivllm.core.request import NO_ROW, Sequence, State
-
-if TYPE_CHECKING:
-    from minivllm.core.scheduler import Scheduler
+from minivllm.core.prefix_cache import chain_hashes
+from minivllm.core.request import NO_ROW, Sequence, SequenceStatus
+from minivllm.core.scheduler_state import SchedulerState
 
 
-def check_scheduler(scheduler: Scheduler) -> None:
+def check_state(state: SchedulerState) -> None:
     """Raise AssertionError naming the sequence or block that breaks a rule."""
-    running, waiting = list(scheduler.running), [*scheduler._roster.queue.sequences(), *scheduler._roster.parked]
-    _check_ownership(scheduler, running, waiting)
-    _check_places(scheduler, running, waiting)
+    running, waiting = list(state.running), [*state.waiting.sequences(), *state.preempted_beams]
+    _check_block_owners(state, running, waiting)
+    _check_sequences(state, running, waiting)
+    _check_in_flight(state, running)
+    size = state.config.block_size
     for sequence in (*running, *waiting):
-        names = chain_digests(sequence.request.root, sequence.tokens[:len(sequence.digests) * scheduler.config.block_size],
-                              scheduler.config.block_size)
-        assert names == sequence.digests, f"{sequence.id} has names for blocks whose tokens are others"
+        hashes = chain_hashes(sequence.request.root_hash, sequence.tokens[:len(sequence.block_hashes) * size], size)
+        assert hashes == sequence.block_hashes, f"{sequence.id} has block hashes that do not belong to its tokens"
     for sequence in running:
-        _check_running(scheduler, sequence)
+        _check_running(state, sequence)
     for sequence in waiting:
-        assert sequence.state in (State.WAITING, State.SWAPPED), f"{sequence.id} waits, and is {sequence.state}"
-        assert sequence.row == NO_ROW and not list(sequence.table.blocks()), f"{sequence.id} waits, and holds a row or blocks"
-        assert sequence.num_in_flight == 0 and sequence.num_placeholders == 0, f"{sequence.id} waits, and is in flight"
-        assert bool(sequence.host_blocks) == (sequence.state is State.SWAPPED), f"{sequence.id} has host blocks while {sequence.state}"
-        assert sequence.state is State.SWAPPED or sequence.num_computed == 0, f"{sequence.id} has nothing, and counts it as computed"
+        _check_waiting(sequence)
 
 
-def _check_ownership(scheduler: Scheduler, running: list[Sequence], waiting: list[Sequence]) -> None:
-    """Every reference to a block is a table's entry, a move's, or a retired block's that a launched plan still names."""
+def _check_block_owners(state: SchedulerState, running: list[Sequence], waiting: list[Sequence]) -> None:
+    """Every reference to a block belongs to a table entry, a pending move, or a launched plan that frees the block later."""
     device: dict[int, list[str]] = defaultdict(list)
     host: dict[int, list[str]] = defaultdict(list)
     for sequence in running:
         for block in sequence.table.blocks():
             device[block].append(f"row {sequence.row} ({sequence.id})")
-    for launched in scheduler._launched:
-        for block in launched.retired:
-            device[block].append(f"step {launched.plan.step_id}, out of window")
-    for move_id, move in scheduler.host.moves.items():
+    for launched in state.launched:
+        for block in launched.blocks_to_free:
+            device[block].append(f"step {launched.plan.step_id}, outside the window")
+    offload = state.kv.offload
+    for move_id, move in offload.moves.items():
         device[move.device_block].append(f"move {move_id}")
         host[move.host_block].append(f"move {move_id}")
     for sequence in waiting:
@@ -49,57 +44,76 @@ def _check_ownership(scheduler: Scheduler, running: list[Sequence], waiting: lis
             for block in blocks:
                 if block != NULL_BLOCK:
                     host[block].append(f"swapped {sequence.id}")
-    scheduler.pool.check(device)
-    scheduler.host.pool.check(host)
+    state.kv.pool.check(device)
+    offload.pool.check(host)
 
 
-def _check_places(scheduler: Scheduler, running: list[Sequence], waiting: list[Sequence]) -> None:
-    """Each row has one holder or is free; each unfinished sequence is in exactly one place; order is kept."""
-    rows = [s.row for s in running] + scheduler._roster.free_rows
-    assert sorted(rows) == list(range(scheduler.config.max_running)), f"rows {rows} are not each in one place"
-    assert len(scheduler._launched) <= scheduler.config.planning_depth + 1, "too many plans in flight"
-    assert [s.order for s in running] == sorted(s.order for s in running), "running sequences are out of order"
-    assert len(waiting) == len(scheduler._roster.queue) + len(scheduler._roster.parked), "the queue is miscounted"
-    assert all(s.paused for s in scheduler._roster.parked), "a sequence is parked, and not paused"
-    placed = [*running, *waiting]
-    assert len({id(s) for s in placed}) == len(placed), "a sequence is in two places"
-    unfinished = [s for r in scheduler._roster.requests.values() for s in r.sequences if s.state is not State.FINISHED]
-    assert {id(s) for s in unfinished} == {id(s) for s in placed if s.state is not State.FINISHED}, "a sequence is nowhere"
-    for request in scheduler._roster.requests.values():
-        assert not request.finished, f"{request.new.request_id} is over and still known"
+def _check_sequences(state: SchedulerState, running: list[Sequence], waiting: list[Sequence]) -> None:
+    """Each row belongs to one sequence or is free. Each unfinished sequence is in exactly one list. The order is kept."""
+    rows = [s.row for s in running] + state.free_rows
+    assert sorted(rows) == list(range(state.config.max_running)), f"rows {rows} do not each occur once"
+    assert len(state.launched) <= state.config.planning_depth + 1, "too many plans are in flight"
+    assert [s.order for s in running] == sorted(s.order for s in running), "running sequences are not in priority order"
+    assert len(waiting) == len(state.waiting) + len(state.preempted_beams), "the length of the queue is wrong"
+    assert all(s.paused for s in state.preempted_beams), "a sequence in preempted_beams is not paused"
+    listed = [*running, *waiting]
+    assert len({id(s) for s in listed}) == len(listed), "a sequence is in two lists"
+    unfinished = [s for r in state.requests.values() for s in r.sequences if s.status is not SequenceStatus.FINISHED]
+    assert {id(s) for s in unfinished} == {id(s) for s in listed if s.status is not SequenceStatus.FINISHED}, "a sequence is in no list"
+    for request in state.requests.values():
+        assert not request.finished, f"{request.new.request_id} is finished and was not removed"
+
+
+def _check_in_flight(state: SchedulerState, running: list[Sequence]) -> None:
     in_flight: dict[int, int] = defaultdict(int)
-    for launched in scheduler._launched:
-        for sequence, count in launched.shares():
+    for launched in state.launched:
+        for sequence, count in launched.tokens_in_flight():
             in_flight[id(sequence)] += count
     for sequence in running:
-        assert sequence.num_in_flight == in_flight[id(sequence)], f"{sequence.id}: in flight is not what launched plans will confirm"
+        assert sequence.num_in_flight == in_flight[id(sequence)], f"{sequence.id}: num_in_flight is not what launched plans compute"
 
 
-def _check_running(scheduler: Scheduler, sequence: Sequence) -> None:
-    """Counters are in order, slots exist for what is planned, and nobody else reads the block that is written next."""
+def _check_waiting(sequence: Sequence) -> None:
+    name, status = sequence.id, sequence.status
+    assert status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED), f"{name} is waiting and has status {status}"
+    assert sequence.row == NO_ROW and not list(sequence.table.blocks()), f"{name} is waiting and has a row or blocks"
+    assert sequence.num_in_flight == 0 and sequence.num_placeholders == 0, f"{name} is waiting and has tokens in flight"
+    assert bool(sequence.host_blocks) == (status is SequenceStatus.SWAPPED), f"{name} has host blocks and status {status}"
+    assert status is SequenceStatus.SWAPPED or sequence.num_computed == 0, f"{name} has no blocks and counts tokens as computed"
+
+
+def _check_running(state: SchedulerState, sequence: Sequence) -> None:
+    """Counters are in order, planned tokens have slots, and the block that is written next is not shared."""
     name, table = sequence.id, sequence.table
-    assert sequence.row != NO_ROW and sequence.state not in (State.WAITING, State.SWAPPED), f"{name} runs, and is {sequence.state}"
-    leaves = sequence.state is not State.RUNNING
-    assert not leaves or sequence.num_in_flight, f"{name} is {sequence.state} and in no launched plan, yet holds its row"
+    assert sequence.row != NO_ROW, f"{name} is running and has no row"
+    assert sequence.status not in (SequenceStatus.WAITING, SequenceStatus.SWAPPED), f"{name} has a row and status {sequence.status}"
+    leaving = sequence.status is not SequenceStatus.RUNNING
+    assert not leaving or sequence.num_in_flight, f"{name} is {sequence.status} and in no launched plan, and still has its row"
     assert 0 <= sequence.num_computed <= sequence.num_planned <= sequence.compute_limit, f"{name}: computed and planned are out of order"
-    if sequence.state is State.FINISHED:
+    if sequence.status is SequenceStatus.FINISHED:
         return
-    assert sequence.num_planned <= sequence.num_known + len(sequence.drafts), f"{name}: planned past what is known"
+    assert sequence.num_planned <= sequence.num_known + len(sequence.drafts), f"{name}: more is planned than known"
     assert len(sequence.tokens) <= sequence.num_known <= sequence.max_tokens_total, f"{name}: known is not tokens + placeholders"
-    assert sequence.num_committed <= sequence.num_computed // table.block_size, f"{name}: committed what is not computed"
+    assert sequence.num_cached_blocks <= sequence.num_computed // table.block_size, f"{name}: cached a block that is not computed"
     assert len({len(group) for group in table.groups}) == 1, f"{name}: groups differ in length"
-    assert table.capacity >= sequence.num_planned, f"{name}: planned past its slots"
-    for group, window in enumerate(scheduler.config.kv_windows):
+    assert table.capacity >= sequence.num_planned, f"{name}: planned tokens have no slots"
+    for group, window in enumerate(state.config.kv_windows):
         first_seen = 0 if window is None else max(0, sequence.num_computed - window + 1) // table.block_size
-        lost = [i for i, b in enumerate(table.groups[group]) if b == NULL_BLOCK and i >= first_seen]
-        assert not lost, f"{name}: group {group} still needs logical blocks {lost}"
-    if not sequence.shares_tail and sequence.num_planned < table.capacity:
+        missing = [i for i, b in enumerate(table.groups[group]) if b == NULL_BLOCK and i >= first_seen]
+        assert not missing, f"{name}: group {group} still needs logical blocks {missing}"
+    if not sequence.shares_last_block and sequence.num_planned < table.capacity:
         written = {group[sequence.num_planned // table.block_size] for group in table.groups}
-        others = {b for s in scheduler.running if s is not sequence for b in s.table.blocks()}
-        assert not written & others, f"{name} would write into blocks {written & others}, which others hold"
-    if sequence.num_planned < sequence.plan_freely_until:
-        special = sequence.drafts or sequence.must_readmit or sequence.dropped or sequence.shares_tail or sequence.waits_for_result
-        plain = sequence.num_left_to_plan == 1 and not special and not leaves
-        assert plain and sequence.plan_freely_until <= table.capacity, f"{name} is not to be planned freely"
-    if sequence.num_computed < sequence.confirm_freely_until:
-        assert not leaves and sequence.confirm_freely_until < sequence.max_tokens_total, f"{name} is not to be confirmed freely"
+        others = {b for s in state.running if s is not sequence for b in s.table.blocks()}
+        assert not written & others, f"{name} would write into the shared blocks {written & others}"
+    _check_fast_path(sequence, leaving)
+
+
+def _check_fast_path(sequence: Sequence, leaving: bool) -> None:
+    name = sequence.id
+    if sequence.num_planned < sequence.fast_plan_limit:
+        special = (sequence.drafts or sequence.must_readmit or sequence.dropped_entries or sequence.shares_last_block
+                   or sequence.waits_for_result)
+        plain = sequence.num_left_to_plan == 1 and not special and not leaving
+        assert plain and sequence.fast_plan_limit <= sequence.table.capacity, f"{name} must not be planned on the fast path"
+    if sequence.num_computed < sequence.fast_confirm_limit:
+        assert not leaving and sequence.fast_confirm_limit < sequence.max_tokens_total, f"{name} must not be confirmed on the fast path"

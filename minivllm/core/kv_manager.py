@@ -1,152 +1,155 @@
-"""One sequence's life in blocks: found, taken, grown, shared, committed, dropped, given back.
+"""All block operations of a sequence, from the prefix match to the release.
 
-    match_prefix ──> fits? ──> take ──> room_needed / make_room ──> commit ──> drop_out_of_window ──> give_back
-    what is already            shared      new blocks for the         full       what no position        to the pool, or
-    computed, where            and moved   next tokens; a copy        blocks     sees any more           put_away to host
-                               blocks      before a shared write      get keys                           memory
+    get_computed_blocks ─> fits? ─> assign ─> num_blocks_needed, ─> cache_full_blocks ─> drop_out_of_window ─> free, or
+    blocks that are                 blocks    allocate_slots        full blocks          blocks that no        swap_out_or_free
+    computed already                shared    new blocks, a copy    get keys             position sees         after preemption
+                                    or moved  before a shared                            any more
+                                    in        write
 
-The scheduler decides who gets blocks and when; everything here is how. It owns the device pool, the prefix cache over it, and
-the host tier behind it.
+The scheduler decides when each of these happens, and for which sequence. The manager owns the device pool, the prefix cache over
+it, and the CPU offload behind it.
 """
 from __future__ import annotations
 
-from minivllm.core.admission import SchedulerConfig
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
-from minivllm.core.host_tier import HostTier
+from minivllm.core.offload import CPUOffload
 from minivllm.core.plan import BlockCopy, BlockId
 from minivllm.core.prefix_cache import PrefixCache, PrefixMatch
-from minivllm.core.request import Sequence, State
+from minivllm.core.request import Sequence, SequenceStatus
+from minivllm.core.scheduler_config import SchedulerConfig
 
 
 class KVManager:
     """The blocks of all sequences."""
 
-    __slots__ = ("_config", "_groups", "_size", "_windows", "cache", "host", "pool")
+    __slots__ = ("_config", "_num_groups", "_size", "_windows", "cache", "has_windows", "offload", "pool")
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._size = config.block_size
-        self._groups = len(config.kv_windows)
+        self._num_groups = len(config.kv_windows)
         self._windows = [(group, window) for group, window in enumerate(config.kv_windows) if window is not None]
+        self.has_windows = bool(self._windows)
         self.pool = BlockPool(config.num_blocks)
-        self.host = HostTier(self.pool, config.num_host_blocks)
-        host_pool = self.host.pool if config.num_host_blocks else None
+        self.offload = CPUOffload(self.pool, config.num_host_blocks)
+        host_pool = self.offload.pool if config.num_host_blocks else None
         self.cache = PrefixCache(self.pool, host_pool, config.block_size, config.kv_windows)
 
     def empty_table(self) -> BlockTable:
-        return BlockTable(self._size, [[] for _ in range(self._groups)])
+        return BlockTable(self._size, [[] for _ in range(self._num_groups)])
 
-    # Coming in.
+    # Admission of a waiting sequence.
 
-    def match(self, sequence: Sequence) -> tuple[PrefixMatch, int]:
-        """What of a waiting sequence exists already, and how many of its tokens that makes computed."""
-        if sequence.state is State.SWAPPED:
-            return self.host.match_swapped(sequence), sequence.num_computed
-        found = self._match_prefix(sequence)
-        return found, found.num_blocks * self._size
+    def get_computed_blocks(self, sequence: Sequence) -> tuple[PrefixMatch, int]:
+        """The blocks that a waiting sequence can reuse, and the number of tokens they cover."""
+        if sequence.status is SequenceStatus.SWAPPED:
+            return self.offload.match_swapped(sequence), sequence.num_computed
+        match = self._match_prefix(sequence)
+        return match, match.num_blocks * self._size
 
     def _match_prefix(self, sequence: Sequence) -> PrefixMatch:
-        """The last token is computed always: something must be sampled from. And a token whose prompt log-probability is owed
-        needs the position before it computed, so hits end before that one.
+        """The longest cached prefix. It leaves out the last token, which must be computed to sample the next one.
+
+        A prompt logprob is computed from the position before its token, so a match ends before the first one still to be returned.
         """
         limit = len(sequence.tokens) - 1
-        if sequence.logprobs_owed_from is not None:
-            limit = min(limit, sequence.logprobs_owed_from - 1)
+        if sequence.prompt_logprobs_from is not None:
+            limit = min(limit, sequence.prompt_logprobs_from - 1)
         if not self._config.enable_prefix_caching or limit < self._size:
-            return PrefixMatch(0, ((),) * self._groups)
-        self.cache.extend_digests(sequence.digests, sequence.request.root, sequence.tokens, limit, while_present=True)
-        return self.cache.match(sequence.digests[:limit // self._size])
+            return PrefixMatch(0, ((),) * self._num_groups)
+        self.cache.extend_hashes(sequence.block_hashes, sequence.request.root_hash, sequence.tokens, limit, stop_at_miss=True)
+        return self.cache.match(sequence.block_hashes[:limit // self._size])
 
     def fits(self, match: PrefixMatch, num_tokens: int, reserve: int) -> bool:
-        """Whether there are blocks for this many tokens, given what was found, and `reserve` more."""
-        revived = sum(self.pool.ref_counts[block] == 0 for block in match.hits)  # free now, but not for long
-        growth = max(0, -(-num_tokens // self._size) - match.num_blocks)  # a swapped table may reach past what is computed
-        return revived + len(match.host) + growth * self._groups + reserve <= self.pool.num_free
+        """Whether the pool has blocks for this many tokens, given the match, and `reserve` blocks more."""
+        leave_free_list = sum(self.pool.ref_counts[block] == 0 for block in match.device_blocks)
+        growth = max(0, -(-num_tokens // self._size) - match.num_blocks)  # a swapped table may be longer than what is computed
+        return leave_free_list + len(match.host) + growth * self._num_groups + reserve <= self.pool.num_free
 
-    def take(self, sequence: Sequence, match: PrefixMatch, num_computed: int) -> None:
-        """Give the sequence the matched blocks: those on the device are shared, those in host memory get a new one and a move."""
-        for block in match.hits:  # before anything is allocated: that could evict them
+    def assign(self, sequence: Sequence, match: PrefixMatch, num_computed: int) -> None:
+        """Give the sequence the matched blocks. Device blocks are shared. A host block gets a new device block and a move in."""
+        for block in match.device_blocks:  # before anything is allocated, which could evict them
             self.pool.touch(block)
         groups = [list(blocks) for blocks in match.device]
         for group, index, host_block in match.host:
             groups[group][index] = self.pool.allocate()
-            self.host.start_in(host_block, groups[group][index])
-        self.host.release(sequence)
+            self.offload.start_move_in(host_block, groups[group][index])
+        self.offload.release(sequence)
         sequence.table = BlockTable(self._size, groups)
         sequence.num_computed = sequence.num_planned = num_computed
-        # What comes from host memory is offered to the cache once the step that brings it has succeeded.
-        sequence.num_committed = 0 if match.host else min(match.num_blocks, num_computed // self._size)
+        # Blocks moved in are cached once the step that carries the moves has succeeded.
+        sequence.num_cached_blocks = 0 if match.host else min(match.num_blocks, num_computed // self._size)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """The child starts where the parent is, on the same blocks; whoever writes into the partly filled one first copies it."""
+        """Let the child continue from the parent's position on the same blocks. A write into the shared last block copies it first."""
         child.table = parent.table.fork(self.pool)
         child.num_computed, child.num_planned = parent.num_computed, parent.num_planned
-        child.num_committed, child.commits = parent.num_committed, parent.commits
-        parent.shares_tail = child.shares_tail = parent.num_planned < parent.table.capacity
+        child.num_cached_blocks, child.cacheable = parent.num_cached_blocks, parent.cacheable
+        parent.shares_last_block = child.shares_last_block = parent.num_planned < parent.table.capacity
 
-    # Growing.
+    # Growth.
 
-    def room_needed(self, sequence: Sequence, end: int) -> int:
-        """Blocks that must be free so that the sequence can write up to position `end`."""
-        shared = len(sequence.table.shared_at(self.pool, sequence.num_planned)) if sequence.shares_tail else 0
-        return shared + sequence.table.num_blocks_to_hold(end)
+    def num_blocks_needed(self, sequence: Sequence, end: int) -> int:
+        """Blocks that must be free before the sequence can write up to position `end`."""
+        shared = len(sequence.table.shared_at(self.pool, sequence.num_planned)) if sequence.shares_last_block else 0
+        return shared + sequence.table.num_missing_blocks(end)
 
-    def make_room(self, sequence: Sequence, end: int, copies: list[BlockCopy]) -> tuple[tuple[BlockId, ...], ...]:
-        """Slots up to position `end`, and sole ownership of the block that is written first. The new blocks, by group."""
+    def allocate_slots(self, sequence: Sequence, end: int, copies: list[BlockCopy]) -> tuple[tuple[BlockId, ...], ...]:
+        """Make slots up to position `end`, and copy the block that is written first if it is shared. Returns new blocks by group."""
         table, start = sequence.table, sequence.num_planned
-        if sequence.shares_tail:
+        if sequence.shares_last_block:
             for group in table.shared_at(self.pool, start):
                 index, source, own = table.copy_on_write(self.pool, group, start)
                 copies.append(BlockCopy(source, own, sequence.row, group, index))
-            sequence.shares_tail = False
+            sequence.shares_last_block = False
         return table.grow(self.pool, end)
 
-    # Confirmed.
+    # Confirmed tokens.
 
-    def name_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        """Names of the full blocks among the first `num_tokens` tokens, as far as they are known: `commit` will need them."""
-        if sequence.commits and self._config.enable_prefix_caching:
-            self.cache.extend_digests(sequence.digests, sequence.request.root, sequence.tokens, num_tokens)
+    def hash_blocks(self, sequence: Sequence, num_tokens: int) -> None:
+        """Hash the full blocks of the first `num_tokens` tokens, as far as the tokens are known. `cache_full_blocks` needs them."""
+        if sequence.cacheable and self._config.enable_prefix_caching:
+            self.cache.extend_hashes(sequence.block_hashes, sequence.request.root_hash, sequence.tokens, num_tokens)
 
-    def commit(self, sequence: Sequence) -> None:
-        """Let others find the blocks that are full now: both their tokens and their content are confirmed."""
+    def cache_full_blocks(self, sequence: Sequence) -> None:
+        """Add newly full blocks to the prefix cache. Their tokens and their content are confirmed."""
         full = sequence.num_computed // self._size
-        if full > sequence.num_committed and sequence.commits and self._config.enable_prefix_caching:
-            self.cache.extend_digests(sequence.digests, sequence.request.root, sequence.tokens, full * self._size)
-            self.cache.commit(sequence.table, sequence.digests, sequence.num_committed, full)
-            sequence.num_committed = full
+        if full > sequence.num_cached_blocks and sequence.cacheable and self._config.enable_prefix_caching:
+            self.cache.extend_hashes(sequence.block_hashes, sequence.request.root_hash, sequence.tokens, full * self._size)
+            self.cache.insert(sequence.table, sequence.block_hashes, sequence.num_cached_blocks, full)
+            sequence.num_cached_blocks = full
 
     def drop_out_of_window(self, sequence: Sequence) -> list[BlockId]:
-        """Take from window groups what no position from the first unconfirmed one on can see. The blocks are the caller's to free."""
+        """Remove blocks of window groups that no unconfirmed position can see. The caller must free the returned blocks."""
         blocks: list[BlockId] = []
         for group, window in self._windows:
             for index, block in sequence.table.drop_before(group, max(0, sequence.num_computed - window + 1)):
-                sequence.dropped.append((group, index))
+                sequence.dropped_entries.append((group, index))
                 blocks.append(block)
         return blocks
 
-    # Going.
+    # Preemption and end.
 
-    def num_freed_by(self, sequence: Sequence) -> int:
-        """Blocks that nobody else holds."""
+    def num_unshared_blocks(self, sequence: Sequence) -> int:
+        """Blocks that would become free if the sequence freed its table."""
         return sum(self.pool.ref_counts[block] == 1 for block in sequence.table.blocks())
 
-    def give_back(self, sequence: Sequence) -> None:
+    def free(self, sequence: Sequence) -> None:
         sequence.table.release(self.pool)
 
-    def put_away(self, sequence: Sequence) -> State:
-        """Free a preempted sequence's blocks: SWAPPED if that costs less than computing them again and there is room, else WAITING."""
+    def swap_out_or_free(self, sequence: Sequence) -> SequenceStatus:
+        """Take a preempted sequence's blocks. SWAPPED if swapping is cheaper than recomputing and host memory has room, else WAITING."""
         computed, blocks = sequence.num_computed, sum(1 for _ in sequence.table.blocks())
-        if self._config.swap_pays(computed, blocks) and self.host.swap_out(sequence):
+        if self._config.swap_is_cheaper(computed, blocks) and self.offload.swap_out(sequence):
             sequence.reset_computed(computed)
-            return State.SWAPPED
-        self.give_back(sequence)
-        self.start_over(sequence)
-        return State.WAITING
+            return SequenceStatus.SWAPPED
+        self.free(sequence)
+        self.restart(sequence)
+        return SequenceStatus.WAITING
 
-    def start_over(self, sequence: Sequence) -> None:
-        """Nothing of the sequence is computed any more; what it committed may still be found."""
-        self.host.release(sequence)
-        sequence.num_committed, sequence.commits = 0, True
+    def restart(self, sequence: Sequence) -> None:
+        """Count nothing of the sequence as computed. The prefix cache may still have blocks that it cached."""
+        self.offload.release(sequence)
+        sequence.num_cached_blocks, sequence.cacheable = 0, True
         sequence.reset_computed(0)

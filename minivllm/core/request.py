@@ -1,138 +1,122 @@
-"""A request as it comes in, the sequences it becomes, and what `Scheduler.update` says about them.
+"""A request as it arrives, the sequences it becomes, and what `Scheduler.update` reports about them.
 
-A request with n = 3 becomes three sequences. The first computes the prompt; the others appear when the prompt's last token is
-planned, as forks that share its blocks. Each has the counters that replace "prefill" and "decode":
+A request with n = 3 becomes three sequences. The first one computes the prompt. The others are forked from it, sharing its blocks,
+when the prompt's last token is planned. Counters replace the phases "prefill" and "decode":
 
     position   0 1 2 3 4 5 6 7 8 9 . . .
                [---tokens------]             known values: prompt and outputs
-                               [p]           placeholders: launched plans will sample them
+                               [p]           placeholders: tokens that launched plans will sample
                                  [d d]       drafts: guesses to verify
                [computed ]                   keys and values confirmed by `update`
-                          [in flight]        what launched plans will confirm
+                          [in flight]        what launched plans compute
                [planned             ]        = computed + in flight
                                     [--]     left to plan = known + drafts - planned, where known = tokens + placeholders
 
-A new prompt has much left to plan, a decode one token, a request whose next token is being sampled and that must see its value
-first nothing; the scheduler asks no other question.
+A new prompt has many tokens left to plan, and a decode has one. A sequence that must see its next token's value first has none while
+that token is being sampled. The scheduler needs no other distinction.
 """
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from minivllm.core.block_table import BlockTable
-from minivllm.sampling_params import SamplingParams
-
-FinishReason = Literal["stop", "length", "abort", "error"]
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
+from minivllm.outputs import FinishReason
 
 NO_ROW = -1
 
 
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """What the engine knows about a request when it arrives."""
+class SequenceUpdate(NamedTuple):
+    """What one step's result changed for one sequence: tokens it keeps, how it finished, or both."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int  # 64 bits
-    arrival_time: float = 0.0
-    eos_token_ids: tuple[int, ...] = ()
-    priority: int = 0  # lower goes first, under the priority policy
-    cache_salt: str | None = None  # only requests with the same salt share blocks
-    adapter: str | None = None
-    needs_result_each_step: bool = False  # a grammar, drafts: nothing is planned past a token whose value is unknown
-    beam_search: bool = False  # after each token its sequences pause until `Scheduler.choose_beams`
-
-
-class Progress(NamedTuple):
-    """What one update did to one sequence: tokens it keeps, or how it ended, or both."""
-
-    request_id: str
-    index: int  # type: ignore[assignment]  # child, 0..n-1; forks of a beam search count on (hides tuple.index)
+    index: int  # type: ignore[assignment]  # child, 0..n-1; forks of a beam search continue the count (hides tuple.index)
     sequence_id: str
-    sample_index: int | None  # position in the plan's sample columns; None if it ended without a token
-    token_ids: tuple[int, ...]  # kept tokens: what follows a stop is dropped
+    sample_index: int | None  # position in the plan's sample columns; None if it finished without a token
+    token_ids: tuple[int, ...]  # tokens that are kept: those after a stop are dropped
     finish_reason: FinishReason | None
     stop_reason: int | str | None  # the stop token id or the matched stop string; None for EOS
-    num_cached_tokens: int  # prompt tokens that were found in the prefix cache
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
     num_preemptions: int
     first_scheduled_time: float | None
 
 
-class State(enum.Enum):
-    """Where a sequence is. Only RUNNING ones are planned; PREEMPTED and FINISHED ones hold their row until no plan names it."""
+class SequenceStatus(enum.Enum):
+    """Only RUNNING sequences are planned. PREEMPTED and FINISHED ones keep their row while a launched plan includes them."""
 
-    WAITING = "waiting"  # in the queue, with no blocks
-    SWAPPED = "swapped"  # in the queue, with its blocks in host memory
+    WAITING = "waiting"  # in the queue, without blocks
+    SWAPPED = "swapped"  # in the queue, with blocks in host memory
     RUNNING = "running"  # has a row and blocks
-    PREEMPTED = "preempted"  # chosen to give way; goes back to the queue once its launched plans are updated
+    PREEMPTED = "preempted"  # returns to the queue when the launched plans that include it are updated
     FINISHED = "finished"
 
 
 def sequence_id(request_id: str, index: int, n: int) -> str:
-    """The name of one sequence of a request."""
+    """The id of one sequence of a request."""
     return request_id if n == 1 else f"{request_id}#{index}"
 
 
 class Request:
-    """A request under way: its sequences, and how many of its n are still to be forked."""
+    """An unfinished request: its sequences, and how many of its n children are not forked yet."""
 
-    __slots__ = ("new", "next_index", "num_unforked", "order", "root", "sequences")
+    __slots__ = ("new", "next_index", "num_unforked", "order", "root_hash", "seed", "sequences", "stop_rule")
 
-    def __init__(self, new: NewRequest, order: tuple[int, int], root: bytes) -> None:
+    def __init__(self, new: EngineRequest, seed: int, stop_rule: StopRule, order: tuple[int, int], root_hash: bytes) -> None:
         self.new = new
+        self.seed = seed  # 64 bits
+        self.stop_rule = stop_rule
         self.order = order  # (priority or 0, arrival number)
-        self.root = root  # parent digest of its first block
+        self.root_hash = root_hash  # parent hash of its first block
         self.sequences: list[Sequence] = []
         self.num_unforked = new.params.n - 1
         self.next_index = new.params.n  # for forks of a beam search
 
     @property
     def finished(self) -> bool:
-        return self.num_unforked == 0 and all(s.state is State.FINISHED for s in self.sequences)
+        return self.num_unforked == 0 and all(s.status is SequenceStatus.FINISHED for s in self.sequences)
 
 
 class Sequence:
-    """One growing list of tokens. Mutated by the scheduler alone.
+    """One growing list of tokens. Only the scheduler changes it.
 
-    Two thresholds keep the common case, one more token of a decode, down to a comparison each in `schedule` and `update`:
-    below `plan_freely_until` (a position) the next token needs no block, no copy and no waiting; below `confirm_freely_until`
-    (a count of computed tokens) its confirmation fills no block and reaches no limit. Whatever makes a sequence uncommon sets
-    them to 0, which sends it through the functions that consider everything.
+    Two limits keep the common case, one more token of a decode, down to one comparison each in `schedule` and `update`. A planned
+    position below `fast_plan_limit` needs no block, no copy and no wait for a result. A computed count below `fast_confirm_limit`
+    fills no block and reaches no length limit. Anything unusual about a sequence sets both to 0, which sends it through the
+    functions that check everything.
     """
 
     __slots__ = (
-        "commits",
+        "block_hashes",
+        "cacheable",
         "compute_limit",
-        "confirm_freely_until",
-        "digests",
         "drafts",
-        "dropped",
+        "dropped_entries",
+        "fast_confirm_limit",
+        "fast_plan_limit",
         "first_scheduled_time",
         "host_blocks",
         "id",
         "index",
-        "logprobs_owed_from",
         "max_tokens_total",
         "must_readmit",
+        "num_cached_blocks",
         "num_cached_tokens",
-        "num_committed",
         "num_computed",
         "num_known",
-        "num_moves",
+        "num_moves_out",
         "num_planned",
         "num_preemptions",
         "num_prompt_tokens",
         "order",
         "paused",
-        "plan_freely_until",
+        "prompt_logprobs_from",
         "request",
         "request_id",
         "row",
-        "shares_tail",
-        "state",
+        "shares_last_block",
+        "status",
         "stop_ids",
         "table",
         "tokens",
@@ -145,41 +129,41 @@ class Sequence:
         self.request_id = new.request_id
         self.index = index
         self.id = sequence_id(new.request_id, index, max(new.params.n, index + 1))
-        self.order = (*request.order, index)  # who goes first; a preempted sequence keeps its place
+        self.order = (*request.order, index)  # priority order: the lowest first. Preemption does not change it
         self.tokens = tokens  # prompt and outputs
         self.num_prompt_tokens = len(new.prompt_token_ids)
-        self.max_tokens_total = max_tokens_total  # it ends with this many tokens
-        # The last token is never computed: nothing is sampled after it. (With max_tokens = 0 the prompt itself is the work.)
+        self.max_tokens_total = max_tokens_total  # at this number of tokens it finishes
+        # The last token is never computed, since nothing is sampled after it. With max_tokens = 0 the whole prompt is computed.
         self.compute_limit = max(max_tokens_total - 1, self.num_prompt_tokens)
-        eos = () if new.params.ignore_eos else new.eos_token_ids
-        self.stop_ids = frozenset((*eos, *(new.params.stop_token_ids or ())))
+        self.stop_ids = request.stop_rule.stop_ids
 
         self.num_computed = 0
         self.num_planned = 0
         self.num_known = len(tokens)
         self.drafts: tuple[int, ...] = ()
 
-        self.state = State.WAITING
+        self.status = SequenceStatus.WAITING
         self.row = NO_ROW
         self.table = table
-        self.digests: list[bytes] = []  # of full blocks of tokens, as far as they were asked for
-        self.num_committed = 0  # full blocks that were offered to the prefix cache
-        self.commits = True  # False after the cache was reset under it
-        self.shares_tail = False  # forked: its partly filled last block may have other owners
-        self.dropped: list[tuple[int, int]] = []  # (group, logical index) that left the window; the worker is yet to be told
+        self.block_hashes: list[bytes] = []  # of full blocks of tokens, as far as they were needed
+        self.num_cached_blocks = 0  # full blocks that were added to the prefix cache
+        self.cacheable = True  # False: the prefix cache was reset after some of its blocks were computed
+        self.shares_last_block = False  # after a fork: the partly filled last block may have other owners
+        self.dropped_entries: list[tuple[int, int]] = []  # (group, logical index) outside the window; the next plan tells the worker
         self.host_blocks: list[list[int]] = []  # [G][blocks] while SWAPPED
-        self.num_moves = 0  # moves out that it must wait for before it can come back
-        self.must_readmit = False  # the worker's row is missing or wrong
-        self.waits_for_result = new.needs_result_each_step or new.beam_search
-        self.paused = False  # a beam that has its token and waits for the choice
+        self.num_moves_out = 0  # pending moves out: it resumes after the last one
+        self.must_readmit = False  # the worker's row is missing or wrong: the next plan carries the whole row
+        self.waits_for_result = new.params.structured_outputs is not None or new.beam_search
+        self.paused = False  # a beam that has its token and waits for `choose_beams`
         wants_logprobs = new.params.prompt_logprobs is not None and index == 0
-        self.logprobs_owed_from: int | None = 1 if wants_logprobs else None  # the first token has no predecessor
+        # First prompt position whose logprobs are still to be returned; None: not requested. Position 0 has no predecessor, so no logprob.
+        self.prompt_logprobs_from: int | None = 1 if wants_logprobs else None
 
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_time: float | None = None
-        self.plan_freely_until = 0
-        self.confirm_freely_until = 0
+        self.fast_plan_limit = 0
+        self.fast_confirm_limit = 0
 
     @property
     def num_in_flight(self) -> int:
@@ -193,7 +177,7 @@ class Sequence:
 
     @property
     def num_left_to_plan(self) -> int:
-        """The one counter: how many tokens a plan could compute now."""
+        """How many tokens the next plan could compute."""
         return min(self.num_known + len(self.drafts), self.compute_limit) - self.num_planned
 
     @property
@@ -201,20 +185,24 @@ class Sequence:
         return len(self.tokens) - self.num_prompt_tokens
 
     def reset_computed(self, num_computed: int) -> None:
-        """Start again from here, with nothing in flight."""
+        """Continue after `num_computed` computed tokens, with nothing in flight."""
         self.num_computed = self.num_planned = num_computed
         self.num_known = len(self.tokens)
         self.drafts = ()
-        self.dropped.clear()
-        self.shares_tail = False
-        self.plan_freely_until = self.confirm_freely_until = 0
+        self.dropped_entries.clear()
+        self.shares_last_block = False
+        self.leave_fast_path()
 
-    def inherit_report(self, parent: Sequence) -> None:
-        """A fork reports the prompt as its parent does."""
+    def leave_fast_path(self) -> None:
+        """Let the next plan and the next update check everything about this sequence."""
+        self.fast_plan_limit = self.fast_confirm_limit = 0
+
+    def inherit_prompt_report(self, parent: Sequence) -> None:
+        """A fork reports the same prompt statistics as its parent."""
         self.num_cached_tokens, self.first_scheduled_time = parent.num_cached_tokens, parent.first_scheduled_time
 
-    def progress(
+    def report(
         self, sample_index: int | None, token_ids: tuple[int, ...], finish_reason: FinishReason | None, stop_reason: int | str | None,
-    ) -> Progress:
-        return Progress(self.request_id, self.index, self.id, sample_index, token_ids, finish_reason, stop_reason,
-                        self.num_cached_tokens, self.num_preemptions, self.first_scheduled_time)
+    ) -> SequenceUpdate:
+        return SequenceUpdate(self.request_id, self.index, self.id, sample_index, token_ids, finish_reason, stop_reason,
+                              self.num_cached_tokens, self.num_preemptions, self.first_scheduled_time)

@@ -1,10 +1,10 @@
-"""What a schedule would cost: the real scheduler, a clock that is only a number, and a stated price for each step.
+"""Simulation of scheduler settings: the real scheduler, a simulated clock, and a formula for the duration of each step.
 
-    arrivals ─▶ Scheduler.schedule ─▶ plan ─▶ StepCost: seconds ─▶ the known tokens as its result ─▶ Scheduler.update ─▶ ...
+    arrivals ─▶ Scheduler.schedule ─▶ plan ─▶ StepCost: seconds ─▶ known tokens as the result ─▶ Scheduler.update ─▶ ...
 
-Each request's output is known beforehand (recorded in a trace, or made up), so two settings can be compared on the same work,
-without a model or a GPU and with the same answer on every machine. A price list is not a machine: it has no caches, no noise
-and no kernels that change at some size. Trust the direction of a difference before its size.
+Each request's output is known beforehand: recorded in a trace, or made up. So two settings can be compared on the same requests,
+without a model or a GPU, and the numbers are the same on every machine. A real machine also has caches, noise, and kernels
+that change at some size. So trust the sign of a difference more than its size.
 """
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.core.request import NewRequest, sequence_id
+from minivllm.core.request import sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
-from minivllm.core.trace import Arrival, Beams, Planned, Trace, Updated, replay
+from minivllm.core.trace import Arrival, BeamsChosen, Planned, Trace, Updated, replay
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 
@@ -28,15 +29,16 @@ from minivllm.sampling_params import SamplingParams
 class StepCost:
     """seconds of a step = base + per_token x tokens computed + per_context x keys read + per_move x blocks moved.
 
-    base is reading the weights, per_token arithmetic, per_context reading the KV cache (a request with s tokens of context
-    reads s keys a step). The defaults are about those of a model of 0.6B parameters on a data-centre GPU.
+    `base` is the time to read the weights, `per_token` the arithmetic for one token, and `per_context` the time to read one key
+    and value from the KV cache (a sequence with s tokens of context reads s keys per step). The defaults are rough values for a
+    model with 0.6B parameters on a data-center GPU.
     """
 
     base: float = 1.5e-3
     per_token: float = 4e-6
     per_context: float = 3e-8
     per_move: float = 5e-6
-    host: float = 0.0  # of schedule and update, on the CPU; with planning_depth 1 it passes while the device works
+    host: float = 0.0  # CPU time of schedule and update; with planning_depth 1 it overlaps the device's time
 
     def seconds(self, plan: StepPlan) -> float:
         moves = len(plan.moves_in) + len(plan.moves_out)
@@ -44,7 +46,7 @@ class StepCost:
 
     @staticmethod
     def fit(trace: Trace) -> StepCost:
-        """The prices that explain the step times of a trace best: least squares with no negative price."""
+        """The non-negative coefficients that fit the step times of a trace best, by least squares."""
         samples, started, last_end = [], {}, -math.inf
         for event in trace.events:
             if isinstance(event, Planned) and event.plan is not None:
@@ -54,18 +56,19 @@ class StepCost:
                 last_end = event.now
                 samples.append(((1.0, float(event.plan.total_tokens), float(context_read(event.plan))), event.now - begin))
         if len(samples) < 3:
-            raise InvalidInput(f"a price list needs at least 3 steps to be fitted, and this trace has {len(samples)}", "step_cost")
+            raise InvalidInput(f"step costs can be fitted to at least 3 steps, and this trace has {len(samples)}: record a longer one, "
+                               "or give the costs", "step_cost")
         base, per_token, per_context = _non_negative_least_squares(samples)
         return StepCost(base, per_token, per_context)
 
 
 def context_read(plan: StepPlan) -> int:
-    """Keys that attention reads: each request's context once."""
+    """Keys that attention reads: the context of each sequence, once."""
     return sum(start + n for start, n in zip(plan.starts, plan.num_tokens, strict=True))
 
 
 def _non_negative_least_squares(samples: Sequence[tuple[tuple[float, ...], float]]) -> list[float]:
-    """Minimise |Ax - b| over x >= 0, for a few columns: the best of the ordinary solutions over every subset of columns."""
+    """Minimize |Ax - b| over x >= 0, for a few columns: the best ordinary solution over all subsets of the columns."""
     width = len(samples[0][0])
     scale = [max(abs(row[i]) for row, _ in samples) or 1.0 for i in range(width)]
     best, best_error = [0.0] * width, math.inf
@@ -99,59 +102,61 @@ def _least_squares(samples: Sequence[tuple[list[float], float]]) -> list[float] 
     return [m[i][n] / m[i][i] for i in range(n)]
 
 
-class Work(NamedTuple):
-    """One request whose answer is known."""
+class SimulatedRequest(NamedTuple):
+    """A request whose output is known."""
 
-    new: NewRequest  # arrival_time says when it comes
-    outputs: tuple[tuple[int, ...], ...]  # [n] tokens that each child writes
+    new: EngineRequest
+    outputs: tuple[tuple[int, ...], ...]  # [n] output tokens of each child
+    seed: int = 0
 
 
-def recorded_work(trace: Trace) -> list[Work]:
-    """The requests of a trace with the tokens they got.
+def recorded_requests(trace: Trace) -> list[SimulatedRequest]:
+    """The requests of a trace, with their output tokens.
 
-    Left out: who was aborted before the first token, and beam searches, whose work depends on what the model finds probable.
-    An id that was used again is told apart by a suffix: under other settings the two may run at the same time.
+    Two kinds are left out: requests aborted before their first token, and beam searches, because their steps depend on the model's
+    probabilities. If an id was used several times, the later requests get a suffix, because under other settings they may run
+    at the same time.
     """
     outputs: list[dict[int, list[int]]] = []  # by arrival: child -> tokens
-    arrivals: list[NewRequest] = []
-    bearer: dict[str, int] = {}  # request id -> its latest arrival
+    arrivals: list[tuple[EngineRequest, int]] = []
+    latest: dict[str, int] = {}  # request id -> index of its latest arrival
     beam_searches: set[int] = set()
     for step in replay(trace):
         if step.mismatch is not None:
             raise InvalidInput(f"the trace does not replay: {step.mismatch}", "trace")
         if isinstance(step.event, Arrival):
             new = step.event.new
-            if new.request_id in bearer:
+            if new.request_id in latest:
                 new = dataclasses.replace(new, request_id=f"{new.request_id}/{len(arrivals)}")
-            bearer[step.event.new.request_id] = len(arrivals)
-            arrivals.append(new)
+            latest[step.event.new.request_id] = len(arrivals)
+            arrivals.append((new, step.event.seed))
             outputs.append({})
-        elif isinstance(step.event, Beams):
-            beam_searches.add(bearer[step.event.request_id])
-        for p in step.progress:
-            outputs[bearer[p.request_id]].setdefault(p.index, []).extend(p.token_ids)
-    work = []
-    for number, (new, got) in enumerate(zip(arrivals, outputs, strict=True)):
+        elif isinstance(step.event, BeamsChosen):
+            beam_searches.add(latest[step.event.request_id])
+        for update in step.updates:
+            outputs[latest[update.request_id]].setdefault(update.index, []).extend(update.token_ids)
+    requests = []
+    for number, ((new, seed), got) in enumerate(zip(arrivals, outputs, strict=True)):
         children = tuple(tuple(got.get(i, ())) for i in range(new.params.n))
         if all(children) and number not in beam_searches:
-            work.append(Work(new, children))
-    return work
+            requests.append(SimulatedRequest(new, children, seed))
+    return requests
 
 
-def synthetic_work(lengths: Iterable[tuple[int, int]], arrival_times: Iterable[float]) -> list[Work]:
-    """Requests of these (prompt, output) lengths; tokens are counted through, so that no two requests start alike."""
-    work, token = [], 0
+def synthetic_requests(lengths: Iterable[tuple[int, int]], arrival_times: Iterable[float]) -> list[SimulatedRequest]:
+    """Requests with these (prompt, output) lengths. No token occurs twice, so no two requests share a prefix."""
+    requests, token = [], 0
     for i, ((prompt, output), arrival) in enumerate(zip(lengths, arrival_times, strict=True)):
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        new = NewRequest(f"r{i}", tuple(range(token, token + prompt)), params, seed=i, arrival_time=arrival)
+        new = EngineRequest(f"r{i}", tuple(range(token, token + prompt)), params, arrival_time=arrival)
         token += prompt
-        work.append(Work(new, (tuple(range(token, token + output)),)))
+        requests.append(SimulatedRequest(new, (tuple(range(token, token + output)),), seed=i))
         token += output
-    return work
+    return requests
 
 
 class SimulatedStep(NamedTuple):
-    """When the device worked on a plan, and what the pool looked like after it."""
+    """When the device computed a plan, and the scheduler's state after its update."""
 
     start: float
     end: float
@@ -162,14 +167,14 @@ class SimulatedStep(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What happened, with the times at which each sequence got its tokens."""
+class SimulationResult:
+    """All steps of a simulation, and the times at which each sequence got its tokens."""
 
     config: SchedulerConfig
     steps: tuple[SimulatedStep, ...]
-    arrivals: dict[str, float]  # of requests, by id
-    token_times: dict[tuple[str, int], list[float]]  # (request id, child) -> when each token came
-    refused: tuple[str, ...]  # requests that these settings can never serve
+    arrivals: dict[str, float]  # arrival time of each request, by id
+    token_times: dict[tuple[str, int], list[float]]  # (request id, child) -> time of each token
+    refused: tuple[str, ...]  # ids of requests that can never fit under these settings
     num_preemptions: int
     cached_tokens: int  # prompt tokens found in the prefix cache
 
@@ -182,7 +187,7 @@ class Outcome:
         return [times[0] - self.arrivals[request] for (request, _), times in self.token_times.items() if times]
 
     def inter_token_latencies(self) -> list[float]:
-        """Waits between two tokens of one sequence: what a reader of a stream feels."""
+        """Times between two successive tokens of a sequence."""
         return [b - a for times in self.token_times.values() for a, b in itertools.pairwise(times)]
 
     def latencies(self) -> list[float]:
@@ -198,15 +203,15 @@ class Outcome:
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """The smallest value that at least p percent of all are not above. NaN of none."""
+    """The smallest of the values that is at least as large as p percent of them. NaN if there are none."""
     return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)] if values else math.nan
 
 
-def simulate(config: SchedulerConfig, work: Iterable[Work], cost: StepCost) -> Outcome:
-    """Serve `work` under `config` at the prices of `cost`."""
+def simulate(config: SchedulerConfig, requests: Iterable[SimulatedRequest], cost: StepCost) -> SimulationResult:
+    """Serve the requests under these settings, with step times given by `cost`."""
     scheduler = Scheduler(config)
-    coming = deque(sorted(work, key=lambda w: w.new.arrival_time))
-    script: dict[str, tuple[tuple[int, ...], int]] = {}  # sequence id -> its tokens, length of its prompt
+    coming = deque(sorted(requests, key=lambda request: request.new.arrival_time))
+    known: dict[str, tuple[tuple[int, ...], int]] = {}  # sequence id -> its output tokens, length of its prompt
     arrivals: dict[str, float] = {}
     times: dict[tuple[str, int], list[float]] = {}
     refused: list[str] = []
@@ -216,15 +221,15 @@ def simulate(config: SchedulerConfig, work: Iterable[Work], cost: StepCost) -> O
     cached: dict[tuple[str, int], int] = {}
     while True:
         while coming and coming[0].new.arrival_time <= now:
-            new, outputs = coming.popleft()
+            new, outputs, seed = coming.popleft()
             try:
-                scheduler.add(new)
+                scheduler.add(new, seed)
             except InvalidInput:
                 refused.append(new.request_id)
                 continue
             arrivals[new.request_id] = new.arrival_time
             for i, tokens in enumerate(outputs):
-                script[sequence_id(new.request_id, i, new.params.n)] = (tokens, len(new.prompt_token_ids))
+                known[sequence_id(new.request_id, i, new.params.n)] = (tokens, len(new.prompt_token_ids))
                 times[new.request_id, i] = []
         while len(inflight) <= config.planning_depth and (plan := scheduler.schedule(now)) is not None:
             now += cost.host
@@ -234,27 +239,27 @@ def simulate(config: SchedulerConfig, work: Iterable[Work], cost: StepCost) -> O
         if inflight:
             plan, start, end = inflight.popleft()
             now = max(now, end)
-            for p in scheduler.update(plan, *_result(plan, script), now):
-                times[p.request_id, p.index].extend([now] * len(p.token_ids))
-                cached[p.request_id, p.index] = p.num_cached_tokens
+            for update in scheduler.update(plan, *_result(plan, known), now):
+                times[update.request_id, update.index].extend([now] * len(update.token_ids))
+                cached[update.request_id, update.index] = update.num_cached_tokens
             stats = scheduler.stats()
             steps.append(SimulatedStep(start, end, plan, stats.num_running, stats.num_waiting, stats.num_used_blocks))
         elif coming:
             now = max(now, coming[0].new.arrival_time)
         else:
             break
-    assert not scheduler.has_unfinished(), "nothing can be planned, and yet requests are unfinished"
-    return Outcome(config, tuple(steps), arrivals, times, tuple(refused), scheduler.stats().num_preemptions, sum(cached.values()))
+    assert not scheduler.has_unfinished(), "nothing can be planned, but requests are unfinished"
+    return SimulationResult(config, tuple(steps), arrivals, times, tuple(refused), scheduler.stats().num_preemptions, sum(cached.values()))
 
 
-def _result(plan: StepPlan, script: dict[str, tuple[tuple[int, ...], int]]) -> tuple[StepResult, dict[int, Stop]]:
-    """The known token of each sample, and a stop at each sequence's last one. A token past it will be dropped."""
+def _result(plan: StepPlan, known: dict[str, tuple[tuple[int, ...], int]]) -> tuple[StepResult, dict[int, Stop]]:
+    """The known token of each sample, and a stop at each sequence's last token. A sample after the last token gets token 0."""
     tokens, stops = [], {}
     for i, (column, name) in enumerate(zip(plan.sample_from, plan.sample_ids, strict=True)):
-        known, prompt = script[name]
-        index = plan.starts[column] + plan.num_tokens[column] - prompt  # position of the sampled token, less the prompt
-        tokens.append((known[index] if index < len(known) else 0,))
-        if index == len(known) - 1:
+        outputs, prompt = known[name]
+        index = plan.starts[column] + plan.num_tokens[column] - prompt  # of the sampled token among the outputs
+        tokens.append((outputs[index] if index < len(outputs) else 0,))
+        if index == len(outputs) - 1:
             stops[i] = Stop(keep=1, matched="end of record")
     moves = tuple(move.move_id for move in (*plan.moves_in, *plan.moves_out))
     return StepResult(plan.step_id, tuple(tokens), finished_moves=moves), stops

@@ -1,22 +1,22 @@
-"""A picture of the scheduler for people who watch: who runs, who waits, whose the blocks are. Only looks, changes nothing.
+"""A view of the scheduler for a person who watches it: running and waiting sequences, and the owners of blocks. Read-only.
 
-Requests appear as small numbers, in the order in which they came; nothing of their content is here. Many blocks are summed up in
-fewer *cells* of neighbouring ones, since a screen has room for some thousand:
+Requests appear as small numbers, in order of arrival. Their content does not appear. A screen shows at most a few thousand
+rectangles, so neighboring blocks are combined into *cells*:
 
     blocks   1 2 3 4   5 6 7 8   9 ...        per_cell = 4
-    cell        7         0       -1           the first used block's owner; FREE; CACHED: free, but its content can still be found
+    cell        7         0       -1          an owner of its blocks; FREE; CACHED: cached and evictable
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from minivllm.core.plan import StepPlan
-from minivllm.core.request import Sequence, State
+from minivllm.core.request import Sequence, SequenceStatus
 from minivllm.core.scheduler import Scheduler
 
-FREE, CACHED = 0, -1  # owners count from 1
-MOST_CELLS = 2048
-MOST_LISTED = 256  # sequences that are listed one by one
+FREE, CACHED = 0, -1  # owners start at 1
+MAX_CELLS = 2048
+MAX_LISTED = 256  # running sequences, and as many waiting ones, that are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class SequenceView:
     num_prompt_tokens: int
     num_tokens: int  # prompt and output
     num_computed: int
-    num_cached: int  # of the prompt, found in the prefix cache
+    num_cached: int  # prompt tokens found in the prefix cache
     num_blocks: int
     preempted: bool
 
@@ -39,14 +39,14 @@ class Snapshot:
     waiting: tuple[SequenceView, ...]
     num_running: int
     num_waiting: int
-    per_cell: int  # blocks
+    per_cell: int  # blocks in one cell
     cells: tuple[int, ...]  # owner, FREE or CACHED
-    shared: tuple[int, ...]  # cells with a block that several sequences use
+    shared: tuple[int, ...]  # indices of cells with a block that several sequences use
 
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """What one step computes: (owner, tokens, whether they are of its prompt), in the order of the plan."""
+    """What one step computes: (owner, number of tokens, whether it is a prompt chunk), in the order of the plan."""
 
     step_id: int
     work: tuple[tuple[int, int, bool], ...]
@@ -57,11 +57,11 @@ def owner(sequence: Sequence) -> int:
 
 
 def take_snapshot(scheduler: Scheduler) -> Snapshot:
-    """Takes time in proportion to the blocks in use and the sequences that wait."""
+    """Takes time in proportion to used blocks and waiting sequences."""
     waiting = sorted(scheduler.waiting, key=lambda sequence: sequence.order)
     per_cell, cells, shared = _cells(scheduler)
     return Snapshot(
-        tuple(map(_view, scheduler.running[:MOST_LISTED])), tuple(map(_view, waiting[:MOST_LISTED])),
+        tuple(map(_view, scheduler.running[:MAX_LISTED])), tuple(map(_view, waiting[:MAX_LISTED])),
         len(scheduler.running), len(waiting), per_cell, cells, shared,
     )
 
@@ -70,18 +70,18 @@ def _view(sequence: Sequence) -> SequenceView:
     return SequenceView(
         owner(sequence), sequence.index, sequence.num_prompt_tokens, len(sequence.tokens), sequence.num_computed,
         sequence.num_cached_tokens, sum(1 for _ in sequence.table.blocks()),
-        sequence.num_preemptions > 0 or sequence.state is State.SWAPPED,
+        sequence.num_preemptions > 0 or sequence.status is SequenceStatus.SWAPPED,
     )
 
 
 def _cells(scheduler: Scheduler) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """The blocks from 1 on (0 is the null block) in cells of `per_cell`."""
+    """(blocks per cell, cells, shared cells). Cells start at block 1, since block 0 is the null block."""
     pool = scheduler.pool
     count = pool.num_blocks - 1
-    per_cell = max(1, -(-count // MOST_CELLS))
+    per_cell = max(1, -(-count // MAX_CELLS))
     cells = [FREE] * -(-count // per_cell)
     shared = set()
-    for sequence in reversed(scheduler.running):  # the first in order has the last word
+    for sequence in reversed(scheduler.running):  # the owner with the highest priority comes last and stays
         number = owner(sequence)
         for block in sequence.table.blocks():
             cell = (block - 1) // per_cell
@@ -95,11 +95,11 @@ def _cells(scheduler: Scheduler) -> tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def view_step(scheduler: Scheduler, plan: StepPlan) -> StepView:
-    """To be called before the plan's update: it asks what its sequences are now."""
+    """Describe a launched plan. Call it before the plan's update, because it reads the sequences' current state."""
     known = {sequence.id: sequence for sequence in scheduler.running}
     work = []
     for name, start, tokens in zip(plan.request_ids, plan.starts, plan.num_tokens, strict=True):
         sequence = known.get(name)
-        if sequence is not None:  # else it has ended since the plan was made
+        if sequence is not None:  # otherwise it finished after the plan was made
             work.append((owner(sequence), tokens, start < sequence.num_prompt_tokens))
     return StepView(plan.step_id, tuple(work))

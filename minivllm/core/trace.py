@@ -1,15 +1,15 @@
-"""A trace: everything that went into a scheduler and every plan that came out, one JSON object a line.
+"""A trace: every call of a scheduler and every plan that it returned, as a file with one JSON object per line.
 
-    {"event":"config","version":1,"scheduler":{...},"about":{...}}        first, once
-    {"event":"arrival","new":{...}}                                       what the scheduler was asked, in the order it was asked:
-    {"event":"plan","now":12.25,"plan":{...}}                             its answer; null if there was nothing to plan
-    {"event":"update","now":12.31,"result":{...},"stops":[[0,{...}]]}     what the model produced, where the detokenizer stopped
-    {"event":"abort","request_id":"r7"}
+    {"event":"config","version":2,"scheduler":{...},"about":{...}}        the first line
+    {"event":"arrival","new":{...}}                                       a call of `add`; the other lines are in the order of the calls
+    {"event":"plan","now":12.25,"plan":{...}}                             `schedule`, and its plan: null if there was nothing to plan
+    {"event":"update","now":12.31,"result":{...},"stops":[[0,{...}]]}     `update`, with the model's result and the detokenizer's stops
+    {"event":"abort","request_id":"r7"}                                   `abort`
 
-The scheduler reads no clock and no randomness, so these lines determine it: `replay` feeds them to a fresh one, without a
-model, and each plan must come out the same to the last bit. A wrong plan seen once can be looked at for ever.
+The scheduler uses no clock and no randomness, so these lines determine its plans. `replay` repeats the calls on a new scheduler,
+without a model, and every plan must be exactly equal. A wrong plan that was recorded once can thus be examined again and again.
 
-`RecordingScheduler` is a `Scheduler` that writes the lines as it is called; nothing else in the engine knows about tracing.
+`RecordingScheduler` is a `Scheduler` that writes these lines. No other part of the engine is concerned with tracing.
 """
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.core.plan import BlockCopy, BlockMove, RowAdmission, StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import NewRequest, Progress
+from minivllm.core.request import SequenceUpdate
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.core.stopping import StopRule
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-VERSION = 1
+VERSION = 2
 
-# -- lines -----------------------------------------------------------------------------------------------------------------
+# -- JSON lines ------------------------------------------------------------------------------------------------------------
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (
-    SchedulerConfig, NewRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
+    SchedulerConfig, EngineRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
     TokenLogprobs, Stop)}
 _DEFAULTS = {name: {f.name: f.default for f in dataclasses.fields(c)} for name, c in _CLASSES.items()}
 
 
 def _as_object(value: Any) -> dict[str, Any]:
-    """A dataclass as its name and the fields that differ from their defaults: most columns of most plans are empty."""
+    """A dataclass as its name and those fields that differ from their defaults: most columns of most plans are empty."""
     name = type(value).__name__
     line: dict[str, Any] = {"_": name}
     for key, default in _DEFAULTS[name].items():
@@ -63,41 +65,42 @@ _decode = json.JSONDecoder(object_hook=_from_object).decode
 
 
 class Arrival(NamedTuple):
-    """`Scheduler.add`."""
+    """A call of `Scheduler.add`."""
 
-    new: NewRequest
+    new: EngineRequest
+    seed: int
 
 
-class Abort(NamedTuple):
-    """`Scheduler.abort`."""
+class Aborted(NamedTuple):
+    """A call of `Scheduler.abort`."""
 
     request_id: str
 
 
-class Reset(NamedTuple):
-    """`Scheduler.reset_prefix_cache`."""
+class CacheReset(NamedTuple):
+    """A call of `Scheduler.reset_prefix_cache`."""
 
 
-class Readmit(NamedTuple):
-    """`Scheduler.readmit_all`."""
+class Readmitted(NamedTuple):
+    """A call of `Scheduler.readmit_all`."""
 
 
-class Beams(NamedTuple):
-    """`Scheduler.choose_beams`."""
+class BeamsChosen(NamedTuple):
+    """A call of `Scheduler.choose_beams`."""
 
     request_id: str
     beams: tuple[tuple[str, int], ...]
 
 
 class Planned(NamedTuple):
-    """`Scheduler.schedule`, and what it returned."""
+    """A call of `Scheduler.schedule`, and the plan that it returned."""
 
     now: float
     plan: StepPlan | None
 
 
 class Updated(NamedTuple):
-    """`Scheduler.update`, with the plan it was for."""
+    """A call of `Scheduler.update`, with the plan that it was for."""
 
     now: float
     plan: StepPlan
@@ -105,13 +108,13 @@ class Updated(NamedTuple):
     stops: Mapping[int, Stop]
 
 
-Event: TypeAlias = Arrival | Abort | Reset | Readmit | Beams | Planned | Updated
+TraceEvent: TypeAlias = Arrival | Aborted | CacheReset | Readmitted | BeamsChosen | Planned | Updated
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
 
 
 class TraceWriter:
-    """Writes lines to a file. A plan is on disk before it is launched, so that the one that kills the process is on record."""
+    """Writes a trace file. A plan is written out before it is launched, so a plan that kills the process is on record."""
 
     def __init__(self, path: str | Path, config: SchedulerConfig, about: Mapping[str, Any] | None = None) -> None:
         try:
@@ -123,8 +126,8 @@ class TraceWriter:
     def _line(self, **line: Any) -> None:
         self._file.write(_encode(line) + "\n")
 
-    def arrival(self, new: NewRequest) -> None:
-        self._line(event="arrival", new=new)
+    def arrival(self, new: EngineRequest, seed: int) -> None:
+        self._line(event="arrival", new=new, seed=seed)
 
     def abort(self, request_id: str) -> None:
         self._line(event="abort", request_id=request_id)
@@ -151,15 +154,16 @@ class TraceWriter:
 
 
 class RecordingScheduler(Scheduler):
-    """A `Scheduler` that writes down what it is asked and what it answers."""
+    """A `Scheduler` that records its calls and plans."""
 
     def __init__(self, config: SchedulerConfig, writer: TraceWriter) -> None:
         super().__init__(config)
         self.writer = writer
 
-    def add(self, new: NewRequest) -> None:
-        super().add(new)  # what is refused at the door leaves no trace
-        self.writer.arrival(new)
+    def add(self, new: EngineRequest, seed: int = 0) -> StopRule:
+        rule = super().add(new, seed)  # first: a refused request is not recorded
+        self.writer.arrival(new, seed)
+        return rule
 
     def abort(self, request_id: str) -> bool:
         self.writer.abort(request_id)
@@ -182,8 +186,8 @@ class RecordingScheduler(Scheduler):
         self.writer.plan(now, plan)
         return plan
 
-    def update(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop], now: float) -> list[Progress]:
-        self.writer.update(now, result, stops)  # before, so that what breaks the scheduler is on record
+    def update(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop], now: float) -> list[SequenceUpdate]:
+        self.writer.update(now, result, stops)  # first: a result that makes `update` fail is on record
         return super().update(plan, result, stops, now)
 
 
@@ -192,16 +196,16 @@ class RecordingScheduler(Scheduler):
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace in memory."""
+    """A trace that was read from a file."""
 
     config: SchedulerConfig
-    events: tuple[Event, ...]
-    about: Mapping[str, Any] = field(default_factory=dict)  # of the engine: model, device ...; the scheduler never sees it
-    cut_off: bool = False  # the last line is incomplete: the process was killed while writing
+    events: tuple[TraceEvent, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)  # the engine's model, device, ...: not used by the scheduler
+    cut_off: bool = False  # the last line is incomplete, because the process was killed while it wrote
 
 
 def read(path: str | Path) -> Trace:
-    """Read a trace. Raises `InvalidInput` naming the line that is not one."""
+    """Read a trace. Raises `InvalidInput` naming the first line that is not valid."""
     try:
         with open(path, encoding="utf-8") as file:
             return _read(file, str(path))
@@ -214,7 +218,7 @@ def read(path: str | Path) -> Trace:
 def _read(file: TextIOBase | Any, name: str) -> Trace:
     config: SchedulerConfig | None = None
     about: Mapping[str, Any] = {}
-    events: list[Event] = []
+    events: list[TraceEvent] = []
     plans: dict[int, StepPlan] = {}
     cut_off = False
     for number, text in enumerate(file, 1):
@@ -238,7 +242,7 @@ def _read(file: TextIOBase | Any, name: str) -> Trace:
         if config is None:
             break
     if config is None:
-        raise InvalidInput(f"{name!r} is not a trace: it does not open with a config line", "trace")
+        raise InvalidInput(f"{name!r} is not a trace: it does not start with a config line", "trace")
     return Trace(config, tuple(events), about, cut_off)
 
 
@@ -254,12 +258,12 @@ def _updated(line: dict[str, Any], plans: dict[int, StepPlan]) -> Updated:
     return Updated(line["now"], plans.pop(result.step_id), result, dict(line["stops"]))
 
 
-_EVENTS: dict[str, Callable[[dict[str, Any], dict[int, StepPlan]], Event]] = {
-    "arrival": lambda line, plans: Arrival(line["new"]),
-    "abort": lambda line, plans: Abort(line["request_id"]),
-    "reset": lambda line, plans: Reset(),
-    "readmit": lambda line, plans: Readmit(),
-    "beams": lambda line, plans: Beams(line["request_id"], _tuples(line["beams"])),
+_EVENTS: dict[str, Callable[[dict[str, Any], dict[int, StepPlan]], TraceEvent]] = {
+    "arrival": lambda line, plans: Arrival(line["new"], line["seed"]),
+    "abort": lambda line, plans: Aborted(line["request_id"]),
+    "reset": lambda line, plans: CacheReset(),
+    "readmit": lambda line, plans: Readmitted(),
+    "beams": lambda line, plans: BeamsChosen(line["request_id"], _tuples(line["beams"])),
     "plan": _planned,
     "update": _updated,
 }
@@ -268,11 +272,11 @@ _EVENTS: dict[str, Callable[[dict[str, Any], dict[int, StepPlan]], Event]] = {
 
 
 class Mismatch(NamedTuple):
-    """Where a replay left the record."""
+    """The first difference between a replay and its trace."""
 
-    number: int  # of the event
+    number: int  # index of the event
     step_id: int | None
-    field: str  # column of the plan
+    field: str  # the plan's field that differs
     recorded: Any
     replayed: Any
 
@@ -281,36 +285,36 @@ class Mismatch(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """The scheduler after one event of the trace."""
+    """One event of the trace, and the scheduler after it."""
 
-    event: Event
+    event: TraceEvent
     scheduler: Scheduler
-    progress: list[Progress]  # after an update
+    updates: list[SequenceUpdate]  # of an `Updated` event; else empty
     mismatch: Mismatch | None
 
 
 def replay(trace: Trace) -> Iterator[Replayed]:
-    """Feed the recorded calls to a fresh scheduler, event by event, comparing each plan. Ends after the first that differs."""
+    """Repeat the recorded calls on a new scheduler and compare each plan. Ends after the first plan that differs."""
     scheduler = Scheduler(trace.config)
     for number, event in enumerate(trace.events):
-        progress: list[Progress] = []
+        updates: list[SequenceUpdate] = []
         mismatch = None
         match event:
-            case Arrival(new):
-                scheduler.add(new)
-            case Abort(request_id):
+            case Arrival(new, seed):
+                scheduler.add(new, seed)
+            case Aborted(request_id):
                 scheduler.abort(request_id)
-            case Reset():
+            case CacheReset():
                 scheduler.reset_prefix_cache()
-            case Readmit():
+            case Readmitted():
                 scheduler.readmit_all()
-            case Beams(request_id, beams):
+            case BeamsChosen(request_id, beams):
                 scheduler.choose_beams(request_id, beams)
             case Planned(now, plan):
                 mismatch = _compare(number, plan, scheduler.schedule(now))
             case Updated(now, plan, result, stops):
-                progress = scheduler.update(plan, result, stops, now)
-        yield Replayed(event, scheduler, progress, mismatch)
+                updates = scheduler.update(plan, result, stops, now)
+        yield Replayed(event, scheduler, updates, mismatch)
         if mismatch is not None:
             return
 

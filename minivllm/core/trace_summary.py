@@ -1,10 +1,10 @@
-"""What a trace says: how full the steps were, what the tokens were for, where the memory went.
+"""The summary of a trace: tokens per step, what they were computed for, and how the memory was used.
 
-Everything is derived by replaying, so a summary is also a proof that the trace replays. Tokens come in three kinds:
+A summary is made by replaying the trace, so it also proves that the trace replays. Tokens are of three kinds:
 
-    prompt       computed for the first time, before the first output
+    prompt       a prompt token that is computed for the first time
     output       a sampled token that is computed so that the next one can be sampled
-    recomputed   computed before and lost: the price of preemption by recomputation
+    recomputed   a token that was computed before and lost in a preemption
 """
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.core.plan import NULL_BLOCK, BlockId, StepPlan
-from minivllm.core.request import NewRequest, Sequence, State, sequence_id
+from minivllm.core.request import Sequence, SequenceStatus, sequence_id
 from minivllm.core.scheduler import Scheduler, SchedulerStats
 from minivllm.core.trace import Arrival, Mismatch, Planned, Trace, Updated, replay
+from minivllm.engine_request import EngineRequest
 
 
-class Kinds(NamedTuple):
-    """How many of a plan's tokens are what."""
+class TokenKinds(NamedTuple):
+    """Number of tokens of each kind."""
 
     prompt: int
     output: int
@@ -28,19 +29,19 @@ class Kinds(NamedTuple):
 
 
 class KindCounter:
-    """Tells the kinds apart by remembering how far each sequence has been computed."""
+    """Counts tokens by kind. It remembers how far each sequence has been computed."""
 
     def __init__(self) -> None:
         self._num_prompt: dict[str, int] = {}
         self._reached: dict[str, int] = {}
 
-    def arrive(self, new: NewRequest) -> None:
-        """A request comes whose id may have been another's before."""
+    def arrive(self, new: EngineRequest) -> None:
+        """A request arrives. An earlier request may have had the same id, and is forgotten."""
         for index in range(new.params.n):
             self._reached.pop(sequence_id(new.request_id, index, new.params.n), None)
 
-    def each(self, plan: StepPlan) -> list[Kinds]:
-        """Of each of the plan's columns. Plans are to be given in their order, each once."""
+    def each(self, plan: StepPlan) -> list[TokenKinds]:
+        """Count each of the plan's columns. Pass every plan once, in order."""
         for admission in plan.admitted:
             self._num_prompt[admission.request_id] = admission.num_prompt_tokens
         kinds = []
@@ -48,71 +49,72 @@ class KindCounter:
             reached, end = self._reached.get(name, 0), start + n
             again = max(0, min(end, reached) - start)
             first = max(0, min(end, self._num_prompt[name]) - max(start, reached))
-            kinds.append(Kinds(prompt=first, output=n - again - first, recomputed=again))
+            kinds.append(TokenKinds(prompt=first, output=n - again - first, recomputed=again))
             self._reached[name] = max(reached, end)
         return kinds
 
-    def count(self, plan: StepPlan) -> Kinds:
-        """Of the whole plan."""
+    def count(self, plan: StepPlan) -> TokenKinds:
+        """Count the whole plan."""
         kinds = self.each(plan)
-        return Kinds(sum(k.prompt for k in kinds), sum(k.output for k in kinds), sum(k.recomputed for k in kinds))
+        return TokenKinds(sum(k.prompt for k in kinds), sum(k.output for k in kinds), sum(k.recomputed for k in kinds))
 
 
 class StepRecord(NamedTuple):
     """One step of a trace."""
 
     planned_at: float
-    updated_at: float  # NaN while it was in flight when the trace ended
+    updated_at: float  # NaN: still in flight when the trace ended
     plan: StepPlan
-    kinds: Kinds
-    stats: SchedulerStats  # just after it was planned, when the memory is fullest
-    empty_slots: int  # in blocks of running sequences, beyond the last token that is planned
+    kinds: TokenKinds
+    stats: SchedulerStats  # directly after planning, when most blocks are used
+    empty_slots: int  # in blocks of running sequences, after the last planned token
 
 
 def empty_slots(scheduler: Scheduler) -> int:
-    """Slots that running sequences hold and do not fill: internal waste. A partly filled block that is shared counts once."""
+    """Slots in blocks of running sequences that hold no token (internal waste). A shared partly filled block counts once."""
     size = scheduler.config.block_size
-    partly: dict[int, int] = {}  # block -> slots filled
-    for sequence in _holders(scheduler):
+    filled_slots: dict[int, int] = {}  # block that is not full -> its filled slots
+    for sequence in _running(scheduler):
         index, filled = divmod(sequence.num_planned, size)
         for group in sequence.table.groups:
             for i in range(index, len(group)):
                 if group[i] != NULL_BLOCK:
                     used = filled if i == index else 0
-                    partly[group[i]] = max(partly.get(group[i], 0), used)
-    return sum(size - used for used in partly.values())
+                    filled_slots[group[i]] = max(filled_slots.get(group[i], 0), used)
+    return sum(size - used for used in filled_slots.values())
 
 
 def block_tables(scheduler: Scheduler) -> dict[str, tuple[tuple[BlockId, ...], ...]]:
-    """Each running sequence's physical blocks, by KV group and logical index: what pictures of memory are drawn from."""
-    return {sequence.id: sequence.table.as_tuples() for sequence in _holders(scheduler)}
+    """The physical blocks of each running sequence, by KV group and logical index. The notebooks draw them."""
+    return {sequence.id: sequence.table.as_tuples() for sequence in _running(scheduler)}
 
 
-def _holders(scheduler: Scheduler) -> Iterator[Sequence]:
-    return (s for s in scheduler.running if s.state is State.RUNNING)
+def _running(scheduler: Scheduler) -> Iterator[Sequence]:
+    return (s for s in scheduler.running if s.status is SequenceStatus.RUNNING)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A trace, added up."""
+    """The totals of a trace."""
 
     trace: Trace
     steps: tuple[StepRecord, ...]
     num_requests: int
-    endings: Counter[str]  # finish reason -> sequences
+    finish_reasons: Counter[str]  # finish reason -> number of sequences
     num_tokens_kept: int
-    mismatch: Mismatch | None  # the replay ended early, here
+    mismatch: Mismatch | None  # where the replay ended early; None: it replayed to the end
 
     @property
-    def kinds(self) -> Kinds:
-        return Kinds(*(sum(column) for column in zip(*(step.kinds for step in self.steps), strict=True))) if self.steps else Kinds(0, 0, 0)
+    def kinds(self) -> TokenKinds:
+        kinds = [step.kinds for step in self.steps]
+        return TokenKinds(sum(k.prompt for k in kinds), sum(k.output for k in kinds), sum(k.recomputed for k in kinds))
 
     @property
     def waste(self) -> float:
-        """Share of the slots in used blocks that hold no token, averaged over steps."""
+        """Fraction of the slots in used blocks that hold no token, averaged over steps."""
         size = self.trace.config.block_size
-        shares = [step.empty_slots / (step.stats.num_used_blocks * size) for step in self.steps if step.stats.num_used_blocks]
-        return sum(shares) / len(shares) if shares else 0.0
+        fractions = [step.empty_slots / (step.stats.num_used_blocks * size) for step in self.steps if step.stats.num_used_blocks]
+        return sum(fractions) / len(fractions) if fractions else 0.0
 
     @property
     def duration(self) -> float:
@@ -120,17 +122,17 @@ class Summary:
         return ends[-1] - self.steps[0].planned_at if ends else 0.0
 
 
-def summarise(trace: Trace) -> Summary:
-    """Replay a trace and add it up."""
+def summarize(trace: Trace) -> Summary:
+    """Replay a trace and add up its totals."""
     counter = KindCounter()
     steps: list[StepRecord] = []
-    started: dict[int, int] = {}  # step id -> its place in `steps`
-    endings: Counter[str] = Counter()
+    started: dict[int, int] = {}  # step id -> index in `steps`
+    finish_reasons: Counter[str] = Counter()
     requests = kept = 0
     mismatch = None
     for step in replay(trace):
         match step.event:
-            case Arrival(new):
+            case Arrival(new, _):
                 requests += 1
                 counter.arrive(new)
             case Planned(now, plan) if plan is not None and step.mismatch is None:
@@ -139,7 +141,7 @@ def summarise(trace: Trace) -> Summary:
             case Updated(now, plan, _, _):
                 at = started.pop(plan.step_id)
                 steps[at] = steps[at]._replace(updated_at=now)
-        endings.update(p.finish_reason for p in step.progress if p.finish_reason is not None)
-        kept += sum(len(p.token_ids) for p in step.progress)
+        finish_reasons.update(u.finish_reason for u in step.updates if u.finish_reason is not None)
+        kept += sum(len(u.token_ids) for u in step.updates)
         mismatch = step.mismatch
-    return Summary(trace, tuple(steps), requests, endings, kept, mismatch)
+    return Summary(trace, tuple(steps), requests, finish_reasons, kept, mismatch)

@@ -1,17 +1,17 @@
-"""Sequences that wait for a row and blocks, in the order in which they will get them.
+"""Sequences that wait for a row and blocks, in priority order.
 
-The order is (priority, arrival number, child index); under FCFS everybody's priority counts as 0. A preempted sequence comes
-back with its old place, which is before everybody who arrived later: that is all there is to fairness after preemption.
+The order is (priority, arrival number, child index). Under the FCFS policy all priorities count as 0. A preempted sequence keeps
+its order, so it returns to a position before every later arrival. That is the only fairness rule after preemption.
 """
 from __future__ import annotations
 
 import heapq
 
-from minivllm.core.request import Sequence, State
+from minivllm.core.request import Sequence, SequenceStatus
 
 
 class WaitingQueue:
-    """A heap. A sequence that ends while it waits is only counted out, and skipped when it comes to the front."""
+    """A heap. An entry whose sequence has finished is not counted, and is skipped when it reaches the front."""
 
     __slots__ = ("_heap", "_length")
 
@@ -27,7 +27,7 @@ class WaitingQueue:
         self._length += 1
 
     def first(self) -> Sequence | None:
-        while self._heap and self._heap[0][1].state is State.FINISHED:
+        while self._heap and self._heap[0][1].status is SequenceStatus.FINISHED:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
@@ -38,14 +38,14 @@ class WaitingQueue:
         self._length -= 1
         return first
 
-    def count_out(self, sequence: Sequence) -> None:
-        """`sequence` was waiting and is now FINISHED."""
-        assert sequence.state is State.FINISHED
+    def discount(self, sequence: Sequence) -> None:
+        """`sequence` finished while it waited: do not count it any more."""
+        assert sequence.status is SequenceStatus.FINISHED
         self._length -= 1
-        if len(self._heap) > 2 * self._length + 64:  # mostly ended ones, behind a front that stays
-            self._heap = [entry for entry in self._heap if entry[1].state is not State.FINISHED]
+        if len(self._heap) > 2 * self._length + 64:  # most entries are finished, and the front entry stays: rebuild the heap
+            self._heap = [entry for entry in self._heap if entry[1].status is not SequenceStatus.FINISHED]
             heapq.heapify(self._heap)
 
     def sequences(self) -> list[Sequence]:
-        """Everybody who waits, in no particular order."""
-        return [sequence for _, sequence in self._heap if sequence.state is not State.FINISHED]
+        """All waiting sequences, in no particular order."""
+        return [sequence for _, sequence in self._heap if sequence.status is not SequenceStatus.FINISHED]

@@ -1,4 +1,4 @@
-"""Deltas added up into `RequestOutput`s, in vLLM's shapes."""
+"""Builds a `RequestOutput` (vLLM's shape) from the deltas of a request."""
 from __future__ import annotations
 
 from minivllm.core.plan import TokenLogprobs
@@ -8,13 +8,12 @@ from minivllm.sampling_params import SamplingParams
 
 
 class OutputBuilder:
-    """Collects the deltas of one request."""
+    """The output of one request so far."""
 
     def __init__(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer | None,
     ) -> None:
         self._tokenizer = tokenizer if params.detokenize else None
-        self._wants_logprobs = params.logprobs is not None
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
         self._unfinished = params.n
         self.num_tokens = 0
@@ -23,11 +22,11 @@ class OutputBuilder:
             outputs=[CompletionOutput(index=i) for i in range(params.n)],
         )
         for completion in self.output.outputs:
-            if self._wants_logprobs:
+            if params.logprobs is not None:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
 
     def add(self, delta: OutputDelta) -> bool:
-        """Take one delta in. True: the request is complete, and `output` with it."""
+        """Add one delta. True: it was the last one, so `output` is complete."""
         completion = self.output.outputs[delta.index]
         completion.token_ids.extend(delta.token_ids)
         self.num_tokens += len(delta.token_ids)
@@ -50,7 +49,7 @@ class OutputBuilder:
         return self._unfinished == 0
 
     def so_far(self) -> RequestOutput:
-        """A stream's view: `output` with the text up to now."""
+        """`output` with the text so far, for a stream."""
         for completion, parts in zip(self.output.outputs, self._texts, strict=True):
             completion.text = "".join(parts)
             parts[:] = [completion.text]
@@ -58,7 +57,7 @@ class OutputBuilder:
 
 
 def logprob_dict(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """The chosen token first, then the most probable ones."""
+    """vLLM's form of one position: the chosen token first, then the most probable ones."""
     text = (lambda token: None) if tokenizer is None else tokenizer.token_text
     found = {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id))}
     for rank, (token, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):

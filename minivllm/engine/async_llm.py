@@ -1,8 +1,8 @@
-"""`AsyncLLM`: streams for programs that run on asyncio, thin over an `EngineClient`.
+"""`AsyncLLM`: streamed outputs for programs that use asyncio. A thin layer over an `EngineClient`.
 
     async with AsyncLLM() as llm:
         async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=50)):
-            print(output.outputs[0].text)  # everything so far
+            print(output.outputs[0].text)  # the text so far
 """
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from typing import Any
 
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
-from minivllm.engine.client import AddRequest, EngineClient, start_client
-from minivllm.engine.prompts import Prompt, read_prompt
+from minivllm.engine.client import EngineClient
+from minivllm.engine.process import start_client
+from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 
 class AsyncLLM:
-    """A model that streams. `process=True` keeps the engine's work off this interpreter."""
+    """A model that streams. `process=True` runs the engine in a process of its own."""
 
     def __init__(self, model: str | None = None, *, process: bool = False, **kwargs: Any) -> None:
         config = EngineConfig.from_kwargs(model=model, **kwargs)
         self.client: EngineClient = start_client(config, process=process)
         folder = self.client.info.tokenizer_folder
         self.tokenizer = None if folder is None else Tokenizer(folder)
-        self._names = itertools.count()
+        self._numbers = itertools.count()
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The output so far, each time it grows. Leaving the loop early aborts the request."""
+        """Yield the output so far each time it grows. Leaving the loop early aborts the request."""
         params = sampling_params or self.get_default_sampling_params()
-        text, ids, salt = read_prompt(prompt, self.tokenizer)
-        name = request_id if request_id is not None else f"async-{next(self._names)}"
-        builder = OutputBuilder(name, text, list(ids), params, self.tokenizer)
-        request = AddRequest(request_id=name, prompt_token_ids=ids, params=params, priority=priority, cache_salt=salt)
+        name = request_id if request_id is not None else f"async-{next(self._numbers)}"
+        text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority)
+        builder = OutputBuilder(name, text, list(request.prompt_token_ids), params, self.tokenizer)
         async with aclosing(self.client.generate(request)) as stream:
             async for deltas in stream:
                 for delta in deltas:
@@ -47,7 +47,7 @@ class AsyncLLM:
                 yield builder.so_far()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The model's own defaults (generation_config.json), used where none are given."""
+        """The model's own defaults (generation_config.json). `generate` uses them if it gets no `sampling_params`."""
         return SamplingParams(**self.client.info.generation_config)
 
     async def abort(self, request_id: str) -> None:
@@ -55,7 +55,7 @@ class AsyncLLM:
         self.client.abort(request_id)
 
     def close(self) -> None:
-        """End the engine and give all memory back."""
+        """End the engine and free all memory."""
         self.client.close()
 
     async def __aenter__(self) -> AsyncLLM:

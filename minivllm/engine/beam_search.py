@@ -1,15 +1,15 @@
-"""Beam search on top of the scheduler's forks: the W most probable outputs, W sequences at a time.
+"""Beam search: the W most probable outputs, found by extending W sequences at a time. It uses the scheduler's forks.
 
-    step t     beam 0: ... a b    its best continuations  c d e        all continuations ranked by the sum of log-probabilities;
-               beam 1: ... a x    its best continuations  y c z        those that end with EOS are complete, the best W of the
-                                                                       others are the next beams: a beam goes on, is forked
-    step t+1   beam 0: ... a b c       beam 0 was forked:              (copy-on-write: the fork costs one partly filled block)
-               beam 2: ... a b d       beam 1 is over                  or is over
+    step t     beam 0: ... a b    its best continuations  c d e        All continuations are ranked by the sum of log-probabilities.
+               beam 1: ... a x    its best continuations  y c z        Those that end with EOS are complete. The best W of the
+                                                                       others are the next beams.
+    step t+1   beam 0: ... a b c       beam 0 continues
+               beam 2: ... a b d       beam 2 is a fork of beam 0 (it shares all blocks but the last one); beam 1 has ended
 
-A completed sequence is scored by its sum of log-probabilities / (number of output tokens ** length_penalty), as HF does (Wu et
-al., 2016, in its simplest form). The search ends when no live beam could still become better than the W-th best completed one.
+A completed sequence has the score: sum of log-probabilities / (number of output tokens ** length_penalty), as in HF (the simplest form
+of Wu et al., 2016). The search ends when no live beam can still score higher than the W-th best completed sequence.
 
-Beams that have their token pause until all have theirs, so a search may be preempted or run out of rows like any request.
+A beam that has its token pauses until all beams have theirs. So a search may be preempted, or lack rows, like any request.
 """
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """How to search. Raises `InvalidInput` naming the field."""
+    """Settings of a search. Raises `InvalidInput` naming the field."""
 
-    beam_width: int  # sequences kept, and sequences returned
+    beam_width: int  # number of sequences that are kept, and that are returned
     max_tokens: int
-    ignore_eos: bool = False  # go on after EOS, as if it were any token
-    length_penalty: float = 1.0  # above 0 favours long outputs, below 0 short ones; 0 compares sums
+    ignore_eos: bool = False  # treat EOS like any other token
+    length_penalty: float = 1.0  # above 0 favors long outputs, below 0 short ones; 0 compares the sums
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
@@ -66,16 +66,16 @@ class BeamSearchOutput:
 
 @dataclass(slots=True)
 class _Beam:
-    """A live sequence: `index` is its name in the engine."""
+    """A live sequence. `index` is its index in the engine's request."""
 
     index: int
-    tokens: tuple[int, ...]  # output so far
+    tokens: tuple[int, ...]  # the output so far
     logprob: float
 
 
 @dataclass(slots=True)
 class _Search:
-    """One prompt's search."""
+    """The search for one prompt."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -84,21 +84,21 @@ class _Search:
     cache_salt: str | None = None
     beams: list[_Beam] = field(default_factory=lambda: [_Beam(0, (), 0.0)])
     completed: list[tuple[float, int, _Beam, FinishReason]] = field(default_factory=list)  # heap of the best W: (score, tie-break, ...)
-    _entries: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the beams that have their token, by index
+    _entries: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index: of beams that have their next token
     _order: itertools.count[int] = field(default_factory=itertools.count)
 
     def score(self, logprob: float, length: int) -> float:
         return logprob / length**self.params.length_penalty
 
     def advance(self, entries: dict[int, TokenLogprobs]) -> list[tuple[int, int]]:
-        """Take in every beam's next-token log-probabilities; (index, token) of the next beams, [] at the end."""
+        """Extend the beams, given every beam's next-token log-probabilities. Returns the next beams as (index, token); [] at the end."""
         width = self.params.beam_width
         candidates = [
             (beam.logprob + logprob, beam, token)
             for beam in self.beams
             for token, logprob in zip(entries[beam.index].top_ids, entries[beam.index].top_logprobs, strict=True)
         ]
-        candidates.sort(key=lambda c: -c[0])  # stable: of equal sums the earlier beam's comes first
+        candidates.sort(key=lambda c: -c[0])  # a stable sort: with equal sums the earlier beam comes first
         chosen: list[tuple[int, int]] = []
         beams: list[_Beam] = []
         for logprob, beam, token in candidates:
@@ -128,15 +128,15 @@ class _Search:
             heapq.heappushpop(self.completed, entry)
 
     def _bound(self, logprob: float, length: int) -> float:
-        """The best score that a beam can still reach: its sum only falls, so all that helps is its length."""
+        """An upper bound of a beam's final score. The sum of log-probabilities only decreases, so only a larger length can raise it."""
         best = self.params.max_tokens if self.params.length_penalty > 0 else length + 1
         return self.score(logprob, best)
 
     def take(self, delta: OutputDelta, engine: LLMEngine) -> bool:
-        """One beam's token has come; with the last one the next beams are chosen. False: the search is over."""
+        """Handle the delta of one beam. After the last beam's delta the next beams are chosen. False: the search has ended."""
         if delta.finish_reason == "error":
             raise RuntimeError(f"a step of the beam search failed: {delta.error}")
-        assert delta.logprobs, "log-probabilities were asked for"
+        assert delta.logprobs, "a beam search requests log-probabilities"
         self._entries[delta.index] = delta.logprobs[0]
         if len(self._entries) < len(self.beams):
             return True
@@ -159,40 +159,44 @@ class _Search:
 
 
 def beam_search(
-    engine: LLMEngine, names: Sequence[str], prompts: Sequence[Prompt], params: BeamSearchParams,
+    engine: LLMEngine, request_ids: Sequence[str], prompts: Sequence[Prompt], params: BeamSearchParams,
 ) -> list[BeamSearchOutput]:
-    """Search for every prompt, all at the same time. `names` are free request ids."""
+    """Search for all prompts at the same time. `request_ids` are unused ids, one for each prompt."""
     eos = frozenset() if params.ignore_eos else frozenset(engine.eos_token_ids)
     if params.beam_width + len(eos) > MAX_LOGPROBS:
         raise InvalidInput(f"beam_width {params.beam_width} is too wide: at most {MAX_LOGPROBS - len(eos)}", "beam_width")
-    asked = SamplingParams(
+    one_step = SamplingParams(
         temperature=0, max_tokens=params.max_tokens, logprobs=min(params.beam_width + len(eos), engine.vocab_size), ignore_eos=True,
         detokenize=False,
     )
     read = [read_prompt(prompt, engine.tokenizer) for prompt in prompts]
-    searches = [_Search(name, prompt.token_ids, params, eos, prompt.cache_salt) for name, prompt in zip(names, read, strict=True)]
+    searches = [
+        _Search(request_id, prompt.token_ids, params, eos, prompt.cache_salt)
+        for request_id, prompt in zip(request_ids, read, strict=True)
+    ]
     waiting = deque(searches)
     running: dict[str, _Search] = {}
     try:
         while waiting or running:
-            while waiting and _start(engine, waiting[0], asked, bool(running)):
+            while waiting and _start(engine, waiting[0], one_step, bool(running)):
                 search = waiting.popleft()
                 running[search.request_id] = search
             for delta in engine.step():
-                concerned = running.get(delta.request_id)
-                if concerned is not None and not concerned.take(delta, engine):
+                found = running.get(delta.request_id)
+                if found is not None and not found.take(delta, engine):
                     del running[delta.request_id]
     finally:
-        for name in running:  # an error or Ctrl-C: leave the engine as it was
-            engine.abort_request(name)
+        for request_id in running:  # after an error or Ctrl-C: leave no request behind
+            engine.abort_request(request_id)
     return [search.output(engine) for search in searches]
 
 
-def _start(engine: LLMEngine, search: _Search, asked: SamplingParams, others_run: bool) -> bool:
+def _start(engine: LLMEngine, search: _Search, params: SamplingParams, others_run: bool) -> bool:
+    """Add a search to the engine. False: the queue is full, and the running searches will make room."""
     try:
-        engine.add_request(search.request_id, search.prompt, asked, cache_salt=search.cache_salt, beams=True)
+        engine.add_request(search.request_id, search.prompt, params, cache_salt=search.cache_salt, beam_search=True)
     except QueueFull:
         if others_run:
-            return False  # steps will make room
+            return False
         raise
     return True

@@ -1,11 +1,11 @@
-"""Chat templates: a conversation written out as the text the model was trained on.
+"""Chat templates: they write a conversation as the text that the model was trained on.
 
-A template is a Jinja program that came with the model, so it runs in Jinja's sandbox, sees only plain data, and has the few
-helpers that templates on the hub rely on (`raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls,
-and the `{% generation %}` tag, which marks the assistant's words for training and does nothing here).
+A template is a Jinja program that comes with the model. It runs in Jinja's sandbox and gets only plain data. It has the helpers that
+templates on the hub use: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls, and the `{% generation %}` tag,
+which marks the assistant's words for training and has no effect here.
 
-Some models bring a second template, "tool_use", for conversations with tools. What a template cannot write is refused: tools that
-it never shows to the model, or calls that it would leave out.
+Some models have a second template, "tool_use", for conversations with tools. If a template ignores tools or tool calls, a conversation
+with them is refused.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from minivllm.errors import InvalidInput
 if TYPE_CHECKING:
     import jinja2
 
-BUILT_IN = ("tool_chatml",)  # templates that come with the package
-_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the final message ends in the rendered text
+BUILT_IN = ("tool_chatml",)  # templates that are part of this package
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of the final message in the rendered text
 
 
 def built_in_template(name: str) -> str:
@@ -31,14 +31,14 @@ def built_in_template(name: str) -> str:
 
 
 class ChatTemplate:
-    """One template, compiled on first use; `tool_use` is the source of the one for conversations with tools."""
+    """A template, compiled on first use. `tool_use` is the source of the second template, for conversations with tools."""
 
     def __init__(self, source: str, tool_use: str | None = None) -> None:
         self.source = source
         self._tool_use = None if tool_use is None else ChatTemplate(tool_use)
 
     def for_tools(self) -> ChatTemplate:
-        """The one that conversations with tools are written with."""
+        """The template that is used for conversations with tools."""
         return self._tool_use or self
 
     @cached_property
@@ -49,7 +49,7 @@ class ChatTemplate:
         try:
             tree = _environment().parse(self.source)
         except TemplateError:
-            return frozenset()  # `render` says what is wrong with it
+            return frozenset()  # `render` raises the error
         return frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
 
     @cached_property
@@ -91,19 +91,19 @@ class ChatTemplate:
                 messages=chat, tools=_plain(list(tools)) if tools else None, documents=None,
                 add_generation_prompt=add_generation_prompt, **_plain(dict(variables or {})),
             )
-        except TemplateError as error:  # raise_exception in the template: the conversation does not fit the model
+        except TemplateError as error:  # the template called raise_exception, since the model does not take such a conversation
             raise InvalidInput(f"the chat template refused the messages: {error}", "messages") from None
         except RecursionError:
-            raise InvalidInput("the chat template cannot write these messages: they are, or it is, nested too deeply",
+            raise InvalidInput("the chat template cannot write these messages: they, or the template, are nested too deeply",
                                "messages") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InvalidInput(f"the chat template cannot write these messages: {error}", "messages") from None
         return _cut_at_tag(text) if continue_final_message else text
 
     def _check_tools(self, chat: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> None:
-        fix = 'use a model made for tools, or a template that takes them, such as the built-in chat template "tool_chatml"'
+        fix = 'use a model that was trained with tools, or a template for them, such as the built-in chat template "tool_chatml"'
         if tools and "tools" not in self.variables:
-            raise InvalidInput(f"this model's chat template has no place for tools: {fix}", "tools")
+            raise InvalidInput(f"this model's chat template does not support tools: {fix}", "tools")
         for i, message in enumerate(chat):
             if message.get("tool_calls") and "tool_calls" not in self.source:
                 where = f"messages.{i}.tool_calls"
@@ -123,7 +123,7 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in OpenAI's form as templates want them: text parts joined, the arguments of calls as objects."""
+    """Messages in OpenAI's form, changed to the form that templates expect: text parts joined, arguments of calls as objects."""
     plain = _messages(messages)
     for i, message in enumerate(plain):
         if isinstance(message.get("content"), list):
@@ -173,18 +173,18 @@ def _cut_at_tag(text: str) -> str:
             "the chat template does not write the final message as it is, so it cannot be continued", "continue_final_message",
         )
     kept_spacing = text[at: at + len(_TAG)] == _TAG
-    return text[:at] if kept_spacing else text[:at].rstrip()  # a template that trims messages trimmed this one too
+    return text[:at] if kept_spacing else text[:at].rstrip()  # the template trims messages, and has trimmed this one too
 
 
 def _plain(value: Any) -> Any:
-    """Rebuilt from JSON types: the sandbox cannot judge the methods of anything else."""
+    """The same value, built from JSON types only: the sandbox does not know which methods of other types are safe."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    for kind in (str, int, float):  # enums and other subclasses
+    for kind in (str, int, float):  # an enum or another subclass
         if isinstance(value, kind):
             return kind(value)
     return f"<{type(value).__name__}>"

@@ -1,11 +1,11 @@
-"""The server's door to the engine: `EngineClient`, with the engine in a thread or in a process of its own.
+"""`EngineClient`: how a server or `AsyncLLM` talks to its engine, and `ThreadClient`, whose engine runs in a thread of this process.
 
-A client sends small messages to the engine's loop (see `loop.py`) and hands its answers to the streams that wait for them:
+A client sends commands to the engine loop (see `loop.py`) and hands the deltas that come back to the streams that wait for them:
 
     generate(request) ──▶ add ──▶ [ loop: engine ] ──▶ one message a step ──▶ deltas sorted into streams ──▶ async for
 
-Both clients share everything but the transport: a queue and a callback, or a pipe. A stream belongs to the event loop that
-asked for it; answers come in on another thread and are passed over with one call per step and event loop.
+Clients differ only in their transport: a queue and a callback here, a pipe in `process.py`. A stream belongs to the event loop on which
+it was added. Messages arrive on another thread, and each step makes at most one call per event loop.
 """
 from __future__ import annotations
 
@@ -14,64 +14,63 @@ import contextlib
 import itertools
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Self
 
 from minivllm.config import EngineConfig
-from minivllm.engine.loop import (
-    Abort,
-    Add,
-    AddRequest,
-    Answer,
-    Command,
-    Dead,
+from minivllm.engine.loop import Engine, InboxItem, run_engine
+from minivllm.engine.messages import (
+    AbortCommand,
+    DeadMessage,
+    EngineCommand,
     EngineInfo,
-    Message,
-    Ready,
-    Refused,
-    ResetPrefixCache,
-    Shutdown,
+    EngineMessage,
+    PrefixCacheResetMessage,
+    ReadyMessage,
+    RefusedMessage,
+    ResetPrefixCacheCommand,
+    ShutdownCommand,
     StepMessage,
-    WatchEngine,
-    run_engine,
+    WatchCommand,
 )
 from minivllm.engine.metrics import EngineMetrics, EngineStats
 from minivllm.engine.watch import EngineView
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 
-if TYPE_CHECKING:
-    from minivllm.engine.engine import LLMEngine
-
-__all__ = ["AddRequest", "EngineClient", "EngineInfo", "EngineStats", "ThreadClient", "start_client"]
-
-
+# Consumes deltas on the event loop, without waking the task that reads the stream. See `EngineClient.outputs`.
 Shortcut = Callable[[list[OutputDelta]], bool]
 
 
-class _Stream:
-    """What has arrived for one request and was not read yet. Touched only from its own event loop, but for the last two fields."""
+def build_engine(config: EngineConfig) -> Engine:
+    """Build the engine where it will run. Imported late: a server whose engine is in another process never loads torch."""
+    from minivllm.engine import compose
+
+    return compose.build_engine(config)
+
+
+class _DeltaStream:
+    """The deltas of one request that were not read yet. Only its own event loop uses it, except for the last two fields."""
 
     __slots__ = ("deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
 
     def __init__(self, n: int) -> None:
         self.loop = asyncio.get_running_loop()
         self.shortcut: Shortcut | None = None
-        self.waiting = False  # the reader has dealt with everything so far
+        self.waiting = False  # the reader has handled everything so far
         self.wake = asyncio.Event()
         self.deltas: list[OutputDelta] = []
         self.error: Exception | None = None
         self.open_children = n
-        self.unfinished = n  # children whose end the engine has not told yet; guarded by the client's lock
-        self.left = False  # nobody reads any more; likewise
+        self.unfinished = n  # children whose end has not arrived; guarded by the client's lock
+        self.left = False  # the reader has gone; guarded by the client's lock
 
-    def tell(self) -> None:
-        """Something was added to `deltas`, which were empty before."""
+    def notify(self) -> None:
+        """Deltas were added to `deltas`, which was empty before."""
         if self.shortcut is not None and self.waiting and self.shortcut(self.deltas):
             self.deltas = []
         else:
@@ -83,22 +82,51 @@ class _Stream:
 
 
 class EngineClient(ABC):
-    """Add, abort, outputs, stats; and `generate`, which is the four together. Made by `start`, ended by `close`."""
+    """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the five below: streams come and go on event loops, answers on another thread
-        self._streams: dict[str, _Stream] = {}
-        self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = {}  # not sorted into streams yet
-        self._tickets: dict[int, Future[None]] = {}
+        self._lock = threading.Lock()  # guards the five below: streams come and go on event loops, messages arrive on another thread
+        self._streams: dict[str, _DeltaStream] = {}
+        self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
+        self._resets: dict[int, Future[None]] = {}
         self._dead: str | None = None
+        self._num_watchers = 0
         self._stats = EngineStats()
-        self._watchers = 0
         self._view: EngineView | None = None
-        self._next_ticket = itertools.count()
+        self._reset_numbers = itertools.count()
         self._started: Future[EngineInfo] = Future()
         self._metrics: EngineMetrics | None = None
 
-    # -- what a server uses -------------------------------------------------------------------------------------------
+    @classmethod
+    def start(cls, config: EngineConfig) -> Self:
+        """Load the model and return when requests can be accepted. Raises the engine's own error if it cannot start."""
+        return cls.start_with(partial(build_engine, config))
+
+    @classmethod
+    def start_with(cls, build: Callable[[], Engine]) -> Self:
+        """The same for another engine."""
+        client = cls()
+        try:
+            client._start(build)
+            client._started.result()
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    @abstractmethod
+    def _start(self, build: Callable[[], Engine]) -> None:
+        """Start the thread or process in which `build` is called and the loop runs."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine and free everything. Pending streams get `EngineDead`. Safe to call twice."""
+
+    @abstractmethod
+    def _send(self, command: EngineCommand) -> None:
+        """Pass a command to the loop. Never waits for the engine."""
+
+    # -- for servers ----------------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> EngineInfo:
@@ -107,7 +135,7 @@ class EngineClient(ABC):
 
     @property
     def dead(self) -> str | None:
-        """Why the engine ended; None while it lives."""
+        """Why the engine ended; None while it runs."""
         return self._dead
 
     def stats(self) -> EngineStats:
@@ -117,37 +145,32 @@ class EngineClient(ABC):
     @property
     def metrics(self) -> EngineMetrics:
         """Counters and histograms; `metrics.render()` is the text of `/metrics`."""
-        assert self._metrics is not None, "a client is handed out only after the engine has started"
+        assert self._metrics is not None, "a client is returned only after the engine has started"
         return self._metrics
 
-    def add(self, request: AddRequest) -> None:
-        """Hand a request to the engine. Must be called on the event loop that will read its `outputs`."""
-        if request.arrival_time is None:
-            request = replace(request, arrival_time=time.monotonic())
-        assert request.arrival_time is not None
-        stream = _Stream(request.params.n)
+    def add(self, request: EngineRequest) -> None:
+        """Send a request to the engine. Must be called on the event loop that will read its `outputs`."""
+        stream = _DeltaStream(request.params.n)
         with self._lock:
             self._check_alive()
             if request.request_id in self._streams:
                 raise InvalidInput(f"request id {request.request_id!r} is in use: choose another", "request_id")
             self._streams[request.request_id] = stream
-            self.metrics.added(
-                request.request_id, request.arrival_time, len(request.prompt_token_ids), request.params.n,
-            )
-        self._send(Add(request))
+            self.metrics.added(request.request_id, request.arrival_time, len(request.prompt_token_ids), request.params.n)
+        self._send(request)
 
     def abort(self, request_id: str) -> None:
-        """End a request, all its children; its stream ends with finish reason "abort". Unknown ids are ignored."""
+        """End a request with all its children; its stream ends with finish reason "abort". Unknown ids are ignored."""
         if self._dead is None:
-            self._send(Abort(request_id))
+            self._send(AbortCommand(request_id))
 
     async def outputs(self, request_id: str, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
-        """Everything new of one request, each time there is something; ends when all its children have ended.
+        """Yield the new deltas of one request each time there are some. Ends when all its children have ended.
 
-        Raises `InvalidInput` if the engine refused the request and `EngineDead` if it died. Leaving early aborts.
+        Raises `InvalidInput` if the engine refused the request and `EngineDead` if the engine ended. Leaving early aborts the request.
 
-        `shortcut` saves waking a task for each token: while the reader waits for news it is called with what is new, on the event
-        loop; what it returns True for is dealt with and is not yielded. It must return False if a child ends, and must not raise.
+        `shortcut` avoids waking a task for each token. While the reader waits, it is called on the event loop with the new deltas. Deltas
+        for which it returns True are consumed and not yielded. It must return False if a child ends, and must not raise.
         """
         stream = self._streams[request_id]
         stream.shortcut = shortcut
@@ -170,73 +193,65 @@ class EngineClient(ABC):
             with self._lock:
                 stream.left = True
                 if stream.unfinished == 0 or stream.error is not None:
-                    self._streams.pop(request_id, None)  # else the id stays in use until the engine has ended the request
+                    self._streams.pop(request_id, None)  # otherwise the id stays in use until the engine has ended the request
             if stream.open_children and stream.error is None:
                 self.abort(request_id)
 
-    async def generate(self, request: AddRequest, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
-        """`add`, then `outputs`; closing the generator (a client that went away) aborts the request."""
+    async def generate(self, request: EngineRequest, shortcut: Shortcut | None = None) -> AsyncGenerator[list[OutputDelta], None]:
+        """`add`, then `outputs`. Closing the generator aborts the request."""
         self.add(request)
         async with contextlib.aclosing(self.outputs(request.request_id, shortcut)) as stream:
             async for deltas in stream:
                 yield deltas
 
     async def reset_prefix_cache(self) -> None:
-        """Forget all shared prefixes. Returns once the engine has done so, and everything sent to it before."""
+        """Forget all cached prefixes. Returns when the engine has done so, after every command that was sent before."""
         future: Future[None] = Future()
-        ticket = next(self._next_ticket)
+        number = next(self._reset_numbers)
         with self._lock:
             self._check_alive()
-            self._tickets[ticket] = future
-        self._send(ResetPrefixCache(ticket))
+            self._resets[number] = future
+        self._send(ResetPrefixCacheCommand(number))
         await asyncio.wrap_future(future)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Callable[[], EngineView | None]]:
-        """Make the engine show what it is doing, as long as anybody is inside; gives a function that tells the latest view."""
+        """Make the engine send views of itself as long as the context is open. Gives a function that returns the latest view."""
         with self._lock:
             self._check_alive()
-            self._watchers += 1
-            if self._watchers == 1:
+            self._num_watchers += 1
+            if self._num_watchers == 1:
                 self._view = None
-                self._send(WatchEngine(True))
+                self._send(WatchCommand(True))
         try:
             yield lambda: self._view
         finally:
             with self._lock:
-                self._watchers -= 1
-                if self._watchers == 0 and self._dead is None:
-                    self._send(WatchEngine(False))
+                self._num_watchers -= 1
+                if self._num_watchers == 0 and self._dead is None:
+                    self._send(WatchCommand(False))
 
-    @abstractmethod
-    def close(self) -> None:
-        """End the engine and give everything back. Pending streams get `EngineDead`. Safe to call twice."""
+    # -- messages, on the thread on which they arrive -------------------------------------------------------------------
 
-    # -- answers, on whichever thread they come in ----------------------------------------------------------------------
-
-    @abstractmethod
-    def _send(self, command: Command) -> None:
-        """Pass a command to the loop. Never waits for the engine."""
-
-    def _receive(self, message: Message) -> None:
+    def _receive(self, message: EngineMessage) -> None:
         if isinstance(message, StepMessage):
             self._deliver(message)
-        elif isinstance(message, Refused):
+        elif isinstance(message, RefusedMessage):
             self._refuse(message)
-        elif isinstance(message, Answer):
+        elif isinstance(message, PrefixCacheResetMessage):
             with self._lock:
-                future = self._tickets.pop(message.ticket)
-            if future.set_running_or_notify_cancel():  # False: whoever asked has stopped waiting
+                future = self._resets.pop(message.number)
+            if future.set_running_or_notify_cancel():  # False: the caller has been cancelled
                 future.set_result(None)
-        elif isinstance(message, Ready):
+        elif isinstance(message, ReadyMessage):
             self._metrics = EngineMetrics(message.info.model)
             self._started.set_result(message.info)
         else:
             self._die(message)
 
     def _deliver(self, message: StepMessage) -> None:
-        """Sort a step's deltas by event loop. A loop that has not got round to the last step's gets both in one call."""
-        called: list[asyncio.AbstractEventLoop] = []
+        """Sort a step's deltas by event loop. If an event loop has not yet handled an earlier step, one call handles both."""
+        to_call: list[asyncio.AbstractEventLoop] = []
         with self._lock:
             self._stats = message.stats
             self._view = message.view or self._view
@@ -250,11 +265,11 @@ class EngineClient(ABC):
                     arrived = self._arrived.get(stream.loop)
                     if arrived is None:
                         arrived = self._arrived[stream.loop] = []
-                        called.append(stream.loop)
+                        to_call.append(stream.loop)
                     arrived.append((stream, delta))
                 elif stream.unfinished == 0:
                     del self._streams[delta.request_id]
-        for loop in called:
+        for loop in to_call:
             if not _call(loop, partial(self._sort_into_streams, loop)):
                 with self._lock:
                     del self._arrived[loop]
@@ -263,35 +278,35 @@ class EngineClient(ABC):
         """Runs on the event loop."""
         with self._lock:
             arrived = self._arrived.pop(loop)
-        news = []
+        to_notify = []
         for stream, delta in arrived:
             if not stream.deltas:
-                news.append(stream)
+                to_notify.append(stream)
             stream.deltas.append(delta)
-        for stream in news:
-            stream.tell()
+        for stream in to_notify:
+            stream.notify()
 
-    def _refuse(self, message: Refused) -> None:
+    def _refuse(self, message: RefusedMessage) -> None:
         with self._lock:
             self.metrics.refused(message.request_id)
             stream = self._streams.get(message.request_id)
             if stream is not None:
-                stream.unfinished = 0  # nothing more will come, even if its reader leaves before it hears of it
+                stream.unfinished = 0  # no delta will arrive, even if the reader leaves before it gets the error
                 if stream.left:
                     del self._streams[message.request_id]
         if stream is not None:
             _call(stream.loop, partial(stream.fail, message.error))
 
-    def _die(self, message: Dead) -> None:
+    def _die(self, message: DeadMessage) -> None:
         with self._lock:
             if self._dead is not None:
                 return
             self._dead = message.reason
-            streams, tickets = list(self._streams.values()), list(self._tickets.values())
-            self._tickets.clear()
+            streams, resets = list(self._streams.values()), list(self._resets.values())
+            self._resets.clear()
         for stream in streams:
             _call(stream.loop, partial(stream.fail, EngineDead(message.reason)))
-        for future in tickets:
+        for future in resets:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineDead(message.reason))
         if not self._started.done():
@@ -303,7 +318,7 @@ class EngineClient(ABC):
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool:
-    """False: that event loop was closed under its streams, and nobody is left to read them."""
+    """Call a function on an event loop. False: the loop was closed, so its streams have no readers."""
     try:
         loop.call_soon_threadsafe(function)
     except RuntimeError:
@@ -312,46 +327,22 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool
 
 
 class ThreadClient(EngineClient):
-    """The engine in a thread of this process: no copies, but it shares Python's lock with the server."""
+    """The engine in a thread of this process: nothing is copied, but engine and server share Python's global lock."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    @classmethod
-    def start(cls, config: EngineConfig) -> ThreadClient:
-        """Load the model and return when requests can be accepted."""
-        from minivllm.engine.engine import LLMEngine
+    def _start(self, build: Callable[[], Engine]) -> None:
+        self._thread = threading.Thread(
+            target=run_engine, args=(build, self._inbox, self._receive), name="minivllm-engine", daemon=True)
+        self._thread.start()
 
-        return cls.start_with(partial(LLMEngine.from_config, config))
-
-    @classmethod
-    def start_with(cls, build: Callable[[], LLMEngine]) -> ThreadClient:
-        client = cls()
-        thread = threading.Thread(
-            target=run_engine, args=(build, client._inbox, client._receive), name="minivllm-engine", daemon=True,
-        )
-        client._thread = thread
-        thread.start()
-        try:
-            client._started.result()
-        except BaseException:
-            client.close()
-            raise
-        return client
-
-    def _send(self, command: Command) -> None:
+    def _send(self, command: EngineCommand) -> None:
         self._inbox.put(command)
 
     def close(self) -> None:
-        self._inbox.put(Shutdown())
+        self._inbox.put(ShutdownCommand())
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-
-
-def start_client(config: EngineConfig, *, process: bool) -> EngineClient:
-    """An engine in its own process, or in a thread of this one."""
-    from minivllm.engine.process import ProcessClient
-
-    return ProcessClient.start(config) if process else ThreadClient.start(config)

@@ -1,25 +1,35 @@
-"""Where all parts meet: from an `EngineConfig` to an engine that runs.
+"""The composition root: from an `EngineConfig` to an engine that runs. Workers, memory sizing and engine are built here only.
 
-    find_model ─▶ config.json ─▶ ModelSpec ─▶ LocalExecutor (weights, KV cache) ─▶ how many blocks ─▶ Scheduler
+    find_model ─▶ config.json ─▶ ModelSpec ─▶ LoadedModel ─▶ MemoryBudget ─▶ CacheSize ─▶ Worker ─▶ Scheduler ─▶ LLMEngine
                 └▶ tokenizer, generation_config.json (EOS, sampling defaults)
 """
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from minivllm.config import EngineConfig
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.executor import LocalExecutor
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
-from minivllm.models.hub import find_model
+from minivllm.models.hub import ModelFiles, find_model
+from minivllm.quantization.methods import method_of
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.memory import CacheSize, host_block_count, size_cache
+from minivllm.worker.worker import DEFAULT_COMPONENTS, Components, LoadedModel, Worker
+
+log = logging.getLogger(__name__)
 
 # generation_config.json's names of the sampling parameters that it may set, and ours
 _DEFAULTS = {
@@ -28,41 +38,95 @@ _DEFAULTS = {
 }
 
 
-def build_engine(config: EngineConfig) -> LLMEngine:
-    """Everything `LLMEngine.from_config` does."""
+def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONENTS) -> LLMEngine:
+    """Find the model, load it, size the KV cache, and connect all parts."""
     files = find_model(config)
-    spec = _with_length(parse_config(files.config), config.max_model_len)
+    spec = _with_length(parse_config(files.config, methods=components.methods), config.max_model_len)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
     eos = _eos_token_ids(files.generation_config, files.config, tokenizer)
     defaults = sampling_defaults(files.generation_config)
-    executor = LocalExecutor.from_config(config, spec, files, eos_token_ids=eos)
+    worker = start_worker(config, spec, files, eos_token_ids=eos, components=components)
     try:
         info = EngineInfo(
             model=files.name, model_folder=str(files.folder),
             tokenizer_folder=None if files.tokenizer_folder is None else str(files.tokenizer_folder),
-            max_model_len=executor.max_model_len, vocab_size=spec.vocab_size, eos_token_ids=eos, device=str(executor.device),
-            dtype=executor.dtype, num_blocks=executor.num_blocks, block_size=config.block_size, generation_config=defaults,
+            max_model_len=worker.max_model_len, vocab_size=spec.vocab_size, eos_token_ids=eos, device=str(worker.device),
+            dtype=_name(worker.dtype), num_blocks=worker.num_blocks, block_size=config.block_size, generation_config=defaults,
             scheduling_policy=config.scheduling_policy,
         )
-        scheduler = _scheduler(config, executor, info)
+        scheduler = _scheduler(config, worker, info)
     except BaseException:
-        executor.close()
+        worker.close()
         raise
     return LLMEngine(
-        executor=executor, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
-        planning_depth=scheduler.config.planning_depth,
+        executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
     )
 
 
-def _scheduler(config: EngineConfig, executor: LocalExecutor, info: EngineInfo) -> Scheduler:
-    ahead = executor.overlaps if config.async_scheduling is None else config.async_scheduling
+def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eos_token_ids: Sequence[int] = (),
+                 components: Components = DEFAULT_COMPONENTS) -> Worker:
+    """Load the model, measure what is left, and allocate the KV cache. `spec.max_model_len` is the length to serve."""
+    passed = _Stopwatch()
+    loaded = LoadedModel(config, spec, Path(files.folder), method=method_of(files.config, components.methods), components=components)
+    passed("weights and kernels")
+    budget = loaded.available_memory()
+    size = size_cache(loaded.cache_request, loaded.layout, budget)
+    num_host_blocks = host_block_count(config.kv_offloading_size, loaded.layout)
+    passed("measuring memory")
+    _announce(loaded, size)
+    worker = loaded.allocate(size, num_host_blocks, eos_token_ids=eos_token_ids, ledger=budget.ledger)
+    passed("KV cache and CUDA graphs" if worker.ledger is not None else "KV cache")
+    for line in () if worker.ledger is None else worker.ledger.table():
+        print(f"minivllm: {line}", file=sys.stderr, flush=True)
+    log.info("started: %s", passed)
+    return worker
+
+
+def _announce(loaded: LoadedModel, size: CacheSize) -> None:
+    """Print the choices made for the user; how the size of the cache came about goes to the log."""
+    device, dtype, wanted = loaded.device, loaded.dtype, loaded.spec.max_model_len
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    why = ""
+    if loaded.config.dtype == "auto" and device.type == "cpu":
+        fast = dtype == torch.bfloat16
+        why = " (this CPU multiplies bfloat16 fast)" if fast else " (no AMX or AVX512-BF16 here, so bfloat16 would be slower)"
+    print(f"minivllm: {loaded.spec.architecture} on {where}, {_name(dtype)}{why}", file=sys.stderr, flush=True)
+    if size.max_model_len < wanted:
+        print(f"minivllm: max_model_len lowered from {wanted} to {size.max_model_len}, which is what the KV cache holds",
+              file=sys.stderr, flush=True)
+    log.info("%s", size.account)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Stopwatch:
+    """How long each part of a start took: call it after each."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, float]] = []
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self._parts.append((part, now - self._last))
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._parts)
+
+
+def _scheduler(config: EngineConfig, worker: Worker, info: EngineInfo) -> Scheduler:
+    ahead = worker.overlaps if config.async_scheduling is None else config.async_scheduling
     scheduling = SchedulerConfig(
-        num_blocks=executor.num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=executor.max_num_batched_tokens, max_model_len=executor.max_model_len,
-        kv_windows=executor.kv_windows, enable_prefix_caching=config.enable_prefix_caching,
+        num_blocks=worker.num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=worker.max_num_batched_tokens, max_model_len=worker.max_model_len,
+        kv_windows=worker.kv_windows, enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
-        max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=executor.num_host_blocks,
+        max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=worker.num_host_blocks,
+        eos_token_ids=info.eos_token_ids,
     )
     if config.trace is None:
         return Scheduler(scheduling)
@@ -82,7 +146,7 @@ def _with_length(spec: ModelSpec, wanted: int | None) -> ModelSpec:
 
 
 def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """generation_config.json knows best (chat models end with more than one token), then the tokenizer, then config.json."""
+    """All EOS ids of a model: chat models have more than one. generation_config.json comes first, then tokenizer, then config.json."""
     found: list[int] = []
     for value in (generation.get("eos_token_id"), tokenizer and tokenizer.eos_token_id, config.get("eos_token_id")):
         ids = value if isinstance(value, list) else [value]
@@ -91,7 +155,7 @@ def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tok
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters a model suggests for itself."""
+    """The sampling parameters that the model's own generation_config.json sets."""
     found = {ours: generation[theirs] for theirs, ours in _DEFAULTS.items() if generation.get(theirs) is not None}
     try:
         SamplingParams(**found)

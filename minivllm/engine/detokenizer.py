@@ -1,188 +1,67 @@
-"""Tokens to text while they come, and stop strings: the engine's half of deciding that a request ends.
+"""Tokens to text as they are sampled, and the search for stop strings.
 
-The scheduler knows tokens, not text, so a stop string is found here, between the step's result and `Scheduler.update`:
+The scheduler knows tokens and no text, so stop strings are found here, between a step's result and `Scheduler.update`:
 
-    scan(plan, result)   feed each sampled token's text to its sequence; a stop string found -> Stop(keep, matched)
-    take(...)            after update: the text that is certain by now, or all of it when the sequence has ended
+    push(tokens)     feed sampled tokens; if a stop string ends the output: Stop(keep, matched)
+    take(finished)   after the update: the text that is certain by now, or all of it if the sequence has ended
 
-Text is held back only while it could still become a stop string. Both the search and the hold-back are one automaton (Knuth,
-Morris and Pratt) per stop string, whose state is the length of the longest prefix of the stop string that the text ends with:
-
-    stop "</s>"     text  a < / b < / s          state 0 1 2 0 1 2 3     held back: the longest state, here "</s"
+Text is held back only while it may still become part of a stop string (see `stop_strings.py`).
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.engine.tokenizer import TextStream, Tokenizer
-from minivllm.outputs import FinishReason
+from minivllm.core.plan import Stop
+from minivllm.core.stopping import StopRule
+from minivllm.engine import stop_strings
+from minivllm.engine.tokenizer import TextStream
 from minivllm.sampling_params import SamplingParams
 
-NO_STOPS: Mapping[int, Stop] = {}
 
+class SequenceText:
+    """The text of one sequence. `_text` has not been returned yet; its last characters may be held back."""
 
-class StopMatcher:
-    """Searches a growing text for stop strings: O(1) amortised per character and stop string, whatever their lengths."""
+    __slots__ = ("_include_stop", "_min_tokens", "_num_tokens", "_rule", "_state", "_stops", "_stream", "_text")
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self._failure = [_failure_table(stop) for stop in self.stops]
-        self._states = [0] * len(self.stops)
-        self.partial = 0  # how many characters at the text's end could still become a stop string
-
-    def push(self, char: str) -> str | None:
-        """The stop string that this character completes; the longest if there are several."""
-        found: str | None = None
-        longest = 0
-        for i, stop in enumerate(self.stops):
-            state, failure = self._states[i], self._failure[i]
-            while state and stop[state] != char:
-                state = failure[state]
-            if stop[state] == char:
-                state += 1
-            if state == len(stop):
-                state = failure[state]
-                if found is None or len(stop) > len(found):
-                    found = stop
-            self._states[i] = state
-            if state > longest:
-                longest = state
-        self.partial = longest
-        return found
-
-
-def _failure_table(stop: str) -> list[int]:
-    """[len + 1]: for a matched prefix of each length, the longest shorter prefix that it also ends with."""
-    table = [0, 0]
-    for char in stop[1:]:
-        state = table[-1]
-        while state and stop[state] != char:
-            state = table[state]
-        table.append(state + 1 if stop[state] == char else 0)
-    return table
-
-
-class _Sequence:
-    """One sequence's text. `_text` is certain UTF-8 not handed out yet; its last `partial` characters are held back."""
-
-    def __init__(
-        self, stream: TextStream, params: SamplingParams, ending: frozenset[int], max_tokens: int, first_step: int,
-    ) -> None:
-        self.first_step = first_step
-        self._stream = stream
-        self._matcher = StopMatcher(params.stop or ())
-        self._has_stops = bool(params.stop)
-        self._min_tokens = params.min_tokens
+    def __init__(self, stream: TextStream, params: SamplingParams, rule: StopRule) -> None:
+        self._stream: TextStream | None = stream  # None once a stop string was found
+        self._stops = stop_strings.compiled(params.stop) if params.stop else None
+        self._state = stop_strings.START
         self._include_stop = params.include_stop_str_in_output
-        self._ending = ending
-        self._max_tokens = max_tokens
+        self._min_tokens = params.min_tokens
+        self._rule = rule
         self._num_tokens = 0
         self._text = ""
-        self._ended = False
 
     def push(self, tokens: Sequence[int]) -> Stop | None:
-        """Feed sampled tokens, up to the one that ends the sequence. A `Stop` if that was a stop string."""
-        for i, token in enumerate(tokens):
-            if self._ended or self._num_tokens == self._max_tokens:
-                break  # drafts accepted past the end; the scheduler cuts at the same place
-            self._num_tokens += 1
-            ends = token in self._ending and self._num_tokens > self._min_tokens
-            if ends and not self._include_stop:
-                self._ended = True  # EOS or a stop token: it counts as a token but is not text
-                break
+        """Feed sampled tokens up to the one that ends the output. Returns a `Stop` if a stop string ends it."""
+        assert self._stream is not None, "a sequence takes no tokens after its stop string"
+        count, reason = self._rule.end(self._num_tokens, tokens)
+        if reason == "stop" and not self._include_stop:
+            count -= 1  # EOS or a stop token counts as a token but is not text
+        for i, token in enumerate(tokens[:count], start=1):
             text = self._stream.push(token)
-            if not self._has_stops:
-                self._text += text
-                self._ended = ends
-                continue
-            matched = self._search(text)
-            if matched is not None:
-                self._ended = True
-                return Stop(keep=i + 1, matched=matched)
-            self._ended = ends
+            if self._stops is not None:
+                self._state, end, matched = self._stops.search(self._state, text, self._num_tokens + i < self._min_tokens)
+                if matched is not None:
+                    self._end_with(text[:end], matched)
+                    return Stop(keep=i, matched=matched)
+            self._text += text
+        self._num_tokens += count
         return None
 
-    def _search(self, new: str) -> str | None:
-        """Add text up to the end of the first stop string in it."""
-        for i, char in enumerate(new):
-            matched = self._matcher.push(char)
-            if matched is not None and self._num_tokens >= self._min_tokens:
-                self._text += new[: i + 1]
-                if not self._include_stop:
-                    self._text = self._text[: len(self._text) - len(matched)]
-                self._stream = _Nothing()  # what the token holds past the stop string is dropped
-                return matched
-        self._text += new
-        return None
+    def _end_with(self, text: str, matched: str) -> None:
+        """Add the last text, which a stop string ends. What follows it in the same token is dropped."""
+        self._text += text
+        if not self._include_stop:
+            self._text = self._text.removesuffix(matched)
+        self._stream = None
 
     def take(self, finished: bool) -> str:
+        """The text that became certain since the last call. `finished`: all of it."""
+        text, self._text = self._text, ""
         if finished:
-            text, self._text = self._text + self._stream.finish(), ""
-            return text
-        if not self._has_stops:
-            text, self._text = self._text, ""
-            return text
-        certain = len(self._text) - self._matcher.partial
-        text, self._text = self._text[:certain], self._text[certain:]
+            return text + self._stream.finish() if self._stream is not None else text
+        if self._stops is not None and (held_back := self._stops.held_back[self._state]):
+            text, self._text = text[:-held_back], text[-held_back:]
         return text
-
-
-class _Nothing:
-    """The stream of a sequence that ended at a stop string."""
-
-    def push(self, token_id: int) -> str:
-        raise AssertionError("a sequence takes no tokens after its stop string")
-
-    def finish(self) -> str:
-        return ""
-
-
-class Detokenizer:
-    """The text of every running sequence. Without a tokenizer it knows no sequence and finds no stop."""
-
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._eos = frozenset(eos_token_ids)
-        self._sequences: dict[str, _Sequence] = {}
-
-    def add(
-        self, sequence_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, max_tokens: int, first_step: int = 0,
-    ) -> None:
-        """Start a sequence that may get at most `max_tokens` tokens, from plan `first_step` on.
-
-        (An earlier plan that is still under way may name an earlier sequence of the same id.)
-        """
-        if self._tokenizer is None or not params.detokenize:
-            return
-        ending = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
-        stream = self._tokenizer.stream(prompt_token_ids, params.skip_special_tokens)
-        self._sequences[sequence_id] = _Sequence(stream, params, ending, max_tokens, first_step)
-
-    def scan(self, plan: StepPlan, result: StepResult, ended: Mapping[int, Stop] = NO_STOPS) -> Mapping[int, Stop]:
-        """Stops by sample index. A sequence that has ended since the plan was made is not known any more and is skipped.
-
-        `ended`: samples that end by their grammar, with the tokens to keep; a stop string found in those goes before.
-        """
-        stops: dict[int, Stop] = {}
-        for i, (sequence_id, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
-            sequence = self._sequences.get(sequence_id)
-            if sequence is None or plan.step_id < sequence.first_step:
-                continue
-            if i in ended:
-                tokens = tokens[: ended[i].keep]
-            if (stop := sequence.push(tokens)) is not None:
-                stops[i] = stop
-        return stops
-
-    def take(self, sequence_id: str, finish_reason: FinishReason | None) -> str:
-        """New certain text; with a finish reason, everything that is left, and the sequence is forgotten."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence is None:
-            return ""
-        if finish_reason is not None:
-            del self._sequences[sequence_id]
-        return sequence.take(finish_reason is not None)
-
-    def __len__(self) -> int:
-        return len(self._sequences)

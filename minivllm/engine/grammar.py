@@ -1,16 +1,16 @@
-"""Structured output: before each token, which tokens keep the output inside its grammar.
+"""Structured output: the tokens that a grammar allows next.
 
-    StructuredOutputsParams ─▶ GrammarCompiler: once per grammar, kept ─▶ one matcher per sequence
+    StructuredOutputsParams ─▶ GrammarCompiler (compiled grammars are cached) ─▶ one matcher per sequence
 
-    masks(plan)             while the forward runs: for each sample of a sequence with a grammar, one bit per token
-    advance(plan, result)   after it: the matchers take the sampled tokens; who can take no more is complete -> Stop
+    GrammarMasks.fill           while the forward pass runs: one bit per token, for each sample of a sequence with a grammar
+    SequenceGrammar.advance     after it: the matcher takes the sampled tokens; if the output is complete, the sequence stops
 
-A matcher belongs to a sequence, not to a row, so neither preemption nor a rebuilt row table touches it; it moves only with tokens
-that are confirmed, which is why such a request is never planned past a token whose value is unknown (`needs_result_each_step`).
-EOS is allowed exactly where the output may end. Where only EOS could follow, the sequence ends without it.
+A matcher belongs to a sequence and not to a row, so preemption does not affect it. It takes confirmed tokens only. Therefore the scheduler
+plans nothing past a token whose value is unknown for a request with `structured_outputs`.
+EOS is allowed where the output may end. Where only EOS could follow, the sequence ends without it.
 
-The automata are llguidance's (derivatives of regular expressions under an Earley parser). Every piece of its work has a limit that is
-a count of operations, so that no grammar can hold a step up for long. This is the only file that knows it; it is imported on first use.
+The matchers are llguidance's (derivatives of regular expressions and an Earley parser). Its work per token is limited by a count of
+operations, so a grammar cannot delay a step for long. Only this file uses llguidance, which is imported on first use.
 """
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from minivllm.core.plan import StepPlan, StepResult, Stop
+from minivllm.core.plan import Stop
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling.logits_processors import TokenMasks
@@ -31,43 +30,43 @@ from minivllm.sampling_params import JSON_WHITESPACE, StructuredOutputsParams
 
 Matcher: TypeAlias = Any  # llguidance.LLMatcher
 
-MAX_KEPT = 32  # grammars; the least recently used one is compiled again when it is wanted again
-MAX_LEXER_STATES = 30_000  # of one grammar, 1 to 2 kB each
+MAX_CACHED = 32  # compiled grammars; the least recently used one is dropped
+MAX_LEXER_STATES = 30_000  # of one grammar; a state takes 1 to 2 kB
 
 
 class GrammarCompiler:
-    """From a request's wish to a matcher at its start. May be called on any thread."""
+    """Compiles grammars and caches them. Any thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
-        self._lock = threading.Lock()  # guards the next two
-        self._kept: OrderedDict[StructuredOutputsParams, Matcher] = OrderedDict()
-        self._vocabulary: Any = None  # llguidance's trie of all tokens; built when the first grammar comes
+        self._lock = threading.Lock()  # guards the cache and the vocabulary
+        self._cached: OrderedDict[StructuredOutputsParams, Matcher] = OrderedDict()
+        self._vocabulary: Any = None  # llguidance's trie of all tokens; built for the first grammar
         self._special: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Bits in a mask. Only after `compile`."""
+        """Bits in a mask. Known after the first `compile`."""
         return int(self._vocabulary.vocab_size)
 
-    def knows(self, wanted: StructuredOutputsParams) -> bool:
+    def is_cached(self, params: StructuredOutputsParams) -> bool:
         """Whether `compile` returns at once."""
         with self._lock:
-            return wanted in self._kept
+            return params in self._cached
 
-    def compile(self, wanted: StructuredOutputsParams) -> Matcher:
-        """A matcher to copy. Raises `InvalidInput` naming the field."""
+    def compile(self, params: StructuredOutputsParams) -> Matcher:
+        """A matcher at the start of the grammar; each sequence copies it. Raises `InvalidInput`, which names the field."""
         with self._lock:
-            if wanted in self._kept:
-                self._kept.move_to_end(wanted)
-                return self._kept[wanted]
-            vocabulary = self._build_vocabulary(wanted.origin)
-        matcher = _compile(wanted, vocabulary, self._special)  # lets other threads run
+            if params in self._cached:
+                self._cached.move_to_end(params)
+                return self._cached[params]
+            vocabulary = self._build_vocabulary(params.origin)
+        matcher = _compile(params, vocabulary, self._special)  # may take long, so it runs without the lock
         with self._lock:
-            self._kept[wanted] = matcher
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+            self._cached[params] = matcher
+            if len(self._cached) > MAX_CACHED:
+                self._cached.popitem(last=False)
         return matcher
 
     def _build_vocabulary(self, origin: str) -> Any:
@@ -88,15 +87,15 @@ class GrammarCompiler:
         return self._vocabulary
 
 
-def _compile(wanted: StructuredOutputsParams, vocabulary: Any, special: Sequence[str]) -> Matcher:
+def _compile(params: StructuredOutputsParams, vocabulary: Any, special: Sequence[str]) -> Matcher:
     from llguidance import LLMatcher, LLParserLimits
 
-    where = wanted.where
+    where = params.where
     try:
-        grammar = _grammar_text(wanted)
+        grammar = _grammar_text(params)
     except ValueError as error:
         raise InvalidInput(f"{where} is no grammar ({_one_line(str(error))}): correct it", where) from None
-    plain = grammar.replace("\\", "")
+    plain = grammar.replace("\\", "")  # escapes may hide the text of a special token
     if any(token in plain for token in special):
         grammar = _unforced(grammar)
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
@@ -107,38 +106,39 @@ def _compile(wanted: StructuredOutputsParams, vocabulary: Any, special: Sequence
 
 
 def _unforced(grammar: str) -> str:
-    """A grammar whose only possible text is not tokenized in advance.
+    """The same grammar without "forcing".
 
-    llguidance does that as for a prompt, where text such as "<|im_end|>" is the special token, which no grammar's text allows.
+    Where a grammar allows only one text, llguidance forces the tokens of that text. It tokenizes the text like a prompt, so "<|im_end|>"
+    becomes the special token, which the grammar does not allow.
     """
     if grammar.startswith("{"):
         grammar = "start: %json " + json.dumps(json.loads(grammar)["grammars"][0]["json_schema"])
     return '%llguidance {"no_forcing": true}\n' + grammar
 
 
-def _grammar_text(wanted: StructuredOutputsParams) -> str:
-    """llguidance's own form of a grammar."""
+def _grammar_text(params: StructuredOutputsParams) -> str:
+    """The grammar in llguidance's own form."""
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
-    if wanted.kind in ("json", "json_object"):
-        schema = wanted.json if wanted.json is not None else '{"type":"object"}'
-        pattern = "" if wanted.disable_any_whitespace else wanted.whitespace_pattern or JSON_WHITESPACE
+    if params.kind in ("json", "json_object"):
+        schema = params.json if params.json is not None else '{"type":"object"}'
+        pattern = "" if params.disable_any_whitespace else params.whitespace_pattern or JSON_WHITESPACE
         options: Any = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
         return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))
-    if wanted.kind == "regex":
-        return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(wanted.regex or '', use_ascii='d')}/"))
-    if wanted.kind == "choice":
-        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, wanted.choice or ()))))
-    return str(grammar_from("grammar", wanted.grammar or ""))
+    if params.kind == "regex":
+        return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex or '', use_ascii='d')}/"))
+    if params.kind == "choice":
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, params.choice or ()))))
+    return str(grammar_from("grammar", params.grammar or ""))
 
 
 def _quoted(text: str) -> str:
-    """A string literal of Lark, whose escapes are JSON's."""
+    """A string literal of Lark, which has JSON's escapes."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _why(matcher: Matcher) -> str:
-    """What went wrong while an output was written."""
+def _matcher_error(matcher: Matcher) -> str:
+    """What went wrong while a sequence was generated."""
     error = _one_line(matcher.get_error())
     return "the grammar allows no text here: correct it" if error == "NoExtensionBias" else f"the grammar became too complex: {error}"
 
@@ -149,10 +149,10 @@ def _one_line(text: str) -> str:
 
 
 def fill_masks(pool: Any, work: Sequence[tuple[Matcher, Sequence[int]]], words: np.ndarray[Any, Any]) -> None:
-    """Masks of every matcher, in parallel: for each 1 + len(drafts) rows of words [n, W] int32, in order.
+    """Write the masks of all (matcher, drafts) in parallel: 1 + len(drafts) rows of `words` [n, W] int32 for each, in order.
 
-    The first row is for the next token, row i + 1 for the token after the first i + 1 drafts. Rows after a draft that the grammar
-    does not allow stay as they are: that draft is rejected, and nothing behind it is looked at.
+    The first row is the mask of the next token, row i + 1 that of the token after the first i + 1 drafts. Rows after a draft that the
+    grammar does not allow are not written: that draft will be rejected, and the tokens after it are not used.
     """
     row = 0
     plain: list[tuple[Matcher, int]] = []
@@ -165,7 +165,7 @@ def fill_masks(pool: Any, work: Sequence[tuple[Matcher, Sequence[int]]], words: 
         row += 1 + len(drafts)
     assert row <= len(words) and words.flags.c_contiguous and words.dtype == np.int32
     width = words.shape[1] * words.itemsize
-    if len(plain) == 1:  # a usual case, which does without the pool
+    if len(plain) == 1:  # a common case that needs no threads
         matcher, row = plain[0]
         matcher.unsafe_compute_mask_ptr(words[row].ctypes.data, width)
     elif plain:
@@ -174,94 +174,58 @@ def fill_masks(pool: Any, work: Sequence[tuple[Matcher, Sequence[int]]], words: 
         pool.unsafe_compute_mask_ptr_with_draft_token(drafted, words.ctypes.data, width, len(words))
 
 
-@dataclass(slots=True)
-class _State:
-    """One sequence's place in its grammar."""
+class SequenceGrammar:
+    """The position of one sequence in its grammar."""
 
-    start: Matcher
-    first_step: int  # an earlier plan that is still under way may name an earlier sequence of the same id
-    matcher: Matcher | None = None  # a copy of `start`, from the first mask on
+    __slots__ = ("_matcher", "_start", "failure")
+
+    def __init__(self, start: Matcher) -> None:
+        self._start = start
+        self._matcher: Matcher | None = None  # a copy of `start`, made for the first mask
+        self.failure: str | None = None  # why the grammar could not be followed: the request must end
+
+    @property
+    def matcher(self) -> Matcher:
+        if self._matcher is None:
+            self._matcher = self._start.deep_copy()
+        return self._matcher
+
+    def advance(self, tokens: Sequence[int]) -> Stop | None:
+        """Take sampled tokens. Returns a `Stop` if they end the output, or if the grammar could not be followed (see `failure`)."""
+        matcher = self._matcher
+        if matcher is None:
+            return None
+        for count, token in enumerate(tokens):
+            if matcher.is_error():
+                self.failure = _matcher_error(matcher)
+                return Stop(keep=count, matched=None)
+            if matcher.try_consume_tokens([token]) != 1:
+                if matcher.is_error():  # this token exceeded a limit
+                    self.failure = _matcher_error(matcher)
+                # The request's other settings (bad_words, min_tokens ...) exclude all tokens that the grammar allows.
+                elif not matcher.is_accepting():
+                    self.failure = "no token is allowed by both structured_outputs and the request's other settings"
+                return Stop(keep=count, matched=None)
+            if matcher.is_stopped() and not matcher.is_error():
+                return Stop(keep=count + 1, matched=None)
+        return None
 
 
-class Grammars:
-    """The matchers of all running sequences that have a grammar."""
+class GrammarMasks:
+    """Computes the masks of a step, in parallel."""
 
     def __init__(self, compiler: GrammarCompiler) -> None:
-        self.compiler = compiler
-        self._states: dict[str, _State] = {}
-        self._failed: dict[str, str] = {}
-        self._pool: Any = None
-        self._width = 0
+        self._compiler = compiler
+        self._pool: Any = None  # llguidance's threads, started on first use
+        self._width = 0  # int32 words in a mask
 
-    def add(self, sequence_id: str, start: Matcher, first_step: int) -> None:
-        """Begin a sequence: each child of a request has its own state."""
-        self._states[sequence_id] = _State(start, first_step)
-
-    def forget(self, sequence_id: str) -> None:
-        self._states.pop(sequence_id, None)
-        self._failed.pop(sequence_id, None)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def masks(self, plan: StepPlan) -> TokenMasks | None:
-        """What each sample of a sequence with a grammar may be; None if there is none in the plan.
-
-        A matcher that meets a limit allows only EOS here, and `advance` reports it.
-        """
-        if not self._states:
-            return None
-        samples = [i for i, sequence_id in enumerate(plan.sample_ids) if sequence_id in self._states]
-        if not samples:
-            return None
-        words = np.zeros((len(samples), self._words_per_mask()), np.int32)
-        fill_masks(self._pool, [(self._matcher(plan.sample_ids[i]), ()) for i in samples], words)
-        return TokenMasks(np.array(samples, np.int64), words)
-
-    def _words_per_mask(self) -> int:
+    def fill(self, samples: Sequence[int], grammars: Sequence[SequenceGrammar]) -> TokenMasks:
+        """The tokens that each of these samples may be. A matcher that exceeds a limit allows only EOS; `advance` then reports it."""
         if self._pool is None:
             from llguidance import LLExecutor
 
             self._pool = LLExecutor()
-            self._width = -(-self.compiler.num_tokens // 32)
-        return self._width
-
-    def _matcher(self, sequence_id: str) -> Matcher:
-        state = self._states[sequence_id]
-        if state.matcher is None:
-            state.matcher = state.start.deep_copy()
-        return state.matcher
-
-    def advance(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
-        """Take the sampled tokens in. Stops by sample index: outputs that are complete (or that failed, see `take_failed`)."""
-        stops: dict[int, Stop] = {}
-        if self._states:
-            for i, (sequence_id, tokens) in enumerate(zip(plan.sample_ids, result.token_ids, strict=True)):
-                state = self._states.get(sequence_id)
-                if state is not None and state.matcher is not None and plan.step_id >= state.first_step:
-                    keep = self._take(sequence_id, state.matcher, tokens)
-                    if keep is not None:
-                        stops[i] = Stop(keep=keep, matched=None)
-        return stops
-
-    def _take(self, sequence_id: str, matcher: Matcher, tokens: Sequence[int]) -> int | None:
-        """How many tokens are the end of the output; None if it goes on."""
-        for count, token in enumerate(tokens):
-            if matcher.is_error():
-                self._failed[sequence_id] = _why(matcher)
-                return count
-            if matcher.try_consume_tokens([token]) != 1:
-                if matcher.is_error():  # a limit that only this token brought about
-                    self._failed[sequence_id] = _why(matcher)
-                # The request's other settings (bad_words, min_tokens ...) ban all that the grammar allows, so nothing was drawn.
-                elif not matcher.is_accepting():
-                    self._failed[sequence_id] = "no token is allowed by both structured_outputs and the request's other settings"
-                return count
-            if matcher.is_stopped() and not matcher.is_error():
-                return count + 1
-        return None
-
-    def take_failed(self) -> dict[str, str]:
-        """Sequences whose grammar could not be followed since the last call, and why. The caller ends their requests."""
-        failed, self._failed = self._failed, {}
-        return failed
+            self._width = -(-self._compiler.num_tokens // 32)
+        words = np.zeros((len(samples), self._width), np.int32)
+        fill_masks(self._pool, [(grammar.matcher, ()) for grammar in grammars], words)
+        return TokenMasks(np.array(samples, np.int64), words)

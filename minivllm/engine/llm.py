@@ -1,4 +1,4 @@
-"""`LLM`: the engine in this process, for scripts and notebooks, with vLLM's methods.
+"""`LLM`: vLLM's class for scripts and notebooks. The engine runs in this process.
 
     with LLM() as llm:
         for output in llm.generate(["Once upon a time", "2 + 2 ="], SamplingParams(temperature=0)):
@@ -18,8 +18,8 @@ from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.chat_template import conversation
-from minivllm.engine.engine import LLMEngine
-from minivllm.engine.prompts import Prompt, read_prompt, truncate
+from minivllm.engine.compose import build_engine
+from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.outputs import RequestOutput
@@ -27,26 +27,27 @@ from minivllm.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
-Message = Mapping[str, Any]
+Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": ...}
 
 
 class LLM:
-    """A model that answers lists of prompts. Keywords are the fields of `EngineConfig`; `close` gives all memory back."""
+    """A model that answers lists of prompts. Its keywords are the fields of `EngineConfig`."""
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **kwargs)
-        self.llm_engine = LLMEngine.from_config(self.config)
+        self.llm_engine = build_engine(self.config)
         self._num_requests = 0
 
-    # -- the methods people know ----------------------------------------------------------------------------------------
+    # -- vLLM's methods -------------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         use_tqdm: bool = True, priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete each prompt; outputs in the order of the prompts.
+        """Complete each prompt. The outputs have the order of the prompts.
 
-        A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. One SamplingParams serves all prompts, a list one each.
+        A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. `sampling_params` is one object for
+        all prompts, or a list with one for each.
         """
         every = _as_list(prompts)
         params = self._params_list(sampling_params, len(every))
@@ -55,14 +56,14 @@ class LLM:
         return self._run(every, params, priority or [0] * len(every), use_tqdm)
 
     def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+        self, messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
         chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several (a list of such lists).
 
-        `tools` are shown to the model; its calls are in the output's text, in the model's own format.
+        `tools` are described to the model in the prompt. Its calls are part of the output's text, in the model's own format.
         """
         tokenizer = self.get_tokenizer()
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -73,16 +74,16 @@ class LLM:
                 continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
             )
             assert isinstance(text, str)
-            ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+            ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The `beam_width` most probable outputs of each prompt, best first."""
         every = _as_list(prompts)
-        names = [f"beam-{self._num_requests + i}" for i in range(len(every))]
+        request_ids = [f"beam-{self._num_requests + i}" for i in range(len(every))]
         self._num_requests += len(every)
-        return beam_search(self.llm_engine, names, every, params)
+        return beam_search(self.llm_engine, request_ids, every, params)
 
     def get_tokenizer(self) -> Tokenizer:
         if self.llm_engine.tokenizer is None:
@@ -90,15 +91,15 @@ class LLM:
         return self.llm_engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The model's own defaults (generation_config.json), used where none are given."""
+        """The model's own defaults (generation_config.json). They are used where no `sampling_params` are given."""
         return SamplingParams(**self.llm_engine.info().generation_config)
 
     def reset_prefix_cache(self) -> None:
-        """Forget shared prefixes."""
+        """Forget all cached prefixes."""
         self.llm_engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Give weights, KV cache and host memory back. The object cannot be used afterwards."""
+        """Free the weights, the KV cache and host memory. The object cannot be used afterwards."""
         self.llm_engine.close()
 
     def __enter__(self) -> LLM:
@@ -125,7 +126,7 @@ class LLM:
     def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int], use_tqdm: bool,
     ) -> list[RequestOutput]:
-        """Feed the engine (as fast as its queue takes requests), step it, and add the deltas up."""
+        """Add requests as long as the engine's queue has room, run steps, and collect the deltas."""
         engine = self.llm_engine
         builders: dict[str, OutputBuilder] = {}
         finished: dict[str, RequestOutput] = {}
@@ -136,32 +137,32 @@ class LLM:
             while waiting or builders:
                 while waiting:
                     i = waiting[0]
-                    text, every, salt = read_prompt(prompts[i], engine.tokenizer)
-                    ids = truncate(every, params[i].truncate_prompt_tokens, engine.max_model_len, params[i].max_tokens)
-                    name = str(self._num_requests)
+                    request_id = str(self._num_requests)
+                    text, request = prepare_request(
+                        request_id, prompts[i], params[i], engine.tokenizer, engine.max_model_len, priority=priorities[i])
                     try:
-                        engine.add_request(name, ids, params[i], priority=priorities[i], cache_salt=salt)
+                        engine.add(request)
                     except QueueFull:
                         if not builders:
                             raise
-                        break  # steps will make room
+                        break  # later steps make room in the queue
                     waiting.popleft()
                     self._num_requests += 1
-                    builders[name] = OutputBuilder(name, text, list(ids), params[i], engine.tokenizer)
+                    builders[request_id] = OutputBuilder(request_id, text, list(request.prompt_token_ids), params[i], engine.tokenizer)
                 for delta in engine.step():
-                    builder = builders.get(delta.request_id)  # None: somebody else's, added through llm_engine
+                    builder = builders.get(delta.request_id)  # None: the caller added this request through `llm_engine`
                     if builder is not None and builder.add(delta):
                         finished[delta.request_id] = builders.pop(delta.request_id).output
                         progress.done(builder)
         finally:
             progress.close()
-            for name in builders:  # an error or Ctrl-C: leave the engine as it was
-                engine.abort_request(name)
+            for request_id in builders:  # after an error or Ctrl-C: leave no request behind
+                engine.abort_request(request_id)
         return [finished[str(first + i)] for i in range(len(prompts))]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several? A list of ints is one prompt."""
+    """One prompt or several, as a list. A list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not isinstance(prompts, Iterable):
@@ -171,7 +172,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 class _Progress:
-    """The bar on stderr, with prompt and output tokens per second."""
+    """The progress bar on stderr, with prompt and output tokens per second."""
 
     def __init__(self, total: int, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
         from tqdm import tqdm

@@ -1,12 +1,6 @@
-"""The engine's side of the client: one loop that owns an engine, wherever it runs, and the messages that cross.
+"""The engine loop: receives commands, runs the engine's steps, sends messages. It runs in a thread, or in a process of its own.
 
-    client                        loop (a thread, or a process of its own)
-      Add, Abort, Reset  ──────▶  inbox: drained before each step; a blocking wait when there is nothing to do
-      StepMessage        ◀──────  one message a step for all streams together
-      Refused, Answer    ◀──────  one request was not accepted; the reply to a Reset
-      Ready | Dead       ◀──────  the first message; the last one
-
-Messages are plain picklable values. The loop never polls: it is either computing or asleep in `inbox.get()`.
+The inbox is drained before each step. While there is no work, the loop sleeps in `inbox.get()`; it never polls.
 """
 from __future__ import annotations
 
@@ -16,198 +10,130 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Protocol, TypeAlias
 
+from minivllm.engine.messages import (
+    AbortCommand,
+    DeadMessage,
+    EngineCommand,
+    EngineInfo,
+    EngineMessage,
+    PrefixCacheResetMessage,
+    ReadyMessage,
+    RefusedMessage,
+    ResetPrefixCacheCommand,
+    ShutdownCommand,
+    StepMessage,
+    WatchCommand,
+)
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.watch import EngineView
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from minivllm.engine.engine import LLMEngine
-
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddRequest:
-    """One request as it crosses to the engine: token ids, not text (the server has its own tokenizer)."""
+class Engine(Protocol):
+    """What the loop needs of an engine. `LLMEngine` has these methods."""
 
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    priority: int = 0  # lower runs first; only under the priority policy
-    cache_salt: str | None = None  # requests share cached prefixes only with requests of the same salt
-    arrival_time: float | None = None  # time.monotonic(); the client fills it in
+    def info(self) -> EngineInfo: ...
 
+    def stats(self) -> EngineStats: ...
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What a server must know about the engine behind a client. Constant for the engine's life."""
+    def preparation(self, params: SamplingParams) -> Callable[[], object] | None: ...
 
-    model: str  # name of the model as found: hub id, folder or file name
-    model_folder: str
-    tokenizer_folder: str | None  # None: no tokenizer (prompts are token ids and no text comes out)
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    device: str
-    dtype: str
-    num_blocks: int
-    block_size: int
-    generation_config: dict[str, Any]  # the model's own sampling defaults: temperature, top_p ...
-    scheduling_policy: str = "fcfs"
+    def add(self, request: EngineRequest) -> None: ...
+
+    def abort_request(self, request_id: str) -> list[OutputDelta]: ...
+
+    def has_unfinished_requests(self) -> bool: ...
+
+    def step(self) -> list[OutputDelta]: ...
+
+    def watch(self, on: bool) -> None: ...
+
+    def view(self) -> EngineView | None: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Add:
-    request: AddRequest
+class CompiledRequest:
+    """From a compile thread to the loop: the request's grammar has been compiled, or cannot be."""
 
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ResetPrefixCache:
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class WatchEngine:
-    """Put views of the engine into the step messages, or no longer."""
-
-    on: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """From the loop's own helper threads: what a request needed has been compiled, or is no good."""
-
-    request: AddRequest
+    request: EngineRequest
     error: Exception | None
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    info: EngineInfo
-
-
-@dataclass(frozen=True, slots=True)
-class StepMessage:
-    """All deltas of one step (or of the aborts before it), and the gauges after it."""
-
-    deltas: tuple[OutputDelta, ...]
-    stats: EngineStats
-    view: EngineView | None = None  # some times a second, while somebody watches
-
-    def __reduce__(self) -> tuple[Callable[..., StepMessage], tuple[object, ...]]:
-        """Pickled as columns, for a fifth of the time: most columns hold one value over and over."""
-        return _step_message, (tuple(zip(*self.deltas, strict=True)), self.stats, self.view)
-
-
-def _step_message(columns: tuple[tuple[object, ...], ...], stats: EngineStats, view: EngineView | None) -> StepMessage:
-    return StepMessage(tuple(map(_new_delta, zip(*columns, strict=True))), stats, view)
-
-
-_new_delta = partial(tuple.__new__, OutputDelta)
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    request_id: str
-    error: InvalidInput
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Dead:
-    """The loop has ended. `error` is set when a user's mistake prevented the start."""
-
-    reason: str
-    error: InvalidInput | None = None
-
-
-Command: TypeAlias = Add | Abort | ResetPrefixCache | WatchEngine | Prepared | Shutdown
-Message: TypeAlias = Ready | StepMessage | Refused | Answer | Dead
+InboxItem: TypeAlias = EngineCommand | CompiledRequest
 
 
 def run_engine(
-    build: Callable[[], LLMEngine], inbox: queue.SimpleQueue[Command], send: Callable[[Message], None],
+    build: Callable[[], Engine], inbox: queue.SimpleQueue[InboxItem], send: Callable[[EngineMessage], None],
 ) -> None:
-    """Build an engine and serve it until `Shutdown`. Every way out ends with a `Dead` message; nothing is raised."""
-    engine: LLMEngine | None = None
+    """Build an engine and run its loop until `ShutdownCommand`. The last message is always `DeadMessage`; nothing is raised."""
+    engine: Engine | None = None
     try:
         engine = build()
-        send(Ready(engine.info()))
+        send(ReadyMessage(engine.info()))
         EngineLoop(engine, inbox, send).run()
-        farewell = Dead("the engine was closed")
-    except (InvalidInput, TypeError) as error:
-        known = error if isinstance(error, InvalidInput) and engine is None else None
-        farewell = Dead(_reason(error), known)
+        last_message = DeadMessage("the engine was closed")
+    except InvalidInput as error:
+        last_message = DeadMessage(str(error), error if engine is None else None)
     except BaseException as error:
-        farewell = Dead(_reason(error))
+        last_message = DeadMessage(_reason(error))
     if engine is not None:
         try:
             engine.close()
         except Exception:
             log.exception("closing the engine failed")
-    send(farewell)
+    send(last_message)
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, (EngineDead, InvalidInput)):
+    if isinstance(error, EngineDead):
         return str(error)
     log.error("the engine died:\n%s", "".join(traceback.format_exception(error)).rstrip())
     return f"{type(error).__name__}: {error}"
 
 
 class EngineLoop:
-    """Commands in, steps, messages out. `rounds` counts passes of the loop: it stands still while the engine is idle."""
+    """Commands in, steps, messages out."""
 
-    def __init__(
-        self, engine: LLMEngine, inbox: queue.SimpleQueue[Command], send: Callable[[Message], None],
-    ) -> None:
+    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[InboxItem], send: Callable[[EngineMessage], None]) -> None:
         self.engine = engine
         self.inbox = inbox
         self.send = send
-        self.rounds = 0
+        self.rounds = 0  # passes of the loop; constant while the engine is idle
         self._watched = False
-        self._helpers = ThreadPoolExecutor(2, "minivllm-compile")  # starts its threads when they are needed
-        self._preparing: dict[str, AddRequest] = {}
+        self._compile_threads = ThreadPoolExecutor(2, "minivllm-compile")  # started on first use
+        self._preparing: dict[str, EngineRequest] = {}  # by id: requests whose grammar is being compiled
 
     def run(self) -> None:
         try:
             self._run()
         finally:
-            self._helpers.shutdown(wait=False, cancel_futures=True)
+            self._compile_threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         while True:
             self.rounds += 1
             deltas: list[OutputDelta] = []
-            if not self._commands(deltas):
+            if not self._obey_commands(deltas):
                 return
             if self.engine.has_unfinished_requests():
                 deltas += self.engine.step()
             self.send(StepMessage(tuple(deltas), self.engine.stats(), self.engine.view() if self._watched else None))
 
-    def _commands(self, deltas: list[OutputDelta]) -> bool:
-        """Obey every command that has arrived; sleep until one does if there is no work. False: shut down.
+    def _obey_commands(self, deltas: list[OutputDelta]) -> bool:
+        """Obey every command that has arrived; without work, sleep until one arrives. False: shut down.
 
-        Those that arrive meanwhile have their turn after the next step: a flood of commands cannot hold it up.
+        A command that arrives meanwhile waits for the next round, so a flood of commands cannot delay a step for long.
         """
         wait = not self.engine.has_unfinished_requests()
         for _ in range(max(self.inbox.qsize(), int(wait))):
@@ -216,20 +142,20 @@ class EngineLoop:
             except queue.Empty:
                 return True
             wait = False
-            if isinstance(command, Shutdown):
+            if isinstance(command, ShutdownCommand):
                 return False
-            if isinstance(command, Abort):
+            if isinstance(command, AbortCommand):
                 deltas += self._abort(command.request_id)
-            elif isinstance(command, ResetPrefixCache):
+            elif isinstance(command, ResetPrefixCacheCommand):
                 self.engine.reset_prefix_cache()
-                self.send(Answer(command.ticket))
-            elif isinstance(command, WatchEngine):
+                self.send(PrefixCacheResetMessage(command.number))
+            elif isinstance(command, WatchCommand):
                 self._watched = command.on
                 self.engine.watch(command.on)
-            elif isinstance(command, Prepared):
-                self._prepared(command)
+            elif isinstance(command, CompiledRequest):
+                self._add_compiled(command)
             else:
-                self._prepare(command.request)
+                self._prepare(command)
         return True
 
     def _abort(self, request_id: str) -> list[OutputDelta]:
@@ -238,8 +164,8 @@ class EngineLoop:
             return self.engine.abort_request(request_id)
         return [OutputDelta(request_id, index, (), "", finish_reason="abort") for index in range(request.params.n)]
 
-    def _prepare(self, request: AddRequest) -> None:
-        """Let a helper thread compile the request's grammar while steps go on; most requests have none, or a known one."""
+    def _prepare(self, request: EngineRequest) -> None:
+        """Add a request. If its grammar must be compiled first, a thread does that while steps continue."""
         work = self.engine.preparation(request.params)
         if work is None:
             self._add(request)
@@ -251,28 +177,25 @@ class EngineLoop:
                 work()
             except Exception as failure:
                 error = failure
-            self.inbox.put(Prepared(request, error))
+            self.inbox.put(CompiledRequest(request, error))
 
         self._preparing[request.request_id] = request
-        self._helpers.submit(prepare)
+        self._compile_threads.submit(prepare)
 
-    def _prepared(self, command: Prepared) -> None:
-        request = command.request
+    def _add_compiled(self, compiled: CompiledRequest) -> None:
+        request = compiled.request
         if self._preparing.get(request.request_id) is not request:
             return  # aborted meanwhile
         del self._preparing[request.request_id]
-        self._add(request, command.error)
+        self._add(request, compiled.error)
 
-    def _add(self, request: AddRequest, error: Exception | None = None) -> None:
+    def _add(self, request: EngineRequest, error: Exception | None = None) -> None:
         try:
             if error is not None:
                 raise error
-            self.engine.add_request(
-                request.request_id, {"prompt_token_ids": request.prompt_token_ids}, request.params,
-                arrival_time=request.arrival_time, priority=request.priority, cache_salt=request.cache_salt,
-            )
-        except InvalidInput as error:
-            self.send(Refused(request.request_id, error))
-        except Exception as error:  # a bug of ours in reading one request must not end the others
+            self.engine.add(request)
+        except InvalidInput as refusal:
+            self.send(RefusedMessage(request.request_id, refusal))
+        except Exception as bug:  # an error in this code while it adds one request must not end the others
             log.exception("request %s could not be read", request.request_id)
-            self.send(Refused(request.request_id, InvalidInput(f"the request could not be read ({type(error).__name__})")))
+            self.send(RefusedMessage(request.request_id, InvalidInput(f"the request could not be read ({type(bug).__name__})")))

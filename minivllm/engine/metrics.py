@@ -1,8 +1,8 @@
-"""What an engine can tell about itself, under vLLM's metric names with the prefix `minivllm:`.
+"""Metrics of an engine, under vLLM's names with the prefix `minivllm:`.
 
-Two sources: `EngineStats`, gauges and counters that the engine snapshots after each step, and the deltas of the requests,
-which `EngineMetrics` turns into latency histograms in the client's process. The engine itself never touches prometheus.
-Intervals are differences of `time.monotonic`, which on one machine is the same clock in every process.
+They have two sources: `EngineStats`, gauges and counters that the engine reports after each step, and the deltas of the requests, from
+which `EngineMetrics` makes latency histograms in the client's process. The engine does not use prometheus.
+Times are readings of `time.monotonic`, which is one clock for all processes of a machine.
 """
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Gauges now, and counts since the start."""
+    """Gauges, and counters since the start."""
 
     num_running: int = 0
     num_waiting: int = 0
-    num_blocks: int = 0  # usable: the null block is not counted
+    num_blocks: int = 0  # usable ones: without the null block
     used_blocks: int = 0  # held by requests
-    cached_blocks: int = 0  # free, but their content could still be shared
+    cached_blocks: int = 0  # evictable: no request holds them, but their content can still be shared
     prefix_cache_queries: int = 0  # tokens looked up
     prefix_cache_hits: int = 0  # tokens found
     num_preemptions: int = 0
@@ -45,11 +45,11 @@ _SECONDS = (
 
 
 class Histogram:
-    """Counts per bucket. `observe` runs once per token of every stream, so it is a bisection and three additions."""
+    """Counts per bucket. `observe` may run for every token of every stream, so it must be cheap: a bisection and two additions."""
 
     def __init__(self, bounds: Sequence[float] = _SECONDS) -> None:
         self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)  # the last one: above every bound
+        self.counts = [0] * (len(self.bounds) + 1)  # the last one counts values above every bound
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
@@ -57,7 +57,7 @@ class Histogram:
         self.total += value * times
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Prometheus' form: for each bound, how many values were at most that."""
+        """Prometheus' form: for each bound, the number of values up to it."""
         rows, so_far = [], 0
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             so_far += count
@@ -67,16 +67,16 @@ class Histogram:
 
 @dataclass(slots=True)
 class _Tracked:
-    """A request on its way, as seen from outside the engine."""
+    """An unfinished request, as the client sees it."""
 
     arrival: float
     prompt_tokens: int
     open_children: int
-    last: dict[int, float]  # child -> when its last token was seen
+    last: dict[int, float]  # child -> time of its last token
 
 
 class EngineMetrics:
-    """Adds up the metrics of one engine. Fed from one thread at a time; `render` gives the text of `/metrics`."""
+    """The metrics of one engine. One thread at a time calls its methods."""
 
     def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.model = model
@@ -100,10 +100,10 @@ class EngineMetrics:
         self._tracked.pop(request_id, None)
 
     def observe(self, deltas: Sequence[OutputDelta], stats: EngineStats) -> None:
-        """One step's deltas of all requests, at the time they arrive here."""
+        """Count the deltas of one step, which have just arrived."""
         self._stats = stats
         now = self._clock()
-        gaps: dict[float, int] = {}  # since when -> tokens: nearly all streams had their last token with the same step
+        gaps: dict[float, int] = {}  # time of the last token -> number of streams: few different times, so few observations
         for delta in deltas:
             tracked = self._tracked.get(delta.request_id)
             if tracked is None:
@@ -144,32 +144,32 @@ class EngineMetrics:
         if tracked.open_children == 0:
             del self._tracked[delta.request_id]
 
-    # -- as text ------------------------------------------------------------------------------------------------------
+    # -- output ------------------------------------------------------------------------------------------------------
 
     def families(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | Histogram]]]]:
         """(kind, name, help, samples) of every metric."""
         stats = self._stats
         gauges: list[tuple[str, str, float]] = [
-            ("num_requests_running", "Requests that take part in the steps.", stats.num_running),
-            ("num_requests_waiting", "Requests that wait for their first or next turn.", stats.num_waiting),
+            ("num_requests_running", "Requests in the running batch.", stats.num_running),
+            ("num_requests_waiting", "Requests in the queue, preempted ones included.", stats.num_waiting),
             ("kv_cache_usage_perc", "Fraction of KV blocks held by requests; 1 is full.", stats.kv_cache_usage),
         ]
         counters: list[tuple[str, str, float]] = [
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
-            ("num_preemptions", "Times a running request had to give its blocks back.", stats.num_preemptions),
+            ("num_preemptions", "Preemptions of running requests.", stats.num_preemptions),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
-            ("engine_failed_steps", "Steps that failed; their requests ended with an error.", stats.num_failed_steps),
+            ("engine_failed_steps", "Steps that failed. Their requests ended with an error.", stats.num_failed_steps),
             ("prompt_tokens", "Prompt tokens processed.", self.prompt_tokens),
             ("generation_tokens", "Tokens generated.", self.generation_tokens),
         ]
         histograms: list[tuple[str, str, Histogram]] = [
-            ("time_to_first_token_seconds", "From arrival to the first token.", self.time_to_first_token),
-            ("inter_token_latency_seconds", "Between two tokens of one stream.", self.inter_token_latency),
-            ("e2e_request_latency_seconds", "From arrival to the end.", self.e2e_latency),
-            ("request_queue_time_seconds", "From arrival to the first step.", self.queue_time),
-            ("request_prefill_time_seconds", "From the first step to the first token.", self.prefill_time),
-            ("request_decode_time_seconds", "From the first token to the last.", self.decode_time),
+            ("time_to_first_token_seconds", "Time from arrival to the first token.", self.time_to_first_token),
+            ("inter_token_latency_seconds", "Time between two tokens of a stream.", self.inter_token_latency),
+            ("e2e_request_latency_seconds", "Time from arrival to the end.", self.e2e_latency),
+            ("request_queue_time_seconds", "Time from arrival to the first step.", self.queue_time),
+            ("request_prefill_time_seconds", "Time from the first step to the first token.", self.prefill_time),
+            ("request_decode_time_seconds", "Time from the first token to the last one.", self.decode_time),
         ]
         for name, text, value in gauges:
             yield "gauge", name, text, [({}, value)]
@@ -183,7 +183,7 @@ class EngineMetrics:
             yield "histogram", name, text, [({}, histogram)]
 
     def render(self) -> bytes:
-        """The exposition format that Prometheus scrapes."""
+        """The text of `/metrics`, in the format that Prometheus reads."""
         from prometheus_client import CollectorRegistry, generate_latest
 
         registry = CollectorRegistry(auto_describe=False)
@@ -192,7 +192,7 @@ class EngineMetrics:
 
 
 def _collector(metrics: EngineMetrics) -> Collector:
-    """An adapter to prometheus_client, made on demand so that only `/metrics` needs that package."""
+    """An adapter to prometheus_client. It is imported here, so that only `/metrics` needs that package."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.registry import Collector
 

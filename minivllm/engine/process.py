@@ -1,12 +1,13 @@
 """`ProcessClient`: the engine in a process of its own, so that the server's Python work never delays a step.
 
-    parent: event loop ─ add, abort ─▶ pipe ─▶ reader thread ─▶ inbox ─▶ engine loop   :child
-            receiver thread ◀───────── pipe ◀─────────────────────────── one message a step
+    parent: event loop ─ commands ─▶ pipe ─▶ reader thread ─▶ inbox ─▶ engine loop   :child
+            receiver thread ◀─────── pipe ◀─────────────────────────── one message a step
 
-Who ends whom. The parent ends the child: `close` asks, waits, and kills if it must. Ctrl-C and SIGTERM are for the parent only (the
-child ignores them), which then closes, at once or when its requests are done. If the parent vanishes the child sees the pipe's end
-and leaves at once, in the middle of a step if need be: nobody is left to answer. If the child vanishes the parent sees the same and
-every request gets `EngineDead`.
+How the two end:
+- The parent ends the child. `close` sends a command, waits, and kills the child if it does not end in time.
+- Ctrl-C and SIGTERM are for the parent. The child ignores them, and the parent closes at once or when its requests have finished.
+- If the parent disappears, the child sees the end of the pipe and exits at once, even in the middle of a step.
+- If the child disappears, the parent sees the end of the pipe, and every request gets `EngineDead`.
 """
 from __future__ import annotations
 
@@ -20,60 +21,61 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from multiprocessing.context import SpawnProcess
 
 from minivllm.config import EngineConfig
-from minivllm.engine.client import EngineClient
-from minivllm.engine.loop import Command, Dead, Shutdown, run_engine
+from minivllm.engine.client import EngineClient, ThreadClient
+from minivllm.engine.loop import Engine, InboxItem, run_engine
+from minivllm.engine.messages import DeadMessage, EngineCommand, ShutdownCommand
 
-if TYPE_CHECKING:
-    from multiprocessing.context import SpawnProcess
-
-    from minivllm.engine.engine import LLMEngine
-
-# Terminals send Ctrl-C to a whole group of processes, and service managers SIGTERM; the parent decides what they mean for the engine.
-PARENTS_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
-CLOSE_SECONDS = 10.0  # a step in progress is waited for this long, then the process is killed
+# Terminals send Ctrl-C to a group of processes, and service managers SIGTERM. The parent decides what they mean for the engine.
+PARENT_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
+CLOSE_SECONDS = 10.0  # how long to wait for the step in progress before the process is killed
 
 
-def _read_commands(connection: Connection, inbox: queue.SimpleQueue[Command]) -> None:
-    """The child's reader: commands to the inbox, and the watch over the parent's life."""
+def start_client(config: EngineConfig, *, process: bool) -> EngineClient:
+    """Start an engine in its own process, or in a thread of this one."""
+    return (ProcessClient if process else ThreadClient).start(config)
+
+
+def _read_commands(connection: Connection, inbox: queue.SimpleQueue[InboxItem]) -> None:
+    """The child's reader thread: passes commands to the inbox, and ends the child when the parent is gone."""
     while True:
         try:
             command = connection.recv()
         except (EOFError, OSError):
             os._exit(1)  # the parent is gone
         inbox.put(command)
-        if isinstance(command, Shutdown):
+        if isinstance(command, ShutdownCommand):
             return
 
 
 def freeze_heap() -> None:
-    """For a process that has started up: what exists now lives to the end, so the garbage collector need not walk it again.
+    """Exempt all objects that exist after the start from garbage collection: they live until the process ends.
 
-    A step makes some objects per stream and drops them soon; with Python's own threshold they would be looked at every few steps.
+    A step creates some objects per stream and soon drops them. With Python's default threshold, every few steps would trigger a collection.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 
 
-def _build_frozen(build: Callable[[], LLMEngine]) -> LLMEngine:
+def _build_frozen(build: Callable[[], Engine]) -> Engine:
     engine = build()
     freeze_heap()
     return engine
 
 
-def engine_process(build: Callable[[], LLMEngine], connection: Connection) -> None:
+def engine_process(build: Callable[[], Engine], connection: Connection) -> None:
     """Main function of the child."""
-    for number in PARENTS_SIGNALS:
+    for number in PARENT_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)  # the parent blocked them until we could ignore them
-    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENT_SIGNALS)  # `_start_without_signals` blocked them
+    inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(connection, inbox), name="minivllm-reader", daemon=True).start()
     run_engine(partial(_build_frozen, build), inbox, connection.send)
-    # The pipe closes with the process: closing it here would pull it from under the reader, which may be inside recv().
+    # The pipe closes with the process: the reader thread may still be inside recv().
 
 
 class ProcessClient(EngineClient):
@@ -81,48 +83,30 @@ class ProcessClient(EngineClient):
 
     def __init__(self) -> None:
         super().__init__()
-        context = multiprocessing.get_context("spawn")
-        self._connection, self._child_end = context.Pipe()
+        self._context = multiprocessing.get_context("spawn")
+        self._connection, self._child_end = self._context.Pipe()
         self._sending = threading.Lock()
         self._process: SpawnProcess | None = None
         self._receiver: threading.Thread | None = None
 
-    @classmethod
-    def start(cls, config: EngineConfig) -> ProcessClient:
-        """Load the model in the child and return when requests can be accepted."""
-        from minivllm.engine.engine import LLMEngine
-
-        return cls.start_with(partial(LLMEngine.from_config, config))
-
-    @classmethod
-    def start_with(cls, build: Callable[[], LLMEngine]) -> ProcessClient:
-        client = cls()
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(
-            target=engine_process, args=(build, client._child_end), name="minivllm-engine", daemon=True,
-        )
-        client._process = process
-        try:
-            _start_without_signals(process)
-            client._child_end.close()  # from here on only the child holds its end, so its death is seen as an end of file
-            client._receiver = threading.Thread(target=client._read_answers, name="minivllm-answers", daemon=True)
-            client._receiver.start()
-            client._started.result()
-        except BaseException:
-            client.close()
-            raise
-        return client
+    def _start(self, build: Callable[[], Engine]) -> None:
+        self._process = self._context.Process(
+            target=engine_process, args=(build, self._child_end), name="minivllm-engine", daemon=True)
+        _start_without_signals(self._process)
+        self._child_end.close()  # now only the child holds its end, so the pipe ends when the child does
+        self._receiver = threading.Thread(target=self._receive_all, name="minivllm-receiver", daemon=True)
+        self._receiver.start()
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    def _send(self, command: Command) -> None:
-        # An OSError means that the child is gone; the receiver thread notices too and tells the streams.
+    def _send(self, command: EngineCommand) -> None:
+        # An OSError means that the child is gone; the receiver thread notices it too and ends the streams.
         with contextlib.suppress(OSError), self._sending:
             self._connection.send(command)
 
-    def _read_answers(self) -> None:
+    def _receive_all(self) -> None:
         assert self._process is not None
         while True:
             try:
@@ -130,17 +114,17 @@ class ProcessClient(EngineClient):
             except (EOFError, OSError):
                 break
             self._receive(message)
-        self._process.join(CLOSE_SECONDS)  # its pipe is closed, so it is gone or about to be
+        self._process.join(CLOSE_SECONDS)  # its pipe is closed, so it has ended or is about to
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._die(Dead(f"the engine process ended unexpectedly (exit code {self._process.exitcode})"))
+        self._die(DeadMessage(f"the engine process ended unexpectedly (exit code {self._process.exitcode})"))
 
     def close(self) -> None:
-        if self._receiver is None:  # never started, or failed to
+        if self._receiver is None:  # the process was never started
             return
-        self._send(Shutdown())
-        self._receiver.join(CLOSE_SECONDS)  # only that thread reaps the process: two would race for its exit code
+        self._send(ShutdownCommand())
+        self._receiver.join(CLOSE_SECONDS)  # only the receiver thread joins the process: two threads would race for its exit code
         if self._receiver.is_alive() and self._process is not None:
             self._process.kill()
             self._receiver.join()
@@ -148,11 +132,11 @@ class ProcessClient(EngineClient):
 
 
 def _start_without_signals(process: SpawnProcess) -> None:
-    """Start the child with its signals blocked: a Ctrl-C before its first line must not reach it."""
+    """Start the child with its signals blocked: a Ctrl-C before its first line must not end it."""
     if not hasattr(signal, "pthread_sigmask"):
         process.start()
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
     try:
         process.start()
     finally:

@@ -1,30 +1,32 @@
-"""What a request brings to the door, checked: the prompt as token ids, and parameters that this model can honour."""
+"""From a prompt to an `EngineRequest`, and the checks that a request must pass. They raise `InvalidInput`, which names the field."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, nearest
 from minivllm.sampling_params import SamplingParams
 
-# Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}, with "cache_salt" if blocks are not for everybody to share.
+# Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. A dict may have a "cache_salt": see `EngineRequest`.
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class ReadPrompt(NamedTuple):
-    """What any form of prompt says."""
+    """A prompt after reading, whatever its form was."""
 
-    text: str | None  # if there was one
+    text: str | None  # None: it was given as token ids
     token_ids: tuple[int, ...]
     cache_salt: str | None = None
 
 
 def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
-    """The prompt's text, token ids and cache salt. Raises `InvalidInput` for what is none of the forms."""
+    """Read a prompt in any form, and tokenize text."""
     salt = None
     if isinstance(prompt, Mapping):
         for key in prompt:
@@ -44,32 +46,43 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
         raise InvalidInput(
             'this engine has no tokenizer (skip_tokenizer_init): pass {"prompt_token_ids": [...]}', "prompt",
         )
-    return ReadPrompt(prompt, CheckedIds(tokenizer.encode(prompt)), salt)
+    return ReadPrompt(prompt, tuple(tokenizer.encode(prompt)), salt)
 
 
-class CheckedIds(tuple[int, ...]):
-    """Token ids that were looked at: who reads the same prompt again need not."""
-
-    __slots__ = ()
-
-
-def _ids(ids: Any) -> CheckedIds:
-    if type(ids) is CheckedIds:
-        return ids
+def _ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Iterable):
         raise InvalidInput(f"a prompt is text or a list of token ids, got {ids!r}", "prompt")
-    found = CheckedIds(ids)
+    found = tuple(ids)
     if not set(map(type, found)) <= {int}:
         wrong = next(token for token in found if type(token) is not int)
         raise InvalidInput(f"token ids are whole numbers, got {wrong!r}", "prompt")
     return found
 
 
+def prepare_request(
+    request_id: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, max_model_len: int, *,
+    arrival_time: float | None = None, priority: int = 0, cache_salt: str | None = None, beam_search: bool = False,
+) -> tuple[str | None, EngineRequest]:
+    """The prompt's text (None: it was given as token ids), and the request.
+
+    The prompt is truncated here, so that the ids that a frontend reports are those that the engine gets.
+    """
+    if not isinstance(params, SamplingParams):
+        raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
+    text, every, salt = read_prompt(prompt, tokenizer)
+    token_ids = tuple(truncate(every, params.truncate_prompt_tokens, max_model_len, params.max_tokens))
+    request = EngineRequest(
+        request_id, token_ids, params, time.monotonic() if arrival_time is None else arrival_time, priority,
+        salt if cache_salt is None else cache_salt, beam_search=beam_search,
+    )
+    return text, request
+
+
 def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, max_tokens: int | None) -> None:
-    """Raise `InvalidInput` for a prompt that this model cannot take."""
+    """Check that the prompt is in the vocabulary, and that it fits the context with at least one output token."""
     if not token_ids:
         raise InvalidInput("the prompt is empty: give it at least one token", "prompt")
-    check_vocabulary(token_ids, vocab_size)
+    check_vocabulary("prompt", token_ids, vocab_size)
     room = max_model_len if max_tokens == 0 else max_model_len - 1
     if len(token_ids) > room:
         raise InvalidInput(
@@ -79,34 +92,28 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, 
 
 
 def truncate(token_ids: Sequence[int], keep: int | None, max_model_len: int, max_tokens: int | None) -> Sequence[int]:
-    """The prompt's last `keep` tokens; -1: as many as leave room for the output; None: all."""
+    """The last `keep` tokens of a prompt. -1: as many as leave room for the output. None: all."""
     if keep is None:
         return token_ids
     if keep == 0 or not -1 <= keep <= max_model_len:
-        raise InvalidInput(f"truncate_prompt_tokens must be between 1 and the context, {max_model_len} tokens, or -1 for what leaves room "
-                           f"for the output; got {keep}", "truncate_prompt_tokens")
+        raise InvalidInput(f"truncate_prompt_tokens must be from 1 to the context length {max_model_len}, or -1 to leave room for the "
+                           f"output, got {keep}", "truncate_prompt_tokens")
     if keep == -1:
         keep = max(max_model_len - (1 if max_tokens is None else max_tokens), 1)
     return token_ids[-keep:]
 
 
-def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
-    """Raise `InvalidInput` for a prompt with a token id that the model does not have."""
+def check_vocabulary(field: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """Check that the model has all token ids of a field."""
     low, high = min(token_ids, default=0), max(token_ids, default=0)
     if low < 0 or high >= vocab_size:
-        raise InvalidInput(f"token id {low if low < 0 else high} in the prompt is outside the vocabulary (0 to {vocab_size - 1})", "prompt")
+        raise InvalidInput(f"token id {low if low < 0 else high} in {field} is outside the vocabulary (0 to {vocab_size - 1})", field)
 
 
 def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
-    """Parameters as the core and the worker want them: ids inside the vocabulary, `bad_words` as token sequences."""
-    named: tuple[tuple[str, Iterable[int]], ...] = (
-        ("stop_token_ids", params.stop_token_ids or ()), ("allowed_token_ids", params.allowed_token_ids or ()),
-        ("logit_bias", params.logit_bias or ()),
-    )
-    for name, ids in named:
-        for token in ids:
-            if token >= vocab_size:
-                raise InvalidInput(f"token id {token} in {name} is outside the vocabulary (0 to {vocab_size - 1})", name)
+    """Check parameters against the model, and complete them: `bad_words_token_ids` are the token sequences of `bad_words`."""
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        check_vocabulary(name, getattr(params, name) or (), vocab_size)
     if tokenizer is None:
         for name in ("stop", "bad_words"):
             if getattr(params, name):
@@ -114,12 +121,12 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
         return params
     if not params.bad_words:
         return params
-    words = tuple(ids for ids in _bad_words(params.bad_words, tokenizer) if max(ids) < vocab_size)  # the model cannot write others
+    words = tuple(ids for ids in _bad_words(params.bad_words, tokenizer) if max(ids) < vocab_size)  # the model cannot generate others
     return dataclasses.replace(params, bad_words_token_ids=words)
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """A word is spelt differently at the start of a text and after a space: both spellings are banned."""
+    """Token sequences to ban. A word has other tokens at the start of a text than after a space: both are banned."""
     found: dict[tuple[int, ...], None] = {}
     for word in words:
         for spelling in (word, " " + word.lstrip()):

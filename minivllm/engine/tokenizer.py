@@ -1,15 +1,14 @@
-"""Text to token ids and back, equal to HF's, without importing transformers (which costs seconds).
+"""Text to token ids and back, equal to HF's, without importing transformers (which takes seconds).
 
-A model folder with a `tokenizer.json` is read by the `tokenizers` package directly; what `tokenizer_config.json` adds (special
-tokens, the chat template) is read here. Older folders (vocab.json + merges.txt, sentencepiece) go through transformers once,
-and only its backend is kept.
+The `tokenizers` package reads the `tokenizer.json` of a model folder. What `tokenizer_config.json` adds (special tokens, the chat
+template) is read here. Older folders (vocab.json + merges.txt, sentencepiece) are converted by transformers.
 
-Decoding works on bytes. Every decoder used by language models is, per token, a table id -> bytes:
+Decoding works on bytes. Nearly every decoder of a language model is a table from token id to bytes:
 
     byte-level BPE    "Ġcaf" "Ã" "©"      ->  b" caf"  b"\\xc3"  b"\\xa9"
     sentencepiece     "▁caf" "<0xC3>" …   ->  b" caf"  b"\\xc3"  …
 
-so text can be streamed in O(1) per token by an incremental UTF-8 decoder that keeps an unfinished character to itself.
+So an incremental UTF-8 decoder streams text in O(1) per token. It holds back an unfinished character.
 """
 from __future__ import annotations
 
@@ -32,19 +31,19 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextStream(Protocol):
-    """Turns one sequence's tokens into text as they come; the pieces join to the whole text."""
+    """Turns the tokens of one sequence into text as they are sampled. The pieces join to the whole text."""
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token. Never part of a character."""
+        """The text that became certain with this token. It consists of whole characters."""
         ...
 
     def finish(self) -> str:
-        """What is left at the end: an unfinished character becomes U+FFFD."""
+        """The rest at the end. An unfinished character becomes U+FFFD."""
         ...
 
 
 class Tokenizer:
-    """One model's tokenizer. Nothing but caches changes after construction, so any number of requests may share it."""
+    """One model's tokenizer. Only its caches change after construction, so requests may share it."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -62,9 +61,9 @@ class Tokenizer:
     # -- text -> ids --------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; `add_special_tokens`: with what the model expects around a text, such as BOS."""
+        """Token ids. `add_special_tokens`: add those that the model expects around a text, such as BOS."""
         try:
-            # A batch of one: unlike `encode` it lets other Python threads (a server's event loop) run meanwhile.
+            # A batch of one: unlike `encode`, it releases Python's global lock, so a server's event loop can run meanwhile.
             return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError:
             if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
@@ -76,9 +75,9 @@ class Tokenizer:
         continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | ChatTemplate | None = None, tokenize: bool = True, **kwargs: Any,
     ) -> list[int] | str:
-        """A conversation as the model saw it in training. The template writes special tokens itself.
+        """Write a conversation in the model's training format. The template writes the special tokens too.
 
-        `chat_template`: another than the model's own: Jinja, or the name of a built-in one.
+        `chat_template` replaces the model's own: Jinja source, or the name of a built-in template.
         """
         if isinstance(chat_template, str):
             chat_template = ChatTemplate(built_in_template(chat_template) if chat_template in BUILT_IN else chat_template)
@@ -100,17 +99,17 @@ class Tokenizer:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def stream(self, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
-        """Decode one sequence as it grows. The text continues a prompt: a leading space belongs to it.
+        """A stream that decodes one sequence. Its text continues the prompt, so a space in front of the first word is kept.
 
-        (A sentencepiece decoder drops the space in front of a whole text; a continuation needs it.) Malformed UTF-8 keeps
-        its valid characters, where HF's sentencepiece decoder would replace the whole run of bytes.
+        (A sentencepiece decoder drops the space in front of a whole text.) Malformed UTF-8 keeps its valid characters; HF's sentencepiece
+        decoder replaces the whole run of bytes.
         """
         if self._decoder is not None:
             return _ByteStream(self, skip_special_tokens)
-        return _DiffStream(self, prompt_token_ids, skip_special_tokens)
+        return _LibraryStream(self, prompt_token_ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for inside a text; empty for an id that names no token."""
+        """The bytes of a token inside a text. Empty for an id that is no token."""
         known = self._bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
@@ -124,7 +123,7 @@ class Tokenizer:
         return known
 
     def token_text(self, token_id: int) -> str:
-        """How one token is shown beside its log-probability; part of a character shows as U+FFFD."""
+        """The text of one token, for log-probabilities. Part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def is_special(self, token_id: int) -> bool:
@@ -135,11 +134,11 @@ class Tokenizer:
         decoder = json.loads(self._backend.to_str())["decoder"]
         return _TokenDecoder.from_json(decoder)
 
-    # -- ids with a meaning -------------------------------------------------------------------------------------------
+    # -- special tokens -----------------------------------------------------------------------------------------------
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens with a name (a model's embedding table is often padded beyond it)."""
+        """Number of tokens in the vocabulary. A model's embedding table is often larger, because it is padded."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
@@ -155,12 +154,12 @@ class Tokenizer:
         return None if token_id is None else int(token_id)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The vocabulary's own spelling, such as "Ġthe"."""
+        """The token as it is written in the vocabulary, such as "Ġthe"."""
         token = self._backend.id_to_token(token_id)
         return None if token is None else str(token)
 
     def serialized(self) -> str:
-        """The text of a `tokenizer.json` that means this tokenizer, tokens of other files included."""
+        """This tokenizer as the text of a `tokenizer.json`, with the tokens that other files add."""
         return str(self._backend.to_str())
 
     def _special_id(self, name: str) -> int | None:
@@ -172,7 +171,11 @@ class Tokenizer:
 
 
 class _ByteStream:
-    """Bytes in, whole characters out. Most tokens are whole characters by themselves: those are looked up as text."""
+    """Bytes in, whole characters out. Most tokens are whole characters, so their text is looked up in a table.
+
+    `DecodeStream` of the `tokenizers` package takes 0.9 µs a token where this takes 0.1 µs (`python -m bench.text_cost`). With 256
+    sequences that is 0.2 ms of every step.
+    """
 
     __slots__ = ("_texts", "_tokenizer", "_utf8", "_whole")
 
@@ -194,7 +197,7 @@ class _ByteStream:
         return text
 
     def _text_alone(self, token_id: int) -> str | None:
-        """The text of a token, None if it is not UTF-8 by itself."""
+        """The text of a token. None: its bytes alone are not valid UTF-8."""
         if self._texts is self._tokenizer._stream_texts[True] and self._tokenizer.is_special(token_id):
             return ""
         try:
@@ -206,38 +209,37 @@ class _ByteStream:
         return self._utf8.decode(b"", final=True)
 
 
-class _DiffStream:
-    """For decoders that are no table (WordPiece, CTC ...): decode a short window with and without the new token.
+class _LibraryStream:
+    """For decoders that are not a table (WordPiece, CTC ...): the stream of the `tokenizers` package.
 
-    The window starts at the last point where text was certain, one piece earlier, so that rules about neighbouring tokens
-    see a neighbour.
+    It decodes a window of tokens with and without the new one. The prompt's last tokens are the window at the start, so that rules
+    about neighboring tokens see them.
     """
 
+    __slots__ = ("_skip_special", "_stream", "_tokenizer", "_waiting")
+
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool) -> None:
+        from tokenizers.decoders import DecodeStream
+
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._window = list(prompt[-8:])
-        self._known = len(self._window)  # the window's first so many tokens have been given out
+        self._stream = DecodeStream(ids=list(prompt[-8:]), skip_special_tokens=skip_special)
+        self._waiting: list[int] = []  # tokens whose text is not certain
 
     def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        new = self._new_text()
-        if not new or new.endswith("\ufffd"):
+        text: str | None = self._stream.step(self._tokenizer._backend, token_id)
+        if text is None:
+            self._waiting.append(token_id)
             return ""
-        self._window = self._window[self._known:]
-        self._known = len(self._window)
-        return new
+        self._waiting.clear()
+        return text
 
     def finish(self) -> str:
-        return self._new_text()
-
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._window[: self._known], self._skip_special)
-        return self._tokenizer.decode(self._window, self._skip_special)[len(before):]
+        return self._tokenizer.decode(self._waiting, self._skip_special)
 
 
 class _TokenDecoder:
-    """The spelling of a token in the vocabulary -> the bytes it stands for."""
+    """From a token as it is written in the vocabulary to its bytes."""
 
     def __init__(self, *, byte_level: bool, replacements: Sequence[tuple[str, str]], byte_fallback: bool) -> None:
         self._byte_of = _byte_level_alphabet() if byte_level else None
@@ -246,7 +248,7 @@ class _TokenDecoder:
 
     @classmethod
     def from_json(cls, decoder: dict[str, Any] | None) -> _TokenDecoder | None:
-        """From the decoder of a `tokenizer.json`; None if it is not a table of tokens."""
+        """From the decoder of a `tokenizer.json`. None: the decoder is not a table of tokens."""
         if decoder is None:
             return None  # tokens are joined with spaces
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
@@ -263,7 +265,7 @@ class _TokenDecoder:
             elif kind == "ByteFallback":
                 byte_fallback = True
             elif kind == "Strip" and step["content"] == " " and step["stop"] == 0 and step is steps[-1]:
-                pass  # the space in front of a whole text, see Tokenizer.stream
+                pass  # drops the space in front of a whole text: see Tokenizer.stream
             elif kind != "Fuse":
                 return None
         return cls(byte_level=byte_level, replacements=replacements, byte_fallback=byte_fallback)
@@ -272,7 +274,7 @@ class _TokenDecoder:
         if self._byte_of is not None:
             try:
                 return bytes([self._byte_of[c] for c in token])
-            except KeyError:  # an added token, spelt as it is
+            except KeyError:  # an added token is written as plain text
                 return token.encode()
         if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
@@ -282,7 +284,7 @@ class _TokenDecoder:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others as the characters from U+0100 on."""
+    """GPT-2's characters for bytes: printable bytes as themselves, the others as the characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -343,21 +345,21 @@ def _backend_of_transformers(folder: Path, config: dict[str, Any]) -> Backend:
 
 
 def _token_text(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its `content`."""
+    """The text of a special token, which is a string or an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Name -> text; `special_tokens_map.json` is the older place for what `tokenizer_config.json` says."""
+    """Name -> text. Older models have `special_tokens_map.json`; `tokenizer_config.json` has precedence."""
     both = {**_read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
     found = {name: _token_text(both.get(name)) for name in _SPECIAL_NAMES}
     return {name: token for name, token in found.items() if token is not None}
 
 
 def _add_tokens(backend: Backend, config: dict[str, Any], special: Mapping[str, str]) -> None:
-    """Tokens that only tokenizer_config.json names, and the flags it gives to those that exist."""
+    """Add the tokens that only `tokenizer_config.json` has."""
     from tokenizers import AddedToken
 
     existing = backend.get_added_tokens_decoder()
@@ -377,7 +379,7 @@ def _add(backend: Backend, tokens: Iterable[Any], special: bool) -> None:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
-    """The model's template and, where it has a second one for tools, that too."""
+    """The model's template, with its second one for tools if it has one."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         other = folder / "additional_chat_templates" / "tool_use.jinja"
@@ -385,7 +387,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
     template = config.get("chat_template")
     if isinstance(template, str):
         return ChatTemplate(template)
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several named templates
         named = {t["name"]: t["template"] for t in template}
         if isinstance(named.get("default"), str):
             return ChatTemplate(named["default"], named.get("tool_use"))

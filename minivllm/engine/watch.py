@@ -1,7 +1,7 @@
-"""What the engine tells those who watch it, some times a second: the scheduler's snapshot and the latest steps.
+"""Views of a running engine for the server's page: the scheduler's snapshot and the latest steps, a few times a second.
 
-Nothing here runs while nobody watches. While somebody does, a view is made at most every `INTERVAL` seconds, and more seldom if it
-is dear, so that it never takes more than a twentieth of the engine's time.
+A `Watch` exists only while a client watches. Making a view takes at most 1 / `TIME_SHARE` of the engine's time: the next one is made
+after `INTERVAL` seconds, or later if the last one took long.
 """
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from minivllm.core.plan import StepPlan
 from minivllm.core.scheduler import Scheduler
 from minivllm.core.snapshot import Snapshot, StepView, take_snapshot, view_step
 
-INTERVAL = 0.1
-SHARE = 20  # of the engine's time, one part at most
-MOST_WORK = 600  # entries of steps in one view: the newest steps that fit
+INTERVAL = 0.1  # seconds between two views, at least
+TIME_SHARE = 20  # views take at most 1/20 of the engine's time
+MAX_WORK = 600  # scheduled requests in the steps of one view; older steps are left out
 
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """One look at the engine."""
+    """The engine at one moment, and what it did since the last view."""
 
     time: float  # time.monotonic
     snapshot: Snapshot
-    steps: tuple[StepView, ...]  # the latest, oldest first; none that an earlier view held
-    num_skipped: int  # steps since the last view that are not among them
+    steps: tuple[StepView, ...]  # the latest ones since the last view, oldest first
+    num_skipped: int  # other steps since the last view
 
 
 class Watch:
-    """Made when somebody begins to watch, dropped when the last one leaves."""
+    """Records steps and makes views of them."""
 
     def __init__(self, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
         self._scheduler = scheduler
@@ -39,17 +39,17 @@ class Watch:
         self._steps: deque[StepView] = deque()
         self._skipped = self._work = 0
 
-    def saw(self, plan: StepPlan) -> None:
-        """A step is about to be taken in."""
+    def record(self, plan: StepPlan) -> None:
+        """Record a step, before the scheduler is updated with its result."""
         step = view_step(self._scheduler, plan)
         self._steps.append(step)
         self._work += len(step.work)
-        while self._work > MOST_WORK and len(self._steps) > 1:
+        while self._work > MAX_WORK and len(self._steps) > 1:
             self._work -= len(self._steps.popleft().work)
             self._skipped += 1
 
     def view(self, *, at_rest: bool) -> EngineView | None:
-        """A new view if one is due; the last one before the engine sleeps always is."""
+        """A new view, or None if it is not due. It is always due when the engine is about to sleep (`at_rest`)."""
         begin = self._clock()
         if begin < self._due and not at_rest:
             return None
@@ -57,5 +57,5 @@ class Watch:
         self._steps.clear()
         self._skipped = self._work = 0
         end = self._clock()
-        self._due = end + max(INTERVAL, SHARE * (end - begin))
+        self._due = end + max(INTERVAL, TIME_SHARE * (end - begin))
         return view

@@ -29,12 +29,12 @@ class Ops:
     self_attention: Callable[..., Tensor]
     store_kv: Callable[..., Tensor]  # the first half of self_attention: writes keys and values, gives the positioned queries
     copy_blocks: Callable[..., None]
-    move_blocks: Callable[..., None]
     pack_weight: Callable[[Tensor, torch.dtype], Any]
     fused_linear: Callable[..., Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
     silu: Callable[[Tensor], Tensor]
     relu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
@@ -50,12 +50,12 @@ REFERENCE = Ops(
     self_attention=attn.self_attention,
     store_kv=attn.store_kv,
     copy_blocks=kv_cache.copy_blocks,
-    move_blocks=kv_cache.move_blocks,
     pack_weight=linear.pack_weight,
     fused_linear=linear.fused_linear,
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
     rope_angles=rope.rope_angles,
+    silu_and_mul=activation.silu_and_mul,
     silu=activation.silu,
     relu=activation.relu,
     gelu=activation.gelu,
@@ -84,6 +84,7 @@ def select(device: torch.device) -> Ops:
         self_attention=triton.attention.self_attention,
         store_kv=triton.attention.store_kv,
         fused_linear=triton.linear.fused_linear,
+        silu_and_mul=triton.activation.silu_and_mul,
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,

@@ -38,11 +38,12 @@ class InputBatch:
     slots: tuple[Tensor, ...]  # [G] of [T] int64: where each token's key and value go
     block_tables: tuple[Tensor, ...]  # [G] of [B, M] int32; entries past a sequence's end are NULL_BLOCK
     logit_rows: Tensor  # [L] int64: which rows of the forward pass's result are projected to the vocabulary
-    num_decodes: int  # the first this-many sequences have exactly one query
+    num_decodes: int  # the first num_decodes sequences have exactly query_width queries each
     query_lens_host: tuple[int, ...]  # [B]
     seq_lens_host: tuple[int, ...]  # [B]
-    last_only: bool = False  # the result is wanted for each sequence's last token alone: [B, hidden] instead of [T, hidden]
-    shared: Tensor | None = None  # [1] int32, for decodes only: so many leading keys of all sequences lie in the same blocks
+    last_only: bool = False  # hidden states are needed for the rows of `last_tokens` only
+    shared: Tensor | None = None  # [1] int32, in a batch of decodes only: number of leading keys that all sequences have in the same blocks
+    query_width: int = 1  # queries of a decode: its newest token and its drafts
 
     @property
     def num_tokens(self) -> int:
@@ -52,10 +53,25 @@ class InputBatch:
     def num_seqs(self) -> int:
         return len(self.seq_lens_host)
 
+    @property
+    def num_decode_tokens(self) -> int:
+        """The first num_decode_tokens rows of the forward pass belong to decodes."""
+        return self.num_decodes * self.query_width
+
     def last_tokens(self) -> tuple[Tensor, InputBatch]:
-        """-> (which of the T rows are a sequence's last token: [B], a batch in which these are the only new ones)."""
-        count, rows = self.num_seqs, self.query_start[1:] - 1
-        start = torch.arange(count + 1, dtype=torch.int32, device=rows.device)
+        """-> (rows of the T tokens that may have logits: [R], a batch of these tokens alone).
+
+        These are all tokens of the decodes and the last token of each other sequence, in the order of the batch. With one query per
+        decode, row b is the last token of sequence b, and every sequence of the new batch is a decode.
+        """
+        decode_tokens, device = self.num_decode_tokens, self.query_start.device
+        rows = self.query_start[1:] - 1
+        query_lens, start = (1,) * self.num_seqs, torch.arange(self.num_seqs + 1, dtype=torch.int32, device=device)
+        if self.query_width > 1:
+            rows = torch.cat((torch.arange(decode_tokens, dtype=torch.int32, device=device), rows[self.num_decodes :]))
+            query_lens = ((self.query_width,) * self.num_decodes) + query_lens[self.num_decodes :]
+            start = torch.cat((self.query_start[: self.num_decodes], start[: len(start) - self.num_decodes] + decode_tokens))
         return rows, replace(
             self, tokens=self.tokens.index_select(0, rows), positions=self.positions.index_select(0, rows), query_start=start,
-            slots=tuple(slots.index_select(0, rows) for slots in self.slots), num_decodes=count, query_lens_host=(1,) * count)
+            slots=tuple(slots.index_select(0, rows) for slots in self.slots), query_lens_host=query_lens,
+            num_decodes=self.num_seqs if self.query_width == 1 else self.num_decodes)

@@ -1,4 +1,4 @@
-"""What every layer needs to be built: passed along as one frozen value, so two engines in one process share nothing."""
+"""What the constructor of each layer needs, as one frozen value. Nothing is global, so two engines in one process share nothing."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels import Ops
+from minivllm.quantization.methods import MethodOf, all_dense
 
-Take: TypeAlias = Callable[[str], Tensor]  # our parameter's name -> its tensor, on the device and in the dtype; once each
+Take: TypeAlias = Callable[[str], Tensor]  # our name of a parameter -> its tensor, on the device and in its dtype. Each may be taken once
 
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of activations, and of weights unless their method stores another dtype
     ops: Ops
+    method: MethodOf = all_dense  # how each linear layer stores its weight

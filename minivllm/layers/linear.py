@@ -1,31 +1,62 @@
-"""x -> x W^T + b with what stands around it: an RMSNorm before, a gate or the residual stream after.
+"""A linear layer, and the order of the operations around its matrix product:
 
-How much of that is one kernel is the device's affair (`ops.fused_linear`).
+    norm → matmul → + bias → activation → + residual
+
+The weight's method may compute all of this in one kernel (`Matmul.fused`). If it has no such kernel, the steps run here, one
+kernel each, so every method works in every layer.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from minivllm.layers.build import BuildContext
+from minivllm.families import LinearSpec
+from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.norm import Norm, RMSNorm
+from minivllm.quantization.base import Epilogue, Matmul
+from minivllm.quantization.dense import DENSE
 
 
 class Linear:
-    """A dense layer. Fused ones (qkv, gate_up) are this too: their weight's rows come from several checkpoint tensors."""
+    """act(norm(x) W^T + bias) + residual. Also for fused layers (qkv, gate_up), whose rows come from several checkpoint tensors."""
 
-    __slots__ = ("_linear", "bias", "gated", "weight")
+    __slots__ = ("_activation", "_epilogue", "_matmul", "_norm", "_unfusable_norm")
 
-    def __init__(self, build: BuildContext, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> None:
-        """weight: [N, K], bias: [N]. gated: weight and bias are [gate | up], and the layer gives silu(gate) * up: [N / 2]."""
-        self.weight = build.ops.pack_weight(weight, build.dtype)
-        self.bias, self.gated = bias, gated
-        self._linear = build.ops.fused_linear
+    def __init__(self, build: BuildContext, matmul: Matmul, *, bias: Tensor | None = None, norm: Norm | None = None,
+                 activation: str | None = None) -> None:
+        """bias: [N]. norm: of the input. activation: silu_and_mul, for rows [gate | up], or silu, relu, gelu, gelu_tanh."""
+        self._matmul, self._norm = matmul, norm
+        fusible = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
+        self._unfusable_norm = None if fusible is not None else norm
+        self._epilogue = Epilogue(fusible, bias, activation)
+        self._activation: Callable[[Tensor], Tensor] | None = None if activation is None else getattr(build.ops, activation)
 
-    def __call__(self, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        """x: [T, K] -> [T, N], of norm(x) and added to residual: [T, N], which may be overwritten."""
-        before = None
-        if isinstance(norm, RMSNorm):
-            before = norm.weight, norm.eps
-        elif norm is not None:
-            x = norm(x)
-        return self._linear(x, self.weight, self.bias, norm=before, gated=self.gated, residual=residual)
+    @classmethod
+    def load(cls, build: BuildContext, take: Take, spec: LinearSpec, *, norm: Norm | None = None, activation: str | None = None) -> Linear:
+        """The layer of `spec`, with its weight in the format of its method."""
+        method = build.method(spec)
+        tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
+        bias = take(f"{spec.name}.bias") if spec.bias else None
+        return cls(build, method.build(tensors, build.ops), bias=bias, norm=norm, activation=activation)
+
+    @classmethod
+    def of_table(cls, build: BuildContext, table: Tensor, *, norm: Norm | None = None) -> Linear:
+        """A tied output head: the embedding table [vocab, K] as the weight."""
+        return cls(build, DENSE.build({"weight": table}, build.ops), norm=norm)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten."""
+        if self._unfusable_norm is not None:
+            x = self._unfusable_norm(x)
+        y = self._matmul.fused(x, self._epilogue, residual)
+        return self._composed(x, residual) if y is None else y
+
+    def _composed(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """One kernel per step."""
+        if self._norm is not None and self._unfusable_norm is None:
+            x = self._norm(x)
+        y = self._matmul(x, self._epilogue.bias)
+        if self._activation is not None:
+            y = self._activation(y)
+        return y if residual is None else residual.add_(y)

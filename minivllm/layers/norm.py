@@ -5,7 +5,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from minivllm.layers.build import BuildContext
+from minivllm.families import ModelSpec
+from minivllm.layers.build import BuildContext, Take
 
 
 class RMSNorm:
@@ -35,3 +36,12 @@ class LayerNorm:
 
 
 Norm: TypeAlias = RMSNorm | LayerNorm
+
+
+def load_norm(build: BuildContext, take: Take, spec: ModelSpec, name: str) -> Norm:
+    """The norm `name`: RMSNorm or LayerNorm, as the model's specification states."""
+    weight = take(f"{name}.weight") if spec.norm_affine else None
+    if spec.norm == "layer":
+        return LayerNorm(build, weight, take(f"{name}.bias") if spec.norm_affine else None, spec.norm_eps)
+    assert weight is not None
+    return RMSNorm(build, weight, spec.norm_eps)

@@ -1,16 +1,16 @@
-"""The frequencies of rotary position embeddings, with every way of stretching them beyond the context trained on.
+"""The frequencies of rotary position embeddings, and the ways to scale them beyond the trained context length.
 
-A head's pair of dimensions d turns by p * theta^(-2d/D) at position p: the first pairs fast, the last ones slowly.
+At position p, a head's d-th pair of dimensions is rotated by p * theta^(-2d/D): the first pairs fast, the last ones slowly.
 
-    linear    all slower by `factor`: positions are interpolated
-    dynamic   a larger theta: the slow pairs are interpolated most, the fast ones hardly (NTK-aware scaling)
-    llama3    slow pairs slower by `factor`, fast ones untouched, a smooth transition between two wavelengths
-    yarn      the same idea with borders counted in turns over the original length (Peng et al. 2023), and sharper attention
+    linear    all pairs are slower by `factor`: positions are interpolated
+    dynamic   a larger theta: the slow pairs are interpolated most, the fast ones least (NTK-aware scaling)
+    llama3    slow pairs are slower by `factor`, fast ones unchanged, with a smooth transition between two wavelengths
+    yarn      as llama3, with the transition given in turns over the original length, and sharper attention (Peng et al. 2023)
 
-Dynamic scaling depends on a length. Transformers recomputes theta from the longest sequence of a call, while the keys it
-has cached keep the theta of their day. Here one theta serves all requests: the one for the served `max_model_len`. Up to the
-original length that is no scaling at all, exactly as in Transformers; beyond it, it is what Transformers computes for one
-prompt of `max_model_len` tokens. A request's tokens so never depend on what else is in the batch.
+Dynamic scaling depends on a length. Transformers recomputes theta from the longest sequence of a call, but cached keys keep the
+theta with which they were computed. Here one theta serves all requests: that of the served `max_model_len`. If it is at most the
+original length, there is no scaling, exactly as in Transformers. If it is longer, theta is the one that Transformers computes for
+a prompt of `max_model_len` tokens. So a request's tokens never depend on other requests in the batch.
 """
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, max_model_len: int) -> Te
 
 
 def _llama3(rope: RopeSpec, inv_freq: Tensor) -> Tensor:
-    """keep = 1 for wavelengths up to original / high, 0 from original / low on, linear in turns between."""
+    """keep = 1 for wavelengths up to original / high, 0 from original / low on, and linear in the number of turns between them."""
     turns = rope.original_max_len * inv_freq / (2 * math.pi)  # over the original length
     keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return keep * inv_freq + (1 - keep) * inv_freq / rope.factor
 
 
 def _yarn(rope: RopeSpec, inv_freq: Tensor, head_dim: int) -> Tensor:
-    """keep = 1 up to the dimension that turns beta_fast times over the original length, 0 from beta_slow on, linear between."""
+    """keep = 1 up to the dimension with beta_fast turns over the original length, 0 from that with beta_slow on, linear between them."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(rope.original_max_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

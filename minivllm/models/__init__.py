@@ -1,1 +1,1 @@
-"""Models: find one (hub), read its weights (loader, gguf), run it (decoder)."""
+"""Find a model (hub), read its weights (loader, gguf), run it (decoder)."""

@@ -1,9 +1,9 @@
-"""The one decoder. Every family is this code with other flags (families.py).
+"""The one decoder. All families share this code and differ only in their specifications (minivllm/families).
 
-    tokens -> embedding -> x [ + attention(norm(x)) ] [ + mlp(norm(x)) ] ... -> (rows asked for) -> norm -> logits
+    tokens -> embedding -> x [ + attention(norm(x)) ] [ + mlp(norm(x)) ] ... -> (needed rows) -> norm -> logits
                            '------------- a layer ---------------------'
 
-Run state is an argument: the batch and the KV cache come with each call, and the model itself never changes.
+The batch and the KV cache are arguments of each call. The model itself never changes.
 """
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from minivllm.families import ModelSpec, kv_groups
+from minivllm.families import ModelSpec, RopeSpec, kv_groups, linear_specs
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.embedding import Embedding
 from minivllm.layers.linear import Linear
 from minivllm.layers.mlp import MLP
-from minivllm.layers.norm import LayerNorm, Norm, RMSNorm
+from minivllm.layers.norm import Norm, load_norm
 from minivllm.layers.rope import RotaryEmbedding
 
 
 class PreNormLayer:
-    """x + attention(norm(x)), then the same with the MLP."""
+    """x + attention(norm(x)), then the same with the MLP. Attention and MLP each apply their own norm."""
 
-    __slots__ = ("attention", "attn_norm", "mlp", "mlp_norm")
+    __slots__ = ("attention", "index", "mlp")
 
-    def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
-        self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
+    def __init__(self, index: int, attention: Attention, mlp: MLP) -> None:
+        self.index, self.attention, self.mlp = index, attention, mlp
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
-        """x: [T, hidden] -> the same shape, written over x or not; with `last` its rows alone: [B, hidden]."""
-        x = self.attention(x, self.attn_norm, step, kv, last)
-        return self.mlp(x, self.mlp_norm)
+        """x: [T, hidden] -> the same shape; x may be overwritten. With `last`, only the rows of its tokens: [B, hidden]."""
+        return self.mlp(self.attention(x, step, kv, last))
 
 
 class PostNormLayer:
     """norm(x + attention(x)), then the same with the MLP: OPT-350m's order."""
 
-    __slots__ = ("attention", "attn_norm", "mlp", "mlp_norm")
+    __slots__ = ("attention", "attn_norm", "index", "mlp", "mlp_norm")
 
-    def __init__(self, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
-        self.attention, self.mlp, self.attn_norm, self.mlp_norm = attention, mlp, attn_norm, mlp_norm
+    def __init__(self, index: int, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
+        self.index, self.attention, self.mlp, self.attn_norm, self.mlp_norm = index, attention, mlp, attn_norm, mlp_norm
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
-        x = self.attn_norm(self.attention(x, None, step, kv, last))
-        return self.mlp_norm(self.mlp(x, None))
+        x = self.attn_norm(self.attention(x, step, kv, last))
+        return self.mlp_norm(self.mlp(x))
 
 
 class Decoder:
@@ -57,67 +56,69 @@ class Decoder:
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take) -> None:
         self.spec, self.build = spec, build
         self.groups = kv_groups(spec)
-        place = {layer: (g, j) for g, group in enumerate(self.groups) for j, layer in enumerate(group.layers)}
-
-        def norm(name: str) -> Norm:
-            weight = take(f"{name}.weight") if spec.norm_affine else None
-            if spec.norm == "layer":
-                return LayerNorm(build, weight, take(f"{name}.bias") if spec.norm_affine else None, spec.norm_eps)
-            assert weight is not None
-            return RMSNorm(build, weight, spec.norm_eps)
-
-        kind = PreNormLayer if spec.norm_first else PostNormLayer
-        self.embedding = Embedding(spec, build, take)
-        self.rope = None if spec.rope is None else RotaryEmbedding(build, spec.rope, spec.head_dim, spec.max_model_len)
-        self.layers = []
-        for i in range(spec.num_layers):
-            attention, mlp = Attention(spec, build, take, i, place[i][0]), MLP(spec, build, take, i)
-            self.layers.append(kind(attention, mlp, norm(f"layers.{i}.attn_norm"), norm(f"layers.{i}.mlp_norm")))
-        self.kv_tensors = [place[i][1] for i in range(spec.num_layers)]  # layer -> its tensor in the cache
-        self.norm = norm("norm") if spec.final_norm else None
-        self.project_out = Linear(build, take("project_out.weight")) if spec.embed_size != spec.hidden_size else None
-        self.head = Linear(build, self.embedding.table if spec.tied else take("head.weight"))
+        group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        linears = linear_specs(spec)
+        ropes: dict[tuple[RopeSpec | None, int], int] = {}  # each different rotary embedding -> its index
+        self.embedding = Embedding(spec, build, take, linears)
+        self.layers: list[PreNormLayer | PostNormLayer] = []
+        for i, layer in enumerate(spec.layers):
+            rope = ropes.setdefault((layer.attention.rope, layer.attention.head_dim), len(ropes))
+            attn_norm, mlp_norm = (load_norm(build, take, spec, f"layers.{i}.{name}") for name in ("attn_norm", "mlp_norm"))
+            before = layer.block == "pre"
+            attention = Attention(spec, build, take, linears, i, group_of[i], rope, attn_norm if before else None)
+            mlp = MLP(layer.mlp, build, take, linears, i, mlp_norm if before else None)
+            self.layers.append(PreNormLayer(i, attention, mlp) if before else PostNormLayer(i, attention, mlp, attn_norm, mlp_norm))
+        self.ropes = [None if rope is None else RotaryEmbedding(build, rope, head_dim, spec.max_model_len) for rope, head_dim in ropes]
+        norm = load_norm(build, take, spec, "norm") if spec.final_norm else None
+        self.project_out: Linear | None = None
+        if spec.embed_size != spec.hidden_size:
+            self.project_out, norm = Linear.load(build, take, linears["project_out"], norm=norm), None
+        if spec.tied:
+            self.head = Linear.of_table(build, self.embedding.table, norm=norm)
+        else:
+            self.head = Linear.load(build, take, linears["head"], norm=norm)
 
     def without_repetition(self) -> Decoder:
-        """A model of the first layers of each KV group: it runs every kernel that the whole one runs."""
-        few = copy(self)
-        chosen = sorted(i for group in self.groups for i in group.layers[:2])
-        few.layers, few.kv_tensors = [self.layers[i] for i in chosen], [self.kv_tensors[i] for i in chosen]
+        """A model with only the first two layers of each kind. It runs every kernel that the whole model runs."""
+        few, chosen = copy(self), set[int]()
+        seen: dict[object, int] = {}
+        for layer in self.layers:
+            kind = self.spec.layers[layer.index], layer.attention.group
+            seen[kind] = seen.get(kind, 0) + 1
+            if seen[kind] <= 2:
+                chosen.add(layer.index)
+        few.layers = [layer for layer in self.layers if layer.index in chosen]
         return few
 
     @torch.inference_mode()
     def forward(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int) -> Tensor:
         """-> hidden states before the final norm: [T, hidden], or [B, hidden] if `batch.last_only`.
 
-        kv[j] holds the j-th layer of every KV group. Nothing comes after the last layer that would read what it makes of a
-        prompt's other tokens: unless they are asked for, it only stores their keys and values.
+        kv[i]: the cache of layer i. With `last_only` the last layer stores the keys and values of all tokens, but computes queries,
+        attention and MLP only for each sequence's last token: no later layer needs its other outputs.
         """
         step, last = self._prepare(batch, block_size), None
         if batch.last_only:
             rows, tail = batch.last_tokens()
             last = LastTokens(rows, self._prepare(tail, block_size, only=self.layers[-1].attention.group))
         x = self.embedding(batch)
-        for layer, j in zip(self.layers[:-1], self.kv_tensors, strict=False):
-            x = layer(x, step, kv[j])
-        return self.layers[-1](x, step, kv[self.kv_tensors[-1]], last)
+        for layer in self.layers[:-1]:
+            x = layer(x, step, kv[layer.index])
+        return self.layers[-1](x, step, kv[self.layers[-1].index], last)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """hidden: [L, hidden] of `forward`, only the rows that are needed -> [L, vocab] in `dtype`; None: as the head leaves them."""
-        if self.project_out is not None:
-            logits = self.head(self.project_out(hidden, norm=self.norm))
-        else:
-            logits = self.head(hidden, norm=self.norm)
+        """hidden: [L, hidden] of `forward`, only the needed rows -> [L, vocab] in `dtype`; None: in the dtype of the output head."""
+        logits = self.head(hidden if self.project_out is None else self.project_out(hidden))
         return logits if dtype is None else logits.to(dtype)
 
     def _prepare(self, batch: InputBatch, block_size: int, only: int | None = None) -> StepContext:
-        """only: the one KV group whose layers will ask."""
-        spec = self.spec
+        """only: prepare attention for this KV group alone."""
         metas = tuple(
             None if only not in (None, g) else self.build.ops.prepare_attention(
-                batch, g, block_size=block_size, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+                batch, g, block_size=block_size, num_heads=group.num_heads, num_kv_heads=group.kv_heads, head_dim=group.head_dim,
                 window=group.window, dtype=self.build.dtype,
             )
             for g, group in enumerate(self.groups)
         )
-        return StepContext(None if self.rope is None else self.rope(batch.positions), batch.slots, metas)
+        return StepContext(tuple(None if rope is None else rope(batch.positions) for rope in self.ropes), batch.slots, metas)

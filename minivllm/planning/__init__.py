@@ -1,1 +1,1 @@
-"""What fits and what is wasted, worked out before (or without) running a model."""
+"""How much fits into a memory, and how much of it is wasted: calculated without running a model."""

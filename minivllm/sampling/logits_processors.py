@@ -152,9 +152,56 @@ class PenaltyCounts:
             self.counts = torch.cat([self.counts, self.counts.new_zeros((grown, self.counts.shape[1]))])
         return self._free.pop()
 
-    def add(self, slots: Array, token_ids: Tensor) -> None:
-        """Count one token [n] per slot [n]."""
+    def add(self, slots: Array, token_ids: Tensor, accepted: Tensor | None = None) -> None:
+        """Count one token [n] per slot [n], of those accepted [n] bool; None: all."""
         vocab = self.counts.shape[1]
         at = upload([slots * vocab], token_ids.device)[0] + token_ids
+        if accepted is None:
+            accepted = torch.ones_like(at, dtype=torch.bool)
+        else:
+            at = torch.where(accepted, at, at[0])  # the first token is always accepted, so that it may be marked as seen again
         self.seen.view(-1).index_fill_(0, at, True)
-        self.counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+        self.counts.view(-1).index_add_(0, at, accepted.to(torch.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRuns:
+    """Logits rows of one sequence at consecutive positions, of which each but the first follows a draft.
+
+        logits row           0    1    2    3    4        sequences of two drafts, none, and one
+        first of its run     0    0    0    3    4
+        drafts before it     -    a    a b  -    -        in the token table, at the positions of the logits rows before
+    """
+
+    rows: Array  # [n] of the token table
+    positions: Array  # [n] of the tokens to be sampled
+    first: Array  # [n] index of the first logits row of the run
+
+    @classmethod
+    def of(cls, rows: Array, positions: Array) -> DraftRuns | None:
+        """None if each sequence has one logits row."""
+        follows = np.zeros(len(rows), np.bool_)
+        follows[1:] = (rows[1:] == rows[:-1]) & (positions[1:] == positions[:-1] + 1)
+        if not follows.any():
+            return None
+        return cls(rows, positions, np.maximum.accumulate(np.where(follows, 0, np.arange(len(rows)))))
+
+    def count(self, seen: Tensor, counts: Tensor, tokens: Tensor) -> None:
+        """Add the drafts before each logits row to its counts, in place: seen [n, V] bool, counts [n, V] int32."""
+        before = np.arange(len(self.rows)) - self.first
+        target = np.repeat(np.arange(len(self.rows)), before)  # a draft before a logits row: the index of this row, and of the draft's own
+        draft = np.arange(len(target)) - np.repeat(before.cumsum() - before, before) + self.first[target]
+        at, index = upload([target * seen.shape[1], self._table_index(tokens)[draft]], seen.device)
+        at += tokens.view(-1)[index]
+        seen.view(-1).index_fill_(0, at, True)
+        counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+
+    def accepted(self, token_ids: Tensor, tokens: Tensor) -> Tensor:
+        """Whether all drafts before each logits row equal the tokens sampled there: token_ids [n] -> [n] bool."""
+        first, index = upload([self.first, self._table_index(tokens)], token_ids.device)
+        wrong = (tokens.view(-1)[index] != token_ids).cumsum(0)
+        wrong = torch.cat((wrong.new_zeros(1), wrong[:-1]))  # number of wrong drafts before each logits row, earlier runs included
+        return wrong == wrong[first]
+
+    def _table_index(self, tokens: Tensor) -> Array:
+        return self.rows * tokens.shape[1] + self.positions

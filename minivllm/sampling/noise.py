@@ -5,8 +5,8 @@
     purpose            -> key      64 bits, once per row and step: two uint32 words for the kernels
 
 Nothing here depends on what was drawn before or on who shares the batch, so a seeded request draws the same tokens alone, in a
-crowd, after a preemption or on another device, and the n children of one request differ. The mixing is SplitMix64 (Steele,
-Lea and Flood, "Fast splittable pseudorandom number generators", 2014): key number i of a stream is its i-th output.
+crowd, after a preemption or on another device, and the n children of one request differ. The mixing is SplitMix64
+(`minivllm/splitmix64.py`): key number i of a stream is its i-th output.
 """
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
-_MASK = (1 << 64) - 1
+from minivllm.splitmix64 import GOLDEN, MULTIPLIERS, mix64
 
 
 class Purpose(IntEnum):
@@ -25,14 +24,6 @@ class Purpose(IntEnum):
     SAMPLE = 0  # the token itself
     ACCEPT = 1  # whether a draft is kept
     RECOVER = 2  # the token that replaces a rejected draft
-
-
-def mix64(x: int) -> int:
-    """SplitMix64's output function on one Python integer."""
-    x &= _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
 
 
 def stream_key(seed: int, child_index: int) -> int:
@@ -44,7 +35,7 @@ def row_keys(streams: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], pur
     """Keys [n, 2] int32 for streams [n] uint64 and the positions [n] of the tokens being chosen."""
     counter = (positions.astype(np.uint64) << np.uint64(2)) | np.uint64(purpose)
     x = streams + np.uint64(GOLDEN) * (counter + np.uint64(1))
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
     x ^= x >> np.uint64(31)
     return x.astype("<u8").view("<i4").reshape(-1, 2)

@@ -23,7 +23,7 @@ from minivllm.core.plan import RowAdmission, TokenLogprobs
 from minivllm.kernels import Ops, select
 from minivllm.kernels.reference import sampling
 from minivllm.kernels.upload import upload
-from minivllm.sampling.logits_processors import Constraints, PenaltyCounts, TokenMasks, apply_constraints
+from minivllm.sampling.logits_processors import Constraints, DraftRuns, PenaltyCounts, TokenMasks, apply_constraints
 from minivllm.sampling.noise import row_keys, stream_key
 
 Array = np.ndarray[Any, Any]
@@ -116,10 +116,14 @@ class Sampler:
         return self._temperature[rows], row_keys(self._streams[rows], positions)
 
     def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> Choice:
-        """Choose a token for each of S samples and count it.
+        """Choose a token for each of S logits rows and count it.
 
         logits [S, V] float32 or half (overwritten); rows [S]: whose parameters; positions [S]: of the token being chosen;
         tokens [R, max_model_len]: the token table, for bad words; masks: what grammars allow.
+
+        A sequence with k drafts has 1 + k logits rows, one after another, at consecutive positions and all in one call. The caller has
+        written the drafts to the token table: the draft that the token of one logits row is compared with stands at its position. Each
+        token is chosen as if the drafts before it were output. It is counted only if they are: if each equals the token chosen there.
         """
         wanted = np.flatnonzero(self._logprobs[rows] >= 0)
         slots = self._penalties.slot[rows]
@@ -138,23 +142,28 @@ class Sampler:
         if constrained:
             apply_constraints(logits, constrained, rows, positions, tokens)
         if len(penalized):
-            self._penalize(logits, rows, penalized, slots[penalized])
+            drafts = DraftRuns.of(rows[penalized], positions[penalized])
+            self._penalize(logits, rows, penalized, slots[penalized], drafts, tokens)
 
         token_ids = self._choose(logits, rows, positions)
 
         if len(penalized):
-            self._penalties.add(slots[penalized], token_ids[upload([penalized], logits.device)[0]])
+            sampled = token_ids[upload([penalized], logits.device)[0]]
+            self._penalties.add(slots[penalized], sampled, None if drafts is None else drafts.accepted(sampled, tokens))
         if raw is None:
             return Choice(token_ids, None)
         chosen = token_ids[upload([wanted], logits.device)[0]]
         return Choice(token_ids, LogprobColumns.of(raw, chosen, wanted, self._logprobs[rows[wanted]]))
 
-    def _penalize(self, logits: Tensor, rows: Array, index: Array, slots: Array) -> None:
+    def _penalize(self, logits: Tensor, rows: Array, index: Array, slots: Array, drafts: DraftRuns | None, tokens: Tensor) -> None:
         at = rows[index]
         where, slot, repetition, frequency, presence = upload(
             [index, slots, self._repetition[at], self._frequency[at], self._presence[at]], logits.device)
         some = logits[where]
-        sampling.apply_penalties(some, self._penalties.seen[slot], self._penalties.counts[slot], repetition, frequency, presence)
+        seen, counts = self._penalties.seen[slot], self._penalties.counts[slot]
+        if drafts is not None:
+            drafts.count(seen, counts, tokens)
+        sampling.apply_penalties(some, seen, counts, repetition, frequency, presence)
         logits[where] = some
 
     def _choose(self, logits: Tensor, rows: Array, positions: Array) -> Tensor:

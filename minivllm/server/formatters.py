@@ -15,7 +15,7 @@ from json.encoder import encode_basestring
 from typing import Any, ClassVar
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.engine.client import AddRequest
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.logprobs import CompletionLogprobs, TokenNames, chat_entries, prompt_logprobs
@@ -37,7 +37,7 @@ class PreparedRequest:
     created: int  # Unix time
     model: str
     fingerprint: str
-    prompts: tuple[AddRequest, ...]
+    prompts: tuple[EngineRequest, ...]
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False

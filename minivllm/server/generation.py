@@ -21,7 +21,8 @@ from typing import Any, TypeAlias
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minivllm.engine.client import AddRequest, EngineClient, Shortcut
+from minivllm.engine.client import EngineClient, Shortcut
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.server.authentication import RAW_SEND
 from minivllm.server.errors import ApiError, generation_failed, json_response, to_api_error
@@ -154,7 +155,7 @@ def _rest(work: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Non
 
 
 async def merge_streams(
-    client: EngineClient, requests: tuple[AddRequest, ...], shortcut: Shortcut | None = None,
+    client: EngineClient, requests: tuple[EngineRequest, ...], shortcut: Shortcut | None = None,
 ) -> AsyncGenerator[PromptDeltas, None]:
     """The deltas of several engine requests, in the order of arrival. The first failure ends all of them; so does closing.
 

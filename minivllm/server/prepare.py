@@ -8,8 +8,8 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from minivllm.engine.client import AddRequest
 from minivllm.engine.prompts import check_vocabulary, truncate
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.server.chat import ChatPreprocessor, check_length
 from minivllm.server.errors import context_error
@@ -54,7 +54,7 @@ class Preprocessor:
         if not texts:
             prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
             for prompt in prompts:
-                check_vocabulary(prompt, self._frontend.client.info.vocab_size)
+                check_vocabulary("prompt", prompt, self._frontend.client.info.vocab_size)
             return prompts
         for text in texts:
             check_length(len(text), self._max_model_len, "prompt")
@@ -94,7 +94,7 @@ class Preprocessor:
         requests = []
         for i, prompt in enumerate(prompts):
             params = body.sampling(defaults, self._max_tokens(body, len(prompt), default_output))
-            requests.append(AddRequest(
+            requests.append(EngineRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
                 params=params if output is None else output.apply(params),
                 priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,

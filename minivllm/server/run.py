@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from minivllm import __version__
 from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
-from minivllm.engine.client import EngineClient, EngineInfo, ThreadClient
+from minivllm.engine.client import EngineClient, ThreadClient
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import ProcessClient, freeze_heap
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
@@ -91,9 +92,9 @@ def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
     """Runs in the process that owns the engine. `log_level` is set if that process has not configured logging yet."""
     if log_level is not None:
         configure_logging(log_level)
-    from minivllm.engine.engine import LLMEngine
+    from minivllm.engine import compose
 
-    return LLMEngine.from_config(config)
+    return compose.build_engine(config)
 
 
 def start_engine(config: EngineConfig, *, process: bool, log_level: str) -> EngineClient:

@@ -1,21 +1,24 @@
 """The row table and the only packing code: from a plan's columns to the tensors of one forward pass.
 
-A row is what the worker remembers of one sequence, so that a plan need not repeat it:
+A row is the worker's memory of one sequence, so that a plan need not repeat it:
 
     row     tokens (on the device)        block table per group (on the host, a copy on the device)
      0      a a a a a a x .               7  3  9  .       x: sampled on the device; the host may not know it yet
      1      . . . . . . . .
-     2      c c c .                       4  .  .  .
+     2      c c c d d .                   4  .  .  .       d: drafts, written there by the plan that verifies them
      R      (the null row)                0  0  0  .       what padded batches compute: position 0, in the null block
 
-The plan's columns are reordered so that sequences with one query come first, and longer ones before shorter ones (attention
-pads neighbours to a common length); everything that goes back is in the plan's order again. Columns are numpy arrays on the
-host and reach the device in one copy (`upload`); tokens never leave it: the packer sends places in the token table, and the
-newest token is written there by the sampler. Of the block tables only changes are sent.
+The plan's columns are reordered. Decodes come first: sequences with exactly `query_width` tokens, which is 1 plus the number of
+drafts that most decodes of the step carry. Longer sequences come before shorter ones, because attention pads neighbors to a common
+length. Results go back in the plan's order.
+
+Columns are numpy arrays on the host and reach the device in one copy (`upload`). Tokens never leave the device: the packer sends
+indices into the token table, and the sampler writes the newest token there. Only changed block-table entries are sent.
 """
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,64 +32,76 @@ from minivllm.kernels.layout import SHARED_RUN, InputBatch
 from minivllm.kernels.upload import upload
 
 Array = np.ndarray[Any, Any]
-_NOTHING = np.empty(0, np.int64)
+_NONE = np.empty(0, np.int64)
 LAST_ONLY = 256  # tokens beside each sequence's last one from which on it pays to spare the last layer these
 SHARERS = 8  # decodes from which on it pays to look for blocks that all of them have
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPiece:
-    """Prompt positions of one request whose logprobs this step can tell, [first, first + count)."""
+class PromptSpan:
+    """Prompt positions [first, first + count) of one request whose logprobs this step computes."""
 
     request: int  # index into the plan's columns
     first: int
     count: int
-    k: int
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A batch, and where its results belong. S samples, P prompt positions owed."""
-
-    batch: InputBatch  # logit_rows: [S + P], samples first
-    sample_rows: Array  # [S] rows of the table
-    sample_positions: Array  # [S] of the tokens to be sampled
-    sample_places: Tensor  # [S] int64: where they go in the flat token table
-    prompt_pieces: tuple[PromptPiece, ...]
-    prompt_places: Tensor  # [P] int64: the tokens that the prompt's logits predict
+    k: int  # alternatives per position
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """A plan as numpy columns, in the batch's order: B sequences, T tokens, S samples."""
+    """A plan as numpy columns, in the batch's order: B sequences, T tokens; and in the plan's order: L logits rows.
+
+    A sample has one logits row, or one per draft more: row j decides the token after the j-th draft.
+    """
 
     rows: Array  # [B] of the row table
     query_lens: Array  # [B]
     seq_lens: Array  # [B]
-    num_decodes: int  # sequences with one query come first
+    num_decodes: int  # the first num_decodes sequences have query_width tokens each
+    query_width: int
     query_start: Array  # [B + 1]
-    places: Array  # [T] of the tokens, in the flat token table
+    token_index: Array  # [T] of the tokens, in the flat token table
     positions: Array  # [T]
     slots: list[Array]  # [G] of [T]
-    source: Array  # [S] which sequence each sample comes from; samples are in the plan's order
-    sample_rows: Array  # [S]
-    sample_positions: Array  # [S] of the tokens to be sampled
-    sample_places: Array  # [S]
-    prompt_pieces: tuple[PromptPiece, ...]
-    prompt_rows: Array  # [P] batch rows whose logits predict owed prompt tokens
-    prompt_places: Array  # [P] of those tokens
-    shared_keys: int = 0  # decodes only: so many leading keys of all sequences lie in the same blocks; whole runs of SHARED_RUN
+    draft_index: Array  # [D] where the plan's drafts go, in the flat token table
+    drafts: Array  # [D] int32
+    source: Array  # [L] the sequence that each logits row belongs to
+    logits_rows: Array  # [L] of the T tokens
+    sample_rows: Array  # [L] of the row table: the row that receives the token
+    sample_positions: Array  # [L] of the tokens to be sampled
+    sample_index: Array  # [L] of these tokens, in the flat token table
+    prompt_spans: tuple[PromptSpan, ...]
+    prompt_rows: Array  # [P] of the T tokens: their logits predict prompt tokens whose logprobs are needed
+    prompt_index: Array  # [P] of those prompt tokens, in the flat token table
+    shared_keys: int = 0  # decodes only: number of leading keys that all sequences have in the same blocks, in whole runs of SHARED_RUN
 
     @property
     def last_only(self) -> bool:
-        """Whether the last layer need only look at each sequence's last token, and it pays."""
-        return len(self.places) - len(self.rows) >= LAST_ONLY and not self.prompt_pieces
+        """Whether the last layer computes each sequence's last token only. It pays from LAST_ONLY other tokens on."""
+        return len(self.token_index) - len(self.rows) >= LAST_ONLY and not self.prompt_spans and not len(self.drafts)
 
     @property
     def simple(self) -> bool:
-        """Whether each sequence has at most one sample, drawn with its own row's parameters, and no prompt logprobs are owed."""
-        return not self.prompt_pieces and len(set(self.source.tolist())) == len(self.source) and bool(
-            (self.rows[self.source] == self.sample_rows).all())
+        """Whether a captured graph can compute it.
+
+        Each sequence has at most one sample, with its own row's parameters; drafts only if all sequences are decodes of one width;
+        no prompt logprobs are needed.
+        """
+        rows_of_a_sample = self.query_width if len(self.drafts) else 1
+        if self.prompt_spans or (rows_of_a_sample > 1 and not self.num_decodes == len(self.rows) == len(self.source) / rows_of_a_sample):
+            return False
+        sources = self.source[::rows_of_a_sample]
+        return len(set(sources.tolist())) == len(sources) and bool((self.rows[self.source] == self.sample_rows).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch on the device, and where its results belong."""
+
+    columns: Columns
+    batch: InputBatch  # logit_rows: [L + P], those of samples first
+    sample_index: Tensor  # [L] int64, as in the columns
+    prompt_index: Tensor  # [P] int64, likewise
 
 
 class RowTable:
@@ -94,7 +109,7 @@ class RowTable:
 
     def __init__(self, num_rows: int, num_groups: int, max_model_len: int, block_size: int, device: torch.device,
                  sharing: Sequence[int] = ()) -> None:
-        """sharing: KV groups of whose blocks it is of interest whether all decodes have the same; none: nobody looks."""
+        """sharing: KV groups checked for a prefix shared by all decodes. Empty: no check."""
         width = -(-max_model_len // block_size)
         self.null_row, self.sharing = num_rows, tuple(sharing)
         self.tokens = torch.zeros((num_rows + 1, max_model_len), dtype=torch.int32, device=device)
@@ -102,12 +117,12 @@ class RowTable:
         shared = torch.from_numpy(self.block_tables)
         self.device_tables = shared if device.type == "cpu" else shared.to(device)  # [G, R + 1, M]
         self._mirrored = device.type != "cpu"
-        self._changed: list[tuple[int, int]] = []  # spans of the flat block tables that the device does not know yet
+        self._changed: list[tuple[int, int]] = []  # spans of the flat block tables that the device does not have yet
         self._num_blocks = np.zeros((num_groups, num_rows), np.int64)
         self._num_prompt = np.zeros(num_rows, np.int64)
-        self._owed_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are owed; -1: none are
+        self._logprobs_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are still needed; -1: none
         self._prompt_k = np.zeros(num_rows, np.int64)
-        self._num_owing = 0  # rows that owe any: mostly none, and then nobody looks
+        self._num_with_logprobs = 0  # rows that need prompt logprobs; usually none, and then no row is checked
         self._flat_tokens = self.tokens.view(-1)
         self._block_size, self._max_model_len, self._device = block_size, max_model_len, device
 
@@ -118,13 +133,13 @@ class RowTable:
         self._changed.clear()
         self.tokens.zero_()
         self._num_blocks.fill(0)
-        self._owed_from.fill(-1)
-        self._num_owing = 0
+        self._logprobs_from.fill(-1)
+        self._num_with_logprobs = 0
 
     # -- what plans say about rows --------------------------------------------------------------------------------------
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in everything a plan says about rows, in the order that `StepPlan` states."""
+        """Apply everything that a plan says about rows, in the order that `StepPlan` states."""
         if plan.admitted:
             self._admit(plan.admitted)
         for row, group, index in plan.freed_blocks:
@@ -145,12 +160,12 @@ class RowTable:
             row = a.row
             self.tokens[row, : len(some)] = some
             for group, blocks in enumerate(a.block_ids):
-                surplus = max(0, int(self._num_blocks[group, row]) - len(blocks))  # of who had the row before
+                surplus = max(0, int(self._num_blocks[group, row]) - len(blocks))  # left by the sequence that had the row before
                 self._put(group, row, len(blocks), (NULL_BLOCK,) * surplus)
                 self._num_blocks[group, row] = 0
                 self._append(group, row, blocks)
             self._num_prompt[row] = a.num_prompt_tokens
-            self._owe(row, -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1))  # nothing predicts position 0
+            self._need_logprobs(row, -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1))  # nothing predicts token 0
             self._prompt_k[row] = a.params.prompt_logprobs or 0
 
     def _append(self, group: int, row: int, blocks: tuple[int, ...]) -> None:
@@ -166,13 +181,13 @@ class RowTable:
             self._changed.append((at, at + len(blocks)))
 
     def changes(self) -> tuple[Array, Array]:
-        """Places in the flat block tables that the device does not know yet, and what is there: [C] int64 and int32.
+        """Block-table entries that the device does not have yet: indices into the flat tables [C] int64, and values [C] int32.
 
-        Whoever brings them there says so with `changes_sent`. What was changed twice is there twice, with the same, last value."""
+        Call `changes_sent` after sending them. An entry that was changed twice occurs twice, each time with its last value."""
         if not self._changed:
-            return _NOTHING, _NOTHING.astype(np.int32)
-        places = np.concatenate([np.arange(*span) for span in self._changed])
-        return places, self.block_tables.reshape(-1)[places]
+            return _NONE, _NONE.astype(np.int32)
+        index = np.concatenate([np.arange(*span) for span in self._changed])
+        return index, self.block_tables.reshape(-1)[index]
 
     def changes_sent(self) -> None:
         """The device's copy of the block tables is up to date."""
@@ -181,17 +196,17 @@ class RowTable:
     def send_changes(self) -> None:
         """Bring the device's copy of the block tables up to date."""
         if self._changed:
-            where, values = upload(self.changes(), self._device)
-            self.device_tables.view(-1).index_copy_(0, where, values)
+            index, values = upload(self.changes(), self._device)
+            self.device_tables.view(-1).index_copy_(0, index, values)
             self.changes_sent()
 
-    def _owe(self, row: int, first: int) -> None:
-        self._num_owing += (first >= 0) - int(self._owed_from[row] >= 0)
-        self._owed_from[row] = first
+    def _need_logprobs(self, row: int, first: int) -> None:
+        self._num_with_logprobs += (first >= 0) - int(self._logprobs_from[row] >= 0)
+        self._logprobs_from[row] = first
 
-    def write_sampled(self, places: Tensor, token_ids: Tensor) -> None:
-        """Each sampled token at its place, on the device."""
-        self._flat_tokens.index_copy_(0, places, token_ids.to(torch.int32))
+    def write_tokens(self, index: Tensor, token_ids: Tensor) -> None:
+        """Tokens to the flat token table, on the device: index [n] int64, token_ids [n]."""
+        self._flat_tokens.index_copy_(0, index, token_ids.to(torch.int32))
 
     # -- packing --------------------------------------------------------------------------------------------------------
 
@@ -202,20 +217,21 @@ class RowTable:
     def columns(self, plan: StepPlan) -> Columns:
         """The host's part of packing."""
         rows, starts, counts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64), np.array(plan.num_tokens, np.int64)
-        assert not any(plan.drafts), "a plan with drafts needs a verifier"
-        single = counts == 1
-        num_decodes = int(single.sum())
-        where = None  # request -> its place in the batch; None: the same
-        order = np.lexsort((-starts - counts, ~single))  # single queries first, the longest sequence first
+        num_drafts = np.array([len(drafts) for drafts in plan.drafts], np.int64) if any(plan.drafts) else None
+        query_width = 1 if num_drafts is None else _query_width(counts, num_drafts)
+        is_decode = counts == query_width
+        num_decodes = int(is_decode.sum())
+        batch_index = None  # request -> its index in the batch; None: the order is the plan's
+        order = np.lexsort((-starts - counts, ~is_decode))  # decodes first, the longest sequence first
         if (order[1:] < order[:-1]).any():
-            where = np.empty_like(order)
-            where[order] = np.arange(len(order))
+            batch_index = np.empty_like(order)
+            batch_index[order] = np.arange(len(order))
             rows, starts, counts = rows[order], starts[order], counts[order]
         ends = starts + counts
         query_start = np.zeros(len(rows) + 1, np.int64)
         counts.cumsum(out=query_start[1:])
 
-        if num_decodes == len(rows):
+        if num_decodes == len(rows) and query_width == 1:
             token_rows, positions = rows, starts
         else:  # of each of the T tokens
             token_rows = np.repeat(rows, counts)
@@ -225,24 +241,40 @@ class RowTable:
         slots = [table[token_rows, block].astype(np.int64) * self._block_size + offset for table in self.block_tables]
 
         source = np.array(plan.sample_from, np.int64)
-        if where is not None:
-            source = where[source]
-        sample_rows, sample_positions = np.array(plan.sample_rows, np.int64), ends[source]
+        sample_rows = np.array(plan.sample_rows, np.int64)
+        back = np.zeros(len(source), np.int64)  # of each logits row: how many tokens before its sequence's last one
+        if num_drafts is not None:  # a sample has a logits row for its sequence's last token, and one before each of its drafts
+            each = 1 + num_drafts[source]
+            back = np.repeat(each.cumsum(), each) - 1 - np.arange(each.sum())
+            source, sample_rows = np.repeat(source, each), np.repeat(sample_rows, each)
+        if batch_index is not None:
+            source = batch_index[source]
+        sample_positions = ends[source] - back
         assert not len(source) or sample_positions.max() < self._max_model_len
-        pieces, piece_rows, piece_places = self._prompt_pieces(plan, where, query_start)
+        draft_index, drafts = (_NONE, _NONE) if num_drafts is None else self._drafts(plan, num_drafts)
+        spans, span_rows, span_index = self._prompt_spans(plan, batch_index, query_start)
+        checks_sharing = self.sharing and num_decodes == len(rows) >= SHARERS
         return Columns(
-            rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_start=query_start,
-            places=token_rows * self._max_model_len + positions, positions=positions, slots=slots, source=source,
-            sample_rows=sample_rows, sample_positions=sample_positions, sample_places=sample_rows * self._max_model_len + sample_positions,
-            prompt_pieces=pieces, prompt_rows=piece_rows, prompt_places=piece_places,
-            shared_keys=self._shared_keys(rows, int(starts.min())) if self.sharing and num_decodes == len(rows) >= SHARERS else 0)
+            rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_width=query_width, query_start=query_start,
+            token_index=token_rows * self._max_model_len + positions, positions=positions, slots=slots,
+            draft_index=draft_index, drafts=drafts, source=source, logits_rows=query_start[source + 1] - 1 - back,
+            sample_rows=sample_rows, sample_positions=sample_positions, sample_index=sample_rows * self._max_model_len + sample_positions,
+            prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index,
+            shared_keys=self._shared_keys(rows, int(starts.min())) if checks_sharing else 0)
+
+    def _drafts(self, plan: StepPlan, num_drafts: Array) -> tuple[Array, Array]:
+        """Where a plan's drafts go, and the drafts: the last tokens of what each request computes."""
+        ends = np.array(plan.starts, np.int64) + plan.num_tokens
+        first = np.array(plan.rows, np.int64) * self._max_model_len + ends - num_drafts
+        index = np.arange(num_drafts.sum()) + np.repeat(first - num_drafts.cumsum() + num_drafts, num_drafts)
+        return index, np.array([token for drafts in plan.drafts for token in drafts], np.int64)
 
     def _shared_keys(self, rows: Array, shortest: int) -> int:
-        """Leading keys that all rows have in the same blocks, `shortest` at most."""
+        """Number of leading keys that all rows have in the same blocks, at most `shortest`."""
         groups, run, width = np.array(self.sharing)[:, None], (SHARED_RUN - 1) // self._block_size, shortest // self._block_size
         if shortest < SHARED_RUN:
             return 0
-        here = self.block_tables[groups, rows, run]  # of the last key of a first run; the whole tables are large
+        here = self.block_tables[groups, rows, run]  # the block of the first run's last key: a cheap check before the whole tables
         if (here != here[:, :1]).any():
             return 0
         tables = self.block_tables[groups, rows, :width]  # [G, B, width]
@@ -251,40 +283,51 @@ class RowTable:
         return blocks * self._block_size // SHARED_RUN * SHARED_RUN
 
     def send(self, c: Columns) -> Packed:
-        """The device's part: a copy, one more if block tables have changed, and a few gathers there."""
-        last_rows = c.source if c.last_only else c.query_start[c.source + 1] - 1
+        """The device's part of packing: one copy, one more if block tables have changed, and a few gathers there."""
+        logits_rows = c.source if c.last_only else c.logits_rows
         self.send_changes()
         uploaded = upload([
-            c.places, c.positions, np.concatenate([last_rows, c.prompt_rows]) if c.prompt_pieces else last_rows,
-            c.sample_places, c.prompt_places, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows, *c.slots], self._device)
-        places, positions, logit_rows, sample_places, prompt_places, query_start, seq_lens, rows, *slots = uploaded
+            c.token_index, c.positions, np.concatenate([logits_rows, c.prompt_rows]) if c.prompt_spans else logits_rows,
+            c.sample_index, c.prompt_index, c.draft_index, c.drafts, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows,
+            *c.slots], self._device)
+        token_index, positions, logit_rows, sample_index, prompt_index, draft_index, drafts, query_start, seq_lens, rows, *slots = uploaded
+        if len(c.drafts):
+            self.write_tokens(draft_index, drafts)
         width = -(-int(c.seq_lens.max()) // self._block_size)
         batch = InputBatch(
-            tokens=self._flat_tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens,
+            tokens=self._flat_tokens.index_select(0, token_index), positions=positions, query_start=query_start, seq_lens=seq_lens,
             slots=tuple(slots), block_tables=tuple(table[:, :width].index_select(0, rows) for table in self.device_tables),
             logit_rows=logit_rows, num_decodes=c.num_decodes, query_lens_host=tuple(c.query_lens.tolist()),
-            seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only)
-        return Packed(batch, c.sample_rows, c.sample_positions, sample_places, c.prompt_pieces, prompt_places)
+            seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only, query_width=c.query_width)
+        return Packed(c, batch, sample_index, prompt_index)
 
-    def _prompt_pieces(self, plan: StepPlan, where: Array | None, query_start: Array) -> tuple[tuple[PromptPiece, ...], Array, Array]:
-        """Prompt logprobs owed by this step's requests: the pieces, the batch rows that predict them, the tokens' places.
+    def _prompt_spans(self, plan: StepPlan, batch_index: Array | None, query_start: Array) -> tuple[tuple[PromptSpan, ...], Array, Array]:
+        """Prompt logprobs that this step computes: the spans, the rows that predict them (of T), the tokens' indices in the token table.
 
             positions computed      start  start+1  ...  end-1
-            tokens predicted               start+1  ...  end-1  end       kept: those of the prompt, from the first one owed
+            tokens predicted               start+1  ...  end-1  end       kept: those of the prompt, from the first one needed
         """
-        if not self._num_owing:
-            return (), _NOTHING, _NOTHING
-        pieces: list[PromptPiece] = []
-        batch_rows, places = [_NOTHING], [_NOTHING]
-        for i in np.flatnonzero(self._owed_from[list(plan.rows)] >= 0).tolist():
+        if not self._num_with_logprobs:
+            return (), _NONE, _NONE
+        spans: list[PromptSpan] = []
+        batch_rows, index = [_NONE], [_NONE]
+        for i in np.flatnonzero(self._logprobs_from[list(plan.rows)] >= 0).tolist():
             row, start, end = plan.rows[i], plan.starts[i], plan.starts[i] + plan.num_tokens[i]
-            first, after = max(start + 1, int(self._owed_from[row])), min(end + 1, int(self._num_prompt[row]))
+            first, after = max(start + 1, int(self._logprobs_from[row])), min(end + 1, int(self._num_prompt[row]))
             if after == self._num_prompt[row]:
-                self._owe(row, -1)
+                self._need_logprobs(row, -1)
             if first >= after:
                 continue
-            pieces.append(PromptPiece(i, first, after - first, int(self._prompt_k[row])))
+            spans.append(PromptSpan(i, first, after - first, int(self._prompt_k[row])))
             targets = np.arange(first, after)
-            batch_rows.append(query_start[i if where is None else where[i]] + targets - 1 - start)
-            places.append(row * self._max_model_len + targets)
-        return tuple(pieces), np.concatenate(batch_rows), np.concatenate(places)
+            batch_rows.append(query_start[i if batch_index is None else batch_index[i]] + targets - 1 - start)
+            index.append(row * self._max_model_len + targets)
+        return tuple(spans), np.concatenate(batch_rows), np.concatenate(index)
+
+
+def _query_width(counts: Array, num_drafts: Array) -> int:
+    """The width of a step's decodes: of the widths that occur, the most frequent one; of equally frequent ones the largest.
+
+    Other sequences with drafts are computed like prompt chunks, which gives the same tokens."""
+    widths = Counter(counts[counts == 1 + num_drafts].tolist())
+    return int(max(widths, key=lambda width: (widths[width], width), default=1))

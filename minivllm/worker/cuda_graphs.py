@@ -2,30 +2,30 @@
 
 At small batch sizes a step is a chain of kernels of a few microseconds each, and launching them from Python takes longer than
 running them. A graph fixes everything that is not data: the numbers of tokens and sequences, the kernels' grids, the addresses.
-So there is one per shape out of a short list, captured at start-up; a batch is padded to the next shape.
+So there is one graph per shape out of a short list, captured at start-up, and a batch is padded to the next shape.
 
-    shapes           decodes only: as many tokens as sequences;  mixed: prompt chunks and decodes
+    shapes           decodes only: sequences of query_width tokens each;  mixed: prompt chunks and decodes
 
     batch of 5       a b c d e           one copy into the static inputs of size 8
     static inputs    a b c d e R R R     padding: the null row, whose one token at position 0 lies in the null block
 
-A graph goes all the way from the token table and back: take in what changed in the block tables, gather the newest tokens, the
-model, logits of each sequence's last token, a plain draw from them (greedy or with a temperature), the drawn tokens into the
-table. So the next step can follow without the host knowing a token, and between two decode steps the host launches nothing
-else. Where a row asks for more than a plain draw, the sampler draws again from the same logits.
+A graph contains a whole step: it applies the changed block-table entries, writes drafts to the token table, gathers the newest
+tokens, runs the model, computes logits of each sequence's last token (of all tokens of decodes with drafts), samples plainly
+(greedy or with a temperature), and writes the sampled tokens to the table. So the next step can follow without the host knowing
+a token, and between two decode steps the host launches nothing else. Where a row needs more than a plain sample, the sampler
+samples again from the same logits.
 
-What a graph needs to be told stays on the device (rows, positions, lengths, slots, block tables); grids depend on the shape
-alone, since the attention is prepared for sequences of the greatest length. Few decodes have two graphs each, for short and for
-long sequences, whose attention shares keys out differently; some sizes have one more, for sequences that begin with the same
-blocks, which reads those once for all. Larger steps run eagerly: they are bound by arithmetic, and Python launches while the GPU
-computes.
+The inputs of a replay (rows, positions, lengths, slots, block tables) are device tensors. Grids depend on the shape alone, since the
+attention is prepared for sequences of the greatest length. Small batches of decodes have two graphs each, for short and for long
+sequences, because attention splits the keys differently. Some sizes have one more, for sequences with the same leading blocks: it reads
+the shared keys once. Larger steps run eagerly: arithmetic bounds them, and Python launches the next kernels while the GPU computes.
 
-Graphs never run at once, so all share one pool of memory, and one place for logits: a step's are gone with the next step.
+Graphs never run at the same time, so all share one memory pool and one tensor for logits: the next step overwrites them.
 """
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.families import ModelSpec, parameters
+from minivllm.families import ModelSpec, linear_specs
 from minivllm.kernels.layout import SHARED_RUN, InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
+from minivllm.sampling.sampler import Sampler
 from minivllm.worker.batch import LAST_ONLY, SHARERS, Columns, RowTable
 from minivllm.worker.kv_cache import KVCache
 
@@ -53,54 +54,99 @@ Array = np.ndarray[Any, Any]
 
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
-    """(tokens, sequences) of the mixed steps to capture: larger ones the smaller the model is."""
-    weights = sum(math.prod(p.shape) for name, p in parameters(spec).items() if name.startswith("layers."))
+    """(tokens, sequences) of the mixed steps to capture. The smaller the model, the larger the steps."""
+    weights = sum(sum(linear.rows) * linear.cols for name, linear in linear_specs(spec).items() if name.startswith("layers."))
     most = min(max_num_batched_tokens, LAUNCH_FLOPS / (2 * weights))
     return (*MIXED, *((tokens, DECODES[-1]) for tokens in LARGE if tokens <= most))
 
 
 def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
-    """Numbers of decodes of the graphs that read a shared prefix once, if the model has layers that read all keys."""
+    """Numbers of decodes of the graphs that read a shared prefix once, for models with full attention."""
     if max_num_seqs < SHARERS or max_model_len <= SHARED_RUN:
         return ()
     most = min(max_num_seqs, DECODES[-1])
     return (*(size for size in SHARING if size < most), most)
 
 
-def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """What to set aside for all graphs, in bytes; how much they took is in the log. They share the memory of the largest."""
+def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int, query_width: int = 1) -> int:
+    """Bytes to set aside for all graphs; the log says how much they took. They share the memory of the largest one.
+
+    query_width: the largest one of captured decodes."""
     rows, tokens = min(max_num_seqs, DECODES[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
-    return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * spec.intermediate_size)
+    widest = max(layer.mlp.intermediate_size for layer in spec.layers)
+    tokens = max(tokens, rows * query_width)
+    return (128 << 20) + rows * query_width * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
 
 
-class Shape(NamedTuple):
+class GraphShape(NamedTuple):
     """What a graph fixes."""
 
     tokens: int  # T
     seqs: int  # B
-    decodes: int  # the first so many sequences have one token each: all, or none in particular
-    longest: int  # the most keys of a sequence, by which the attention decides how many programs share them
-    sharing: bool = False  # the keys that all decodes have in common are read once
+    decodes: int  # B if all sequences are decodes, else 0
+    longest: int  # the most keys of a sequence: attention decides by it how many programs share them
+    sharing: bool = False  # keys that all decodes share are read once
+
+    @property
+    def query_width(self) -> int:
+        """Tokens of each decode."""
+        return self.tokens // self.seqs if self.decodes else 1
+
+    @property
+    def logits_rows(self) -> int:
+        """R: every token of a decode, the last token of each sequence of a mixed step."""
+        return self.tokens if self.decodes else self.seqs
+
+
+class Inputs(NamedTuple):
+    """The static inputs of a graph, as numpy columns on the host and as tensors on the device."""
+
+    shared_keys: Any  # [1]
+    query_start: Any  # [B + 1]
+    rows: Any  # [B] of the row table
+    seq_lens: Any  # [B]
+    sample_index: Any  # [R] where sampled tokens go, in the flat token table
+    temperature: Any  # [R]
+    keys: Any  # [R, 2] of the noise
+    draft_index: Any  # [R - B] where drafts go, in the flat token table; none in mixed steps
+    drafts: Any  # [R - B]
+    changed: Any  # [C] changed entries of the flat block tables
+    new_blocks: Any  # [C] their values
+    token_index: Any  # [T] of the tokens, in the flat token table
+    positions: Any  # [T]
+    slots: Any  # [G] of [T]
+
+    @classmethod
+    def of(cls, columns: Sequence[Any]) -> Inputs:
+        """From a flat list, in which the slots of all groups come last."""
+        return cls._make([*columns[:13], tuple(columns[13:])])
+
+    def flat(self) -> list[Any]:
+        return [*self[:-1], *self.slots]
 
 
 class Graph:
     """One shape: its static inputs, the recorded step, its static outputs."""
 
-    def __init__(self, shape: Shape, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
+    def __init__(self, shape: GraphShape, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
         self._model, self._kv, self._table, self.shape = model, kv, table, shape
         tokens, seqs, decodes = shape[:3]
-        null, max_model_len = table.null_row, table.tokens.shape[1]
-        by_token = [np.full(tokens, null * max_model_len), np.zeros(tokens, np.int64),
-                    *(np.full(tokens, NULL_BLOCK * kv.shape.block_size) for _ in kv.shape.groups)]  # fmt: skip
-        # Decodes are padded with one token each, mixed steps with sequences that have none: only the first, never padding, has one.
-        query_start = np.minimum(np.arange(seqs + 1), max(decodes, 1)).astype(np.int32)
-        by_seq = [np.full(seqs, null), np.diff(query_start), np.full(seqs, null * max_model_len + 1),
-                  np.zeros(seqs, np.float32), np.zeros((seqs, 2), np.int32)]  # fmt: skip
-        # Changes of block tables that a replay takes in: what decodes and prompts need, not a long row that is written anew.
-        self.max_changes = (2 * seqs + tokens // kv.shape.block_size) * len(kv.shape.groups)
-        changes = [np.full(self.max_changes, null * table.device_tables.shape[2]), np.full(self.max_changes, NULL_BLOCK, np.int32)]
-        self._empty = [np.zeros(1, np.int32), query_start, *by_seq, *changes, *by_token]
-        self._inputs = StaticColumns(self._empty, model.build.device)
+        null_index, rows = table.null_row * table.tokens.shape[1], shape.logits_rows
+        # Padding decodes have one token each, of the null row; padding sequences of mixed steps have none. (The first sequence of an
+        # empty mixed graph, which is never padding, has one.)
+        query_start = np.minimum(np.arange(seqs + 1) * shape.query_width, tokens if decodes else 1).astype(np.int32)
+        # Changed block-table entries that a replay applies: enough for decodes and prompts, not for a whole long row.
+        self.max_changes = (2 * seqs + tokens // kv.layout.block_size) * len(kv.layout.groups)
+        num_drafts = rows - seqs if decodes else 0
+        self._padding = Inputs(
+            shared_keys=np.zeros(1, np.int32), query_start=query_start, rows=np.full(seqs, table.null_row), seq_lens=np.diff(query_start),
+            sample_index=np.full(rows, null_index + 1), temperature=np.zeros(rows, np.float32), keys=np.zeros((rows, 2), np.int32),
+            draft_index=np.full(num_drafts, null_index + 1), drafts=np.zeros(num_drafts, np.int32),
+            changed=np.full(self.max_changes, table.null_row * table.device_tables.shape[2]),
+            new_blocks=np.full(self.max_changes, NULL_BLOCK, np.int32),
+            token_index=np.full(tokens, null_index), positions=np.zeros(tokens, np.int64),
+            slots=tuple(np.full(tokens, NULL_BLOCK * kv.layout.block_size) for _ in kv.layout.groups))
+        self._inputs = StaticColumns(self._padding.flat(), model.build.device)
         self._record(pool)
 
     def _record(self, pool: Any) -> None:
@@ -108,7 +154,7 @@ class Graph:
         torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            logits, self._drawn = self._step()  # [B, V] in the model's dtype, [B] int64
+            logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
 
     def _run(self) -> None:
@@ -116,54 +162,65 @@ class Graph:
 
     @property
     def pool(self) -> Any:
-        """The memory that its intermediate values and its logits live in; graphs that never run at once may share it."""
+        """The memory of its intermediate values and logits; graphs that never run at the same time may share it."""
         return self._graph.pool()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        (shared, query_start, rows, seq_lens, sample_places, temperature, keys, changed, new_blocks, places, positions,
-         *slots) = self._inputs.tensors
-        shape = self.shape
+        x, shape = Inputs.of(self._inputs.tensors), self.shape
         tokens = self._table.tokens.view(-1)
-        self._table.device_tables.view(-1).index_copy_(0, changed, new_blocks)
+        self._table.device_tables.view(-1).index_copy_(0, x.changed, x.new_blocks)
+        if len(x.drafts):
+            tokens.index_copy_(0, x.draft_index, x.drafts)
         chunk = shape.tokens // shape.seqs
-        lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # whatever they are: only their sum counts
+        lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # of mixed steps only the sum matters
         batch = InputBatch(
-            tokens=tokens.index_select(0, places), positions=positions, query_start=query_start, seq_lens=seq_lens, slots=tuple(slots),
-            block_tables=tuple(table.index_select(0, rows) for table in self._table.device_tables), logit_rows=rows,
+            tokens=tokens.index_select(0, x.token_index), positions=x.positions, query_start=x.query_start, seq_lens=x.seq_lens,
+            slots=x.slots, block_tables=tuple(table.index_select(0, x.rows) for table in self._table.device_tables), logit_rows=x.rows,
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
-            last_only=shape.tokens - shape.seqs >= LAST_ONLY, shared=shared if shape.sharing else None,
+            last_only=not shape.decodes and shape.tokens - shape.seqs >= LAST_ONLY, shared=x.shared_keys if shape.sharing else None,
+            query_width=shape.query_width,
         )
-        hidden = self._model.forward(batch, self._kv.layers, self._kv.shape.block_size)
-        if len(hidden) > shape.seqs:
-            hidden = hidden.index_select(0, query_start[1:] - 1)
+        hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
+        if len(hidden) > shape.logits_rows:
+            hidden = hidden.index_select(0, x.query_start[1:] - 1)
         logits = self._model.logits(hidden, dtype=None)
-        drawn = self._model.build.ops.sample(logits, temperature, keys)
-        tokens.index_copy_(0, sample_places, drawn.to(torch.int32))
-        return logits, drawn
+        sampled = self._model.build.ops.sample(logits, x.temperature, x.keys)
+        tokens.index_copy_(0, x.sample_index, sampled.to(torch.int32))
+        return logits, sampled
 
-    def replay(self, c: Columns, changes: tuple[Array, Array], temperature: Array, keys: Array) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] in the model's dtype and drawn tokens [n] int64, valid until the next step. changes: see `RowTable`."""
-        n = len(c.rows)
-        sample_places = self._empty[4][:n].copy()
-        sample_places[c.source] = c.sample_places
-        by_seq = [c.rows, c.seq_lens, sample_places, temperature, keys]
-        columns = [np.array([c.shared_keys]), c.query_start, *by_seq, *changes, c.places, c.positions, *c.slots]
-        padded = []
-        for column, empty in zip(columns, self._empty, strict=True):
-            if len(column) < len(empty):
-                whole = empty.copy()
-                whole[: len(column)] = column
-            else:
-                whole = column.astype(empty.dtype, copy=False)
-            padded.append(whole)
+    def replay(self, c: Columns, changes: tuple[Array, Array], sampler: Sampler) -> tuple[Tensor, Tensor, Array | None]:
+        """-> logits [R, V] in the model's dtype and sampled tokens [R] int64, valid until the next step, and of each logits row
+        of `c` its index among the R; None: they are the same. changes: see `RowTable`."""
+        if self.shape.decodes:
+            count, order = len(c.token_index), c.logits_rows
+            rows, positions = np.repeat(c.rows, c.query_width), c.positions + 1  # of the tokens that the R rows sample
+        else:
+            count, order = len(c.rows), c.source
+            rows, positions = c.rows, c.seq_lens
+        temperature, keys = sampler.plain_columns(rows, positions)
+        sample_index = self._padding.sample_index[:count].copy()
+        sample_index[order] = c.sample_index
+        filled = Inputs(np.array([c.shared_keys]), c.query_start, c.rows, c.seq_lens, sample_index, temperature, keys, c.draft_index,
+                        c.drafts, *changes, c.token_index, c.positions, tuple(c.slots))
+        padded = [_pad(column, padding) for column, padding in zip(filled.flat(), self._padding.flat(), strict=True)]
         if not self.shape.decodes:
-            padded[1][n:] = c.query_start[-1]
+            padded[1][len(c.rows) :] = c.query_start[-1]
         self._inputs.fill(padded)
         self._run()
-        return self._logits[:n], self._drawn[:n]
+        in_order = len(order) == count and bool((order[1:] > order[:-1]).all())
+        return self._logits[:count], self._sampled[:count], None if in_order else order
 
 
-class _Memory:
+def _pad(column: Array, padding: Array) -> Array:
+    """The column, lengthened by the end of `padding`."""
+    if len(column) == len(padding):
+        return column.astype(padding.dtype, copy=False)
+    whole = padding.copy()
+    whole[: len(column)] = column
+    return whole
+
+
+class _DeviceMemory:
     """Device memory for `torch.as_tensor`, by the CUDA array interface."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -172,10 +229,10 @@ class _Memory:
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """The same memory, which is free for others once `tensor` is gone: graphs that never run at once need only one place for logits.
+    """A view that does not keep the memory of `tensor` allocated, so that the next graph's logits can use it.
 
-    Whoever reads it must have asked the stream to before the next replay, and the graphs' pool must be alive."""
-    same = torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
+    The graphs' pool must stay alive. Enqueue any read of this tensor on the same stream before the next replay."""
+    same = torch.as_tensor(_DeviceMemory(tensor), device=tensor.device).view(tensor.dtype)
     assert tensor.is_contiguous() and same.data_ptr() == tensor.data_ptr()
     return same
 
@@ -183,16 +240,11 @@ def _unowned(tensor: Tensor) -> Tensor:
 class StepGraphs:
     """All graphs of a runner, captured largest first so that they share memory."""
 
-    def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        most = min(max_num_seqs, DECODES[-1])
-        sizes = [size for size in DECODES if size < most] + [most]
-        mixed = mixed_shapes(model.spec, max_num_batched_tokens)
-        whole = table.tokens.shape[1]
-        shapes = [Shape(size, size, size, SHORT) for size in sizes if size <= FEW and whole > SHORT]
-        shapes += [Shape(size, size, size, whole) for size in sizes]
-        shapes += [Shape(size, size, size, whole, True) for size in sharing_sizes(most, whole) if table.sharing]
-        shapes += [Shape(t, b, 0, whole) for t, b in sorted({(t, min(b, most)) for t, b in mixed})]
-        graphs: dict[Shape, Graph] = {}
+    def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int,
+                 query_widths: Sequence[int] = (1,)) -> None:
+        """query_widths: tokens of the captured decodes, at least 1; 1 plus the number of drafts."""
+        shapes = list(graph_shapes(model.spec, table, max_num_seqs, max_num_batched_tokens, query_widths))
+        graphs: dict[GraphShape, Graph] = {}
         pool = None
         free_before = torch.cuda.mem_get_info(model.build.device)[0]
         with torch.inference_mode():
@@ -203,20 +255,37 @@ class StepGraphs:
         self._decodes = [graph for graph in by_size if graph.shape.decodes and not graph.shape.sharing]
         self._sharing = [graph for graph in by_size if graph.shape.sharing]
         self._mixed = [graphs[shape] for shape in shapes if not shape.decodes]
-        group = kv.shape.groups[0]
-        self._key_bytes = 2 * group.kv_heads * group.head_dim * kv.shape.dtype.itemsize  # of a key and its value, in one layer
+        self._token_bytes = kv.layout.token_bytes
         self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
-        model.build.ops.before_replays(model.build.device)  # compiled now rather than while the first request waits
-        log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), most,
+        model.build.ops.before_replays(model.build.device)  # compiles it now, before the first request waits for it
+        log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), max(s.decodes for s in shapes),
                  max((shape.tokens for shape in shapes if not shape.decodes), default=0), self.bytes_taken >> 20)
 
     def find(self, columns: Columns) -> Graph | None:
-        """The smallest graph that a step fits into; None: it runs eagerly."""
+        """The smallest graph that holds a step; None: it runs eagerly."""
         if not columns.simple:
             return None
-        n, tokens, longest, graphs = len(columns.rows), len(columns.places), 0, self._mixed
+        n, tokens, longest, width, graphs = len(columns.rows), len(columns.token_index), 0, 1, self._mixed
         if columns.num_decodes == n:
-            graphs, longest = self._decodes, int(columns.seq_lens.max())
-            if (n - 1) * columns.shared_keys * self._key_bytes >= WORTH_SHARING:
+            graphs, longest, width = self._decodes, int(columns.seq_lens.max()), columns.query_width
+            if (n - 1) * columns.shared_keys * self._token_bytes >= WORTH_SHARING:
                 graphs = self._sharing
-        return next((g for g in graphs if tokens <= g.shape.tokens and n <= g.shape.seqs and longest <= g.shape.longest), None)
+        return next((g for g in graphs if tokens <= g.shape.tokens and n <= g.shape.seqs and longest <= g.shape.longest
+                     and width == g.shape.query_width), None)
+
+
+def graph_shapes(
+    spec: ModelSpec, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int, query_widths: Sequence[int],
+) -> Iterator[GraphShape]:
+    """The shapes to capture; mixed ones from the smallest to the largest."""
+    most, whole = min(max_num_seqs, DECODES[-1]), table.tokens.shape[1]
+    sizes = [size for size in DECODES if size < most] + [most]
+    for width in query_widths:
+        for size in sizes:
+            if size <= FEW and whole > SHORT:
+                yield GraphShape(size * width, size, size, SHORT)
+            yield GraphShape(size * width, size, size, whole)
+        for size in sharing_sizes(most, whole) if table.sharing else ():
+            yield GraphShape(size * width, size, size, whole, True)
+    for tokens, seqs in sorted({(tokens, min(seqs, most)) for tokens, seqs in mixed_shapes(spec, max_num_batched_tokens)}):
+        yield GraphShape(tokens, seqs, 0, whole)

@@ -1,15 +1,16 @@
-"""The KV cache's tensors: one pool of blocks for all KV groups, and a second pool in host memory for blocks without room.
+"""The KV cache's memory: one pool of blocks for all KV groups, and a second pool in host memory for offloaded blocks.
 
-    tensor pair j                block 0     block 1      block 2      ...
-    k, v of the j-th layer    |  null     | group 0's  | group 1's  |        a block belongs to one group at a time, and holds
-    of whatever group owns    |  block    | layer j    | layer j    |        that group's j-th layer in pair j
+    tensor j                     block 0     block 1      block 2      ...
+    pages of the j-th layer   |  null     | group 0's  | group 1's  |        a block belongs to one group at a time, and holds
+    of the group that owns    |  block    | layer j    | layer j    |        that group's j-th layer in tensor j
     the block                 |           |            |            |
 
-So a model with alternating windows needs half as many tensor pairs as layers, and blocks go to the group that needs them.
+So a model with alternating windows needs half as many tensors as layers, and blocks go to the group that needs them. What a page
+holds is known to the group's `KVCacheSpec` alone: copies and moves here work on raw bytes.
 """
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,74 +18,91 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import StepPlan
-from minivllm.families import KVSpec, num_kv_tensors
+from minivllm.errors import ModelError
+from minivllm.families import KVGroup, ModelSpec, kv_groups, num_kv_tensors
 from minivllm.kernels import Ops
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.upload import upload
+from minivllm.quantization.kv_cache import DenseKV, KVCacheSpec, KVFormat
 
-_CACHE_LINE = 64
-_MOVE_AT_ONCE = 8  # blocks in the staging memory of a move
+_CACHE_LINE = 64  # bytes
+_BLOCKS_STAGED = 8  # blocks in the staging memory of a move
 
 
 @dataclass(frozen=True, slots=True)
-class BlockShape:
-    """How a model's keys and values are cut into blocks."""
+class KVLayout:
+    """How a model's keys and values are cut into blocks. Raises `ModelError` if its layers cannot share blocks."""
 
-    groups: tuple[KVSpec, ...]
-    block_size: int
-    dtype: torch.dtype
+    groups: tuple[KVGroup, ...]
+    specs: tuple[KVCacheSpec, ...]  # one per group
+    block_size: int  # tokens
+
+    def __post_init__(self) -> None:
+        sizes = {spec.piece_bytes(self.block_size) for spec in self.specs}
+        if len(sizes) > 1:
+            raise ModelError(f"layers with KV pages of different sizes ({sorted(map(sum, sizes))} bytes) are not supported yet", "model")
+
+    @classmethod
+    def of(cls, spec: ModelSpec, block_size: int, dtype: torch.dtype, kv_format: KVFormat = DenseKV.of) -> KVLayout:
+        """The layout of a model whose activations have this dtype."""
+        groups = kv_groups(spec)
+        return cls(groups, tuple(kv_format(group, dtype) for group in groups), block_size)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each group."""
+        return tuple(group.window for group in self.groups)
+
+    @property
+    def piece_bytes(self) -> tuple[int, ...]:
+        """Of one page: one block of one layer."""
+        return self.specs[0].piece_bytes(self.block_size)
 
     @property
     def block_bytes(self) -> int:
-        """Of one block in all its tensors."""
-        group = self.groups[0]
-        return 2 * num_kv_tensors(self.groups) * self.block_size * group.kv_heads * group.head_dim * self.dtype.itemsize
+        """Of one block in all tensors."""
+        return num_kv_tensors(self.groups) * sum(self.piece_bytes)
 
-    def blocks_of(self, num_tokens: int, chunk: int) -> int:
-        """Blocks that one sequence holds at most on its way to `num_tokens`, computed in steps of at most `chunk`."""
-        total = 0
-        for group in self.groups:
-            blocks = -(-num_tokens // self.block_size)
-            if group.window is not None:  # what the window reaches back, the chunk, and one for the edge
-                blocks = min(blocks, -(-(group.window - 1 + min(chunk, num_tokens)) // self.block_size) + 1)
-            total += blocks
-        return total
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's key and value in one layer, as attention reads them."""
+        return sum(self.specs[0].piece_bytes(1))
 
-    def longest(self, num_blocks: int, limit: int, chunk: int) -> int:
-        """The longest sequence, at most `limit`, for which `num_blocks` blocks (the null block among them) suffice."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.blocks_of(middle, chunk) < num_blocks else (low, middle - 1)
-        return low
+    def allocate(self, num_blocks: int, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+        """Zeroed pages of every tensor, by piece: [num_blocks, bytes of the piece] uint8 each."""
+        return tuple(tuple(_zeros((num_blocks, size), device) for size in self.piece_bytes) for _ in range(num_kv_tensors(self.groups)))
+
+    def views(self, pages: Sequence[Sequence[Tensor]]) -> tuple[KVLayer, ...]:
+        """Each layer's keys and values in the pages of `allocate`: one entry per layer of the model."""
+        of_layer = {layer: spec.view(pages[j], self.block_size)
+                    for group, spec in zip(self.groups, self.specs, strict=True) for j, layer in enumerate(group.layers)}
+        return tuple(of_layer[layer] for layer in sorted(of_layer))
 
 
 class KVCache:
-    """Device and host tensors, and the copies between their blocks that ride on plans.
+    """Device and host memory, and the copies between their blocks that plans order.
 
-    In host memory the pieces of one block lie side by side, [num_host_blocks, tensors, block_size, kv_heads, head_dim], so that
-    a block crosses in one transfer.
+    In host memory all pieces of a block lie side by side, [num_host_blocks, bytes of a block], so that a block crosses in one
+    transfer.
     """
 
-    def __init__(self, shape: BlockShape, num_blocks: int, num_host_blocks: int, device: torch.device, ops: Ops) -> None:
-        self.shape, self.num_blocks, self.num_host_blocks = shape, num_blocks, num_host_blocks
+    def __init__(self, layout: KVLayout, num_blocks: int, num_host_blocks: int, device: torch.device, ops: Ops) -> None:
+        self.layout, self.num_blocks, self.num_host_blocks = layout, num_blocks, num_host_blocks
         self._device, self._ops = device, ops
-        pairs = num_kv_tensors(shape.groups)
-        piece = (shape.block_size, shape.groups[0].kv_heads, shape.groups[0].head_dim)
-        self.layers = tuple(KVLayer(_zeros((num_blocks, *piece), shape.dtype, device), _zeros((num_blocks, *piece), shape.dtype, device))
-                            for _ in range(pairs))
-        self._tensors = [t for layer in self.layers for t in (layer.k, layer.v)]
+        pages = layout.allocate(num_blocks, device)
+        self.layers = layout.views(pages)
+        self._pieces = [_widest(piece) for pieces in pages for piece in pieces]
         cuda = device.type == "cuda"
-        self._host = _zeros((num_host_blocks, 2 * pairs, *piece), shape.dtype, torch.device("cpu"), pinned=cuda)
+        self._host = _zeros((num_host_blocks, layout.block_bytes), torch.device("cpu"), pinned=cuda)
         self._stream = torch.cuda.Stream(device) if cuda and num_host_blocks else None
         self._moving: list[tuple[torch.cuda.Event, tuple[int, ...]]] = []  # moves under way on the side stream, oldest first
 
     def apply(self, plan: StepPlan) -> tuple[int, ...]:
-        """Start a plan's moves and make its copies; the ids of moves that are finished already.
+        """Start a plan's moves and make its copies. Returns the ids of moves that are finished already.
 
-        Moves out run beside the computation: their blocks are free for others only once they are reported finished. Blocks that
-        are moved in may be read by this very step, so the computing stream waits for them (the host does not). What earlier
-        steps still do with any of these blocks comes first, which is why the side stream waits for the computing one.
+        Moves out overlap with the computation: their blocks may be reused only once they are reported finished. This step may
+        read blocks that are moved in, so the computing stream waits for them (the host does not). Earlier steps may still use
+        any of these blocks, so the side stream waits for the computing one.
         """
         finished: tuple[int, ...] = ()
         if plan.moves_out or plan.moves_in:
@@ -103,24 +121,25 @@ class KVCache:
                     torch.cuda.current_stream(self._device).wait_event(done)
         if plan.copies:
             src, dst = np.array([c.src for c in plan.copies], np.int64), np.array([c.dst for c in plan.copies], np.int64)
-            self._ops.copy_blocks(self.layers, *upload([src, dst], self._device))
+            self._ops.copy_blocks(self._pieces, *upload([src, dst], self._device))
         return finished
 
     def _move(self, plan: StepPlan) -> None:
         for moves, outward in ((plan.moves_out, True), (plan.moves_in, False)):
-            for start in range(0, len(moves), _MOVE_AT_ONCE):
-                some = moves[start : start + _MOVE_AT_ONCE]
+            for start in range(0, len(moves), _BLOCKS_STAGED):
+                some = moves[start : start + _BLOCKS_STAGED]
                 (blocks,) = upload([np.array([m.device_block for m in some], np.int64)], self._device)
                 if outward:
-                    staged = torch.stack([t.index_select(0, blocks) for t in self._tensors], dim=1)  # [n, tensors, ...]
-                    for i, m in enumerate(some):
-                        self._host[m.host_block].copy_(staged[i], non_blocking=True)
+                    staged = torch.cat([piece.index_select(0, blocks).view(torch.uint8) for piece in self._pieces], dim=1)
+                    for row, m in zip(staged, some, strict=True):
+                        self._host[m.host_block].copy_(row, non_blocking=True)
                 else:
-                    staged = torch.empty((len(some), *self._host.shape[1:]), dtype=self._host.dtype, device=self._device)
-                    for i, m in enumerate(some):
-                        staged[i].copy_(self._host[m.host_block], non_blocking=True)
-                    for j, t in enumerate(self._tensors):
-                        t.index_copy_(0, blocks, staged[:, j])
+                    staged = torch.empty((len(some), self.layout.block_bytes), dtype=torch.uint8, device=self._device)
+                    for row, m in zip(staged, some, strict=True):
+                        row.copy_(self._host[m.host_block], non_blocking=True)
+                    sizes = [piece.shape[1] * piece.itemsize for piece in self._pieces]
+                    for piece, part in zip(self._pieces, staged.split(sizes, dim=1), strict=True):
+                        piece.index_copy_(0, blocks, part.contiguous().view(piece.dtype))
 
     def finished_moves(self, wait: bool) -> tuple[int, ...]:
         """Ids of moves that ended since the last call, in order; with `wait`, of all that were started."""
@@ -136,11 +155,16 @@ class KVCache:
         return tuple(ids)
 
 
-def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
-    """Zeros; on a CPU the system's own, so that blocks never written are not resident memory."""
+def _widest(piece: Tensor) -> Tensor:
+    """The same bytes in elements of 8 bytes where they divide: [num_blocks, n]."""
+    return piece.view(torch.int64) if piece.shape[1] % 8 == 0 else piece
+
+
+def _zeros(size: tuple[int, int], device: torch.device, pinned: bool = False) -> Tensor:
+    """Zero bytes. On a CPU they come from the operating system, so blocks never written are not resident memory."""
     if device.type != "cpu" or pinned:
-        return torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
-    num_bytes = math.prod(size) * dtype.itemsize
+        return torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+    num_bytes = size[0] * size[1]
     raw = np.zeros(num_bytes + _CACHE_LINE, np.uint8)
     start = -raw.ctypes.data % _CACHE_LINE
-    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(size)
+    return torch.from_numpy(raw[start : start + num_bytes]).view(size)

@@ -1,17 +1,21 @@
 """The model runner: a plan goes in, a result comes out, and the device works meanwhile.
 
     launch(plan)     row table, block copies and moves, pack, forward       returns while a GPU still computes
-    sample(handle)   pick rows -> logits -> sample -> into the token table   likewise; a copy to the host is started
-                     (a captured graph has done all of this in `launch`, unless a row asks for more than a plain draw)
-    wait()           the only place that waits for the device
+    sample(step)     pick rows -> logits -> sample -> into the token table   likewise; a copy to the host is started
+                     (a captured graph has done all of this in `launch`, unless a row needs more than a plain sample)
+    wait()           the only call that waits for the device
 
-Logits are never held for more than MAX_LOGIT_ROWS rows at a time, prompt logprobs included: 256 rows of a vocabulary of
-150,000 are 150 MB, a prompt of 8,000 would be 5 GB.
+A request with drafts has one logits row per draft more. Each row samples its own token with the noise of its own position, as if
+the drafts before it were output. So a draft is accepted exactly if it equals the token sampled before it, and the accepted tokens are
+those of plain decoding, whatever the sampling parameters.
+
+At most MAX_LOGIT_ROWS rows of logits exist at a time, prompt logprobs included: 256 rows of a vocabulary of 150,000 are 150 MB, and a
+prompt of 8,000 tokens would take 5 GB.
 """
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,71 +39,104 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Handle:
-    """A launched step: what its sampling needs. Neither `forward` nor `replay` is there if the plan held no request, or failed."""
+class EagerStep:
+    """A step whose forward pass was launched kernel by kernel."""
 
-    plan: StepPlan
-    finished_moves: tuple[int, ...]
-    forward: tuple[Packed, Tensor] | None = None  # an eager step, and its hidden states: [T, hidden], or [B, hidden] of last tokens
-    replay: Replay | None = None
-    error: str | None = None
+    packed: Packed
+    hidden: Tensor  # [T, hidden], or [B, hidden] of last tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
-    """A step that a graph has computed, in the batch's order."""
+class ReplayedStep:
+    """A step that a graph has computed up to sampled tokens. R rows: one per token of a decode, one per sequence of a mixed step."""
 
     columns: Columns
-    logits: Tensor  # [n, V] in the model's dtype
-    drawn: Tensor  # [n] int64: a plain draw for each sequence
+    logits: Tensor  # [R, V] in the model's dtype
+    sampled: Tensor  # [R] int64: a plain sample of each row
+    order: Array | None  # [L] of the R rows: where the logits rows of the columns are; None: all rows in order
 
 
-class Pending:
-    """A step on its way: results are on the device, their copies to the host under way."""
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A launched step: what its sampling needs. `work` is None if the plan held no request, or failed."""
 
-    def __init__(self, handle: Handle, kv: KVCache, token_ids: Sequence[Tensor], logprobs: Sequence[tuple[int, LogprobColumns]],
-                 prompt_logprobs: Sequence[LogprobColumns], error: str | None, order: Array | None = None) -> None:
-        """order: where each sample's token is among `token_ids`; None: they are in order."""
-        self._handle, self._kv, self._error, self._order = handle, kv, error, order
+    plan: StepPlan
+    finished_moves: tuple[int, ...]
+    work: EagerStep | ReplayedStep | None = None
+    error: str | None = None
+
+
+class SampledStep:
+    """A step whose results are on the device, with their copies to the host under way."""
+
+    def __init__(self, step: LaunchedStep, kv: KVCache, token_ids: Sequence[Tensor] = (),
+                 logprobs: Sequence[tuple[int, LogprobColumns]] = (), prompt_logprobs: Sequence[LogprobColumns] = (),
+                 error: str | None = None, order: Array | None = None) -> None:
+        """token_ids: together the tokens of all logits rows. logprobs: (first logits row, columns). order: of each logits row, where its
+        token is among `token_ids`; None: they are in order."""
+        self._step, self._kv, self._error, self._order = step, kv, error, order
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         tensors = [*token_ids, *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
         self._num_token_tensors = len(token_ids)
         self._host, self._event = _to_host(tensors)
 
     def wait(self) -> StepResult:
-        """The step's result; waits for the device if need be."""
+        """The step's result; waits for the device if necessary."""
         if self._event is not None:
             self._event.synchronize()
-        plan = self._handle.plan
-        # The blocks of a failed step are given up at once, so nothing may still be writing to them.
-        moves = self._handle.finished_moves + self._kv.finished_moves(wait=not plan.rows or self._error is not None)
+        plan = self._step.plan
+        # The blocks of a failed step are freed at once, so no move may still be writing to them.
+        moves = self._step.finished_moves + self._kv.finished_moves(wait=not plan.rows or self._error is not None)
         if self._error is not None:
             return StepResult(step_id=plan.step_id, token_ids=(), finished_moves=moves, error=self._error)
         host = iter(self._host)
-        token_ids = [t for _ in range(self._num_token_tensors) for t in next(host).tolist()]
+        tokens = [t for _ in range(self._num_token_tensors) for t in next(host).tolist()]
         if self._order is not None:
-            token_ids = [token_ids[i] for i in self._order.tolist()]
-        logprobs: list[tuple[TokenLogprobs, ...] | None] = []
+            tokens = [tokens[i] for i in self._order.tolist()]
+        entries: list[TokenLogprobs | None] = []
         if self._logprobs:
-            logprobs = [None] * len(token_ids)
+            entries = [None] * len(tokens)
             for offset, columns in self._logprobs:
-                entries = columns.entries([next(host) for _ in columns.tensors()])
-                for i, entry in zip(columns.index.tolist(), entries, strict=True):
-                    logprobs[offset + i] = (entry,)
+                some = columns.entries([next(host) for _ in columns.tensors()])
+                for i, entry in zip(columns.index.tolist(), some, strict=True):
+                    entries[offset + i] = entry
         prompt = [e for columns in self._prompt_logprobs for e in columns.entries([next(host) for _ in columns.tensors()])]
-        return StepResult(step_id=plan.step_id, token_ids=tuple((t,) for t in token_ids), logprobs=tuple(logprobs),
-                          prompt_logprobs=self._by_request(prompt), finished_moves=moves)
+        token_ids, logprobs = by_sample(plan, tokens, entries)
+        return StepResult(step_id=plan.step_id, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=self._by_request(prompt),
+                          finished_moves=moves)
 
     def _by_request(self, entries: list[TokenLogprobs]) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]:
-        pieces, at = [], 0
-        for piece in self._handle.forward[0].prompt_pieces if self._handle.forward else ():
-            pieces.append((piece.request, piece.first, tuple(entries[at : at + piece.count])))
-            at += piece.count
-        return tuple(pieces)
+        parts, at = [], 0
+        for span in self._step.work.packed.columns.prompt_spans if isinstance(self._step.work, EagerStep) else ():
+            parts.append((span.request, span.first, tuple(entries[at : at + span.count])))
+            at += span.count
+        return tuple(parts)
+
+
+def by_sample(
+    plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs | None],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[TokenLogprobs, ...] | None, ...]]:
+    """Tokens and logprobs of all logits rows -> those of each sample: up to the first draft that was not sampled."""
+    if not any(plan.drafts):
+        return tuple((t,) for t in tokens), tuple(None if entry is None else (entry,) for entry in logprobs)
+    token_ids: list[tuple[int, ...]] = []
+    entries: list[tuple[TokenLogprobs, ...] | None] = []
+    at = 0
+    for column in plan.sample_from:
+        drafts = plan.drafts[column]
+        kept = 1
+        while kept <= len(drafts) and tokens[at + kept - 1] == drafts[kept - 1]:
+            kept += 1
+        token_ids.append(tuple(tokens[at : at + kept]))
+        if logprobs:
+            some = [entry for entry in logprobs[at : at + kept] if entry is not None]
+            entries.append(tuple(some) or None)
+        at += 1 + len(drafts)
+    return tuple(token_ids), tuple(entries)
 
 
 def _to_host(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
-    """Copies in pinned memory and the event after which they are whole; on a CPU the tensors themselves."""
+    """Copies in pinned memory and the event after which they are complete; on a CPU the tensors themselves."""
     if not tensors or tensors[0].device.type == "cpu":
         return list(tensors), None
     host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
@@ -109,19 +146,20 @@ def _to_host(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event 
 
 
 class ModelRunner:
-    """One model, its KV cache, and the rows under way."""
+    """One model, its KV cache, and the rows of the running sequences."""
 
     def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
-                 graph_tokens: int = 0) -> None:
-        """graph_tokens: capture CUDA graphs of decodes and of mixed steps up to this many tokens; 0: none."""
+                 graph_tokens: int = 0, query_widths: Sequence[int] = (1,)) -> None:
+        """graph_tokens: capture CUDA graphs of decodes, and of mixed steps up to this many tokens; 0: none.
+        query_widths: of the captured decodes, 1 plus their number of drafts."""
         self.model, self.kv = model, kv
         self._sizes = max_num_seqs, tuple(eos_token_ids)
-        groups = kv.shape.groups
-        whole = [g for g, group in enumerate(groups) if group.window is None]
-        self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.shape.block_size, model.build.device,
-                             whole if graph_tokens else ())
+        groups = kv.layout.groups
+        full_attention = [g for g, group in enumerate(groups) if group.window is None]
+        self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.layout.block_size, model.build.device,
+                             full_attention if graph_tokens else ())
         self.sampler = self._new_sampler()
-        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens) if graph_tokens else None
+        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths) if graph_tokens else None
         self._only_replays = False  # since the last call of `before_replays`
 
     @property
@@ -139,7 +177,7 @@ class ModelRunner:
         self.sampler = self._new_sampler()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Handle:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Everything up to the hidden states, or beyond. Out of memory fails the step, not the worker."""
         self.rows.apply(plan)
         moves = self.kv.apply(plan)
@@ -149,85 +187,113 @@ class ModelRunner:
             for admission in plan.admitted:
                 self.sampler.admit(admission)
             if not plan.rows:
-                return Handle(plan, moves)
+                return LaunchedStep(plan, moves)
             columns = self.rows.columns(plan)
-            graph = self._graphs.find(columns) if self._graphs is not None else None
-            if graph is not None:
-                changes = self.rows.changes()
-                if len(changes[0]) > graph.max_changes:
-                    self._only_replays = False
-                    self.rows.send_changes()
-                    changes = self.rows.changes()
-                if not self._only_replays:
-                    self.model.build.ops.before_replays(self.model.build.device)
-                    self._only_replays = True
-                logits, drawn = graph.replay(columns, changes, *self.sampler.plain_columns(columns.rows, columns.seq_lens))
-                self.rows.changes_sent()
-                return Handle(plan, moves, replay=Replay(columns, logits, drawn))
+            replayed = None if self._graphs is None else self._replay(self._graphs, columns)
+            if replayed is not None:
+                return LaunchedStep(plan, moves, replayed)
             self._only_replays = False
             packed = self.rows.send(columns)
-            return Handle(plan, moves, forward=(packed, self.model.forward(packed.batch, self.kv.layers, self.kv.shape.block_size)))
+            hidden = self.model.forward(packed.batch, self.kv.layers, self.kv.layout.block_size)
+            return LaunchedStep(plan, moves, EagerStep(packed, hidden))
         except (RuntimeError, MemoryError) as error:
-            return Handle(plan, moves, error=_failure(plan, error))
+            return LaunchedStep(plan, moves, error=_failure(plan, error))
+
+    def _replay(self, graphs: StepGraphs, columns: Columns) -> ReplayedStep | None:
+        """The step computed by a captured graph; None if no graph fits."""
+        graph = graphs.find(columns)
+        if graph is None:
+            return None
+        changes = self.rows.changes()
+        if len(changes[0]) > graph.max_changes:
+            self._only_replays = False
+            self.rows.send_changes()
+            changes = self.rows.changes()
+        if not self._only_replays:
+            self.model.build.ops.before_replays(self.model.build.device)
+            self._only_replays = True
+        logits, sampled, order = graph.replay(columns, changes, self.sampler)
+        self.rows.changes_sent()
+        return ReplayedStep(columns, logits, sampled, order)
 
     @torch.inference_mode()
-    def sample(self, handle: Handle, masks: TokenMasks | None = None) -> Pending:
-        """Choose the plan's samples and put them into the token table; `masks`: what grammars allow."""
-        error = handle.error
+    def sample(self, step: LaunchedStep, masks: TokenMasks | None = None) -> SampledStep:
+        """Choose the plan's tokens and put them into the token table. masks: the tokens that grammars allow."""
+        error = step.error
         try:
-            if handle.replay is not None:
-                return self._sample_replay(handle, handle.replay, masks)
-            if handle.forward is not None:
-                tokens, logprobs = self._sample(*handle.forward, masks)
-                return Pending(handle, self.kv, tokens, logprobs, self._prompt_logprobs(*handle.forward), None)
+            if isinstance(step.work, ReplayedStep):
+                return self._sample_replayed(step, step.work, masks)
+            if isinstance(step.work, EagerStep):
+                packed, hidden = step.work.packed, step.work.hidden
+                tokens, logprobs = self._sample_eager(packed, hidden, masks)
+                return SampledStep(step, self.kv, tokens, logprobs, self._prompt_logprobs(packed, hidden))
         except (RuntimeError, MemoryError) as failure:
-            error = _failure(handle.plan, failure)
-        return Pending(handle, self.kv, (), (), (), error)
+            error = _failure(step.plan, failure)
+        return SampledStep(step, self.kv, error=error)
 
-    def _sample_replay(self, handle: Handle, replay: Replay, masks: TokenMasks | None) -> Pending:
-        """The graph's own draw if that is enough, else a new one from its logits."""
-        c = replay.columns
-        in_order = np.array_equal(c.source, np.arange(len(c.rows)))
+    def _sample_replayed(self, step: LaunchedStep, work: ReplayedStep, masks: TokenMasks | None) -> SampledStep:
+        """The graph's own samples if they are enough, else new ones from its logits."""
+        c = work.columns
         if masks is None and self.sampler.all_plain(c.sample_rows):
-            return Pending(handle, self.kv, [replay.drawn], (), (), None, None if in_order else c.source)
+            return SampledStep(step, self.kv, [work.sampled], order=work.order)
         self._only_replays = False
-        source, places = upload([c.source, c.sample_places], replay.logits.device)
-        logits = replay.logits if in_order else replay.logits.index_select(0, source)
+        index, draft_index, drafts = upload([c.sample_index, c.draft_index, c.drafts], work.logits.device)
+        if len(c.drafts):  # the graph's samples have overwritten the drafts, which penalties must count
+            self.rows.write_tokens(draft_index, drafts)
+        logits = work.logits if work.order is None else work.logits.index_select(0, upload([work.order], work.logits.device)[0])
         choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks)
-        self.rows.write_sampled(places, choice.token_ids)
-        logprobs = () if choice.logprobs is None else ((0, choice.logprobs),)
-        return Pending(handle, self.kv, [choice.token_ids], logprobs, (), None)
+        self.rows.write_tokens(index, choice.token_ids)
+        return SampledStep(step, self.kv, [choice.token_ids], () if choice.logprobs is None else ((0, choice.logprobs),))
 
-    def _sample(self, packed: Packed, hidden: Tensor, masks: TokenMasks | None) -> tuple[list[Tensor], list[tuple[int, LogprobColumns]]]:
+    def _sample_eager(
+        self, packed: Packed, hidden: Tensor, masks: TokenMasks | None,
+    ) -> tuple[list[Tensor], list[tuple[int, LogprobColumns]]]:
         tokens: list[Tensor] = []
         logprobs: list[tuple[int, LogprobColumns]] = []
-        rows = packed.sample_rows
-        for start in range(0, len(rows), MAX_LOGIT_ROWS):
-            part = slice(start, min(start + MAX_LOGIT_ROWS, len(rows)))
+        c = packed.columns
+        for part in _parts(c):
             logits = self.model.logits(hidden[packed.batch.logit_rows[part]], dtype=None)  # [n, V]
             some_masks = None if masks is None else masks.part(part.start, part.stop)
-            choice = self.sampler.sample(logits, rows[part], packed.sample_positions[part], self.rows.tokens, some_masks)
-            self.rows.write_sampled(packed.sample_places[part], choice.token_ids)
+            choice = self.sampler.sample(logits, c.sample_rows[part], c.sample_positions[part], self.rows.tokens, some_masks)
+            self.rows.write_tokens(packed.sample_index[part], choice.token_ids)
             tokens.append(choice.token_ids)
             if choice.logprobs is not None:
-                logprobs.append((start, choice.logprobs))
+                logprobs.append((part.start, choice.logprobs))
         return tokens, logprobs
 
     def _prompt_logprobs(self, packed: Packed, hidden: Tensor) -> list[LogprobColumns]:
-        """Of the owed prompt positions, MAX_LOGIT_ROWS at a time, in the order of the pieces."""
+        """Those of the prompt positions that need them, MAX_LOGIT_ROWS at a time, in the order of the spans."""
         columns: list[LogprobColumns] = []
-        logit_rows = packed.batch.logit_rows[len(packed.sample_rows) :]
-        k = np.repeat([p.k for p in packed.prompt_pieces], [p.count for p in packed.prompt_pieces]).astype(np.int64)
+        spans = packed.columns.prompt_spans
+        logit_rows = packed.batch.logit_rows[len(packed.columns.sample_rows) :]
+        k = np.repeat([span.k for span in spans], [span.count for span in spans]).astype(np.int64)
         for start in range(0, len(logit_rows), MAX_LOGIT_ROWS):
             part = slice(start, start + MAX_LOGIT_ROWS)
-            targets = self.rows.tokens.view(-1)[packed.prompt_places[part]].long()
+            targets = self.rows.tokens.view(-1)[packed.prompt_index[part]].long()
             logits = self.model.logits(hidden[logit_rows[part]])
             columns.append(LogprobColumns.of(logits, targets, np.arange(len(targets)), k[part]))
         return columns
 
 
+def _parts(c: Columns) -> Iterator[slice]:
+    """Logits rows, MAX_LOGIT_ROWS at a time; rows of one sample stay together."""
+    total = len(c.sample_rows)
+    if not len(c.drafts):
+        yield from (slice(start, min(start + MAX_LOGIT_ROWS, total)) for start in range(0, total, MAX_LOGIT_ROWS))
+        return
+    follows = (c.sample_rows[1:] == c.sample_rows[:-1]) & (c.sample_positions[1:] == c.sample_positions[:-1] + 1)
+    ends = [*(np.flatnonzero(~follows) + 1).tolist(), total]  # of samples
+    start = last = 0
+    for end in ends:
+        if end - start > MAX_LOGIT_ROWS and last > start:
+            yield slice(start, last)
+            start = last
+        last = end
+    yield slice(start, total)
+
+
 def _failure(plan: StepPlan, error: Exception) -> str:
-    """The message for a failed step. A device that is lost stays lost: that is raised again."""
+    """The message for a failed step. A lost device cannot recover, so its error is raised again."""
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
         raise error
     log.error("step %d failed: %s", plan.step_id, error)

@@ -40,11 +40,11 @@ def greedy(llm: LLM) -> Greedy:
 
 
 def runner(llm: LLM) -> Any:
-    return llm.llm_engine.executor._runner  # type: ignore[attr-defined]
+    return llm.llm_engine.executor.runner  # type: ignore[attr-defined]
 
 
 def test_correct_kernels_pass_with_the_engines_own_tokens(llm: LLM) -> None:
-    result = check(runner(llm).model, runner(llm).kv.shape, greedy(llm))
+    result = check(runner(llm).model, runner(llm).kv.layout, greedy(llm))
     assert "refused" not in result and result["logits_apart"] < 1e-3 and result["tokens_short_of_best"] < 1e-3
 
 
@@ -52,11 +52,13 @@ def test_a_twin_model_shares_the_weights_and_uses_only_the_other_kernels(llm: LL
     model = runner(llm).model
     other = Ops(**{f.name: (lambda *args, name=f.name, **options: pytest.fail(name)) for f in dataclasses.fields(Ops)})
     twin = twin_with(model, other)
-    assert twin.layers[1].mlp.down.weight is model.layers[1].mlp.down.weight
-    held = [twin.build.ops, twin.rope._angles, twin.head._linear, twin.norm._norm, twin.layers[0].attention._self_attention,
-            twin.layers[1].attention.qkv._linear, twin.layers[0].mlp_norm._norm]
-    assert held == [other, other.rope_angles, other.fused_linear, other.rms_norm, other.self_attention, other.fused_linear, other.rms_norm]
-    assert model.head._linear is model.build.ops.fused_linear is not other.fused_linear  # the model itself is unchanged
+    assert twin.layers[1].mlp.down._matmul.weight is model.layers[1].mlp.down._matmul.weight
+    held = [twin.build.ops, twin.ropes[0]._angles, twin.head._matmul._fused_linear, twin.head._norm._norm,
+            twin.layers[0].attention._self_attention, twin.layers[1].attention.qkv._matmul._fused_linear, twin.layers[0].mlp.up._norm._norm,
+            twin.layers[0].mlp.up._activation]
+    assert held == [other, other.rope_angles, other.fused_linear, other.rms_norm, other.self_attention, other.fused_linear, other.rms_norm,
+                    other.silu_and_mul]
+    assert model.head._matmul._fused_linear is model.build.ops.fused_linear is not other.fused_linear  # the model itself is unchanged
 
 
 WRONG: dict[str, Callable[[Ops], Ops]] = {
@@ -74,7 +76,7 @@ WRONG: dict[str, Callable[[Ops], Ops]] = {
 def test_a_wrong_kernel_is_refused(llm: LLM, kind: str) -> None:
     model = twin_with(runner(llm).model, REFERENCE)
     wrong = twin_with(model, WRONG[kind](REFERENCE))
-    logits = [Trial(each, runner(llm).kv.shape).run() for each in (wrong, model)]
+    logits = [Trial(each, runner(llm).kv.layout).run() for each in (wrong, model)]
     distance = max(apart(*pair) for pair in zip(*logits, strict=True))
     assert distance > TOLERANCE
 
@@ -87,7 +89,7 @@ def test_tokens_that_are_not_greedy_are_refused(llm: LLM) -> None:
         outputs[2][7] = (outputs[2][7] + 1) % 12000
         return outputs
 
-    result = check(runner(llm).model, runner(llm).kv.shape, one_wrong)
+    result = check(runner(llm).model, runner(llm).kv.layout, one_wrong)
     assert result["tokens_short_of_best"] > TOKEN_TOLERANCE and "greedy token" in result["refused"]
     assert sum(r.output_len for r in check_requests()) == 64
 

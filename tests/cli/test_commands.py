@@ -128,10 +128,10 @@ class ScriptedWords:
 @pytest.fixture
 def words(folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedWords]:
     """Every engine that a command builds is replaced by this one."""
-    from minivllm.engine.engine import LLMEngine
+    from minivllm.engine import compose
 
     engine = ScriptedWords(folder)
-    monkeypatch.setattr(LLMEngine, "from_config", classmethod(lambda cls, config: engine))
+    monkeypatch.setattr(compose, "build_engine", lambda config: engine)
     yield engine
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

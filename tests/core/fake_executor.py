@@ -1,12 +1,12 @@
-"""An executor without a model, made to catch paging bugs: every wrong block, slot or order changes a token or trips an assertion.
+"""An executor without a model that finds paging bugs: every wrong block, slot or order changes a token or fails an assertion.
 
-Memory is real: a cell per slot. What is written for a token depends on the token, its position and the cell before it, read
-back through the block table (as keys and values depend on all earlier tokens), and the next token is a hash of every cell that
-its position may see in each KV group. `expected_outputs` computes the same from plain lists, without blocks, rows or plans.
+It has a memory with one cell per slot. The cell of a token depends on the token, its position and the cell before it, which is read
+through the block table (as keys and values depend on all earlier tokens). The next token is a hash of every cell that its position
+may see in each KV group. `expected_outputs` computes the same tokens from plain lists, without blocks, rows or plans.
 
-The executor is as hostile as the bridge allows: unwritten cells are poison, moves finish late and in any order (what moves out
-is read from the device only then, what moves in is written again then), a write to a block that another request's launched
-plan reads is refused, and a step that fails leaves junk wherever it wrote.
+The executor does the worst that the interface allows. Unwritten cells contain poison. Moves finish late and in any order: a block
+that moves out is read only when its move finishes, and a block that moves in is written once more then. A write to a block that
+another request's launched plan reads fails an assertion. A failed step leaves junk wherever it wrote.
 """
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def cell_of(token: int, position: int, before: int, group: int) -> int:
     return hash((token, position, before, group))
 
 
-def draw(visible: list[list[int]], position: int, seed: int, child: int) -> int:
-    """The token after `position`, given what each group may see there."""
+def sample_token(visible: list[list[int]], position: int, seed: int, child: int) -> int:
+    """The token after `position`, given the cells that each group may see there."""
     return hash((*map(tuple, visible), position, seed, child)) % VOCABULARY
 
 
 class Model:
-    """The same function from token history to next token, computed the plain way."""
+    """The same function from earlier tokens to next token, computed from plain lists."""
 
     def __init__(self, windows: tuple[int | None, ...]) -> None:
         self.windows = windows
@@ -51,7 +51,7 @@ class Model:
 
     def next_token(self, tokens: list[int], seed: int, child: int) -> int:
         visible = [cells[first_visible(window, len(tokens) - 1):] for cells, window in zip(self.cells(tokens), self.windows, strict=True)]
-        return draw(visible, len(tokens) - 1, seed, child)
+        return sample_token(visible, len(tokens) - 1, seed, child)
 
 
 def first_visible(window: int | None, position: int) -> int:
@@ -59,14 +59,14 @@ def first_visible(window: int | None, position: int) -> int:
 
 
 def stop_rule(tokens: list[int]) -> bool:
-    """Stands in for stop strings, which need text: whether the newest token completes one."""
+    """Whether the newest token completes a stop string. (Real stop strings need text, so this is a made-up rule.)"""
     return len(tokens) >= 2 and (tokens[-1] * 31 + tokens[-2]) % 41 == 0
 
 
 def expected_outputs(
     model: Model, prompt: tuple[int, ...], params: SamplingParams, seed: int, eos: tuple[int, ...], limit: int, child: int, stops: bool,
 ) -> tuple[list[int], str]:
-    """(outputs, finish reason) of one child, one token after another."""
+    """(outputs, finish reason) of one child, computed token by token."""
     outputs: list[int] = []
     total = limit if params.max_tokens is None else len(prompt) + params.max_tokens
     while len(prompt) + len(outputs) < total:
@@ -82,7 +82,7 @@ def expected_outputs(
 
 @dataclass
 class Row:
-    """What a worker holds for one row."""
+    """A worker's state of one row."""
 
     sequence_id: str
     tokens: list[int]
@@ -97,17 +97,17 @@ class Row:
 
 
 @dataclass
-class Launched:
-    """A plan whose result was not taken yet, and the blocks it reads: block -> request ids."""
+class LaunchedStep:
+    """A plan whose result was not fetched yet."""
 
     plan: StepPlan
     result: StepResult
-    reads: dict[int, set[str]] = field(default_factory=dict)
+    reads: dict[int, set[str]] = field(default_factory=dict)  # block that the plan reads -> request ids
     fails: bool = False
 
 
 class FakeExecutor:
-    """Runs plans in launch order. `chaos` decides when moves finish, what is drafted; None: moves finish at once, nothing is drafted."""
+    """Runs plans in launch order. `chaos` decides when moves finish and what is drafted. Without it, moves finish at once."""
 
     def __init__(self, config: SchedulerConfig, chaos: random.Random | None = None, drafts: bool = False) -> None:
         self.config = config
@@ -117,9 +117,9 @@ class FakeExecutor:
         self.device: list[list[Cell]] = [self._poison() for _ in range(config.num_blocks)]
         self.host: list[list[Cell]] = [self._poison() for _ in range(config.num_host_blocks)]
         self.rows: dict[int, Row] = {}
-        self.launched: deque[Launched] = deque()
-        self.moving: dict[int, tuple[BlockMove, list[Cell] | None]] = {}  # what an inward move carries; None: outward
-        self.arriving: dict[int, tuple[str, list[Cell]]] = {}  # device block -> (whose it is, what a move brings)
+        self.launched: deque[LaunchedStep] = deque()
+        self.moving: dict[int, tuple[BlockMove, list[Cell] | None]] = {}  # the content of a move in; None: a move out
+        self.arriving: dict[int, tuple[str, list[Cell]]] = {}  # device block -> (its sequence, the content that is moved in)
         self.num_moves = 0
         self.num_copies = 0
 
@@ -129,9 +129,9 @@ class FakeExecutor:
     # The executor's interface.
 
     def launch(self, plan: StepPlan, fails: bool = False) -> None:
-        """Run the plan; only moves linger. If it `fails`, its result will say so."""
+        """Run the plan at once; only its moves finish later. With `fails`, its result will be an error."""
         self._check_shape(plan)
-        entry = Launched(plan, StepResult(plan.step_id, ()), fails=fails)
+        entry = LaunchedStep(plan, StepResult(plan.step_id, ()), fails=fails)
         self.launched.append(entry)
         for admission in plan.admitted:
             self._admit(plan, admission)
@@ -163,7 +163,7 @@ class FakeExecutor:
         entry.result = StepResult(plan.step_id, samples, drafts=self._propose(plan) if self.drafts else ())
 
     def wait(self) -> tuple[StepPlan, StepResult]:
-        """The oldest plan's result, with the moves that happen to be finished by now."""
+        """The oldest plan and its result, with the moves that are finished now."""
         entry = self.launched.popleft()
         plan = entry.plan
         only_moves = not plan.rows and not plan.moves_out
@@ -191,7 +191,7 @@ class FakeExecutor:
     def drop_rows(self) -> None:
         self.rows.clear()
 
-    # Steps of a step.
+    # Parts of a step.
 
     def _check_shape(self, plan: StepPlan) -> None:
         count = len(plan.rows)
@@ -207,13 +207,13 @@ class FakeExecutor:
         self.rows[admission.row] = Row(admission.request_id, list(admission.token_ids), [list(g) for g in admission.block_ids],
                                        admission.seed, admission.child_index)
         if admission.row not in plan.rows:
-            assert admission.row in plan.sample_rows, "admitted for nothing"
+            assert admission.row in plan.sample_rows, "a row is admitted that neither computes nor samples"
             return
         column = plan.rows.index(admission.row)
-        assert not any(plan.new_blocks[column]), "an admission says all blocks; there is nothing to append"
-        own = -(-plan.starts[column] // self.config.block_size)
+        assert not any(plan.new_blocks[column]), "an admission contains all blocks, so none may be appended"
+        first_new = -(-plan.starts[column] // self.config.block_size)
         for table in self.rows[admission.row].tables:
-            for block in table[own:]:  # past what was found: fresh
+            for block in table[first_new:]:  # after the computed blocks
                 self._refuse_foreign_write(block, "")
                 self.device[block] = self._poison()
 
@@ -240,12 +240,12 @@ class FakeExecutor:
             ids = ids[:self.chaos.randint(min(at_least, len(ids)), len(ids))]
         for move_id in ids:
             move, content = self.moving.pop(move_id)
-            if content is None:  # read only now: nobody may have written there since
+            if content is None:  # a move out is read only now: the block must not have been written in between
                 self.host[move.host_block] = list(self.device[move.device_block])
             else:
                 del self.arriving[move.device_block]
                 for offset, cell in enumerate(content):
-                    if cell is not POISON:  # land again: nobody but the owner may have put anything else there
+                    if cell is not POISON:  # a move in is written once more: only its sequence may have written there
                         assert self.host[move.host_block][offset] == cell, "a host block was overwritten while it was read"
                         self.device[move.device_block][offset] = cell
         return tuple(ids)
@@ -268,14 +268,14 @@ class FakeExecutor:
                 self.device[block][position % size] = cell_of(row.tokens[position], position, before, group)
                 owner, content = self.arriving.get(block, ("", []))
                 if owner == row.sequence_id:
-                    content[position % size] = POISON  # the step copies in before it writes, so this one does not land again
+                    content[position % size] = POISON  # moves in come before writes, so this cell is not written once more
         row.next_position = start + count
 
     def _read(self, table: list[int], position: int) -> int:
         block = table[position // self.config.block_size]
-        assert block != NULL_BLOCK, f"position {position} is out of the table's window"
+        assert block != NULL_BLOCK, f"position {position} is outside the window"
         cell = self.device[block][position % self.config.block_size]
-        assert cell is not POISON, f"block {block} is read where nothing was written"
+        assert cell is not POISON, f"block {block} is read at a slot that was not written"
         return cell
 
     def _refuse_foreign_write(self, block: int, request_id: str) -> None:
@@ -283,7 +283,7 @@ class FakeExecutor:
             readers = entry.reads.get(block, set()) - {request_id}
             assert not readers, f"block {block} is written by {request_id!r} while a launched plan of {readers} names it"
 
-    def _note_reads(self, entry: Launched, column: int) -> None:
+    def _note_reads(self, entry: LaunchedStep, column: int) -> None:
         row = self.rows[entry.plan.rows[column]]
         for table in row.tables:
             for block in table:
@@ -295,19 +295,19 @@ class FakeExecutor:
         column = plan.sample_from[sample]
         drafts = plan.drafts[column]
         position = plan.starts[column] + plan.num_tokens[column] - len(drafts) - 1
-        drawn: list[int] = []
+        sampled: list[int] = []
         for accepted in range(len(drafts) + 1):
             visible = [[self._read(table, p) for p in range(first_visible(window, position + accepted), position + accepted + 1)]
                        for table, window in zip(source.tables, self.config.kv_windows, strict=True)]
-            drawn.append(draw(visible, position + accepted, target.seed, target.child))
-            if accepted == len(drafts) or drafts[accepted] != drawn[-1]:
+            sampled.append(sample_token(visible, position + accepted, target.seed, target.child))
+            if accepted == len(drafts) or drafts[accepted] != sampled[-1]:
                 break
-        target.tokens[position + 1:] = drawn
-        target.next_position = position + len(drawn)
-        return tuple(drawn)
+        target.tokens[position + 1:] = sampled
+        target.next_position = position + len(sampled)
+        return tuple(sampled)
 
     def _propose(self, plan: StepPlan) -> tuple[tuple[int, ...], ...]:
-        """Guesses: some right, some wrong."""
+        """Drafts: some right, some wrong."""
         assert self.chaos is not None
         proposals = []
         for row in (self.rows[r] for r in plan.sample_rows):

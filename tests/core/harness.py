@@ -1,4 +1,4 @@
-"""Drives a scheduler and the fake executor through whole requests, checking every invariant after every call."""
+"""Runs a scheduler with the fake executor, and checks every invariant after every call."""
 from __future__ import annotations
 
 import random
@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.core.scheduler import NewRequest, Progress, Scheduler, SchedulerConfig
-from minivllm.sampling_params import SamplingParams
+from minivllm.core.scheduler import Scheduler, SchedulerConfig, SequenceUpdate
+from minivllm.engine_request import EngineRequest
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, Model, expected_outputs, stop_rule
+
+GRAMMAR = StructuredOutputsParams(choice=("a", "b"))  # a request with a grammar is never planned past a token whose value is unknown
 
 
 @dataclass
-class Answer:
-    """What came out for one child of one request."""
+class ChildOutput:
+    """The output of one child of one request."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -23,7 +26,7 @@ class Answer:
 
 
 class Harness:
-    """The engine loop of the design, with `check()` between all calls."""
+    """The engine loop, with `check()` between all calls."""
 
     def __init__(
         self, config: SchedulerConfig, *, chaos: random.Random | None = None, drafts: bool = False, stop_strings: bool = False,
@@ -32,8 +35,9 @@ class Harness:
         self.scheduler = Scheduler(config)
         self.executor = FakeExecutor(config, chaos, drafts)
         self.stop_strings = stop_strings
-        self.requests: dict[str, NewRequest] = {}
-        self.answers: dict[tuple[str, int], Answer] = {}
+        self.requests: dict[str, EngineRequest] = {}
+        self.seeds: dict[str, int] = {}
+        self.answers: dict[tuple[str, int], ChildOutput] = {}
         self.aborted: set[str] = set()
         self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
@@ -42,11 +46,11 @@ class Harness:
     def add(self, prompt: tuple[int, ...], params: SamplingParams | None = None, request_id: str | None = None, *,
             seed: int = 0, **options: object) -> str:
         name = request_id or f"r{len(self.requests)}"
-        new = NewRequest(name, tuple(prompt), params or SamplingParams(max_tokens=4), seed, self.now, **options)  # type: ignore[arg-type]
-        self.scheduler.add(new)
-        self.requests[name] = new
+        new = EngineRequest(name, tuple(prompt), params or SamplingParams(max_tokens=4), self.now, **options)  # type: ignore[arg-type]
+        self.scheduler.add(new, seed)
+        self.requests[name], self.seeds[name] = new, seed
         for index in range(new.params.n):
-            self.answers[name, index] = Answer()
+            self.answers[name, index] = ChildOutput()
         self.scheduler.check()
         return name
 
@@ -58,7 +62,7 @@ class Harness:
         return known
 
     def launch(self, fails: bool | Callable[[StepPlan], bool] = False) -> StepPlan | None:
-        """Plan and launch one step, if one can be planned. `fails`: whether it will turn out to have failed."""
+        """Plan and launch one step, if one can be planned. `fails`: whether its result will be an error."""
         self.now += 1.0
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
@@ -71,19 +75,19 @@ class Harness:
                 self.scheduler.check()
         return plan
 
-    def finish(self) -> list[Progress]:
-        """Take the oldest launched plan's result."""
+    def finish(self) -> list[SequenceUpdate]:
+        """Apply the oldest launched plan's result."""
         expected = self.in_flight.popleft()
         plan, result = self.executor.wait()
         assert plan is expected
-        progress = self.scheduler.update(plan, result, self._stops(plan, result), self.now)
+        updates = self.scheduler.update(plan, result, self._stops(plan, result), self.now)
         self.scheduler.check()
-        for p in progress:
-            self._take(p)
-        return progress
+        for update in updates:
+            self._record(update)
+        return updates
 
-    def step(self) -> list[Progress]:
-        """Plan as far ahead as the scheduler goes, then take one result. [] if there is nothing to do."""
+    def step(self) -> list[SequenceUpdate]:
+        """Launch until the scheduler has no more plan, then apply one result. [] if there is nothing to do."""
         while self.launch() is not None:
             pass
         if not self.in_flight:
@@ -92,12 +96,12 @@ class Harness:
         return self.finish()
 
     def run(self, max_steps: int = 5000) -> None:
-        """Until everything has ended, and then that nothing was leaked."""
+        """Run until all requests have finished, then check that nothing was leaked."""
         for _ in range(max_steps):
             if not self.scheduler.has_unfinished():
                 break
             self.step()
-        assert not self.scheduler.has_unfinished(), "requests do not end"
+        assert not self.scheduler.has_unfinished(), "requests do not finish"
         self.check_idle()
 
     def check_idle(self) -> None:
@@ -108,19 +112,19 @@ class Harness:
             assert stats.num_used_host_blocks == 0, "host blocks leaked"
 
     def check_answers(self) -> None:
-        """Every request that was not aborted or failed has exactly the tokens of the plain computation."""
+        """Check that every request that was not aborted or failed has exactly the tokens of the plain computation."""
         model = Model(self.config.kv_windows)
         for (name, index), answer in self.answers.items():
             new = self.requests[name]
-            outputs, reason = expected_outputs(model, new.prompt_token_ids, new.params, new.seed, new.eos_token_ids,
+            outputs, reason = expected_outputs(model, new.prompt_token_ids, new.params, self.seeds[name], self.config.eos_token_ids,
                                                self.limit(new), index, self.stop_strings)
             if name in self.aborted or answer.finish_reason == "error":
                 assert answer.tokens == outputs[:len(answer.tokens)], f"{name}#{index}"
             else:
                 assert (answer.tokens, answer.finish_reason) == (outputs, reason), f"{name}#{index}"
 
-    def limit(self, new: NewRequest) -> int:
-        return self.scheduler._door.max_tokens_total(new)
+    def limit(self, new: EngineRequest) -> int:
+        return self.scheduler._admission.max_tokens_total(new)
 
     def _stops(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
         stops: dict[int, Stop] = {}
@@ -136,10 +140,11 @@ class Harness:
                     break
         return stops
 
-    def _take(self, p: Progress) -> None:
-        answer = self.answers[p.request_id, p.index]
-        assert answer.finish_reason is None, f"{p.sequence_id} goes on after its end"
-        assert p.request_id not in self.aborted, f"{p.sequence_id} goes on after its abort"
-        assert p.token_ids or p.finish_reason, "progress without progress"
-        answer.tokens.extend(p.token_ids)
-        answer.finish_reason, answer.stop_reason, answer.num_cached_tokens = p.finish_reason, p.stop_reason, p.num_cached_tokens
+    def _record(self, update: SequenceUpdate) -> None:
+        answer = self.answers[update.request_id, update.index]
+        assert answer.finish_reason is None, f"{update.sequence_id} continues after it finished"
+        assert update.request_id not in self.aborted, f"{update.sequence_id} continues after its abort"
+        assert update.token_ids or update.finish_reason, "an update without a change"
+        answer.tokens.extend(update.token_ids)
+        answer.finish_reason, answer.stop_reason, answer.num_cached_tokens = (
+            update.finish_reason, update.stop_reason, update.num_cached_tokens)

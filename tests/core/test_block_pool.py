@@ -1,4 +1,4 @@
-"""The block pool against a model that keeps everything in plain lists."""
+"""The block pool against a model of plain lists."""
 from __future__ import annotations
 
 import pytest
@@ -9,12 +9,12 @@ from minivllm.core.block_pool import BlockPool
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Owners take and give back blocks; the model keeps the free list as a list and each block's owners by name."""
+    """Blocks are allocated, shared and freed. The model has the free list as a list, and the owners of each block by name."""
 
     @initialize(num_blocks=st.integers(1, 9))
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
-        self.free = list(range(1, num_blocks))  # in the order in which they are to be handed out
+        self.free = list(range(1, num_blocks))  # in allocation order
         self.owners: dict[int, list[str]] = {}
         self.content: dict[int, int] = {}  # block -> key
         self.names = 0
@@ -53,29 +53,29 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data(), key=st.integers(0, 5))
-    def commit(self, data: st.DataObject, key: int) -> None:
+    def cache(self, data: st.DataObject, key: int) -> None:
         block = data.draw(st.sampled_from(sorted(self.owners)))
-        self.pool.commit(block, key)
+        self.pool.cache(block, key)
         if block not in self.content and key not in self.content.values():
             self.content[block] = key
 
     @rule(key=st.integers(0, 5))
-    def forget(self, key: int) -> None:
+    def evict(self, key: int) -> None:
         block = self.pool.lookup(key)
         if block is not None:
-            self.pool.forget(block)
+            self.pool.evict(block)
             del self.content[block]
 
     @rule()
-    def forget_all(self) -> None:
-        self.pool.forget_all()
+    def evict_all(self) -> None:
+        self.pool.evict_all()
         self.content.clear()
 
     @invariant()
     def agrees_with_the_model(self) -> None:
         if hasattr(self, "pool"):
             self.pool.check(self.owners)
-            assert list(self.pool.free_blocks()) == self.free
+            assert list(self.pool.free_list()) == self.free
             assert self.pool.num_free == len(self.free)
             assert self.pool.num_used == len(self.owners)
             assert self.pool.num_cached == sum(b in self.content for b in self.free)
@@ -84,40 +84,40 @@ class PoolMachine(RuleBasedStateMachine):
 TestPool = PoolMachine.TestCase
 
 
-def test_blocks_without_content_are_handed_out_before_cached_ones() -> None:
+def test_blocks_without_content_are_allocated_before_cached_ones() -> None:
     pool = BlockPool(4)
     cached, plain = pool.allocate(), pool.allocate()
-    pool.commit(cached, "key")
+    pool.cache(cached, "key")
     pool.free(cached)
     pool.free(plain)
-    assert list(pool.free_blocks()) == [plain, 3, cached]
+    assert list(pool.free_list()) == [plain, 3, cached]
 
 
-def test_a_freed_block_keeps_its_content_until_it_is_handed_out_again() -> None:
+def test_a_freed_block_keeps_its_content_until_it_is_allocated_again() -> None:
     pool = BlockPool(2)
     block = pool.allocate()
-    pool.commit(block, "key")
+    pool.cache(block, "key")
     pool.free(block)
     assert pool.lookup("key") == block
     assert pool.allocate() == block
     assert pool.lookup("key") is None
 
 
-def test_a_hit_takes_a_cached_block_out_of_the_middle_of_the_free_list() -> None:
+def test_a_hit_removes_a_cached_block_from_the_middle_of_the_free_list() -> None:
     pool = BlockPool(4)
     blocks = [pool.allocate() for _ in range(3)]
     for block in blocks:
-        pool.commit(block, f"key {block}")
+        pool.cache(block, f"key {block}")
         pool.free(block)
     pool.touch(blocks[1])
-    assert list(pool.free_blocks()) == [blocks[0], blocks[2]]
+    assert list(pool.free_list()) == [blocks[0], blocks[2]]
 
 
 def test_the_first_block_with_a_key_keeps_it() -> None:
     pool = BlockPool(3)
     first, second = pool.allocate(), pool.allocate()
-    pool.commit(first, "key")
-    pool.commit(second, "key")
+    pool.cache(first, "key")
+    pool.cache(second, "key")
     assert pool.lookup("key") == first
     assert pool.key(second) is None
 
@@ -125,10 +125,10 @@ def test_the_first_block_with_a_key_keeps_it() -> None:
 @pytest.mark.parametrize("misuse", [
     lambda pool: pool.free(1),
     lambda pool: pool.touch(1),
-    lambda pool: pool.commit(1, "key"),
+    lambda pool: pool.cache(1, "key"),
     lambda pool: [pool.allocate() for _ in range(3)],
 ])
-def test_misuse_is_caught_on_the_spot(misuse: object) -> None:
+def test_misuse_fails_an_assertion(misuse: object) -> None:
     with pytest.raises(AssertionError):
         misuse(BlockPool(3))  # type: ignore[operator]
 
@@ -136,12 +136,12 @@ def test_misuse_is_caught_on_the_spot(misuse: object) -> None:
 def test_check_names_the_block_and_its_owners() -> None:
     pool = BlockPool(3)
     block = pool.allocate()
-    with pytest.raises(AssertionError, match=rf"block {block} counts 1 references, held by \['row 0', 'row 1'\]"):
+    with pytest.raises(AssertionError, match=rf"block {block} has 1 references, and its owners are \['row 0', 'row 1'\]"):
         pool.check({block: ["row 0", "row 1"]})
 
 
-def test_operations_cost_the_same_in_a_large_pool() -> None:
-    """Counted, not timed: the ring is never walked."""
+def test_operations_take_constant_time() -> None:
+    """List accesses are counted, not timed. No operation walks the free list."""
     visited = 0
 
     class CountingList(list):  # type: ignore[type-arg]
@@ -155,7 +155,7 @@ def test_operations_cost_the_same_in_a_large_pool() -> None:
         pool = BlockPool(num_blocks)
         blocks = [pool.allocate() for _ in range(num_blocks - 1)]
         for block in blocks:
-            pool.commit(block, block)
+            pool.cache(block, block)
             pool.free(block)
         pool._next, pool._previous = CountingList(pool._next), CountingList(pool._previous)
         visited = 0

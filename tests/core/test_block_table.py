@@ -1,4 +1,4 @@
-"""Block tables: growing, dropping, and copy-on-write against deep copies."""
+"""Block tables: growth, dropped entries, and copy-on-write against deep copies."""
 from __future__ import annotations
 
 import copy
@@ -13,7 +13,7 @@ from minivllm.core.plan import NULL_BLOCK
 
 
 class CopyOnWriteMachine(RuleBasedStateMachine):
-    """Texts grow and fork. With blocks: memory and shared tables. As the model: each text is a list of its own, deeply copied."""
+    """Sequences grow and fork, in blocks with shared tables. In the model each sequence is a separate list, deeply copied."""
 
     @initialize(block_size=st.integers(1, 5), num_groups=st.integers(1, 2))
     def start(self, block_size: int, num_groups: int) -> None:
@@ -21,58 +21,58 @@ class CopyOnWriteMachine(RuleBasedStateMachine):
         self.pool = BlockPool(120)
         self.memory = [[-1] * block_size for _ in range(120)]
         self.tables = {0: BlockTable(block_size, [[] for _ in range(num_groups)])}
-        self.texts: dict[int, list[int]] = {0: []}
+        self.sequences: dict[int, list[int]] = {0: []}
         self.next_name = 1
         self.clock = 0
 
     def _pick(self, data: st.DataObject) -> int:
-        return data.draw(st.sampled_from(sorted(self.texts)))
+        return data.draw(st.sampled_from(sorted(self.sequences)))
 
     @precondition(lambda self: self.pool.num_free > 10)
     @rule(data=st.data(), count=st.integers(1, 4))
     def write(self, data: st.DataObject, count: int) -> None:
         name = self._pick(data)
-        table, text = self.tables[name], self.texts[name]
-        for group in table.shared_at(self.pool, len(text)):
-            _, source, own = table.copy_on_write(self.pool, group, len(text))
+        table, tokens = self.tables[name], self.sequences[name]
+        for group in table.shared_at(self.pool, len(tokens)):
+            _, source, own = table.copy_on_write(self.pool, group, len(tokens))
             self.memory[own] = list(self.memory[source])
-        needed = table.num_blocks_to_hold(len(text) + count)
+        needed = table.num_missing_blocks(len(tokens) + count)
         free = self.pool.num_free
-        table.grow(self.pool, len(text) + count)
+        table.grow(self.pool, len(tokens) + count)
         assert free - self.pool.num_free == needed
         for _ in range(count):
             self.clock += 1
             for group in table.groups:
-                self.memory[group[len(text) // self.size]][len(text) % self.size] = self.clock
-            text.append(self.clock)
+                self.memory[group[len(tokens) // self.size]][len(tokens) % self.size] = self.clock
+            tokens.append(self.clock)
 
-    @precondition(lambda self: len(self.texts) < 6)
+    @precondition(lambda self: len(self.sequences) < 6)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         name = self._pick(data)
         free = self.pool.num_free
         self.tables[self.next_name] = self.tables[name].fork(self.pool)
         assert self.pool.num_free == free, "a fork costs no block"
-        self.texts[self.next_name] = copy.deepcopy(self.texts[name])
+        self.sequences[self.next_name] = copy.deepcopy(self.sequences[name])
         self.next_name += 1
 
-    @precondition(lambda self: len(self.texts) > 1)
+    @precondition(lambda self: len(self.sequences) > 1)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         name = self._pick(data)
         self.tables.pop(name).release(self.pool)
-        del self.texts[name]
+        del self.sequences[name]
 
     @invariant()
-    def every_text_reads_back_as_its_own_copy(self) -> None:
+    def every_sequence_reads_back_as_its_own_copy(self) -> None:
         if not hasattr(self, "pool"):
             return
         owners: dict[int, list[str]] = defaultdict(list)
         for name, table in self.tables.items():
             for group in table.groups:
-                assert [self.memory[group[i // self.size]][i % self.size] for i in range(len(self.texts[name]))] == self.texts[name]
+                assert [self.memory[group[i // self.size]][i % self.size] for i in range(len(self.sequences[name]))] == self.sequences[name]
                 for block in group:
-                    owners[block].append(f"text {name}")
+                    owners[block].append(f"sequence {name}")
         self.pool.check(owners)
 
 
@@ -91,7 +91,7 @@ def test_the_last_owner_of_a_shared_block_writes_in_place() -> None:
     assert second.shared_at(pool, 6) == []
 
 
-def test_a_fork_at_a_block_edge_shares_nothing_that_is_written_next() -> None:
+def test_a_fork_at_the_end_of_a_block_needs_no_copy() -> None:
     pool = BlockPool(10)
     table = BlockTable(4, [[]])
     table.grow(pool, 8)
@@ -110,12 +110,12 @@ def test_blocks_before_a_window_are_dropped_once_and_leave_null_entries() -> Non
     assert NULL_BLOCK not in table.groups[0]
 
 
-def test_a_table_gives_its_last_block_back_first() -> None:
+def test_a_released_table_frees_its_last_block_first() -> None:
     pool = BlockPool(4)
     table = BlockTable(1, [[]])
     table.grow(pool, 3)
     blocks = list(table.groups[0])
     for block in blocks:
-        pool.commit(block, block)
+        pool.cache(block, block)
     table.release(pool)
-    assert list(pool.free_blocks()) == blocks[::-1]
+    assert list(pool.free_list()) == blocks[::-1]

@@ -11,71 +11,71 @@ from minivllm.core import prefix_cache
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.core.prefix_cache import PrefixCache, chain_digests, root_digest
+from minivllm.core.prefix_cache import PrefixCache, chain_hashes, root_hash
 
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # two tokens: prefixes coincide often
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # only two token ids, so that many prefixes are equal
 OWNER = st.sampled_from([(None, None), ("sql", None), (None, "salt")])  # (adapter, cache_salt)
 
-Name = tuple[tuple[str | None, str | None], tuple[int, ...]]  # everything a block's content depends on
+Content = tuple[tuple[str | None, str | None], tuple[int, ...]]  # (adapter, salt) and all tokens that a block's content depends on
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """Texts are computed and end; the model remembers, for each block of each group, the whole prefix it holds."""
+    """Sequences are computed and finish. The model stores, for each block of each group, the whole prefix up to its end."""
 
-    @initialize(block_size=st.integers(1, 4), ahead=st.integers(1, 3),
+    @initialize(block_size=st.integers(1, 4), batch=st.integers(1, 3),
                 windows=st.sampled_from([(None,), (None, None), (None, 3), (1,), (5,), (2, 6), (1, None)]))
-    def start(self, block_size: int, ahead: int, windows: tuple[int | None, ...]) -> None:
-        self.usual, prefix_cache.AHEAD = prefix_cache.AHEAD, ahead
+    def start(self, block_size: int, batch: int, windows: tuple[int | None, ...]) -> None:
+        self.usual, prefix_cache.HASH_BATCH = prefix_cache.HASH_BATCH, batch
         self.size = block_size
         self.windows = windows
         self.pool = BlockPool(24)
         self.cache = PrefixCache(self.pool, None, block_size, windows)
         self.held: list[BlockTable] = []
-        self.before: tuple[tuple[str | None, str | None], list[int]] = (None, None), []  # the sequence that was named last
-        self.prefix_of: dict[tuple[int, int], Name] = {}  # (group, block) -> what it holds
+        self.before: tuple[tuple[str | None, str | None], list[int]] = (None, None), []  # the sequence that was hashed last
+        self.prefix_of: dict[tuple[int, int], Content] = {}  # (group, block) -> its content
 
     def teardown(self) -> None:
-        prefix_cache.AHEAD = self.usual
+        prefix_cache.HASH_BATCH = self.usual
 
     def _needed(self, group: int, num_blocks: int) -> range:
-        """Blocks that a query right after `num_blocks` full blocks can see in this group: the definition, token by token."""
+        """Blocks that a query right after `num_blocks` full blocks can see in this group, counted token by token."""
         window, end = self.windows[group], num_blocks * self.size
         seen = range(end) if window is None else range(max(0, end - window + 1), end)
         return range(seen.start // self.size, num_blocks) if seen else range(num_blocks, num_blocks)
 
     def _expected(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
-        """The longest match, by trying all."""
-        present = {(group, name) for (group, _), name in self.prefix_of.items()}
+        """The longest match, found by trying all lengths."""
+        present = {(group, content) for (group, _), content in self.prefix_of.items()}
         for num_blocks in range(len(tokens) // self.size, 0, -1):
             if all((group, (owner, tuple(tokens[:(i + 1) * self.size]))) in present
                    for group in range(len(self.windows)) for i in self._needed(group, num_blocks)):
                 return num_blocks
         return 0
 
-    def _as_before(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
-        """Blocks in which this sequence begins like the one before."""
+    def _shared_with_previous(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
+        """Number of blocks that this sequence shares with the one before."""
         other_owner, other = self.before
         whole = min(len(tokens), len(other)) // self.size if owner == other_owner else 0
         return next((i for i in range(whole) if tokens[:(i + 1) * self.size] != other[:(i + 1) * self.size]), whole)
 
     @rule(owner=OWNER, tokens=TOKENS)
     def compute(self, owner: tuple[str | None, str | None], tokens: list[int]) -> None:
-        """Match, take what is found, compute and commit the rest."""
-        digests: list[bytes] = []
-        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens), while_present=True)
-        match = self.cache.match(digests)
+        """Match a prefix, share its blocks, compute and cache the rest."""
+        hashes: list[bytes] = []
+        self.cache.extend_hashes(hashes, root_hash(*owner), tokens, len(tokens), stop_at_miss=True)
+        match = self.cache.match(hashes)
         if None in self.windows:
-            whole, names = self.windows.index(None), chain_digests(root_digest(*owner), tokens, self.size)
-            present = [self.pool.lookup((whole, name)) is not None for name in names]
-            known = self._as_before(owner, tokens)  # names that are there without computing them
+            full, all_hashes = self.windows.index(None), chain_hashes(root_hash(*owner), tokens, self.size)
+            present = [self.pool.lookup((full, block_hash)) is not None for block_hash in all_hashes]
+            known = self._shared_with_previous(owner, tokens)  # hashes that are copied, not computed
             reached = present.index(False) if False in present else len(present)
-            if known:  # it goes on where the last of them is present
+            if known:  # the search continues if the last of them is cached
                 reached = max((i + 1 for i, there in enumerate(present) if there), default=0)
-            assert len(digests) <= max(known, reached + prefix_cache.AHEAD)
-        if digests:
+            assert len(hashes) <= max(known, reached + prefix_cache.HASH_BATCH)
+        if hashes:
             self.before = owner, tokens
-        self.cache.extend_digests(digests, root_digest(*owner), tokens, len(tokens))
-        assert digests == chain_digests(root_digest(*owner), tokens, self.size)
+        self.cache.extend_hashes(hashes, root_hash(*owner), tokens, len(tokens))
+        assert hashes == chain_hashes(root_hash(*owner), tokens, self.size)
         assert match.num_blocks == self._expected(owner, tokens)
         for group, blocks in enumerate(match.device):
             assert len(blocks) == match.num_blocks
@@ -83,23 +83,23 @@ class PrefixMachine(RuleBasedStateMachine):
                 assert (block != NULL_BLOCK) == (index in self._needed(group, match.num_blocks))
                 if block != NULL_BLOCK:
                     assert self.prefix_of[group, block] == (owner, tuple(tokens[:(index + 1) * self.size]))
-        revived = sum(self.pool.ref_counts[b] == 0 for b in match.hits)
-        if (len(digests) - match.num_blocks) * len(self.windows) + revived > self.pool.num_free:
+        leave_free_list = sum(self.pool.ref_counts[b] == 0 for b in match.device_blocks)
+        if (len(hashes) - match.num_blocks) * len(self.windows) + leave_free_list > self.pool.num_free:
             return
-        for block in match.hits:
+        for block in match.device_blocks:
             self.pool.touch(block)
         table = BlockTable(self.size, [list(blocks) for blocks in match.device])
         before = self._keys()
-        for group in table.grow(self.pool, len(digests) * self.size):
+        for group in table.grow(self.pool, len(hashes) * self.size):
             for block in group:
                 self._evict(block)
         assert before.keys() - self._keys().keys() <= {b for blocks in table.groups for b in blocks}
-        self.cache.commit(table, digests, 0, len(digests))
+        self.cache.insert(table, hashes, 0, len(hashes))
         for group, blocks in enumerate(table.groups):
             for index, block in enumerate(blocks):
-                name = (owner, tuple(tokens[:(index + 1) * self.size]))
-                if block != NULL_BLOCK and (group, name) not in {(g, n) for (g, _), n in self.prefix_of.items()}:
-                    self.prefix_of[group, block] = name
+                content = (owner, tuple(tokens[:(index + 1) * self.size]))
+                if block != NULL_BLOCK and (group, content) not in {(g, c) for (g, _), c in self.prefix_of.items()}:
+                    self.prefix_of[group, block] = content
         self.held.append(table)
 
     def _keys(self) -> dict[int, object]:
@@ -116,11 +116,11 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule()
     def reset(self) -> None:
-        self.pool.forget_all()
+        self.pool.evict_all()
         self.prefix_of.clear()
 
     @invariant()
-    def as_many_blocks_have_a_name_as_the_model_remembers(self) -> None:
+    def cached_blocks_are_those_of_the_model(self) -> None:
         if hasattr(self, "pool"):
             assert {block for _, block in self.prefix_of} == self._keys().keys()
 
@@ -129,63 +129,63 @@ TestPrefixCache = PrefixMachine.TestCase
 
 
 @given(a=TOKENS, b=TOKENS, block_size=st.integers(1, 4))
-def test_digests_agree_exactly_as_far_as_full_blocks_of_tokens_do(a: list[int], b: list[int], block_size: int) -> None:
+def test_hashes_are_equal_exactly_as_far_as_full_blocks_of_tokens_are(a: list[int], b: list[int], block_size: int) -> None:
     cache = PrefixCache(BlockPool(2), None, block_size, (None,))
-    digests: list[list[bytes]] = [[], []]
-    for tokens, into in zip((a, b), digests, strict=True):
-        cache.extend_digests(into, root_digest(None, None), tokens, len(tokens))
-    for index, (x, y) in enumerate(zip(*digests, strict=False)):
+    hashes: list[list[bytes]] = [[], []]
+    for tokens, into in zip((a, b), hashes, strict=True):
+        cache.extend_hashes(into, root_hash(None, None), tokens, len(tokens))
+    for index, (x, y) in enumerate(zip(*hashes, strict=False)):
         end = (index + 1) * block_size
         assert (x == y) == (a[:end] == b[:end])
 
 
-def test_a_prompt_that_begins_like_the_one_before_is_named_from_there_on() -> None:
+def test_only_the_blocks_after_the_prefix_shared_with_the_previous_prompt_are_hashed() -> None:
     cache = PrefixCache(BlockPool(2), None, 4, (None,))
-    named: list[int] = []
+    hashed: list[int] = []
 
     def counted(parent: bytes, tokens: list[int], block_size: int) -> list[bytes]:
-        named.append(len(tokens) // block_size)
-        return chain_digests(parent, tokens, block_size)
+        hashed.append(len(tokens) // block_size)
+        return chain_hashes(parent, tokens, block_size)
 
-    with patch.object(prefix_cache, "chain_digests", counted):
+    with patch.object(prefix_cache, "chain_hashes", counted):
         for tokens in ([*range(40)], [*range(32), 7, 7, 7, 7, 7], [1, 2], [*range(36), 9, 9, 9, 9], [5, *range(20)]):
-            cache.extend_digests([], root_digest(None, None), tokens, len(tokens))
-    assert named == [10, 1, 2, 5]
+            cache.extend_hashes([], root_hash(None, None), tokens, len(tokens))
+    assert hashed == [10, 1, 2, 5]
 
 
 @given(first=OWNER, second=OWNER)
-def test_another_adapter_or_salt_is_another_root(first: tuple[str | None, str | None], second: tuple[str | None, str | None]) -> None:
-    assert (root_digest(*first) == root_digest(*second)) == (first == second)
+def test_another_adapter_or_salt_gives_another_root(first: tuple[str | None, str | None], second: tuple[str | None, str | None]) -> None:
+    assert (root_hash(*first) == root_hash(*second)) == (first == second)
 
 
-def test_a_salt_that_looks_like_an_adapter_is_another_root() -> None:
-    roots = {root_digest("a", "b"), root_digest("b", "a"), root_digest("a, b", None), root_digest(None, "None"), root_digest(None, None)}
+def test_a_salt_that_equals_an_adapter_gives_another_root() -> None:
+    roots = {root_hash("a", "b"), root_hash("b", "a"), root_hash("a, b", None), root_hash(None, "None"), root_hash(None, None)}
     assert len(roots) == 5
 
 
-def test_equal_tokens_after_another_parent_are_another_block() -> None:
-    root = root_digest(None, None)
-    one, other = chain_digests(root, [1, 2, 5, 6], 2), chain_digests(root, [3, 4, 5, 6], 2)
+def test_equal_tokens_after_another_parent_give_another_hash() -> None:
+    root = root_hash(None, None)
+    one, other = chain_hashes(root, [1, 2, 5, 6], 2), chain_hashes(root, [3, 4, 5, 6], 2)
     assert one[0] != other[0] and one[1] != other[1]
-    assert one[1] == chain_digests(one[0], [5, 6, 7], 2)[0]  # a block that is not full has no name
+    assert one[1] == chain_hashes(one[0], [5, 6, 7], 2)[0]  # a block that is not full has no hash
 
 
-def test_token_boundaries_count() -> None:
-    root = root_digest(None, None)
-    assert chain_digests(root, [1, 23], 2) != chain_digests(root, [12, 3], 2)
+def test_token_boundaries_change_the_hash() -> None:
+    root = root_hash(None, None)
+    assert chain_hashes(root, [1, 23], 2) != chain_hashes(root, [12, 3], 2)
 
 
-def test_digests_are_cryptographic() -> None:
-    assert [len(name) for name in chain_digests(root_digest(None, None), [1, 2], 1)] == [32, 32]
+def test_hashes_have_256_bits() -> None:
+    assert [len(block_hash) for block_hash in chain_hashes(root_hash(None, None), [1, 2], 1)] == [32, 32]
 
 
-def test_where_all_groups_have_windows_a_match_may_come_after_blocks_that_nobody_has() -> None:
+def test_if_all_groups_have_windows_a_match_may_follow_blocks_that_are_not_cached() -> None:
     pool = BlockPool(10)
     cache = PrefixCache(pool, None, 1, (3,))
     tokens = list(range(80))
-    names = chain_digests(root_digest(None, None), tokens, 1)
+    all_hashes = chain_hashes(root_hash(None, None), tokens, 1)
     kept = pool.allocate_many(4)
-    cache.commit(BlockTable(1, [[NULL_BLOCK] * 76 + kept]), names, 0, 80)
-    digests: list[bytes] = []
-    cache.extend_digests(digests, root_digest(None, None), tokens, 80, while_present=True)
-    assert cache.match(digests).num_blocks == 80
+    cache.insert(BlockTable(1, [[NULL_BLOCK] * 76 + kept]), all_hashes, 0, 80)
+    hashes: list[bytes] = []
+    cache.extend_hashes(hashes, root_hash(None, None), tokens, 80, stop_at_miss=True)
+    assert cache.match(hashes).num_blocks == 80

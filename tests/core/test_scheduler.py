@@ -1,4 +1,4 @@
-"""What the scheduler promises, one sentence per test. Random histories are in test_scheduler_machine."""
+"""The behavior of the scheduler, one fact per test. Random sequences of calls are in test_scheduler_machine."""
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +10,7 @@ from minivllm.core.scheduler import QueueFull, SchedulerConfig, sequence_id
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 from tests.core.fake_executor import Model
-from tests.core.harness import Harness
+from tests.core.harness import GRAMMAR, Harness
 
 
 def make(**settings: Any) -> Harness:
@@ -61,8 +61,8 @@ def test_decodes_come_first_in_the_plans_columns() -> None:
     assert plan.num_tokens[:-1] == (1,) * (len(plan.rows) - 1)
 
 
-def test_a_decoding_request_gets_its_token_in_every_step_beside_a_long_prompt() -> None:
-    """The bound in the scheduler's docstring."""
+def test_a_decode_gets_its_token_in_every_step_beside_a_long_prompt() -> None:
+    """The guarantee in the scheduler's docstring."""
     h = make(max_num_batched_tokens=8, max_num_seqs=8, max_model_len=400)
     for i in range(3):
         h.add(prompt(2, i), greedy(60), f"decode {i}")
@@ -95,7 +95,7 @@ def test_a_long_prompt_takes_at_most_the_threshold_per_step() -> None:
     assert tokens_by_request(launch(h)) == {"long": 5, "other": 5}
 
 
-def test_prompts_get_what_decodes_leave_in_their_order() -> None:
+def test_prompts_get_the_rest_of_the_budget_in_priority_order() -> None:
     h = make(long_prefill_token_threshold=5, max_num_batched_tokens=8, max_num_seqs=3)
     h.add(prompt(1), greedy(9), "decode")
     h.step()
@@ -125,7 +125,7 @@ def test_the_last_token_is_sampled_and_never_computed() -> None:
     assert sum(plan.total_tokens for plan in h.plans) == 5 + 3 - 1
 
 
-def test_with_max_tokens_0_the_prompt_is_computed_and_nothing_sampled() -> None:
+def test_with_max_tokens_0_only_the_prompt_is_computed() -> None:
     h = make()
     h.add(prompt(9), SamplingParams(max_tokens=0, prompt_logprobs=0, n=2), "a")
     progress = h.step()
@@ -135,10 +135,10 @@ def test_with_max_tokens_0_the_prompt_is_computed_and_nothing_sampled() -> None:
     h.check_idle()
 
 
-# Order and fairness.
+# Priority order and preemption.
 
 
-def test_under_fcfs_requests_start_in_their_order_of_arrival() -> None:
+def test_under_fcfs_requests_start_in_order_of_arrival() -> None:
     h = make(max_num_seqs=1)
     for name in "abc":
         h.add(prompt(3, ord(name)), greedy(2), name, priority=-ord(name))
@@ -146,7 +146,7 @@ def test_under_fcfs_requests_start_in_their_order_of_arrival() -> None:
     assert [a.request_id for plan in h.plans for a in plan.admitted] == ["a", "b", "c"]
 
 
-def test_under_priority_the_lowest_number_starts_first_and_ties_go_by_arrival() -> None:
+def test_under_priority_the_lowest_number_starts_first_and_then_the_earliest_arrival() -> None:
     h = make(max_num_seqs=1, policy="priority")
     for name, priority in (("a", 2), ("b", 1), ("c", 2), ("d", 0)):
         h.add(prompt(3, ord(name)), greedy(2), name, priority=priority)
@@ -154,7 +154,7 @@ def test_under_priority_the_lowest_number_starts_first_and_ties_go_by_arrival() 
     assert [a.request_id for plan in h.plans for a in plan.admitted] == ["d", "b", "a", "c"]
 
 
-def test_nobody_overtakes_the_first_in_line_when_it_does_not_fit() -> None:
+def test_no_request_overtakes_the_first_waiting_one() -> None:
     h = make(num_blocks=11, max_model_len=40)
     h.add(prompt(20), greedy(16), "a")
     h.step()
@@ -167,7 +167,7 @@ def test_nobody_overtakes_the_first_in_line_when_it_does_not_fit() -> None:
     assert order.index("big") < order.index("small")
 
 
-def test_a_preempted_request_goes_back_to_the_head_of_the_queue() -> None:
+def test_a_preempted_request_returns_to_the_head_of_the_queue() -> None:
     h = make(num_blocks=8, max_num_seqs=2, max_model_len=28)
     h.add(prompt(8), greedy(18), "first")
     h.add(prompt(8, 3), greedy(18), "second")
@@ -181,7 +181,7 @@ def test_a_preempted_request_goes_back_to_the_head_of_the_queue() -> None:
     h.check_answers()
 
 
-def test_the_last_to_arrive_gives_way_and_the_first_never_does() -> None:
+def test_the_latest_arrival_is_preempted_and_the_first_never_is() -> None:
     h = make(num_blocks=10, max_num_seqs=4, max_model_len=36)
     for i in range(4):
         h.add(prompt(4, i), greedy(28), f"r{i}")
@@ -192,7 +192,7 @@ def test_the_last_to_arrive_gives_way_and_the_first_never_does() -> None:
     h.check_answers()
 
 
-def test_a_preempted_request_finds_its_own_blocks_again() -> None:
+def test_a_preempted_request_reuses_its_cached_blocks() -> None:
     h = make(num_blocks=12, max_num_seqs=2, max_model_len=40)
     h.add(prompt(4), greedy(30), "first")
     h.add(prompt(4, 3), greedy(20), "second")
@@ -203,7 +203,7 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     assert plan.starts[plan.rows.index(admission.row)] > 0
 
 
-# The door.
+# Admission control.
 
 
 def test_a_request_longer_than_the_context_is_refused_with_numbers() -> None:
@@ -224,7 +224,7 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
 
 
 def test_a_request_that_can_never_fit_the_blocks_is_refused_with_numbers() -> None:
-    h = make(num_blocks=5)  # 4 usable of 4 tokens: 16 computed tokens, so 17 in all
+    h = make(num_blocks=5)  # 4 usable blocks of 4 tokens: 16 computed tokens, so 17 in total
     with pytest.raises(InvalidInput, match="5 KV blocks of 4 tokens are needed and 4 exist"):
         h.add(prompt(10), greedy(8))
     h.add(prompt(10), greedy(7), "fits")
@@ -232,7 +232,7 @@ def test_a_request_that_can_never_fit_the_blocks_is_refused_with_numbers() -> No
     h.check_answers()
 
 
-def test_without_max_tokens_a_request_ends_where_context_or_blocks_do() -> None:
+def test_without_max_tokens_a_request_ends_at_the_limit_of_context_or_blocks() -> None:
     for settings, total in (({"max_model_len": 30}, 30), ({"num_blocks": 5}, 17)):
         h = make(**settings)
         h.add(prompt(10), greedy(None), "a")
@@ -242,7 +242,7 @@ def test_without_max_tokens_a_request_ends_where_context_or_blocks_do() -> None:
         h.check_answers()
 
 
-def test_window_groups_need_fewer_blocks_at_the_door() -> None:
+def test_window_groups_need_fewer_blocks() -> None:
     assert make(num_blocks=8, kv_windows=(4,), max_num_batched_tokens=4).add(prompt(30), greedy(20))
     with pytest.raises(InvalidInput):
         make(num_blocks=8, kv_windows=(None,), max_num_batched_tokens=4).add(prompt(30), greedy(20))
@@ -253,7 +253,7 @@ def test_an_empty_prompt_is_refused() -> None:
         make().add(())
 
 
-def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
+def test_an_id_is_refused_while_it_is_in_use() -> None:
     h = make()
     h.add(prompt(3), greedy(1), "a")
     with pytest.raises(InvalidInput, match="'a' is in use"):
@@ -262,7 +262,7 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
     h.scheduler.add(h.requests["a"])
 
 
-def test_a_full_queue_refuses_one_more() -> None:
+def test_a_full_queue_refuses_a_request() -> None:
     h = make(max_queue=2, max_num_seqs=1)
     h.add(prompt(3), greedy(8), "runs")
     h.step()
@@ -292,15 +292,15 @@ def test_settings_that_contradict_unchunked_prefill_are_refused() -> None:
         make(enable_chunked_prefill=False, max_num_batched_tokens=64, long_prefill_token_threshold=3)
 
 
-# How a sequence ends.
+# The stop rule.
 
 
-def test_eos_ends_a_sequence_and_a_stop_token_is_named() -> None:
-    h = make()
-    outputs = _outputs(h, 8)
-    h.add(prompt(5), SamplingParams(max_tokens=8), "eos", eos_token_ids=(outputs[2],))
-    h.add(prompt(5), SamplingParams(max_tokens=8, stop_token_ids=[outputs[2]]), "stop")
-    h.add(prompt(5), SamplingParams(max_tokens=8, ignore_eos=True), "ignored", eos_token_ids=(outputs[2],))
+def test_eos_has_no_stop_reason_and_a_stop_token_has_its_id() -> None:
+    outputs = _outputs(make(), 8)
+    h = make(eos_token_ids=(outputs[2],))
+    h.add(prompt(5), SamplingParams(max_tokens=8), "eos")
+    h.add(prompt(5), SamplingParams(max_tokens=8, stop_token_ids=[outputs[2]], ignore_eos=True), "stop")
+    h.add(prompt(5), SamplingParams(max_tokens=8, ignore_eos=True), "ignored")
     h.run()
     end = outputs.index(outputs[2]) + 1
     assert (h.answers["eos", 0].tokens, h.answers["eos", 0].stop_reason) == (outputs[:end], None)
@@ -318,25 +318,25 @@ def test_stop_tokens_count_only_after_min_tokens() -> None:
 
 
 def _outputs(h: Harness, count: int) -> list[int]:
-    """What the model says after prompt(5)."""
+    """The model's outputs after prompt(5)."""
     model, tokens = Model(h.config.kv_windows), list(prompt(5))
     for _ in range(count):
         tokens.append(model.next_token(tokens, 0, 0))
     return tokens[5:]
 
 
-# Planning ahead.
+# Asynchronous scheduling and drafts.
 
 
-def test_with_depth_1_a_step_is_planned_while_the_one_before_runs() -> None:
+def test_with_depth_1_a_step_is_planned_while_the_previous_one_runs() -> None:
     h = make(planning_depth=1)
     h.add(prompt(5), greedy(4), "a")
     first, second = launch(h), launch(h)
     assert (first.starts, second.starts) == ((0,), (5,))
-    assert h.launch() is None, "no deeper"
+    assert h.launch() is None, "at most one step ahead"
 
 
-def test_no_token_is_planned_beyond_max_tokens() -> None:
+def test_no_token_is_planned_after_max_tokens() -> None:
     h = make(planning_depth=1)
     h.add(prompt(5), greedy(2), "a")
     launch(h)
@@ -347,14 +347,14 @@ def test_no_token_is_planned_beyond_max_tokens() -> None:
     h.check_idle()
 
 
-def test_a_stop_is_learnt_one_step_late_and_the_surplus_token_dropped() -> None:
+def test_a_stop_is_found_one_step_late_and_the_surplus_token_is_dropped() -> None:
     h = make(planning_depth=1)
     outputs = _outputs(h, 8)
     h.add(prompt(5), SamplingParams(max_tokens=8, stop_token_ids=[outputs[0]]), "a")
     launch(h)
     launch(h)
     assert h.finish()[0].finish_reason == "stop"
-    assert h.scheduler.stats().num_used_blocks == 2, "its blocks wait for the plan that still names them"
+    assert h.scheduler.stats().num_used_blocks == 2, "its blocks are used until the launched plan is updated"
     assert h.scheduler.has_unfinished()
     assert h.finish() == []
     assert not h.scheduler.has_unfinished()
@@ -365,7 +365,7 @@ def test_a_stop_is_learnt_one_step_late_and_the_surplus_token_dropped() -> None:
 def test_a_request_that_needs_its_result_is_skipped_and_the_others_are_not() -> None:
     h = make(planning_depth=1)
     h.add(prompt(5), greedy(9), "free")
-    h.add(prompt(5, 3), greedy(9), "grammar", needs_result_each_step=True)
+    h.add(prompt(5, 3), greedy(9, structured_outputs=GRAMMAR), "grammar")
     assert launch(h).request_ids == ("free", "grammar")
     assert launch(h).request_ids == ("free",)
     h.finish()
@@ -374,18 +374,18 @@ def test_a_request_that_needs_its_result_is_skipped_and_the_others_are_not() -> 
     h.check_answers()
 
 
-def test_a_request_that_needs_its_result_may_still_plan_its_prompts_chunks_ahead() -> None:
+def test_a_request_that_needs_its_result_can_have_two_prompt_chunks_in_flight() -> None:
     h = make(planning_depth=1, max_num_batched_tokens=8)
-    h.add(prompt(20), greedy(2), "a", needs_result_each_step=True)
+    h.add(prompt(20), greedy(2, structured_outputs=GRAMMAR), "a")
     assert [launch(h).num_tokens, launch(h).num_tokens] == [(8,), (8,)]
 
 
 @pytest.mark.parametrize("needs_result", [True, False])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_drafts_are_verified_in_one_step_and_rejected_ones_not_confirmed(depth: int, needs_result: bool) -> None:
+def test_drafts_are_verified_in_one_step_and_rejected_ones_are_dropped(depth: int, needs_result: bool) -> None:
     h = make(planning_depth=depth)
     outputs = _outputs(h, 6)
-    h.add(prompt(5), greedy(6), "a", needs_result_each_step=needs_result)
+    h.add(prompt(5), greedy(6, structured_outputs=GRAMMAR if needs_result else None), "a")
     launch(h)
     _, result = h.executor.wait()
     plan = h.in_flight.popleft()
@@ -393,7 +393,7 @@ def test_drafts_are_verified_in_one_step_and_rejected_ones_not_confirmed(depth: 
     h.scheduler.update(plan, StepResult(plan.step_id, result.token_ids, drafts=((outputs[1], outputs[2], wrong),)), {}, 0.0)
     plan = launch(h)
     assert (plan.num_tokens, plan.drafts) == ((4,), ((outputs[1], outputs[2], wrong),))
-    assert h.launch() is None, "nothing is planned past unverified drafts"
+    assert h.launch() is None, "nothing is planned after unverified drafts"
     _, result = h.executor.wait()
     assert result.token_ids == (tuple(outputs[1:4]),)
     h.in_flight.popleft()
@@ -401,10 +401,26 @@ def test_drafts_are_verified_in_one_step_and_rejected_ones_not_confirmed(depth: 
     assert (launch(h).starts, h.plans[-1].drafts) == ((8,), ((),))
 
 
-# Sharing.
+def test_accepted_drafts_after_a_stop_token_are_dropped() -> None:
+    h = make(block_size=2)
+    outputs = _outputs(h, 8)
+    h.add(prompt(5), SamplingParams(max_tokens=8, stop_token_ids=[outputs[1]]), "a")
+    plan = launch(h)
+    h.in_flight.popleft()
+    _, result = h.executor.wait()
+    h.scheduler.update(plan, StepResult(plan.step_id, result.token_ids, drafts=(tuple(outputs[1:5]),)), {}, 0.0)
+    plan = launch(h)
+    assert plan.drafts == (tuple(outputs[1:5]),)
+    update = h.finish()[0]
+    assert (update.token_ids, update.finish_reason) == ((outputs[1],), "stop")
+    h.check_idle()
+    assert h.scheduler.stats().num_cached_blocks == 3, "7 tokens are kept, so 3 full blocks"
 
 
-def test_a_second_request_with_the_same_prompt_computes_only_what_is_new() -> None:
+# Prefix caching.
+
+
+def test_a_second_request_with_the_same_prompt_computes_only_its_last_block() -> None:
     h = make()
     h.add(prompt(14), greedy(2), "a")
     h.run()
@@ -418,7 +434,7 @@ def test_a_second_request_with_the_same_prompt_computes_only_what_is_new() -> No
     h.check_answers()
 
 
-def test_the_last_token_is_always_computed() -> None:
+def test_the_last_token_is_computed_even_if_its_block_is_cached() -> None:
     h = make()
     h.add(prompt(8), greedy(1), "a")
     h.run()
@@ -426,13 +442,13 @@ def test_the_last_token_is_always_computed() -> None:
     assert (launch(h).starts, h.plans[-1].num_tokens) == ((4,), (4,))
 
 
-def test_the_next_turn_of_a_chat_finds_the_answer_to_the_last_one() -> None:
+def test_the_next_turn_of_a_chat_finds_the_previous_answer() -> None:
     h = make()
     h.add(prompt(6), greedy(8), "turn 1")
     h.run()
     h.add((*prompt(6), *h.answers["turn 1", 0].tokens, 1, 2, 3), greedy(2), "turn 2")
     h.run()
-    assert h.answers["turn 2", 0].num_cached_tokens == 12  # 13 of the first turn's 14 tokens were computed
+    assert h.answers["turn 2", 0].num_cached_tokens == 12  # 13 of the first turn's 14 tokens were computed, which fill 3 blocks
     h.check_answers()
 
 
@@ -448,7 +464,7 @@ def test_another_salt_or_adapter_shares_nothing(other: dict[str, str]) -> None:
     assert [h.answers[name, 0].num_cached_tokens for name in "abc"] == [0, 0, 12]
 
 
-def test_a_request_that_wants_prompt_logprobs_skips_the_lookup() -> None:
+def test_a_request_with_prompt_logprobs_uses_no_cached_prefix() -> None:
     h = make()
     h.add(prompt(14), greedy(2), "a")
     h.run()
@@ -457,21 +473,22 @@ def test_a_request_that_wants_prompt_logprobs_skips_the_lookup() -> None:
     assert (plan.starts, plan.admitted[0].prompt_logprobs_from) == ((0,), 1)
 
 
-def test_prompt_logprobs_that_were_delivered_are_not_owed_after_a_preemption() -> None:
+def test_returned_prompt_logprobs_are_not_computed_again_after_a_preemption() -> None:
     h = make(num_blocks=11, max_num_seqs=2, max_num_batched_tokens=10, max_model_len=40)
     h.add(prompt(4), greedy(34), "first")
     h.add(prompt(18, 3), greedy(10, prompt_logprobs=1), "second")
     h.run()
-    owed = [a.prompt_logprobs_from for plan in h.plans for a in plan.admitted if a.request_id == "second"]
-    assert owed[0] == 1 and len(owed) > 1 and all(later is None or later > 1 for later in owed[1:])
+    first_positions = [a.prompt_logprobs_from for plan in h.plans for a in plan.admitted if a.request_id == "second"]
+    assert first_positions[0] == 1 and len(first_positions) > 1
+    assert all(later is None or later > 1 for later in first_positions[1:])
     h.check_answers()
 
 
-def test_freed_tail_blocks_are_evicted_before_shared_prefix_blocks() -> None:
+def test_the_last_blocks_of_a_finished_request_are_evicted_first() -> None:
     h = make(num_blocks=9, max_model_len=32)
-    h.add(prompt(17), greedy(12), "old")  # 7 full blocks and a bit
+    h.add(prompt(17), greedy(12), "old")  # 7 full blocks
     h.run()
-    h.add(prompt(13, 7), greedy(1), "new")  # takes 4 of them
+    h.add(prompt(13, 7), greedy(1), "new")  # evicts 3 of them
     h.run()
     h.add(prompt(17), greedy(1), "again")
     h.run()
@@ -479,7 +496,7 @@ def test_freed_tail_blocks_are_evicted_before_shared_prefix_blocks() -> None:
     h.check_answers()
 
 
-def test_a_reset_prefix_cache_finds_nothing_not_even_what_still_runs() -> None:
+def test_a_reset_of_the_prefix_cache_covers_running_requests() -> None:
     h = make()
     h.add(prompt(14), greedy(20), "runs")
     h.step()
@@ -489,7 +506,7 @@ def test_a_reset_prefix_cache_finds_nothing_not_even_what_still_runs() -> None:
     assert h.answers["new", 0].num_cached_tokens == 0
     h.add((*prompt(14), *h.answers["runs", 0].tokens), greedy(1), "longer")
     h.run()
-    assert h.answers["longer", 0].num_cached_tokens == 12, "only what was computed from scratch since"
+    assert h.answers["longer", 0].num_cached_tokens == 12, "only blocks computed entirely after the reset"
     h.check_answers()
 
 
@@ -511,7 +528,7 @@ def test_the_prompt_is_computed_once_for_all_children() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_children_copy_the_partly_filled_block_and_the_last_one_writes_in_place(depth: int) -> None:
+def test_children_copy_the_partly_filled_block_and_the_last_owner_writes_in_place(depth: int) -> None:
     h = make(planning_depth=depth)
     h.add(prompt(10), greedy(4, n=3), "a")
     shared = launch(h).admitted[0].block_ids[0][2]
@@ -526,7 +543,7 @@ def test_children_copy_the_partly_filled_block_and_the_last_one_writes_in_place(
     h.check_answers()
 
 
-def test_children_of_a_prompt_that_ends_at_a_block_edge_copy_nothing() -> None:
+def test_children_of_a_prompt_of_full_blocks_copy_nothing() -> None:
     h = make()
     h.add(prompt(8), greedy(4, n=3), "a")
     h.run()
@@ -544,14 +561,14 @@ def test_children_without_a_row_wait_and_find_the_prompts_blocks() -> None:
     h.check_answers()
 
 
-def test_names_of_sequences() -> None:
+def test_sequence_ids() -> None:
     assert (sequence_id("r", 0, 1), sequence_id("r", 1, 3)) == ("r", "r#1")
 
 
 # Windows.
 
 
-def test_blocks_out_of_the_window_are_given_back_early_and_the_worker_is_told() -> None:
+def test_blocks_outside_the_window_are_freed_and_the_worker_is_told() -> None:
     h = make(kv_windows=(None, 5), enable_prefix_caching=False)
     h.add(prompt(4), greedy(40), "a")
     h.run()
@@ -561,7 +578,7 @@ def test_blocks_out_of_the_window_are_given_back_early_and_the_worker_is_told() 
     h.check_answers()
 
 
-def test_a_window_request_holds_a_bounded_number_of_blocks() -> None:
+def test_a_request_with_a_window_holds_a_bounded_number_of_blocks() -> None:
     h = make(kv_windows=(5,), enable_prefix_caching=False, max_num_batched_tokens=8, max_model_len=200)
     h.add(prompt(60), greedy(100), "a")
     most = 0
@@ -571,7 +588,7 @@ def test_a_window_request_holds_a_bounded_number_of_blocks() -> None:
     assert most <= 4  # ceil((4 + 8) / 4) + 1
 
 
-def test_a_hit_needs_only_the_windows_last_blocks() -> None:
+def test_a_hit_needs_only_the_last_blocks_of_a_window() -> None:
     h = make(kv_windows=(5,), num_blocks=20)
     h.add(prompt(30), greedy(1), "a")
     h.run()
@@ -584,14 +601,14 @@ def test_a_hit_needs_only_the_windows_last_blocks() -> None:
     h.check_answers()
 
 
-# Aborts, failures, lost rows.
+# Aborts, failed steps, lost rows.
 
 
-def test_an_aborted_request_gives_its_blocks_back_within_one_step() -> None:
+def test_an_aborted_request_frees_its_blocks_within_one_step() -> None:
     h = make(planning_depth=1)
     h.add(prompt(10), greedy(20, n=3), "a")
     h.step()
-    assert h.in_flight, "a plan that names it is in flight"
+    assert h.in_flight, "a plan that includes it is in flight"
     assert h.abort("a")
     assert h.scheduler.stats().num_used_blocks > 0
     h.finish()
@@ -599,7 +616,7 @@ def test_an_aborted_request_gives_its_blocks_back_within_one_step() -> None:
     assert not h.abort("a")
 
 
-def test_a_failed_step_ends_its_requests_and_leaves_nothing_to_find() -> None:
+def test_a_failed_step_ends_its_requests_and_caches_nothing() -> None:
     h = make()
     h.add(prompt(14), greedy(4), "a")
     h.launch(fails=True)
@@ -611,7 +628,7 @@ def test_a_failed_step_ends_its_requests_and_leaves_nothing_to_find() -> None:
     h.check_answers()
 
 
-def test_others_live_on_when_a_step_fails_with_another_in_flight() -> None:
+def test_other_requests_continue_when_a_step_fails_with_another_in_flight() -> None:
     h = make(planning_depth=1, max_num_seqs=4)
     h.add(prompt(5), greedy(9), "a")
     h.launch(fails=True)
@@ -623,7 +640,7 @@ def test_others_live_on_when_a_step_fails_with_another_in_flight() -> None:
     h.check_answers()
 
 
-def test_children_forked_after_a_step_that_then_fails_end_with_it() -> None:
+def test_children_forked_from_a_request_end_when_its_step_fails() -> None:
     h = make(planning_depth=1, max_num_batched_tokens=8)
     h.add(prompt(14), greedy(4, n=3), "a")
     h.launch(fails=True)
@@ -633,7 +650,7 @@ def test_children_forked_after_a_step_that_then_fails_end_with_it() -> None:
     h.check_idle()
 
 
-def test_a_plan_that_could_not_be_launched_fails_alone() -> None:
+def test_a_plan_that_could_not_be_launched_can_fail() -> None:
     h = make()
     h.add(prompt(5), greedy(4), "a")
     plan = h.scheduler.schedule(0.0)
@@ -644,7 +661,7 @@ def test_a_plan_that_could_not_be_launched_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_rows_that_the_worker_lost_are_rebuilt_from_plans(depth: int) -> None:
+def test_lost_rows_are_rebuilt_from_plans(depth: int) -> None:
     h = make(planning_depth=depth, kv_windows=(None, 6))
     for i in range(4):
         h.add(prompt(9, i), greedy(12, n=1 + i % 2), f"r{i}")
@@ -658,7 +675,7 @@ def test_rows_that_the_worker_lost_are_rebuilt_from_plans(depth: int) -> None:
     h.check_answers()
 
 
-def test_a_row_is_rebuilt_only_once_all_its_tokens_are_known() -> None:
+def test_a_row_is_rebuilt_only_when_all_its_tokens_are_known() -> None:
     h = make(planning_depth=1)
     h.add(prompt(9), greedy(12), "a")
     launch(h)
@@ -692,10 +709,10 @@ def test_stats_count_blocks_and_sequences() -> None:
     assert (stats.num_used_blocks, stats.num_cached_blocks, stats.num_free_blocks) == (0, 4, 199)
 
 
-def test_the_last_in_order_waits_for_a_block_without_losing_its_own() -> None:
+def test_the_request_with_the_lowest_priority_waits_for_a_block_and_keeps_its_own() -> None:
     h = make(num_blocks=8, max_model_len=28)  # 7 usable
     h.add(prompt(9), greedy(4), "first")  # 3 blocks from the start
-    h.add(prompt(15, 3), greedy(8), "second")  # 4, and a fifth from position 16 on
+    h.add(prompt(15, 3), greedy(8), "second")  # 4 blocks, and a fifth from position 16 on
     h.run()
     assert [plan.request_ids for plan in h.plans[:5]] == [("first", "second")] * 2 + [("first",)] * 2 + [("second",)]
     assert h.scheduler.stats().num_preemptions == 0

@@ -1,7 +1,7 @@
-"""Random histories: whatever comes, invariants hold, everything ends, nothing leaks, and the tokens are those of the plain computation.
+"""Random sequences of calls: invariants hold, every request finishes, nothing leaks, and the tokens equal the plain computation's.
 
-The fake executor makes tokens depend on every cell that is read through block tables, copies and moves, so "the tokens are right"
-covers paging, sharing, copy-on-write, windows, swapping, planning ahead and preemption at once.
+In the fake executor tokens depend on every cell that is read through block tables, copies and moves. So correct tokens test paging,
+sharing, copy-on-write, windows, swapping, asynchronous scheduling and preemption at once.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
-from tests.core.harness import Harness
+from tests.core.harness import GRAMMAR, Harness
 
 WINDOWS = [(None,), (None,), (3,), (None, 4), (None, 7, 2), (1, None)]
 
@@ -27,20 +27,21 @@ CONFIGS = st.builds(
     kv_windows=st.sampled_from(WINDOWS), enable_prefix_caching=st.booleans(),
     long_prefill_token_threshold=st.sampled_from([0, 0, 2, 5]), policy=st.sampled_from(["fcfs", "priority"]),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 0, 5, 40]), swap_fixed_cost=st.sampled_from([0.0, 3.0]),
-    swap_cost_per_token=st.sampled_from([0.0, 0.5]),
+    swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]),
 )
-PROMPTS = st.builds(  # few beginnings, so that they are shared
+PROMPTS = st.builds(  # few different prefixes, so that they are shared
     lambda start, length, tail: tuple((start + i) % 3 for i in range(length)) + tuple(tail),
     st.integers(0, 1), st.integers(1, 16), st.lists(st.integers(0, 22), max_size=5),
 )
 PARAMS = st.builds(
     SamplingParams, n=st.sampled_from([1, 1, 1, 2, 4]), max_tokens=st.sampled_from([None, 1, 2, 7, 15]),
     stop_token_ids=st.sampled_from([None, None, [3]]), min_tokens=st.integers(0, 1), prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    ignore_eos=st.booleans(), structured_outputs=st.sampled_from([None, GRAMMAR]),
 )
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Users, the engine and misfortune, in any order; `Harness` checks every invariant after every call."""
+    """Calls of users and engine, and failures, in any order. `Harness` checks every invariant after every call."""
 
     configs = CONFIGS
 
@@ -49,13 +50,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = data.draw(self.configs)
         self.h = Harness(config, chaos=random.Random(seed), drafts=drafts, stop_strings=stop_strings)
 
-    @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), eos=st.sampled_from([(), (5,)]), priority=st.integers(0, 2),
-          needs_result=st.booleans(), salt=st.sampled_from([None, None, "salt"]))
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, eos: tuple[int, ...], priority: int,
-            needs_result: bool, salt: str | None) -> None:
+    @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), priority=st.integers(0, 2), salt=st.sampled_from([None, None, "salt"]))
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, priority: int, salt: str | None) -> None:
         try:
-            self.h.add(prompt, params, seed=seed, eos_token_ids=eos, priority=priority, needs_result_each_step=needs_result,
-                       cache_salt=salt)
+            self.h.add(prompt, params, seed=seed, priority=priority, cache_salt=salt)
         except InvalidInput as refusal:
             assert "can never fit" in refusal.message
 
@@ -93,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.h.scheduler.check()
 
     def teardown(self) -> None:
-        """Liveness: with nothing more coming, everything ends."""
+        """Liveness: without new requests, every request finishes."""
         if hasattr(self, "h"):
             self.h.run()
             self.h.check_answers()
@@ -103,22 +101,23 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 class SwapMachine(SchedulerMachine):
-    """The same with few device blocks and a host tier that is always worth using: moves under way at nearly every step."""
+    """The same with few device blocks and free swaps: moves are pending in nearly every step."""
 
     configs = st.builds(
         SchedulerConfig, num_blocks=st.integers(8, 18), block_size=st.sampled_from([2, 4]), max_num_seqs=st.integers(2, 6),
         max_num_batched_tokens=st.sampled_from([5, 17, 64]), max_model_len=st.just(24), kv_windows=st.sampled_from([(None,), (None, 4)]),
         enable_prefix_caching=st.booleans(), planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([4, 12, 60]),
-        swap_fixed_cost=st.just(0.0), swap_cost_per_token=st.just(0.0),
+        swap_fixed_cost=st.just(0.0), swap_cost_per_token=st.just(0.0), eos_token_ids=st.sampled_from([(), (5,)]),
     )
 
 
-TestSwapTier = SwapMachine.TestCase
+TestSwap = SwapMachine.TestCase
 
 
-# Metamorphic: the same requests under other settings write the same tokens.
+# Metamorphic: the same requests under other settings get the same tokens.
 
-BASE: dict[str, Any] = {"num_blocks": 400, "block_size": 4, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 48}
+BASE: dict[str, Any] = {"num_blocks": 400, "block_size": 4, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 48,
+                        "eos_token_ids": (5,)}
 CHANGES: list[dict[str, Any]] = [
     {"block_size": 1}, {"block_size": 7}, {"block_size": 64}, {"max_num_batched_tokens": 5}, {"max_num_seqs": 1}, {"max_num_seqs": 3},
     {"enable_prefix_caching": False}, {"num_blocks": 14}, {"num_blocks": 14, "enable_prefix_caching": False}, {"planning_depth": 1},
@@ -143,7 +142,7 @@ def workload(order: random.Random | None = None) -> list[tuple[str, tuple[int, .
 def run(settings: dict[str, Any], order: random.Random | None = None, windows: tuple[int | None, ...] = (None,)) -> Harness:
     h = Harness(SchedulerConfig(**{**BASE, "kv_windows": windows, **settings}), chaos=random.Random(1))
     for i, (name, prompt, params, seed) in enumerate(workload(order)):
-        h.add(prompt, params, name, seed=seed, priority=i % 3, eos_token_ids=(5,))
+        h.add(prompt, params, name, seed=seed, priority=i % 3)
         if order is not None and order.random() < 0.5:
             h.step()
     h.run()
@@ -154,24 +153,24 @@ def run(settings: dict[str, Any], order: random.Random | None = None, windows: t
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
 def test_tokens_do_not_depend_on_settings(change: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     if windows != (None,) and change.get("num_blocks"):
-        change = {**change, "num_blocks": 24}  # more than one group needs
+        change = {**change, "num_blocks": 24}  # two groups need more blocks than one
     h = run(change, windows=windows)
     h.check_answers()
     if change.get("num_blocks"):
-        assert h.scheduler.stats().num_preemptions > 0, "too roomy to show anything"
+        assert h.scheduler.stats().num_preemptions > 0, "the pool is too large for this test"
     if change.get("num_host_blocks"):
         assert h.scheduler.stats().num_swaps > 0
 
 
 @given(seed=st.integers(0, 2**32))
-def test_tokens_do_not_depend_on_arrival_order_or_company(seed: int) -> None:
+def test_tokens_do_not_depend_on_arrival_order_or_other_requests(seed: int) -> None:
     h = run({"num_blocks": 20, "max_num_batched_tokens": 17, "planning_depth": seed % 2}, random.Random(seed))
     h.check_answers()
 
 
 @given(config=CONFIGS, seed=st.integers(0, 2**32))
-def test_nobody_who_decodes_misses_a_step_unless_blocks_run_out(config: SchedulerConfig, seed: int) -> None:
-    """The bound in the scheduler's docstring, on random settings."""
+def test_every_decode_is_in_every_step_unless_blocks_run_out(config: SchedulerConfig, seed: int) -> None:
+    """The guarantee in the scheduler's docstring, under random settings."""
     chaos = random.Random(seed)
     h = Harness(config)
     for i in range(7):
@@ -186,7 +185,7 @@ def test_nobody_who_decodes_misses_a_step_unless_blocks_run_out(config: Schedule
         plan = h.launch()
         missed = decoding - set(plan.request_ids if plan else ())
         ran_out = h.scheduler.pool.num_free < len(config.kv_windows) * 2 or h.scheduler.stats().num_preemptions > before
-        assert not missed or ran_out, f"{missed} missed their turn"
+        assert not missed or ran_out, f"{missed} missed a step"
         if h.in_flight:
             h.finish()
     h.check_answers()

@@ -1,4 +1,4 @@
-"""The picture of the scheduler that people watch: true, anonymous, and without effect."""
+"""The snapshot of the scheduler: it is correct, contains no content of requests, and changes nothing."""
 from __future__ import annotations
 
 from typing import Any
@@ -23,7 +23,7 @@ def greedy(max_tokens: int = 20, n: int = 1) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, n=n, temperature=0.0 if n == 1 else 1.0)
 
 
-def test_every_used_block_has_the_colour_of_an_owner_and_the_others_are_free() -> None:
+def test_every_used_block_has_its_owner_and_the_others_are_free() -> None:
     harness = make()
     harness.add(PROMPT, greedy())
     harness.add((1, 2, 3), greedy())
@@ -49,7 +49,7 @@ def test_blocks_that_children_share_are_marked_as_shared() -> None:
     assert [(s.owner, s.child) for s in view.running] == [(1, 0), (1, 1)]
 
 
-def test_what_a_finished_request_left_behind_is_cached_until_it_is_reused() -> None:
+def test_the_blocks_of_a_finished_request_are_cached() -> None:
     harness = make()
     harness.add(PROMPT, greedy(max_tokens=2))
     while harness.scheduler.has_unfinished():
@@ -59,7 +59,7 @@ def test_what_a_finished_request_left_behind_is_cached_until_it_is_reused() -> N
     assert set(cells) == {CACHED, FREE}
 
 
-def test_who_waits_is_listed_in_the_order_of_their_turns() -> None:
+def test_waiting_sequences_are_listed_in_priority_order() -> None:
     harness = make(max_num_seqs=1)
     for _ in range(4):
         harness.add(PROMPT, greedy())
@@ -70,8 +70,8 @@ def test_who_waits_is_listed_in_the_order_of_their_turns() -> None:
     assert (view.num_running, view.num_waiting) == (1, 3)
 
 
-def test_many_blocks_are_summed_up_in_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "MOST_CELLS", 10)
+def test_many_blocks_are_combined_into_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "MAX_CELLS", 10)
     harness = make()
     harness.add(PROMPT, greedy())
     harness.step()
@@ -92,16 +92,16 @@ def test_a_step_tells_prompt_tokens_from_decodes() -> None:
     harness.finish()
 
 
-def test_looking_changes_nothing() -> None:
-    def run(look: bool) -> list[Any]:
+def test_a_snapshot_changes_nothing() -> None:
+    def run(observe: bool) -> list[Any]:
         harness = make(num_blocks=12)
         for i in range(5):
             harness.add((*PROMPT, i), greedy(max_tokens=12))
         while harness.scheduler.has_unfinished():
             harness.step()
-            if look:
+            if observe:
                 take_snapshot(harness.scheduler)
                 harness.scheduler.check()
         return harness.plans
 
-    assert run(look=True) == run(look=False)
+    assert run(observe=True) == run(observe=False)

@@ -1,4 +1,4 @@
-"""A trace determines its run: what was recorded comes out again bit by bit, and other settings can be tried on the same work."""
+"""Traces: a recorded run replays exactly, can be summarized, and can be simulated under other settings."""
 from __future__ import annotations
 
 import argparse
@@ -14,19 +14,32 @@ from hypothesis import strategies as st
 
 from minivllm.cli import trace as command
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
-from minivllm.core.request import NewRequest
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
-from minivllm.core.simulate import StepCost, Work, percentile, recorded_work, simulate, synthetic_work
-from minivllm.core.trace import Abort, Arrival, Beams, Planned, Readmit, RecordingScheduler, Reset, TraceWriter, Updated, read, replay
-from minivllm.core.trace_summary import summarise
+from minivllm.core.simulate import SimulatedRequest, StepCost, percentile, recorded_requests, simulate, synthetic_requests
+from minivllm.core.trace import (
+    Aborted,
+    Arrival,
+    BeamsChosen,
+    CacheReset,
+    Planned,
+    Readmitted,
+    RecordingScheduler,
+    TraceWriter,
+    Updated,
+    read,
+    replay,
+)
+from minivllm.core.trace_summary import summarize
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
+from tests.core.harness import GRAMMAR
 
 EOS = 7
 
 
 def answer(plan: StepPlan, *, error: str | None = None) -> StepResult:
-    """What a model says that knows only positions. Now and then it is EOS."""
+    """The result of a made-up model: a token depends only on its position and sequence. Sometimes it is EOS."""
     tokens = []
     for column, name in zip(plan.sample_from, plan.sample_ids, strict=True):
         position = plan.starts[column] + plan.num_tokens[column]
@@ -39,7 +52,7 @@ def answer(plan: StepPlan, *, error: str | None = None) -> StepResult:
 
 
 class Driver:
-    """A scheduler, a clock that ticks by a third, and a queue of launched plans."""
+    """A recording scheduler, a clock that advances by 1/3 s per step, and a queue of launched plans."""
 
     def __init__(self, config: SchedulerConfig, path: Path) -> None:
         self.writer = TraceWriter(path, config, {"model": "none"})
@@ -66,7 +79,8 @@ class Driver:
 
 
 configs = st.builds(
-    lambda base, budget, seqs, **kw: SchedulerConfig(num_blocks=base, max_num_batched_tokens=budget, max_num_seqs=seqs, **kw),
+    lambda base, budget, seqs, **kw: SchedulerConfig(
+        num_blocks=base, max_num_batched_tokens=budget, max_num_seqs=seqs, eos_token_ids=(EOS,), **kw),
     st.integers(14, 40), st.integers(3, 40), st.integers(1, 6), block_size=st.sampled_from([4, 5]),
     max_model_len=st.just(48), enable_prefix_caching=st.booleans(), policy=st.sampled_from(["fcfs", "priority"]),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 20]), swap_fixed_cost=st.just(0.0),
@@ -82,11 +96,11 @@ actions = st.lists(st.one_of(
 ), min_size=3, max_size=40)
 
 
-def new_request(number: int, spec: tuple[Any, ...], now: float) -> NewRequest:
+def new_request(number: int, spec: tuple[Any, ...], now: float) -> EngineRequest:
     prompt, output, n, ignore_eos, priority, salt = spec
     params = SamplingParams(n=n, max_tokens=output, temperature=0.7, seed=3, ignore_eos=ignore_eos, stop=["a", "b"], logit_bias={5: 1.5},
                             stop_token_ids=[] if ignore_eos else [11], bad_words_token_ids=((1, 2), (3,)))
-    return NewRequest(f"r{number}", tuple(i % 5 for i in range(prompt)), params, 2**63 + number, now, (EOS,), priority, salt)
+    return EngineRequest(f"r{number}", tuple(i % 5 for i in range(prompt)), params, now, priority, salt)
 
 
 def record(config: SchedulerConfig, program: list[tuple[str, Any]], path: Path) -> None:
@@ -94,7 +108,7 @@ def record(config: SchedulerConfig, program: list[tuple[str, Any]], path: Path) 
     for action, argument in program:
         if action == "add":
             try:
-                driver.scheduler.add(new_request(added, argument, driver.now))
+                driver.scheduler.add(new_request(added, argument, driver.now), 2**63 + added)
             except InvalidInput:
                 continue
             added += 1
@@ -111,7 +125,7 @@ def record(config: SchedulerConfig, program: list[tuple[str, Any]], path: Path) 
 
 
 def small_run(path: Path, **changes: Any) -> SchedulerConfig:
-    """Six requests that hardly fit: preemptions, prefix hits, children, stops."""
+    """Six requests in a small pool: there are preemptions, prefix hits, children and stops."""
     config = dataclasses.replace(SchedulerConfig(num_blocks=14, block_size=4, max_num_batched_tokens=16, max_model_len=48), **changes)
     program: list[tuple[str, Any]] = [("add", (20, 14, 1 + i % 2, True, 0, None)) for i in range(6)]
     program += [("step", None)] * 9 + [("stop", 0)]
@@ -124,7 +138,7 @@ def small_run(path: Path, **changes: Any) -> SchedulerConfig:
 
 @given(config=configs, program=actions)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
-def test_whatever_was_recorded_replays_to_the_last_bit(tmp_path: Path, config: SchedulerConfig, program: list[tuple[str, Any]]) -> None:
+def test_every_recorded_run_replays_exactly(tmp_path: Path, config: SchedulerConfig, program: list[tuple[str, Any]]) -> None:
     path = tmp_path / "run.jsonl"
     record(config, program, path)
     trace = read(path)
@@ -143,54 +157,55 @@ def assert_replay_needs(kind: type, path: Path) -> None:
     assert len(without.events) < len(trace.events) and any(step.mismatch for step in replay(without))
 
 
-@pytest.mark.parametrize(("action", "kind"), [(("abort", 0), Abort), (("reset", None), Reset), (("readmit", None), Readmit)])
-def test_every_kind_of_call_is_on_record_and_matters(tmp_path: Path, action: tuple[str, Any], kind: type) -> None:
+@pytest.mark.parametrize(("action", "kind"), [(("abort", 0), Aborted), (("reset", None), CacheReset), (("readmit", None), Readmitted)])
+def test_every_kind_of_call_is_recorded_and_needed_for_the_replay(tmp_path: Path, action: tuple[str, Any], kind: type) -> None:
     path, add, step = tmp_path / "run.jsonl", ("add", (9, 12, 1, True, 0, None)), ("step", None)
     record(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48), [add, step, step, action, add, step], path)
     assert_replay_needs(kind, path)
 
 
-def test_the_choices_of_a_beam_search_are_on_record_and_matter(tmp_path: Path) -> None:
+def test_the_choices_of_a_beam_search_are_recorded_and_needed_for_the_replay(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48), path)
-    driver.scheduler.add(NewRequest("r0", tuple(range(9)), SamplingParams(max_tokens=9, ignore_eos=True), 0, needs_result_each_step=True))
+    params = SamplingParams(max_tokens=9, ignore_eos=True, structured_outputs=GRAMMAR)
+    driver.scheduler.add(EngineRequest("r0", tuple(range(9)), params))
     beams = ["r0"]
     for step in range(4):
         driver.step()
         beams = driver.scheduler.choose_beams("r0", [(beams[-1], step), (beams[-1], step + 5)])
     driver.finish()
-    assert_replay_needs(Beams, path)
-    assert recorded_work(read(path)) == [], "a beam search depends on the model, so it is not simulated"
+    assert_replay_needs(BeamsChosen, path)
+    assert recorded_requests(read(path)) == [], "a beam search depends on the model, so it is not simulated"
 
 
-def test_what_was_recorded_is_read_back_equal(tmp_path: Path) -> None:
+def test_recorded_events_are_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     seen: list[Any] = []
     config = SchedulerConfig(num_blocks=30, block_size=4, max_model_len=48)
     driver = Driver(config, path)
     new = new_request(0, (9, 4, 2, True, 0, "salt"), 0.1)
-    driver.scheduler.add(new)
+    driver.scheduler.add(new, 2**63)
     update = driver.scheduler.update
     driver.scheduler.update = lambda *args: (seen.append(args), update(*args))[1]  # type: ignore[method-assign]
     driver.step(stop=1)
     driver.finish()
     events = read(path).events
-    assert events[0] == Arrival(new)
+    assert events[0] == Arrival(new, 2**63)
     updates = [e for e in events if isinstance(e, Updated)]
     assert [(e.plan, e.result, dict(e.stops), e.now) for e in updates] == [(p, r, s, n) for p, r, s, n in seen]
     assert read(path).about == {"model": "none"}
 
 
-def test_the_cost_of_a_line_does_not_grow_with_history(tmp_path: Path) -> None:
+def test_the_length_of_a_line_does_not_grow_with_history(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=200, block_size=4, max_model_len=600), path)
-    driver.scheduler.add(NewRequest("r0", (1, 2, 3), SamplingParams(max_tokens=500, ignore_eos=True), 0))
+    driver.scheduler.add(EngineRequest("r0", (1, 2, 3), SamplingParams(max_tokens=500, ignore_eos=True)))
     driver.finish()
     sizes = [len(line) for line in path.read_text().splitlines()]
-    assert max(sizes[-100:]) <= max(sizes[10:110]) + 10  # more digits, nothing else
+    assert max(sizes[-100:]) <= max(sizes[10:110]) + 10  # numbers have more digits
 
 
-def test_a_changed_plan_is_found_and_named(tmp_path: Path) -> None:
+def test_a_changed_plan_is_a_mismatch(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     small_run(path)
     trace = read(path)
@@ -199,22 +214,22 @@ def test_a_changed_plan_is_found_and_named(tmp_path: Path) -> None:
     rows = (plan.rows[0] + 1, *plan.rows[1:])
     events = (*trace.events[:at], Planned(trace.events[at].now, dataclasses.replace(plan, rows=rows)), *trace.events[at + 1:])  # type: ignore[union-attr]
     steps = list(replay(dataclasses.replace(trace, events=events)))
-    assert len(steps) == at + 1, "the replay ends where it left the record"
+    assert len(steps) == at + 1, "the replay ends at the first difference"
     mismatch = steps[-1].mismatch
     assert mismatch is not None
     assert tuple(mismatch) == (at, plan.step_id, "rows", rows, plan.rows)
 
 
-def test_a_refused_request_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_refused_request_is_not_recorded(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=4, block_size=4), path)
     with pytest.raises(InvalidInput):
-        driver.scheduler.add(NewRequest("r0", (1,) * 100, SamplingParams(), 0))
+        driver.scheduler.add(EngineRequest("r0", (1,) * 100, SamplingParams()))
     driver.finish()
     assert read(path).events == ()
 
 
-def test_a_trace_cut_off_in_a_line_is_read_up_to_there(tmp_path: Path) -> None:
+def test_a_trace_with_an_incomplete_last_line_is_read_without_it(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     small_run(path)
     whole = read(path)
@@ -225,14 +240,14 @@ def test_a_trace_cut_off_in_a_line_is_read_up_to_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("", "does not open with a config line"),
-    ('{"event":"abort","request_id":"r0"}\n', "does not open with a config line"),
+    ("", "does not start with a config line"),
+    ('{"event":"abort","request_id":"r0"}\n', "does not start with a config line"),
     ('{"event":"config","version":99,"scheduler":{},"about":{}}\n', "version 99"),
     ("hello\n", "line 1"),
     ('{"event":"dance"}\n', "line 1"),
     ('{"_":"Nonsense"}\n', "line 1"),
 ])
-def test_what_is_no_trace_is_refused_with_the_line(tmp_path: Path, text: str, says: str) -> None:
+def test_a_file_that_is_no_trace_is_refused_with_the_line(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(text)
     with pytest.raises(InvalidInput, match=says):
@@ -249,118 +264,118 @@ def test_what_is_no_trace_is_refused_with_the_line(tmp_path: Path, text: str, sa
 def test_a_summary_accounts_for_every_token(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     small_run(path)
-    summary = summarise(read(path))
+    summary = summarize(read(path))
     assert summary.mismatch is None and summary.num_requests == 6
-    assert sum(summary.endings.values()) == 9 and summary.endings["stop"] == 1  # three of the six have two children
+    assert sum(summary.finish_reasons.values()) == 9 and summary.finish_reasons["stop"] == 1  # three of the six have two children
     assert sum(summary.kinds) == sum(step.plan.total_tokens for step in summary.steps)
     assert summary.kinds.recomputed > 0 and summary.steps[-1].stats.num_preemptions > 0
     assert 0.0 < summary.waste < 0.5
 
 
-def test_kinds_of_tokens_add_up_to_what_was_asked_for(tmp_path: Path) -> None:
+def test_kinds_of_tokens_add_up_to_the_requested_lengths(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_num_batched_tokens=7, max_model_len=64), path)
     for i, (prompt, output) in enumerate([(20, 5), (3, 9)]):
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        driver.scheduler.add(NewRequest(f"r{i}", tuple(range(100 * i, 100 * i + prompt)), params, 0))
+        driver.scheduler.add(EngineRequest(f"r{i}", tuple(range(100 * i, 100 * i + prompt)), params))
     driver.finish()
-    kinds = summarise(read(path)).kinds
+    kinds = summarize(read(path)).kinds
     assert kinds == (20 + 3, (5 - 1) + (9 - 1), 0), "the last sampled token is never computed"
 
 
-def test_empty_slots_are_those_beyond_the_last_token_and_shared_ones_count_once(tmp_path: Path) -> None:
+def test_empty_slots_are_those_after_the_last_token_and_shared_ones_count_once(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=8, max_model_len=64), path)
-    driver.scheduler.add(NewRequest("r0", tuple(range(13)), SamplingParams(n=3, max_tokens=2, ignore_eos=True), 0))
+    driver.scheduler.add(EngineRequest("r0", tuple(range(13)), SamplingParams(n=3, max_tokens=2, ignore_eos=True)))
     driver.finish()
-    first, second = summarise(read(path)).steps
+    first, second = summarize(read(path)).steps
     assert first.empty_slots == 16 - 13, "the children share the prompt's two blocks"
     assert second.empty_slots == 3 * (16 - 14), "each owns its second block now"
 
 
-# -- other settings on the same work ---------------------------------------------------------------------------------------
+# -- the same requests under other settings --------------------------------------------------------------------------------
 
 FIXED = StepCost(base=1.0, per_token=0.0, per_context=0.0)
 
 
-def one(prompt: int, output: int, at: float = 0.0) -> list[Work]:
-    return synthetic_work([(prompt, output)], [at])
+def one(prompt: int, output: int, at: float = 0.0) -> list[SimulatedRequest]:
+    return synthetic_requests([(prompt, output)], [at])
 
 
-def test_a_step_costs_what_the_price_list_says() -> None:
+def test_a_step_takes_as_long_as_its_cost_says() -> None:
     config = SchedulerConfig(num_blocks=64, max_num_batched_tokens=64)
     cost = StepCost(base=1.0, per_token=0.1, per_context=0.01, host=0.5)
-    outcome = simulate(config, one(20, 3, at=2.0), cost)
+    simulation = simulate(config, one(20, 3, at=2.0), cost)
     prefill, decode1, decode2 = 1.0 + 20 * 0.1 + 20 * 0.01, 1.0 + 0.1 + 21 * 0.01, 1.0 + 0.1 + 22 * 0.01
     expected = [2.0 + 0.5 + prefill]
     expected += [expected[0] + 0.5 + decode1, expected[0] + 1.0 + decode1 + decode2]
-    assert outcome.token_times["r0", 0] == pytest.approx(expected)
-    assert outcome.times_to_first_token() == pytest.approx([0.5 + prefill])
-    assert outcome.duration == pytest.approx(expected[-1] - 2.0)
+    assert simulation.token_times["r0", 0] == pytest.approx(expected)
+    assert simulation.times_to_first_token() == pytest.approx([0.5 + prefill])
+    assert simulation.duration == pytest.approx(expected[-1] - 2.0)
 
 
-def test_planning_ahead_hides_the_host_behind_the_device() -> None:
-    work, cost = one(8, 11), StepCost(base=1.0, per_token=0.0, per_context=0.0, host=0.5)
-    straight, ahead = (simulate(SchedulerConfig(num_blocks=64, planning_depth=depth), work, cost) for depth in (0, 1))
-    assert straight.duration == pytest.approx(11 * 1.5)
-    assert ahead.duration == pytest.approx(0.5 + 11 * 1.0)
+def test_asynchronous_scheduling_overlaps_host_and_device_time() -> None:
+    requests, cost = one(8, 11), StepCost(base=1.0, per_token=0.0, per_context=0.0, host=0.5)
+    synchronous, overlapped = (simulate(SchedulerConfig(num_blocks=64, planning_depth=depth), requests, cost) for depth in (0, 1))
+    assert synchronous.duration == pytest.approx(11 * 1.5)
+    assert overlapped.duration == pytest.approx(0.5 + 11 * 1.0)
 
 
-def test_chunks_shorten_the_wait_of_others_and_lengthen_the_prompts_own() -> None:
-    work = synthetic_work([(8, 60), (1000, 1)], [0.0, 10.0])
+def test_chunks_shorten_the_latency_of_other_requests_and_lengthen_the_prompts_own() -> None:
+    requests = synthetic_requests([(8, 60), (1000, 1)], [0.0, 10.0])
     cost = StepCost(base=1.0, per_token=0.01, per_context=0.0)
-    whole, chunked = (simulate(SchedulerConfig(num_blocks=128, max_num_batched_tokens=budget), work, cost) for budget in (1024, 64))
+    whole, chunked = (simulate(SchedulerConfig(num_blocks=128, max_num_batched_tokens=budget), requests, cost) for budget in (1024, 64))
     assert max(whole.inter_token_latencies()) > 11.0 > 2.0 > max(chunked.inter_token_latencies())
     assert whole.token_times["r1", 0] < chunked.token_times["r1", 0]
 
 
-def test_recorded_work_under_the_recorded_settings_makes_the_same_plans(tmp_path: Path) -> None:
-    """With FCFS and everybody there at the start, only the model and the clock were exchanged."""
+def test_a_simulation_under_the_recorded_settings_makes_the_same_plans(tmp_path: Path) -> None:
+    """All requests arrive at the start, so only the model and the clock differ from the recorded run."""
     path = tmp_path / "run.jsonl"
     config = SchedulerConfig(num_blocks=14, block_size=4, max_num_batched_tokens=16, max_model_len=48, enable_prefix_caching=False)
     record(config, [("add", (18, 12, 1, i % 2 == 0, 0, None)) for i in range(5)], path)
     trace = read(path)
     recorded = [e.plan for e in trace.events if isinstance(e, Planned) and e.plan is not None]
-    outcome = simulate(config, recorded_work(trace), FIXED)
-    assert [step.plan for step in outcome.steps] == recorded
-    assert outcome.num_preemptions > 0
+    simulation = simulate(config, recorded_requests(trace), FIXED)
+    assert [step.plan for step in simulation.steps] == recorded
+    assert simulation.num_preemptions > 0
 
 
 @pytest.mark.parametrize("changes", [
     {"num_blocks": 200}, {"planning_depth": 1}, {"max_num_batched_tokens": 5}, {"enable_prefix_caching": False},
     {"num_host_blocks": 50, "swap_fixed_cost": 0.0},
 ])
-def test_under_any_settings_every_request_writes_its_recorded_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_under_any_settings_every_request_gets_its_recorded_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "run.jsonl"
     config = small_run(path)
-    work = recorded_work(read(path))
-    outcome = simulate(dataclasses.replace(config, **changes), work, FIXED)
-    for item in work:
-        assert [len(outcome.token_times[item.new.request_id, i]) for i in range(item.new.params.n)] == [len(o) for o in item.outputs]
-    assert outcome.output_tokens == summarise(read(path)).num_tokens_kept
+    requests = recorded_requests(read(path))
+    simulation = simulate(dataclasses.replace(config, **changes), requests, FIXED)
+    for item in requests:
+        assert [len(simulation.token_times[item.new.request_id, i]) for i in range(item.new.params.n)] == [len(o) for o in item.outputs]
+    assert simulation.output_tokens == summarize(read(path)).num_tokens_kept
 
 
-def test_requests_that_shared_an_id_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
+def test_successive_requests_with_the_same_id_are_distinguished(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     driver = Driver(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=48, enable_prefix_caching=False), path)
     for tokens in (3, 5):
-        driver.scheduler.add(NewRequest("same", (1, 2, 3), SamplingParams(max_tokens=tokens, ignore_eos=True), 0))
+        driver.scheduler.add(EngineRequest("same", (1, 2, 3), SamplingParams(max_tokens=tokens, ignore_eos=True)))
         while driver.scheduler.has_unfinished():
             driver.step()
     driver.finish()
     trace = read(path)
-    assert summarise(trace).kinds == (3 + 3, 2 + 4, 0), "the second one's prompt is no recomputation"
-    work = recorded_work(trace)
-    assert [(w.new.request_id, len(w.outputs[0])) for w in work] == [("same", 3), ("same/1", 5)]
-    assert simulate(trace.config, work, FIXED).output_tokens == 8
+    assert summarize(trace).kinds == (3 + 3, 2 + 4, 0), "the second request's prompt is not a recomputation"
+    requests = recorded_requests(trace)
+    assert [(w.new.request_id, len(w.outputs[0])) for w in requests] == [("same", 3), ("same/1", 5)]
+    assert simulate(trace.config, requests, FIXED).output_tokens == 8
 
 
-def test_a_request_that_settings_can_never_serve_is_reported_as_refused() -> None:
-    outcome = simulate(SchedulerConfig(num_blocks=4, block_size=4), one(100, 5), FIXED)
-    assert outcome.refused == ("r0",) and outcome.steps == ()
+def test_a_request_that_can_never_fit_is_reported_as_refused() -> None:
+    simulation = simulate(SchedulerConfig(num_blocks=4, block_size=4), one(100, 5), FIXED)
+    assert simulation.refused == ("r0",) and simulation.steps == ()
 
 
-def test_prices_are_recovered_from_step_times(tmp_path: Path) -> None:
+def test_step_costs_are_fitted_to_step_times(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     true = StepCost(base=3e-3, per_token=2e-5, per_context=4e-7)
     config = SchedulerConfig(num_blocks=64, block_size=4, max_num_batched_tokens=16, max_model_len=48)
@@ -377,7 +392,7 @@ def test_prices_are_recovered_from_step_times(tmp_path: Path) -> None:
     assert (found.base, found.per_token, found.per_context) == pytest.approx((3e-3, 2e-5, 4e-7), rel=1e-3)
 
 
-def test_percentiles_are_values_that_occurred() -> None:
+def test_percentiles_are_among_the_values() -> None:
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
     assert [percentile(values, p) for p in (0, 20, 50, 99, 100)] == [1.0, 1.0, 3.0, 5.0, 5.0]
 
@@ -391,7 +406,7 @@ def run_command(*argv: str) -> int:
     return command.run(parser.parse_args(["trace", *argv]))
 
 
-def test_the_command_summarises_replays_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_summarizes_replays_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.jsonl"
     small_run(path)
     assert run_command(str(path)) == 0
@@ -402,7 +417,7 @@ def test_the_command_summarises_replays_and_compares(tmp_path: Path, capsys: pyt
     assert run_command(str(path), "--compare", "num_blocks=200", "--compare", "policy=priority", "planning_depth=1") == 0
     table = capsys.readouterr().out
     row = next(line.split() for line in table.splitlines() if line.startswith("preemptions"))
-    assert int(row[1]) > 0 and row[2] == "0", "as it is: preemptions; with 200 blocks: none"
+    assert int(row[1]) > 0 and row[2] == "0", "preemptions with the recorded settings, none with 200 blocks"
     assert run_command("--synthetic", "5", "--rate", "100", "--compare", "max_num_seqs=1") == 0
 
 
@@ -423,7 +438,7 @@ def test_the_command_ends_with_1_if_a_plan_differs(tmp_path: Path, capsys: pytes
     ["FILE", "--compare", "num_block=3"], ["FILE", "--compare", "num_blocks"], ["FILE", "--compare", "num_blocks=many"],
     ["FILE", "--compare", "policy=lottery"], ["FILE", "--compare", "num_blocks=99", "--step-cost", "1,2"],
 ])
-def test_the_command_refuses_what_makes_no_sense(tmp_path: Path, argv: list[str]) -> None:
+def test_the_command_refuses_wrong_arguments(tmp_path: Path, argv: list[str]) -> None:
     path = tmp_path / "run.jsonl"
     small_run(path)
     with pytest.raises(InvalidInput):

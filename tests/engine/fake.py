@@ -1,6 +1,6 @@
-"""An executor without a model: the next token is a hash of all tokens before it, computed from plans alone.
+"""An executor without a model: the next token is a hash of all tokens before it.
 
-It keeps a row table as a worker does, so a wrong plan (a token not sent, a row reused too early) gives wrong tokens.
+It knows only the plans and keeps a row table like a worker. So a wrong plan (a missing token, a row reused too early) gives wrong tokens.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 
 VOCAB = 400
@@ -21,13 +21,13 @@ EOS = 1
 
 
 def next_token(history: Sequence[int], seed: int, child: int) -> int:
-    """Never EOS by itself, so that lengths are decided by the request."""
+    """Never EOS, so that the request alone decides the length."""
     digest = hashlib.blake2b(repr((tuple(history), seed, child)).encode(), digest_size=8).digest()
     return 3 + int.from_bytes(digest, "little") % (VOCAB - 3)
 
 
 def expected(prompt: Sequence[int], count: int, seed: int = 0, child: int = 0) -> list[int]:
-    """What the fake model says after a prompt; greedy requests have seed and child 0."""
+    """The fake model's output after a prompt. Greedy requests use seed 0 and child 0."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(tokens, seed, child))
@@ -57,10 +57,10 @@ class FakePending:
 @dataclass
 class FakeExecutor:
     num_blocks: int = 64
-    choose: Callable[[Sequence[int], RowAdmission], int] | None = None  # overrules the hash
+    choose: Callable[[Sequence[int], RowAdmission], int] | None = None  # replaces the hash
     fail_at: dict[int, Exception] = field(default_factory=dict)  # step id -> raised by launch
     fail_waiting_at: dict[int, Exception] = field(default_factory=dict)  # step id -> raised by wait
-    gate: threading.Event | None = None  # steps wait for it
+    gate: threading.Event | None = None  # `wait` waits for it
     closed: bool = False
     plans: list[StepPlan] = field(default_factory=list)
     max_outstanding: int = 0
@@ -132,12 +132,12 @@ def make_engine(
     max_num_seqs: int = 16, max_num_batched_tokens: int = 64, max_model_len: int = 128, seed: int = 0,
     clock: Callable[[], float] | None = None, **scheduler: object,
 ) -> LLMEngine:
-    """An engine of real parts around the fake executor."""
+    """An engine around the fake executor. All other parts are real."""
     executor = executor or FakeExecutor()
     config = SchedulerConfig(
         num_blocks=executor.num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, planning_depth=planning_depth,
-        **scheduler,  # type: ignore[arg-type]
+        eos_token_ids=(EOS,), **scheduler,  # type: ignore[arg-type]
     )
     info = EngineInfo(
         model="fake", model_folder="", tokenizer_folder=None if folder is None else str(folder), max_model_len=max_model_len,
@@ -147,5 +147,5 @@ def make_engine(
     extra = {} if clock is None else {"clock": clock}
     return LLMEngine(
         executor=executor, scheduler=Scheduler(config), tokenizer=None if folder is None else Tokenizer(folder), info=info,  # type: ignore[arg-type]
-        seed=seed, planning_depth=planning_depth, **extra,
+        seed=seed, **extra,
     )

@@ -1,8 +1,8 @@
-"""HF Transformers as the judge of greedy outputs, at the price of one forward pass per output.
+"""HF Transformers checks greedy outputs with one forward pass per output.
 
-A greedy output is right if and only if each of its tokens is the most probable one after the tokens before it. So the oracle
-reads prompt and output once and looks at every position, instead of generating by itself. Where its two best logits are closer
-than 1e-4 either may be chosen (a tie); ties that were used are counted.
+A greedy output is right if each of its tokens is the most probable one after the tokens before it. So the oracle computes the logits of
+prompt and output once and checks every position, instead of generating. Where the two largest logits differ by less than 1e-4, either
+token is accepted (a tie). Such ties are counted.
 """
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Oracle:
             return self._model(torch.tensor([tokens])).logits[0]  # [T, vocab]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """[T, vocab]: row p is about position p + 1."""
+        """[T, vocab]: row p predicts the token at position p + 1."""
         return self._logits(tuple(tokens))
 
     def check_greedy(self, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """Assert that `output` is what greedy decoding says after `prompt`."""
+        """Assert that greedy decoding gives `output` after `prompt`."""
         logits = self.logits([*prompt, *output])[len(prompt) - 1: -1]
         best = logits.topk(2).values  # [len(output), 2]
         chosen = logits[torch.arange(len(output)), torch.tensor(output)]
@@ -47,6 +47,6 @@ class Oracle:
                 self.num_ties += 1
 
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Log-probability of each token but the first."""
+        """Log-probabilities of all tokens except the first."""
         table = self.logits(tokens).log_softmax(-1)
         return table[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])].tolist()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Beam search on the scheduler's forks: equal to a search that recomputes everything, and to HF's."""
+"""Beam search on the scheduler's forks gives the result of a search that recomputes everything, and of HF's search."""
 from __future__ import annotations
 
 import math
@@ -25,7 +25,7 @@ Found = list[tuple[tuple[int, ...], float]]
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Callable[..., Path]) -> Path:
-    """Few tokens and flat logits, so that beams change places and EOS comes up often."""
+    """A model with few tokens and flat logits, so that the ranks of beams change and EOS is often among the best tokens."""
     return tiny_llama(seed=3, vocab_size=32, initializer_range=0.12)
 
 
@@ -44,9 +44,9 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 
 def naive(best: Callable[[tuple[int, ...]], list[tuple[int, float]]], params: BeamSearchParams, eos: int = 1) -> Found:
-    """The specification: every beam is computed from its beginning, and the search always goes to its end.
+    """The specification: every beam is computed from its first token, and the search never stops early.
 
-    `best` gives the most probable next tokens and their log-probabilities, at least beam_width + 1.
+    `best` returns at least beam_width + 1 of the most probable next tokens, with their log-probabilities.
     """
     live: Found = [((), 0.0)]
     done: list[tuple[float, tuple[int, ...], float]] = []
@@ -81,7 +81,7 @@ def best_by(oracle: Oracle, prompt: list[int], count: int) -> Callable[[tuple[in
 
 def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list[Found]:
     outputs = llm.beam_search(prompts, params)  # type: ignore[arg-type]
-    while llm.llm_engine.has_unfinished_requests():  # a step that was launched for a beam that is over
+    while llm.llm_engine.has_unfinished_requests():  # a step that was launched for a beam that has ended
         assert llm.llm_engine.step() == []
     stats = llm.llm_engine.stats()
     assert (stats.used_blocks, stats.num_running) == (0, 0)
@@ -102,7 +102,7 @@ def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list
     penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, 4.0]),
 )
 def test_stopping_early_never_changes_the_result(seed: int, width: int, length: int, eos_share: float, penalty: float) -> None:
-    """On a made-up model of eight tokens whose probabilities depend on all tokens before."""
+    """Checked on a function with eight tokens whose probabilities depend on all earlier tokens."""
     params = BeamSearchParams(beam_width=width, max_tokens=length, length_penalty=penalty)
 
     def best(tokens: tuple[int, ...]) -> list[tuple[int, float]]:
@@ -136,21 +136,21 @@ def test_stopping_early_never_changes_the_result(seed: int, width: int, length: 
     BeamSearchParams(beam_width=8, max_tokens=1),
     BeamSearchParams(beam_width=3, max_tokens=14, length_penalty=2.5),
 ], ids=lambda p: f"{p.beam_width}x{p.max_tokens}{'-no-eos' if p.ignore_eos else ''}-penalty{p.length_penalty:g}")
-def test_the_result_is_that_of_a_search_which_recomputes_everything(llm: LLM, oracle: Oracle, params: BeamSearchParams) -> None:
+def test_the_result_equals_a_search_that_recomputes_everything(llm: LLM, oracle: Oracle, params: BeamSearchParams) -> None:
     for prompt, found in zip(PROMPTS, search(llm, PROMPTS, params), strict=True):
         expected = naive(best_by(oracle, prompt, params.beam_width + 1), params)
         assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
         assert [total for _, total in found] == pytest.approx([total for _, total in expected], abs=1e-3)
 
 
-def test_some_searches_end_with_eos_and_some_beams_change_places(oracle: Oracle) -> None:
-    """The cases above would show little on a model that never does either."""
+def test_some_searches_end_with_eos_and_some_change_the_ranks_of_beams(oracle: Oracle) -> None:
+    """The cases above would test little on a model that never does either."""
     results = [naive(best_by(oracle, prompt, 5), BeamSearchParams(beam_width=4, max_tokens=10)) for prompt in PROMPTS]
     assert any(tokens[-1] == 1 and len(tokens) < 10 for found in results for tokens, _ in found)
     assert any(found[0][0][:3] != found[1][0][:3] for found in results)
 
 
-def test_without_eos_the_result_is_hfs(llm: LLM, folder: Path) -> None:
+def test_without_eos_the_result_equals_hf(llm: LLM, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -167,7 +167,7 @@ def test_without_eos_the_result_is_hfs(llm: LLM, folder: Path) -> None:
 def test_rows_blocks_queue_and_budget_do_not_change_the_result(
     llm: LLM, folder: Path, rows: int, blocks: int, queue: int | None, budget: int, ahead: bool,
 ) -> None:
-    """Fewer rows than beams, blocks for little more than one beam, a queue for one request."""
+    """Settings with fewer rows than beams, with blocks for little more than one beam, and with a queue of one request."""
     params = BeamSearchParams(beam_width=3, max_tokens=10)
     expected = search(llm, PROMPTS, params)
     with LLM(
@@ -178,7 +178,7 @@ def test_rows_blocks_queue_and_budget_do_not_change_the_result(
     assert [[tokens for tokens, _ in one] for one in found] == [[tokens for tokens, _ in one] for one in expected]
 
 
-def test_other_requests_may_run_beside_a_search(llm: LLM) -> None:
+def test_other_requests_may_run_during_a_search(llm: LLM) -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=10)
     expected = search(llm, PROMPTS, params)
     llm.llm_engine.add_request("other", PROMPTS[1], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
@@ -192,7 +192,7 @@ def test_other_requests_may_run_beside_a_search(llm: LLM) -> None:
         llm.llm_engine.step()
 
 
-def test_an_interrupted_search_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_search_leaves_no_request_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     step = llm.llm_engine.step
     calls = iter([step, step, step])
 
@@ -213,7 +213,7 @@ def test_an_interrupted_search_leaves_nothing_behind(llm: LLM, monkeypatch: pyte
 
 
 def test_forks_share_the_prompts_blocks(llm: LLM) -> None:
-    """Eight beams on a long prompt need hardly more blocks than one."""
+    """Eight beams on a long prompt need few more blocks than one."""
     most = 0
     step = llm.llm_engine.step
 
@@ -231,7 +231,7 @@ def test_forks_share_the_prompts_blocks(llm: LLM) -> None:
     assert 25 < most <= 25 + 8 * 2
 
 
-def test_what_cannot_be_searched_is_refused(llm: LLM) -> None:
+def test_impossible_searches_are_refused(llm: LLM) -> None:
     for arguments, message in (
         ({"beam_width": 0, "max_tokens": 1}, "beam_width must be"), ({"beam_width": 2, "max_tokens": 0}, "max_tokens must be"),
         ({"beam_width": 2, "max_tokens": 2, "length_penalty": "x"}, "length_penalty must be"),

@@ -1,4 +1,4 @@
-"""The server's door: an engine in a thread and one in its own process pass the same tests."""
+"""Clients: an engine in a thread and one in its own process pass the same tests."""
 from __future__ import annotations
 
 import asyncio
@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import psutil
 import pytest
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.engine.client import AddRequest, EngineClient, ThreadClient
+from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.engine import LLMEngine
-from minivllm.engine.loop import Add, EngineLoop, Refused, Shutdown, StepMessage
+from minivllm.engine.loop import EngineLoop
+from minivllm.engine.messages import RefusedMessage, ShutdownCommand, StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput, ModelError
 from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
@@ -32,7 +35,7 @@ from tests.engine.fake import FakeExecutor, expected, make_engine
 CLIENTS = {"thread": ThreadClient, "process": ProcessClient}
 
 
-# Builders of engines; they are pickled to the child, so they are plain functions.
+# Builders of engines. They are module-level functions, since they are pickled for the child process.
 
 
 def build_plain(folder: str) -> LLMEngine:
@@ -80,7 +83,7 @@ def client(request: pytest.FixtureRequest, folder: str) -> Iterator[EngineClient
 
 @pytest.fixture
 def no_children_left() -> Iterator[None]:
-    """Neither running nor zombies (multiprocessing's resource tracker is none of ours)."""
+    """The test leaves no child processes: neither running ones nor zombies. (multiprocessing's resource tracker does not count.)"""
     def ours() -> set[psutil.Process]:
         return {p for p in psutil.Process().children() if p.status() == psutil.STATUS_ZOMBIE or "spawn_main" in " ".join(p.cmdline())}
 
@@ -93,13 +96,13 @@ def start(kind: str, builder: Callable[[str], LLMEngine], folder: str) -> Engine
     return CLIENTS[kind].start_with(functools.partial(builder, folder))
 
 
-def ask(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: Any) -> AddRequest:
+def ask(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: Any) -> EngineRequest:
     params = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True, **params}
-    return AddRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
 
 
-async def collect(client: EngineClient, request: AddRequest) -> dict[int, list[int]]:
-    """Token ids per child."""
+async def collect(client: EngineClient, request: EngineRequest) -> dict[int, list[int]]:
+    """The token ids of each child."""
     found: dict[int, list[int]] = {}
     async for deltas in client.generate(request):
         for delta in deltas:
@@ -107,7 +110,7 @@ async def collect(client: EngineClient, request: AddRequest) -> dict[int, list[i
     return found
 
 
-# -- answers ----------------------------------------------------------------------------------------------------------
+# -- streams ----------------------------------------------------------------------------------------------------------
 
 
 def test_many_streams_at_once_each_get_their_own_tokens(client: EngineClient) -> None:
@@ -133,7 +136,7 @@ def test_the_id_of_a_stream_left_early_is_free_once_its_request_has_ended_and_no
         await stream.aclose()
         with pytest.raises(InvalidInput, match="in use"):
             client.add(ask("again"))
-        for _ in range(2):  # the second answer comes after the message with the abort's delta
+        for _ in range(2):  # the second reply arrives after the message with the abort's delta
             await client.reset_prefix_cache()
         assert await collect(client, ask("again")) == {0: expected((5, 6, 7), 5)}
 
@@ -141,13 +144,13 @@ def test_the_id_of_a_stream_left_early_is_free_once_its_request_has_ended_and_no
     assert client._streams == {}
 
 
-def test_a_refused_request_raises_and_leaves_nothing_behind(client: EngineClient) -> None:
+def test_a_refused_request_raises_and_leaves_no_stream_behind(client: EngineClient) -> None:
     async def main() -> None:
         with pytest.raises(InvalidInput, match="outside the vocabulary") as error:
             await collect(client, ask("bad", (10**6,)))
         assert error.value.param == "prompt"
         with pytest.raises(InvalidInput, match="scheduling_policy"):
-            async for _ in client.generate(AddRequest(
+            async for _ in client.generate(EngineRequest(
                 request_id="p", prompt_token_ids=(5,), params=SamplingParams(), priority=3,
             )):
                 pass
@@ -156,23 +159,23 @@ def test_a_refused_request_raises_and_leaves_nothing_behind(client: EngineClient
     asyncio.run(main())
 
 
-def test_a_reader_that_leaves_in_the_moment_its_request_is_refused_leaves_nothing_behind(
+def test_a_reader_that_leaves_while_its_request_is_refused_leaves_no_stream_behind(
     client: EngineClient, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "_send", lambda command: None)  # the answer is the test's
+    monkeypatch.setattr(client, "_send", lambda command: None)  # the test sends the reply itself
 
     async def main() -> None:
         reading = asyncio.ensure_future(collect(client, ask("bad")))
         await asyncio.sleep(0)  # until it waits
         reading.cancel()
-        client._receive(Refused("bad", InvalidInput("no")))  # comes while the reader is there, and is passed on when it has left
+        client._receive(RefusedMessage("bad", InvalidInput("no")))  # arrives before the reader has left, and reaches its stream afterwards
         await asyncio.gather(reading, return_exceptions=True)
 
     asyncio.run(main())
     assert client._streams == {}
 
 
-def test_an_id_in_use_is_refused_and_the_first_request_goes_on(client: EngineClient) -> None:
+def test_an_id_in_use_is_refused_and_the_first_request_continues(client: EngineClient) -> None:
     async def main() -> None:
         first = client.generate(ask("same", max_tokens=60))
         got = list(await anext(first))
@@ -192,7 +195,7 @@ def test_aborting_ends_the_stream_with_reason_abort(client: EngineClient) -> Non
             client.abort("long")
             reasons += [d.finish_reason for d in deltas if d.finish_reason]
         assert reasons == ["abort", "abort"]
-        client.abort("never heard of")
+        client.abort("unknown")
         await _idle(client)
 
     asyncio.run(main())
@@ -227,7 +230,7 @@ def test_a_reader_that_goes_away_aborts_its_request_and_frees_its_blocks(client:
 
 
 async def _idle(client: EngineClient) -> None:
-    """Until what was sent before has been dealt with (the loop answers in order) and launched steps have been taken in."""
+    """Wait until the loop has handled every earlier command (it replies in order) and the results of launched steps."""
     await client.reset_prefix_cache()
     while client.stats().used_blocks:
         await client.reset_prefix_cache()
@@ -236,7 +239,7 @@ async def _idle(client: EngineClient) -> None:
 def test_a_slow_reader_finds_everything_in_one_batch(client: EngineClient) -> None:
     async def main() -> None:
         client.add(ask("slow", max_tokens=30))
-        await collect(client, ask("other", max_tokens=60))  # the loop has gone on for longer than the slow one needs
+        await collect(client, ask("other", max_tokens=60))  # the loop runs for longer than the slow request needs
         batches = [deltas async for deltas in client.outputs("slow")]
         assert [t for deltas in batches for d in deltas for t in d.token_ids] == expected((5, 6, 7), 30)
         assert len(batches) == 1
@@ -312,7 +315,7 @@ def test_a_failed_start_raises_the_engines_own_error(kind: str, folder: str) -> 
 
 
 @pytest.mark.usefixtures("no_children_left")
-def test_a_process_that_vanishes_while_starting_is_reported(folder: str) -> None:
+def test_a_process_that_ends_while_starting_is_reported(folder: str) -> None:
     with pytest.raises(EngineDead, match="exit code 3"):
         start("process", build_vanishing, folder)
 
@@ -340,7 +343,7 @@ def test_a_dead_engine_answers_every_pending_and_every_new_request(
 
 @pytest.mark.usefixtures("no_children_left")
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_closing_fails_what_is_pending_and_may_be_repeated(kind: str, folder: str) -> None:
+def test_closing_fails_pending_streams_and_may_be_repeated(kind: str, folder: str) -> None:
     threads = set(threading.enumerate())
     client = start(kind, build_plain, folder)
 
@@ -379,7 +382,7 @@ def test_a_killed_engine_process_is_noticed_and_reaped(folder: str) -> None:
 
 @pytest.mark.usefixtures("no_children_left")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_leaves_the_engine_process_to_its_parent(folder: str, number: signal.Signals) -> None:
+def test_a_signal_to_the_process_group_does_not_end_the_engine_process(folder: str, number: signal.Signals) -> None:
     client = start("process", build_plain, folder)
     assert isinstance(client, ProcessClient) and client.pid is not None
     os.kill(client.pid, number)
@@ -389,7 +392,7 @@ def test_a_signal_to_the_whole_group_leaves_the_engine_process_to_its_parent(fol
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_an_engine_process_dies_with_its_parent(folder: str, busy: bool) -> None:
-    """Even in the middle of work, and even when the parent has no chance to clean up."""
+    """This holds in the middle of a step, and if the parent cannot clean up."""
     code = f"""
 import asyncio, functools, os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -411,19 +414,16 @@ if __name__ == "__main__":
     child = psutil.Process(int(parent.stdout.readline()))
     parent.wait()
     _, alive = psutil.wait_procs([child], timeout=30)
-    assert not alive or child.status() == psutil.STATUS_ZOMBIE  # nobody reaps orphans in some containers
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE  # some containers do not reap orphans
 
 
 # -- idleness ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_idle_loop_stands_still(folder: str) -> None:
-    """It passes once per command while there is no work: the wait is a blocking one."""
+def test_an_idle_loop_sleeps(folder: str) -> None:
+    """Without work it makes one round per command, since it waits in a blocking call."""
     loops: list[EngineLoop] = []
     sent = threading.Semaphore(0)
-    import queue
-
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     waiting = threading.Semaphore(0)
 
     class Watched(queue.SimpleQueue):  # type: ignore[type-arg]
@@ -441,41 +441,52 @@ def test_an_idle_loop_stands_still(folder: str) -> None:
     thread.start()
     waiting.acquire()
     assert loop.rounds == 1  # asleep in its first round
-    inbox.put(Add(ask("r", max_tokens=5)))
+    inbox.put(ask("r", max_tokens=5))
     waiting.acquire()  # asleep again
     rounds = loop.rounds
     assert rounds <= 1 + 5 + 1
-    inbox.put(Shutdown())
+    inbox.put(ShutdownCommand())
     thread.join()
     assert loop.rounds == rounds
 
 
+def test_a_request_reaches_the_scheduler_unchanged(folder: str) -> None:
+    engine = make_engine(folder=folder, policy="priority")
+    request = EngineRequest("r", (5, 6), SamplingParams(stop="x", logit_bias={5: 1.0}), 2.5, priority=3, cache_salt="salt")
+    seen: list[EngineRequest] = []
+    add = engine.scheduler.add
+    engine.scheduler.add = lambda new, seed: (seen.append(new), add(new, seed))[1]  # type: ignore[method-assign]
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for item in (pickle.loads(pickle.dumps(request)), ShutdownCommand()):
+        inbox.put(item)
+    EngineLoop(engine, inbox, lambda message: None).run()
+    assert seen == [request]
+
+
 def test_messages_are_plain_and_small(folder: str) -> None:
-    """All deltas of a step travel in one message, and a delta costs a stream no more than its news."""
+    """All deltas of a step are sent in one message, whose size does not depend on the length of the outputs."""
     sizes: list[int] = []
     engine = make_engine(FakeExecutor(1 << 13), folder=folder, max_num_seqs=64, planning_depth=1, max_model_len=1 << 12)
-    import queue
-
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for i in range(32):
-        inbox.put(Add(pickle.loads(pickle.dumps(ask(f"r{i}", max_tokens=200)))))
+        inbox.put(pickle.loads(pickle.dumps(ask(f"r{i}", max_tokens=200))))
 
     def send(message: Any) -> None:
         sizes.append(len(pickle.dumps(message)))
         if len(sizes) == 150:
-            inbox.put(Shutdown())
+            inbox.put(ShutdownCommand())
 
     EngineLoop(engine, inbox, send).run()
     steady = sizes[100:150]
     assert max(steady) < 32 * 200
-    assert max(steady) - min(steady) < 200  # not growing with the history
+    assert max(steady) - min(steady) < 200  # does not grow with the outputs
     gc.collect()
 
 
-# -- the shortcut past a task, and what a step weighs -----------------------------------------------------------------
+# -- the shortcut, and the size of messages --------------------------------------------------------------------------
 
 
-def test_what_a_shortcut_takes_is_not_yielded_and_what_it_leaves_comes_in_order(client: EngineClient) -> None:
+def test_deltas_that_a_shortcut_consumes_are_not_yielded_and_the_others_keep_their_order(client: EngineClient) -> None:
     async def main() -> None:
         taken: list[int] = []
 

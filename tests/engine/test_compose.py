@@ -1,4 +1,4 @@
-"""From a configuration to a running engine, on a tiny model: what is read, what is refused, what is given back."""
+"""From a configuration to a running engine, on a tiny model: files, errors, and memory after `close`."""
 from __future__ import annotations
 
 import asyncio
@@ -14,8 +14,10 @@ import pytest
 
 from minivllm import LLM, AsyncLLM, EngineConfig, SamplingParams
 from minivllm.core.trace import read, replay
-from minivllm.engine.client import AddRequest, EngineClient, start_client
+from minivllm.engine.client import EngineClient
 from minivllm.engine.compose import sampling_defaults
+from minivllm.engine.process import start_client
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, ModelError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -61,13 +63,13 @@ def test_a_wrong_generation_config_is_the_models_error() -> None:
         sampling_defaults({"temperature": -1})
 
 
-def test_a_length_beyond_the_model_is_refused(folder: Path) -> None:
+def test_a_length_above_the_models_is_refused(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="257 is more than the 256 positions") as error:
         LLM(str(folder), device="cpu", max_model_len=257)
     assert error.value.param == "max_model_len"
 
 
-def test_the_length_is_lowered_to_what_the_cache_holds_and_said_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_length_is_lowered_to_what_the_cache_holds_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with LLM(str(folder), **{**PLAIN, "max_model_len": None, "num_gpu_blocks_override": 5}) as llm:
         assert llm.llm_engine.max_model_len == 64  # 4 usable blocks of 16
         (output,) = llm.generate([[5]], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)  # type: ignore[list-item]
@@ -87,7 +89,7 @@ def test_without_a_tokenizer_ids_go_in_and_ids_come_out(copy: Path) -> None:
         LLM(str(copy), **PLAIN)
 
 
-def test_a_tokenizer_may_come_from_elsewhere(folder: Path, copy: Path) -> None:
+def test_a_tokenizer_may_come_from_another_folder(folder: Path, copy: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (copy / file).unlink()
     with LLM(str(copy), tokenizer=str(folder), **PLAIN) as llm:
@@ -132,21 +134,21 @@ def test_two_engines_live_in_one_process(folder: Path, tiny_llama: Callable[...,
     assert alone[0] != alone[1]
 
 
-def test_closing_gives_weights_and_cache_back_while_the_object_is_still_held(folder: Path) -> None:
+def test_closing_frees_weights_and_cache_while_the_object_still_exists(folder: Path) -> None:
     llm = LLM(str(folder), **PLAIN)
-    runner = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
+    runner = llm.llm_engine.executor.runner  # type: ignore[attr-defined]
     gone = [weakref.ref(runner.model), weakref.ref(runner.kv.layers[0].k), weakref.ref(runner)]
     del runner
     llm.generate("the cat", GREEDY, use_tqdm=False)
     llm.llm_engine.add_request("x", "the cat", GREEDY)
-    llm.llm_engine.step()  # something is in flight
+    llm.llm_engine.step()  # a step is in flight
     llm.close()
     gc.collect()
     assert [ref() for ref in gone] == [None, None, None]
     llm.close()
 
 
-def test_a_failed_start_gives_back_what_it_had_loaded(folder: Path) -> None:
+def test_a_failed_start_frees_the_loaded_model(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="chunked prefill"):
         LLM(str(folder), **PLAIN, enable_chunked_prefill=False, max_num_batched_tokens=8)
     gc.collect()
@@ -175,7 +177,7 @@ def test_a_trace_file_that_cannot_be_written_is_refused(folder: Path) -> None:
         LLM(str(folder), trace="/nowhere/at/all.jsonl", **PLAIN)
 
 
-# -- the same behind a client -----------------------------------------------------------------------------------------
+# -- through a client --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("process", [False, True], ids=["thread", "process"])
@@ -194,7 +196,7 @@ def test_a_model_behind_a_client_gives_the_tokens_of_llm(folder: Path, process: 
 
 async def _collect(client: EngineClient, prompt: tuple[int, ...]) -> tuple[list[int], str]:
     deltas = []
-    async for some in client.generate(AddRequest(request_id="r", prompt_token_ids=prompt, params=GREEDY)):
+    async for some in client.generate(EngineRequest(request_id="r", prompt_token_ids=prompt, params=GREEDY)):
         deltas += some
     return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas)
 
@@ -227,5 +229,8 @@ def test_the_async_api_streams_growing_outputs(folder: Path) -> None:
             with pytest.raises(InvalidInput, match="prompt is empty"):
                 async for _ in llm.generate([], GREEDY):
                     pass
+            params = SamplingParams(max_tokens=1, truncate_prompt_tokens=2, prompt_logprobs=0)
+            *_, output = [output async for output in llm.generate([5, 6, 7, 8], params)]
+            assert output.prompt_token_ids == [7, 8] and len(output.prompt_logprobs or ()) == 2
 
     asyncio.run(main())

@@ -1,15 +1,15 @@
-"""Stop strings and text: what is held back, where the output is cut, and that it costs no more as the text grows."""
+"""Text and stop strings: which characters are held back, and where the output ends."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivllm.core.plan import StepPlan, StepResult, Stop
-from minivllm.engine.detokenizer import Detokenizer, StopMatcher
+from minivllm.core.plan import Stop
+from minivllm.core.stopping import StopRule
+from minivllm.engine.detokenizer import SequenceText
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.sampling_params import SamplingParams
 from tests.engine import tokenizers_for_tests as build
@@ -22,23 +22,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(build.save(build.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
-def _plan(*sequence_ids: str) -> StepPlan:
-    count = len(sequence_ids)
-    ones = (1,) * count
-    return StepPlan(
-        step_id=0, request_ids=sequence_ids, rows=tuple(range(count)), starts=ones, num_tokens=ones,
-        new_blocks=(((),),) * count, drafts=((),) * count, sample_from=tuple(range(count)), sample_rows=tuple(range(count)),
-        sample_ids=sequence_ids,
-    )
-
-
-def _scan(detokenizer: Detokenizer, tokens: Sequence[int], sequence_id: str = "a") -> Stop | None:
-    result = StepResult(step_id=0, token_ids=(tuple(tokens),))
-    return detokenizer.scan(_plan(sequence_id), result).get(0)
+def _text(tokenizer: Tokenizer, params: SamplingParams, max_tokens: int = 100) -> SequenceText:
+    return SequenceText(tokenizer.stream([], params.skip_special_tokens), params, StopRule.of(params, (EOS,), max_tokens))
 
 
 def _bytes_as_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """One token per byte, so that every stop string lies across tokens."""
+    """One token per byte, so that stop strings span tokens."""
     of_byte = {tokenizer.token_bytes(i): i for i in reversed(range(tokenizer.vocab_size))}
     return [of_byte[bytes([b])] for b in text.encode()]
 
@@ -46,31 +35,29 @@ def _bytes_as_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 def _run(
     tokenizer: Tokenizer, tokens: Sequence[int], max_tokens: int = 10**6, per_step: int = 1, **params: object,
 ) -> tuple[list[str], int, str | None]:
-    """Pieces of text, number of tokens kept, matched stop string; the scheduler's part is played by this function."""
+    """(pieces of text, number of tokens kept, matched stop string). This function does the scheduler's part."""
     settings_ = SamplingParams(max_tokens=None, **params)  # type: ignore[arg-type]
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], settings_, max_tokens)
+    sequence = _text(tokenizer, settings_, max_tokens)
     ending = set(settings_.stop_token_ids or ()) | (set() if settings_.ignore_eos else {EOS})
     pieces: list[str] = []
     kept = 0
     for start in range(0, len(tokens), per_step):
         step = list(tokens[start: start + per_step])
-        stop = _scan(detokenizer, step)
+        stop = sequence.push(step)
         step = step[: stop.keep] if stop else step
         cut = next((i + 1 for i, t in enumerate(step) if t in ending and kept + i + 1 > settings_.min_tokens), None)
         step = step[: min(cut or len(step), max_tokens - kept)]
         kept += len(step)
         if stop or cut or kept == max_tokens:
-            pieces.append(detokenizer.take("a", "stop"))
-            assert len(detokenizer) == 0
+            pieces.append(sequence.take(finished=True))
             return pieces, kept, stop.matched if stop else None
-        pieces.append(detokenizer.take("a", None))
-    pieces.append(detokenizer.take("a", "length"))
+        pieces.append(sequence.take(finished=False))
+    pieces.append(sequence.take(finished=True))
     return pieces, kept, None
 
 
 def _cut(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | None]:
-    """The specification: cut at the stop string that ends first, the longest of those that end there."""
+    """The specification: the output ends with the stop string that ends first. If several do, with the longest one."""
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
     if not ends:
         return text, None
@@ -83,7 +70,7 @@ def _cut(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | Non
     text=st.text(st.sampled_from("abé"), max_size=25), stops=st.lists(st.text(st.sampled_from("abé"), min_size=1, max_size=5), max_size=3),
     include=st.booleans(), per_step=st.integers(1, 3),
 )
-def test_text_is_cut_at_the_first_stop_string_however_tokens_fall(
+def test_text_ends_at_the_first_stop_string_wherever_token_boundaries_are(
     tokenizer: Tokenizer, text: str, stops: list[str], include: bool, per_step: int,
 ) -> None:
     tokens = _bytes_as_tokens(tokenizer, text)
@@ -96,45 +83,16 @@ def test_text_is_cut_at_the_first_stop_string_however_tokens_fall(
 
 @settings(deadline=None, max_examples=300)
 @given(text=st.text(st.sampled_from("ab"), max_size=20), stop=st.text(st.sampled_from("ab"), min_size=1, max_size=5))
-def test_no_more_is_held_back_than_could_become_a_stop_string(tokenizer: Tokenizer, text: str, stop: str) -> None:
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(stop=stop), 100)
+def test_only_text_that_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer, text: str, stop: str) -> None:
+    sequence = _text(tokenizer, SamplingParams(stop=stop))
     given_out = ""
     for i, token in enumerate(_bytes_as_tokens(tokenizer, text)):
-        if _scan(detokenizer, [token]) is not None:
+        if sequence.push([token]) is not None:
             return
-        given_out += detokenizer.take("a", None)
+        given_out += sequence.take(finished=False)
         seen = text[: i + 1]
         held = next(k for k in range(len(stop) - 1, -1, -1) if seen.endswith(stop[:k]))
         assert given_out == seen[: len(seen) - held]
-
-
-@settings(deadline=None, max_examples=300)
-@given(text=st.text(st.sampled_from("ab"), max_size=40), stops=st.lists(st.text(st.sampled_from("ab"), min_size=1, max_size=6), max_size=4))
-def test_the_matcher_agrees_with_a_search_of_the_whole_text(text: str, stops: list[str]) -> None:
-    matcher = StopMatcher(stops)
-    for i, char in enumerate(text):
-        seen = text[: i + 1]
-        found = matcher.push(char)
-        assert found == max((s for s in stops if seen.endswith(s)), key=len, default=None)
-        assert matcher.partial == max((k for s in stops for k in range(len(s)) if seen.endswith(s[:k])), default=0)
-
-
-def test_the_work_per_token_does_not_grow_with_the_text_nor_with_the_stop_string(tokenizer: Tokenizer) -> None:
-    steps = 0
-
-    class Counting(str):
-        def __getitem__(self, index: object) -> str:  # type: ignore[override]
-            nonlocal steps
-            steps += 1
-            return str.__getitem__(self, index)  # type: ignore[arg-type,index]
-
-    stop = Counting("a" * 400 + "b")
-    matcher = StopMatcher([stop])
-    steps = 0
-    for char in ("a" * 399 + "c") * 20:  # the worst case: nearly a match, again and again
-        matcher.push(char)
-    assert steps <= 4 * 400 * 20
 
 
 def test_a_stop_string_before_min_tokens_does_not_end_the_output(tokenizer: Tokenizer) -> None:
@@ -155,17 +113,15 @@ def test_text_after_the_stop_string_in_the_same_token_is_dropped(tokenizer: Toke
 
 
 def test_tokens_after_the_stop_in_one_result_are_not_kept(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(stop="b"), 100)
-    assert _scan(detokenizer, _bytes_as_tokens(tokenizer, "xbyz")) == Stop(keep=2, matched="b")
-    assert detokenizer.take("a", "stop") == "x"
+    sequence = _text(tokenizer, SamplingParams(stop="b"))
+    assert sequence.push(_bytes_as_tokens(tokenizer, "xbyz")) == Stop(keep=2, matched="b")
+    assert sequence.take(finished=True) == "x"
 
 
 def test_a_stop_string_past_the_token_limit_is_not_found(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("a", [], SamplingParams(stop="b"), 2)
-    assert _scan(detokenizer, _bytes_as_tokens(tokenizer, "xyb")) is None
-    assert detokenizer.take("a", "length") == "xy"
+    sequence = _text(tokenizer, SamplingParams(stop="b"), max_tokens=2)
+    assert sequence.push(_bytes_as_tokens(tokenizer, "xyb")) is None
+    assert sequence.take(finished=True) == "xy"
 
 
 def test_eos_and_stop_tokens_are_tokens_but_not_text(tokenizer: Tokenizer) -> None:
@@ -177,7 +133,7 @@ def test_eos_and_stop_tokens_are_tokens_but_not_text(tokenizer: Tokenizer) -> No
     assert "".join(_run(tokenizer, [a, EOS, b], ignore_eos=True)[0]) == "ab"
 
 
-def test_held_back_text_comes_out_when_the_output_ends_otherwise(tokenizer: Tokenizer) -> None:
+def test_held_back_text_is_returned_when_the_output_ends_for_another_reason(tokenizer: Tokenizer) -> None:
     tokens = _bytes_as_tokens(tokenizer, "xSTO")
     assert _run(tokenizer, tokens, stop=["STOP"]) == (["x", "", "", "", "STO"], 4, None)
 
@@ -185,33 +141,5 @@ def test_held_back_text_comes_out_when_the_output_ends_otherwise(tokenizer: Toke
 def test_an_unfinished_character_at_the_end_becomes_one_replacement(tokenizer: Tokenizer) -> None:
     tokens = _bytes_as_tokens(tokenizer, "é🚁")[:-1]
     assert "".join(_run(tokenizer, tokens)[0]) == "é\ufffd"
-    # ... but not behind a stop string.
+    # After a stop string it is dropped.
     assert "".join(_run(tokenizer, tokens, stop=["é"])[0]) == ""
-
-
-def test_sequences_of_one_step_are_kept_apart_and_finished_ones_are_skipped(tokenizer: Tokenizer) -> None:
-    a, b = _bytes_as_tokens(tokenizer, "ab")
-    detokenizer = Detokenizer(tokenizer, [EOS])
-    detokenizer.add("x", [], SamplingParams(stop="b"), 100)
-    detokenizer.add("y", [], SamplingParams(), 100)
-    detokenizer.add("quiet", [], SamplingParams(detokenize=False), 100)
-    stops = detokenizer.scan(_plan("gone", "y", "quiet", "x"), StepResult(step_id=0, token_ids=((b,), (a,), (a,), (b,))))
-    assert stops == {3: Stop(keep=1, matched="b")}
-    assert [detokenizer.take(s, None) for s in ("gone", "x", "y", "quiet")] == ["", "", "a", ""]
-
-
-def test_without_a_tokenizer_there_is_no_text() -> None:
-    detokenizer = Detokenizer(None, [EOS])
-    detokenizer.add("a", [], SamplingParams(), 10)
-    assert _scan(detokenizer, [5]) is None
-    assert detokenizer.take("a", "stop") == ""
-
-
-def test_the_detokenizer_forgets_what_has_ended(tmp_path: Path) -> None:
-    detokenizer = Detokenizer(Tokenizer(build.save(build.byte_level(), tmp_path)), [EOS])
-    for i in range(3):
-        detokenizer.add(str(i), [], SamplingParams(), 10)
-    assert len(detokenizer) == 3
-    for i in range(3):
-        detokenizer.take(str(i), "abort")
-    assert len(detokenizer) == 0

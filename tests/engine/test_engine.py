@@ -1,4 +1,4 @@
-"""The straight line, around a fake executor: what goes in, what comes out, and what happens when something breaks."""
+"""`LLMEngine` around a fake executor: requests, deltas, and failures."""
 from __future__ import annotations
 
 import threading
@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.core.plan import RowAdmission
-from minivllm.engine.engine import LLMEngine, mix
+from minivllm.engine.engine import LLMEngine
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
+from minivllm.splitmix64 import output
 from tests.engine import tokenizers_for_tests as build
 from tests.engine.fake import EOS, VOCAB, FakeExecutor, expected, make_engine
 
@@ -72,7 +73,7 @@ def test_a_request_gets_its_tokens_one_delta_a_step(depth: int) -> None:
 def test_tokens_do_not_depend_on_how_steps_are_planned(
     prompts: list[list[int]], lengths: list[int], depth: int, budget: int, rows: int, block_size: int, caching: bool,
 ) -> None:
-    executor = FakeExecutor(num_blocks=2 + -(-50 // block_size))  # hardly more than one request needs
+    executor = FakeExecutor(num_blocks=2 + -(-50 // block_size))  # little more than one request needs
     engine = make_engine(
         executor, planning_depth=depth, max_num_batched_tokens=budget, max_num_seqs=rows, block_size=block_size,
         enable_prefix_caching=caching, max_model_len=50,
@@ -97,7 +98,7 @@ def test_with_depth_one_the_next_step_is_launched_before_the_first_is_waited_for
         assert launched == ([1, 2, 3, 4] if depth == 0 else [2, 3, 4, 4])
 
 
-def test_children_differ_from_each_other_and_agree_with_themselves() -> None:
+def test_children_differ_from_each_other_and_repeat_with_the_seed() -> None:
     found = []
     for _ in range(2):
         engine = make_engine()
@@ -108,7 +109,7 @@ def test_children_differ_from_each_other_and_agree_with_themselves() -> None:
     assert len({tuple(tokens) for tokens in found[0]}) == 3
 
 
-def test_a_request_without_a_seed_draws_one_from_the_engines_by_its_number() -> None:
+def test_a_request_without_a_seed_gets_one_from_the_engines_seed_and_its_number() -> None:
     def seeds(engine_seed: int) -> list[list[int]]:
         engine = make_engine(seed=engine_seed)
         for name in "ab":
@@ -116,10 +117,10 @@ def test_a_request_without_a_seed_draws_one_from_the_engines_by_its_number() -> 
         deltas = run(engine)
         return [tokens_of(deltas, name) for name in "ab"]
 
-    assert seeds(1) == seeds(1) == [expected(PROMPT, 5, mix(1, 0)), expected(PROMPT, 5, mix(1, 1))]
+    assert seeds(1) == seeds(1) == [expected(PROMPT, 5, output(1, 0)), expected(PROMPT, 5, output(1, 1))]
     assert seeds(1)[0] != seeds(1)[1]
     assert seeds(1) != seeds(2)
-    assert mix(0, 0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
+    assert output(0, 0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
 
 
 def test_a_refused_request_does_not_shift_the_seeds_of_later_ones() -> None:
@@ -127,14 +128,14 @@ def test_a_refused_request_does_not_shift_the_seeds_of_later_ones() -> None:
     with pytest.raises(InvalidInput):
         engine.add_request("bad", [], SamplingParams())
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=5))
-    assert tokens_of(run(engine)) == expected(PROMPT, 5, mix(0, 0))
+    assert tokens_of(run(engine)) == expected(PROMPT, 5, output(0, 0))
 
 
 # -- how outputs end --------------------------------------------------------------------------------------------------
 
 
 def script(*tokens: int) -> Any:
-    """A model that says these tokens whatever it is asked."""
+    """A model that generates these tokens after any prompt."""
     return lambda history, admission: tokens[len(history) - admission.num_prompt_tokens]
 
 
@@ -156,7 +157,7 @@ def test_eos_and_stop_tokens_end_an_output_and_are_told_apart(depth: int, folder
 
 
 @DEPTHS
-def test_a_stop_string_ends_an_output_wherever_it_falls(depth: int, folder: Path) -> None:
+def test_a_stop_string_ends_an_output_wherever_token_boundaries_are(depth: int, folder: Path) -> None:
     tokenizer = Tokenizer(folder)
     said = tokenizer.encode("the quick brown fox jumps over")
     engine = make_engine(FakeExecutor(choose=script(*said)), folder=folder, planning_depth=depth)
@@ -169,7 +170,7 @@ def test_a_stop_string_ends_an_output_wherever_it_falls(depth: int, folder: Path
     assert (last(deltas).finish_reason, last(deltas).stop_reason) == ("stop", "own f")
     assert tokenizer.decode(tokens_of(deltas)).startswith("the quick brown f")
     assert last(deltas, "c").finish_reason == "length"
-    assert len(engine._detokenizer) == 0
+    assert len(engine._outputs) == 0
 
 
 def test_the_context_length_ends_an_output_without_a_token_limit() -> None:
@@ -194,14 +195,14 @@ def test_an_aborted_request_ends_at_once_and_frees_its_blocks(depth: int, folder
     assert tokens_of(deltas, "b") == expected(PROMPT, 5)
     assert not [d for d in deltas if d.request_id == "a" and d.finish_reason]
     assert engine.stats().used_blocks == 0
-    assert len(engine._detokenizer) == 0
-    engine.add_request("a", PROMPT, greedy())  # the name is free again
+    assert len(engine._outputs) == 0
+    engine.add_request("a", PROMPT, greedy())  # the id is free again
     assert tokens_of(run(engine)) == expected(PROMPT, 5)
 
 
 @DEPTHS
 @pytest.mark.parametrize("how", ["abort", "stop"])
-def test_a_name_can_be_used_again_while_a_launched_plan_still_names_the_earlier_request(depth: int, how: str, folder: Path) -> None:
+def test_an_id_can_be_reused_while_a_launched_plan_still_names_the_earlier_request(depth: int, how: str, folder: Path) -> None:
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode("the quick brown fox")
     executor = FakeExecutor(choose=lambda history, admission: ids[len(history) % len(ids)])
@@ -219,7 +220,7 @@ def test_a_name_can_be_used_again_while_a_launched_plan_still_names_the_earlier_
 
 
 @DEPTHS
-def test_prompt_logprobs_of_the_earlier_bearer_of_a_name_are_not_mixed_in(depth: int) -> None:
+def test_prompt_logprobs_of_an_earlier_request_with_the_same_id_are_not_mixed_in(depth: int) -> None:
     engine = make_engine(planning_depth=depth, max_num_batched_tokens=7, max_num_seqs=3, enable_prefix_caching=False)
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     engine.add_request("a", list(range(100, 130)), params)
@@ -258,7 +259,7 @@ def test_logprobs_come_with_their_tokens(depth: int) -> None:
 
 @DEPTHS
 @pytest.mark.parametrize("n", [1, 2])
-def test_prompt_logprobs_are_put_together_from_chunks(depth: int, n: int) -> None:
+def test_prompt_logprobs_are_assembled_from_chunks(depth: int, n: int) -> None:
     prompt = list(range(3, 33))
     engine = make_engine(planning_depth=depth, max_num_batched_tokens=7, max_num_seqs=3)
     params = SamplingParams(n=n, seed=1, prompt_logprobs=0, max_tokens=3)
@@ -283,7 +284,7 @@ def test_a_prompt_can_be_scored_without_generating(depth: int) -> None:
     assert [e and e.token_id for e in delta.prompt_logprobs or ()] == [None, *range(4, 33)]
 
 
-# -- what comes with the outputs --------------------------------------------------------------------------------------
+# -- cached tokens, times, order --------------------------------------------------------------------------------------
 
 
 def test_cached_tokens_are_reported_and_salt_keeps_prefixes_apart() -> None:
@@ -301,7 +302,7 @@ def test_cached_tokens_are_reported_and_salt_keeps_prefixes_apart() -> None:
     assert last(run(engine), "e").num_cached_tokens == 0
 
 
-def test_times_are_readings_of_the_engines_clock() -> None:
+def test_times_come_from_the_engines_clock() -> None:
     ticks = iter(range(1000))
     engine = make_engine(clock=lambda: float(next(ticks)))
     engine.add_request("a", PROMPT, greedy(max_tokens=3), arrival_time=-5.0)
@@ -320,7 +321,7 @@ def test_under_the_priority_policy_lower_numbers_go_first() -> None:
     assert [d.request_id for d in run(engine)] == ["c", "b", "a"]
 
 
-# -- the door ---------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("prompt", "params", "message", "param"), [
@@ -339,7 +340,7 @@ def test_under_the_priority_policy_lower_numbers_go_first() -> None:
     ([5], greedy(logit_bias={VOCAB: 1.0}), "logit_bias", "logit_bias"),
     ([5], {"temperature": 0}, "must be SamplingParams", "params"),
 ])
-def test_what_can_never_be_answered_is_refused_at_the_door(prompt: Any, params: Any, message: str, param: str, folder: Path) -> None:
+def test_requests_that_can_never_be_answered_are_refused(prompt: Any, params: Any, message: str, param: str, folder: Path) -> None:
     engine = make_engine(folder=folder)
     with pytest.raises(InvalidInput, match=message) as error:
         engine.add_request("a", prompt, params)
@@ -347,7 +348,7 @@ def test_what_can_never_be_answered_is_refused_at_the_door(prompt: Any, params: 
     assert not engine.has_unfinished_requests()
 
 
-def test_a_name_in_use_is_refused_even_if_it_is_a_childs() -> None:
+def test_an_id_in_use_is_refused_even_if_it_is_a_childs() -> None:
     engine = make_engine()
     engine.add_request("a", PROMPT, SamplingParams(n=2))
     for name in ("a", "a#1"):
@@ -412,12 +413,12 @@ def test_bad_words_reach_the_worker_as_tokens_with_and_without_a_space(folder: P
     }
 
 
-# -- when something breaks --------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------------------------
 
 
 @DEPTHS
 @pytest.mark.parametrize("where", ["fail_at", "fail_waiting_at"])
-def test_a_failed_step_ends_exactly_its_requests_with_an_error(depth: int, where: str, folder: Path) -> None:
+def test_a_failed_step_ends_only_its_own_requests_with_an_error(depth: int, where: str, folder: Path) -> None:
     executor = FakeExecutor()
     engine = make_engine(executor, folder=folder, planning_depth=depth, max_num_seqs=3)
     engine.add_request("a", PROMPT, SamplingParams(n=2, max_tokens=20))
@@ -435,7 +436,7 @@ def test_a_failed_step_ends_exactly_its_requests_with_an_error(depth: int, where
     assert last(deltas, "c").error is None
     stats = engine.stats()
     assert (stats.used_blocks, stats.num_failed_steps) == (0, 1)
-    assert len(engine._detokenizer) == 0
+    assert len(engine._outputs) == 0
 
 
 def test_a_failed_prompt_ends_every_child_of_its_request() -> None:
@@ -468,7 +469,7 @@ def test_a_lost_device_kills_the_engine() -> None:
 
 
 @DEPTHS
-def test_closing_takes_in_what_was_launched_and_releases_the_executor(depth: int) -> None:
+def test_closing_waits_for_launched_steps_and_closes_the_executor(depth: int) -> None:
     executor = FakeExecutor()
     engine = make_engine(executor, planning_depth=depth)
     engine.add_request("a", PROMPT, greedy())
@@ -476,13 +477,13 @@ def test_closing_takes_in_what_was_launched_and_releases_the_executor(depth: int
     engine.close()
     engine.close()
     assert executor.closed
-    assert not engine._inflight
+    assert len(engine._pipeline) == 0
     with pytest.raises(EngineDead, match="closed"):
         engine.add_request("b", PROMPT, greedy())
 
 
 def test_a_step_waits_only_for_its_own_result() -> None:
-    """The gate stands for a slow device: launching never passes through it, waiting does."""
+    """The gate represents a slow device. Launching does not wait for it; taking a result does."""
     gate = threading.Event()
     executor = FakeExecutor(gate=gate)
     engine = make_engine(executor, planning_depth=1)

@@ -1,4 +1,4 @@
-"""The default model, fp32: what this engine says is what HF Transformers says (principle 10)."""
+"""The default model in fp32: this engine and HF Transformers generate the same tokens."""
 from __future__ import annotations
 
 import random
@@ -67,21 +67,21 @@ def _check(oracle: Oracle, outputs: list[RequestOutput]) -> None:
     assert oracle.num_ties <= oracle.num_checked / 1000
 
 
-def test_twenty_prompts_batched_together_get_hfs_greedy_tokens(oracle: Oracle, together: list[RequestOutput]) -> None:
+def test_twenty_prompts_in_one_batch_get_hfs_greedy_tokens(oracle: Oracle, together: list[RequestOutput]) -> None:
     _check(oracle, together)
 
 
-def test_one_by_one_they_get_the_same_tokens(
+def test_single_prompts_get_the_same_tokens(
     llm: LLM, oracle: Oracle, prompts: list[list[int]], together: list[RequestOutput],
 ) -> None:
     llm.reset_prefix_cache()
     for prompt, batched in zip(prompts, together, strict=True):
         (alone,) = llm.generate([prompt], GREEDY, use_tqdm=False)  # type: ignore[list-item]
         if alone.outputs[0].token_ids != batched.outputs[0].token_ids:
-            _check(oracle, [alone])  # both are right if they part at a tie
+            _check(oracle, [alone])  # both are right if they differ at a tie
 
 
-def test_prompt_logprobs_are_hfs_within_a_thousandth(oracle: Oracle, together: list[RequestOutput]) -> None:
+def test_prompt_logprobs_equal_hf_within_a_thousandth(oracle: Oracle, together: list[RequestOutput]) -> None:
     for output in together:
         entries = output.prompt_logprobs
         assert entries is not None and entries[0] is None

@@ -1,6 +1,6 @@
-"""Structured output: whatever the weights, the seed and the way of planning, the text is inside its grammar.
+"""Structured output: with any weights, seed and scheduling, the text matches its grammar.
 
-The model is a tiny random one, which would never write JSON by itself: every valid character is the mask's doing.
+The model is tiny and random. It would never write JSON by itself, so every valid character comes from the mask.
 """
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from minivllm.core.plan import StepPlan
 from minivllm.engine import grammar
 from minivllm.engine.client import ThreadClient
 from minivllm.engine.grammar import GrammarCompiler, fill_masks
-from minivllm.engine.loop import AddRequest
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
 from minivllm.models.hub import ModelFiles
 from minivllm.outputs import CompletionOutput, OutputDelta
 
@@ -52,7 +52,7 @@ def is_person(text: str) -> bool:
     return True
 
 
-# name -> (what is asked for, is the text right?)
+# name -> (structured_outputs, whether a text matches them)
 KINDS: dict[str, tuple[StructuredOutputs, Callable[[str], object]]] = {
     "schema": (COMPACT, lambda text: is_person(text) and " " not in text),
     "schema as text": (StructuredOutputs(json=json.dumps(PERSON), whitespace_pattern="[ ]?"),
@@ -66,7 +66,7 @@ KINDS: dict[str, tuple[StructuredOutputs, Callable[[str], object]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The model is too small for two."""
+    """PyTorch uses one thread: more would slow such a small model down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,11 +93,11 @@ def ask(llm: LLM, wanted: StructuredOutputs | dict[str, Any], prompt: Any = "the
     return llm.generate(prompt, asked, use_tqdm=False)[0].outputs[0]
 
 
-# -- the text is inside its grammar -----------------------------------------------------------------------------------
+# -- outputs match their grammar --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_seed_and_temperature_gives_an_output_inside_the_grammar(llm: LLM, kind: str) -> None:
+def test_every_seed_and_temperature_gives_an_output_that_matches_the_grammar(llm: LLM, kind: str) -> None:
     wanted, is_right = KINDS[kind]
     params = [SamplingParams(temperature=t, seed=seed, max_tokens=150, structured_outputs=wanted, top_k=k)
               for t in (0.0, 0.3, 1.0, 3.0) for seed in range(6) for k in (0, 5)]
@@ -109,7 +109,7 @@ def test_every_seed_and_temperature_gives_an_output_inside_the_grammar(llm: LLM,
     assert len(texts) > 1 or kind == "choice"
 
 
-def test_any_json_object_is_one_and_its_beginning_is_when_tokens_run_out(llm: LLM) -> None:
+def test_json_object_gives_an_object_or_the_beginning_of_one_at_the_token_limit(llm: LLM) -> None:
     for seed in range(20):
         output = ask(llm, {"json_object": True}, seed=seed, max_tokens=60)
         if output.finish_reason == "stop":
@@ -118,8 +118,8 @@ def test_any_json_object_is_one_and_its_beginning_is_when_tokens_run_out(llm: LL
             assert output.finish_reason == "length" and len(output.token_ids) == 60 and output.text.startswith("{")
 
 
-def test_the_default_model_answers_in_the_wanted_form(default_model: ModelFiles) -> None:
-    """A real tokenizer with tokens of many characters, and more than one token that ends an output."""
+def test_the_default_model_answers_in_the_requested_form(default_model: ModelFiles) -> None:
+    """It has a real tokenizer, with tokens of many characters, and more than one EOS token."""
     with LLM(max_model_len=256, num_gpu_blocks_override=64) as llm:
         for kind, (wanted, is_right) in KINDS.items():
             for temperature in (0.0, 1.0):
@@ -148,7 +148,7 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 @given(schema=st.recursive(scalars, containers, max_leaves=5), seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.7, 1.5]))
 def test_outputs_under_random_schemas_validate(llm: LLM, schema: dict[str, Any], seed: int, temperature: float) -> None:
     output = ask(llm, StructuredOutputs(json=schema, disable_any_whitespace=True), seed=seed, temperature=temperature, max_tokens=180)
-    if output.finish_reason == "length":  # a number may have very many digits
+    if output.finish_reason == "length":  # a number may have any number of digits
         assert "number" in json.dumps(schema)
         return
     assert output.finish_reason == "stop"
@@ -161,17 +161,17 @@ def test_choices_may_hold_any_text(llm: LLM, choices: list[str]) -> None:
     assert ask(llm, {"choice": choices}, seed=1).text in choices
 
 
-# -- where it ends ----------------------------------------------------------------------------------------------------
+# -- the end of an output ---------------------------------------------------------------------------------------------
 
 
-def test_an_output_that_nothing_may_follow_ends_at_once_even_under_min_tokens_and_ignore_eos(llm: LLM) -> None:
+def test_an_output_that_cannot_continue_ends_at_once_even_with_min_tokens_and_ignore_eos(llm: LLM) -> None:
     for more in ({}, {"min_tokens": 50}, {"ignore_eos": True}):
         output = ask(llm, {"choice": ["the end"]}, **more)
         assert (output.text, output.finish_reason, output.stop_reason) == ("the end", "stop", None), more
         assert llm.get_tokenizer().decode(output.token_ids) == "the end", "no EOS was drawn"
 
 
-def test_eos_is_allowed_exactly_where_the_output_may_end(llm: LLM) -> None:
+def test_eos_is_allowed_only_where_the_output_may_end(llm: LLM) -> None:
     eos = llm.llm_engine.eos_token_ids[0]
     towards_eos = {"logit_bias": {eos: 100.0}}
     output = ask(llm, {"regex": "(ab){3}(ab)*"}, **towards_eos)
@@ -180,8 +180,8 @@ def test_eos_is_allowed_exactly_where_the_output_may_end(llm: LLM) -> None:
     assert len(output.token_ids) >= 20 and re.fullmatch("(ab){10,}", output.text)
 
 
-def test_an_output_that_may_end_ends_where_the_requests_other_settings_ban_all_that_could_follow(llm: LLM) -> None:
-    """EOS by min_tokens, and the rest by bad_words: rather a short output than a wrong one."""
+def test_an_output_that_may_end_does_so_where_other_settings_ban_every_next_token(llm: LLM) -> None:
+    """min_tokens bans EOS, and bad_words the other tokens. A short output is better than one that violates the settings."""
     output = ask(llm, {"regex": "ab(cd)?"}, min_tokens=10, bad_words=["c"])
     assert (output.text, output.finish_reason) == ("ab", "stop")
     assert len(output.token_ids) == len(llm.get_tokenizer().encode("ab"))
@@ -202,14 +202,14 @@ def test_the_last_token_allowed_by_max_tokens_may_complete_the_grammar(llm: LLM)
     assert ask(llm, {"choice": ["the end"]}, temperature=0, max_tokens=length - 1).finish_reason == "length"
 
 
-def test_children_follow_the_grammar_each_for_itself(llm: LLM) -> None:
+def test_each_child_follows_the_grammar_independently(llm: LLM) -> None:
     params = SamplingParams(n=6, seed=2, temperature=2.0, max_tokens=120, structured_outputs=COMPACT, logprobs=1)
     outputs = llm.generate("the hat", params, use_tqdm=False)[0].outputs
     assert all(is_person(output.text) for output in outputs) and len({output.text for output in outputs}) == 6
     assert all(output.logprobs is not None and len(output.logprobs) == len(output.token_ids) for output in outputs)
 
 
-# -- what can go wrong ------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted, field, says", [
@@ -230,7 +230,7 @@ def test_children_follow_the_grammar_each_for_itself(llm: LLM) -> None:
     ({"json_object": True, "whitespace_pattern": " ", "disable_any_whitespace": True}, "structured_outputs", "exclude each other"),
     (["json"], "structured_outputs", "a dict"),
 ])
-def test_a_wish_that_makes_no_sense_is_refused_on_construction(wanted: Any, field: str, says: str) -> None:
+def test_invalid_structured_outputs_are_refused_on_construction(wanted: Any, field: str, says: str) -> None:
     with pytest.raises(InvalidInput, match=re.escape(says)) as error:
         SamplingParams(structured_outputs=wanted)
     assert error.value.param == field and len(str(error.value)) < 400
@@ -243,14 +243,14 @@ def test_a_wish_that_makes_no_sense_is_refused_on_construction(wanted: Any, fiel
     ({"regex": "(" * 3000 + "a" + ")" * 3000}, "regex"), ({"json": {"enum": []}}, "json"),
     ({"json_object": True, "whitespace_pattern": "("}, "json_object"),
 ])
-def test_a_grammar_that_cannot_be_compiled_is_refused_at_the_door_and_harms_nobody(llm: LLM, wanted: dict[str, Any], field: str) -> None:
+def test_a_grammar_that_cannot_be_compiled_is_refused_and_other_requests_continue(llm: LLM, wanted: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as error:
         ask(llm, wanted)
     assert error.value.param == f"structured_outputs.{field}" and len(str(error.value)) < 500
     assert ask(llm, {"choice": ["fine"]}).text == "fine"
 
 
-def test_slashes_line_ends_and_anchors_in_a_regex_mean_themselves(llm: LLM) -> None:
+def test_slashes_and_line_ends_in_a_regex_are_literal(llm: LLM) -> None:
     pairs = [("a/b", "a/b"), (r"a\/b", "a/b"), ("a\nb", "a\nb"), (r"a\nb", "a\nb"), ("^ab$", "ab"), ('"', '"'), ("#x", "#x"), (r"\\", "\\")]
     for regex, text in pairs:
         assert ask(llm, {"regex": regex}).text == text
@@ -270,7 +270,7 @@ def test_without_a_tokenizer_there_is_no_structured_output(folder: Path) -> None
 
 def test_beam_search_refuses_a_grammar(llm: LLM) -> None:
     with pytest.raises(InvalidInput, match="beam search"):
-        llm.llm_engine.add_request("b", [5, 6], SamplingParams(structured_outputs={"regex": "a"}, logprobs=2), beams=True)
+        llm.llm_engine.add_request("b", [5, 6], SamplingParams(structured_outputs={"regex": "a"}, logprobs=2), beam_search=True)
 
 
 def steps_to_the_end(llm: LLM) -> list[OutputDelta]:
@@ -283,7 +283,7 @@ def steps_to_the_end(llm: LLM) -> list[OutputDelta]:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
-    """Once because the request's other settings ban every token, once because the automaton meets its limit."""
+    """In one request other settings ban every token; in the other the automaton reaches its limit."""
     monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 60)
     with engine(folder, async_scheduling=ahead) as llm:
         core = llm.llm_engine
@@ -296,7 +296,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         ends: dict[tuple[str, int], OutputDelta] = {}
         while core.has_unfinished_requests():
             ends |= {(d.request_id, d.index): d for d in core.step() if d.finish_reason is not None}
-            at_work = {s.request_id for s in core.scheduler.running if s.state.value != "finished"}
+            at_work = {s.request_id for s in core.scheduler.running if s.status.value != "finished"}
             assert not at_work & {request_id for request_id, _ in ends}
         assert len(ends) == 8
         for index in range(3):
@@ -304,7 +304,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
             assert end.finish_reason == "error" and "other settings" in str(end.error) and end.error_param == "structured_outputs.regex"
         assert ends["complex", 0].finish_reason == "error" and "too complex" in str(ends["complex", 0].error)
         assert (ends["plain", 0].finish_reason, ends["fine", 0].finish_reason) == ("length", "stop")
-        assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+        assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
 
 
 @pytest.mark.parametrize("wish, why", [
@@ -312,8 +312,8 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
     ({"grammar": 'start: start "a"'}, "allows no text"),
     ({"json": {"$ref": "#"}}, "allows no text"),
 ], ids=["too many alternatives", "endless rule", "endless schema"])
-def test_a_grammar_that_fails_says_why(llm: LLM, wish: dict[str, Any], why: str) -> None:
-    """Not that other settings are in its way: there are none."""
+def test_a_failed_grammar_gives_the_reason(llm: LLM, wish: dict[str, Any], why: str) -> None:
+    """The reason is in the grammar, since the requests have no other settings."""
     llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, max_tokens=9))
     (end,) = [delta for delta in steps_to_the_end(llm) if delta.finish_reason is not None]
     assert end.finish_reason == "error" and why in str(end.error) and "verbose" not in str(end.error)
@@ -325,7 +325,7 @@ def test_a_grammar_that_fails_says_why(llm: LLM, wish: dict[str, Any], why: str)
     ({"json": {"const": "</s>"}}, '"</s>"'),
     ({"grammar": 'start: "a</s>" "b"'}, "a</s>b"),
 ], ids=["choice", "regex", "schema", "grammar"])
-def test_the_text_of_a_special_token_is_text_where_a_grammar_asks_for_it(llm: LLM, wish: dict[str, Any], text: str) -> None:
+def test_a_grammar_may_require_the_text_of_a_special_token(llm: LLM, wish: dict[str, Any], text: str) -> None:
     llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, max_tokens=30))
     deltas = steps_to_the_end(llm)
     assert "".join(delta.text for delta in deltas) == text and deltas[-1].finish_reason == "stop"
@@ -333,11 +333,11 @@ def test_the_text_of_a_special_token_is_text_where_a_grammar_asks_for_it(llm: LL
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_step(folder: Path, ahead: bool) -> None:
-    """A request is answered as a whole or not at all: what its healthy children would still write, nobody could be told."""
+    """An answer has one status for all children, so the outputs of the other children could not be returned."""
     with engine(folder, async_scheduling=ahead) as llm:
         core = llm.llm_engine
         allowed = [core.tokenizer.token_to_id(c) for c in "abc"]  # type: ignore[union-attr]
-        wish = {"regex": "a[0-9]|b{60}|c"}  # one letter each: stuck, far from the end, complete
+        wish = {"regex": "a[0-9]|b{60}|c"}  # after one letter: no token is allowed, far from the end, complete
         core.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, allowed_token_ids=allowed, n=8, max_tokens=70, seed=1))
         core.add_request("fine", [5, 6], SamplingParams(structured_outputs={"regex": "b{20}"}, max_tokens=70))
         texts, steps = [""] * 8, []
@@ -358,12 +358,12 @@ def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_st
         for delta in ends[-1].values():
             assert (delta.finish_reason, delta.error_param) == ("error", "structured_outputs.regex")
             assert "other settings" in str(delta.error)
-        assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+        assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: bool) -> None:
-    """Planning ahead, a step of the aborted request is still under way when another one takes its name."""
+    """With asynchronous scheduling, a step of the aborted request is still in flight when another request gets its id."""
     with engine(folder, async_scheduling=ahead) as llm:
         core = llm.llm_engine
         core.add_request("plain", [7], SamplingParams(max_tokens=50, ignore_eos=True))  # so that there is always a next step
@@ -372,34 +372,34 @@ def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: b
             core.add_request("y", [5, 6], SamplingParams(structured_outputs=COMPACT, n=3, max_tokens=90))
             for _ in range(steps):
                 core.step()
-            assert len(core._grammars) == 4
+            assert core._outputs._num_grammars == 4
             core.abort_request("x")
             core.abort_request("y")
-            core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "ok"}, max_tokens=50))  # the same name anew
+            core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "ok"}, max_tokens=50))  # the same id again
             found: list[OutputDelta] = []
             while not found or found[-1].finish_reason is None:
                 found += [delta for delta in core.step() if delta.request_id == "x"]
             assert "".join(delta.text for delta in found) == "ok" and found[-1].finish_reason == "stop"
-            assert len(core._grammars) == 0
+            assert core._outputs._num_grammars == 0
 
 
-# -- compiled once ----------------------------------------------------------------------------------------------------
+# -- compilation ------------------------------------------------------------------------------------------------------
 
 
 def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str | None] = []
     compile_ = grammar._compile
     monkeypatch.setattr(grammar, "_compile", lambda wanted, *rest: (compiled.append(wanted.regex), compile_(wanted, *rest))[1])
-    monkeypatch.setattr(grammar, "MAX_KEPT", 2)
+    monkeypatch.setattr(grammar, "MAX_CACHED", 2)
     compiler = GrammarCompiler(Tokenizer(folder), (1,))
     for name in "aabacab":
         wanted = StructuredOutputs(regex=name)
         compiler.compile(wanted)
-        assert compiler.knows(wanted)
+        assert compiler.is_cached(wanted)
     assert compiled == ["a", "b", "c", "b"]
 
 
-def test_steps_go_on_while_a_grammar_is_compiled_and_an_abort_does_not_wait_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_steps_nor_an_abort_wait_while_a_grammar_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_, gate, begun = grammar._compile, threading.Event(), threading.Semaphore(0)
 
     def slow(*args: Any) -> Any:
@@ -413,7 +413,7 @@ def test_steps_go_on_while_a_grammar_is_compiled_and_an_abort_does_not_wait_for_
 
     async def text(name: str, **params: Any) -> tuple[str, str | None]:
         deltas: list[OutputDelta] = []
-        async for new in client.generate(AddRequest(request_id=name, prompt_token_ids=(5, 6), params=SamplingParams(**params))):
+        async for new in client.generate(EngineRequest(request_id=name, prompt_token_ids=(5, 6), params=SamplingParams(**params))):
             deltas += new
         return "".join(d.text for d in deltas), deltas[-1].finish_reason
 
@@ -421,7 +421,7 @@ def test_steps_go_on_while_a_grammar_is_compiled_and_an_abort_does_not_wait_for_
         waiting, bad, gone = (
             asyncio.create_task(text(regex, structured_outputs={"regex": regex}, n=2 if regex == "gone" else 1))
             for regex in ("ok", "a(", "gone"))
-        for _ in range(2):  # there are two compiling threads
+        for _ in range(2):  # there are two compile threads
             await asyncio.to_thread(begun.acquire)
         assert await text("plain", ignore_eos=True, max_tokens=20, detokenize=False) == ("", "length")
         assert not (waiting.done() or bad.done() or gone.done())
@@ -448,8 +448,8 @@ def allowed(words: np.ndarray[Any, Any]) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
 
 
-def test_masks_look_past_drafts_up_to_the_first_that_the_grammar_forbids(folder: Path) -> None:
-    """What a verification of guessed tokens needs: one row per draft, and the matcher where it was."""
+def test_masks_are_written_for_drafts_up_to_the_first_that_the_grammar_forbids(folder: Path) -> None:
+    """Verifying drafts needs one row per draft. The matcher itself does not move."""
     import llguidance
 
     tokenizer = Tokenizer(folder)
@@ -464,8 +464,8 @@ def test_masks_look_past_drafts_up_to_the_first_that_the_grammar_forbids(folder:
     assert allowed(words[0]) == {a, b}
 
 
-def test_ids_that_only_the_model_has_are_never_drawn(tiny_llama: Callable[..., Path]) -> None:
-    """Embedding tables are padded beyond the tokenizer's vocabulary."""
+def test_ids_that_only_the_model_has_are_never_sampled(tiny_llama: Callable[..., Path]) -> None:
+    """A model's embedding table may be padded, so it has more rows than the tokenizer has tokens."""
     with engine(tiny_llama(vocab_size=400)) as llm:
         known = llm.get_tokenizer().vocab_size
         assert known < 400 - 32
@@ -474,7 +474,7 @@ def test_ids_that_only_the_model_has_are_never_drawn(tiny_llama: Callable[..., P
             assert max(output.token_ids) < known
 
 
-# -- the way of planning changes no token -----------------------------------------------------------------------------
+# -- scheduling does not change tokens --------------------------------------------------------------------------------
 
 
 def _requests() -> dict[str, tuple[list[int], SamplingParams]]:
@@ -510,13 +510,13 @@ def answer_all(llm: LLM, names: list[str], drop_rows_at: int = -1) -> Answers:
             found.setdefault(f"{delta.request_id}/{delta.index}", []).extend(delta.token_ids)
         core.scheduler.check()
         steps += 1
-    assert core.stats().used_blocks == 0 and len(core._grammars) == 0
+    assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
     return {name: tuple(tokens) for name, tokens in found.items()}
 
 
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> Answers:
-    """Each request alone, nothing shared, nothing planned ahead."""
+    """Each request alone, without prefix cache and asynchronous scheduling."""
     found: Answers = {}
     with engine(folder, enable_prefix_caching=False, async_scheduling=False) as llm:
         for name in REQUESTS:
@@ -531,21 +531,21 @@ def answers(folder: Path) -> Answers:
     {"block_size": 4, "num_gpu_blocks_override": 34, "max_model_len": 121, "async_scheduling": True},
     {"block_size": 4, "num_gpu_blocks_override": 34, "max_model_len": 121, "kv_offloading_size": 0.001},
 ], ids=lambda config: " ".join(f"{key}={value}" for key, value in config.items()) or "default")
-def test_the_way_of_planning_changes_no_token(folder: Path, answers: Answers, config: dict[str, Any]) -> None:
+def test_scheduling_does_not_change_tokens(folder: Path, answers: Answers, config: dict[str, Any]) -> None:
     with engine(folder, **{"async_scheduling": False, **config}) as llm:
         assert answer_all(llm, list(REQUESTS)) == answers
-        assert answer_all(llm, list(REQUESTS)[::-1]) == answers  # with what is cached, and in another order
+        assert answer_all(llm, list(REQUESTS)[::-1]) == answers  # with cached prefixes, in another order
         assert (llm.llm_engine.stats().num_preemptions > 0) == (config.get("num_gpu_blocks_override") == 34)
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])
-def test_a_worker_that_lost_its_rows_changes_no_token(folder: Path, answers: Answers, step: int) -> None:
+def test_a_worker_that_loses_its_rows_does_not_change_tokens(folder: Path, answers: Answers, step: int) -> None:
     with engine(folder, async_scheduling=False) as llm:
         assert answer_all(llm, list(REQUESTS), drop_rows_at=step) == answers
 
 
-def test_a_request_with_a_grammar_waits_for_its_own_result_and_holds_nobody_up(folder: Path) -> None:
-    """Planning ahead, the plain request is in every plan; the other one only in those made after its own update."""
+def test_a_request_with_a_grammar_waits_for_its_own_result_and_does_not_delay_others(folder: Path) -> None:
+    """With asynchronous scheduling, the plain request is in every plan, and the other one only in plans made after its own update."""
     with engine(folder, async_scheduling=True) as llm:
         core, plans = llm.llm_engine, []
         launch = core.executor.launch

@@ -1,4 +1,4 @@
-"""`LLM`: lists in, lists out, in the caller's order; names and shapes people know from vLLM."""
+"""`LLM`: outputs in the order of the prompts, with vLLM's names and shapes."""
 from __future__ import annotations
 
 import dataclasses
@@ -27,15 +27,15 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     folder = build.save(build.byte_level(), tmp_path)
 
-    def from_config(config: EngineConfig) -> LLMEngine:
+    def build_engine(config: EngineConfig) -> LLMEngine:
         return make_engine(FakeExecutor(), folder=folder, max_queue=config.max_queue, max_num_seqs=config.max_num_seqs)
 
-    monkeypatch.setattr(LLMEngine, "from_config", from_config)
+    monkeypatch.setattr("minivllm.engine.llm.build_engine", build_engine)
     with LLM(max_num_seqs=4, max_queue=3) as llm:
         yield llm
 
 
-def test_outputs_come_in_the_order_of_the_prompts_however_long_they_take(llm: LLM) -> None:
+def test_outputs_have_the_order_of_the_prompts_however_long_each_takes(llm: LLM) -> None:
     texts = ["the", "the fox", "jumps", "over", "a", "b", "c", "d", "e"]  # more than the queue holds
     params = [SamplingParams(temperature=0, max_tokens=9 - i) for i in range(9)]
     outputs = llm.generate(texts, params, use_tqdm=False)
@@ -65,7 +65,7 @@ def test_logprobs_have_vllms_shape(llm: LLM) -> None:
         assert len(completion.logprobs) == 4
         for token, entry in zip(completion.token_ids, completion.logprobs, strict=True):
             assert next(iter(entry)) == token
-            assert len(entry) == 3  # the chosen one is among the best
+            assert len(entry) == 3  # the chosen token is among the top 3
             assert entry[token].rank == 1
             assert isinstance(entry[token].decoded_token, str)
         assert completion.cumulative_logprob == sum(e[t].logprob for t, e in zip(completion.token_ids, completion.logprobs, strict=True))
@@ -93,7 +93,7 @@ def test_chat_takes_tools_and_text_parts_in_openais_form(llm: LLM) -> None:
                "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
     (output,) = llm.chat(messages, GREEDY, tools=tools, chat_template=template, use_tqdm=False)
     assert output.prompt == "f|the\nfox|{'a': 1}"
-    with pytest.raises(InvalidInput, match="no place for tools"):
+    with pytest.raises(InvalidInput, match="does not support tools"):
         llm.chat(messages[:1], GREEDY, tools=tools, use_tqdm=False)
 
 
@@ -103,7 +103,7 @@ def test_the_models_own_defaults_are_used_where_none_are_given(llm: LLM) -> None
     assert len(output.outputs[0].token_ids) == 16
 
 
-def test_wrong_arguments_are_refused_and_leave_the_engine_as_it_was(llm: LLM) -> None:
+def test_wrong_arguments_are_refused_and_leave_no_request_behind(llm: LLM) -> None:
     with pytest.raises(InvalidInput, match="2 prompts, but 1 SamplingParams"):
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
     with pytest.raises(InvalidInput, match="2 prompts, but 3 priorities"):
@@ -133,9 +133,9 @@ def test_an_interrupted_generate_aborts_its_requests(llm: LLM, monkeypatch: pyte
     assert llm.llm_engine.stats().used_blocks == 0
 
 
-def test_the_engine_underneath_can_be_driven_by_hand(llm: LLM) -> None:
+def test_requests_may_be_added_to_the_engine_directly(llm: LLM) -> None:
     llm.llm_engine.add_request("mine", "the fox", GREEDY)
-    assert llm.generate("a", GREEDY, use_tqdm=False)[0].finished  # the other request's deltas are not ours
+    assert llm.generate("a", GREEDY, use_tqdm=False)[0].finished  # `generate` ignores the deltas of the other request
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
 

@@ -1,9 +1,8 @@
-"""The specification (principle 10): how a step is planned must not change a single token.
+"""The specification of the engine: scheduling must not change a single token.
 
-A tiny random Llama in fp32 (on a GPU without TF32) is asked the same questions under every way of planning; HF judges the first
-answers, and all others must be equal to them. The ways: block size, token budget, number of rows, prefix cache, number of blocks
-(down to constant preemption), recomputation or host memory, planning ahead, what else is in the batch, and in which order
-requests arrive.
+A tiny random Llama in fp32 (on a GPU without TF32) answers the same requests under many settings. HF checks the first answers, and all
+others must equal them. The settings: block size, token budget, number of rows, prefix cache, number of blocks (down to constant
+preemption), recomputation or CPU offload, asynchronous scheduling, other requests in the batch, and the order of arrival.
 """
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import pytest
 import torch
 
 from minivllm import LLM, SamplingParams
+from minivllm.engine.compose import build_engine
 from minivllm.kernels import REFERENCE
 from minivllm.outputs import OutputDelta
+from minivllm.worker.worker import Components
 from tests.engine.oracle import Oracle
 
 pytest.importorskip("transformers")
@@ -33,7 +35,7 @@ ON_GPU = "-on-gpu"
 
 
 def _requests() -> dict[str, tuple[list[int], SamplingParams]]:
-    """Greedy and seeded requests, children, penalties; prompts with shared beginnings."""
+    """Greedy and seeded requests, with children and penalties. Some prompts share prefixes."""
     rng = random.Random(5)
     base = [rng.randrange(2, 320) for _ in range(70)]
     found: dict[str, tuple[list[int], SamplingParams]] = {}
@@ -56,7 +58,7 @@ GREEDY_NAMES = [name for name in REQUESTS if REQUESTS[name][1].greedy]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The model is too small for two."""
+    """PyTorch uses one thread: more would slow such a small model down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -100,7 +102,7 @@ KINDS = [(kind, on_gpu) for on_gpu in (False, True) for kind in ("full attention
 
 @pytest.fixture(scope="module", params=[pytest.param(k, id=k[0] + k[1] * ON_GPU, marks=[pytest.mark.gpu] * k[1]) for k in KINDS])
 def folder(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model; on a GPU with its kernels, captured graphs and all, whose name says so."""
+    """The model on each device. On a GPU it runs with Triton kernels and CUDA graphs."""
     kind, on_gpu = request.param
     place = tmp_path_factory.mktemp(("windowed" if kind == "sliding window" else "full") + ON_GPU * on_gpu)
     if kind == "sliding window":
@@ -109,7 +111,7 @@ def folder(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path], tmp_
 
 
 def _tiny_windowed(folder: Path) -> Path:
-    """Qwen2 with a window of 24 on its upper layers: two KV groups, and window blocks are given back early."""
+    """Qwen2 with a window of 24 tokens in its upper layers. It has two KV groups, and blocks outside the window are freed."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from tests.conftest import write_tiny_tokenizer
@@ -127,7 +129,7 @@ def _tiny_windowed(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> Answers:
-    """One request after another, each alone, nothing shared, nothing planned ahead: the plainest way."""
+    """The simplest way to run: each request alone, without prefix cache and asynchronous scheduling."""
     found: Answers = {}
     with engine(folder, enable_prefix_caching=False, async_scheduling=False) as llm:
         for name in REQUESTS:
@@ -135,7 +137,7 @@ def answers(folder: Path) -> Answers:
     return found
 
 
-def test_the_plainest_answers_are_hfs(folder: Path, answers: Answers) -> None:
+def test_the_simplest_answers_equal_hf(folder: Path, answers: Answers) -> None:
     oracle = Oracle(folder)
     for name in GREEDY_NAMES:
         oracle.check_greedy(REQUESTS[name][0], answers[f"{name}/0"])
@@ -147,7 +149,7 @@ def test_the_plainest_answers_are_hfs(folder: Path, answers: Answers) -> None:
 ASYNC = pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 
 
-# (block size, budget) in all combinations; each of their values meets the prefix cache and planning ahead both on and off.
+# All combinations of (block size, budget). Each value is tested with prefix cache and asynchronous scheduling on and off.
 MIXES = [
     (block_size, budget, (i + j) % 2 == 0, (i + j) % 4 < 2)
     for i, block_size in enumerate((1, 3, 16, 256)) for j, budget in enumerate((5, 64, 2048))
@@ -163,7 +165,7 @@ def test_block_size_budget_and_prefix_cache_change_nothing(
         num_gpu_blocks_override=6000 // block_size + 60,
     ) as llm:
         assert ask(llm) == answers
-        assert ask(llm) == answers  # once more, with everything cached that can be
+        assert ask(llm) == answers  # again, with cached prefixes
         hits = llm.llm_engine.stats().prefix_cache_hits
         assert (hits > 0) == caching or block_size == 256
         assert llm.llm_engine.stats().used_blocks == 0
@@ -183,7 +185,7 @@ def test_the_number_of_rows_and_the_chunk_size_change_nothing(
 def test_running_out_of_blocks_changes_nothing(
     folder: Path, answers: Answers, block_size: int, spare: int, host_gib: float, ahead: bool,
 ) -> None:
-    """Blocks for little more than one request: somebody is preempted all the time."""
+    """There are blocks for little more than one request, so requests are preempted all the time."""
     groups = 2 if "windowed" in str(folder) else 1
     blocks = 1 + groups * (-(-LONGEST // block_size) + 1) + spare
     with engine(
@@ -202,7 +204,7 @@ def test_without_chunked_prefill_nothing_changes(folder: Path, answers: Answers,
 
 
 @ASYNC
-def test_what_else_is_in_the_batch_and_the_order_of_arrival_change_nothing(folder: Path, answers: Answers, ahead: bool) -> None:
+def test_other_requests_in_the_batch_and_the_order_of_arrival_change_nothing(folder: Path, answers: Answers, ahead: bool) -> None:
     rng = random.Random(1)
     with engine(folder, block_size=4, max_num_batched_tokens=40, num_gpu_blocks_override=90, async_scheduling=ahead) as llm:
         for _ in range(6):
@@ -246,7 +248,7 @@ def test_aborts_of_others_change_nothing(folder: Path, answers: Answers, ahead: 
 
 @ASYNC
 def test_the_row_table_is_a_cache_that_may_be_lost_at_any_step(folder: Path, answers: Answers, ahead: bool) -> None:
-    """The worker forgets every row between two steps; plans tell it everything again."""
+    """The worker loses all rows between two steps. The next plans restore them."""
     with engine(folder, block_size=4, async_scheduling=ahead, max_num_batched_tokens=64) as llm:
         core = llm.llm_engine
         for name, (prompt, params) in REQUESTS.items():
@@ -266,10 +268,11 @@ def test_the_row_table_is_a_cache_that_may_be_lost_at_any_step(folder: Path, ans
 def test_the_reference_kernels_give_the_same_answers(
     folder: Path, answers: Answers, block_size: int, budget: int, num_blocks: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The specification in PyTorch beside the compiled kernels that gave `answers`; the last engine preempts all the time."""
+    """`answers` come from compiled kernels, and these from PyTorch's. The last engine preempts all the time."""
     if ON_GPU in folder.name:
         pytest.skip("on a GPU the kernels are compared with their twins one by one")
-    monkeypatch.setattr("minivllm.engine.executor.select", lambda device: REFERENCE)
+    build = partial(build_engine, components=Components(ops=lambda device: REFERENCE))
+    monkeypatch.setattr("minivllm.engine.llm.build_engine", build)
     with engine(folder, block_size=block_size, max_num_batched_tokens=budget, num_gpu_blocks_override=num_blocks) as llm:
         assert ask(llm) == answers
         assert (llm.llm_engine.stats().num_preemptions > 0) == (num_blocks == 62)

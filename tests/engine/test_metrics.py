@@ -1,4 +1,4 @@
-"""/metrics: what is counted, when, and under which names."""
+"""/metrics: names, counts and times."""
 from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -54,7 +54,7 @@ def test_latencies_are_measured_from_arrival_and_between_tokens() -> None:
     assert metrics._tracked == {}
 
 
-def test_gauges_and_counters_show_the_engines_last_word() -> None:
+def test_gauges_and_counters_show_the_latest_stats() -> None:
     metrics = EngineMetrics("m")
     metrics.observe([], EngineStats(
         num_running=3, num_waiting=4, num_blocks=10, used_blocks=5, prefix_cache_queries=100, prefix_cache_hits=64, num_preemptions=2,
@@ -68,7 +68,7 @@ def test_gauges_and_counters_show_the_engines_last_word() -> None:
     assert found["minivllm:num_preemptions_total"] == 2.0
 
 
-def test_a_refused_request_counts_nowhere() -> None:
+def test_a_refused_request_is_not_counted() -> None:
     metrics = EngineMetrics("m")
     metrics.added("r", 0.0, 10, 1)
     metrics.refused("r")

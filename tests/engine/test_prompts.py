@@ -1,4 +1,4 @@
-"""What counts as a prompt, and what is said about what does not."""
+"""The forms of a prompt, and the errors for everything else."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -31,12 +31,12 @@ def test_every_form_of_prompt_is_read(tokenizer: Tokenizer) -> None:
     [({"promt": "a"}, "did you mean 'prompt'"), ({}, "needs"), ({"prompt": 3}, "needs"), (5, "text or a list"), ([1.5], "whole numbers"),
      ([True], "whole numbers"), ("\ud800", "lone surrogate"), ({"prompt": "a", "cache_salt": 5}, "cache_salt must be text")],
 )
-def test_anything_else_is_an_error_that_says_what_to_send(tokenizer: Tokenizer, prompt: Any, message: str) -> None:
+def test_everything_else_is_an_error_that_names_the_fix(tokenizer: Tokenizer, prompt: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         read_prompt(prompt, tokenizer)
 
 
-def test_bad_words_that_the_model_has_no_tokens_for_ban_nothing(tokenizer: Tokenizer) -> None:
+def test_bad_words_without_tokens_in_the_model_ban_nothing(tokenizer: Tokenizer) -> None:
     words = check_params(SamplingParams(bad_words=["cat"]), tokenizer, 10**6).bad_words_token_ids
     assert words
     assert check_params(SamplingParams(bad_words=["cat"]), tokenizer, 1).bad_words_token_ids == ()

@@ -1,4 +1,4 @@
-"""Tokens and text: equal to HF's, and a stream's pieces join to the whole."""
+"""Tokenization equals HF's, and the pieces of a stream join to the whole text."""
 from __future__ import annotations
 
 import json
@@ -58,7 +58,7 @@ def test_encoding_and_decoding_equal_transformers(kind: str, folders: dict[str, 
     assert ours[kind].vocab_size == len(hf)
 
 
-def test_bos_and_eos_flags_of_the_config_do_not_overrule_the_tokenizer_file(tmp_path: Path) -> None:
+def test_bos_and_eos_flags_of_the_config_do_not_override_the_tokenizer_file(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = build.save(build.sentencepiece(), tmp_path, add_bos_token=False, add_eos_token=True)
     ids = Tokenizer(folder).encode("the fox")
@@ -66,7 +66,7 @@ def test_bos_and_eos_flags_of_the_config_do_not_overrule_the_tokenizer_file(tmp_
     assert (ids[0] == 1, ids[-1] == 2) == (True, False)
 
 
-def test_tokens_that_only_the_config_names_are_added(tmp_path: Path) -> None:
+def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base = build.byte_level()
     size = base.get_vocab_size()
@@ -78,7 +78,7 @@ def test_tokens_that_only_the_config_names_are_added(tmp_path: Path) -> None:
     assert ours.decode(ours.encode("the<extra>fox<pad>"), skip_special_tokens=True) == "thefox"
 
 
-def test_a_folder_without_a_fast_tokenizer_file_goes_through_transformers(tmp_path: Path) -> None:
+def test_a_folder_without_a_fast_tokenizer_file_is_converted_by_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     build.byte_level().model.save(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}))
@@ -111,7 +111,7 @@ def test_text_that_is_not_unicode_is_refused(ours: dict[str, Tokenizer]) -> None
 @given(data=st.data(), skip=st.booleans())
 def test_the_pieces_of_a_byte_level_stream_join_to_the_decoded_whole(ours: dict[str, Tokenizer], data: st.DataObject, skip: bool) -> None:
     tokenizer = ours["byte level"]
-    # Ids past the vocabulary stand for a padded embedding table.
+    # Ids above the vocabulary occur with a padded embedding table.
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
     pieces = _stream(tokenizer, ids, skip)
     whole = tokenizer.decode(ids, skip)
@@ -139,10 +139,10 @@ def test_malformed_bytes_keep_their_valid_characters(ours: dict[str, Tokenizer],
     assert "".join(_stream(ours["sentencepiece"], ids, True)) == expected
 
 
-def test_a_character_of_several_tokens_comes_out_whole(ours: dict[str, Tokenizer]) -> None:
+def test_a_character_of_several_tokens_is_returned_whole(ours: dict[str, Tokenizer]) -> None:
     for kind in KINDS:
         ids = ours[kind].encode("🚁", add_special_tokens=False)
-        while not ours[kind].token_bytes(ids[0]).strip():  # a dummy space in front
+        while not ours[kind].token_bytes(ids[0]).strip():  # a space that the normalizer adds
             ids = ids[1:]
         assert _stream(ours[kind], ids, True) == [""] * (len(ids) - 1) + ["🚁", ""], kind
         assert _stream(ours[kind], ids[:2], True) == ["", "", "\ufffd"], kind
@@ -157,9 +157,22 @@ def test_a_continuation_keeps_the_space_in_front_of_its_first_word(ours: dict[st
 
 @settings(deadline=None, max_examples=100)
 @given(ids=st.lists(st.integers(0, 12), min_size=1, max_size=20))
-def test_a_decoder_that_looks_at_neighbours_streams_the_same_text(wordpiece: Tokenizer, ids: list[int]) -> None:
+def test_a_decoder_that_depends_on_neighboring_tokens_streams_the_same_text(wordpiece: Tokenizer, ids: list[int]) -> None:
     joined = "".join(_stream(wordpiece, ids[1:], False, ids[:1]))
     assert wordpiece.decode(ids[:1]) + joined == wordpiece.decode(ids)
+
+
+def test_a_decoder_that_is_not_a_table_streams_whole_characters(tmp_path: Path) -> None:
+    from tokenizers import decoders
+
+    backend = build.sentencepiece()
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip("x", 1, 0)])
+    tokenizer = Tokenizer(build.save(backend, tmp_path))
+    bos, first, *rest = tokenizer.encode("é🚁 the dog")
+    assert tokenizer.decode([first]) == " "
+    pieces = _stream(tokenizer, [*rest, 2], True, [bos, first])
+    assert ("".join(pieces), pieces[:4]) == ("é🚁 the dog", ["", "é", "", ""])
+    assert "".join(_stream(tokenizer, [*rest[:3], 10**6], True, [bos, first])) == "é\ufffd", "an unfinished character at the end"
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +229,7 @@ def test_the_final_message_can_be_continued_as_in_transformers(tmp_path: Path) -
             assert ours == hf.apply_chat_template(chat, continue_final_message=True, tokenize=False)
 
 
-def test_a_template_in_its_own_file_wins_over_the_config(tmp_path: Path) -> None:
+def test_a_template_in_its_own_file_has_precedence_over_the_config(tmp_path: Path) -> None:
     folder = build.save(build.byte_level(), tmp_path)
     (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
     assert Tokenizer(folder).apply_chat_template(CHAT, tokenize=False) == "file be brief"
@@ -246,14 +259,14 @@ def test_a_second_template_for_tools_is_used_with_tools_as_in_transformers(tmp_p
     assert str(CALLS[1]["tool_calls"]) in str(ours.apply_chat_template(CALLS, tokenize=False)), "earlier calls are not lost without tools"
 
 
-def test_a_template_says_which_variables_it_reads() -> None:
+def test_the_variables_of_a_template_are_known() -> None:
     template = ChatTemplate("{%- if not tools is defined %}{% set tools = none %}{% endif %}{% if thinking %}{{ x.y }}{% endif %}")
     assert {"tools", "thinking", "x"} <= template.variables and "y" not in template.variables
 
 
-def test_what_a_template_would_leave_out_is_refused(tmp_path: Path) -> None:
+def test_tools_and_calls_that_a_template_ignores_are_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(build.save(build.byte_level(), tmp_path))
-    with pytest.raises(InvalidInput, match="no place for tools") as refused:
+    with pytest.raises(InvalidInput, match="does not support tools") as refused:
         tokenizer.apply_chat_template(CHAT, tools=TOOLS)
     assert refused.value.param == "tools"
     with pytest.raises(InvalidInput, match="cannot write tool calls") as refused:
@@ -277,7 +290,7 @@ def test_the_built_in_template_for_tools_can_be_named(tmp_path: Path) -> None:
     assert str(plain).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n")
 
 
-def test_a_conversation_in_openais_form_becomes_what_templates_want() -> None:
+def test_a_conversation_in_openais_form_is_changed_to_the_form_of_templates() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     (user, assistant) = conversation([{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call]}])

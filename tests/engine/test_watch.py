@@ -1,4 +1,4 @@
-"""Watching an engine: views some times a second while somebody looks, nothing at all otherwise."""
+"""Views of a running engine: a few times a second while a client watches, otherwise none."""
 from __future__ import annotations
 
 import asyncio
@@ -33,7 +33,7 @@ def busy_engine(requests: int) -> LLMEngine:
     return engine
 
 
-def test_a_view_holds_the_steps_since_the_last_one_and_comes_when_it_is_due() -> None:
+def test_a_view_has_the_steps_since_the_last_one_and_is_made_when_it_is_due() -> None:
     engine, clock = busy_engine(2), Clock()
     engine._watch = looking = Watch(engine.scheduler, clock)
     assert looking.view(at_rest=False) is not None
@@ -50,15 +50,15 @@ def test_a_view_holds_the_steps_since_the_last_one_and_comes_when_it_is_due() ->
     assert (again := looking.view(at_rest=False)) is not None and again.steps == ()
 
 
-def test_the_last_view_before_the_engine_rests_does_not_wait() -> None:
+def test_the_last_view_before_the_engine_is_idle_is_always_due() -> None:
     engine, clock = busy_engine(1), Clock()
     looking = Watch(engine.scheduler, clock)
     assert looking.view(at_rest=False) is not None
     assert looking.view(at_rest=True) is not None
 
 
-def test_of_many_steps_the_newest_are_told_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "MOST_WORK", 7)
+def test_a_view_has_the_newest_of_many_steps_and_the_number_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MAX_WORK", 7)
     engine = busy_engine(3)
     engine.watch(True)
     for _ in range(10):
@@ -68,7 +68,7 @@ def test_of_many_steps_the_newest_are_told_and_the_others_counted(monkeypatch: p
     assert ([step.step_id for step in view.steps], view.num_skipped) == ([8, 9], 8)
 
 
-def test_a_dear_view_is_made_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expensive_view_is_made_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, clock = busy_engine(1), Clock()
     looking = Watch(engine.scheduler, clock)
     take = watch.take_snapshot
@@ -79,9 +79,9 @@ def test_a_dear_view_is_made_more_seldom(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(watch, "take_snapshot", slowly)
     assert looking.view(at_rest=False) is not None
-    clock.now += 0.9 * watch.SHARE
+    clock.now += 0.9 * watch.TIME_SHARE
     assert looking.view(at_rest=False) is None
-    clock.now += 0.2 * watch.SHARE
+    clock.now += 0.2 * watch.TIME_SHARE
     assert looking.view(at_rest=False) is not None
 
 
@@ -95,7 +95,7 @@ def test_a_view_crosses_a_pipe_unchanged() -> None:
 
 
 def long_engine() -> LLMEngine:
-    """With room for requests that last as long as a test looks at them."""
+    """With blocks for requests that run as long as a test needs them."""
     return make_engine(FakeExecutor(1 << 15), max_model_len=1 << 16)
 
 
@@ -114,7 +114,7 @@ async def until(latest: Callable[[], EngineView | None], condition: Callable[[En
         await asyncio.sleep(0)
 
 
-def test_an_idle_engine_shows_itself_and_then_what_it_does(client: EngineClient) -> None:
+def test_an_idle_engine_sends_a_view_and_then_its_steps(client: EngineClient) -> None:
     async def main() -> None:
         with client.watching() as latest:
             assert (await until(latest, lambda view: True)).snapshot.num_running == 0
@@ -128,7 +128,7 @@ def test_an_idle_engine_shows_itself_and_then_what_it_does(client: EngineClient)
     asyncio.run(main())
 
 
-def test_when_the_last_watcher_leaves_the_engine_makes_no_more_views(client: EngineClient) -> None:
+def test_without_watchers_the_engine_makes_no_views(client: EngineClient) -> None:
     async def main() -> None:
         with client.watching() as latest:
             with client.watching() as other:
@@ -136,7 +136,7 @@ def test_when_the_last_watcher_leaves_the_engine_makes_no_more_views(client: Eng
             async for _ in client.generate(ask("first", max_tokens=20)):
                 pass
             await until(latest, lambda view: view.snapshot.num_running == 0 and bool(view.steps))
-        await client.reset_prefix_cache()  # the engine has heard it
+        await client.reset_prefix_cache()  # the engine has handled the command
         before = client._view
         async for _ in client.generate(ask("second", max_tokens=20)):
             pass

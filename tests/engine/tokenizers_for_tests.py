@@ -1,4 +1,4 @@
-"""Small tokenizers of every decoder kind, trained or written out on the spot."""
+"""Small tokenizers with every kind of decoder."""
 from __future__ import annotations
 
 import json
@@ -56,7 +56,7 @@ def sentencepiece(*, metaspace: bool = False, strip: bool = True) -> Tokenizer:
 
 
 def wordpiece() -> Tokenizer:
-    """BERT's kind: its decoder looks at neighbours, so it is no table of tokens."""
+    """BERT's kind: its decoder depends on neighboring tokens, so it is not a table of tokens."""
     words = ["[UNK]", "the", "dog", "fox", "##s", "##ing", "jump", "sleep", ".", "!", "'", "don", "t"]
     tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -53,22 +53,27 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     sizes = dict.fromkeys(("first_seq", "num_seqs", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")
     prompt = {**cache, **sizes, **dict.fromkeys(("out", "q", "k", "v"), "*bf16"), "query_start": "*i32"}
     for head_dim in (64, 128):
-        for group in (2, 3):
+        for group in (2, 3, 8):
             name = f"attention, head_dim {head_dim}, {group} heads per KV head"
             shape = dict(NUM_HEADS=group * 8, D=head_dim, PADDED_D=head_dim)
-            tile = attention.decode_tile(8, 4096, head_dim, group, 2, 89)
-            one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, WINDOW=0, SOFTCAP=False, **shape)
-            yield measure(f"decode {name}", _decode_attention, decode,
-                          dict(SPLIT=True, SHARED=True, MIN_KEYS=attention.MIN_KEYS, RUN=SHARED_RUN, NORM=True, ROPE=True, PDL=False,
-                               **one),
-                          num_warps=tile.num_warps, num_stages=tile.num_stages)
+            for width, window in ((1, 0), (2, 0), (5, 1000), (8, 0)):
+                tile = attention.decode_tile(8, 4096, head_dim, group, 2, 89)
+                if width > 1:
+                    wide = attention.wide_decode_tile(width, head_dim, group, 2, 89)
+                    assert wide is not None
+                    tile = wide
+                one = dict(HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, SOFTCAP=False, **shape)
+                yield measure(f"decode {name}, query width {width}", _decode_attention, decode,
+                              dict(QUERY_WIDTH=width, SPLIT=True, SHARED=window == 0, MIN_KEYS=attention.MIN_KEYS, RUN=SHARED_RUN,
+                                   WINDOW=window, NORM=True, ROPE=True, PDL=False, **one),
+                              num_warps=tile.num_warps, num_stages=tile.num_stages)
             tile = attention.shared_tile(head_dim, group, 2, 89)
             yield measure(f"decode shared {name}", _shared_attention, decode,
                           dict(RUN=SHARED_RUN, NORM=True, ROPE=True, PDL=False, HEADS_PER_KV=group, BLOCK_SIZE=16, BLOCK_Q=tile.block_q,
                                BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, SOFTCAP=False, **shape),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
             tile = attention.prompt_tile(head_dim, group, 2, 89)
-            one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q)
+            one |= dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_Q=tile.block_q, WINDOW=0)
             yield measure(f"prefill {name}", _prompt_attention, prompt, dict(DESCRIPTORS=False, **one),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
         yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, store,

@@ -36,14 +36,16 @@ def make_case(
     window: int | None = None,
     poison: bool = True,
     shared_keys: int = 0,
+    query_width: int = 1,
     seed: int = 0,
 ) -> Case:
     """Sequences in scattered blocks. Every slot that no query may see holds NaN: other blocks, tails of last blocks, and
     (with a window) keys that have left it; block-table entries of blocks wholly outside the window are the null block.
-    The first `shared_keys`, whole blocks that each sequence has cached, are the same blocks in all."""
+    The first `shared_keys`, whole blocks that each sequence has cached, are the same blocks in all. Sequences with `query_width`
+    queries are decodes."""
     rng = random.Random(seed)
     gen = torch.Generator().manual_seed(seed)
-    shape = sorted(shape, key=lambda s: s[0] != 1)  # single queries first, as the packer does
+    shape = sorted(shape, key=lambda s: s[0] != query_width)  # decodes first, as the packer does
     counts = [-(-s // block_size) for _, s in shape]
     num_blocks = 1 + sum(counts) + 3
     ids = rng.sample(range(1, num_blocks), num_blocks - 1)
@@ -80,10 +82,11 @@ def make_case(
         slots=(torch.tensor(slots, device=device),),
         block_tables=(table.to(device),),
         logit_rows=torch.zeros(0, dtype=torch.int64, device=device),
-        num_decodes=sum(a == 1 for a in query_lens),
+        num_decodes=sum(a == query_width for a in query_lens),
         query_lens_host=tuple(query_lens),
         seq_lens_host=tuple(s for _, s in shape),
         shared=torch.tensor([shared_keys], dtype=torch.int32, device=device) if shared_keys else None,
+        query_width=query_width,
     )
     q = torch.randn(total, heads, head_dim, generator=gen).to(dtype)
     return Case(batch, KVLayer(kv.k.to(device), kv.v.to(device)), q.to(device), keys, values, block_size)

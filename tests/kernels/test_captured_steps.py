@@ -1,7 +1,7 @@
-"""What CUDA graphs are told, without a GPU: their steps run in Triton's interpreter instead of being captured.
+"""The inputs of CUDA graphs, tested without a GPU: their steps run in Triton's interpreter instead of being captured.
 
-They stand beside the kernels' tests because `conftest.py` there chooses the interpreter. A "replay" runs the step again on
-the static inputs and leaves its logits where all graphs leave theirs, as on a GPU.
+The file is in this folder because `conftest.py` here chooses the interpreter. A "replay" runs the step again on the static inputs,
+and writes its logits to the memory that all graphs share, as on a GPU.
 """
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ import pytest
 import torch
 
 from minivllm.core.plan import StepPlan
-from minivllm.families import kv_groups
 from minivllm.kernels import REFERENCE, select, upload
 from minivllm.kernels.triton import attention
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, cuda_graphs
-from minivllm.worker.kv_cache import BlockShape, KVCache
-from minivllm.worker.model_runner import Handle, ModelRunner
+from minivllm.worker.kv_cache import KVCache, KVLayout
+from minivllm.worker.model_runner import LaunchedStep, ModelRunner
 from tests.models.tiny import read_spec
+from tests.worker.plans import GREEDY
+from tests.worker.test_drafts import decode, run_with_drafts
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
 CPU = torch.device("cpu")
-PLACE = torch.zeros(ROWS * 1000)  # of every graph's logits
+LOGITS_MEMORY = torch.zeros(ROWS * 1000)  # of every graph's logits
+PENALIZED = SamplingParams(temperature=1.1, presence_penalty=0.7, ignore_eos=True)
 
 
 class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
-    replayed: ClassVar[list[cuda_graphs.Shape]] = []
+    replayed: ClassVar[list[cuda_graphs.GraphShape]] = []
     runs_first: ClassVar[bool] = False  # as before a capture
     told_shared: int  # at the last replay
     pool = None
@@ -51,8 +53,8 @@ class Repeated(cuda_graphs.Graph):
         start, lens = self._inputs.tensors[1].tolist(), self._inputs.tensors[3].tolist()
         if not self.shape.decodes:  # sequences that pad a mixed step have no tokens: tiles are found by where each one's begin
             assert all(a == b for a, b, n in zip(start, start[1:], lens, strict=False) if n == 0)
-        logits, self._drawn = self._step()
-        self._logits = PLACE[: logits.numel()].view_as(logits).copy_(logits)
+        logits, self._sampled = self._step()
+        self._logits = LOGITS_MEMORY[: logits.numel()].view_as(logits).copy_(logits)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
@@ -99,12 +101,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def runner_of(tiny: Tiny, block_size: int) -> ModelRunner:
+def runner_of(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,)) -> ModelRunner:
     model = tiny.with_triton
-    kv = KVCache(BlockShape(kv_groups(model.spec), block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
-    for layer in kv.layers:  # whoever reads what was never written gets NaN
+    kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
+    for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32)
+    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32, query_widths=query_widths)
 
 
 @pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])
@@ -114,7 +116,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     runner = runner_of(tiny, block_size)
     launch = runner.launch
 
-    def launch_and_compare(plan: StepPlan) -> Handle:
+    def launch_and_compare(plan: StepPlan) -> LaunchedStep:
         handle = launch(plan)
         there, here = runner.rows.device_tables.numpy(), runner.rows.block_tables
         assert (there[:, list(plan.rows)] == here[:, list(plan.rows)]).all()
@@ -128,7 +130,7 @@ def test_greedy_tokens_equal_transformers_and_the_device_knows_all_blocks(
     assert {(16, 3), (32, 4)} <= {shape[:2] for shape in Repeated.replayed}  # mixed steps; those of more tokens or rows ran eagerly
 
 
-def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(
+def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not_change(
     plain: Tiny, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner, launched, launch = runner_of(plain, 4), set(), attention.launch
@@ -169,21 +171,33 @@ def test_rows_that_ask_for_more_than_a_plain_draw_are_sampled_from_the_logits_th
     assert Repeated.replayed
 
 
+@pytest.mark.parametrize("right", ["all", "none"])
+@pytest.mark.parametrize("params", [GREEDY, PENALIZED], ids=["plain", "penalized"])
+def test_decodes_with_drafts_are_captured_with_their_width(plain: Tiny, right: str, params: SamplingParams) -> None:
+    expected, got = decode(sequences_of(plain), [params]), decode(sequences_of(plain), [params])
+    run(plain.runner(), plain.planner(), expected, random.Random(1))
+    answers = [s.outputs for s in expected]
+    accepted = {"all": lambda n: n, "none": lambda n: 0}[right]
+    run_with_drafts(runner_of(plain, 4, (1, 3)), plain.planner(), got, answers, accepted, random.Random(2), lambda: 2)
+    assert [s.outputs for s in got] == answers
+    assert {shape.query_width for shape in Repeated.replayed if shape.decodes} >= {3}
+
+
 def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0) -> batch.Columns:
     decodes = rows if tokens == rows else 0
-    return SimpleNamespace(simple=True, rows=range(rows), places=range(tokens), num_decodes=decodes, seq_lens=np.array([longest]),
-                           shared_keys=shared_keys)
+    return SimpleNamespace(simple=True, rows=range(rows), token_index=range(tokens), num_decodes=decodes, query_width=1,
+                           seq_lens=np.array([longest]), shared_keys=shared_keys)
 
 
 def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph(*shape: Any) -> SimpleNamespace:
-        return SimpleNamespace(shape=cuda_graphs.Shape(*shape))
+        return SimpleNamespace(shape=cuda_graphs.GraphShape(*shape))
 
     graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
     graphs._decodes = [graph(2, 2, 2, 16), graph(2, 2, 2, 64), graph(4, 4, 4, 64)]
     graphs._sharing = [graph(4, 4, 4, 64, True)]
     graphs._mixed = [graph(32, 3, 0, 64), graph(128, 6, 0, 64)]
-    graphs._key_bytes = 1
+    graphs._token_bytes = 1
     monkeypatch.setattr(cuda_graphs, "WORTH_SHARING", 32)
     assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]

@@ -1,4 +1,4 @@
-"""Lessons are scripts in folders whose names start with a digit: how tests get hold of them."""
+"""How tests load lessons: scripts in folders whose names start with a digit, so `import` cannot name them."""
 from __future__ import annotations
 
 import importlib.util
@@ -11,17 +11,17 @@ LESSONS = Path(__file__).parents[2] / "lessons"
 
 
 def load_lesson(folder: Path) -> ModuleType:
-    """The lesson as a module. It must do nothing on import."""
+    """The lesson as a module. Its import must have no effect."""
     spec = importlib.util.spec_from_file_location(f"lesson_{folder.name}", folder / "lesson.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 def run_lesson_alone(folder: Path) -> str:
-    """What the lesson prints, run as a script from its own folder; it may import neither minivllm nor another lesson."""
+    """Run the lesson as a script from its own folder -> what it prints. It may import neither minivllm nor another lesson."""
     path = folder / "lesson.py"
     check = "assert not [name for name in sys.modules if name.split('.')[0] in ('minivllm', 'lessons')]"
     code = f"import sys, runpy; runpy.run_path({str(path)!r}, run_name='__main__'); {check}"

@@ -1,4 +1,4 @@
-"""Lesson 1 runs, its claims hold, its answers are right, and its transformer is the same function as minivllm's."""
+"""Lesson 1 runs, its claims and answers are correct, and its transformer computes the same function as minivllm's."""
 from __future__ import annotations
 
 import contextlib
@@ -40,7 +40,7 @@ def tokens(lesson: ModuleType, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def decoder(lesson: ModuleType, weights: dict[str, torch.Tensor], folder: Path) -> Decoder:
-    """The lesson's weights as a checkpoint of the Llama family, loaded like any other."""
+    """The lesson's weights, written as a Llama checkpoint and loaded from there."""
     shape = lesson.Shape()
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.width, "num_hidden_layers": shape.layers,
@@ -59,13 +59,13 @@ def decoder(lesson: ModuleType, weights: dict[str, torch.Tensor], folder: Path) 
 
 
 def paged_logits(model: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int = 4) -> torch.Tensor:
-    """Logits of every position, computed chunk by chunk over keys and values in scattered blocks."""
+    """Logits of every position, computed in chunks, with keys and values in scattered blocks."""
     (group,) = kv_groups(model.spec)
     needed = -(-len(ids) // block_size)
     table = torch.randperm(needed, generator=torch.Generator().manual_seed(3)) + 1  # block 0 is the null block
     shape = (needed + 1, block_size, group.kv_heads, group.head_dim)
     kv = [KVLayer(torch.full(shape, float("nan")), torch.full(shape, float("nan"))) for _ in group.layers]
-    for layer in kv:  # the null block is readable
+    for layer in kv:  # the null block may be read
         layer.k[0] = layer.v[0] = 0.0
     out, start = [], 0
     for n in chunks:
@@ -88,23 +88,23 @@ def test_the_lesson_runs_on_its_own_and_needs_only_torch() -> None:
     assert "320.0 KiB      625.0 MiB        40.0 GiB" in printed
 
 
-def test_with_and_without_a_cache_the_same_letters_are_written(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:
+def test_both_ways_generate_the_same_letters(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:
     prompt = tokens(lesson, 7)
-    slow, _ = lesson.write_without_cache(weights, lesson.Shape(), prompt, 40)
-    fast, _, cache = lesson.write_with_cache(weights, lesson.Shape(), prompt, 40)
+    slow, _ = lesson.generate_without_cache(weights, lesson.Shape(), prompt, 40)
+    fast, _, cache = lesson.generate_with_cache(weights, lesson.Shape(), prompt, 40)
     assert slow == fast
     assert len(cache) == 7 + 40 - 1, "the last token's key and value are never needed"
 
 
-def test_rows_are_what_the_lesson_text_says(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:
+def test_rows_per_step_are_as_the_lesson_states(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:
     prompt, n = tokens(lesson, 10), 5
-    _, slow = lesson.write_without_cache(weights, lesson.Shape(), prompt, n)
-    _, fast, _ = lesson.write_with_cache(weights, lesson.Shape(), prompt, n)
+    _, slow = lesson.generate_without_cache(weights, lesson.Shape(), prompt, n)
+    _, fast, _ = lesson.generate_with_cache(weights, lesson.Shape(), prompt, n)
     assert [work.rows for work in slow] == [10, 11, 12, 13, 14]
     assert [work.rows for work in fast] == [10, 1, 1, 1, 1]
 
 
-def test_flops_are_two_for_each_weight_and_row_and_four_for_each_query_head_number_and_key(
+def test_flops_are_two_per_weight_and_four_per_key_and_query_number(
     lesson: ModuleType, weights: dict[str, torch.Tensor],
 ) -> None:
     shape, cache, work = lesson.Shape(), lesson.Cache(lesson.Shape()), lesson.Work()
@@ -114,7 +114,7 @@ def test_flops_are_two_for_each_weight_and_row_and_four_for_each_query_head_numb
     assert work.flops == 2 * matrices + 4 * shape.layers * shape.heads * shape.head_dim * 21
 
 
-def test_the_answers_in_the_text_are_right(lesson: ModuleType) -> None:
+def test_the_answers_of_the_exercises_are_correct(lesson: ModuleType) -> None:
     assert 50 * 100 + 50 * 49 // 2 == 6225  # exercise 1
     assert lesson.kv_bytes(30, 3, 64) == 23_040 and lesson.kv_bytes(30, 3, 64, 4096) == 90 * 2**20  # exercise 2
     assert 4 * 2**30 // (90 * 2**20) == 45
@@ -126,7 +126,7 @@ def test_the_answers_in_the_text_are_right(lesson: ModuleType) -> None:
     ("<= torch.arange(s - t, s)[:, None]", "<= s + torch.zeros(t, 1)"),  # exercise 3
     ("start = len(cache) if cache is not None else 0", "start = 0"),  # exercise 4
 ])
-def test_the_exercises_that_break_the_lesson_do(old: str, new: str) -> None:
+def test_the_changes_of_exercises_3_and_4_break_the_lesson(old: str, new: str) -> None:
     source = (FOLDER / "lesson.py").read_text(encoding="utf-8")
     assert source.count(old) == 1
     broken = ModuleType("broken_lesson")

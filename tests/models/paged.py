@@ -1,7 +1,7 @@
-"""Runs a Decoder the way an engine would, without one: several sequences, scattered blocks, several KV groups.
+"""Runs a Decoder as an engine does, but without an engine: several sequences, scattered blocks, several KV groups.
 
-Unwritten cache holds NaN, so reading a slot that nothing wrote shows at once; and blocks that a window has left behind are
-taken out of the block table, as the scheduler does.
+The unwritten cache holds NaN, so a read of an unwritten slot changes the results. Blocks that have left a sliding window are removed
+from the block table, as the scheduler does.
 """
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minivllm.families import kv_groups, num_kv_tensors
 from minivllm.kernels import Ops, select
-from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.layout import InputBatch
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.worker.kv_cache import KVLayout
 
 
 def make_build(dtype: torch.dtype = torch.float32, device: str = "cpu", ops: Ops | None = None) -> BuildContext:
-    """ops: the kernels; None: those that serve the device."""
+    """ops: the kernels; None: the default ones of the device."""
     return BuildContext(torch.device(device), dtype, ops or select(torch.device(device)))
 
 
 class Paged:
-    """A cache and the block tables of `lengths.keys()` sequences; `run` computes the next tokens of some of them."""
+    """A KV cache and the block tables of `num_seqs` sequences. `run` computes the next tokens of some of them."""
 
     def __init__(self, model: Decoder, capacity: int, num_seqs: int = 1, block_size: int = 4, seed: int = 0) -> None:
-        spec = model.spec
-        self.model, self.block_size = model, block_size
-        self.groups = kv_groups(spec)
+        layout = KVLayout.of(model.spec, block_size, model.build.dtype)
+        self.model, self.block_size, self.groups = model, block_size, layout.groups
         per_seq = -(-capacity // block_size)
         num_blocks = 1 + per_seq * num_seqs * len(self.groups)
-        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        unwritten = torch.full(shape, math.nan, dtype=model.build.dtype, device=model.build.device)
-        self.kv = [KVLayer(unwritten.clone(), unwritten.clone()) for _ in range(num_kv_tensors(self.groups))]
+        self.kv = layout.views(layout.allocate(num_blocks, model.build.device))
+        for layer in self.kv:
+            layer.k.fill_(math.nan), layer.v.fill_(math.nan)
         ids = random.Random(seed).sample(range(1, num_blocks), num_blocks - 1)
         self.tables = [[[ids.pop() for _ in range(per_seq)] for _ in range(num_seqs)] for _ in self.groups]  # [G][B][M]
         self.tokens: list[list[int]] = [[] for _ in range(num_seqs)]

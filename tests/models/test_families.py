@@ -1,4 +1,4 @@
-"""The table of families: what config.json says becomes a specification, or an error that names the key."""
+"""The table of families: config.json becomes a specification, or an error that names the key."""
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
-from minivllm.families import FAMILIES, ModelSpec, kv_groups, num_kv_tensors, parameters, parse_config
+from minivllm.families import FAMILIES, ModelSpec, kv_groups, num_kv_tensors, parse_config
+from minivllm.quantization.methods import parameters
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
@@ -50,6 +51,10 @@ OPT_350M = {**OPT_125M, "do_layer_norm_before": False, "ffn_dim": 4096, "hidden_
             "num_hidden_layers": 24, "word_embed_proj_dim": 512}
 
 
+def windows(spec: ModelSpec) -> tuple[int | None, ...]:
+    return tuple(layer.attention.window for layer in spec.layers)
+
+
 def size(spec: ModelSpec) -> int:
     return sum(math.prod(p.shape) for p in parameters(spec).values())
 
@@ -62,10 +67,11 @@ def test_real_models_have_their_published_number_of_parameters(config: dict[str,
     assert size(parse_config(config)) == count
 
 
-def test_a_published_llama_config_is_read_whole() -> None:
+def test_all_fields_of_a_published_llama_config_are_read() -> None:
     spec = parse_config(LLAMA_3_1_8B)
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_model_len, spec.dtype) == (32, 8, 128, 131072, "bfloat16")
-    assert spec.rope is not None and (spec.rope.scaling, spec.rope.theta, spec.rope.original_max_len) == ("llama3", 500000.0, 8192)
+    assert (spec.num_layers, spec.max_model_len, spec.dtype, spec.attention_shapes) == (32, 131072, "bfloat16", ((32, 8, 128),))
+    rope = spec.layers[31].attention.rope
+    assert rope is not None and (rope.scaling, rope.theta, rope.original_max_len) == ("llama3", 500000.0, 8192)
     assert not spec.tied and spec.norm_eps == 1e-5
 
 
@@ -81,27 +87,27 @@ def test_the_keys_of_transformers_5_mean_the_same_as_those_of_4() -> None:
 
 
 def test_mistral_has_its_window_in_every_layer_unless_null() -> None:
-    assert parse_config(MISTRAL_7B_V0_1).windows == (4096,) * 32
-    assert parse_config({**MISTRAL_7B_V0_1, "sliding_window": None}).windows == (None,) * 32
+    assert windows(parse_config(MISTRAL_7B_V0_1)) == (4096,) * 32
+    assert windows(parse_config({**MISTRAL_7B_V0_1, "sliding_window": None})) == (None,) * 32
     without_key = {k: v for k, v in MISTRAL_7B_V0_1.items() if k != "sliding_window"}
-    assert parse_config(without_key).windows == (4096,) * 32  # Transformers' default
+    assert windows(parse_config(without_key)) == (4096,) * 32  # Transformers' default
 
 
-def test_qwen_has_windows_only_if_switched_on_and_only_in_the_upper_layers() -> None:
-    assert parse_config(QWEN2_5_7B).windows == (None,) * 28
+def test_qwen_has_windows_only_if_enabled_and_only_in_the_upper_layers() -> None:
+    assert windows(parse_config(QWEN2_5_7B)) == (None,) * 28
     on = parse_config({**QWEN2_5_7B, "use_sliding_window": True, "max_window_layers": 21, "sliding_window": 1024})
-    assert on.windows == (None,) * 21 + (1024,) * 7
+    assert windows(on) == (None,) * 21 + (1024,) * 7
     assert [(g.window, len(g.layers)) for g in kv_groups(on)] == [(None, 7), (None, 7), (None, 7), (1024, 7)]
 
 
-def test_a_window_that_no_sequence_outgrows_is_full_attention() -> None:
+def test_a_window_of_at_least_max_model_len_is_full_attention() -> None:
     spec = parse_config({**MISTRAL_7B_V0_1, "sliding_window": 32768})
-    assert [g.kind for g in kv_groups(spec)] == ["full"]
+    assert [g.window for g in kv_groups(spec)] == [None]
     short = dataclasses.replace(parse_config(MISTRAL_7B_V0_1), max_model_len=4096)
-    assert [g.kind for g in kv_groups(short)] == ["full"]
+    assert [g.window for g in kv_groups(short)] == [None]
 
 
-def test_rope_scaling_lengthens_the_context_where_the_configuration_states_the_original_length() -> None:
+def test_rope_scaling_multiplies_the_context_length_if_the_config_states_the_original_one() -> None:
     def limit(**scaling: Any) -> int:
         return parse_config({**QWEN2_5_7B, "rope_scaling": scaling}).max_model_len
 
@@ -112,7 +118,7 @@ def test_rope_scaling_lengthens_the_context_where_the_configuration_states_the_o
     assert parse_config(LLAMA_3_1_8B).max_model_len == 131072
 
 
-def test_the_architecture_is_looked_for_among_all_that_are_named() -> None:
+def test_the_first_supported_architecture_of_those_named_is_used() -> None:
     assert parse_config({**OPT_125M, "architectures": ["Custom", "OPTForCausalLM"]}).architecture == "OPTForCausalLM"
 
 
@@ -122,10 +128,10 @@ def test_the_architecture_is_looked_for_among_all_that_are_named() -> None:
     ({"hidden_size": None}, "no 'hidden_size'"),
     ({"num_hidden_layers": "32"}, "'num_hidden_layers' must be of type int, got '32'"),
     ({"rms_norm_eps": True}, "'rms_norm_eps' must be of type float"),
-    ({"num_key_value_heads": 5}, "32 heads cannot share 5 key-value heads"),
+    ({"num_key_value_heads": 5}, "32 heads cannot be divided evenly among 5 key-value heads"),
     ({"num_attention_heads": 0}, "multiple of num_attention_heads 0"),
-    ({"num_attention_heads": 31, "num_key_value_heads": 31}, "hidden_size 4096 is no multiple"),
-    ({"num_hidden_layers": 0}, "num_layers must be at least 1"),
+    ({"num_attention_heads": 31, "num_key_value_heads": 31}, "hidden_size 4096 is not a multiple"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
     ({"head_dim": 31}, "head_dim must be even"),
     ({"hidden_act": "gelu"}, "gated MLP with activation 'gelu'"),
     ({"hidden_act": "sinus"}, "hidden_act 'sinus' is not supported"),
@@ -136,7 +142,7 @@ def test_the_architecture_is_looked_for_among_all_that_are_named() -> None:
     ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
     ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
 ])
-def test_what_a_llama_config_cannot_mean_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+def test_an_invalid_llama_config_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         parse_config({**LLAMA_3_1_8B, **change})
     assert caught.value.param == "model"
@@ -148,7 +154,7 @@ def test_what_a_llama_config_cannot_mean_is_refused_by_name(change: dict[str, An
     ({"layer_types": ["full_attention"] * 3}, "3 layer types for 28 layers"),
     ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window must be at least 1"),
 ])
-def test_contradictory_layer_types_are_refused(change: dict[str, Any], message: str) -> None:
+def test_contradictory_layer_types_are_errors(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         parse_config({**QWEN2_5_7B, **change})
 
@@ -158,7 +164,7 @@ def test_quantized_checkpoints_are_refused_as_not_supported_yet() -> None:
         parse_config({**LLAMA_3_1_8B, "quantization_config": {"quant_method": "awq", "bits": 4}})
 
 
-def test_learned_positions_bound_the_context() -> None:
+def test_learned_positions_limit_the_context_length() -> None:
     with pytest.raises(ModelError, match="2048 learned positions"):
         dataclasses.replace(parse_config(OPT_125M), max_model_len=2049)
 
@@ -169,7 +175,7 @@ def test_a_specification_can_be_sent_to_another_process() -> None:
         assert pickle.loads(pickle.dumps(spec)) == spec and hash(spec) == hash(parse_config(config))
 
 
-def test_each_checkpoint_tensor_has_exactly_one_place() -> None:
+def test_each_checkpoint_tensor_belongs_to_exactly_one_parameter() -> None:
     for config in (LLAMA_3_1_8B, MISTRAL_7B_V0_1, QWEN2_5_7B, QWEN3_0_6B, OPT_125M, OPT_350M):
         params = parameters(parse_config(config))
         names = [s.name for p in params.values() for s in p.sources]
@@ -178,20 +184,23 @@ def test_each_checkpoint_tensor_has_exactly_one_place() -> None:
             assert p.shape[0] == sum(s.shape[0] for s in p.sources) and all(s.shape[1:] == p.shape[1:] for s in p.sources)
 
 
-def test_column_and_row_sharding_alternate_so_that_a_layer_needs_two_sums() -> None:
+def test_column_and_row_sharding_alternate_so_that_a_layer_needs_two_all_reduces() -> None:
     params = parameters(parse_config(QWEN2_5_7B))
     dims = {name.removeprefix("layers.0."): p.shard_dim for name, p in params.items() if name.startswith("layers.0.")}
     assert dims == {"attn_norm.weight": None, "qkv.weight": 0, "qkv.bias": 0, "o.weight": 1, "mlp_norm.weight": None, "gate_up.weight": 0,
                     "down.weight": 1}
     assert params["embed.weight"].shard_dim == params["head.weight"].shard_dim == 0
     opt = parameters(parse_config(OPT_125M))
-    # A bias behind a product split along its columns must be added once, not by every rank.
+    # Each rank of a row-parallel layer has a part of the sum, so only one of them may add the bias.
     assert [opt[f"layers.0.{name}.bias"].shard_dim for name in ("qkv", "o", "up", "down")] == [0, None, 0, None]
 
 
 @given(st.lists(st.sampled_from([None, None, 64, 128]), min_size=1, max_size=60))
-def test_every_layer_has_one_place_in_one_group_and_few_places_stay_unused(windows: list[int | None]) -> None:
-    spec = dataclasses.replace(parse_config(MISTRAL_7B_V0_1), num_layers=len(windows), windows=tuple(windows))
+def test_every_layer_is_in_one_group_and_few_tensors_stay_unused(windows: list[int | None]) -> None:
+    spec = parse_config(MISTRAL_7B_V0_1)
+    layer = spec.layers[0]
+    spec = dataclasses.replace(spec, layers=tuple(
+        dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, window=w)) for w in windows))
     groups = kv_groups(spec)
     assert sorted(layer for g in groups for layer in g.layers) == list(range(len(windows)))
     assert all(windows[layer] == g.window for g in groups for layer in g.layers)
@@ -205,7 +214,7 @@ SCALINGS = st.fixed_dictionaries({"type": st.sampled_from(["linear", "dynamic", 
 
 
 @given(st.sampled_from([LLAMA_3_1_8B, QWEN2_5_7B, OPT_350M]), st.data())
-def test_any_damaged_config_gives_a_specification_or_an_error_for_users_never_a_crash(config: dict[str, Any], data: st.DataObject) -> None:
+def test_a_damaged_config_gives_a_specification_or_a_user_error(config: dict[str, Any], data: st.DataObject) -> None:
     damaged = dict(config)
     for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=3)):
         damaged[key] = data.draw(st.one_of(st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=5),
@@ -221,5 +230,5 @@ def test_the_table_is_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_all_five_families_are_there() -> None:
+def test_the_table_has_all_five_families() -> None:
     assert set(FAMILIES) == {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM"}

@@ -16,9 +16,10 @@ from gguf.quants import quantize
 from safetensors.torch import load_file
 
 from minivllm.errors import ModelError
-from minivllm.families import parameters, parse_config
+from minivllm.families import parse_config
 from minivllm.models import gguf as ours
 from minivllm.models.hub import ModelFiles, default_gguf
+from minivllm.quantization.methods import parameters
 
 # Rows of 256, which super-blocks need; head_dim is not hidden / heads.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS = 256, 8, 2, 64, 256, 40, 2
@@ -85,7 +86,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
 
 
 def block_bytes(values: np.ndarray, kind: Q, rng: np.random.Generator) -> np.ndarray:
-    """`values` quantised, or random blocks (whose float16 scales are finite) for types that gguf can only read."""
+    """`values` quantized. For types that gguf can only read: random blocks whose float16 scales are finite."""
     try:
         return quantize(values, kind)
     except NotImplementedError:
@@ -121,7 +122,7 @@ def assert_same_tensors(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The checkpoint tensors that the decoder wants for this folder's config.json."""
+    """Names of the checkpoint tensors that the decoder needs for this folder's config.json."""
     spec = parse_config(json.loads((folder / "config.json").read_text()))
     return {source.name for parameter in parameters(spec).values() for source in parameter.sources}
 
@@ -130,7 +131,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def fresh(default_model: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model, converted by this very code (the cache may hold what an older one made)."""
+    """The default model, converted by the current code. (The cache may hold the output of older code.)"""
     out = tmp_path_factory.mktemp("fresh") / "model"
     ours.convert(default_gguf(), out)
     return out
@@ -157,16 +158,16 @@ def test_default_model_tokenizer_and_chat_template_equal_transformers_own_readin
     assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
 
 
-def test_default_model_splits_digits_one_by_one_as_its_vocabulary_was_learnt(fresh: Path) -> None:
-    """transformers' conversion splits like GPT-2, which would take the second space to the digit and look up both alone."""
+def test_default_model_splits_digits_one_by_one_as_its_vocabulary_requires(fresh: Path) -> None:
+    """transformers' conversion splits as GPT-2 does: it would join the second space and the digit to one piece."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(fresh / "tokenizer.json"))
     assert backend.encode("a  12").tokens == ["a", "ĠĠ", "1", "2"]
 
 
-def test_the_cache_holds_what_this_code_makes(fresh: Path, default_model: ModelFiles) -> None:
-    """If this fails, the conversion has changed and CONVERSION was not raised: users would keep the old one."""
+def test_the_cached_conversion_equals_a_new_one(fresh: Path, default_model: ModelFiles) -> None:
+    """If this fails, the conversion has changed without an increase of CONVERSION, so users would keep the old output."""
     names = sorted(path.name for path in fresh.iterdir())
     assert sorted(path.name for path in default_model.folder.iterdir()) == names
     assert filecmp.cmpfiles(fresh, default_model.folder, names, shallow=False) == (names, [], [])
@@ -176,7 +177,7 @@ def test_the_cache_holds_what_this_code_makes(fresh: Path, default_model: ModelF
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_each_architecture_gives_exactly_the_tensors_its_decoder_wants(write_gguf: Callable[..., Path], arch: str, tied: bool) -> None:
+def test_each_architecture_gives_exactly_the_tensors_that_the_decoder_needs(write_gguf: Callable[..., Path], arch: str, tied: bool) -> None:
     path = write_gguf(arch, tied=tied)
     folder = convert(path)
     got = {name.removeprefix("model.") for name in load_file(folder / "model.safetensors")}
@@ -186,13 +187,13 @@ def test_each_architecture_gives_exactly_the_tensors_its_decoder_wants(write_ggu
 
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K,
                                   Q.IQ4_NL, Q.IQ4_XS], ids=lambda kind: kind.name)
-def test_each_tensor_type_is_dequantised_bit_for_bit_as_transformers_does(write_gguf: Callable[..., Path], kind: Q) -> None:
+def test_each_tensor_type_is_dequantized_bit_for_bit_as_transformers_does(write_gguf: Callable[..., Path], kind: Q) -> None:
     path = write_gguf("llama", kind)
     folder = convert(path)
     assert_same_tensors(folder, oracle(path, folder))
 
 
-def test_float_tensors_keep_their_type_and_quantised_ones_become_float32(write_gguf: Callable[..., Path]) -> None:
+def test_float_tensors_keep_their_type_and_quantized_ones_become_float32(write_gguf: Callable[..., Path]) -> None:
     for kind, stored, runs_in in ((Q.F16, "float16", "float16"), (Q.BF16, "bfloat16", "bfloat16"), (Q.Q8_0, "float32", "bfloat16")):
         folder = convert(write_gguf("llama", kind))
         tensors = load_file(folder / "model.safetensors")
@@ -201,7 +202,7 @@ def test_float_tensors_keep_their_type_and_quantised_ones_become_float32(write_g
         assert config_of(folder)["torch_dtype"] == runs_in
 
 
-def test_quantised_tensors_of_a_large_model_are_stored_as_bfloat16(write_gguf: Callable[..., Path], monkeypatch: Any) -> None:
+def test_quantized_tensors_of_a_large_model_are_stored_as_bfloat16(write_gguf: Callable[..., Path], monkeypatch: Any) -> None:
     import torch
 
     exact = {name: t.clone() for name, t in load_file(convert(write_gguf("llama", Q.Q4_1)) / "model.safetensors").items()}
@@ -222,9 +223,10 @@ def test_biases_of_a_llama_are_reordered_like_its_rows(write_gguf: Callable[...,
 
 # ---- metadata -> config.json
 
-def test_head_width_comes_from_the_key_length_where_it_is_not_hidden_over_heads(write_gguf: Callable[..., Path]) -> None:
+def test_head_dim_is_the_key_length_of_the_metadata(write_gguf: Callable[..., Path]) -> None:
     spec = parse_config(config_of(convert(write_gguf("qwen3"))))
-    assert (spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.rope.theta) == (HEAD_DIM, HEADS, KV_HEADS, 500000.0)
+    heads = spec.layers[0].attention
+    assert (heads.head_dim, heads.num_heads, heads.num_kv_heads, heads.rope.theta) == (HEAD_DIM, HEADS, KV_HEADS, 500000.0)
 
 
 @pytest.mark.parametrize(("meta", "expected"), [
@@ -244,7 +246,7 @@ def test_rope_scaling_is_read_from_the_metadata(write_gguf: Callable[..., Path],
 
 @pytest.mark.parametrize(("factor", "original"), [(8.0, 8192), (32.0, 8192)])
 def test_llama3_rope_is_recovered_from_its_frequency_divisors(write_gguf: Callable[..., Path], factor: float, original: int) -> None:
-    """The divisors are made by Hugging Face's own function, as llama.cpp's converter copied it."""
+    """The divisors come from Hugging Face's own function, which llama.cpp's converter copied."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -259,16 +261,16 @@ def test_llama3_rope_is_recovered_from_its_frequency_divisors(write_gguf: Callab
     assert got == {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
-def test_frequency_divisors_that_are_not_llama3s_are_refused(write_gguf: Callable[..., Path]) -> None:
+def test_frequency_divisors_that_are_not_llama3s_are_an_error(write_gguf: Callable[..., Path]) -> None:
     refused(write_gguf("llama", extra={"rope_freqs.weight": np.linspace(1, 3, HEAD_DIM // 2, dtype=np.float32)}), "rope_freqs.weight")
 
 
 def test_a_llama_with_a_window_is_a_mistral(write_gguf: Callable[..., Path]) -> None:
     spec = parse_config(config_of(convert(write_gguf("llama", meta={"attention.sliding_window": 16}))))
-    assert (spec.architecture, spec.windows) == ("MistralForCausalLM", (16,) * LAYERS)
+    assert (spec.architecture, [layer.attention.window for layer in spec.layers]) == ("MistralForCausalLM", [16] * LAYERS)
 
 
-def test_a_chat_model_ends_at_its_end_of_turn_token_too(write_gguf: Callable[..., Path]) -> None:
+def test_the_end_of_turn_token_is_an_eos_token_too(write_gguf: Callable[..., Path]) -> None:
     ids = {"tokenizer.ggml.bos_token_id": 7, "tokenizer.ggml.eos_token_id": 8, "tokenizer.ggml.eot_token_id": 9}
     folder = convert(write_gguf("llama", meta=ids))
     assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 7, "eos_token_id": [8, 9]}
@@ -276,7 +278,7 @@ def test_a_chat_model_ends_at_its_end_of_turn_token_too(write_gguf: Callable[...
 
 # ---- files that cannot be converted
 
-def test_a_truncated_file_is_an_error_that_names_it_wherever_it_ends(write_gguf: Callable[..., Path]) -> None:
+def test_a_file_truncated_anywhere_is_an_error_that_names_it(write_gguf: Callable[..., Path]) -> None:
     path = write_gguf("llama", Q.Q8_0)
     whole = path.read_bytes()
     for size in (0, 3, 4, 20, 300, len(whole) // 2, len(whole) - 40):
@@ -284,7 +286,7 @@ def test_a_truncated_file_is_an_error_that_names_it_wherever_it_ends(write_gguf:
         refused(path, "truncated")
 
 
-def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "notes.gguf"
     path.write_text("this is not a model, but it is long enough to be read as one")
     refused(path, "not a GGUF file")
@@ -301,11 +303,11 @@ def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> Non
     ({"extra": {"output.bias": np.zeros(4, np.int32)}}, "I32"),
     ({"drop": ("token_embd.weight",)}, "token_embd.weight"),
 ])
-def test_what_the_decoder_has_no_place_for_is_refused_by_name(write_gguf: Callable[..., Path], change: dict[str, Any], says: str) -> None:
+def test_unsupported_content_is_an_error_that_names_it(write_gguf: Callable[..., Path], change: dict[str, Any], says: str) -> None:
     refused(write_gguf("llama", **change), says)
 
 
-def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_an_error_that_lists_the_supported_ones(tmp_path: Path) -> None:
     path = tmp_path / "mamba.gguf"
     writer = gguf.GGUFWriter(path, "mamba")
     writer.write_header_to_file()

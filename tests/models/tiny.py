@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made by Transformers: the oracle, and a checkpoint folder for our loader."""
+"""Tiny random models of every family, made by Transformers: each is an oracle, and a checkpoint folder for our loader."""
 from __future__ import annotations
 
 import json
@@ -20,14 +20,14 @@ OPT = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attenti
 
 
 def make_hf(family: str, **config: Any) -> transformers.PreTrainedModel:
-    """A random model of `family` ("Llama", "OPT", ...) with `config` over the base sizes, every parameter well away from its default."""
+    """A random model of `family` ("Llama", "OPT", ...) with `config` over the base sizes. No parameter has its default value."""
     base = OPT if family == "OPT" else BASE
     cls = getattr(transformers, f"{family}ForCausalLM")
     torch.manual_seed(0)
     model = cls(getattr(transformers, f"{family}Config")(**{**base, **config})).eval().float()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            # Norm weights of 1 and biases of 0 would hide a weight that is swapped, dropped or added twice.
+            # With norm weights of 1 and biases of 0, a test could not see that a weight is swapped, dropped or added twice.
             p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name and name.endswith("weight") else 0.2 * torch.randn_like(p))
     return model
 

@@ -1,4 +1,4 @@
-"""The notebooks run whole, as saved: no error, the pictures are there, and what must be the same everywhere is the same."""
+"""Every notebook runs from start to end without error, has its pictures, and prints the saved output where it is deterministic."""
 from __future__ import annotations
 
 import os
@@ -43,12 +43,12 @@ def test_a_notebook_is_saved_with_its_outputs_in_order(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_and_prints_again_what_is_the_same_everywhere(path: Path, default_model: ModelFiles) -> None:
+def test_a_notebook_runs_and_its_deterministic_cells_print_the_saved_output(path: Path, default_model: ModelFiles) -> None:
     saved = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
     for cell in code_cells(fresh):
         cell.outputs = []
-    # One thread: a tiny batch gains little from a second one, and two that share a busy core lose much.
+    # One thread: a tiny batch gains little from a second one, and two threads on one busy core are slow.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     nbclient.NotebookClient(fresh, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute(env=env)
     for before, after in zip(code_cells(saved), code_cells(fresh), strict=True):

@@ -142,6 +142,82 @@ def test_a_row_rebuilt_from_its_tokens_continues_as_if_nothing_had_happened(para
         assert dropped.one(logits[step], row, 3 + step) == steady.one(logits[step], 0, 3 + step)
 
 
+# --- several logits rows per sequence: a new token and its drafts ---------------------------------------------------
+
+
+@st.composite
+def verification_steps(draw):
+    """Per sequence: parameters, output tokens so far, drafts that all, some or none are likely to be accepted of."""
+    return [(draw(any_params), draw(st.lists(st.integers(0, VOCAB - 1), max_size=3)), draw(st.integers(0, 5)), draw(st.integers(0, 5)))
+            for _ in range(draw(st.integers(1, 4)))]
+
+
+@given(verification_steps(), st.integers(0, 10**6))
+@settings(max_examples=150, deadline=None)
+def test_logits_rows_after_drafts_are_sampled_as_in_plain_decoding_and_only_accepted_tokens_are_counted(sequences, seed):
+    generator = torch.Generator().manual_seed(seed)
+    together, plain = Bench(), Bench()
+    rows, positions, logits, drafts_of = [], [], [], []
+    for row, (params, outputs, num_drafts, num_right) in enumerate(sequences):
+        known = (5, 6, 7, *outputs)
+        own_logits = torch.randn(1 + num_drafts, VOCAB, generator=generator) * 2
+        drafts = draft_tokens(own_logits, params, known, row, num_drafts, num_right, generator)
+        together.admit(row, params, known, seed=row)
+        together.tokens[row, len(known) : len(known) + num_drafts] = torch.tensor(drafts, dtype=torch.int32)
+        rows += [row] * len(own_logits)
+        positions += range(len(known), len(known) + len(own_logits))
+        logits += own_logits
+        drafts_of.append(drafts)
+    choice = together.sampler.sample(torch.stack(logits), np.array(rows), np.array(positions), together.tokens)
+    entries = iter(choice.logprobs.entries(choice.logprobs.tensors()) if choice.logprobs else ())
+    sampled, expected = iter(choice.token_ids.tolist()), iter(logits)
+    for row, ((params, outputs, _, _), drafts) in enumerate(zip(sequences, drafts_of, strict=True)):
+        known, accepted = [5, 6, 7, *outputs], []
+        for j in range(1 + len(drafts)):  # plain decoding, with the drafts before each token as output
+            plain.admit(row, params, (*known, *drafts[:j]), seed=row)
+            alone = plain.sample(next(expected)[None], [row], [len(known) + j])
+            token = next(sampled)
+            assert token == int(alone.token_ids[0])
+            if alone.logprobs:
+                assert next(entries) == alone.logprobs.entries(alone.logprobs.tensors())[0]
+            if drafts[:j] == accepted[:j]:
+                accepted.append(token)
+        plain.admit(row, params, (*known, *accepted), seed=row)
+        together.tokens[row, : len(known) + len(accepted)] = torch.tensor([*known, *accepted], dtype=torch.int32)
+        following = torch.randn(VOCAB, generator=generator)
+        position = len(known) + len(accepted)
+        assert together.one(following, row, position) == plain.one(following, row, position), "the same tokens are counted"
+
+
+def draft_tokens(logits, params, known, seed, num_drafts, num_right, generator):
+    """`num_drafts` tokens, of which the first `num_right` are those that plain decoding samples."""
+    bench, drafts = Bench(), []
+    bench.admit(0, params, known, seed=seed)
+    for j in range(num_drafts):
+        token = bench.one(logits[j], 0, len(known) + j)
+        drafts.append(token if j < num_right else int(torch.randint(VOCAB, (1,), generator=generator)))
+    return drafts
+
+
+def test_penalties_count_the_drafts_before_a_logits_row_and_no_rejected_token():
+    bench = Bench()
+    bench.admit(0, greedy(frequency_penalty=1.5))
+    level = ranked(9, 8)  # 9 by a margin of 1
+    bench.tokens[0, 3:5] = torch.tensor([9, 20])
+    choice = bench.sampler.sample(level.repeat(3, 1), np.array([0, 0, 0]), np.array([3, 4, 5]), bench.tokens)
+    assert choice.token_ids.tolist() == [9, 8, 8]  # the draft 20 is rejected and the token after it dropped
+    bench.tokens[0, 3:5] = torch.tensor([9, 8])
+    assert [bench.one(level, position=5 + s) for s in range(3)] == [9, 8, 9]
+
+
+def test_minimum_length_and_bad_words_take_drafts_for_output():
+    bench = Bench()
+    bench.admit(0, greedy(min_tokens=2, bad_words_token_ids=((11, 12),)))
+    bench.tokens[0, 3:5] = torch.tensor([11, 12])
+    choice = bench.sampler.sample(ranked(EOS, 12, 8).repeat(3, 1), np.array([0, 0, 0]), np.array([3, 4, 5]), bench.tokens)
+    assert choice.token_ids.tolist() == [12, 8, EOS]
+
+
 def test_children_of_one_request_draw_different_tokens_and_the_same_seed_repeats_them():
     bench = Bench()
     for child in range(8):

@@ -17,9 +17,10 @@ from typing import Any
 from minivllm.config import ServerConfig
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
-from minivllm.engine.loop import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
@@ -36,7 +37,7 @@ class Scripted:
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    options: dict[str, Any]
+    request: EngineRequest
     remaining: dict[int, Steps]
     first: bool = True
 
@@ -79,15 +80,15 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self.requests), num_blocks=63, num_steps=self.steps)
 
-    def add_request(self, request_id: str, prompt: dict[str, tuple[int, ...]], params: SamplingParams, **options: Any) -> None:
-        ids = prompt["prompt_token_ids"]
+    def add(self, request: EngineRequest) -> None:
+        request_id, ids, params = request.request_id, request.prompt_token_ids, request.params
         error = self.refuse(ids, params)
         if error is not None:
             raise error
         limit = params.max_tokens if params.max_tokens is not None else self.max_model_len
         remaining = {child: self.script(ids, params, child)[:limit] or [((), "")] for child in range(params.n)}
         with self.changed:
-            self.requests[request_id] = Scripted(request_id, ids, params, options, remaining)
+            self.requests[request_id] = Scripted(request_id, ids, params, request, remaining)
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 

@@ -115,7 +115,7 @@ def test_the_live_view_follows_several_requests_and_their_shared_blocks(page: An
     expect(page.locator("#running")).to_have_text("0", timeout=60_000)
     expect(page.locator("#requests")).to_have_text("none")
     page.goto("about:blank")
-    live.wait_until(lambda: live.client._watchers == 0)
+    live.wait_until(lambda: live.client._num_watchers == 0)
 
 
 def test_the_page_requests_an_api_key_and_keeps_it_in_memory_only(page: Any, tmp_path: Path) -> None:

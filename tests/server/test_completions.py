@@ -212,4 +212,4 @@ def test_priority_and_salt_reach_the_engine_under_the_priority_policy(tokenizer_
     engine = ScriptedEngine(tokenizer_folder, scheduling_policy="priority")
     with scripted_server(engine) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
         api.completions.create(model=MODEL, prompt="x", extra_body={"priority": -3, "cache_salt": "mine"})
-    assert engine.seen[-1].options["priority"] == -3 and engine.seen[-1].options["cache_salt"] == "mine"
+    assert engine.seen[-1].request.priority == -3 and engine.seen[-1].request.cache_salt == "mine"

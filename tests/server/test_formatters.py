@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.engine.client import AddRequest
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.formatters import ChatFormatter, ChoicesFormatter, CompletionFormatter, PreparedRequest
@@ -34,7 +34,7 @@ def make(
     **fields: Any,
 ) -> ChoicesFormatter:
     params = SamplingParams(n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    requests = tuple(AddRequest(request_id=f"r{i}", prompt_token_ids=(0, 1), params=params) for i in range(prompts))
+    requests = tuple(EngineRequest(request_id=f"r{i}", prompt_token_ids=(0, 1), params=params) for i in range(prompts))
     return kind(PreparedRequest(id="id", created=1, model="m", fingerprint="fp", prompts=requests, **fields), Letters())
 
 

@@ -82,10 +82,10 @@ def test_a_closed_live_view_is_noticed_and_the_number_of_live_views_is_limited(
     with httpx.stream("GET", live.url + LIVE, headers=KEY) as first:
         views = events(first)  # keep a reference: a garbage-collected generator closes its connection
         next(views)
-        live.wait_until(lambda: live.client._watchers == 1)
+        live.wait_until(lambda: live.client._num_watchers == 1)
         refused = httpx.get(live.url + LIVE, headers=KEY)
         assert refused.status_code == 429 and refused.headers["retry-after"]
-    live.wait_until(lambda: live.client._watchers == 0)
+    live.wait_until(lambda: live.client._num_watchers == 0)
     with httpx.stream("GET", live.url + LIVE, headers=KEY) as second:
         views = events(second)
         next(views)

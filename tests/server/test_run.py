@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from minivllm.config import ServerConfig
-from minivllm.engine.client import EngineInfo
+from minivllm.engine.messages import EngineInfo
 from minivllm.errors import InvalidInput
 from minivllm.server.run import bind, listen, readiness
 

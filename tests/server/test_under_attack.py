@@ -18,6 +18,7 @@ import pytest
 
 from minivllm.config import EngineConfig
 from minivllm.engine.client import ThreadClient
+from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import LLMEngine
 from minivllm.engine.process import ProcessClient
 from minivllm.engine.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class Stepped:
         self.aborts: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids of aborted requests
 
     def build(self) -> LLMEngine:
-        engine = self.engine = LLMEngine.from_config(self.config)
+        engine = self.engine = build_engine(self.config)
         step = engine.step
 
         def held_step() -> Any:

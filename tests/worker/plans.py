@@ -1,4 +1,4 @@
-"""Plans written by hand: a tiny planner that runs sequences in any order, chunking and company, so that tests choose them."""
+"""A tiny planner: tests choose the order, the chunks and the batch of each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 @dataclass
 class Sequence:
-    """One sequence as the planner sees it: counts, and blocks."""
+    """One sequence: counts and blocks."""
 
     name: str
     row: int
@@ -43,21 +43,22 @@ class Sequence:
 
 
 class Planner:
-    """Hands out blocks and makes plans; `windows` gives the KV groups."""
+    """Allocates blocks and makes plans; `windows` gives the KV groups."""
 
     def __init__(self, block_size: int, free_blocks: list[int], windows: tuple[int | None, ...] = (None,)) -> None:
         self.block_size, self.windows = block_size, windows
         self.free = deque(free_blocks)
         self.step_id = 0
 
-    def plan(self, work: list[tuple[Sequence, int]], copies=(), moves_out=(), moves_in=()) -> StepPlan:
-        """Compute this many tokens of each sequence; those that reach their end sample one."""
+    def plan(self, work: list[tuple[Sequence, int]], copies=(), moves_out=(), moves_in=(), drafts=()) -> StepPlan:
+        """Compute this many tokens of each sequence; those that reach their end sample one. drafts: of each sequence, beyond its end."""
+        drafts = drafts or ((),) * len(work)
         admitted, new_blocks, freed, starts, samples = [], [], [], [], []
         for i, (s, count) in enumerate(work):
-            assert 1 <= count <= s.left
+            assert 1 <= count <= s.left and (not drafts[i] or count == s.left)
             starts.append(s.num_planned)
             dropped = self._drop(s, s.num_planned)  # an admission says so itself
-            s.num_planned += count
+            s.num_planned += count + len(drafts[i])
             appended = self._grow(s)
             if s.admitted:
                 freed += dropped
@@ -66,7 +67,7 @@ class Planner:
                 new_blocks.append(((),) * len(self.windows))
                 admitted.append(self.admission(s))
                 s.admitted = True
-            if s.num_planned == s.total:
+            if s.num_planned == s.total + len(drafts[i]):
                 samples.append(i)
                 s.num_sampled += 1
         self.step_id += 1
@@ -75,9 +76,9 @@ class Planner:
             request_ids=tuple(s.name for s, _ in work),
             rows=tuple(s.row for s, _ in work),
             starts=tuple(starts),
-            num_tokens=tuple(n for _, n in work),
+            num_tokens=tuple(n + len(d) for (_, n), d in zip(work, drafts, strict=True)),
             new_blocks=tuple(new_blocks),
-            drafts=((),) * len(work),
+            drafts=tuple(tuple(d) for d in drafts),
             sample_from=tuple(samples),
             sample_rows=tuple(work[i][0].row for i in samples),
             sample_ids=tuple(work[i][0].name for i in samples),

@@ -1,4 +1,4 @@
-"""The row table and the packer, against the same thing written naively, one token at a time."""
+"""The row table and the packer, against a naive version that handles one token at a time."""
 
 from __future__ import annotations
 
@@ -122,17 +122,17 @@ def test_packing_places_every_token_where_the_plan_says(situation):
     table.apply(the_plan)
     packed = table.pack(the_plan)
     check_batch(packed, naive, columns, block_size, groups)
-    # Results stand in the plan's order: sample i reads the last position of request i, and goes to the place after it.
-    assert packed.sample_rows.tolist() == [r for r, _, _ in columns]
+    # Results stand in the plan's order: sample i reads the last position of request i, and its token goes to the next position.
+    assert packed.columns.sample_rows.tolist() == [r for r, _, _ in columns]
     for i, (row, start, count) in enumerate(columns):
         at = packed.batch.logit_rows[i]
-        assert packed.batch.positions[at] == start + count - 1 == packed.sample_positions[i] - 1
+        assert packed.batch.positions[at] == start + count - 1 == packed.columns.sample_positions[i] - 1
         assert packed.batch.tokens[at] == naive[row].tokens[start + count - 1]
-        assert packed.sample_places[i] == row * LENGTH + start + count
+        assert packed.sample_index[i] == row * LENGTH + start + count
 
 
 @given(situations(), st.integers(1, 40))
-def test_long_steps_ask_the_last_layer_for_each_sequences_last_token_only(situation, least):
+def test_in_long_steps_the_last_layer_computes_each_sequences_last_token_only(situation, least):
     block_size, groups, naive, columns = situation
     table = RowTable(ROWS, groups, LENGTH, block_size, CPU)
     the_plan = plan(*zip(*columns, strict=True), samples=list(range(len(columns))), groups=groups,
@@ -157,7 +157,7 @@ def test_long_steps_ask_the_last_layer_for_each_sequences_last_token_only(situat
     count=st.integers(1, 5), sharers=st.integers(1, 4), run=st.integers(1, 8), block_size=st.integers(1, 5), groups=st.integers(1, 2),
     blocks=st.integers(1, 6), data=st.data(),
 )
-def test_shared_keys_are_those_in_the_same_blocks_and_cached_by_all(count, sharers, run, block_size, groups, blocks, data):
+def test_shared_keys_are_the_leading_keys_that_all_sequences_have_in_the_same_blocks(count, sharers, run, block_size, groups, blocks, data):
     table = RowTable(ROWS, groups + 1, LENGTH, block_size, CPU, sharing=range(groups))
     common = data.draw(st.integers(0, blocks), label="common blocks")
     lengths = [data.draw(st.integers(1, blocks * block_size), label="tokens") for _ in range(count)]
@@ -178,7 +178,7 @@ def test_shared_keys_are_those_in_the_same_blocks_and_cached_by_all(count, share
 
 
 @given(situations(), st.integers(0, 10**6))
-def test_a_table_told_step_by_step_equals_one_admitted_whole(situation, seed):
+def test_a_row_table_updated_step_by_step_equals_one_admitted_at_once(situation, seed):
     """Blocks appended, copied on write and freed over many plans leave what one admission with the final table would."""
     block_size, groups, naive, _ = situation
     rng = np.random.default_rng(seed)
@@ -226,31 +226,31 @@ def test_a_table_told_step_by_step_equals_one_admitted_whole(situation, seed):
         assert table.tokens[row, : len(n.tokens)].tolist() == whole.tokens[row, : len(n.tokens)].tolist() == n.tokens
 
 
-def test_the_next_plan_sees_a_sampled_token_that_the_host_never_saw():
+def test_the_next_plan_reads_a_sampled_token_that_never_reached_the_host():
     table = RowTable(ROWS, 1, LENGTH, 4, CPU)
     first = plan(
         [5, 2], [0, 0], [3, 2], samples=[1, 0], admitted=(admission(5, [1, 2, 3], [[8]]), admission(2, [4, 5], [[9]]))
     )
     table.apply(first)
     packed = table.pack(first)
-    table.write_sampled(packed.sample_places, torch.tensor([77, 88]))  # sample 0 is row 2's
+    table.write_tokens(packed.sample_index, torch.tensor([77, 88]))  # sample 0 is row 2's
     second = plan([5, 2], [3, 2], [1, 1])
     table.apply(second)
     assert table.pack(second).batch.tokens.tolist() == [88, 77]
 
 
-def test_children_each_receive_a_token_from_the_one_row_of_logits():
+def test_children_each_sample_a_token_from_the_same_logits_row():
     table = RowTable(ROWS, 1, LENGTH, 4, CPU)
     admitted = tuple(admission(r, [1, 2, 3], [[8]]) for r in (0, 1, 2))
     the_plan = plan([0], [0], [3], samples=[0, 0, 0], sample_rows=[0, 1, 2], admitted=admitted)
     table.apply(the_plan)
     packed = table.pack(the_plan)
     assert packed.batch.logit_rows.tolist() == [2, 2, 2]
-    assert packed.sample_places.tolist() == [3, LENGTH + 3, 2 * LENGTH + 3]
+    assert packed.sample_index.tolist() == [3, LENGTH + 3, 2 * LENGTH + 3]
 
 
 @given(st.integers(2, LENGTH), st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=20))
-def test_prompt_logprobs_of_any_chunks_cover_what_is_owed_exactly_once(num_prompt, owed_from, chunks):
+def test_prompt_logprobs_cover_each_needed_position_exactly_once_for_any_chunks(num_prompt, owed_from, chunks):
     tokens = list(range(100, 100 + num_prompt))
     table = RowTable(ROWS, 1, LENGTH, 4, CPU)
     told, at = [], 0
@@ -271,15 +271,15 @@ def test_prompt_logprobs_of_any_chunks_cover_what_is_owed_exactly_once(num_promp
         packed = table.pack(the_plan)
         first = False
         rows = packed.batch.logit_rows.tolist()
-        for piece in packed.prompt_pieces:
+        for piece in packed.columns.prompt_spans:
             assert piece.request == 1 and piece.k == 2
             for j in range(piece.count):
                 predicting = rows.pop(0)
                 assert packed.batch.positions[predicting] == piece.first + j - 1
                 assert packed.batch.tokens[predicting] == tokens[piece.first + j - 1]
                 told.append(piece.first + j)
-        assert packed.prompt_places.tolist() == [
-            3 * LENGTH + p for piece in packed.prompt_pieces for p in range(piece.first, piece.first + piece.count)
+        assert packed.prompt_index.tolist() == [
+            3 * LENGTH + p for piece in packed.columns.prompt_spans for p in range(piece.first, piece.first + piece.count)
         ]
         at += count
     assert told == list(range(max(owed_from, 1), min(at + 1, num_prompt)))

@@ -1,4 +1,4 @@
-"""Decode steps replayed from CUDA graphs: the tokens of eager steps, whatever sizes follow each other."""
+"""Decode steps replayed from CUDA graphs: they give the tokens of eager steps, in any sequence of batch sizes."""
 from __future__ import annotations
 
 import random
@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from minivllm.families import kv_groups
 from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.cuda_graphs import Graph
-from minivllm.worker.kv_cache import BlockShape, KVCache
+from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import ModelRunner
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
@@ -36,9 +35,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def runner_with_graphs(tiny: Tiny, block_size: int) -> ModelRunner:
-    shape = BlockShape(kv_groups(tiny.model.spec), block_size, torch.float32)
+    shape = KVLayout.of(tiny.model.spec, block_size, torch.float32)
     kv = KVCache(shape, NUM_BLOCKS, 0, tiny.device, tiny.model.build.ops)
-    for layer in kv.layers:  # whoever reads what was never written gets NaN
+    for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=1024)
 
@@ -56,7 +55,8 @@ def test_greedy_tokens_equal_transformers_in_batches_of_changing_size(tiny: Tiny
 def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     replayed: list[tuple[int, int]] = []
     replay = Graph.replay
-    monkeypatch.setattr(Graph, "replay", lambda self, c, *draw: (replayed.append((len(c.places), len(c.rows))), replay(self, c, *draw))[1])
+    monkeypatch.setattr(
+        Graph, "replay", lambda self, c, *args: (replayed.append((len(c.token_index), len(c.rows))), replay(self, c, *args))[1])
     runner, planner = runner_with_graphs(tiny, 4), tiny.planner()
     sequences = sequences_of(tiny)
     runner.sample(runner.launch(planner.plan([(s, len(s.prompt)) for s in sequences]))).wait()
@@ -64,7 +64,7 @@ def test_decodes_and_small_mixed_steps_are_replayed(tiny: Tiny, monkeypatch: pyt
     assert replayed == [(sum(len(p) for p in tiny.prompts), len(sequences)), (len(sequences), len(sequences))]
 
 
-def test_sequences_that_begin_with_the_same_blocks_share_them_and_each_goes_on_as_if_alone(
+def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not_change(
     plain: Tiny, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from minivllm.kernels.triton import attention

@@ -1,4 +1,4 @@
-"""The same on a GPU: equal words, equal tokens, moves beside the computation, a cache sized by measuring, and no waiting."""
+"""Workers on a GPU: the noise and tokens of a CPU, overlapping moves, a measured cache size, and no wait for the device."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from minivllm.worker.kv_cache import KVCache
 from tests.kernels.test_sampling import keys_of
 from tests.worker.plans import Planner, Sequence
 from tests.worker.test_batch import plan
-from tests.worker.test_executor import build
 from tests.worker.test_kv_cache import content, numbered, shape
 from tests.worker.test_model_runner import Tiny, run, sequences_of
+from tests.worker.test_worker import build
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -66,7 +66,7 @@ def test_random_words_are_bit_equal_and_noise_within_rounding() -> None:
 @pytest.mark.parametrize(
     "filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}], ids=lambda f: "+".join(f) or "no filter"
 )
-def test_draws_are_those_of_the_cpu(filters: dict[str, float]) -> None:
+def test_sampled_tokens_equal_those_of_the_cpu(filters: dict[str, float]) -> None:
     logits = torch.randn(400, 5000, generator=torch.Generator().manual_seed(1)) * 3
     columns = {name: torch.full((400,), value) for name, value in filters.items()}
     t, keys = torch.full((400,), 0.9), keys_of(list(range(400)))
@@ -97,8 +97,8 @@ def test_a_mixed_batch_is_sampled_and_packed_without_waiting_and_like_on_a_cpu()
                 for a in the_plan.admitted:
                     sampler.admit(a)
                 packed = rows.pack(the_plan)
-                choice = sampler.sample(logits[step].clone(), packed.sample_rows, packed.sample_positions, rows.tokens)
-                rows.write_sampled(packed.sample_places, choice.token_ids)
+                choice = sampler.sample(logits[step].clone(), packed.columns.sample_rows, packed.columns.sample_positions, rows.tokens)
+                rows.write_tokens(packed.sample_index, choice.token_ids)
             drawn.append((choice.token_ids.tolist(), packed.batch.tokens.tolist(), packed.batch.slots[0].tolist()))
             assert choice.logprobs is not None
             drawn.append(
@@ -119,7 +119,7 @@ def test_greedy_tokens_equal_transformers_in_any_plan(tiny: Tiny, depth: int) ->
         assert [s.outputs for s in sequences] == tiny.expected
 
 
-def test_moves_run_beside_the_computation_and_are_reported_when_they_are_done() -> None:
+def test_moves_overlap_with_computation_and_are_reported_when_finished() -> None:
     cache = KVCache(shape(), 40, 40, CUDA, select(CUDA))
     numbered(cache)
     before = {b: content(cache, b) for b in range(40)}
@@ -138,7 +138,7 @@ def test_moves_run_beside_the_computation_and_are_reported_when_they_are_done() 
         assert content(cache, i + 5) == before[i]
 
 
-def test_blocks_that_are_moved_in_are_there_for_the_step_that_they_came_with() -> None:
+def test_a_step_can_read_the_blocks_that_its_own_plan_moves_in() -> None:
     cache = KVCache(shape(), 1000, 1000, CUDA, select(CUDA))
     numbered(cache)
     cache.apply(plan([], [], [], moves_out=tuple(BlockMove(i, device_block=i, host_block=i) for i in range(1, 1000))))
@@ -153,30 +153,30 @@ def test_blocks_that_are_moved_in_are_there_for_the_step_that_they_came_with() -
         cache.finished_moves(wait=True)
 
 
-def test_an_executor_uses_the_share_of_memory_it_was_given(tiny_llama: Callable[..., Path]) -> None:
+def test_a_worker_uses_its_fraction_of_the_memory(tiny_llama: Callable[..., Path]) -> None:
     torch.cuda.empty_cache()
     free_before, total = torch.cuda.mem_get_info()
     share = (total - free_before) / total + 0.05
-    executor = build(tiny_llama(), device="cuda", dtype="auto", gpu_memory_utilization=share)
-    assert executor.dtype == "bfloat16" and executor.max_num_batched_tokens == 8192
+    worker = build(tiny_llama(), device="cuda", dtype="auto", gpu_memory_utilization=share)
+    assert worker.dtype == torch.bfloat16 and worker.max_num_batched_tokens == 8192
     s = Sequence("a", 0, tuple(range(200)), 5)
     planner = Planner(16, list(range(1, 30)))
     while s.left:
-        result = executor.sample(executor.launch(planner.plan([(s, s.left)]))).wait()
+        result = worker.execute(planner.plan([(s, s.left)]))
         assert result.error is None
     used = total - torch.cuda.mem_get_info()[0]
     assert 0.8 * share < used / total < share + 0.01
-    executor.close()
+    worker.close()
     assert torch.cuda.mem_get_info()[0] > free_before - 0.01 * total
 
 
-def test_too_small_a_share_is_refused_with_one_that_would_do(tiny_llama: Callable[..., Path]) -> None:
+def test_too_small_a_fraction_is_refused_with_one_that_suffices(tiny_llama: Callable[..., Path]) -> None:
     with pytest.raises(InvalidInput, match="raise it to 0") as error:
         build(tiny_llama(), device="cuda", gpu_memory_utilization=0.0001)
     assert error.value.param == "gpu_memory_utilization"
 
 
-def test_a_cache_too_large_for_the_gpu_is_refused_and_its_memory_given_back(tiny_llama: Callable[..., Path]) -> None:
+def test_a_cache_too_large_for_the_gpu_is_refused_and_its_memory_released(tiny_llama: Callable[..., Path]) -> None:
     free_before, total = torch.cuda.mem_get_info()
     with pytest.raises(InvalidInput, match="no memory for a KV cache") as error:
         build(tiny_llama(), device="cuda", kv_cache_memory_bytes=1 << 42)

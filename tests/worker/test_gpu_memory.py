@@ -1,4 +1,4 @@
-"""Nothing grows after start-up: a long run of requests that come, end and are aborted, with every kind of step, graphs included."""
+"""No memory grows after start-up: requests arrive, finish and are aborted for long, in every kind of step, graphs included."""
 from __future__ import annotations
 
 import random
@@ -43,7 +43,7 @@ class Load:
         self.reserved.append(torch.cuda.memory_reserved())
 
     def random_step(self) -> None:
-        """Some come, one may go, all others advance."""
+        """Add some requests, perhaps abort one, and run a step."""
         while len(self.alive) < ROWS and self.rng.random() < 0.5:
             self.add(self.rng.choice(KINDS), self.rng.randint(1, LONGEST), self.rng.randint(4, 40))
         if self.alive and self.rng.random() < 0.05:

@@ -26,11 +26,11 @@ def test_no_large_graph_is_larger_than_a_step_may_be(budget: int) -> None:
     assert [tokens for tokens, _ in shapes[len(MIXED):]] == [tokens for tokens in LARGE if tokens <= budget]
 
 
-def test_a_model_without_layers_worth_mentioning_does_not_divide_by_zero() -> None:
+def test_a_model_with_almost_no_weights_does_not_divide_by_zero() -> None:
     tiny = spec("smollm2-135m", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     assert mixed_shapes(tiny, 8192)[-1][0] == 8192
 
 
-def test_memory_set_aside_grows_with_the_largest_graph() -> None:
+def test_memory_reserved_for_graphs_grows_with_the_largest_graph() -> None:
     model = spec("smollm2-135m")
     assert graph_bytes(model, 256, 512) < graph_bytes(model, 256, 2048) < graph_bytes(model, 256, 8192)

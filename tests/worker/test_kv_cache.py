@@ -6,15 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, BlockMove
 from minivllm.errors import InvalidInput
-from minivllm.families import KVSpec
+from minivllm.families import KVGroup
 from minivllm.kernels import select
-from minivllm.worker.kv_cache import BlockShape, KVCache
-from minivllm.worker.memory import CPU_MINIMUM, MIB, Ledger, Wish, available_host_memory, cpu_cache, size_cache
+from minivllm.quantization.kv_cache import DenseKV
+from minivllm.worker.kv_cache import KVCache, KVLayout
+from minivllm.worker.memory import (
+    CPU_MINIMUM,
+    MIB,
+    CacheRequest,
+    MemoryBudget,
+    MemoryLedger,
+    available_host_memory,
+    cpu_budget,
+    size_cache,
+)
 from tests.worker.test_batch import plan
 
 CPU = torch.device("cpu")
@@ -22,12 +30,12 @@ CPU = torch.device("cpu")
 
 def shape(
     block_size: int = 4, windows: tuple[int | None, ...] = (None,), layers: int = 3, dtype: torch.dtype = torch.float32
-) -> BlockShape:
+) -> KVLayout:
     groups = tuple(
-        KVSpec("full" if w is None else "window", 2, 8, w, tuple(range(g * layers, (g + 1) * layers)))
+        KVGroup(2, 2, 8, w, tuple(range(g * layers, (g + 1) * layers)))
         for g, w in enumerate(windows)
     )
-    return BlockShape(groups, block_size, dtype)
+    return KVLayout(groups, tuple(DenseKV.of(group, dtype) for group in groups), block_size)
 
 
 def numbered(cache: KVCache) -> None:
@@ -48,11 +56,13 @@ def content(cache: KVCache, block: int) -> list[float]:
 def test_tensors_are_zeroed_aligned_and_as_large_as_the_ledger_says(dtype):
     s = shape(windows=(None, 5), dtype=dtype)
     cache = KVCache(s, 9, 0, CPU, select(CPU))
-    assert len(cache.layers) == 3  # two groups of three layers share three pairs
+    assert len(cache.layers) == 6
     for layer in cache.layers:
         for t in (layer.k, layer.v):
             assert t.shape == (9, 4, 2, 8) and t.dtype == dtype and not t.any() and t.data_ptr() % 64 == 0
-    assert 9 * s.block_bytes == sum(t.nbytes for layer in cache.layers for t in (layer.k, layer.v))
+    # Two groups of three layers share three tensors.
+    assert [x.k.data_ptr() for x in cache.layers[:3]] == [x.k.data_ptr() for x in cache.layers[3:]]
+    assert 9 * s.block_bytes == sum(t.nbytes for layer in cache.layers[:3] for t in (layer.k, layer.v))
 
 
 def test_copy_on_write_copies_a_block_in_every_tensor():
@@ -63,7 +73,7 @@ def test_copy_on_write_copies_a_block_in_every_tensor():
     assert {b: content(cache, b) for b in range(8)} == {**before, 5: before[2], 6: before[2]}
 
 
-def test_blocks_come_back_from_host_memory_as_they_left():
+def test_blocks_are_unchanged_after_a_move_to_host_memory_and_back():
     cache = KVCache(shape(), 30, 30, CPU, select(CPU))
     numbered(cache)
     before = {b: content(cache, b) for b in range(30)}
@@ -80,7 +90,7 @@ def test_blocks_come_back_from_host_memory_as_they_left():
     assert cache.finished_moves(wait=True) == ()
 
 
-def test_within_a_step_blocks_leave_before_others_come_into_their_place_and_copies_are_last():
+def test_a_step_moves_blocks_out_then_in_then_copies():
     cache = KVCache(shape(), 8, 8, CPU, select(CPU))
     numbered(cache)
     two, three = content(cache, 2), content(cache, 3)
@@ -103,88 +113,45 @@ def test_within_a_step_blocks_leave_before_others_come_into_their_place_and_copi
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.integers(1, 20),
-    st.lists(st.sampled_from([None, 1, 5, 16, 40]), min_size=1, max_size=3),
-    st.integers(1, 30),
-    st.integers(1, 60),
-)
-def test_a_sequence_never_holds_more_blocks_than_the_formula_allows(block_size, windows, chunk, length):
-    s = shape(block_size, tuple(windows))
-    most = 0
-    for phase in range(chunk):  # the first step may be shorter than the others
-        held = [set() for _ in windows]
-        at = 0
-        while at < length:
-            count = min(chunk if at else phase + 1, length - at)
-            for group, window in enumerate(windows):
-                if window is not None:
-                    held[group] = {b for b in held[group] if (b + 1) * block_size > at - window + 1}
-                held[group] |= {p // block_size for p in range(at, at + count)}
-            at += count
-            most = max(most, sum(map(len, held)))
-    assert most <= s.blocks_of(length, chunk)
-    if all(w is None for w in windows):
-        assert most == s.blocks_of(length, chunk)
-
-
-@given(
-    st.integers(1, 20),
-    st.lists(st.sampled_from([None, 1, 5, 16, 40]), min_size=1, max_size=3),
-    st.integers(1, 30),
-    st.integers(0, 80),
-    st.integers(1, 99),
-)
-def test_the_longest_sequence_is_the_last_that_fits(block_size, windows, chunk, num_blocks, limit):
-    s = shape(block_size, tuple(windows))
-    longest = s.longest(num_blocks, limit, chunk)
-    fits = [n for n in range(limit + 1) if s.blocks_of(n, chunk) <= num_blocks - 1]
-    assert longest == max(fits, default=0)
-
-
-def test_a_length_of_the_models_own_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
+def test_the_models_own_length_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
     s = shape(block_size=4)
     budget = 11 * s.block_bytes
-    wish = Wish(max_model_len=100, length_is_explicit=False, chunk=8)
-    size = size_cache(wish, s, budget, "account", ("gpu_memory_utilization", "raise it"))
+    request = CacheRequest(max_model_len=100, length_is_explicit=False, chunk=8)
+    size = size_cache(request, s, MemoryBudget(budget, "account", "gpu_memory_utilization", "raise it"))
     assert (size.num_blocks, size.max_model_len) == (11, 40)
-    explicit = Wish(max_model_len=100, length_is_explicit=True, chunk=8)
+    explicit = CacheRequest(max_model_len=100, length_is_explicit=True, chunk=8)
     with pytest.raises(InvalidInput, match="lower max_model_len to 40") as error:
-        size_cache(explicit, s, budget, "account", ("gpu_memory_utilization", "raise it to 0.95"))
+        size_cache(explicit, s, MemoryBudget(budget, "account", "gpu_memory_utilization", "raise it to 0.95"))
     assert error.value.param == "max_model_len" and "raise it to 0.95" in error.value.message
-    assert (
-        size_cache(
-            Wish(max_model_len=40, length_is_explicit=True, chunk=8), s, budget, "account", ("", "")
-        ).max_model_len
-        == 40
-    )
+    fits = CacheRequest(max_model_len=40, length_is_explicit=True, chunk=8)
+    assert size_cache(fits, s, MemoryBudget(budget, "account", "", "")).max_model_len == 40
 
 
 @pytest.mark.parametrize("budget", [-5, 0, 1])
-def test_no_room_at_all_names_the_setting_to_change(budget):
+def test_a_budget_without_room_for_a_block_names_the_setting_to_change(budget):
     s = shape()
     with pytest.raises(InvalidInput) as error:
         size_cache(
-            Wish(max_model_len=10, length_is_explicit=False, chunk=8),
+            CacheRequest(max_model_len=10, length_is_explicit=False, chunk=8),
             s,
-            budget * s.block_bytes,
-            "weights 3 GiB",
-            ("gpu_memory_utilization", "raise it to 0.97"),
+            MemoryBudget(budget * s.block_bytes, "weights 3 GiB", "gpu_memory_utilization", "raise it to 0.97"),
         )
     assert error.value.param == "gpu_memory_utilization" and "raise it to 0.97" in error.value.message
 
 
 def test_explicit_sizes_win_over_what_was_measured():
     s = shape(block_size=4)
-    by_blocks = Wish(max_model_len=16, length_is_explicit=False, chunk=8, num_blocks=7)
-    assert size_cache(by_blocks, s, 10**9, "", ("", "")).num_blocks == 7
-    by_bytes = Wish(max_model_len=16, length_is_explicit=False, chunk=8, cache_bytes=6 * s.block_bytes + 1)
-    assert size_cache(by_bytes, s, 10**9, "", ("", "")).num_blocks == 6
+    by_blocks = CacheRequest(max_model_len=16, length_is_explicit=False, chunk=8, num_blocks=7)
+    assert size_cache(by_blocks, s, MemoryBudget(10**9, "", "", "")).num_blocks == 7
+    by_bytes = CacheRequest(max_model_len=16, length_is_explicit=False, chunk=8, cache_bytes=6 * s.block_bytes + 1)
+    assert size_cache(by_bytes, s, MemoryBudget(10**9, "", "", "")).num_blocks == 6
 
 
 def test_the_cache_of_a_small_model_stays_small_on_a_cpu():
-    s = BlockShape((KVSpec("full", 3, 64, None, tuple(range(30))),), 16, torch.float32)  # the default model's
-    size = cpu_cache(Wish(max_model_len=8192, length_is_explicit=False, chunk=2048), s, weight_bytes=538_000_000)
+    group = KVGroup(9, 3, 64, None, tuple(range(30)))  # the default model's
+    s = KVLayout((group,), (DenseKV.of(group, torch.float32),), 16)
+    request = CacheRequest(max_model_len=8192, length_is_explicit=False, chunk=2048)
+    size = size_cache(request, s, cpu_budget(request, s, weight_bytes=538_000_000))
     assert size.max_model_len == 8192
     assert size.num_blocks * s.block_bytes <= max(CPU_MINIMUM, 538_000_000)
 
@@ -195,7 +162,7 @@ def test_the_systems_free_memory_is_read():
 
 def test_the_ledger_of_a_gpu_is_a_table_of_two_lines_whose_figures_add_up_to_the_total():
     gib = 1 << 30
-    ledger = Ledger(total=8 * gib, weights=gib, step=gib // 2, other=3 * gib // 4, graphs_planned=gib // 4, cache=5 * gib,
+    ledger = MemoryLedger(total=8 * gib, weights=gib, step=gib // 2, other=3 * gib // 4, graphs_planned=gib // 4, cache=5 * gib,
                     graphs_taken=gib // 8)
     names, figures = ledger.table()
     assert len(names) == len(figures)

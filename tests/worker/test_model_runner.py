@@ -22,7 +22,7 @@ from minivllm.models.loader import load_model
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, model_runner
-from minivllm.worker.kv_cache import BlockShape, KVCache
+from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import ModelRunner
 from tests.models.tiny import hf_logits, make_hf, read_spec
 from tests.worker.plans import GREEDY, Planner, Sequence
@@ -32,7 +32,7 @@ TOKENS = 10
 
 
 class Tiny:
-    """A tiny model for both sides. `windows`: with an alternating window of 6, so that there are two KV groups."""
+    """A tiny model and the tokens that Transformers generates with it. `windows`: two KV groups, one with a window of 6."""
 
     def __init__(self, folder: Path, windows: bool, device: str = "cpu") -> None:
         extra: dict[str, Any] = (
@@ -57,9 +57,9 @@ class Tiny:
         return out
 
     def runner(self, block_size: int = 4, host_blocks: int = 0) -> ModelRunner:
-        shape = BlockShape(kv_groups(self.model.spec), block_size, torch.float32)
+        shape = KVLayout.of(self.model.spec, block_size, torch.float32)
         kv = KVCache(shape, NUM_BLOCKS, host_blocks, self.device, self.model.build.ops)
-        for layer in kv.layers:  # whoever reads what was never written gets NaN
+        for layer in kv.layers:  # reading a slot that was never written gives NaN
             layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
         return ModelRunner(self.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,))
 
@@ -71,7 +71,7 @@ class Tiny:
 
 @pytest.fixture(scope="module", autouse=True)
 def steps_of_both_kinds():
-    """Steps in which the last layer answers for all tokens, and, of more tokens, for each sequence's last one only."""
+    """Short steps in which the last layer computes all tokens, and longer ones in which it computes last tokens only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "LAST_ONLY", 6)
         yield
@@ -102,11 +102,11 @@ def run(
     drop_after: int = -1,
     most: int = 100,
 ) -> list[StepResult]:
-    """Random company, order and chunks until all are done; results are waited for `depth` steps late."""
+    """Random batches, order and chunks until all are done; results are waited for `depth` steps late."""
     by_name, flying, results = {s.name: s for s in sequences}, [], []
     for step in range(10_000):
         ready = [s for s in sequences if s.left]
-        if step == drop_after:  # the row table is a cache: whoever is admitted again goes on
+        if step == drop_after:  # the row table is a cache: a sequence that is admitted again continues
             while flying:
                 plan, pending = flying.pop(0)
                 results.append(pending.wait())
@@ -166,7 +166,7 @@ def test_greedy_tokens_equal_transformers_for_any_mix_chunking_block_size_and_pl
 
 @given(st.integers(0, 10**6), st.integers(0, 2), st.sampled_from([-1, 4]))
 @settings(max_examples=8, deadline=None)
-def test_seeded_draws_do_not_depend_on_the_plan(plain, seed, depth, drop_after):
+def test_seeded_samples_do_not_depend_on_the_plan(plain, seed, depth, drop_after):
     params = SamplingParams(
         temperature=0.8,
         top_p=0.95,
@@ -186,7 +186,7 @@ def test_seeded_draws_do_not_depend_on_the_plan(plain, seed, depth, drop_after):
     assert [s.outputs for s in together] == alone
 
 
-def test_more_samples_than_logit_rows_are_drawn_in_parts(plain, monkeypatch):
+def test_more_samples_than_logits_rows_are_computed_in_parts(plain, monkeypatch):
     expected = sequences_of(plain, SamplingParams(logprobs=2, temperature=0.9))
     whole = run(plain.runner(), plain.planner(), expected, random.Random(5))
     monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 2)
@@ -200,7 +200,7 @@ def test_more_samples_than_logit_rows_are_drawn_in_parts(plain, monkeypatch):
     assert max(held) == 2
 
 
-def test_children_draw_their_own_tokens_from_the_prompts_one_row_of_logits(plain):
+def test_children_sample_their_own_tokens_from_the_prompts_last_logits_row(plain):
     runner, planner = plain.runner(), plain.planner()
     parent = Sequence("p", 0, plain.prompts[2], TOKENS, SamplingParams(temperature=3.0), seed=9)
     plan = planner.plan([(parent, parent.left)])
@@ -273,7 +273,7 @@ def check_entry(entry, reference: torch.Tensor, token: int, k: int) -> None:
 # --- blocks --------------------------------------------------------------------------------------------------------
 
 
-def test_a_fork_that_copies_its_last_block_on_write_leaves_the_other_alone(plain):
+def test_a_fork_that_copies_its_last_block_does_not_change_the_other_sequence(plain):
     """Two rows share the prompt's blocks; the second gets its own copy of the partly filled last one before it writes."""
     runner, planner = plain.runner(), plain.planner()
     first = Sequence("a", 0, plain.prompts[1], TOKENS)  # 5 tokens: the second block of 4 is partly filled
@@ -294,7 +294,7 @@ def test_a_fork_that_copies_its_last_block_on_write_leaves_the_other_alone(plain
     assert torch.equal(shared, mine)
 
 
-def test_a_sequence_whose_blocks_went_to_host_memory_and_back_goes_on(plain):
+def test_a_sequence_continues_after_its_blocks_were_swapped_out_and_in(plain):
     runner, planner = plain.runner(host_blocks=20), plain.planner()
     s = Sequence("a", 2, plain.prompts[2], TOKENS)
     for count in (23, 1, 1):
@@ -320,7 +320,7 @@ def test_a_sequence_whose_blocks_went_to_host_memory_and_back_goes_on(plain):
 
 
 @pytest.mark.parametrize("where", ["forward", "logits"])
-def test_a_step_that_runs_out_of_memory_fails_alone(plain, monkeypatch, where):
+def test_out_of_memory_fails_only_its_own_step(plain, monkeypatch, where):
     runner, planner = plain.runner(), plain.planner()
     victim, others = Sequence("v", 5, plain.prompts[1], TOKENS), sequences_of(plain)[:3]
     by_name = {s.name: s for s in others}
@@ -337,7 +337,7 @@ def test_a_step_that_runs_out_of_memory_fails_alone(plain, monkeypatch, where):
     assert [s.outputs for s in others] == plain.expected[:3]
 
 
-def test_a_lost_device_is_no_failed_step(plain, monkeypatch):
+def test_a_lost_device_raises_instead_of_failing_the_step(plain, monkeypatch):
     runner, planner = plain.runner(), plain.planner()
     monkeypatch.setattr(
         plain.model, "forward", failing(RuntimeError("CUDA error: an illegal memory access was encountered"))
@@ -353,7 +353,7 @@ def failing(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-def test_grammar_masks_reach_the_samples_they_are_meant_for(plain, monkeypatch):
+def test_grammar_masks_apply_to_their_own_samples(plain, monkeypatch):
     monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 2)
     runner, planner = plain.runner(), plain.planner()
     plan = planner.plan([(s, s.left) for s in sequences_of(plain)])

@@ -69,7 +69,7 @@ def prepare_attention(
     shape: dict[str, Any] = dict(block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
                                  dtype=dtype)
     n = batch.num_decodes
-    if n == 0 or not covers(head_dim, dtype):
+    if n == 0 or batch.query_width > 1 or not covers(head_dim, dtype):
         return reference.prepare_attention(batch, group, **shape)
     rest = None
     if n < batch.num_tokens:

@@ -128,22 +128,25 @@ def prepare_attention(
     table = batch.block_tables[group]  # [B, M]
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
-    n, page = batch.num_decodes, math.gcd(block_size, PAGE)
-    views = [_view(seq_len, window, page) for seq_len in batch.seq_lens_host[:n]]
+    width, page = batch.query_width, math.gcd(block_size, PAGE)
+    # The new keys are in the cache already, so a decode of several queries is as many decodes of the same blocks, each one key longer.
+    n = batch.num_decode_tokens
+    views = [_view(seq_len - i, window, page) for seq_len in batch.seq_lens_host[: batch.num_decodes] for i in reversed(range(width))]
     limit = GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
     order_host, cuts = _cut([view.pages * page for view in views], limit, FREE_PADDING[kind])
     views = [views[i] for i in order_host]
     order = torch.tensor(order_host, device=device) if order_host != sorted(order_host) else None
     gathers: list[Gather | InPlace] = []
     if n:
-        pages, mask = _pages_and_mask(table[:n] if order is None else table.index_select(0, order), views, block_size, dtype)
+        tables = table[: batch.num_decodes].repeat_interleave(width, 0) if width > 1 else table[:n]
+        pages, mask = _pages_and_mask(tables if order is None else tables.index_select(0, order), views, block_size, dtype)
         largest = max(sum((b - a) * max(view.pages for view in views[a:b]) for a, b in spans) for spans in cuts)
         memory = torch.empty((2, largest * page, num_kv_heads, head_dim), dtype=dtype, device=device)  # for all layers: still cached
         gathers = [_gather(pages, mask, views, spans, page, memory) for spans in cuts]
     sizes = tuple(b - a for spans in cuts for a, b in spans)
     chunks: list[PromptChunk] = []
     row = n
-    for i in range(n, batch.num_seqs):
+    for i in range(batch.num_decodes, batch.num_seqs):
         query_len, seq_len = batch.query_lens_host[i], batch.seq_lens_host[i]
         assert 1 <= query_len <= seq_len
         chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)

@@ -10,7 +10,7 @@ can be captured. The kernels: decode_attention.py and prompt_attention.py. The s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -57,6 +57,20 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
     return Tile(1, block_m, 64 if row < 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
 
 
+def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile | None:
+    """Likewise, for decodes of several queries. None: no tile holds their rows in registers, and they are computed as prompt chunks."""
+    block_m = max(16, triton.next_power_of_2(query_width * (heads_per_kv + 1)))
+    row = triton.next_power_of_2(head_dim) * itemsize
+    size = block_m * row  # bytes of the queries; their running averages take twice as much in registers
+    if block_m > 128 or size > (32768 if row <= 256 else 16384):
+        return None
+    if arch >= 90:
+        block_n = 128 if row <= 128 else 64 if row <= 256 else 32
+    else:
+        block_n = 32 if row <= 256 else 16
+    return Tile(query_width, block_m, block_n, 4 if size <= 8192 else 8, 3 if arch < 90 and row <= 128 else 2)
+
+
 def shared_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> Tile:
     """Likewise, for a prefix that many decodes share: the heads of several sequences are the rows of one tile."""
     block_m = max(64, triton.next_power_of_2(heads_per_kv))
@@ -86,6 +100,7 @@ class AttentionMeta:
     block_size: int
     window: int | None
     num_decodes: int
+    query_width: int  # queries of a decode
     keys: int  # of the longest decode, at most
     num_seqs: int
     num_prompt_tokens: int
@@ -94,8 +109,8 @@ class AttentionMeta:
     block_table: Tensor
     splits: int  # programs that share the keys of one decode
     shared_parts: int  # programs before them that share the keys which all decodes have in common; 0: nobody looks for such
-    partial: Tensor | None  # [shared parts + splits, decodes, H, D] float32; None: there is one split and no shared part
-    log_weight: Tensor | None  # [shared parts + splits, decodes, H] float32
+    partial: Tensor | None  # [shared parts + splits, decodes * query width, H, D] float32; None: one split and no shared part
+    log_weight: Tensor | None  # [shared parts + splits, decodes * query width, H] float32
     tickets: Tensor | None  # [decodes, KV] int32: zero between kernels
     shared: Tensor | None  # [1] int32: how many keys they have in common
 
@@ -105,24 +120,28 @@ def prepare_attention(
     dtype: torch.dtype,
 ) -> AttentionMeta:
     """Choose the kernels' shapes for KV group `group` from host counts alone."""
-    device, decodes = batch.tokens.device, batch.num_decodes
+    device, decodes, width = batch.tokens.device, batch.num_decodes, batch.query_width
+    heads_per_kv, size = num_heads // num_kv_heads, dtype.itemsize
+    if width > 1 and wide_decode_tile(width, head_dim, heads_per_kv, size, capability(device)) is None:
+        decodes, width = 0, 1
+    decode_tokens = decodes * width
     partial = log_weight = tickets = shared = None
     longest = max(batch.seq_lens_host[:decodes], default=0)
-    keys = min(longest, window or longest)
+    keys = min(longest, window + width - 1 if window else longest)
     splits = _splits(device, decodes * num_kv_heads, keys) if decodes else 1
     shared_parts = 0
-    if batch.shared is not None and window is None:
-        tile = shared_tile(head_dim, num_heads // num_kv_heads, dtype.itemsize, capability(device))
-        shared_parts = _shared_parts(device, num_kv_heads * triton.cdiv(decodes, tile.block_q))
+    if batch.shared is not None and window is None and decodes:
+        tile = shared_tile(head_dim, heads_per_kv, size, capability(device))
+        shared_parts = _shared_parts(device, num_kv_heads * triton.cdiv(decode_tokens, tile.block_q))
     if shared_parts or splits > 1:
-        partial = torch.empty((shared_parts + splits, decodes, num_heads, head_dim), dtype=torch.float32, device=device)
+        partial = torch.empty((shared_parts + splits, decode_tokens, num_heads, head_dim), dtype=torch.float32, device=device)
         log_weight = torch.empty(partial.shape[:-1], dtype=torch.float32, device=device)
         tickets = torch.zeros((decodes, num_kv_heads), dtype=torch.int32, device=device)
         shared = batch.shared if shared_parts else tickets
     return AttentionMeta(
-        num_heads, num_kv_heads, head_dim, block_size, window, decodes, keys, batch.num_seqs, sum(batch.query_lens_host) - decodes,
-        batch.query_start, batch.seq_lens, batch.block_tables[group], splits, shared_parts, partial, log_weight, tickets,
-        shared,
+        num_heads, num_kv_heads, head_dim, block_size, window, decodes, width, keys, batch.num_seqs,
+        sum(batch.query_lens_host) - decode_tokens, batch.query_start, batch.seq_lens, batch.block_tables[group], splits, shared_parts,
+        partial, log_weight, tickets, shared,
     )  # fmt: skip
 
 
@@ -159,31 +178,34 @@ def self_attention(
     flags = dict(NORM=qk_norm is not None, ROPE=rope is not None)
     arch, size = capability(qkv.device), qkv.element_size()
     if meta.num_decodes:
-        split = meta.partial is not None
+        split, decode_tokens = meta.partial is not None, meta.num_decodes * meta.query_width
         partial, log_weight, tickets, common = (meta.partial, meta.log_weight, meta.tickets, meta.shared) if split else (out,) * 4
         if meta.shared_parts:
             tile = shared_tile(d, h // hk, size, arch)
-            launch(_shared_attention, (hk, meta.shared_parts, triton.cdiv(meta.num_decodes, tile.block_q)),
+            launch(_shared_attention, (hk, meta.shared_parts, triton.cdiv(decode_tokens, tile.block_q)),
                 partial, log_weight, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, meta.block_table, common, scale, softcap or 0.0,
-                meta.num_decodes, qkv.stride(0), meta.shared_parts,
+                decode_tokens, qkv.stride(0), meta.shared_parts,
                 HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 RUN=SHARED_RUN, SOFTCAP=softcap is not None, **shared, **flags,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(qkv.device),
             )  # fmt: skip
-        programs = 512 if meta.shared_parts else meta.num_decodes * hk  # with what is shared read, one tile suits all numbers
-        tile = decode_tile(programs, meta.keys, d, h // hk, size, arch)
+        if meta.query_width == 1:
+            programs = 512 if meta.shared_parts else meta.num_decodes * hk  # with what is shared read, one tile suits all numbers
+            tile = decode_tile(programs, meta.keys, d, h // hk, size, arch)
+        else:
+            tile = cast(Tile, wide_decode_tile(meta.query_width, d, h // hk, size, arch))
         launch(_decode_attention, (hk, meta.num_decodes, meta.splits),
             out, partial, log_weight, tickets, qkv, kv.k, kv.v, norm_weight, eps, cos, sin, slots, meta.seq_lens, meta.block_table,
             scale, softcap or 0.0, meta.num_decodes, qkv.stride(0), meta.block_table.stride(0), meta.splits, common,
             meta.shared_parts,
-            HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=split,
-            MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SHARED=meta.shared_parts > 0, RUN=SHARED_RUN,
+            HEADS_PER_KV=h // hk, BLOCK_SIZE=meta.block_size, QUERY_WIDTH=meta.query_width, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            SPLIT=split, MIN_KEYS=MIN_KEYS, WINDOW=meta.window or 0, SHARED=meta.shared_parts > 0, RUN=SHARED_RUN,
             SOFTCAP=softcap is not None, **shared, **flags,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(qkv.device),
         )  # fmt: skip
     if meta.num_prompt_tokens:
         qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
-        _store(qk, qkv, kv, slots, meta.num_decodes, (norm_weight, eps), (cos, sin), {**shared, **flags})
+        _store(qk, qkv, kv, slots, meta.num_decodes * meta.query_width, (norm_weight, eps), (cos, sin), {**shared, **flags})
         _attend_prompts(out, qk, qkv, kv, meta, scale, softcap, prompt_tile(d, h // hk, size, arch),
                         arch >= 90 and size == 2 and d in (64, 128, 256), shared)
     return out

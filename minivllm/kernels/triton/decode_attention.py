@@ -77,15 +77,21 @@ def _fetch(
 
 
 @triton.jit
-def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl.constexpr):
-    """A tile of keys and values [N, D] into the running averages of queries [M, D]; scale includes log2(e)."""
+def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl.constexpr, SAFE: tl.constexpr = False):
+    """A tile of keys and values [N, D] into the running averages of queries [M, D]; scale includes log2(e).
+
+    visible: [M or 1, N]. SAFE: a query may have seen no key yet.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
     if SOFTCAP:
         scores = _cap(scores, softcap)
-    scores = tl.where(visible[None, :], scores, -float("inf"))
+    scores = tl.where(visible, scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    shrink = tl.exp2(peak - new_peak)
-    weights = tl.exp2(scores - new_peak[:, None])
+    base = new_peak
+    if SAFE:
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    shrink = tl.exp2(peak - base)
+    weights = tl.exp2(scores - base[:, None])
     acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return acc, new_peak, total * shrink + tl.sum(weights, 1)
 
@@ -135,12 +141,12 @@ def _shared_attention(
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+    acc, peak, total = _absorb_keys(q, k, v, visible[None, :], acc, peak, total, scale, softcap, SOFTCAP)
     for start in range(begin + BLOCK_N, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         block = tl.load(block_table + key // BLOCK_SIZE, mask=key < end, other=0)
         k, v, visible = _fetch(cache_k, cache_v, block, key, 0, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
-        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+        acc, peak, total = _absorb_keys(q, k, v, visible[None, :], acc, peak, total, scale, softcap, SOFTCAP)
     at = part * num_seqs * NUM_HEADS + seq * NUM_HEADS + head
     tl.store(partial + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
     tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)
@@ -148,13 +154,14 @@ def _shared_attention(
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride", "splits", "shared_parts"])
 def _decode_attention(
-    out, partial, log_weight, tickets,  # [T, H, D]; if SPLIT: [parts, T, H, D], [parts, T, H] float32 and [T, KV] int32 of 0
+    out, partial, log_weight, tickets,  # [T, H, D]; if SPLIT: [parts, T, H, D], [parts, T, H] float32 and [seqs, KV] int32 of 0
     qkv, cache_k, cache_v, norm_weight, eps, cos, sin,  # [T, H + 2 KV, D]; [blocks, BLOCK_SIZE, KV, D] twice; [H + KV, D]; [T, D]
     slots, seq_lens, block_table, scale, softcap, num_seqs, qkv_stride, table_stride, splits,
     shared, shared_parts,  # if SHARED (and so SPLIT): [1] int32, keys of which `_shared_attention` has made at most so many parts
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_KEYS: tl.constexpr, WINDOW: tl.constexpr,
-    SHARED: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
+    QUERY_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)  # the heads of a sequence side by side: together they read whole blocks
     seq = tl.program_id(1).to(tl.int64)
@@ -162,7 +169,7 @@ def _decode_attention(
     KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV
     DTYPE: tl.constexpr = cache_k.dtype.element_ty
     # Lengths and block table are the step's inputs, older than its first kernel: they may be read before `gdc_wait`.
-    last = tl.load(seq_lens + seq) - 1  # the new token's position: keys before it are cached
+    last = tl.load(seq_lens + seq) - QUERY_WIDTH  # the first new token's position: keys before it are cached
     oldest = 0
     if WINDOW > 0:
         oldest = tl.maximum(last - WINDOW + 1, 0)
@@ -184,8 +191,15 @@ def _decode_attention(
     dims = tl.arange(0, PADDED_D)
     live_dim = dims < D
     table = block_table + seq * table_stride
-    live_row = rows < HEADS_PER_KV
-    head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
+    QUERIES: tl.constexpr = QUERY_WIDTH * HEADS_PER_KV  # rows of query heads; a row for each new key follows
+    live_row = rows < QUERIES
+    if QUERY_WIDTH == 1:
+        head = tl.where(live_row, kv_head * HEADS_PER_KV + rows, NUM_HEADS + kv_head)
+        token = seq
+    else:
+        head = tl.where(live_row, kv_head * HEADS_PER_KV + rows % HEADS_PER_KV, NUM_HEADS + kv_head)
+        query = tl.where(live_row, rows // HEADS_PER_KV, tl.minimum(rows - QUERIES, QUERY_WIDTH - 1))  # which of the new tokens
+        token = (seq * QUERY_WIDTH + query)[:, None]
 
     # The first keys and values are long there: they are on their way while the projection still runs. (Those of a prompt's last layer are
     # not, but see `layers/attention.py`.) The numbers of a tile's
@@ -194,38 +208,65 @@ def _decode_attention(
     key = begin + tile
     block = tl.load(table + key // BLOCK_SIZE, mask=(key >= oldest) & (key < end), other=0)
     next_block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
-    k, v, visible = _fetch(cache_k, cache_v, block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
-    own_place = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
+    k, v, live_key = _fetch(cache_k, cache_v, block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
+    if QUERY_WIDTH == 1:
+        own_place = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
 
-    token = qkv + seq * qkv_stride
-    live_head = (rows <= HEADS_PER_KV)[:, None] & live_dim[None, :]
-    q = rotated_heads(token, head, dims, live_head, norm_weight, eps, cos + seq * D, sin + seq * D, D, NORM, ROPE, DTYPE, PDL)
-    new_key = tl.sum(tl.where((rows == HEADS_PER_KV)[:, None], q.to(tl.float32), 0.0), 0)  # [PADDED_D], exact: one row
-    new_value = tl.load(token + (NUM_HEADS + KV_HEADS + kv_head) * D + dims, mask=live_dim, other=0.0).to(tl.float32)
+    source = qkv + token * qkv_stride
+    live_head = (rows < QUERIES + QUERY_WIDTH)[:, None] & live_dim[None, :]
+    q = rotated_heads(source, head, dims, live_head, norm_weight, eps, cos + token * D, sin + token * D, D, NORM, ROPE, DTYPE, PDL)
     mine = split == used - 1
-    if mine:
-        tl.store(cache_k + own_place + dims, new_key.to(DTYPE), mask=live_dim)
-        tl.store(cache_v + own_place + dims, new_value.to(DTYPE), mask=live_dim)
-
     scale *= 1.4426950408889634  # log2(e)
-    score = tl.sum(q.to(tl.float32) * new_key[None, :], 1) * scale
-    if SOFTCAP:
-        score = _cap(score, softcap)
-    peak = tl.where(mine, score, -float("inf"))
-    total = tl.where(mine, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
-    acc = tl.where(mine, tl.zeros([BLOCK_M, PADDED_D], tl.float32) + new_value[None, :], 0.0)
-    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+    if QUERY_WIDTH == 1:
+        new_key = tl.sum(tl.where((rows == HEADS_PER_KV)[:, None], q.to(tl.float32), 0.0), 0)  # [PADDED_D], exact: one row
+        new_value = tl.load(source + (NUM_HEADS + KV_HEADS + kv_head) * D + dims, mask=live_dim, other=0.0).to(tl.float32)
+        if mine:
+            tl.store(cache_k + own_place + dims, new_key.to(DTYPE), mask=live_dim)
+            tl.store(cache_v + own_place + dims, new_value.to(DTYPE), mask=live_dim)
+        score = tl.sum(q.to(tl.float32) * new_key[None, :], 1) * scale
+        if SOFTCAP:
+            score = _cap(score, softcap)
+        peak = tl.where(mine, score, -float("inf"))
+        total = tl.where(mine, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
+        acc = tl.where(mine, tl.zeros([BLOCK_M, PADDED_D], tl.float32) + new_value[None, :], 0.0)
+    else:
+        peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+        if mine:
+            is_new = (rows >= QUERIES) & (rows < QUERIES + QUERY_WIDTH)  # rows that are new keys: queries attend to them as to a tile
+            live_new = is_new[:, None] & live_dim[None, :]
+            new_values = tl.load(source + (NUM_HEADS + KV_HEADS + kv_head) * D + dims[None, :], mask=live_new, other=0.0).to(DTYPE)
+            at = (tl.load(slots + seq * QUERY_WIDTH + query, mask=is_new, other=0) * KV_HEADS + kv_head) * D
+            tl.store(cache_k + at[:, None] + dims[None, :], q, mask=live_new)
+            tl.store(cache_v + at[:, None] + dims[None, :], new_values, mask=live_new)
+            visible = is_new[None, :] & (query[None, :] <= query[:, None])
+            if WINDOW > 0:
+                visible = visible & (query[None, :] > query[:, None] - WINDOW)
+            acc, peak, total = _absorb_keys(q, q, new_values, visible, acc, peak, total, scale, softcap, SOFTCAP)
+    # A window begins one key later for each query, so that a query may see no key of a tile.
+    LATER: tl.constexpr = WINDOW > 0 and QUERY_WIDTH > 1
+    visible = live_key[None, :]
+    if LATER:
+        visible = visible & (key[None, :] > (last + query)[:, None] - WINDOW)
+    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP, LATER)
     for start in range(begin + BLOCK_N, end, BLOCK_N):
         key = start + tile
-        k, v, visible = _fetch(cache_k, cache_v, next_block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
+        k, v, live_key = _fetch(cache_k, cache_v, next_block, key, oldest, end, kv_head, dims, KV_HEADS, D, BLOCK_SIZE)
         next_block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
-        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP)
+        visible = live_key[None, :]
+        if LATER:
+            visible = visible & (key[None, :] > (last + query)[:, None] - WINDOW)
+        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP, LATER)
 
-    mean = acc / total[:, None]  # every program saw at least one key
+    mean = acc / (tl.where(total == 0.0, 1.0, total) if LATER else total)[:, None]  # otherwise every query has seen a key
     live_q = live_row[:, None] & live_dim[None, :]
-    row = seq * NUM_HEADS + head  # of [T, H]
+    if QUERY_WIDTH == 1:
+        row = seq * NUM_HEADS + head  # of [T, H]
+    else:
+        row = (seq * QUERY_WIDTH + query) * NUM_HEADS + head
     if SPLIT and used + others > 1:
-        num_rows = num_seqs * NUM_HEADS
+        num_rows = num_seqs * QUERY_WIDTH * NUM_HEADS
         at = (others + split) * num_rows + row
         tl.store(partial + at[:, None] * D + dims[None, :], mean, mask=live_q)
         tl.store(log_weight + at, peak + tl.log2(total), mask=live_row)

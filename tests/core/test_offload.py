@@ -1,4 +1,4 @@
-"""Blocks in host memory: what goes there, when it may come back, and that nothing in motion is touched. See also SwapMachine."""
+"""CPU KV offload: which blocks move to host memory, when they may return, and that no moving block is used. See also SwapMachine."""
 from __future__ import annotations
 
 import random
@@ -12,7 +12,7 @@ from tests.core.test_scheduler import greedy, launch, prompt
 
 
 class NeverFinishes(random.Random):
-    """Chaos that finishes as few moves as it may."""
+    """Randomness that finishes as few moves as possible."""
 
     def randint(self, a: int, b: int) -> int:
         return a
@@ -24,16 +24,17 @@ def make(chaos: random.Random | None = None, **settings: Any) -> Harness:
     return Harness(SchedulerConfig(**{**defaults, **settings}), chaos=chaos)
 
 
-def crowd(h: Harness) -> None:
+def add_four_requests(h: Harness) -> None:
+    """More than the blocks have room for."""
     for i in range(4):
         h.add(prompt(4, i), greedy(20), f"r{i}")
 
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_swapped_request_comes_back_without_computing_anything_again(depth: int, caching: bool) -> None:
+def test_a_swapped_request_resumes_without_recomputation(depth: int, caching: bool) -> None:
     h = make(planning_depth=depth, enable_prefix_caching=caching)
-    crowd(h)
+    add_four_requests(h)
     h.run()
     stats = h.scheduler.stats()
     assert stats.num_swaps == stats.num_preemptions > 0
@@ -41,63 +42,63 @@ def test_a_swapped_request_comes_back_without_computing_anything_again(depth: in
     h.check_answers()
 
 
-def test_a_full_block_that_is_still_on_the_device_is_not_moved_back() -> None:
+def test_a_full_block_that_is_still_on_the_device_is_not_moved_in() -> None:
     h = make()
-    crowd(h)
+    add_four_requests(h)
     h.run()
     assert sum(len(p.moves_in) for p in h.plans) < sum(len(p.moves_out) for p in h.plans)
 
 
-def test_swapping_is_chosen_when_it_costs_less_than_computing_again() -> None:
+def test_swapping_is_chosen_when_it_costs_less_than_recomputation() -> None:
     config = SchedulerConfig(num_blocks=10, block_size=16, swap_fixed_cost=20.0, swap_cost_per_token=0.25, kv_windows=(None, None))
-    assert not config.swap_pays(num_tokens=26, num_blocks=4)  # 20 + 0.25 * 32 slots = 28
-    assert config.swap_pays(num_tokens=29, num_blocks=4)
+    assert not config.swap_is_cheaper(num_tokens=26, num_blocks=4)  # 20 + 0.25 * 32 slots = 28
+    assert config.swap_is_cheaper(num_tokens=29, num_blocks=4)
     h = make(swap_fixed_cost=1e9)
-    crowd(h)
+    add_four_requests(h)
     h.run()
     assert h.scheduler.stats().num_preemptions > 0 == h.scheduler.stats().num_swaps
     h.check_answers()
 
 
-def test_without_room_in_host_memory_a_request_is_computed_again() -> None:
+def test_without_room_in_host_memory_a_request_is_recomputed() -> None:
     h = make(num_host_blocks=2)
-    crowd(h)
+    add_four_requests(h)
     h.run()
     assert h.scheduler.stats().num_preemptions > h.scheduler.stats().num_swaps
     h.check_answers()
 
 
-def test_without_host_blocks_nothing_is_ever_moved() -> None:
+def test_without_host_blocks_nothing_is_moved() -> None:
     h = make(num_host_blocks=0)
-    crowd(h)
+    add_four_requests(h)
     h.run()
     assert h.executor.num_moves == 0
 
 
-def test_a_request_whose_blocks_are_still_on_their_way_out_does_not_come_back() -> None:
+def test_a_request_whose_blocks_are_still_moving_out_does_not_resume() -> None:
     h = make(NeverFinishes(), num_blocks=9)
-    crowd(h)
+    add_four_requests(h)
     while h.scheduler.has_unfinished():
         h.step()
-        moving_out = {m.sequence.id for m in h.scheduler.host.moves.values() if m.sequence is not None}
+        moving_out = {m.sequence.id for m in h.scheduler.offload.moves.values() if m.sequence is not None}
         assert not moving_out & {s.id for s in h.scheduler.running}
     h.check_answers()
 
 
-def test_when_only_a_finished_move_could_help_an_empty_step_waits_for_it() -> None:
+def test_an_empty_step_waits_for_a_move_if_nothing_else_can_be_planned() -> None:
     h = make(NeverFinishes(), num_blocks=9)
-    crowd(h)
+    add_four_requests(h)
     while h.scheduler.has_unfinished():
         h.step()
     empty = [p for p in h.plans if not p.rows and not p.moves_out]
     assert empty and all(p.total_tokens == 0 and p.sample_rows == () for p in empty)
 
 
-def test_evicted_prefix_blocks_come_back_from_host_memory() -> None:
+def test_evicted_prefix_blocks_are_found_in_host_memory() -> None:
     h = make(num_blocks=40)
     h.add(prompt(17), greedy(4), "old")
     h.run()
-    for i in range(7):  # enough to overwrite the whole device
+    for i in range(7):  # enough to evict every block of the device
         h.add(prompt(25, 7 + i), greedy(4), f"other {i}")
         h.run()
     h.add(prompt(17), greedy(4), "again")
@@ -107,7 +108,7 @@ def test_evicted_prefix_blocks_come_back_from_host_memory() -> None:
     h.check_answers()
 
 
-def test_a_step_spills_at_most_half_of_the_free_blocks() -> None:
+def test_a_step_saves_at_most_half_of_the_free_blocks() -> None:
     h = make(NeverFinishes(), num_blocks=24, num_host_blocks=100)
     for i in range(4):
         h.add(prompt(20, 3 * i), greedy(4), f"r{i}")
@@ -119,14 +120,14 @@ def test_a_step_spills_at_most_half_of_the_free_blocks() -> None:
     h.check_answers()
 
 
-def test_a_request_that_is_aborted_while_its_blocks_move_leaks_nothing() -> None:
+def test_aborting_a_request_while_its_blocks_move_leaks_nothing() -> None:
     h = make(NeverFinishes())
-    crowd(h)
+    add_four_requests(h)
     while not h.scheduler.stats().num_swaps:
         h.step()
     for name in list(h.requests):
         h.abort(name)
-    h.executor.chaos = None  # from now on moves finish at once
+    h.executor.chaos = None  # from here on moves finish at once
     h.add(prompt(3), greedy(2), "last")
     h.run()
     h.step()
@@ -135,15 +136,15 @@ def test_a_request_that_is_aborted_while_its_blocks_move_leaks_nothing() -> None
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_swapped_request_whose_moves_fail_is_computed_again(depth: int) -> None:
+def test_a_swapped_request_whose_moves_fail_is_recomputed(depth: int) -> None:
     h = make(enable_prefix_caching=False, planning_depth=depth)
-    crowd(h)
+    add_four_requests(h)
     while not (h.plans and h.plans[-1].moves_out):
         while h.launch(fails=lambda plan: bool(plan.moves_out)) is not None:
             pass
         if not h.plans[-1].moves_out:
             h.finish()
-    victims = {s.id for s in h.scheduler._roster.queue.sequences() if s.host_blocks}
+    victims = {s.id for s in h.scheduler.waiting if s.host_blocks}
     h.run()
     ended = {name for (name, _), answer in h.answers.items() if answer.finish_reason == "error"}
     assert ended and victims and not ended & victims
@@ -166,7 +167,7 @@ def test_a_block_whose_move_failed_is_not_found_in_host_memory() -> None:
     h.check_answers()
 
 
-def test_a_reset_prefix_cache_forgets_host_memory_and_what_is_on_its_way_there() -> None:
+def test_a_reset_of_the_prefix_cache_covers_host_memory_and_moves_to_it() -> None:
     h = make(NeverFinishes())
     h.add(prompt(17), greedy(4), "old")
     h.run()

@@ -1,0 +1,126 @@
+"""Everything the scheduler remembers between two calls: unfinished requests, rows, launched plans.
+
+The methods move a sequence from one status to the next. Which sequence moves is decided elsewhere.
+
+                 start_running            finish
+    WAITING,  ────────────────> RUNNING ─────────> FINISHED        A PREEMPTED or FINISHED sequence keeps its row and blocks
+    SWAPPED                        │                               while a launched plan includes it. Then `leave_row_if_idle`
+       ^                           │ preempt                       takes the row, and frees the blocks or swaps them out.
+       └──── leave row ─────── PREEMPTED
+"""
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+
+from minivllm.core.kv_manager import KVManager
+from minivllm.core.plan_builder import LaunchedPlan
+from minivllm.core.request import NO_ROW, Request, Sequence, SequenceStatus
+from minivllm.core.scheduler_config import SchedulerConfig
+from minivllm.core.waiting_queue import WaitingQueue
+
+
+class SchedulerState:
+    """All unfinished requests and their sequences, by status."""
+
+    __slots__ = (
+        "_num_rowless",
+        "config",
+        "free_rows",
+        "kv",
+        "launched",
+        "next_arrival",
+        "next_step_id",
+        "num_preemptions",
+        "num_swaps",
+        "preempted_beams",
+        "prefix_hits",
+        "prefix_queries",
+        "requests",
+        "running",
+        "waiting",
+    )
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.kv = KVManager(config)
+        self.requests: dict[str, Request] = {}
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # every sequence with a row, in priority order
+        self.preempted_beams: list[Sequence] = []  # paused, without a row, and not in the queue
+        self.free_rows = list(range(config.max_running - 1, -1, -1))
+        self.launched: deque[LaunchedPlan] = deque()  # oldest first
+        self.next_step_id = self.next_arrival = 0
+        self.num_preemptions = self.num_swaps = self.prefix_queries = self.prefix_hits = 0
+        self._num_rowless = 0  # entries of `running` that have left their row
+
+    def new_sequence(self, request: Request, index: int, tokens: list[int], max_tokens_total: int) -> Sequence:
+        sequence = Sequence(request, index, tokens, max_tokens_total, self.kv.empty_table())
+        request.sequences.append(sequence)
+        return sequence
+
+    def start_running(self, sequence: Sequence) -> None:
+        """Give the sequence a row. One must be free."""
+        sequence.status = SequenceStatus.RUNNING
+        sequence.row = self.free_rows.pop()
+        sequence.must_readmit = True
+        insort(self.running, sequence, key=_order)
+
+    def preempt(self, victim: Sequence) -> None:
+        """Send a running sequence back to the queue: now, or with the update of the last launched plan that includes it."""
+        self.num_preemptions += 1
+        victim.num_preemptions += 1
+        victim.status = SequenceStatus.PREEMPTED
+        victim.leave_fast_path()
+        self.leave_row_if_idle(victim)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Make a sequence FINISHED, whatever its status is."""
+        before, sequence.status = sequence.status, SequenceStatus.FINISHED
+        sequence.leave_fast_path()
+        if before in (SequenceStatus.RUNNING, SequenceStatus.PREEMPTED):
+            self.leave_row_if_idle(sequence)
+            return
+        self.kv.offload.release(sequence)
+        if sequence in self.preempted_beams:
+            self.preempted_beams.remove(sequence)
+        elif before is not SequenceStatus.FINISHED:
+            self.waiting.discount(sequence)
+
+    def leave_row_if_idle(self, sequence: Sequence) -> None:
+        """Take the row of a preempted or finished sequence, unless a launched plan still includes it."""
+        leaving = sequence.status in (SequenceStatus.PREEMPTED, SequenceStatus.FINISHED)
+        if leaving and not sequence.num_in_flight and sequence.row != NO_ROW:
+            self._leave_row(sequence)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        self.free_rows.append(sequence.row)
+        sequence.row = NO_ROW
+        self._num_rowless += 1
+        if sequence.status is SequenceStatus.FINISHED:
+            self.kv.free(sequence)
+            return
+        sequence.status = self.kv.swap_out_or_free(sequence)
+        self.num_swaps += sequence.status is SequenceStatus.SWAPPED
+        if sequence.paused:
+            self.preempted_beams.append(sequence)
+        else:
+            self.waiting.push(sequence)
+
+    def remove_rowless(self) -> None:
+        """Remove sequences without a row from `running`. `_leave_row` may be called during an iteration over it, so it does not."""
+        if self._num_rowless:
+            self.running = [s for s in self.running if s.row != NO_ROW]
+            self._num_rowless = 0
+
+    def remove_if_finished(self, request: Request) -> None:
+        if request.finished and self.requests.get(request.new.request_id) is request:
+            del self.requests[request.new.request_id]
+
+    def unfinished_sequences(self) -> list[Sequence]:
+        """Every sequence that is waiting, running or preempted. Includes finished ones that still have a row."""
+        return [*self.running, *self.preempted_beams, *self.waiting.sequences()]
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.order

@@ -1,0 +1,207 @@
+"""Planning one step: which sequences run, how many tokens each computes, and in which blocks.
+
+A step is filled in this order (`scheduler` says why):
+
+    1. decodes: the next token of every running sequence whose prompt is computed
+    2. verifications: decodes with drafts to verify
+    3. prompt chunks of running sequences, in priority order, from the rest of the token budget
+    4. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step
+
+Planning works on counts alone. It never needs the value of a token that a launched plan is sampling.
+"""
+from __future__ import annotations
+
+from minivllm.core.forks import fork
+from minivllm.core.plan import BlockId, BlockMove, RowAdmission, StepPlan
+from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
+from minivllm.core.preemption import allocate_slots
+from minivllm.core.request import Sequence, SequenceStatus
+from minivllm.core.scheduler_state import SchedulerState
+
+
+def plan_step(state: SchedulerState, now: float) -> PlanBuilder:
+    plan = PlanBuilder(state.next_step_id, state.config.max_num_batched_tokens, len(state.config.kv_windows))
+    verifications, prompts = _plan_decodes(state, plan)
+    plan.close_decodes()
+    for position, sequence in enumerate(verifications):
+        if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted since
+            _plan_verification(state, plan, sequence, reserved=len(verifications) - position - 1)
+    for sequence in prompts:
+        if sequence.status is SequenceStatus.RUNNING and plan.budget:
+            _plan_tokens(state, plan, sequence, min(sequence.num_left_to_plan, plan.budget, state.config.max_chunk))
+    state.remove_rowless()
+    if not plan.short_of_blocks:
+        _plan_waiting(state, plan, now)
+    return plan
+
+
+def launch_plan(state: SchedulerState, plan: PlanBuilder) -> StepPlan | None:
+    """Record the plan as launched, with the moves that are due. None if there is nothing to compute, move or wait for."""
+    config, offload = state.config, state.kv.offload
+    moves_out: list[BlockMove] = []
+    moves_in: list[BlockMove] = []
+    if config.num_host_blocks:
+        if plan.sequences and not plan.short_of_blocks:
+            offload.save_before_eviction(config.max_num_batched_tokens // config.block_size + 1)
+        moves_out, moves_in = offload.pop_new_moves()
+    # With nothing to compute, only a finished move can help. Moves are reported with a result, so an empty step is launched.
+    must_wait = offload.moves and state.requests and not state.launched
+    if not (plan.sequences or moves_out or must_wait):
+        assert not moves_in
+        return None
+    state.next_step_id += 1
+    launched = LaunchedPlan(plan.build(moves_out, moves_in), plan)
+    state.launched.append(launched)
+    return launched.plan
+
+
+# Running sequences.
+
+
+def _plan_decodes(state: SchedulerState, plan: PlanBuilder) -> tuple[list[Sequence], list[Sequence]]:
+    """Plan the next token of every decode. Returns the sequences with drafts to verify, and those with a prompt to compute."""
+    verifications: list[Sequence] = []
+    prompts: list[Sequence] = []
+    sequences, starts = plan.sequences, plan.starts
+    for sequence in state.running:
+        start = sequence.num_planned
+        if start < sequence.fast_plan_limit:  # the common case
+            sequence.num_planned = start + 1
+            sequence.num_known += 1
+            sequences.append(sequence)
+            starts.append(start)
+        elif _can_be_planned(sequence):
+            if sequence.num_known - start > 1 or sequence.num_known == sequence.num_prompt_tokens:
+                prompts.append(sequence)
+            elif sequence.drafts:
+                verifications.append(sequence)
+            else:
+                _plan_decode(state, plan, sequence)
+    return verifications, prompts
+
+
+def _can_be_planned(sequence: Sequence) -> bool:
+    if sequence.status is not SequenceStatus.RUNNING or sequence.paused or sequence.num_left_to_plan <= 0:
+        return False
+    return sequence.num_placeholders == 0 or not (sequence.waits_for_result or sequence.must_readmit or sequence.drafts)
+
+
+def _plan_decode(state: SchedulerState, plan: PlanBuilder, sequence: Sequence) -> None:
+    """A decode that may need a block, a copy or an admission of its row first."""
+    start = sequence.num_planned
+    new_blocks = allocate_slots(state, plan, sequence, start + 1)
+    if new_blocks is None:
+        return
+    plan.add_decode(sequence, start, _add_row_changes(plan, sequence, new_blocks))
+    sequence.num_planned = start + 1
+    sequence.num_known += 1
+    _set_fast_plan_limit(sequence)
+
+
+def _plan_verification(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, reserved: int) -> None:
+    """A decode with drafts. Drafts leave one token of the budget to each later verification, and preempt no other sequence."""
+    count = min(sequence.num_left_to_plan, plan.budget - reserved, state.config.max_chunk)
+    if sequence.table.num_missing_blocks(sequence.num_planned + count) > state.kv.pool.num_free:
+        count = 1
+    _plan_tokens(state, plan, sequence, count)
+
+
+def _plan_tokens(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, count: int) -> None:
+    """Compute `count` tokens: a prompt chunk, or a token and its drafts. If the last known token is among them, sample the next."""
+    start, end = sequence.num_planned, sequence.num_planned + count
+    new_blocks = allocate_slots(state, plan, sequence, end)
+    if new_blocks is None:
+        return
+    drafts = sequence.drafts[:max(0, end - sequence.num_known)]
+    column = plan.add(sequence, start, count, _add_row_changes(plan, sequence, new_blocks), drafts)
+    sequence.num_planned, sequence.drafts = end, drafts  # drafts that do not fit are dropped
+    if end >= sequence.num_known and sequence.num_known < sequence.max_tokens_total:
+        plan.add_sample(column, sequence)
+        sequence.num_known += 1
+        if sequence.request.num_unforked:
+            _fork_children(state, plan, column, sequence)
+        _set_fast_plan_limit(sequence)
+
+
+def _fork_children(state: SchedulerState, plan: PlanBuilder, column: int, parent: Sequence) -> None:
+    """The prompt's last token is planned: each child samples its own first token from the same logits."""
+    request = parent.request
+    first, request.num_unforked = request.new.params.n - request.num_unforked, 0
+    for index in range(first, request.new.params.n):
+        child = fork(state, parent, index, list(request.new.prompt_token_ids))
+        if child.status is SequenceStatus.RUNNING:
+            child.num_known += 1
+            _add_row_changes(plan, child, plan.no_blocks)
+            # Everything that launched plans compute for the parent is confirmed for the child with this plan.
+            plan.forks.append((child, plan.add_sample(column, child), child.num_in_flight))
+
+
+def _set_fast_plan_limit(sequence: Sequence) -> None:
+    """Positions below the limit need no check before they are planned; see `Sequence`."""
+    if sequence.waits_for_result or sequence.shares_last_block or sequence.drafts:
+        sequence.fast_plan_limit = 0
+    else:
+        sequence.fast_plan_limit = min(sequence.table.capacity, sequence.compute_limit)
+
+
+# What the worker must change in the sequence's row before the step.
+
+
+def _add_row_changes(
+    plan: PlanBuilder, sequence: Sequence, new_blocks: tuple[tuple[BlockId, ...], ...],
+) -> tuple[tuple[BlockId, ...], ...]:
+    """Add the row's admission, or its entries that left a window. Returns the blocks to append: none after an admission."""
+    if sequence.must_readmit:
+        sequence.must_readmit = False
+        sequence.dropped_entries.clear()
+        plan.admitted.append(_row_admission(sequence))
+        return plan.no_blocks
+    for group, index in sequence.dropped_entries:
+        plan.freed_blocks.append((sequence.row, group, index))
+    sequence.dropped_entries.clear()
+    return new_blocks
+
+
+def _row_admission(sequence: Sequence) -> RowAdmission:
+    new, logprobs_from = sequence.request.new, sequence.prompt_logprobs_from
+    return RowAdmission(
+        row=sequence.row, request_id=sequence.id, token_ids=tuple(sequence.tokens), num_prompt_tokens=sequence.num_prompt_tokens,
+        block_ids=sequence.table.as_tuples(), params=new.params, seed=sequence.request.seed, child_index=sequence.index,
+        prompt_logprobs_from=logprobs_from if logprobs_from is not None and logprobs_from < sequence.num_prompt_tokens else None,
+    )
+
+
+# Waiting sequences.
+
+
+def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
+    while plan.budget and state.free_rows:
+        sequence = state.waiting.first()
+        if sequence is None or not _admit(state, plan, sequence, now):
+            return  # no later sequence overtakes one that does not fit
+
+
+def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, now: float) -> bool:
+    """Give the first waiting sequence a row, its computed blocks and its first tokens. False if it does not fit."""
+    if sequence.num_moves_out:
+        return False
+    match, computed = state.kv.get_computed_blocks(sequence)
+    left = min(sequence.num_known, sequence.compute_limit) - computed
+    count = min(left, plan.budget, state.config.max_chunk)
+    if count < left and not state.config.enable_chunked_prefill:
+        return False
+    reserve = state.config.num_blocks // 100 if state.running else 0  # for the next tokens of running sequences
+    if not state.kv.fits(match, computed + count, reserve):
+        plan.short_of_blocks = True
+        return False
+    state.waiting.pop()
+    if sequence.status is SequenceStatus.WAITING:
+        state.prefix_queries += len(sequence.tokens)
+        state.prefix_hits += computed
+    state.kv.assign(sequence, match, computed)
+    if sequence.first_scheduled_time is None:
+        sequence.first_scheduled_time = now
+        sequence.num_cached_tokens = computed
+    state.start_running(sequence)
+    _plan_tokens(state, plan, sequence, count)
+    return True

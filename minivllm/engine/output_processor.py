@@ -1,0 +1,228 @@
+"""What a step's result means for each request: text, stop strings, grammars, log-probabilities, and the deltas that are sent.
+
+    masks(plan)                    before sampling: the tokens that grammars allow
+    advance_grammars, push_text    after the result: the samples that end by a grammar or a stop string  ──▶ Scheduler.update
+    assemble(updates)              after the update: one `OutputDelta` for each sequence that advanced or ended
+
+`RequestState` is all that the engine remembers of a request. What the request needs for planning is the scheduler's.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
+from minivllm.core.request import SequenceUpdate, sequence_id
+from minivllm.core.stopping import StopRule
+from minivllm.engine.detokenizer import SequenceText
+from minivllm.engine.grammar import GrammarMasks, Matcher, SequenceGrammar
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
+from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
+from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One unfinished child of a request."""
+
+    request: RequestState
+    id: str
+    index: int
+    text: SequenceText | None = None  # None: no text is wanted
+    grammar: SequenceGrammar | None = None
+    first_token_time: float | None = None
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One unfinished request."""
+
+    id: str
+    params: SamplingParams
+    arrival_time: float
+    first_step: int  # plans launched before it may name an earlier request of the same id
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # [prompt length]; None: not wanted, or sent already
+    sequences: dict[int, SequenceState] = field(default_factory=dict)  # by index
+
+
+class GrammarFailure(NamedTuple):
+    """A request whose grammar cannot be followed."""
+
+    request_id: str
+    error: str
+    param: str
+
+
+def sequence_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
+    return tuple(sequence_id(request_id, index, params.n) for index in range(params.n))
+
+
+class OutputProcessor:
+    """The state of all unfinished requests. Without a tokenizer there is no text."""
+
+    def __init__(self, tokenizer: Tokenizer | None, masks: GrammarMasks) -> None:
+        self._tokenizer = tokenizer
+        self._masks = masks
+        self._requests: dict[str, RequestState] = {}
+        self._sequences: dict[str, SequenceState] = {}  # by sequence id
+        self._num_grammars = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def id_in_use(self, request_id: str, params: SamplingParams) -> bool:
+        """Whether the id of this request, or of one of its sequences, is in use."""
+        return request_id in self._requests or any(name in self._sequences for name in (request_id, *sequence_ids(request_id, params)))
+
+    # -- requests come and go -------------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest, rule: StopRule, grammar: Matcher | None, first_step: int) -> None:
+        """Start a request that takes part from plan `first_step` on. `grammar`: a matcher to copy for each sequence."""
+        params, prompt = request.params, request.prompt_token_ids
+        state = RequestState(request.request_id, params, request.arrival_time, first_step)
+        if params.prompt_logprobs is not None:
+            state.prompt_logprobs = [None] * len(prompt)
+        self._requests[state.id] = state
+        for index, name in enumerate(sequence_ids(state.id, params)):
+            sequence = SequenceState(state, name, index)
+            if self._tokenizer is not None and params.detokenize:
+                sequence.text = SequenceText(self._tokenizer.stream(prompt, params.skip_special_tokens), params, rule)
+            if grammar is not None:
+                sequence.grammar = SequenceGrammar(grammar)
+                self._num_grammars += 1
+            state.sequences[index] = self._sequences[name] = sequence
+
+    def choose_beams(self, request_id: str, names: Sequence[str]) -> list[int]:
+        """The sequences of a beam search from now on. Returns their indices."""
+        request = self._requests[request_id]
+        for sequence in request.sequences.values():
+            del self._sequences[sequence.id]
+        indices = [_beam_index(request_id, name) for name in names]
+        request.sequences = {
+            index: request.sequences.get(index) or SequenceState(request, name, index) for index, name in zip(indices, names, strict=True)
+        }
+        self._sequences.update((sequence.id, sequence) for sequence in request.sequences.values())
+        return indices
+
+    def end(
+        self, request_id: str, reason: FinishReason, now: float, error: str | None = None, param: str | None = None,
+    ) -> list[OutputDelta]:
+        """End a request without another token. Returns the last deltas of its children."""
+        return [
+            OutputDelta(request_id, sequence.index, (), self._finish(sequence), finish_reason=reason, error=error, error_param=param,
+                        metrics=_metrics(sequence, now))
+            for _, sequence in sorted(self._requests[request_id].sequences.items())
+        ]
+
+    def _finish(self, sequence: SequenceState) -> str:
+        """Forget a sequence. Returns the rest of its text."""
+        request = sequence.request
+        del request.sequences[sequence.index], self._sequences[sequence.id]
+        if not request.sequences:
+            del self._requests[request.id]
+        self._num_grammars -= sequence.grammar is not None
+        return "" if sequence.text is None else sequence.text.take(finished=True)
+
+    def clear(self) -> None:
+        """Forget all requests."""
+        self._requests.clear()
+        self._sequences.clear()
+        self._num_grammars = 0
+
+    # -- a step ---------------------------------------------------------------------------------------------------------
+
+    def masks(self, plan: StepPlan) -> TokenMasks | None:
+        """The tokens that grammars allow; None if the plan samples for no sequence with a grammar."""
+        if not self._num_grammars:
+            return None
+        found = [(i, sequence.grammar) for i, name in enumerate(plan.sample_ids)
+                 if (sequence := self._sequences.get(name)) is not None and sequence.grammar is not None]
+        return self._masks.fill(*zip(*found, strict=True)) if found else None
+
+    def _sampled(self, plan: StepPlan) -> list[SequenceState | None]:
+        """The sequence of each sample; None if it has ended since the plan was made."""
+        get, step_id = self._sequences.get, plan.step_id
+        return [s if (s := get(name)) is not None and step_id >= s.request.first_step else None for name in plan.sample_ids]
+
+    def advance_grammars(self, plan: StepPlan, result: StepResult) -> tuple[dict[int, Stop], list[GrammarFailure]]:
+        """Pass the sampled tokens to the grammars. Returns stops by sample index, and the requests that must end."""
+        stops: dict[int, Stop] = {}
+        failures: dict[str, GrammarFailure] = {}
+        if not self._num_grammars:
+            return {}, []
+        for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
+            if sequence is None or sequence.grammar is None:
+                continue
+            if (stop := sequence.grammar.advance(tokens)) is not None:
+                stops[i] = stop
+            if sequence.grammar.failure is not None:
+                request = sequence.request
+                assert request.params.structured_outputs is not None
+                where = request.params.structured_outputs.where
+                failures.setdefault(request.id, GrammarFailure(request.id, f"{where}: {sequence.grammar.failure}", where))
+        return stops, list(failures.values())
+
+    def push_text(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop]) -> dict[int, Stop]:
+        """Detokenize the sampled tokens. `stops` by sample index are the ends that grammars set. Returns them with the stop strings.
+
+        If a stop string and the grammar end the same sample, the stop string counts.
+        """
+        found = dict(stops)
+        for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
+            if sequence is None or sequence.text is None:
+                continue
+            if i in stops:
+                tokens = tokens[:stops[i].keep]
+            if (stop := sequence.text.push(tokens)) is not None:
+                found[i] = stop
+        return found
+
+    def collect_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        """They arrive in chunks, each with its first position. A chunk that is recomputed after a preemption repeats its values."""
+        for column, first, entries in result.prompt_logprobs:
+            sequence = self._sequences.get(plan.request_ids[column])
+            if sequence is None or plan.step_id < sequence.request.first_step:
+                continue
+            if sequence.request.prompt_logprobs is not None:
+                sequence.request.prompt_logprobs[first:first + len(entries)] = entries
+
+    def assemble(self, updates: Iterable[SequenceUpdate], result: StepResult, now: float) -> list[OutputDelta]:
+        """The deltas of what the scheduler's update returned."""
+        return [self._delta(sequence, u, result, now) for u in updates if (sequence := self._sequences.get(u.sequence_id)) is not None]
+
+    def _delta(self, sequence: SequenceState, update: SequenceUpdate, result: StepResult, now: float) -> OutputDelta:
+        request, tokens, reason = sequence.request, update.token_ids, update.finish_reason
+        if tokens and sequence.first_token_time is None:
+            sequence.first_token_time = now
+        logprobs = None
+        if request.params.logprobs is not None and update.sample_index is not None and result.logprobs:
+            logprobs = (result.logprobs[update.sample_index] or ())[:len(tokens)]
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        if reason is None:
+            text = "" if sequence.text is None else sequence.text.take(finished=False)
+            metrics = None
+        else:
+            text = self._finish(sequence)
+            metrics = _metrics(sequence, now, update)
+        return OutputDelta(
+            update.request_id, update.index, tokens, text, logprobs, reason, update.stop_reason, update.num_cached_tokens,
+            None if prompt_logprobs is None else tuple(prompt_logprobs), metrics, result.error if reason == "error" else None,
+        )
+
+
+def _metrics(sequence: SequenceState, now: float, update: SequenceUpdate | None = None) -> RequestMetrics:
+    metrics = RequestMetrics(sequence.request.arrival_time, first_token_time=sequence.first_token_time, finished_time=now)
+    if update is not None:
+        metrics.first_scheduled_time, metrics.num_preemptions = update.first_scheduled_time, update.num_preemptions
+    return metrics
+
+
+def _beam_index(request_id: str, name: str) -> int:
+    """The inverse of `core.request.sequence_id` for a beam search, whose first sequence has the id of the request."""
+    return 0 if name == request_id else int(name.removeprefix(f"{request_id}#"))

@@ -1,0 +1,27 @@
+"""Model families as a table: config.json -> `ModelSpec`, and what follows from it. Standard library only.
+
+    config.json --parse_config: the row of its architecture--> ModelSpec --linear_specs, tensor_specs--> sizes, checkpoint names
+                                                                         --kv_groups--> which layers share a block table
+
+There is one decoder (`models/decoder.py`). A family, such as Qwen3, is a row of this table (docs/adding_a_model.md). The loader, the
+layers and the memory planner read this package. The planner must run without torch.
+"""
+from minivllm.families.config_json import Config, Key, read
+from minivllm.families.family import Family, PerLayer
+from minivllm.families.modules import LinearSpec, TensorSpec, linear_specs, tensor_specs
+from minivllm.families.spec import (
+    AttentionSpec,
+    KVGroup,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    RopeSpec,
+    kv_groups,
+    num_kv_tensors,
+)
+from minivllm.families.table import FAMILIES, parse_config
+
+__all__ = [
+    "FAMILIES", "AttentionSpec", "Config", "Family", "KVGroup", "Key", "LayerSpec", "LinearSpec", "MLPSpec", "ModelSpec", "PerLayer",
+    "RopeSpec", "TensorSpec", "kv_groups", "linear_specs", "num_kv_tensors", "parse_config", "read", "tensor_specs",
+]

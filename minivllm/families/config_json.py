@@ -1,0 +1,167 @@
+"""Reading config.json: one key at a time, checked for its type, and the keys that several families share.
+
+Transformers 4 and 5 name some keys differently; both spellings are read.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from minivllm.errors import nearest
+from minivllm.families.spec import RopeSpec, model_error
+
+Config: TypeAlias = Mapping[str, Any]  # a parsed config.json
+REQUIRED = ...
+
+
+class Key(NamedTuple):
+    """Read a field from config.json. A missing (or null) key gets `default`; `REQUIRED` makes it an error."""
+
+    name: str
+    type: type
+    default: Any = REQUIRED
+
+
+def read(config: Config, key: Key) -> Any:
+    """The value of one key of config.json. Raises `ModelError` if it is missing or of another type."""
+    value = config.get(key.name)
+    if value is None:
+        if key.default is REQUIRED:
+            raise model_error(f"config.json has no {key.name!r}{nearest(key.name, config)}")
+        return key.default
+    if key.type is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, key.type) or (isinstance(value, bool) and key.type is not bool):
+        raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {value!r}")
+    return value
+
+
+def num_layers(config: Config) -> int:
+    layers = int(read(config, Key("num_hidden_layers", int)))
+    if layers < 1:
+        raise model_error(f"config.json: num_hidden_layers must be at least 1, got {layers}")
+    return layers
+
+
+def dtype(config: Config) -> str:
+    """The dtype of the checkpoint's tensors."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise model_error(f"config.json: dtype {name!r} is not supported; float32, bfloat16 and float16 are")
+    return name
+
+
+# --- heads and activations -----------------------------------------------------------------------------------------
+
+
+def head_dim(config: Config) -> int:
+    """As given, else hidden_size / heads."""
+    explicit = read(config, Key("head_dim", int, None))
+    if explicit is not None:
+        return int(explicit)
+    hidden, heads = read(config, Key("hidden_size", int)), read(config, Key("num_attention_heads", int))
+    if heads < 1 or hidden % heads:
+        raise model_error(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is missing")
+    return int(hidden // heads)
+
+
+def kv_heads(config: Config) -> int:
+    return int(read(config, Key("num_key_value_heads", int, read(config, Key("num_attention_heads", int)))))
+
+
+# config.json's names of activation functions -> ours
+_ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def activation(key: Key) -> Callable[[Config], str]:
+    def read_activation(config: Config) -> str:
+        name = read(config, key)
+        if name not in _ACTIVATIONS:
+            raise model_error(f"config.json: {key.name} {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+    return read_activation
+
+
+# --- sliding windows -----------------------------------------------------------------------------------------------
+
+
+def one_window(default: int | None) -> Callable[[Config], int | None]:
+    """Every layer has the same window. A missing key means `default`, an explicit null means full attention."""
+    def read_window(config: Config) -> int | None:
+        window: int | None = read(config, Key("sliding_window", int, None)) if "sliding_window" in config else default
+        return window
+    return read_window
+
+
+def windows_by_layer(config: Config) -> tuple[int | None, ...]:
+    """One window per layer, only with `use_sliding_window`: from `layer_types` if given, else in all layers from `max_window_layers`."""
+    enabled = read(config, Key("use_sliding_window", bool, False))
+    window = read(config, Key("sliding_window", int, None)) if enabled and "sliding_window" in config else (4096 if enabled else None)
+    types, layers = read(config, Key("layer_types", list, None)), num_layers(config)
+    if types is None:
+        first = read(config, Key("max_window_layers", int, 28))
+        return tuple(window if i >= first else None for i in range(layers))
+    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise model_error(f"config.json: layer type {unknown[0]!r} is not supported; full_attention and sliding_attention are")
+    if window is None and "sliding_attention" in types:
+        raise model_error("config.json: layer_types names sliding_attention, but use_sliding_window is off or sliding_window is null")
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+# --- rotary embedding ----------------------------------------------------------------------------------------------
+
+
+def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
+    """-> (rotary embedding, context length with its scaling applied). max_len: `max_position_embeddings`, in tokens.
+
+    Transformers 5 writes all keys into `rope_parameters`. Transformers 4 writes `rope_theta` and an optional `rope_scaling`.
+    """
+    params = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(params, Mapping) or any(isinstance(v, Mapping) for v in params.values()):
+        raise model_error("config.json: rotary parameters per layer type are not supported")
+    both = {**config, **{key: value for key, value in params.items() if value is not None}}  # a key in both has the inner value
+    partial = read(both, Key("partial_rotary_factor", float, 1.0))
+    if partial != 1.0:
+        raise model_error(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0 is")
+    theta = read(both, Key("rope_theta", float, 10000.0))
+    kind = params.get("rope_type") or params.get("type") or "default"
+    original = read(both, Key("original_max_position_embeddings", int, max_len))
+    if original < 1 or not 0.0 < theta < math.inf:
+        raise model_error(f"config.json: rope_theta {theta} and the original context length {original} must be positive")
+    if kind == "default":
+        return RopeSpec(theta=theta, original_max_len=max_len), max_len
+    if kind not in ("linear", "dynamic", "llama3", "yarn"):
+        raise model_error(f"config.json: rope type {kind!r} is not supported; default, linear, dynamic, llama3 and yarn are")
+    factor = read(params, Key("factor", float, max_len / original if kind == "yarn" else REQUIRED))
+    if not 1.0 <= factor < math.inf:
+        raise model_error(f"config.json: the rope factor must be at least 1, got {factor}")
+    if kind == "llama3":  # max_position_embeddings is already the length after scaling
+        low, high = read(params, Key("low_freq_factor", float)), read(params, Key("high_freq_factor", float))
+        if not low < high:
+            raise model_error(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}")
+        return RopeSpec(theta=theta, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low,
+                        high_freq_factor=high), max_len
+    if kind == "yarn":  # max_position_embeddings may be the length before or after scaling
+        fast, slow = read(params, Key("beta_fast", float, 0.0)) or 32.0, read(params, Key("beta_slow", float, 0.0)) or 1.0
+        return RopeSpec(theta=theta, scaling="yarn", factor=factor, original_max_len=original, beta_fast=fast, beta_slow=slow,
+                        truncate=read(params, Key("truncate", bool, True)),
+                        attention_factor=_yarn_attention_factor(params, factor)), max(max_len, int(original * factor))
+    return RopeSpec(theta=theta, scaling="linear" if kind == "linear" else "dynamic", factor=factor,
+                    original_max_len=max_len), int(max_len * factor)
+
+
+def _yarn_attention_factor(params: Config, factor: float) -> float:
+    """YaRN (Peng et al. 2023, section 3.4) sharpens attention: slightly, and more for a larger factor."""
+    explicit = read(params, Key("attention_factor", float, None))
+    if explicit is not None:
+        return float(explicit)
+
+    def sharpening(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    mscale, all_dim = read(params, Key("mscale", float, 0.0)), read(params, Key("mscale_all_dim", float, 0.0))
+    return sharpening(mscale) / sharpening(all_dim) if mscale and all_dim else sharpening(1.0)

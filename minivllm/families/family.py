@@ -1,0 +1,71 @@
+"""A row of the table: where each field of a model's specification comes from, and how checkpoints name its modules.
+
+    config.json ── Family.parse ──▶ ModelSpec          model fields, then one LayerSpec per layer
+
+The source of a field is a value, a `Key` of config.json, a function of config.json, or `PerLayer` of a function that gives one
+value per layer.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from minivllm.families import config_json
+from minivllm.families.config_json import Config, Key, read
+from minivllm.families.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, model_error
+
+
+class PerLayer(NamedTuple):
+    """A field that differs between layers: config.json -> one value per layer."""
+
+    values: Callable[[Config], Sequence[Any]]
+
+
+Source: TypeAlias = Any  # a value | Key | Callable[[Config], value] | PerLayer
+Fields: TypeAlias = Mapping[str, Source]
+Names: TypeAlias = Mapping[str, tuple[str, ...]]  # our module -> the checkpoint modules whose rows are stacked; {i}: layer number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One architecture. `model`, `attention`, `mlp`: fields of ModelSpec, AttentionSpec and MLPSpec -> their sources."""
+
+    model: Fields
+    attention: Fields
+    mlp: Fields
+    names: Names = field(repr=False)
+    block: Source = "pre"
+
+    def but(self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}) -> Family:  # noqa: B006 - read only
+        """The same family with some fields and names replaced."""
+        return Family(model={**self.model, **model}, attention={**self.attention, **attention}, mlp={**self.mlp, **mlp},
+                      names={**self.names, **names}, block=self.block)
+
+    def parse(self, architecture: str, config: Config) -> ModelSpec:
+        """The specification that a parsed config.json describes. Raises `ModelError` naming the key."""
+        layers = config_json.num_layers(config)
+        model = {name: _value(source, config) for name, source in self.model.items()}
+        attention = dict(self.attention)
+        if "rope" not in attention:
+            attention["rope"], model["max_model_len"] = config_json.rope(config, model["max_model_len"])
+        block = _value(self.block, config)
+        return ModelSpec(architecture=architecture, dtype=config_json.dtype(config), names=self.names, layers=tuple(
+            LayerSpec(attention=AttentionSpec(**a), mlp=MLPSpec(**m), block=block)
+            for a, m in zip(_by_layer(attention, config, layers), _by_layer(self.mlp, config, layers), strict=True)), **model)
+
+
+def _value(source: Source, config: Config) -> Any:
+    if isinstance(source, Key):
+        return read(config, source)
+    return source(config) if callable(source) else source
+
+
+def _by_layer(fields: Fields, config: Config, layers: int) -> list[dict[str, Any]]:
+    """Each layer's fields."""
+    shared = {name: _value(source, config) for name, source in fields.items() if not isinstance(source, PerLayer)}
+    columns = {name: source.values(config) for name, source in fields.items() if isinstance(source, PerLayer)}
+    for name, values in columns.items():
+        if len(values) != layers:
+            raise model_error(f"config.json: {len(values)} layer types for {layers} layers ({name})")
+    return [{**shared, **{name: values[i] for name, values in columns.items()}} for i in range(layers)]

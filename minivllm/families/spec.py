@@ -1,0 +1,190 @@
+"""What a model is, as data: one `LayerSpec` per layer, and the few things that all layers share.
+
+    ModelSpec
+      layers[i]: LayerSpec ── attention: AttentionSpec   heads, window, rotary embedding, norms of q and k, biases
+                           ├─ mlp: MLPSpec               width, activation, gated or plain, biases
+                           └─ block: "pre" | "post"      where the norms are
+
+Layers may differ in every field of a `LayerSpec`. Code that needs a property of a layer reads it from that layer.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from minivllm.errors import ModelError
+
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+
+
+def model_error(message: str) -> ModelError:
+    """An error about the model that the user chose."""
+    return ModelError(message, "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding: its base, and how its frequencies are stretched beyond the trained context length."""
+
+    theta: float = 10000.0
+    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_len: int = 0  # trained context length, in tokens
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are stretched by `factor` ...
+    high_freq_factor: float = 4.0  # ... those below original / high are kept, those between are partly stretched
+    beta_fast: float = 32.0  # yarn: dimensions with more turns than this over the original length are kept ...
+    beta_slow: float = 1.0  # ... those with fewer turns than this are stretched by `factor`
+    truncate: bool = True  # yarn: round these two borders outwards to whole dimensions
+    attention_factor: float = 1.0  # yarn: factor on cos and sin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Self-attention of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None  # keys that a query attends to, its own included; None: all earlier ones
+    rope: RopeSpec | None  # None: no rotation
+    qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
+    qkv_bias: bool
+    out_bias: bool
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.num_heads % self.num_kv_heads == 0,
+                 f"{self.num_heads} heads cannot be divided evenly among {self.num_kv_heads} key-value heads")
+        _require(self.rope is None or self.head_dim % 2 == 0, f"a rotary head_dim must be even, got {self.head_dim}")
+        _require(self.window is None or self.window >= 1, f"a sliding window must be at least 1, got {self.window}")
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLPSpec:
+    """Feed-forward half of one layer: down(act(gate(x)) * up(x)) if gated, else down(act(up(x)))."""
+
+    intermediate_size: int
+    gated: bool
+    activation: str  # one of ACTIVATIONS
+    bias: bool
+
+    def __post_init__(self) -> None:
+        _require(self.intermediate_size >= 1, f"intermediate_size must be at least 1, got {self.intermediate_size}")
+        _require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is not supported")
+        _require(not self.gated or self.activation == "silu",
+                 f"a gated MLP with activation {self.activation!r} is not supported, only with 'silu'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer."""
+
+    attention: AttentionSpec
+    mlp: MLPSpec
+    block: Literal["pre", "post"]  # pre: x + f(norm(x)); post: norm(x + f(x))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model's architecture. Valid once constructed; raises `ModelError` naming the field."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    max_model_len: int  # in tokens: the model's own limit, replaced by the served length if that is shorter
+    dtype: str  # of the checkpoint: float32, bfloat16 or float16
+    tied: bool  # the output head is the embedding table
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    norm_affine: bool  # norms have weights
+    final_norm: bool
+    learned_positions: int  # positions in the learned table; 0: there is no table
+    position_offset: int  # row of position 0 in that table
+    embed_size: int  # width of the embedding table; projected in and out if it is not hidden_size
+    names: Mapping[str, tuple[str, ...]] = dataclasses.field(repr=False, hash=False)  # module -> checkpoint modules
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "max_model_len", "embed_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(len(self.layers) >= 1, "a model needs at least one layer")
+        _require(not self.learned_positions or self.max_model_len <= self.learned_positions,
+                 f"max_model_len {self.max_model_len} exceeds the {self.learned_positions} learned positions; lower it")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """The different (heads, KV heads, head dimension) of the layers."""
+        return tuple(dict.fromkeys((a.num_heads, a.num_kv_heads, a.head_dim) for a in (layer.attention for layer in self.layers)))
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise model_error(otherwise)
+
+
+# --- KV groups -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers that share one block table: tensor j of the KV cache holds layer layers[j] of every group.
+
+    6 layers, every third with full attention:     tensor     0   1
+                                         group 0 (window)     0   1        a physical block belongs to one group at a time;
+                                         group 1 (window)     3   4        all groups have the same tensors, so any block
+                                         group 2 (full)       2   5        can serve any group
+    """
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None  # None: full attention
+    layers: tuple[int, ...]
+
+
+def kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
+    """Group the layers by attention shape and window, into groups of nearly equal size, so that few of the cache's tensors stay unused."""
+    layers_of: dict[tuple[int, int, int, int | None], list[int]] = {}
+    for i, layer in enumerate(spec.layers):
+        a = layer.attention
+        # A window of at least max_model_len never hides a key, so such a layer counts as full attention.
+        window = None if a.window is None or a.window >= spec.max_model_len else a.window
+        layers_of.setdefault((a.num_heads, a.num_kv_heads, a.head_dim, window), []).append(i)
+    counts = [len(layers) for layers in layers_of.values()]
+
+    def unused(size: int) -> int:  # tensors without a layer, summed over all groups of this size
+        return sum(-n % size for n in counts)
+
+    # The largest size with at most an eighth unused. Fewer groups are better: each costs a block table and a gather per step.
+    size = max(s for s in range(1, max(counts) + 1) if unused(s) * 8 <= spec.num_layers)
+    return tuple(
+        KVGroup(*shape, layers=tuple(layers[at : at + size]))
+        for shape, layers in layers_of.items()
+        for at in range(0, len(layers), size)
+    )
+
+
+def num_kv_tensors(groups: tuple[KVGroup, ...]) -> int:
+    """Key (and value) tensors of the cache: the layers of the largest group."""
+    return max(len(group.layers) for group in groups)

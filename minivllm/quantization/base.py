@@ -1,0 +1,75 @@
+"""The interface of a linear method: which tensors store a weight, and how to multiply with them.
+
+    LinearSpec (rows, columns) ──LinearMethod.parameters──▶ {suffix: ParamSpec}     what checkpoints hold; one loader for all methods
+                                                                 │ loaded tensors
+                               LinearMethod.build      ◀─────────┘
+                                    └──▶ Matmul                      x W^T + b, perhaps fused with the operations around it
+
+A new method is one file with these two classes. With `Matmul.__call__` alone it works everywhere. `Matmul.fused` makes it faster
+where its kernel can include the norm before, or the gate or the residual after the product.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:  # the interface is read without torch, for instance to plan memory before anything is loaded
+    from torch import Tensor
+
+    from minivllm.kernels import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One tensor of a linear layer's weight: its layout in checkpoints and here.
+
+    parts: shapes of the checkpoint's tensors, one per part of a fused layer. They are joined along `concat_dim`.
+    """
+
+    parts: tuple[tuple[int, ...], ...]
+    concat_dim: int = 0
+    dtype: str | None = None  # a torch dtype's name; None: the model's own, converted while loading
+    # The dimensions along which tensor-parallel ranks split it; None: every rank holds all of it.
+    output_dim: int | None = 0  # column parallel: runs over the layer's outputs
+    input_dim: int | None = 1  # row parallel: runs over the layer's inputs
+    dummy: Literal["normal", "bits"] | float = "normal"  # random weights: normal, random bits, or one value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the joined tensor."""
+        joined = list(self.parts[0])
+        joined[self.concat_dim] = sum(part[self.concat_dim] for part in self.parts)
+        return tuple(joined)
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """The operations around a product: y = act(rms_norm(x) W^T + bias). The residual is added per call."""
+
+    norm: tuple[Tensor, float] | None = None  # weight [K] and epsilon of an RMSNorm of x
+    bias: Tensor | None = None  # [N]
+    activation: str | None = None  # silu_and_mul (of [gate | up]: N becomes N / 2), silu, relu, gelu or gelu_tanh
+
+
+class Matmul(Protocol):
+    """A loaded weight [N, K]."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [T, K] -> x W^T + bias: [T, N]."""
+
+    def fused(self, x: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
+        """x: [T, K] -> [T, N or N / 2] with the epilogue applied and `residual` added. `residual` may be overwritten.
+
+        None: this method has no kernel for that epilogue, and the caller composes the steps.
+        """
+
+
+class LinearMethod(Protocol):
+    """A storage format for the weights of linear layers, and how to multiply with it."""
+
+    def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
+        """Checkpoint suffix -> tensor, for a layer with these outputs per part and these inputs."""
+
+    def build(self, tensors: Mapping[str, Tensor], ops: Ops) -> Matmul:
+        """The layer's product, from the tensors that `parameters` names: on the device, parts joined."""

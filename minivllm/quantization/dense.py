@@ -1,0 +1,49 @@
+"""Unquantized weights: one matrix in the model's dtype."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from minivllm.quantization.base import Epilogue, ParamSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minivllm.kernels import Ops
+
+
+class DenseMatmul:
+    """A matrix in the memory layout with which the device multiplies fastest."""
+
+    __slots__ = ("_fused_linear", "weight")
+
+    def __init__(self, weight: Tensor, ops: Ops) -> None:
+        """weight: [N, K]."""
+        self.weight = ops.pack_weight(weight, weight.dtype)
+        self._fused_linear = ops.fused_linear
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [T, K] -> [T, N]."""
+        return self._fused_linear(x, self.weight, bias)
+
+    def fused(self, x: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
+        """x: [T, K] -> [T, N or N / 2]; None for activations other than silu_and_mul."""
+        if epilogue.activation not in (None, "silu_and_mul"):
+            return None
+        return self._fused_linear(x, self.weight, epilogue.bias, norm=epilogue.norm, gated=epilogue.activation is not None,
+                                  residual=residual)
+
+
+class DenseMethod:
+    """See `LinearMethod`."""
+
+    def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
+        """One matrix [sum of rows, cols]."""
+        return {"weight": ParamSpec(tuple((n, cols) for n in rows))}
+
+    def build(self, tensors: Mapping[str, Tensor], ops: Ops) -> DenseMatmul:
+        """See `LinearMethod`."""
+        return DenseMatmul(tensors["weight"], ops)
+
+
+DENSE = DenseMethod()

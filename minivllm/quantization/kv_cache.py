@@ -1,0 +1,64 @@
+"""How one layer's keys and values are stored. Only this code depends on the bytes, the dtype and the tensors of a page.
+
+A *page* is one KV block of one layer. It consists of pieces (keys, values, perhaps their scales), and each piece of all pages is
+one tensor, so that kernels index keys with a single multiplication:
+
+    piece 0, keys     | block 0 | block 1 | block 2 | ...      [num_blocks, bytes]
+    piece 1, values   | block 0 | block 1 | block 2 | ...
+
+Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and CPU KV offload get all sizes from here.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from minivllm.families import KVGroup
+from minivllm.kernels.layout import KVLayer
+
+
+class KVCacheSpec(Protocol):
+    """The storage of one layer's keys and values."""
+
+    def piece_bytes(self, block_size: int) -> tuple[int, ...]:
+        """Bytes of each piece of a page of `block_size` tokens."""
+
+    def view(self, pieces: Sequence[Tensor], block_size: int) -> KVLayer:
+        """What kernels read and write, sharing the memory of `pieces`: [num_blocks, bytes of the piece] uint8 each."""
+
+
+def page_bytes(spec: KVCacheSpec, block_size: int) -> int:
+    """Bytes of one block of one layer."""
+    return sum(spec.piece_bytes(block_size))
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKV:
+    """Unquantized keys and values in the model's dtype: [num_blocks, block_size, kv_heads, head_dim] each."""
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, group: KVGroup, dtype: torch.dtype) -> DenseKV:
+        """For the layers of a KV group, in a model of this dtype."""
+        return cls(group.kv_heads, group.head_dim, dtype)
+
+    def piece_bytes(self, block_size: int) -> tuple[int, int]:
+        """See `KVCacheSpec`."""
+        piece = block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return piece, piece
+
+    def view(self, pieces: Sequence[Tensor], block_size: int) -> KVLayer:
+        """See `KVCacheSpec`."""
+        shape = (len(pieces[0]), block_size, self.kv_heads, self.head_dim)
+        k, v = (piece.view(self.dtype).view(shape) for piece in pieces)
+        return KVLayer(k, v)
+
+
+KVFormat: TypeAlias = Callable[[KVGroup, torch.dtype], KVCacheSpec]  # (KV group, the model's dtype) -> storage of its layers

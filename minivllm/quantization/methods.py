@@ -1,0 +1,77 @@
+"""Which method stores which linear layer, and the resulting parameters of a model."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+from minivllm.families import LinearSpec, ModelSpec, TensorSpec, linear_specs, tensor_specs
+from minivllm.quantization.base import LinearMethod, ParamSpec
+from minivllm.quantization.dense import DENSE
+
+MethodOf: TypeAlias = Callable[[LinearSpec], LinearMethod]  # linear layer -> its method
+# quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
+Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
+METHODS: Methods = MappingProxyType({})
+
+
+def all_dense(linear: LinearSpec) -> LinearMethod:
+    """Every weight is a plain matrix."""
+    return DENSE
+
+
+def method_of(config: Mapping[str, Any], methods: Methods = METHODS) -> MethodOf:
+    """The methods that a parsed config.json names. `parse_config` has already refused names that are not in `methods`."""
+    quantization = config.get("quantization_config")
+    return methods[quantization["quant_method"]](quantization) if quantization else all_dense
+
+
+class Source(NamedTuple):
+    """One tensor of a checkpoint, named without the prefix ("model." and the like) that varies between exporters."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor of ours, and the checkpoint tensors it is joined from along `concat_dim`."""
+
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    concat_dim: int = 0
+    dtype: str | None = None  # None: the model's
+    dummy: str | float = "normal"  # see ParamSpec
+    shard_dim: int | None = None  # tensor-parallel ranks split each source along it; None: every rank holds all of it
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Parameter]:
+    """Every parameter of the model under our own name, e.g. `layers.3.qkv.weight`."""
+    found = {name: _tensor(tensor) for name, tensor in tensor_specs(spec).items()}
+    for linear in linear_specs(spec).values():
+        found.update(_linear(linear, method(linear)))
+    return found
+
+
+def _tensor(tensor: TensorSpec) -> Parameter:
+    return Parameter(tensor.shape, (Source(tensor.checkpoint_name, tensor.shape),), dummy=1.0 if tensor.kind == "scale" else "normal",
+                     shard_dim=0 if tensor.vocab_parallel else None)
+
+
+def _linear(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:
+    # A checkpoint may hold the parts of a fused layer as one tensor already.
+    rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
+    tensors = method.parameters(rows, linear.cols)
+    if linear.bias:  # split along the outputs. A row-parallel layer adds it once, after the sum over ranks
+        tensors["bias"] = ParamSpec(tuple((n,) for n in rows), input_dim=None)
+    for suffix, param in tensors.items():
+        sources = tuple(Source(f"{name}.{suffix}", shape) for name, shape in zip(linear.checkpoint_names, param.parts, strict=True))
+        shard_dim = {"column": param.output_dim, "row": param.input_dim, None: None}[linear.parallel]
+        yield f"{linear.name}.{suffix}", Parameter(param.shape, sources, param.concat_dim, param.dtype, param.dummy, shard_dim)

@@ -1,0 +1,47 @@
+"""Where "auto" becomes a device and a dtype."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from minivllm.errors import InvalidInput
+
+
+def choose_device(wanted: str) -> torch.device:
+    """"auto" is the GPU if there is one. Raises `InvalidInput` for a GPU that is missing."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("device is 'cuda', but PyTorch sees no CUDA GPU: check the driver (nvidia-smi), or use device='cpu'", "device")
+    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
+
+
+def choose_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations. checkpoint: the dtype that config.json names.
+
+    "auto": on a GPU the checkpoint's own, halved if it is float32; on a CPU bfloat16 only where the CPU multiplies it fast.
+    """
+    if wanted != "auto":
+        return dtype_of(wanted)
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    if checkpoint == "float16" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of this name."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has matrix (AMX) or vector (AVX512-BF16) units for bfloat16. Without them it is slower than float32."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        supported = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return True
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return bool(flags & {"amx_bf16", "avx512_bf16"})

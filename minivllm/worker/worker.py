@@ -1,0 +1,166 @@
+"""A worker: one rank's device, weights, KV cache and model runner.
+
+    LoadedModel(config, spec, ...)         device, dtype, kernels, weights
+        .available_memory() ──▶ MemoryBudget          every rank measures its own; the smallest decides
+        .allocate(CacheSize) ──▶ Worker               KV cache, row table, CUDA graphs
+                                   .launch(plan), .sample(launched, masks)
+
+Every rank builds the same two objects and receives the same plans. A plan and the noise of its samples are pure values, so
+all ranks sample the same tokens without exchanging them.
+"""
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from minivllm.config import EngineConfig
+from minivllm.core.plan import StepPlan, StepResult
+from minivllm.errors import InvalidInput
+from minivllm.families import ModelSpec
+from minivllm.kernels import Ops, select
+from minivllm.layers.build import BuildContext
+from minivllm.models.loader import load_model, weight_bytes
+from minivllm.quantization.kv_cache import DenseKV, KVFormat
+from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
+from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.worker.cuda_graphs import graph_bytes
+from minivllm.worker.device import choose_device, choose_dtype
+from minivllm.worker.kv_cache import KVCache, KVLayout
+from minivllm.worker.memory import GIB, CacheRequest, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget
+from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
+
+CUDA_TOKEN_BUDGET, CPU_TOKEN_BUDGET = 8192, 2048  # default max_num_batched_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """The exchangeable parts of a worker. Tests and extensions pass their own."""
+
+    methods: Methods = field(default_factory=lambda: METHODS)  # linear methods by the name in a checkpoint's quantization_config
+    kv_format: KVFormat = DenseKV.of  # how keys and values are stored
+    ops: Callable[[torch.device], Ops] = select  # kernels of a device
+
+
+DEFAULT_COMPONENTS = Components()
+
+
+class LoadedModel:
+    """A model on a device, before its KV cache exists."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, method: MethodOf = all_dense,
+                 components: Components = DEFAULT_COMPONENTS) -> None:
+        """Load the weights in `folder`. `spec.max_model_len` is the length to serve. Raises `InvalidInput` if they do not fit."""
+        self.config, self.spec = config, spec
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.dtype, spec.dtype, self.device)
+        self.max_num_batched_tokens = token_budget(config, spec.max_model_len, self.device)
+        build = BuildContext(self.device, self.dtype, components.ops(self.device), method)
+        for shape in spec.attention_shapes:
+            build.ops.warm_up(*shape, self.dtype)
+        self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format)
+        self._weight_bytes = weight_bytes(spec, build)
+        with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
+            self.model = load_model(spec, folder, config.load_format, build, config.seed)
+
+    @property
+    def cache_request(self) -> CacheRequest:
+        """What the configuration says about the size of the cache."""
+        config, budget = self.config, self.max_num_batched_tokens
+        return CacheRequest(
+            max_model_len=self.spec.max_model_len, length_is_explicit=config.max_model_len is not None,
+            chunk=min(budget, config.long_prefill_token_threshold or budget), num_blocks=config.num_gpu_blocks_override,
+            cache_bytes=config.kv_cache_memory_bytes, utilization=config.gpu_memory_utilization)
+
+    @property
+    def _captures_graphs(self) -> bool:
+        return self.device.type == "cuda" and not self.config.enforce_eager
+
+    def available_memory(self) -> MemoryBudget:
+        """What this rank's KV cache may take. On a GPU this runs the largest steps."""
+        config, budget = self.config, self.max_num_batched_tokens
+        if self.device.type != "cuda":
+            return cpu_budget(self.cache_request, self.layout, self._weight_bytes)
+        with enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
+            graphs = graph_bytes(self.spec, config.max_num_seqs, budget) if self._captures_graphs else 0
+            return cuda_budget(self.cache_request, self.layout, self.model, config.max_num_seqs, budget, graphs)
+
+    def allocate(self, size: CacheSize, num_host_blocks: int = 0, *, eos_token_ids: Sequence[int] = (),
+                 ledger: MemoryLedger | None = None) -> Worker:
+        """The KV cache and everything that runs plans on it. ledger: of `available_memory`. Raises `InvalidInput` if they do not fit."""
+        config, layout = self.config, self.layout
+        field = "num_gpu_blocks_override" if config.num_gpu_blocks_override is not None else "kv_cache_memory_bytes"
+        device_gib, host_gib = (blocks * layout.block_bytes / GIB for blocks in (size.num_blocks, num_host_blocks))
+        pools = f"a KV cache of {device_gib:.2f} GiB and {host_gib:.2f} GiB in host memory"
+        with enough_memory(pools, field, "lower it, or kv_offloading_size"):
+            kv = KVCache(layout, size.num_blocks, num_host_blocks, self.device, self.model.build.ops)
+        runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
+                             eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0)
+        if ledger is not None:
+            ledger = replace(ledger, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
+        return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger)
+
+
+class Worker:
+    """Runs plans in the order in which they are launched. `sample` of one plan comes before `launch` of the next."""
+
+    def __init__(self, runner: ModelRunner, *, max_model_len: int, max_num_batched_tokens: int, ledger: MemoryLedger | None = None) -> None:
+        self._runner: ModelRunner | None = runner
+        self.device, self.dtype = runner.model.build.device, runner.model.build.dtype
+        self.overlaps = self.device.type == "cuda"  # the host is idle while a step runs, so asynchronous scheduling pays
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len  # the model's or the user's, or less if the cache holds less
+        self.num_blocks = runner.kv.num_blocks
+        self.num_host_blocks = runner.kv.num_host_blocks
+        self.kv_windows = runner.kv.layout.windows
+        self.ledger = ledger  # where a GPU's memory went
+
+    @property
+    def runner(self) -> ModelRunner:
+        assert self._runner is not None, "the worker was closed"
+        return self._runner
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a step. On a GPU this returns before the step has run; on a CPU it runs here."""
+        return self.runner.launch(plan)
+
+    def sample(self, step: LaunchedStep, masks: TokenMasks | None = None) -> SampledStep:
+        """Finish a step: choose its tokens. masks: the tokens that grammars allow, computed while the step runs."""
+        return self.runner.sample(step, masks)
+
+    def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
+        """A whole step, waited for."""
+        return self.sample(self.launch(plan), masks).wait()
+
+    def drop_rows(self) -> None:
+        """Forget everything about rows; plans must admit them again. (The row table is a cache.)"""
+        self.runner.drop_rows()
+
+    def close(self) -> None:
+        """Give all memory back. Safe to call twice."""
+        self._runner = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def token_budget(config: EngineConfig, max_model_len: int, device: torch.device) -> int:
+    """max_num_batched_tokens: as given, or the device's default; without chunked prefill, enough for the longest prompt."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    budget = CUDA_TOKEN_BUDGET if device.type == "cuda" else CPU_TOKEN_BUDGET
+    return budget if config.enable_chunked_prefill else max(budget, max_model_len)
+
+
+@contextmanager
+def enough_memory(what: str, field: str, fix: str) -> Iterator[None]:
+    """Turns running out of memory into a user error: what did not fit, and what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        torch.cuda.empty_cache()
+        raise InvalidInput(f"no memory for {what} ({str(error).split('. ')[0]}): for {field}: {fix}", field) from error
