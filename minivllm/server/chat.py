@@ -79,7 +79,7 @@ class ChatPreprocessor:
         if self._config.enable_auto_tool_choice is False:
             raise InvalidInput(f"{field} 'auto' is turned off: start the server with --enable-auto-tool-choice, or choose another", field)
         if template is not None and "tools" not in template.for_tools().variables:
-            return "hermes"  # never used: rendering the template will fail, because it has no place for tools
+            return "hermes"  # never used: rendering fails, because the template does not support tools
         found = self._call_format(template)
         if tools.first_strict is not None and found not in (None, "hermes"):
             where = f"functions.{tools.first_strict}.strict" if tools.legacy else f"tools.{tools.first_strict}.function.strict"
