@@ -41,6 +41,7 @@ from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
+from minivllm.sampling_params import SamplingParams
 
 # Consumes deltas on the event loop, without waking the task that reads the stream. See `EngineClient.outputs`.
 Shortcut = Callable[[list[OutputDelta]], bool]
@@ -150,6 +151,10 @@ class EngineClient(ABC):
 
     def add(self, request: EngineRequest) -> None:
         """Send a request to the engine. Must be called on the event loop that will read its `outputs`."""
+        if not isinstance(request.params, SamplingParams):
+            raise InvalidInput(f"params must be SamplingParams, got {type(request.params).__name__}", "params")
+        if request.beam_search:
+            raise InvalidInput("beam_search needs a choice after each token, which no client can send: use LLM.beam_search", "beam_search")
         stream = _DeltaStream(request.params.n)
         with self._lock:
             self._check_alive()

@@ -70,7 +70,7 @@ def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eo
     loaded = LoadedModel(config, spec, Path(files.folder), method=method_of(files.config, components.methods), components=components)
     passed("weights and kernels")
     budget = loaded.available_memory()
-    size = size_cache(loaded.cache_request, loaded.layout, budget)
+    size = size_cache(loaded.cache_settings, loaded.layout, budget)
     num_host_blocks = host_block_count(config.kv_offloading_size, loaded.layout)
     passed("measuring memory")
     _announce(loaded, size)

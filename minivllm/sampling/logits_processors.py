@@ -96,22 +96,22 @@ def _ban_last_tokens(row: Tensor, words: Sequence[tuple[int, ...]], history: Ten
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """Which tokens the grammars of some samples allow: one packed row each, so that 256 rows of a large vocabulary are 5 MB."""
+    """The tokens that grammars allow for some logits rows: one packed row each, so that 256 rows of a large vocabulary are 5 MB."""
 
-    samples: Array  # [m] int64, ascending: sample indices of the plan
+    rows: Array  # [m] int64, ascending: logits rows of the step, in the plan's order
     words: Array  # [m, W] int32: bit t % 32 of word t // 32 is set if token t is allowed
 
     def part(self, start: int, stop: int) -> TokenMasks | None:
-        """Those of the samples start .. stop - 1, counted from start; None if there are none."""
-        first, last = np.searchsorted(self.samples, (start, stop)).tolist()
-        return TokenMasks(self.samples[first:last] - start, self.words[first:last]) if last > first else None
+        """Those of the logits rows start .. stop - 1, counted from start; None if there are none."""
+        first, last = np.searchsorted(self.rows, (start, stop)).tolist()
+        return TokenMasks(self.rows[first:last] - start, self.words[first:last]) if last > first else None
 
     def apply(self, logits: Tensor) -> None:
         """In place on logits [S, V]. One upload, one operation."""
-        if len(self.samples) == len(logits):
+        if len(self.rows) == len(logits):
             ops.apply_bitmask(logits, None, upload([self.words], logits.device)[0])
         else:
-            index, words = upload([self.samples, self.words], logits.device)
+            index, words = upload([self.rows, self.words], logits.device)
             ops.apply_bitmask(logits, index, words)
 
 

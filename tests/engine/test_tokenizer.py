@@ -175,6 +175,23 @@ def test_a_decoder_that_is_not_a_table_streams_whole_characters(tmp_path: Path) 
     assert "".join(_stream(tokenizer, [*rest[:3], 10**6], True, [bos, first])) == "é\ufffd", "an unfinished character at the end"
 
 
+@settings(deadline=None, max_examples=200)
+@given(ids=st.lists(st.integers(0, 40), min_size=1, max_size=40))
+def test_a_stream_survives_any_tokens_with_a_decoder_that_changes_earlier_text(changing: Tokenizer, ids: list[int]) -> None:
+    """Two strips of leading spaces: the text of a window can lose the beginning that the last token's text had."""
+    assert "".join(_stream(changing, ids, False, [])) is not None
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    from tokenizers import decoders
+
+    backend = build.sentencepiece()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 2, 0), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return Tokenizer(build.save(backend, tmp_path_factory.mktemp("changing")))
+
+
 @pytest.fixture(scope="module")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer = build.wordpiece()
