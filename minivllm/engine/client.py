@@ -55,7 +55,7 @@ def build_engine(config: EngineConfig) -> Engine:
 
 
 class _DeltaStream:
-    """The deltas of one request that were not read yet. Only its own event loop uses it, except for the last two fields."""
+    """The unread deltas of one request. Only its own event loop uses it, except for `unfinished` and `left`."""
 
     __slots__ = ("deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
 
@@ -86,7 +86,8 @@ class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the five below: streams come and go on event loops, messages arrive on another thread
+        # Guards _streams, _arrived, _resets, _dead and _num_watchers: event loops add and remove streams, another thread receives messages.
+        self._lock = threading.Lock()
         self._streams: dict[str, _DeltaStream] = {}
         self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
         self._resets: dict[int, Future[None]] = {}
@@ -105,7 +106,7 @@ class EngineClient(ABC):
 
     @classmethod
     def start_with(cls, build: Callable[[], Engine]) -> Self:
-        """The same for another engine."""
+        """Like `start`, with the engine that `build` returns."""
         client = cls()
         try:
             client._start(build)

@@ -95,7 +95,7 @@ def _compile(params: StructuredOutputsParams, vocabulary: Any, special: Sequence
     try:
         grammar = _grammar_text(params)
     except ValueError as error:
-        raise InvalidInput(f"{where} is no grammar ({_one_line(str(error))}): correct it", where) from None
+        raise InvalidInput(f"{where} is not a valid grammar ({_one_line(str(error))}): correct it", where) from None
     plain = grammar.replace("\\", "")  # escapes may hide the text of a special token
     if any(token in plain for token in special):
         grammar = _unforced(grammar)

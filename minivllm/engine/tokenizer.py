@@ -111,7 +111,7 @@ class Tokenizer:
         return _LibraryStream(self, prompt_token_ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token inside a text. Empty for an id that is no token."""
+        """The bytes of a token inside a text. Empty for an id that is not a token."""
         known = self._bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)

@@ -3,7 +3,7 @@
     messages, tools, reasoning_effort ... ──▶ chat template ──▶ prompt (token ids)
                flags, the end of the prompt ──▶ OutputSpec (reasoning? tool calls, in which format?)
 
-A field that the template would silently leave out is refused, or reported as ignored if it could not have changed the prompt.
+A field that the template would silently leave out is refused. If the field could not change the prompt, it is only reported as ignored.
 """
 from __future__ import annotations
 
