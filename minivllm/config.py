@@ -28,13 +28,13 @@ NOT_YET = {
     "speculative_model": "speculative decoding",
     "num_speculative_tokens": "speculative decoding",
     "cpu_offload_gb": "weights in host memory",
-    "swap_space": "swapping to host memory under this name",
+    "swap_space": "use kv_offloading_size",
     "trust_remote_code": "model code from a checkpoint",
 }
-# The same for all flags of the command line.
+# Flags of the command line that are not built yet, refused in the same way.
 FLAGS_NOT_YET = {
     **NOT_YET,
-    "enable_reasoning": "vLLM's older switch: --reasoning-parser alone turns it on",
+    "enable_reasoning": "an older switch of vLLM; use --reasoning-parser",
     "ssl_keyfile": "TLS (put a reverse proxy in front)",
     "ssl_certfile": "TLS (put a reverse proxy in front)",
     "uds": "listening on a Unix socket",
@@ -43,6 +43,8 @@ FLAGS_NOT_YET = {
 }
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
+# Sampling parameters whose defaults the server and the command line take from the model's generation_config.json.
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -73,26 +75,26 @@ class EngineConfig:
     device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of dummy weights and of requests without a seed")
     max_model_len: int | None = option(None,
-        "most tokens of prompt and output together (default: the model's own limit, lowered to what the KV cache holds)")
+        "maximum number of tokens of prompt and output together (default: the model's own limit, lowered to what the KV cache holds)")
     block_size: int = option(16, "tokens per KV block, 1 to 256")
     gpu_memory_utilization: float = option(0.9, "fraction of the GPU's memory for weights, activations and KV cache together")
     kv_cache_memory_bytes: int | None = option(None,
         "bytes of KV cache (default: derived from gpu_memory_utilization on a GPU, from the model's size on a CPU)")
     num_gpu_blocks_override: int | None = option(None, "number of KV blocks (default: as many as fit the memory)")
-    max_num_seqs: int = option(256, "most sequences in one step")
+    max_num_seqs: int = option(256, "maximum number of sequences in one step")
     max_num_batched_tokens: int | None = option(None,
         "token budget of one step; longer prompts are computed in chunks (default: 8192 on a GPU, 2048 on a CPU)")
     enable_prefix_caching: bool = option(True, "share KV blocks between requests that start with the same tokens")
     enable_chunked_prefill: bool = option(True, "compute a prompt in several steps if needed; off: a prompt waits until it fits one step")
     long_prefill_token_threshold: int = option(0,
-        "most tokens of one prompt in one step, so that decodes stay fast; 0: only the token budget limits them")
+        "maximum number of tokens of one prompt in one step, so that decodes stay fast; 0: only the token budget limits a prompt")
     scheduling_policy: str = option("fcfs",
         "fcfs: by arrival; priority: by the request's priority (lower first), then by arrival", choices=("fcfs", "priority"))
     enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs")
     async_scheduling: bool | None = option(None,
         "plan and launch the next step while the current one runs (default: on for a GPU, off for a CPU)")
     kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that do not fit on the device")
-    max_queue: int | None = option(None, "most waiting requests; further ones are refused (default: no limit)")
+    max_queue: int | None = option(None, "maximum number of waiting requests; further ones are refused (default: no limit)")
     trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ class ServerConfig:
         "separate the reasoning from the answer; deepseek_r1: outputs start with reasoning, qwen3: only outputs that open <think> "
         "do", choices=REASONING_PARSERS)
     max_body_size: int = option(4 * 2**20, "largest request body in bytes; parsing JSON takes many times as much memory", metavar="BYTES")
-    max_choices: int = option(1024, "most completions (prompts times n) of one request")
+    max_choices: int = option(1024, "maximum number of completions (prompts times n) of one request")
     allowed_origins: tuple[str, ...] = repeatable(
         "web origins whose pages may call this server (CORS), such as https://example.org; *: all (default: none)",
         metavar="ORIGIN", nargs="+")
@@ -172,7 +174,7 @@ class ServerConfig:
         if self.max_choices < 1:
             raise InvalidInput(f"max_choices must be at least 1, got {self.max_choices}", "max_choices")
         if self.drain_timeout < 0:
-            raise InvalidInput(f"drain_timeout must be a number of seconds from 0, got {self.drain_timeout}", "drain_timeout")
+            raise InvalidInput(f"drain_timeout must be at least 0 seconds, got {self.drain_timeout}", "drain_timeout")
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
             object.__setattr__(self, name, _from_json_lists(name, getattr(self, name)))
         if self.allow_credentials and "*" in self.allowed_origins:

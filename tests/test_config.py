@@ -1,4 +1,4 @@
-"""What an engine may be told: each field checked, each wrong name answered with the nearest right one."""
+"""Engine settings: every field is checked, and an unknown name is an error with the nearest valid one."""
 from __future__ import annotations
 
 from typing import Any
@@ -25,7 +25,7 @@ def test_a_wrong_value_is_an_error_that_names_field_and_value(field: str, value:
     assert error.value.param == field and field in str(error.value)
 
 
-def test_a_choice_gets_the_nearest_one() -> None:
+def test_an_error_about_a_choice_names_the_nearest_one() -> None:
     with pytest.raises(InvalidInput, match="did you mean 'bfloat16'"):
         EngineConfig(dtype="bfloat")
 
@@ -36,6 +36,6 @@ def test_an_unknown_keyword_is_a_type_error_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize("name", NOT_YET)
-def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
+def test_a_setting_that_is_not_supported_yet_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotSupportedYet, match=f"{name}.*not supported yet"):
         EngineConfig.from_kwargs(**{name: 1})

@@ -1,7 +1,7 @@
 """A server that does no work: it streams prepared events as fast as its sockets accept them.
 
 A load generator's rate against this server is the load generator's own limit. Figures measured with it are meaningful only well below
-that limit. Each event is one write, one event per stream and turn of the event loop, as the steps of a real server produce them.
+that limit. In each turn of the event loop every stream gets one event, in one write, as in the steps of a real server.
 """
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     timed requests ──▶ divided among processes ──▶ each: sleep until due, wait for a free slot, send ──▶ outcomes
 
 One Python process reads about a hundred thousand events per second and core. A faster server needs several processes
-(`--client-processes`), or the result is the load generator's own limit. All processes start at the same moment, and their clock is the
-machine's, so their times can be combined.
+(`--client-processes`), or the result is the load generator's own limit. All processes start at the same moment
+and read the same clock, so their times can be combined.
 """
 from __future__ import annotations
 

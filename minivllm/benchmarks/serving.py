@@ -4,8 +4,8 @@
     nano      `workloads.nano`: 256 requests with 100 to 1,024 input and output tokens
     trace     a file with one JSON object per line: the requests that a real server received, with their times
 
-Arrivals are a renewal process with gamma-distributed gaps. Burstiness 1 is a Poisson process, below 1 comes in bursts, above 1 is
-steadier.
+Arrivals are a renewal process with gamma-distributed gaps. Burstiness 1: a Poisson process; below 1: bursts; above 1:
+more regular.
 """
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def random_requests(
 
 
 def _prompt(rng: random.Random, length: int, last_id: int, text: bool) -> tuple[int, ...] | str:
-    """Token ids, or the same number of words, most of which are one token."""
+    """Token ids, or the same number of words, nearly all of which are one token each."""
     return " ".join(rng.choices(_WORDS, k=length)) if text else _ids(rng, length, last_id)
 
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100), interpolated linearly between neighbors as numpy does by default."""
+    """The q-th percentile (0 to 100), interpolated linearly between neighbors as numpy does by default.
+
+    `core.simulate.nearest_rank` does not interpolate.
+    """
     if not values:
         raise ValueError("no values")
     if not 0.0 <= q <= 100.0:

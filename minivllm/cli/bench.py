@@ -65,9 +65,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--request-rate", type=POSITIVE, default=float("inf"), metavar="X",
                       help="mean number of requests per second (default: inf: all at the start, or at the trace's times)")
     load.add_argument("--burstiness", type=POSITIVE, default=1.0, metavar="X",
-                      help="shape of the gamma-distributed gaps: 1 is a Poisson process, less is burstier (default: 1)")
+                      help="shape of the gamma-distributed gaps: 1 is a Poisson process, values below 1 are burstier (default: 1)")
     load.add_argument("--max-concurrency", type=COUNT, metavar="N",
-                      help="most requests at the same time; the others wait (default: no limit)")
+                      help="maximum number of requests at the same time; the others wait (default: no limit)")
     load.add_argument("--num-warmups", type=NATURAL, default=1, metavar="N", help="requests before the measurement (default: 1)")
     load.add_argument("--client-processes", type=COUNT, default=1, metavar="N", help="processes that send requests (default: 1)")
     load.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts, lengths and arrivals (default: 0)")
@@ -93,9 +93,10 @@ def _add_work(work: argparse._ArgumentGroup) -> None:
     work.add_argument("--random-input-len", type=COUNT, default=128, metavar="N", help="input tokens (default: 128)")
     work.add_argument("--random-output-len", type=COUNT, default=128, metavar="N", help="output tokens (default: 128)")
     work.add_argument("--random-range-ratio", type=number(float, 0.0, "a number from 0 to 1"), default=0.0, metavar="X",
-                      help="lengths are uniform from (1 - X) to (1 + X) times the above (default: 0)")
+                      help="lengths are uniform from (1 - X) to (1 + X) times --random-input-len and --random-output-len (default: 0)")
     work.add_argument("--random-sigma", type=NON_NEGATIVE, default=0.0, metavar="X",
-                      help="instead: lengths are log-normal with the above as medians and this sigma (default: 0: off)")
+                      help="lengths are log-normal instead, with sigma X and with --random-input-len and --random-output-len as medians "
+                           "(default: 0: off)")
     work.add_argument("--random-prefix-len", type=NATURAL, default=0, metavar="N", help="common tokens before each prompt (default: 0)")
     work.add_argument("--max-token-id", type=COUNT, default=10_000, metavar="N", help="largest id in random prompts (default: 10000)")
     work.add_argument("--prompt-format", choices=("ids", "text"), help="form of the prompts (default: ids; for the chat endpoint: text)")

@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("complete", help="continue a text", not_yet=FLAGS_NOT_YET,
                                  description="Continue a text. Only the continuation goes to stdout.")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue; -: read it from stdin")
-    add_flags(parser, f"most tokens of the continuation (default: {DEFAULT_TOKENS})")
+    add_flags(parser, f"maximum number of tokens of the continuation (default: {DEFAULT_TOKENS})")
 
 
 def run(args: argparse.Namespace) -> int:

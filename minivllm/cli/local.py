@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, build, given
-from minivllm.config import LOG_LEVELS, EngineConfig
+from minivllm.config import LOG_LEVELS, MODEL_DEFAULTS, EngineConfig
 from minivllm.errors import EngineDead
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.terminal import configure_logging, print_status
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 # Flag, type, help. Defaults come from the model's generation_config.json.
 SAMPLING = (
-    ("max_tokens", int, "most tokens of an answer (default: as many as the context allows)"),
+    ("max_tokens", int, "maximum number of tokens of an answer (default: as many as the context allows)"),
     ("temperature", float, "0: always choose the most probable token"),
     ("top_p", float, "choose among the most probable tokens whose probabilities add up to this"),
     ("top_k", int, "choose among this many most probable tokens"),
     ("min_p", float, "choose among tokens with at least this fraction of the highest probability"),
     ("repetition_penalty", float, "values above 1 reduce repetitions"),
 )
-MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 UNUSED = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # engine settings without effect for one text request
 
 

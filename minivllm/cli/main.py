@@ -53,7 +53,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has ended, as in `minivllm complete ... | head`
+    except BrokenPipeError:  # the program that reads the output has ended, as in `minivllm complete ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
         return 141
     except ModuleNotFoundError as error:

@@ -14,14 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from minivllm.core.scheduler import SchedulerConfig
-from minivllm.core.simulate import SimulatedRequest, SimulationResult, StepCost, percentile, recorded_requests, simulate, synthetic_requests
+from minivllm.core.simulate import (
+    SimulatedRequest,
+    SimulationResult,
+    StepCost,
+    nearest_rank,
+    recorded_requests,
+    simulate,
+    synthetic_requests,
+)
 from minivllm.core.trace import Arrival, Planned, Trace, read, replay
 from minivllm.core.trace_summary import StepRecord, Summary, summarize
 from minivllm.errors import InvalidInput, nearest
 
 BUCKETS = 12  # rows of the table over time
 SYNTHETIC = SchedulerConfig(num_blocks=1024, max_model_len=2048)
-SETTINGS = [f for f in dataclasses.fields(SchedulerConfig) if f.name != "kv_windows"]
+SETTINGS = [f for f in dataclasses.fields(SchedulerConfig) if f.name not in ("kv_windows", "eos_token_ids")]  # tuples cannot be set
 
 
 def add_parser(commands: Any) -> None:
@@ -32,8 +40,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--compare", nargs="+", action="append", metavar="KEY=VALUE",
                         help="also simulate with these settings; may be given several times")
     parser.add_argument("--step-cost", metavar="BASE,TOKEN,CONTEXT[,HOST]",
-                        help="seconds of a step: base + per computed token + per key read, and the CPU's share that overlaps it "
-                             "(default: fitted to the step times in FILE)")
+                        help="cost of a step in seconds. BASE: per step; TOKEN: per computed token; CONTEXT: per key that attention reads; "
+                             "HOST: CPU time of scheduling, which overlaps the device's time with planning_depth=1 (default: fitted to "
+                             "the step times in FILE)")
     parser.add_argument("--synthetic", type=int, metavar="N", help="instead of FILE: generate N requests with ShareGPT-like lengths")
     parser.add_argument("--rate", type=float, default=10.0, metavar="R", help="synthetic requests per second (default: 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the synthetic requests (default: 0)")
@@ -92,8 +101,8 @@ def _summary(summary: Summary) -> int:
               f"{summary.num_tokens_kept} returned")
         print(f"prefix      {last.prefix_hits} of {last.prefix_queries} tokens found in the cache")
         print(f"preemptions {last.num_preemptions}, of which {last.num_swaps} swapped out to host memory")
-        most = max(step.stats.num_used_blocks for step in summary.steps)
-        print(f"blocks      at most {most} of {last.num_blocks} used; "
+        maximum = max(step.stats.num_used_blocks for step in summary.steps)
+        print(f"blocks      at most {maximum} of {last.num_blocks} used; "
               f"on average {summary.waste:.1%} of the slots in used blocks were empty")
         print()
         _print_over_time(summary.steps)
@@ -146,7 +155,7 @@ def _compare(config: SchedulerConfig, work: Sequence[SimulatedRequest], cost: St
 
 
 def _ms(values: Sequence[float], p: float) -> str:
-    return f"{percentile(values, p) * 1e3:.1f}"
+    return f"{nearest_rank(values, p) * 1e3:.1f}"
 
 
 _FIGURES: tuple[tuple[str, Callable[[SimulationResult], str]], ...] = (
@@ -157,7 +166,7 @@ _FIGURES: tuple[tuple[str, Callable[[SimulationResult], str]], ...] = (
     ("tokens per step", lambda o: f"{o.computed_tokens / max(1, len(o.steps)):.1f}"),
     ("prompt tokens found in the cache", lambda o: str(o.cached_tokens)),
     ("preemptions", lambda o: str(o.num_preemptions)),
-    ("most blocks used", lambda o: str(max((s.used_blocks for s in o.steps), default=0))),
+    ("maximum number of blocks used", lambda o: str(max((s.used_blocks for s in o.steps), default=0))),
     ("time to first token, median, ms", lambda o: _ms(o.times_to_first_token(), 50)),
     ("time to first token, 99%, ms", lambda o: _ms(o.times_to_first_token(), 99)),
     ("between tokens, median, ms", lambda o: _ms(o.inter_token_latencies(), 50)),

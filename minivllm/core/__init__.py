@@ -7,7 +7,7 @@ It uses the standard library only and imports without PyTorch. Reading order, fr
     block_table        one sequence's map from logical to physical blocks; forks and copy-on-write
     prefix_cache       block hashes, and the search for the part of a prompt that is computed already
     offload            KV blocks in CPU memory, and the moves between CPU and device
-    kv_manager         all block operations of a sequence, built on the four above
+    kv_manager         all block operations of a sequence, built on block_pool, block_table, prefix_cache and offload
     request            requests, sequences and their counters
     waiting_queue      sequences that wait for a row and blocks, in priority order
     scheduler_config   the settings
@@ -23,5 +23,7 @@ It uses the standard library only and imports without PyTorch. Reading order, fr
     scheduler          continuous batching: the public interface to all of this
     invariants         what is true between any two calls, as assertions
     snapshot           a view of the scheduler for a person who watches it
-    trace, trace_summary, simulate   recording, replaying, comparing
+    trace              records all calls of a scheduler and its plans, and replays them
+    trace_summary      the summary of a trace: tokens, blocks and waste of each step
+    simulate           compares settings on the same requests, with a simulated clock
 """

@@ -19,7 +19,7 @@ class QueueFull(InvalidInput):
 
 
 class AdmissionControl:
-    """Checks each request once, and says at what length it ends at the latest."""
+    """Checks each request once, and returns the maximum length of its sequences."""
 
     __slots__ = ("_config", "_longest")
 
@@ -28,7 +28,7 @@ class AdmissionControl:
         self._longest = longest_sequence(config.num_blocks, config.max_model_len, config.block_size, config.kv_windows, config.max_chunk)
 
     def max_tokens_total(self, new: EngineRequest) -> int:
-        """Most tokens of prompt and output together. Raises `InvalidInput` if the request asks for more than can ever fit."""
+        """Maximum number of tokens of prompt and output together. Raises `InvalidInput` if the request can never fit."""
         config, prompt, wanted = self._config, len(new.prompt_token_ids), new.params.max_tokens
         if prompt == 0:
             raise InvalidInput("the prompt has no tokens: give it at least one", "prompt")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 def max_blocks_held(num_tokens: int, block_size: int, windows: Sequence[int | None], chunk: int) -> int:
-    """Most blocks, over all groups, that one sequence holds at any time while its first `num_tokens` tokens are computed.
+    """Maximum number of blocks, over all groups, that one sequence holds while its first `num_tokens` tokens are computed.
 
     The null block is not counted.
     """
@@ -28,7 +28,7 @@ def max_blocks_held(num_tokens: int, block_size: int, windows: Sequence[int | No
 
 
 def longest_sequence(num_blocks: int, limit: int, block_size: int, windows: Sequence[int | None], chunk: int) -> int:
-    """Most tokens, up to `limit`, that one sequence can have computed when it has the whole pool to itself.
+    """Maximum number of tokens, up to `limit`, that one sequence can have computed if no other sequence uses the pool.
 
     `num_blocks` is the size of the pool and includes the null block, so `num_blocks - 1` blocks can be used. (A request may be
     one token longer: its last sampled token is never computed.)

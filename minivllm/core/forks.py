@@ -8,7 +8,10 @@ from minivllm.core.scheduler_state import SchedulerState
 
 
 def fork(state: SchedulerState, parent: Sequence, index: int, tokens: list[int]) -> Sequence:
-    """A sequence that shares the parent's blocks. Without a free row it waits instead, and finds what the prefix cache has."""
+    """A sequence that shares the parent's blocks.
+
+    If no row is free, or the parent is not running, the fork waits in the queue and later reuses the blocks that are in the prefix cache.
+    """
     child = state.new_sequence(parent.request, index, tokens, parent.max_tokens_total)
     child.block_hashes = parent.block_hashes.copy()
     if parent.status is not SequenceStatus.RUNNING or not state.free_rows:
@@ -43,7 +46,7 @@ def choose_beams(state: SchedulerState, request_id: str, beams: abc.Sequence[tup
             _resume(state, beam)
         beam.tokens[-1] = token
         ids.append(beam.id)
-    # Without this a search would keep every fork it ever made.
+    # Otherwise the list would grow with every fork of the search.
     request.sequences = [s for s in request.sequences if s.status is not SequenceStatus.FINISHED]
     state.remove_if_finished(request)
     return ids

@@ -1,4 +1,4 @@
-"""What is true of a scheduler between any two calls, as assertions. Read it as the specification of which part owns what."""
+"""What is true of a scheduler between any two calls, as assertions. It specifies which part of the scheduler owns what."""
 from __future__ import annotations
 
 from collections import defaultdict

@@ -1,10 +1,14 @@
 """All block operations of a sequence, from the prefix match to the release.
 
-    get_computed_blocks ─> fits? ─> assign ─> num_blocks_needed, ─> cache_full_blocks ─> drop_out_of_window ─> free, or
-    blocks that are                 blocks    allocate_slots        full blocks          blocks that no        swap_out_or_free
-    computed already                shared    new blocks, a copy    get keys             position sees         after preemption
-                                    or moved  before a shared                            any more
-                                    in        write
+    get_computed_blocks    find the blocks that are computed already
+    fits                   check that the pool has the other blocks
+    assign                 share the blocks found on the device, and move those in host memory to the device
+    num_blocks_needed      count the blocks that the next step needs
+    allocate_slots         allocate them, and copy a shared block before a write
+    cache_full_blocks      add full blocks to the prefix cache
+    drop_out_of_window     remove blocks that no later position can see
+    free                   release all blocks at the end
+    swap_out_or_free       the same after a preemption, if possible with a copy in host memory
 
 The scheduler decides when each of these happens, and for which sequence. The manager owns the device pool, the prefix cache over
 it, and the CPU offload behind it.

@@ -32,7 +32,7 @@ class RowAdmission:
     block_ids: tuple[tuple[BlockId, ...], ...]  # [G][blocks] logical -> physical, including this step's new blocks
     params: SamplingParams
     seed: int  # 64 bits; chosen by the engine if the user gave none
-    child_index: int  # 0..n-1, the second word of the noise counter
+    child_index: int  # 0..n-1, or above for forks of a beam search; the second word of the noise counter
     prompt_logprobs_from: int | None = None  # first prompt position whose logprobs are still to be returned; None: none are
 
 
@@ -65,7 +65,7 @@ class StepPlan:
 
     The worker updates its rows in this order: `admitted`, `freed_blocks`, `copies`, `new_blocks`. An admission carries the row's
     complete tables, so the row's `new_blocks` entry is empty. It replaces anything the row held before.
-    A plan may schedule no sequence. Then it only carries moves; without moves it waits until a pending move is finished.
+    A plan without sequences carries moves, or makes the worker wait until a pending move is finished.
     """
 
     step_id: int
@@ -75,7 +75,7 @@ class StepPlan:
     starts: tuple[int, ...]  # position of the first token computed
     num_tokens: tuple[int, ...]  # >= 1; includes drafts
     new_blocks: tuple[tuple[tuple[BlockId, ...], ...], ...]  # [S][G] physical blocks appended to the row's tables
-    drafts: tuple[tuple[int, ...], ...]  # [S] guesses after the last known token, to verify; () for most
+    drafts: tuple[tuple[int, ...], ...]  # [S] guesses after the last known token, to verify; usually ()
     # One entry per token to sample: usually one per sequence whose last known token is computed in this step.
     sample_from: tuple[int, ...]  # index into the columns above: the token is sampled from the logits at its last position
     sample_rows: tuple[int, ...]  # the row that receives the token; several rows may sample from the same logits

@@ -2,7 +2,7 @@
 
 The keys and values in a block depend on every token up to its end. So a block's hash covers its own tokens *and* the hash of the
 block before it. The first block's parent is a root hash of everything else that the content depends on (adapter) or that limits
-who may share it (cache_salt):
+which requests may share it (cache_salt):
 
     root = H(adapter, salt)      h0 = H(root, tokens 0..15)      h1 = H(h0, tokens 16..31)      ...
 
@@ -78,8 +78,8 @@ class PrefixCache:
     ) -> None:
         """Append to a sequence's block hashes until they cover the full blocks of its first `num_tokens` tokens.
 
-        stop_at_miss: stop early, where a match must end. A group without a window needs every block, so its first block that is
-        not cached ends the match. Blocks are hashed HASH_BATCH at a time until the last one is not cached in that group.
+        stop_at_miss: hash HASH_BATCH blocks at a time, and stop when the last hashed block is not cached in a full-attention group,
+        because no match can extend past it.
         """
         size, end = self.block_size, min(num_tokens, len(tokens)) // self.block_size
         if not hashes and end:
@@ -102,7 +102,7 @@ class PrefixCache:
         return hashes[:same]
 
     def match(self, hashes: Sequence[bytes]) -> PrefixMatch:
-        """The longest prefix of `hashes` from whose end every group can continue. Takes no reference."""
+        """The longest prefix of `hashes` after which every group can continue. Takes no reference."""
         length = len(hashes)
         if self._host is None and all(needed is None for needed in self.blocks_needed):  # the common case: one lookup per block
             found = []
@@ -133,7 +133,7 @@ class PrefixCache:
         return self._device.lookup(key) is not None or (self._host is not None and self._host.lookup(key) is not None)
 
     def _longest_for_group(self, group: int, hashes: Sequence[bytes], length: int) -> int:
-        """The longest match, at most `length`, of which this group has the last blocks that it needs."""
+        """The longest match, at most `length` blocks, whose last blocks this group has, as far as it needs them."""
         needed = self.blocks_needed[group]
         if needed is None:
             return length

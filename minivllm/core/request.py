@@ -12,8 +12,8 @@ when the prompt's last token is planned. Counters replace the phases "prefill" a
                [planned             ]        = computed + in flight
                                     [--]     left to plan = known + drafts - planned, where known = tokens + placeholders
 
-A new prompt has many tokens left to plan, and a decode has one. A sequence that must see its next token's value first has none while
-that token is being sampled. The scheduler needs no other distinction.
+A new prompt has many tokens left to plan, and a decode has one. A sequence that needs the value of its next token before it continues
+has 0 tokens left while that token is sampled. The scheduler needs no other distinction.
 """
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
 """Continuous batching: which sequences advance in the next step, by how many tokens, and in which blocks.
 
-    add ──> queue ──────────> running ──> finished         `schedule` plans a step from counts alone
-              ^   admission     │  row + blocks            `update` applies its result: only there a sequence advances
-              └── preemption ───┘                          or ends. With planning_depth 1, the next step is planned before that
+    add ──> queue ──────────> running ──> finished
+              ^   admission     │  row + blocks
+              └── preemption ───┘
 
-There are no phases. `Sequence.num_left_to_plan` alone says how much work a sequence has, and a step is filled in this order (see
-`step_planner`):
+`schedule` plans a step from counts alone. `update` applies the step's result: only there a sequence advances or ends. With
+planning_depth 1, the next step is planned before the result of the current one is applied.
 
-    1. decodes: the next token, and its drafts, of every running sequence whose prompt is computed
-    2. prompt chunks of running sequences, in priority order, from the rest of the token budget
-    3. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step
+There are no phases. `Sequence.num_left_to_plan` alone says how much work a sequence has. A step is filled with decodes first, then with
+prompt chunks of running sequences, then with waiting sequences (`step_planner` has the exact order).
 
-**Prompts never delay a decode by more than one step.** There are never more rows than the budget has tokens, and chunks get only
-what decodes leave. So every decode gets its token in every step, however long the prompts beside it are, and a step has at most
-`max_num_batched_tokens` tokens. Only two things can delay a decode: blocks run out and sequences with higher priority need them, or
-it must see its last token's value first.
+**Prompts never delay a decode by more than one step.** There are at most as many rows as tokens in the budget, and prompt chunks get
+only the budget that decodes leave. So every decode gets its token in every step, for prompts of any length, and a step has at most
+`max_num_batched_tokens` tokens. A decode waits only if it lacks blocks because sequences with higher priority need them, or if it needs
+the value of its last token first.
 
 **Every request finishes** (within one priority class). A sequence that needs a block takes it from the one with the lowest priority.
 The sequence with the highest priority can preempt all others, and admission control has checked that it fits alone. So it finishes,

@@ -20,7 +20,7 @@ class SchedulerConfig:
     kv_windows: tuple[int | None, ...] = (None,)  # one per KV group; None: full attention
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0  # most tokens in one chunk; 0: only the token budget limits a chunk
+    long_prefill_token_threshold: int = 0  # maximum number of tokens in one chunk; 0: only the token budget limits it
     policy: str = "fcfs"
     max_queue: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # of the model; they end every output that does not ignore them
@@ -64,7 +64,7 @@ class SchedulerConfig:
 
     @property
     def max_chunk(self) -> int:
-        """Most tokens of one sequence in one step."""
+        """Maximum number of tokens of one sequence in one step."""
         return min(self.max_num_batched_tokens, self.long_prefill_token_threshold or self.max_num_batched_tokens)
 
     def swap_is_cheaper(self, num_tokens: int, num_blocks: int) -> bool:

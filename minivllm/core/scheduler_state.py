@@ -108,7 +108,7 @@ class SchedulerState:
             self.waiting.push(sequence)
 
     def remove_rowless(self) -> None:
-        """Remove sequences without a row from `running`. `_leave_row` may be called during an iteration over it, so it does not."""
+        """Remove sequences without a row from `running`. `_leave_row` cannot do this, because it runs during iterations over `running`."""
         if self._num_rowless:
             self.running = [s for s in self.running if s.row != NO_ROW]
             self._num_rowless = 0

@@ -4,7 +4,7 @@
 
 Each request's output is known beforehand: recorded in a trace, or made up. So two settings can be compared on the same requests,
 without a model or a GPU, and the numbers are the same on every machine. A real machine also has caches, noise, and kernels
-that change at some size. So trust the sign of a difference more than its size.
+that change at some size. So the sign of a difference is more reliable than its size.
 """
 from __future__ import annotations
 
@@ -202,8 +202,11 @@ class SimulationResult:
         return sum(step.plan.total_tokens for step in self.steps)
 
 
-def percentile(values: Sequence[float], p: float) -> float:
-    """The smallest of the values that is at least as large as p percent of them. NaN if there are none."""
+def nearest_rank(values: Sequence[float], p: float) -> float:
+    """The p-th percentile by the nearest-rank method: the smallest value that is at least as large as p percent of all. NaN if none.
+
+    The result is always one of the values. `benchmarks.statistics.percentile` interpolates between two of them.
+    """
     return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)] if values else math.nan
 
 

@@ -4,7 +4,7 @@ Requests appear as small numbers, in order of arrival. Their content does not ap
 rectangles, so neighboring blocks are combined into *cells*:
 
     blocks   1 2 3 4   5 6 7 8   9 ...        per_cell = 4
-    cell        7         0       -1          an owner of its blocks; FREE; CACHED: cached and evictable
+    cell        7         0       -1          7: request 7 owns a block of the cell; 0: FREE; -1: CACHED (cached and evictable)
 """
 from __future__ import annotations
 

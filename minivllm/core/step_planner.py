@@ -1,13 +1,13 @@
 """Planning one step: which sequences run, how many tokens each computes, and in which blocks.
 
-A step is filled in this order (`scheduler` says why):
+A step is filled in this order (see `scheduler` for the reasons):
 
     1. decodes: the next token of every running sequence whose prompt is computed
     2. verifications: decodes with drafts to verify
     3. prompt chunks of running sequences, in priority order, from the rest of the token budget
     4. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step
 
-Planning works on counts alone. It never needs the value of a token that a launched plan is sampling.
+Planning uses only counts. It never needs the value of a token that a launched plan is sampling.
 """
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _fork_children(state: SchedulerState, plan: PlanBuilder, column: int, parent
         if child.status is SequenceStatus.RUNNING:
             child.num_known += 1
             _add_row_changes(plan, child, plan.no_blocks)
-            # Everything that launched plans compute for the parent is confirmed for the child with this plan.
+            # The child confirms, with this plan, all tokens in flight for the parent.
             plan.forks.append((child, plan.add_sample(column, child), child.num_in_flight))
 
 

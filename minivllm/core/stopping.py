@@ -27,7 +27,10 @@ class StopRule:
         return cls(eos_ids | frozenset(params.stop_token_ids or ()), eos_ids, params.min_tokens, max_tokens)
 
     def end(self, num_outputs: int, token_ids: Sequence[int]) -> tuple[int, FinishReason | None]:
-        """How many of these tokens, sampled after `num_outputs` others, belong to the output, and why it ends there; None: it goes on."""
+        """Returns (number of these tokens that belong to the output, finish reason or None if the output continues).
+
+        `num_outputs` tokens were sampled before these.
+        """
         if num_outputs + len(token_ids) < self.max_tokens and self.stop_ids.isdisjoint(token_ids):
             return len(token_ids), None  # the common case
         for count, token in enumerate(token_ids, start=1):
@@ -40,7 +43,7 @@ class StopRule:
     def cut(
         self, num_outputs: int, token_ids: tuple[int, ...], stop: Stop | None,
     ) -> tuple[tuple[int, ...], FinishReason | None, int | str | None]:
-        """(tokens to keep, finish reason, stop reason). `stop`: where a stop string or the grammar ends the same tokens.
+        """(tokens to keep, finish reason, stop reason). `stop`: a stop string or grammar end found in the same tokens.
 
         If several ends fall on the same token, a stop token has precedence over `stop`, and `stop` over the length limit.
         """

@@ -1,7 +1,7 @@
 """Sequences that wait for a row and blocks, in priority order.
 
 The order is (priority, arrival number, child index). Under the FCFS policy all priorities count as 0. A preempted sequence keeps
-its order, so it returns to a position before every later arrival. That is the only fairness rule after preemption.
+its order, so it returns to a position before every later arrival. No other rule protects it.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WaitingQueue:
         """`sequence` finished while it waited: do not count it any more."""
         assert sequence.status is SequenceStatus.FINISHED
         self._length -= 1
-        if len(self._heap) > 2 * self._length + 64:  # most entries are finished, and the front entry stays: rebuild the heap
+        if len(self._heap) > 2 * self._length + 64:  # rebuild: most entries are finished but not at the front
             self._heap = [entry for entry in self._heap if entry[1].status is not SequenceStatus.FINISHED]
             heapq.heapify(self._heap)
 

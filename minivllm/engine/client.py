@@ -41,6 +41,7 @@ from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
+from minivllm.sampling_params import SamplingParams
 
 # Consumes deltas on the event loop, without waking the task that reads the stream. See `EngineClient.outputs`.
 Shortcut = Callable[[list[OutputDelta]], bool]
@@ -54,7 +55,7 @@ def build_engine(config: EngineConfig) -> Engine:
 
 
 class _DeltaStream:
-    """The deltas of one request that were not read yet. Only its own event loop uses it, except for the last two fields."""
+    """The unread deltas of one request. Only its own event loop uses it, except for `unfinished` and `left`."""
 
     __slots__ = ("deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
 
@@ -85,7 +86,8 @@ class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the five below: streams come and go on event loops, messages arrive on another thread
+        # Guards _streams, _arrived, _resets, _dead and _num_watchers: event loops add and remove streams, another thread receives messages.
+        self._lock = threading.Lock()
         self._streams: dict[str, _DeltaStream] = {}
         self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
         self._resets: dict[int, Future[None]] = {}
@@ -104,7 +106,7 @@ class EngineClient(ABC):
 
     @classmethod
     def start_with(cls, build: Callable[[], Engine]) -> Self:
-        """The same for another engine."""
+        """Like `start`, with the engine that `build` returns."""
         client = cls()
         try:
             client._start(build)
@@ -150,6 +152,10 @@ class EngineClient(ABC):
 
     def add(self, request: EngineRequest) -> None:
         """Send a request to the engine. Must be called on the event loop that will read its `outputs`."""
+        if not isinstance(request.params, SamplingParams):
+            raise InvalidInput(f"params must be SamplingParams, got {type(request.params).__name__}", "params")
+        if request.beam_search:
+            raise InvalidInput("beam_search needs a choice after each token, which no client can send: use LLM.beam_search", "beam_search")
         stream = _DeltaStream(request.params.n)
         with self._lock:
             self._check_alive()

@@ -70,7 +70,7 @@ def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eo
     loaded = LoadedModel(config, spec, Path(files.folder), method=method_of(files.config, components.methods), components=components)
     passed("weights and kernels")
     budget = loaded.available_memory()
-    size = size_cache(loaded.cache_request, loaded.layout, budget)
+    size = size_cache(loaded.cache_settings, loaded.layout, budget)
     num_host_blocks = host_block_count(config.kv_offloading_size, loaded.layout)
     passed("measuring memory")
     _announce(loaded, size)
@@ -83,7 +83,7 @@ def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eo
 
 
 def _announce(loaded: LoadedModel, size: CacheSize) -> None:
-    """Print the choices made for the user; how the size of the cache came about goes to the log."""
+    """Print the choices made for the user. The calculation of the cache size is logged."""
     device, dtype, wanted = loaded.device, loaded.dtype, loaded.spec.max_model_len
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     why = ""
@@ -92,7 +92,7 @@ def _announce(loaded: LoadedModel, size: CacheSize) -> None:
         why = " (this CPU multiplies bfloat16 fast)" if fast else " (no AMX or AVX512-BF16 here, so bfloat16 would be slower)"
     print(f"minivllm: {loaded.spec.architecture} on {where}, {_name(dtype)}{why}", file=sys.stderr, flush=True)
     if size.max_model_len < wanted:
-        print(f"minivllm: max_model_len lowered from {wanted} to {size.max_model_len}, which is what the KV cache holds",
+        print(f"minivllm: max_model_len lowered from {wanted} to {size.max_model_len}, the capacity of the KV cache",
               file=sys.stderr, flush=True)
     log.info("%s", size.account)
 
@@ -102,7 +102,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class _Stopwatch:
-    """How long each part of a start took: call it after each."""
+    """How long each part of a start took. Call it after each part."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[str, float]] = []
@@ -139,7 +139,7 @@ def _with_length(spec: ModelSpec, wanted: int | None) -> ModelSpec:
         return spec
     if wanted > spec.max_model_len:
         raise InvalidInput(
-            f"max_model_len {wanted} is more than the {spec.max_model_len} positions that the model was made for: lower it",
+            f"max_model_len {wanted} exceeds the model's context length of {spec.max_model_len} tokens: lower it",
             "max_model_len",
         )
     return dataclasses.replace(spec, max_model_len=wanted)

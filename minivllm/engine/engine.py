@@ -29,7 +29,7 @@ from minivllm.engine.prompts import Prompt, check_params, check_prompt, prepare_
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine.watch import EngineView, Watch
 from minivllm.engine_request import EngineRequest
-from minivllm.errors import EngineDead, InvalidInput
+from minivllm.errors import EngineDead, InvalidInput, NotSupportedYet
 from minivllm.outputs import OutputDelta
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
@@ -168,6 +168,14 @@ class LLMEngine:
     def _checked(self, request: EngineRequest) -> EngineRequest:
         """The request with complete parameters (see `check_params`)."""
         params = request.params
+        if not isinstance(params, SamplingParams):
+            raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
+        if request.adapter is not None:
+            raise NotSupportedYet(f"adapter {request.adapter!r} (LoRA adapters) is not supported yet: leave it out", "adapter")
+        keep = params.truncate_prompt_tokens
+        if keep is not None and 0 < keep < len(request.prompt_token_ids):
+            raise InvalidInput(f"the prompt has {len(request.prompt_token_ids)} tokens and truncate_prompt_tokens is {keep}: "
+                               "truncate the prompt before the request is added", "truncate_prompt_tokens")
         if self._outputs.id_in_use(request.request_id, params):
             raise InvalidInput(f"request id {request.request_id!r} is in use: choose another", "request_id")
         if request.priority and self._info.scheduling_policy != "priority":

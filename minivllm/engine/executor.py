@@ -1,4 +1,4 @@
-"""What the engine needs of whatever runs its plans. `minivllm.worker.worker.Worker` does it in this process, on one device."""
+"""Interface of the object that runs the engine's plans. `minivllm.worker.worker.Worker` implements it in this process, on one device."""
 from __future__ import annotations
 
 from typing import Any, Protocol

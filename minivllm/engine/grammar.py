@@ -18,6 +18,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -94,7 +95,7 @@ def _compile(params: StructuredOutputsParams, vocabulary: Any, special: Sequence
     try:
         grammar = _grammar_text(params)
     except ValueError as error:
-        raise InvalidInput(f"{where} is no grammar ({_one_line(str(error))}): correct it", where) from None
+        raise InvalidInput(f"{where} is not a valid grammar ({_one_line(str(error))}): correct it", where) from None
     plain = grammar.replace("\\", "")  # escapes may hide the text of a special token
     if any(token in plain for token in special):
         grammar = _unforced(grammar)
@@ -219,13 +220,19 @@ class GrammarMasks:
         self._pool: Any = None  # llguidance's threads, started on first use
         self._width = 0  # int32 words in a mask
 
-    def fill(self, samples: Sequence[int], grammars: Sequence[SequenceGrammar]) -> TokenMasks:
-        """The tokens that each of these samples may be. A matcher that exceeds a limit allows only EOS; `advance` then reports it."""
+    def fill(self, work: Sequence[tuple[int, SequenceGrammar, Sequence[int]]]) -> TokenMasks:
+        """The masks of samples, each given as (first logits row, grammar, drafts): one mask per logits row.
+
+        Logits rows after a draft outside the tokenizer's vocabulary have no mask: that draft is rejected, so they are not used. A matcher
+        that exceeds a limit allows only EOS; `advance` then reports it.
+        """
         if self._pool is None:
             from llguidance import LLExecutor
 
             self._pool = LLExecutor()
             self._width = -(-self._compiler.num_tokens // 32)
-        words = np.zeros((len(samples), self._width), np.int32)
-        fill_masks(self._pool, [(grammar.matcher, ()) for grammar in grammars], words)
-        return TokenMasks(np.array(samples, np.int64), words)
+        known = [list(takewhile(lambda token: token < self._compiler.num_tokens, drafts)) for _, _, drafts in work]
+        rows = [row + i for (row, _, _), drafts in zip(work, known, strict=True) for i in range(1 + len(drafts))]
+        words = np.zeros((len(rows), self._width), np.int32)
+        fill_masks(self._pool, [(grammar.matcher, drafts) for (_, grammar, _), drafts in zip(work, known, strict=True)], words)
+        return TokenMasks(np.array(rows, np.int64), words)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine. `LLMEngine` has these methods."""
+    """The methods of an engine that the loop calls. `LLMEngine` has them."""
 
     def info(self) -> EngineInfo: ...
 
@@ -197,5 +197,6 @@ class EngineLoop:
         except InvalidInput as refusal:
             self.send(RefusedMessage(request.request_id, refusal))
         except Exception as bug:  # an error in this code while it adds one request must not end the others
-            log.exception("request %s could not be read", request.request_id)
-            self.send(RefusedMessage(request.request_id, InvalidInput(f"the request could not be read ({type(bug).__name__})")))
+            log.exception("request %s could not be added because of a bug", request.request_id)
+            self.send(RefusedMessage(
+                request.request_id, InvalidInput(f"the request could not be added because of a bug ({type(bug).__name__})")))

@@ -1,4 +1,4 @@
-"""What crosses between a client and its engine loop: commands to the engine, messages from it. All are plain picklable values.
+"""The values that a client and its engine loop exchange: commands to the engine, messages from it. All are plain picklable values.
 
     client   EngineRequest, AbortCommand, WatchCommand, ResetPrefixCacheCommand, ShutdownCommand   ──▶   engine loop
              ReadyMessage, StepMessage, RefusedMessage, PrefixCacheResetMessage, DeadMessage       ◀──

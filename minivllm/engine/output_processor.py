@@ -141,9 +141,14 @@ class OutputProcessor:
         """The tokens that grammars allow; None if the plan samples for no sequence with a grammar."""
         if not self._num_grammars:
             return None
-        found = [(i, sequence.grammar) for i, name in enumerate(plan.sample_ids)
-                 if (sequence := self._sequences.get(name)) is not None and sequence.grammar is not None]
-        return self._masks.fill(*zip(*found, strict=True)) if found else None
+        found: list[tuple[int, SequenceGrammar, tuple[int, ...]]] = []
+        row = 0  # a sample has a logits row, and one more for each of its drafts
+        for name, column in zip(plan.sample_ids, plan.sample_from, strict=True):
+            sequence, drafts = self._sequences.get(name), plan.drafts[column]
+            if sequence is not None and sequence.grammar is not None:
+                found.append((row, sequence.grammar, drafts))
+            row += 1 + len(drafts)
+        return self._masks.fill(found) if found else None
 
     def _sampled(self, plan: StepPlan) -> list[SequenceState | None]:
         """The sequence of each sample; None if it has ended since the plan was made."""

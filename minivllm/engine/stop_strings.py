@@ -7,7 +7,7 @@ continues with it. If none does, the search falls back to the next shorter suffi
                                        state    -   <   </  />      from "</" it falls back to "/", which ">" extends to a match
 
 A character extends the state by at most one, and each fallback shortens it, so the work per character does not depend on the number or
-the length of the stop strings. `python -m bench.text_cost` prints it beside that of an alternation in Python's `re`.
+the length of the stop strings. `python -m bench.text_cost` compares it with an alternation in Python's `re`.
 """
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tokenizers.decoders import DecodeStream
+
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError
 
@@ -109,7 +111,7 @@ class Tokenizer:
         return _LibraryStream(self, prompt_token_ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token inside a text. Empty for an id that is no token."""
+        """The bytes of a token inside a text. Empty for an id that is not a token."""
         known = self._bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
@@ -219,15 +221,18 @@ class _LibraryStream:
     __slots__ = ("_skip_special", "_stream", "_tokenizer", "_waiting")
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._stream = DecodeStream(ids=list(prompt[-8:]), skip_special_tokens=skip_special)
         self._waiting: list[int] = []  # tokens whose text is not certain
 
     def push(self, token_id: int) -> str:
-        text: str | None = self._stream.step(self._tokenizer._backend, token_id)
+        try:
+            text: str | None = self._stream.step(self._tokenizer._backend, token_id)
+        except Exception:  # the text of the window's tokens is no longer a prefix of the text with the new token: a new window begins
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+            self._waiting.clear()
+            text = self._stream.step(self._tokenizer._backend, token_id)
         if text is None:
             self._waiting.append(token_id)
             return ""

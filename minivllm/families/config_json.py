@@ -104,6 +104,8 @@ def windows_by_layer(config: Config) -> tuple[int | None, ...]:
     if types is None:
         first = read(config, Key("max_window_layers", int, 28))
         return tuple(window if i >= first else None for i in range(layers))
+    if len(types) != layers:
+        raise model_error(f"config.json: layer_types has {len(types)} entries, but num_hidden_layers is {layers}")
     unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
     if unknown:
         raise model_error(f"config.json: layer type {unknown[0]!r} is not supported; full_attention and sliding_attention are")

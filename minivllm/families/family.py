@@ -37,10 +37,12 @@ class Family:
     names: Names = field(repr=False)
     block: Source = "pre"
 
-    def but(self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}) -> Family:  # noqa: B006 - read only
-        """The same family with some fields and names replaced."""
+    def variant(
+        self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}, block: Source = None,  # noqa: B006
+    ) -> Family:
+        """The same family with some fields and names replaced. The defaults are only read."""
         return Family(model={**self.model, **model}, attention={**self.attention, **attention}, mlp={**self.mlp, **mlp},
-                      names={**self.names, **names}, block=self.block)
+                      names={**self.names, **names}, block=self.block if block is None else block)
 
     def parse(self, architecture: str, config: Config) -> ModelSpec:
         """The specification that a parsed config.json describes. Raises `ModelError` naming the key."""
@@ -49,15 +51,15 @@ class Family:
         attention = dict(self.attention)
         if "rope" not in attention:
             attention["rope"], model["max_model_len"] = config_json.rope(config, model["max_model_len"])
-        block = _value(self.block, config)
+        columns = (_by_layer(fields, config, layers) for fields in (attention, self.mlp, {"block": self.block}))
         return ModelSpec(architecture=architecture, dtype=config_json.dtype(config), names=self.names, layers=tuple(
-            LayerSpec(attention=AttentionSpec(**a), mlp=MLPSpec(**m), block=block)
-            for a, m in zip(_by_layer(attention, config, layers), _by_layer(self.mlp, config, layers), strict=True)), **model)
+            LayerSpec(attention=AttentionSpec(**a), mlp=MLPSpec(**m), **b) for a, m, b in zip(*columns, strict=True)), **model)
 
 
 def _value(source: Source, config: Config) -> Any:
     if isinstance(source, Key):
         return read(config, source)
+    assert not isinstance(source, PerLayer), "a field of the model has one value"
     return source(config) if callable(source) else source
 
 
@@ -67,5 +69,5 @@ def _by_layer(fields: Fields, config: Config, layers: int) -> list[dict[str, Any
     columns = {name: source.values(config) for name, source in fields.items() if isinstance(source, PerLayer)}
     for name, values in columns.items():
         if len(values) != layers:
-            raise model_error(f"config.json: {len(values)} layer types for {layers} layers ({name})")
+            raise model_error(f"config.json: {name} has {len(values)} values for {layers} layers")
     return [{**shared, **{name: values[i] for name, values in columns.items()}} for i in range(layers)]

@@ -48,17 +48,17 @@ LLAMA = Family(
         "head": ("lm_head",),
     },
 )
-MISTRAL = LLAMA.but(
+MISTRAL = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 131072)},
     attention={"window": config_json.one_window(4096), "qkv_bias": False, "out_bias": False},
     mlp={"bias": False},
 )
-QWEN2 = LLAMA.but(
+QWEN2 = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 32768)},
     attention={"window": PerLayer(config_json.windows_by_layer), "qkv_bias": True, "out_bias": False},
     mlp={"bias": False},
 )
-QWEN3 = QWEN2.but(attention={
+QWEN3 = QWEN2.variant(attention={
     "qkv_bias": Key("attention_bias", bool, False), "out_bias": Key("attention_bias", bool, False), "qk_norm": True,
     "head_dim": Key("head_dim", int, 128),
 })

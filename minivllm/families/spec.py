@@ -58,7 +58,7 @@ class AttentionSpec:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.num_heads % self.num_kv_heads == 0,
-                 f"{self.num_heads} heads cannot be divided evenly among {self.num_kv_heads} key-value heads")
+                 f"num_attention_heads {self.num_heads} must be a multiple of num_key_value_heads {self.num_kv_heads}")
         _require(self.rope is None or self.head_dim % 2 == 0, f"a rotary head_dim must be even, got {self.head_dim}")
         _require(self.window is None or self.window >= 1, f"a sliding window must be at least 1, got {self.window}")
 
@@ -99,6 +99,9 @@ class LayerSpec:
     attention: AttentionSpec
     mlp: MLPSpec
     block: Literal["pre", "post"]  # pre: x + f(norm(x)); post: norm(x + f(x))
+
+    def __post_init__(self) -> None:
+        _require(self.block in ("pre", "post"), f"block {self.block!r} is not supported; pre and post are")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +154,11 @@ class KVGroup:
     """Layers that share one block table: tensor j of the KV cache holds layer layers[j] of every group.
 
     6 layers, every third with full attention:     tensor     0   1
-                                         group 0 (window)     0   1        a physical block belongs to one group at a time;
-                                         group 1 (window)     3   4        all groups have the same tensors, so any block
-                                         group 2 (full)       2   5        can serve any group
+                                         group 0 (window)     0   1
+                                         group 1 (window)     3   4
+                                         group 2 (full)       2   5
+
+    A physical block belongs to one group at a time. All groups use the same tensors, so any block can serve any group.
     """
 
     num_heads: int

@@ -27,7 +27,7 @@ class StepContext:
 
     rotations: tuple[Rotation | None, ...]  # one per rotary embedding of the model; each layer has the index of its own
     slots: tuple[Tensor, ...]  # [G] of [T]
-    metas: tuple[Any, ...]  # [G] from ops.prepare_attention; None for a group without layers here
+    metas: tuple[Any, ...]  # [G] from ops.prepare_attention; None: not prepared, because this step does not use the group
 
 
 @dataclass(frozen=True, slots=True)

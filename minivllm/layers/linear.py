@@ -38,12 +38,12 @@ class Linear:
         method = build.method(spec)
         tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
         bias = take(f"{spec.name}.bias") if spec.bias else None
-        return cls(build, method.build(tensors, build.ops), bias=bias, norm=norm, activation=activation)
+        return cls(build, method.build(tensors, spec.rows, build.ops), bias=bias, norm=norm, activation=activation)
 
     @classmethod
     def of_table(cls, build: BuildContext, table: Tensor, *, norm: Norm | None = None) -> Linear:
         """A tied output head: the embedding table [vocab, K] as the weight."""
-        return cls(build, DENSE.build({"weight": table}, build.ops), norm=norm)
+        return cls(build, DENSE.build({"weight": table}, (len(table),), build.ops), norm=norm)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten."""

@@ -80,10 +80,11 @@ class Decoder:
 
     def without_repetition(self) -> Decoder:
         """A model with only the first two layers of each kind. It runs every kernel that the whole model runs."""
-        few, chosen = copy(self), set[int]()
+        few, chosen, linears = copy(self), set[int](), linear_specs(self.spec)
         seen: dict[object, int] = {}
         for layer in self.layers:
-            kind = self.spec.layers[layer.index], layer.attention.group
+            methods = tuple(self.build.method(linear) for name, linear in linears.items() if name.startswith(f"layers.{layer.index}."))
+            kind = self.spec.layers[layer.index], layer.attention.group, methods
             seen[kind] = seen.get(kind, 0) + 1
             if seen[kind] <= 2:
                 chosen.add(layer.index)

@@ -65,7 +65,7 @@ BLOCK_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # no weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
+ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
 
 # Metadata that would change the result, and that the decoder does not support.
 UNSUPPORTED = ("attention.scale", "attention.clamp_kqv", "logit_scale", "embedding_scale", "residual_scale", "expert_count")
@@ -107,7 +107,7 @@ def _open(path: Path) -> GGUFReader:
 def _architecture(path: Path, meta: Metadata) -> Architecture:
     name = meta.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise ModelError(f"{path}: architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}", "model")
+        raise ModelError(f"{path}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}", "model")
     if meta.get("split.count", 1) > 1:
         raise ModelError(f"{path}: one of {meta['split.count']} parts: join them with `llama-gguf-split --merge` first", "model")
     for key in UNSUPPORTED:
@@ -191,7 +191,7 @@ def _special_ids(meta: Metadata) -> dict[str, int | list[int] | None]:
 
 
 def _dtype(tensors: Mapping[str, ReaderTensor]) -> str:
-    """The dtype of most weights. Quantized ones count as bfloat16, because nearly all of them were made from bfloat16 checkpoints."""
+    """The dtype of most weights. Quantized ones count as bfloat16, because nearly all were converted from bfloat16 checkpoints."""
     count: dict[str, int] = {}
     for tensor in tensors.values():
         count[tensor.tensor_type.name] = count.get(tensor.tensor_type.name, 0) + tensor.n_elements
@@ -266,7 +266,7 @@ def _stored_as(path: Path, tensor: ReaderTensor, large: bool) -> tuple[str, int]
     """-> (safetensors dtype, bytes per number). Float types are kept. Quantized blocks become float32, which represents them exactly."""
     kind = tensor.tensor_type.name
     if kind in ("F64", "I8", "I16", "I32", "I64"):
-        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which no weight can have", "model")
+        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which is not a type for weights", "model")
     if kind in ("F16", "BF16"):
         return kind, 2
     return ("BF16", 2) if large and kind != "F32" else ("F32", 4)

@@ -176,7 +176,7 @@ def _from_hub(param: str, name: str, config: EngineConfig) -> Path:
 def _snapshot(param: str, name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    what = f"{param} {name!r} is no folder here"
+    what = f"{param} {name!r} is not a local folder"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_WANTED))
     except errors.GatedRepoError as error:
@@ -188,7 +188,7 @@ def _snapshot(param: str, name: str, revision: str | None, patterns: list[str]) 
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"the hub's {name!r} has no revision {revision!r}: check the branch, tag or commit", "revision") from error
     except errors.HFValidationError as error:
-        raise ModelError(f"{what}, and no valid hub id (owner/name) either: check the path", param) from error
+        raise ModelError(f"{what}, and not a valid hub id (owner/name): check the path", param) from error
     except (OSError, errors.LocalEntryNotFoundError) as error:  # no network, or HF_HUB_OFFLINE, and not in its cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or name a folder or .gguf file, or nothing for the default model"
@@ -198,7 +198,7 @@ def _snapshot(param: str, name: str, revision: str | None, patterns: list[str]) 
 # ---- the cache
 
 def _build_once(target: Path, message: str, build: Callable[[Path], None]) -> Path:
-    """`target`, made by `build` if it does not exist. Other processes that need it wait; none sees it incomplete."""
+    """`target`, made by `build` if it does not exist. Other processes that need it wait. No process sees an incomplete entry."""
     if target.exists():
         return target
     from filelock import FileLock, Timeout
@@ -225,7 +225,7 @@ def _build_once(target: Path, message: str, build: Callable[[Path], None]) -> Pa
 
 def _build_and_rename(target: Path, build: Callable[[Path], None]) -> None:
     prefix = f".{target.name}."
-    for left_over in target.parent.glob(f"{prefix}*"):  # left by a killed process: this one holds the lock, so no other uses them
+    for left_over in target.parent.glob(f"{prefix}*"):  # left by a killed process; no process uses them, because this one holds the lock
         shutil.rmtree(left_over, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:

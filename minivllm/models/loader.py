@@ -55,15 +55,18 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
     """
     needed = parameters(spec, build.method)
     if load_format == "dummy":
-        return Decoder(spec, build, _Dummy(needed, build, seed))
+        return _build_decoder(spec, build, _Dummy(needed, build, seed))
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as checkpoint:
         check(spec, needed, checkpoint, folder)
         num_bytes = sum(p.size * _dtype(p, build).itemsize for p in needed.values())
         disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
-            take = _Stored(needed, checkpoint, build, bar)
-            model = Decoder(spec, build, take)
-        assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
+            return _build_decoder(spec, build, _Stored(needed, checkpoint, build, bar))
+
+
+def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy) -> Decoder:
+    model = Decoder(spec, build, take)
+    assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
 
 
@@ -91,7 +94,7 @@ class _Stored:
         out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
         start = 0
         for source in param.sources:
-            size = source.shape[param.concat_dim]
+            size = source.shape[param.concat_dim] if source.shape else 1  # scalars are joined to a vector
             out.narrow(param.concat_dim, start, size).copy_(_read(self.checkpoint[source.name], param))
             start += size
         assert start == param.shape[param.concat_dim]  # every element was written

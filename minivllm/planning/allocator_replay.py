@@ -23,7 +23,7 @@ class StepUsage:
     step: int
     reserved: int
     used: int
-    external: int  # free slots, in total enough for the next waiting request, which still could not be admitted
+    external: int  # free slots, enough in total for the next waiting request, but in pieces that are too small
     held: int  # tokens of all running requests; more than `used` if they share
     running: int
     waiting: int
@@ -101,9 +101,9 @@ def sharegpt_like(num_requests: int, *, limit: int = 2048, seed: int = 0, prompt
     """
     generator = random.Random(seed)
 
-    def draw(mean: float, most: int) -> int:
+    def draw(mean: float, maximum: int) -> int:
         mu = math.log(mean) - sigma**2 / 2
-        return max(1, min(most, round(generator.lognormvariate(mu, sigma))))
+        return max(1, min(maximum, round(generator.lognormvariate(mu, sigma))))
 
     requests = []
     for _ in range(num_requests):

@@ -7,10 +7,10 @@ The allocators differ in what they reserve:
     buddy        [aaaaa...|bb..|cccc|        |                 ]   a power of two, doubled when full; this may move the sequence
     paged        [aaaa|bb..|a...|cccc|        |    |    |      ]   blocks of fixed size anywhere, found through a table
 
-A slot is *used* if it holds a token. *Internal* waste is reserved for a request and empty. *External* waste is free, and in total
-enough for the request that waits, but in pieces that are all too small. `planning.allocator_replay` gives all allocators the same
-requests and reports these numbers at each step. There are no tensors here. This is only the bookkeeping of PagedAttention (Kwon et
-al., 2023) and of the allocators before it, so they can be compared in seconds.
+A slot is *used* if it holds a token. *Internal* waste: reserved but empty slots. *External* waste: free slots, enough in total for the
+waiting request, but in pieces that are too small. `planning.allocator_replay` gives all allocators the same requests and reports these
+numbers at each step. There are no tensors here. This is only the bookkeeping of PagedAttention (Kwon et al., 2023) and of the
+allocators before it, so they can be compared in seconds.
 """
 from __future__ import annotations
 

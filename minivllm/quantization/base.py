@@ -5,8 +5,8 @@
                                LinearMethod.build      ◀─────────┘
                                     └──▶ Matmul                      x W^T + b, perhaps fused with the operations around it
 
-A new method is one file with these two classes. With `Matmul.__call__` alone it works everywhere. `Matmul.fused` makes it faster
-where its kernel can include the norm before, or the gate or the residual after the product.
+A new method is one file with a `LinearMethod` and a subclass of `Matmul`. With `Matmul.__call__` alone it works in every layer.
+`Matmul.fused` makes it faster where its kernel can include the norm before, or the gate or the residual after the product.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-if TYPE_CHECKING:  # the interface is read without torch, for instance to plan memory before anything is loaded
+if TYPE_CHECKING:  # this module imports without torch, so that memory can be planned before anything is loaded
     from torch import Tensor
 
     from minivllm.kernels import Ops
@@ -24,20 +24,23 @@ if TYPE_CHECKING:  # the interface is read without torch, for instance to plan m
 class ParamSpec:
     """One tensor of a linear layer's weight: its layout in checkpoints and here.
 
-    parts: shapes of the checkpoint's tensors, one per part of a fused layer. They are joined along `concat_dim`.
+    parts: shapes of the checkpoint's tensors, one per part of a fused layer. They are joined along `concat_dim`. Scalars, whose
+    shape is (), are joined to a vector with one entry per part.
     """
 
     parts: tuple[tuple[int, ...], ...]
     concat_dim: int = 0
     dtype: str | None = None  # a torch dtype's name; None: the model's own, converted while loading
-    # The dimensions along which tensor-parallel ranks split it; None: every rank holds all of it.
-    output_dim: int | None = 0  # column parallel: runs over the layer's outputs
-    input_dim: int | None = 1  # row parallel: runs over the layer's inputs
-    dummy: Literal["normal", "bits"] | float = "normal"  # random weights: normal, random bits, or one value
+    # Tensor-parallel ranks split it along one of these dimensions; None: every rank holds all of it.
+    output_dim: int | None = 0  # dimension of the layer's outputs, split by column parallelism
+    input_dim: int | None = 1  # dimension of the layer's inputs, split by row parallelism
+    dummy: Literal["normal", "bits"] | float = "normal"  # content for load_format "dummy": normal, random bits, or one value
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the joined tensor."""
+        """Shape of the joined tensor."""
+        if not self.parts[0]:
+            return (len(self.parts),)
         joined = list(self.parts[0])
         joined[self.concat_dim] = sum(part[self.concat_dim] for part in self.parts)
         return tuple(joined)
@@ -63,6 +66,7 @@ class Matmul(Protocol):
 
         None: this method has no kernel for that epilogue, and the caller composes the steps.
         """
+        return None
 
 
 class LinearMethod(Protocol):
@@ -71,5 +75,5 @@ class LinearMethod(Protocol):
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """Checkpoint suffix -> tensor, for a layer with these outputs per part and these inputs."""
 
-    def build(self, tensors: Mapping[str, Tensor], ops: Ops) -> Matmul:
-        """The layer's product, from the tensors that `parameters` names: on the device, parts joined."""
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
+        """The layer's product, from the tensors that `parameters` names: on the device, parts joined. rows: outputs of each part."""

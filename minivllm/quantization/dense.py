@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from minivllm.quantization.base import Epilogue, ParamSpec
+from minivllm.quantization.base import Epilogue, Matmul, ParamSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from minivllm.kernels import Ops
 
 
-class DenseMatmul:
+class DenseMatmul(Matmul):
     """A matrix in the memory layout with which the device multiplies fastest."""
 
     __slots__ = ("_fused_linear", "weight")
@@ -41,7 +41,7 @@ class DenseMethod:
         """One matrix [sum of rows, cols]."""
         return {"weight": ParamSpec(tuple((n, cols) for n in rows))}
 
-    def build(self, tensors: Mapping[str, Tensor], ops: Ops) -> DenseMatmul:
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> DenseMatmul:
         """See `LinearMethod`."""
         return DenseMatmul(tensors["weight"], ops)
 

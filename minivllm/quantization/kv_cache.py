@@ -31,11 +31,6 @@ class KVCacheSpec(Protocol):
         """What kernels read and write, sharing the memory of `pieces`: [num_blocks, bytes of the piece] uint8 each."""
 
 
-def page_bytes(spec: KVCacheSpec, block_size: int) -> int:
-    """Bytes of one block of one layer."""
-    return sum(spec.piece_bytes(block_size))
-
-
 @dataclass(frozen=True, slots=True)
 class DenseKV:
     """Unquantized keys and values in the model's dtype: [num_blocks, block_size, kv_heads, head_dim] each."""

@@ -98,20 +98,20 @@ def _ban_last_tokens(row: Tensor, words: Sequence[tuple[int, ...]], history: Ten
 class TokenMasks:
     """The tokens that grammars allow, as one bit per token, for some logits rows. So 256 rows of a large vocabulary are 5 MB."""
 
-    samples: Array  # [m] int64, ascending: indices of the logits rows
+    rows: Array  # [m] int64, ascending: logits rows of the step, in the plan's order
     words: Array  # [m, W] int32: bit t % 32 of word t // 32 is set if token t is allowed
 
     def part(self, start: int, stop: int) -> TokenMasks | None:
         """The masks of logits rows [start, stop), with indices relative to start; None if there are none."""
-        first, last = np.searchsorted(self.samples, (start, stop)).tolist()
-        return TokenMasks(self.samples[first:last] - start, self.words[first:last]) if last > first else None
+        first, last = np.searchsorted(self.rows, (start, stop)).tolist()
+        return TokenMasks(self.rows[first:last] - start, self.words[first:last]) if last > first else None
 
     def apply(self, logits: Tensor) -> None:
         """In place on logits [L, V]. One upload, one operation."""
-        if len(self.samples) == len(logits):
+        if len(self.rows) == len(logits):
             ops.apply_bitmask(logits, None, upload([self.words], logits.device)[0])
         else:
-            index, words = upload([self.samples, self.words], logits.device)
+            index, words = upload([self.rows, self.words], logits.device)
             ops.apply_bitmask(logits, index, words)
 
 

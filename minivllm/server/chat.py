@@ -3,7 +3,7 @@
     messages, tools, reasoning_effort ... ──▶ chat template ──▶ prompt (token ids)
                flags, the end of the prompt ──▶ OutputSpec (reasoning? tool calls, in which format?)
 
-A field that the template would silently leave out is refused, or reported as ignored if it could not have changed the prompt.
+A field that the template would silently leave out is refused. If the field could not change the prompt, it is only reported as ignored.
 """
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ChatPreprocessor:
         if self._config.enable_auto_tool_choice is False:
             raise InvalidInput(f"{field} 'auto' is turned off: start the server with --enable-auto-tool-choice, or choose another", field)
         if template is not None and "tools" not in template.for_tools().variables:
-            return "hermes"  # never used: rendering the template will fail, because it has no place for tools
+            return "hermes"  # never used: rendering fails, because the template does not support tools
         found = self._call_format(template)
         if tools.first_strict is not None and found not in (None, "hermes"):
             where = f"functions.{tools.first_strict}.strict" if tools.legacy else f"tools.{tools.first_strict}.function.strict"

@@ -79,7 +79,7 @@ class GenerationState:
         self._metrics: list[RequestMetrics] = []  # of children that have ended
 
     def update(self, prompt: int, deltas: Sequence[OutputDelta]) -> Iterator[tuple[ChoiceState, OutputDelta]]:
-        """Record a prompt's deltas. Yields each with its choice, once values of the whole prompt are recorded."""
+        """Record a prompt's values, then yield each delta with its choice."""
         for delta in deltas:
             self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
             if delta.prompt_logprobs is not None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from minivllm import __version__
-from minivllm.config import ServerConfig
+from minivllm.config import MODEL_DEFAULTS, ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
@@ -20,7 +20,6 @@ from minivllm.server.protocol import Model, parse
 from minivllm.server.running import RunningRequests
 
 LONG_TEXT = 4096  # characters; longer texts are processed in a thread, so that the event loop keeps serving streams
-MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from a generation_config.json
 Value = TypeVar("Value")
 
 

@@ -9,7 +9,7 @@ answer that only resembles a call, so it is kept and can be returned as content.
 
 Why not `pydantic_core.from_json(text, allow_partial=True)`: it is several times faster, but it accepts texts that can no longer become
 JSON (`{"a": 1 2`, `{"a": 1}}`), so the point where a call breaks would not be found. It also rejects lone surrogates and values nested
-more than 200 deep. And it returns values without their place in the text, while clients must get the arguments exactly as the model
+more than 200 deep. And it returns values without their positions in the text, while clients must get the arguments exactly as the model
 wrote them. `test_tool_parsers.py` shows these cases.
 """
 from __future__ import annotations

@@ -45,7 +45,7 @@ class ParsedChatFormatter(ChatFormatter):
         self._legacy = self._spec.tools is not None and self._spec.tools.legacy
 
     def chunk_content(self, choice: ChoiceState, text: str) -> dict[str, Any]:
-        """Parse new text; the change of the message as a delta."""
+        """Parse new text and return the delta of the message."""
         parsed = self._parsed[choice.index]
         delta: dict[str, Any] = {}
         for event in parsed.parser.push(text, ended=choice.finish_reason is not None):

@@ -322,7 +322,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], FailFast()] = Field(json_schema_extra={"minItems": 1})
     max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; it wins over max_tokens
+    max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; it overrides max_tokens
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None  # open the assistant's answer; on unless the final message is continued

@@ -4,7 +4,8 @@ Some chat templates open or close the tag themselves, so the start of the output
 
     prompt ends with <think>     the output starts with reasoning
     prompt ends with </think>    thinking is turned off: the whole output is the answer
-    neither                      qwen3: reasoning if the output opens the tag; deepseek_r1: reasoning, the model leaves the tag out
+    neither, with qwen3          the output starts with reasoning if it opens the tag
+    neither, with deepseek_r1    the output starts with reasoning: the model leaves the opening tag out
 
 White space next to a tag belongs to the tag. An output that ends before </think> is reasoning only: its answer was cut off.
 """

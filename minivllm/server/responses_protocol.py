@@ -271,7 +271,7 @@ def responses_names() -> Iterator[None]:
     except (InvalidInput, ApiError) as error:
         param = error.param or ""
         if param.startswith("messages"):
-            error.param = "input"  # without an index: a message's index is not its item's index
+            error.param = "input"  # no index: messages and input items are numbered differently
             error.message = re.sub(r"messages\.\d+\.", "input: ", error.message).replace("messages", "input")
         for pattern, name in _NAMES:
             if re.match(pattern, param):

@@ -196,7 +196,7 @@ class RequiredCallsParser(_JsonParser):
 
 
 class NamedCallParser(ToolParser):
-    """What the grammar of a named function allows: its arguments. An empty text (reasoning used all tokens) is no call."""
+    """What the grammar of a named function allows: its arguments. An empty text (reasoning used all tokens) is not a call."""
 
     def __init__(self, name: str) -> None:
         super().__init__((name,))

@@ -114,7 +114,7 @@ class ToolSpec:
 
     @property
     def first_strict(self) -> int | None:
-        """Index of the first function whose schema must be enforced although the model is free to call or not."""
+        """In mode "auto", the index of the first function that sets `strict`; otherwise None."""
         return next((i for i, function in enumerate(self.functions) if function.strict), None) if self.mode == "auto" else None
 
     @property

@@ -6,7 +6,7 @@ A row is the worker's memory of one sequence, so that a plan need not repeat it:
      0      a a a a a a x .               7  3  9  .       x: sampled on the device; the host may not know it yet
      1      . . . . . . . .
      2      c c c d d .                   4  .  .  .       d: drafts, written there by the plan that verifies them
-     R      (the null row)                0  0  0  .       what padded batches compute: position 0, in the null block
+     R      (the null row)                0  0  0  .       padding of captured batches: a token at position 0, in the null block
 
 The plan's columns are reordered. Decodes come first: sequences with exactly `query_width` tokens, which is 1 plus the number of
 drafts that most decodes of the step carry. Longer sequences come before shorter ones, because attention pads neighbors to a common
@@ -50,10 +50,10 @@ class PromptSpan:
 class Columns:
     """A plan as numpy columns, in the batch's order: B sequences, T tokens; and in the plan's order: L logits rows.
 
-    A sample has one logits row, or one per draft more: row j decides the token after the j-th draft.
+    A sample with k drafts has 1 + k logits rows. Row j decides the token after the j-th draft.
     """
 
-    rows: Array  # [B] of the row table
+    rows: Array  # [B] row numbers
     query_lens: Array  # [B]
     seq_lens: Array  # [B]
     num_decodes: int  # the first num_decodes sequences have query_width tokens each
@@ -65,8 +65,8 @@ class Columns:
     draft_index: Array  # [D] where the plan's drafts go, in the flat token table
     drafts: Array  # [D] int32
     source: Array  # [L] the sequence that each logits row belongs to
-    logits_rows: Array  # [L] of the T tokens
-    sample_rows: Array  # [L] of the row table: the row that receives the token
+    logits_rows: Array  # [L] indices of the T tokens
+    sample_rows: Array  # [L] numbers of the rows that receive the tokens
     sample_positions: Array  # [L] of the tokens to be sampled
     sample_index: Array  # [L] of these tokens, in the flat token table
     prompt_spans: tuple[PromptSpan, ...]
@@ -83,8 +83,8 @@ class Columns:
     def simple(self) -> bool:
         """Whether a captured graph can compute it.
 
-        Each sequence has at most one sample, with its own row's parameters; drafts only if all sequences are decodes of one width;
-        no prompt logprobs are needed.
+        Each sequence has at most one sample, which uses its own row's parameters. If there are drafts, all sequences are decodes of one
+        width. No prompt logprobs are needed.
         """
         rows_of_a_sample = self.query_width if len(self.drafts) else 1
         if self.prompt_spans or (rows_of_a_sample > 1 and not self.num_decodes == len(self.rows) == len(self.source) / rows_of_a_sample):
@@ -241,7 +241,7 @@ class RowTable:
 
         source = np.array(plan.sample_from, np.int64)
         sample_rows = np.array(plan.sample_rows, np.int64)
-        back = np.zeros(len(source), np.int64)  # of each logits row: how many tokens before its sequence's last one
+        back = np.zeros(len(source), np.int64)  # distance of each logits row from its sequence's last token
         if num_drafts is not None:  # a sample has a logits row for its sequence's last token, and one before each of its drafts
             each = 1 + num_drafts[source]
             back = np.repeat(each.cumsum(), each) - 1 - np.arange(each.sum())
@@ -282,7 +282,7 @@ class RowTable:
         return blocks * self._block_size // multiple * multiple
 
     def send(self, c: Columns) -> Packed:
-        """The device's part of packing: one copy, one more if block tables have changed, and a few gathers there."""
+        """Upload the columns in one copy, and in a second one if block tables have changed. Then gather on the device."""
         logits_rows = c.source if c.last_only else c.logits_rows
         self.send_changes()
         uploaded = upload([
@@ -325,7 +325,7 @@ class RowTable:
 
 
 def _query_width(counts: Array, num_drafts: Array) -> int:
-    """The width of a step's decodes: of the widths that occur, the most frequent one; of equally frequent ones the largest.
+    """The most frequent width among a step's decodes; on a tie, the larger one.
 
     Other sequences with drafts are computed like prompt chunks, which gives the same tokens."""
     widths = Counter(counts[counts == 1 + num_drafts].tolist())

@@ -7,16 +7,16 @@ So there is one graph per shape out of a short list, captured at start-up, and a
     shapes           decodes only: sequences of query_width tokens each;  mixed: prompt chunks and decodes
 
     batch of 5       a b c d e           one copy into the static inputs of size 8
-    static inputs    a b c d e R R R     padding: the null row, whose one token at position 0 lies in the null block
+    static inputs    a b c d e R R R     padding: the null row, whose tokens are at position 0, in the null block
 
 A graph contains a whole step: it applies the changed block-table entries, writes drafts to the token table, gathers the newest
-tokens, runs the model, computes logits of each sequence's last token (of all tokens of decodes with drafts), samples plainly
-(greedy or with a temperature), and writes the sampled tokens to the table. So the next step can follow without the host knowing
+tokens, runs the model, computes logits of each sequence's last token (for decodes with drafts: of every token), samples without
+filters (greedy or with a temperature), and writes the sampled tokens to the table. So the next step can follow without the host knowing
 a token, and between two decode steps the host launches nothing else. Where a row needs more than a plain sample, the sampler
 samples again from the same logits.
 
 The inputs of a replay (rows, positions, lengths, slots, block tables) are device tensors. Grids depend on the shape alone, since the
-attention is prepared for sequences of the greatest length. Small batches of decodes have two graphs each, for short and for long
+attention is prepared for the maximum sequence length. Small batches of decodes have two graphs each, for short and for long
 sequences, because attention splits the keys differently. Some sizes have one more, for sequences with the same leading blocks: it reads
 the shared keys once. Larger steps run eagerly: arithmetic bounds them, and Python launches the next kernels while the GPU computes.
 
@@ -45,6 +45,7 @@ from minivllm.worker.kv_cache import KVCache
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
+MAX_LOGITS_ROWS = 256  # rows of logits that exist at a time
 
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
@@ -62,14 +63,11 @@ def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
     return (*(size for size in tuning.SHARING_GRAPHS if size < most), most)
 
 
-def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int, query_width: int = 1) -> int:
-    """Bytes to set aside for all graphs; the log says how much they took. They share the memory of the largest one.
-
-    query_width: the largest one of captured decodes."""
+def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Bytes to set aside for all graphs; the log says how much they took. They share the memory of the largest one."""
     rows, tokens = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
     widest = max(layer.mlp.intermediate_size for layer in spec.layers)
-    tokens = max(tokens, rows * query_width)
-    return (128 << 20) + rows * query_width * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
+    return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
 
 
 class GraphShape(NamedTuple):
@@ -78,7 +76,7 @@ class GraphShape(NamedTuple):
     tokens: int  # T
     seqs: int  # B
     decodes: int  # B if all sequences are decodes, else 0
-    longest: int  # the most keys of a sequence: attention decides by it how many programs share them
+    longest: int  # maximum number of keys of a sequence; it sets the number of programs that share them
     sharing: bool = False  # keys that all decodes share are read once
 
     @property
@@ -126,8 +124,8 @@ class Graph:
         self._model, self._kv, self._table, self.shape = model, kv, table, shape
         tokens, seqs, decodes = shape[:3]
         null_index, rows = table.null_row * table.tokens.shape[1], shape.logits_rows
-        # Padding decodes have one token each, of the null row; padding sequences of mixed steps have none. (The first sequence of an
-        # empty mixed graph, which is never padding, has one.)
+        # Padding decodes have query_width tokens each, all of the null row. Padding sequences of mixed steps have none. (The first
+        # sequence of an empty mixed graph, which is never padding, has one.)
         query_start = np.minimum(np.arange(seqs + 1) * shape.query_width, tokens if decodes else 1).astype(np.int32)
         # Changed block-table entries that a replay applies: enough for decodes and prompts, not for a whole long row.
         self.max_changes = (2 * seqs + tokens // kv.layout.block_size) * len(kv.layout.groups)
@@ -166,7 +164,7 @@ class Graph:
         if len(x.drafts):
             tokens.index_copy_(0, x.draft_index, x.drafts)
         chunk = shape.tokens // shape.seqs
-        lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # of mixed steps only the sum matters
+        lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # mixed steps use only the sum
         batch = InputBatch(
             tokens=tokens.index_select(0, x.token_index), positions=x.positions, query_start=x.query_start, seq_lens=x.seq_lens,
             slots=x.slots, block_tables=tuple(table.index_select(0, x.rows) for table in self._table.device_tables), logit_rows=x.rows,
@@ -184,8 +182,8 @@ class Graph:
         return logits, sampled
 
     def replay(self, c: Columns, changes: tuple[Array, Array], sampler: Sampler) -> tuple[Tensor, Tensor, Array | None]:
-        """-> logits [R, V] in the model's dtype and sampled tokens [R] int64, valid until the next step, and of each logits row
-        of `c` its index among the R; None: they are the same. changes: see `RowTable`."""
+        """Returns logits [R, V] in the model's dtype, sampled tokens [R] int64, and for each logits row of `c` its index among the R
+        rows (None: the order is the same). Valid until the next replay. changes: see `RowTable.changes`."""
         if self.shape.decodes:
             count, order = len(c.token_index), c.logits_rows
             rows, positions = np.repeat(c.rows, c.query_width), c.positions + 1  # of the tokens that the R rows sample
@@ -237,7 +235,7 @@ class StepGraphs:
 
     def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int,
                  query_widths: Sequence[int] = (1,)) -> None:
-        """query_widths: tokens of the captured decodes, at least 1; 1 plus the number of drafts."""
+        """query_widths: tokens per captured decode, which is 1 plus its number of drafts."""
         shapes = list(graph_shapes(model.spec, table, max_num_seqs, max_num_batched_tokens, query_widths))
         graphs: dict[GraphShape, Graph] = {}
         pool = None
@@ -272,15 +270,16 @@ class StepGraphs:
 def graph_shapes(
     spec: ModelSpec, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int, query_widths: Sequence[int],
 ) -> Iterator[GraphShape]:
-    """The shapes to capture; mixed ones from the smallest to the largest."""
+    """The shapes to capture; mixed ones from the smallest to the largest. No shape has more than MAX_LOGITS_ROWS logits rows."""
     most, whole = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), table.tokens.shape[1]
-    sizes = [size for size in tuning.DECODE_GRAPHS if size < most] + [most]
     for width in query_widths:
+        widest = min(most, MAX_LOGITS_ROWS // width)
+        sizes = [size for size in tuning.DECODE_GRAPHS if size < widest] + [widest]
         for size in sizes:
             if size <= tuning.MAX_SHORT_DECODES and whole > tuning.SHORT_KEYS:
                 yield GraphShape(size * width, size, size, tuning.SHORT_KEYS)
             yield GraphShape(size * width, size, size, whole)
-        for size in sharing_sizes(most, whole) if table.sharing else ():
+        for size in sharing_sizes(widest, whole) if table.sharing else ():
             yield GraphShape(size * width, size, size, whole, True)
     for tokens, seqs in sorted({(tokens, min(seqs, most)) for tokens, seqs in mixed_shapes(spec, max_num_batched_tokens)}):
         yield GraphShape(tokens, seqs, 0, whole)

@@ -20,7 +20,8 @@ def choose_device(wanted: str) -> torch.device:
 def choose_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations. checkpoint: the dtype that config.json names.
 
-    "auto": on a GPU the checkpoint's own, halved if it is float32; on a CPU bfloat16 only where the CPU multiplies it fast.
+    "auto" on a GPU: the checkpoint's dtype, or bfloat16 for a float32 checkpoint. On a CPU: bfloat16 where the CPU multiplies it
+    fast, else float32.
     """
     if wanted != "auto":
         return dtype_of(wanted)

@@ -1,12 +1,13 @@
 """The KV cache's memory: one pool of blocks for all KV groups, and a second pool in host memory for offloaded blocks.
 
     tensor j                     block 0     block 1      block 2      ...
-    pages of the j-th layer   |  null     | group 0's  | group 1's  |        a block belongs to one group at a time, and holds
-    of the group that owns    |  block    | layer j    | layer j    |        that group's j-th layer in tensor j
-    the block                 |           |            |            |
+    pages of the j-th layer   |  null     | group 0's  | group 1's  |
+    of the group that owns    |  block    | layer j    | layer j    |
+    the block
 
-So a model with alternating windows needs half as many tensors as layers, and blocks go to the group that needs them. What a page
-holds is known to the group's `KVCacheSpec` alone: copies and moves here work on raw bytes.
+A block belongs to one group at a time. In tensor j it holds that group's j-th layer. So a model with alternating windows needs half
+as many tensors as layers, and blocks go to the group that needs them. Only the group's `KVCacheSpec` knows what a page contains:
+copies and moves here work on raw bytes.
 """
 from __future__ import annotations
 
@@ -50,22 +51,22 @@ class KVLayout:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each group."""
+        """The window of each KV group."""
         return tuple(group.window for group in self.groups)
 
     @property
     def piece_bytes(self) -> tuple[int, ...]:
-        """Of one page: one block of one layer."""
+        """Bytes of each piece of one page."""
         return self.specs[0].piece_bytes(self.block_size)
 
     @property
     def block_bytes(self) -> int:
-        """Of one block in all tensors."""
+        """Bytes of one block in all tensors."""
         return num_kv_tensors(self.groups) * sum(self.piece_bytes)
 
     @property
     def token_bytes(self) -> int:
-        """Of one token's key and value in one layer, as attention reads them."""
+        """Bytes of one token's key and value in one layer."""
         return sum(self.specs[0].piece_bytes(1))
 
     def allocate(self, num_blocks: int, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
@@ -80,7 +81,7 @@ class KVLayout:
 
 
 class KVCache:
-    """Device and host memory, and the copies between their blocks that plans order.
+    """Device and host memory, and the copies between their blocks that plans request.
 
     In host memory all pieces of a block lie side by side, [num_host_blocks, bytes of a block], so that a block crosses in one
     transfer.

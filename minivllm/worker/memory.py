@@ -32,7 +32,7 @@ from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.cuda_graphs import sharing_sizes
 from minivllm.worker.kv_cache import KVLayout
-from minivllm.worker.model_runner import MAX_LOGIT_ROWS
+from minivllm.worker.model_runner import MAX_LOGITS_ROWS
 
 MIB, GIB = 1 << 20, 1 << 30
 CPU_MINIMUM = 512 * MIB
@@ -41,12 +41,12 @@ DUMMY_CONTEXT = 4096  # keys per sequence in the dummy decode: enough to fill th
 
 
 @dataclass(frozen=True, slots=True)
-class CacheRequest:
+class CacheSettings:
     """What the user set, as far as it concerns the size of the cache."""
 
     max_model_len: int
-    length_is_explicit: bool  # then a cache that cannot hold it is an error; else the length is lowered
-    chunk: int  # most tokens of one sequence in one step
+    length_is_explicit: bool  # True: a cache that cannot hold max_model_len is an error. False: max_model_len is lowered
+    chunk: int  # maximum number of tokens of one sequence in one step
     num_blocks: int | None = None
     cache_bytes: int | None = None
     utilization: float = 0.9
@@ -61,9 +61,9 @@ class MemoryBudget:
     """What one rank measured: the bytes that its KV cache may take, and how to get more."""
 
     num_bytes: int  # may be negative: then not even the weights and one step fit
-    account: str  # how the figure came about, for the log and for errors
+    account: str  # how num_bytes was calculated, for the log and for errors
     field: str  # the setting to change if it is too small
-    fix: str  # and how
+    fix: str  # how to change that setting
     ledger: MemoryLedger | None = None  # on a GPU
 
 
@@ -99,7 +99,7 @@ class MemoryLedger:
                 " " * 15 + "".join(f"{value / GIB:{width}.2f}" for value, width in zip(columns.values(), widths, strict=True)))
 
 
-def size_cache(request: CacheRequest, layout: KVLayout, budget: MemoryBudget) -> CacheSize:
+def size_cache(request: CacheSettings, layout: KVLayout, budget: MemoryBudget) -> CacheSize:
     """Blocks and served length for a budget. Raises `InvalidInput` naming the setting to change if it is too small."""
     num_bytes, account, field, fix = budget.num_bytes, budget.account, budget.field, budget.fix
     if request.num_blocks is not None:
@@ -133,7 +133,7 @@ def host_block_count(offloading_gib: float, layout: KVLayout) -> int:
 # --- CPU -----------------------------------------------------------------------------------------------------------
 
 
-def cpu_budget(request: CacheRequest, layout: KVLayout, weight_bytes: int) -> MemoryBudget:
+def cpu_budget(request: CacheSettings, layout: KVLayout, weight_bytes: int) -> MemoryBudget:
     """Host memory for the cache, with the weights loaded already."""
     available = available_host_memory()
     num_bytes = min(max(weight_bytes, CPU_MINIMUM, request.bytes_of_one_sequence(layout)), int(CPU_FRACTION * available))
@@ -158,7 +158,7 @@ def available_host_memory() -> int:
 
 
 def cuda_budget(
-    request: CacheRequest, layout: KVLayout, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, graph_bytes: int = 0,
+    request: CacheSettings, layout: KVLayout, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, graph_bytes: int = 0,
 ) -> MemoryBudget:
     """GPU memory for the cache, with the weights loaded already; measures the peak of one step. graph_bytes: set aside for CUDA graphs."""
     device = model.build.device
@@ -193,7 +193,7 @@ def _peak_of_one_step(
             for seqs in (size for size in (*tuning.DECODE_GRAPHS, max_num_seqs) if size <= max_num_seqs):
                 for longest in sorted({1, min(limit, tuning.SHORT_KEYS), limit}):  # from one split of the keys to the most splits
                     _dry_step(few, kv, _dummy_batch([1] * seqs, [longest] * seqs, layout, device), layout.block_size)
-            for seqs in sharing_sizes(max_num_seqs, limit)[-1:] if graphs else ():  # the same kernels for all numbers
+            for seqs in sharing_sizes(max_num_seqs, limit)[-1:] if graphs else ():  # all batch sizes use the same kernels
                 batch = _dummy_batch([1] * seqs, [limit] * seqs, layout, device)
                 _dry_step(few, kv, replace(batch, shared=torch.zeros(1, dtype=torch.int32, device=device)), layout.block_size)
             for last_only in (False, True):
@@ -213,8 +213,8 @@ def _peak_of_one_step(
 
 
 def _dry_step(model: Decoder, kv: Sequence[KVLayer], batch: InputBatch, block_size: int) -> None:
-    """A step whose kernels are compiled only: their results are undefined and never read."""
-    logits = model.logits(model.forward(batch, kv, block_size)[:MAX_LOGIT_ROWS], dtype=None)
+    """Compile the kernels of a step without running them. Its results are undefined and never read."""
+    logits = model.logits(model.forward(batch, kv, block_size)[:MAX_LOGITS_ROWS], dtype=None)
     rows = len(logits)
     one, keys = torch.ones(rows, device=logits.device), torch.zeros((rows, 2), dtype=torch.int32, device=logits.device)
     top_k, sample = keys[:, 0].contiguous(), model.build.ops.sample
@@ -242,10 +242,10 @@ def _dummy_batch(query_lens: list[int], seq_lens: list[int], layout: KVLayout, d
 
 
 def _dummy_sampling(model: Decoder, hidden: Tensor) -> None:
-    """Logits and sampling of as many rows as are ever held at once, in the most expensive way."""
-    logits = model.logits(hidden[torch.arange(MAX_LOGIT_ROWS, device=hidden.device) % len(hidden)], dtype=None)
+    """The largest sampling call: MAX_LOGITS_ROWS rows with every filter."""
+    logits = model.logits(hidden[torch.arange(MAX_LOGITS_ROWS, device=hidden.device) % len(hidden)], dtype=None)
     sampler = Sampler(1, logits.shape[-1], hidden.device, ops=model.build.ops)
     params = SamplingParams(top_p=0.9, top_k=10, min_p=0.01, logprobs=20, logit_bias={0: 0.0})
     sampler.admit(RowAdmission(0, "dummy", (0,), 1, ((),), params, 0, 0))
-    zeros = np.zeros(MAX_LOGIT_ROWS, np.int64)
+    zeros = np.zeros(MAX_LOGITS_ROWS, np.int64)
     sampler.sample(logits, zeros, zeros, torch.zeros((1, 1), dtype=torch.int32, device=hidden.device))

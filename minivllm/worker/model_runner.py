@@ -5,11 +5,11 @@
                      (a captured graph has done all of this in `launch`, unless a row needs more than a plain sample)
     wait()           the only call that waits for the device
 
-A request with drafts has one logits row per draft more. Each row samples its own token with the noise of its own position, as if
+A request with k drafts has 1 + k logits rows. Each row samples its own token with the noise of its own position, as if
 the drafts before it were output. So a draft is accepted exactly if it equals the token sampled before it, and the accepted tokens are
 those of plain decoding, whatever the sampling parameters.
 
-At most MAX_LOGIT_ROWS rows of logits exist at a time, prompt logprobs included: 256 rows of a vocabulary of 150,000 are 150 MB, and a
+At most MAX_LOGITS_ROWS rows of logits exist at a time, prompt logprobs included: 256 rows of a vocabulary of 150,000 are 150 MB, and a
 prompt of 8,000 tokens would take 5 GB.
 """
 from __future__ import annotations
@@ -29,12 +29,11 @@ from minivllm.models.decoder import Decoder
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling.sampler import LogprobColumns, Sampler
 from minivllm.worker.batch import Columns, Packed, RowTable
-from minivllm.worker.cuda_graphs import StepGraphs
+from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
 
-MAX_LOGIT_ROWS = 256
 Array = np.ndarray[Any, Any]
 
 
@@ -53,12 +52,12 @@ class ReplayedStep:
     columns: Columns
     logits: Tensor  # [R, V] in the model's dtype
     sampled: Tensor  # [R] int64: a plain sample of each row
-    order: Array | None  # [L] of the R rows: where the logits rows of the columns are; None: all rows in order
+    order: Array | None  # [L] index among the R rows of each logits row of the columns. None: all R rows, in order
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A launched step: what its sampling needs. `work` is None if the plan held no request, or failed."""
+    """A launched step: what its sampling needs. `work` is None if the plan has no sequence, or if the launch failed."""
 
     plan: StepPlan
     finished_moves: tuple[int, ...]
@@ -72,8 +71,8 @@ class SampledStep:
     def __init__(self, step: LaunchedStep, kv: KVCache, token_ids: Sequence[Tensor] = (),
                  logprobs: Sequence[tuple[int, LogprobColumns]] = (), prompt_logprobs: Sequence[LogprobColumns] = (),
                  error: str | None = None, order: Array | None = None) -> None:
-        """token_ids: together the tokens of all logits rows. logprobs: (first logits row, columns). order: of each logits row, where its
-        token is among `token_ids`; None: they are in order."""
+        """token_ids: together the tokens of all logits rows. logprobs: (first logits row, columns). order[i]: index among `token_ids` of
+        the token of logits row i. None: the order is the same."""
         self._step, self._kv, self._error, self._order = step, kv, error, order
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         tensors = [*token_ids, *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
@@ -160,7 +159,7 @@ class ModelRunner:
                              full_attention if graph_tokens else ())
         self.sampler = self._new_sampler()
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths) if graph_tokens else None
-        self._only_replays = False  # since the last call of `before_replays`
+        self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 
     @property
     def graph_bytes(self) -> int:
@@ -178,7 +177,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Everything up to the hidden states, or beyond. Out of memory fails the step, not the worker."""
+        """Run the forward pass, or a whole captured step. Out of memory fails the step, not the worker."""
         self.rows.apply(plan)
         moves = self.kv.apply(plan)
         if plan.admitted or plan.copies or plan.moves_in or plan.moves_out:
@@ -262,13 +261,13 @@ class ModelRunner:
         return tokens, logprobs
 
     def _prompt_logprobs(self, packed: Packed, hidden: Tensor) -> list[LogprobColumns]:
-        """Those of the prompt positions that need them, MAX_LOGIT_ROWS at a time, in the order of the spans."""
+        """Those of the prompt positions that need them, MAX_LOGITS_ROWS at a time, in the order of the spans."""
         columns: list[LogprobColumns] = []
         spans = packed.columns.prompt_spans
         logit_rows = packed.batch.logit_rows[len(packed.columns.sample_rows) :]
         k = np.repeat([span.k for span in spans], [span.count for span in spans]).astype(np.int64)
-        for start in range(0, len(logit_rows), MAX_LOGIT_ROWS):
-            part = slice(start, start + MAX_LOGIT_ROWS)
+        for start in range(0, len(logit_rows), MAX_LOGITS_ROWS):
+            part = slice(start, start + MAX_LOGITS_ROWS)
             targets = self.rows.tokens.view(-1)[packed.prompt_index[part]].long()
             logits = self.model.logits(hidden[logit_rows[part]])
             columns.append(LogprobColumns.of(logits, targets, np.arange(len(targets)), k[part]))
@@ -276,16 +275,16 @@ class ModelRunner:
 
 
 def _parts(c: Columns) -> Iterator[slice]:
-    """Logits rows, MAX_LOGIT_ROWS at a time; rows of one sample stay together."""
+    """Logits rows, MAX_LOGITS_ROWS at a time; rows of one sample stay together."""
     total = len(c.sample_rows)
     if not len(c.drafts):
-        yield from (slice(start, min(start + MAX_LOGIT_ROWS, total)) for start in range(0, total, MAX_LOGIT_ROWS))
+        yield from (slice(start, min(start + MAX_LOGITS_ROWS, total)) for start in range(0, total, MAX_LOGITS_ROWS))
         return
     follows = (c.sample_rows[1:] == c.sample_rows[:-1]) & (c.sample_positions[1:] == c.sample_positions[:-1] + 1)
     ends = [*(np.flatnonzero(~follows) + 1).tolist(), total]  # of samples
     start = last = 0
     for end in ends:
-        if end - start > MAX_LOGIT_ROWS and last > start:
+        if end - start > MAX_LOGITS_ROWS and last > start:
             yield slice(start, last)
             start = last
         last = end

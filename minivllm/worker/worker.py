@@ -31,7 +31,7 @@ from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
-from minivllm.worker.memory import GIB, CacheRequest, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget
+from minivllm.worker.memory import GIB, CacheSettings, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
 
 CUDA_TOKEN_BUDGET, CPU_TOKEN_BUDGET = 8192, 2048  # default max_num_batched_tokens
@@ -68,10 +68,10 @@ class LoadedModel:
             self.model = load_model(spec, folder, config.load_format, build, config.seed)
 
     @property
-    def cache_request(self) -> CacheRequest:
+    def cache_settings(self) -> CacheSettings:
         """What the configuration says about the size of the cache."""
         config, budget = self.config, self.max_num_batched_tokens
-        return CacheRequest(
+        return CacheSettings(
             max_model_len=self.spec.max_model_len, length_is_explicit=config.max_model_len is not None,
             chunk=min(budget, config.long_prefill_token_threshold or budget), num_blocks=config.num_gpu_blocks_override,
             cache_bytes=config.kv_cache_memory_bytes, utilization=config.gpu_memory_utilization)
@@ -84,10 +84,10 @@ class LoadedModel:
         """What this rank's KV cache may take. On a GPU this runs the largest steps."""
         config, budget = self.config, self.max_num_batched_tokens
         if self.device.type != "cuda":
-            return cpu_budget(self.cache_request, self.layout, self._weight_bytes)
+            return cpu_budget(self.cache_settings, self.layout, self._weight_bytes)
         with enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
             graphs = graph_bytes(self.spec, config.max_num_seqs, budget) if self._captures_graphs else 0
-            return cuda_budget(self.cache_request, self.layout, self.model, config.max_num_seqs, budget, graphs)
+            return cuda_budget(self.cache_settings, self.layout, self.model, config.max_num_seqs, budget, graphs)
 
     def allocate(self, size: CacheSize, num_host_blocks: int = 0, *, eos_token_ids: Sequence[int] = (),
                  ledger: MemoryLedger | None = None) -> Worker:

@@ -1,4 +1,4 @@
-"""The load generator's client against servers that send exactly these bytes, cut wherever a network might cut them."""
+"""The load generator's client against servers that send prepared bytes, cut into pieces as a network might."""
 from __future__ import annotations
 
 import asyncio
@@ -33,8 +33,8 @@ USAGE = event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens":
 DONE = b"data: [DONE]\n\n"
 
 
-def ask(*answers: bytes, cut: int = 1 << 20, times: int | None = None) -> list[RequestOutcome]:
-    """What the client makes of a server that gives these answers, one for each request, in pieces of `cut` bytes."""
+def outcomes_of(*answers: bytes, cut: int = 1 << 20, times: int | None = None) -> list[RequestOutcome]:
+    """The client's outcomes with a server that sends these responses, one for each request, in pieces of `cut` bytes."""
 
     async def main() -> list[RequestOutcome]:
         waiting = list(answers)
@@ -65,69 +65,69 @@ def ask(*answers: bytes, cut: int = 1 << 20, times: int | None = None) -> list[R
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 1 << 20])
-def test_a_stream_is_the_same_however_it_is_cut(cut: int) -> None:
+def test_a_stream_gives_the_same_outcome_however_it_is_cut(cut: int) -> None:
     stream = HEAD + chunked(text(" a"), text(' "b"\n'), text(" é", "length"), USAGE, DONE)
-    [outcome] = ask(stream, cut=cut)
+    [outcome] = outcomes_of(stream, cut=cut)
     assert (outcome.error, len(outcome.times), outcome.tokens, outcome.prompt_tokens) == (None, 3, 3, 7)
     assert outcome.start < outcome.times[0] <= outcome.times[-1] == outcome.end
 
 
-def test_events_without_text_are_no_tokens() -> None:
+def test_events_without_text_do_not_count_as_tokens() -> None:
     opening, ending = chat({"role": "assistant", "content": ""}), chat({}, "stop")
-    [outcome] = ask(HEAD + chunked(opening, chat({"content": "one"}), chat({"content": " two"}), ending, DONE))
+    [outcome] = outcomes_of(HEAD + chunked(opening, chat({"content": "one"}), chat({"content": " two"}), ending, DONE))
     assert (len(outcome.times), outcome.tokens) == (2, 2)
 
 
 def test_several_events_in_one_chunk_and_one_event_in_several_count_once_each() -> None:
     both = text("a") + text("b")
-    [outcome] = ask(HEAD + chunked(both[:20], both[20:], DONE))
+    [outcome] = outcomes_of(HEAD + chunked(both[:20], both[20:], DONE))
     assert len(outcome.times) == 2
 
 
-def test_text_that_looks_like_the_end_of_something_is_still_text() -> None:
+def test_text_that_looks_like_syntax_is_text() -> None:
     words = ['[]', '{}', '""', '[DONE]', '_tokens"', '"error"', "data: x", "0\r\n\r\n"]
-    [outcome] = ask(HEAD + chunked(*map(text, words), DONE))
+    [outcome] = outcomes_of(HEAD + chunked(*map(text, words), DONE))
     assert (outcome.error, len(outcome.times)) == (None, len(words))
 
 
-def test_a_whole_answer_gives_its_counts() -> None:
+def test_a_complete_response_has_token_counts() -> None:
     body = json.dumps({"choices": [{"text": "abc"}], "usage": {"prompt_tokens": 2, "completion_tokens": 5}}).encode()
     plain = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    for outcome in ask(plain, HEAD.replace(b"text/event-stream", b"application/json") + chunked(body[:9], body[9:])):
+    for outcome in outcomes_of(plain, HEAD.replace(b"text/event-stream", b"application/json") + chunked(body[:9], body[9:])):
         assert (outcome.error, outcome.tokens, outcome.prompt_tokens, len(outcome.times)) == (None, 5, 2, 0)
         assert outcome.end > outcome.start
 
 
-def test_an_error_is_told_with_its_status_and_message_and_the_next_request_is_untouched() -> None:
+def test_an_error_has_status_and_message_and_does_not_affect_the_next_request() -> None:
     body = json.dumps({"error": {"message": "too many", "type": "x"}}).encode()
     refusal = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    refused, answered = ask(refusal, HEAD + chunked(text("a"), DONE))
+    refused, answered = outcomes_of(refusal, HEAD + chunked(text("a"), DONE))
     assert refused.error == "HTTP 429: too many"
     assert (answered.error, len(answered.times)) == (None, 1)
 
 
-def test_an_error_in_the_midst_of_a_stream_is_an_error() -> None:
-    [outcome] = ask(HEAD + chunked(text("a"), event({"error": {"message": "the step failed"}}), DONE))
+def test_an_error_event_in_a_stream_is_an_error() -> None:
+    [outcome] = outcomes_of(HEAD + chunked(text("a"), event({"error": {"message": "the step failed"}}), DONE))
     assert outcome.error == "the step failed"
 
 
-def test_a_connection_lost_in_an_answer_is_an_error_and_a_new_one_is_made() -> None:
-    lost, answered = ask(HEAD + b"20\r\nabCLOSE", HEAD + chunked(text("a"), DONE))
+def test_a_connection_lost_during_a_response_is_an_error_and_is_replaced() -> None:
+    lost, answered = outcomes_of(HEAD + b"20\r\nabCLOSE", HEAD + chunked(text("a"), DONE))
     assert lost.error is not None and "connection was lost" in lost.error
     assert answered.error is None
 
 
-def test_a_server_that_hangs_up_between_two_requests_is_asked_again() -> None:
+def test_a_request_is_repeated_if_its_idle_connection_was_closed() -> None:
     answer = HEAD + chunked(text("a"), DONE) + b"CLOSE"
-    assert [outcome.error for outcome in ask(answer, answer)] == [None, None]
+    assert [outcome.error for outcome in outcomes_of(answer, answer)] == [None, None]
 
 
-def test_what_is_not_http_is_an_error() -> None:
-    [outcome] = ask(b"SSH-2.0-OpenSSH\r\n\r\nCLOSE")
+def test_a_response_that_is_not_http_is_an_error() -> None:
+    [outcome] = outcomes_of(b"SSH-2.0-OpenSSH\r\n\r\nCLOSE")
     assert outcome.error is not None and "not valid HTTP/1.1" in outcome.error
 
 
-def test_a_server_that_is_not_there_is_an_error() -> None:
+def test_a_missing_server_is_an_error() -> None:
     async def main() -> None:
         client = LoadClient(ServerAddress("127.0.0.1", 1))
         assert (await client.post(client.prepare("/", b""))).error
@@ -144,11 +144,11 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
     ("https://example.org/llm/v1", ServerAddress("example.org", 443, True, "/llm")),
     ("http://[::1]:80", ServerAddress("::1", 80)),
 ])
-def test_a_base_url_may_be_written_in_many_ways(url: str, address: ServerAddress) -> None:
+def test_a_base_url_may_have_several_forms(url: str, address: ServerAddress) -> None:
     assert ServerAddress.of(url) == address
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:port", "http://x?y=1", ""])
-def test_what_is_no_base_url_is_refused_by_name(url: str) -> None:
+def test_an_invalid_base_url_is_refused_by_name(url: str) -> None:
     with pytest.raises(InvalidInput, match="base_url"):
         ServerAddress.of(url)

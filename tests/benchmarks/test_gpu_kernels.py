@@ -1,4 +1,4 @@
-"""Kernel benchmarks check before they time: right kernels pass, in Triton's interpreter here, and wrong ones get no figure."""
+"""Kernel benchmarks check results before they measure: correct kernels pass (here in Triton's interpreter), wrong ones get no figure."""
 from __future__ import annotations
 
 import os
@@ -31,7 +31,7 @@ TRITON = replace(
 
 def verdicts(ops: Ops, *kinds: str) -> dict[str, str]:
     with torch.inference_mode():
-        maker = Maker(parse_config(SMALL), ops, DEVICE, torch.float16, draws=10)  # the interpreter's tl.dot knows no bfloat16
+        maker = Maker(parse_config(SMALL), ops, DEVICE, torch.float16, draws=10)  # the interpreter's tl.dot does not support bfloat16
         return {f"{case.name} {case.size}": case.wrong() for case in
                 cases(maker, kinds, (1, 3), {"2": [40, 17]}, {"3": ([150, 140, 131], 128)}, (20,))}
 
@@ -43,7 +43,7 @@ def test_the_triton_kernels_pass_at_a_small_shape() -> None:
 
 
 def shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A kernel that mistakes one row for its neighbour."""
+    """A kernel that returns each row in its neighbor's position."""
     return lambda *args, **options: function(*args, **options).roll(1, 0)
 
 
@@ -51,22 +51,22 @@ def shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     "kind, op", [("linear", "fused_linear"), ("decode", "self_attention"), ("norm", "rms_norm"), ("sampler", "sample")])
 def test_a_wrong_kernel_has_no_figure(kind: str, op: str) -> None:
     found = verdicts(replace(REFERENCE, **{op: shifted(getattr(REFERENCE, op))}), kind)
-    assert all(wrong for name, wrong in found.items() if " 1 x" not in name or kind == "sampler"), found  # a single row has no neighbour
+    assert all(wrong for name, wrong in found.items() if " 1 x" not in name or kind == "sampler"), found  # a single row has no neighbor
 
 
-def test_what_was_refused_or_predicted_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_and_predicted_figures_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "seconds", lambda calls: 1e-3)
     limits = Ceiling(copy=4e12, matmul=8e14)
     case = gpu_kernels.Case("k", "1 x 1", [], lambda: "", num_bytes=272_000_000, flops=10**9)
     row = figures(case, limits)
     assert (row["us"], row["GB/s"], row["of_copy"], row["TFLOP/s"], row["predicted_us"]) == (1000.0, 272.0, 0.068, 1.0, 1000.0)
-    assert "predicted_us" not in figures(replace(case, flops=10**12), limits)  # arithmetic decides
-    assert "predicted_us" not in figures(replace(case, num_bytes=1000), limits)  # its beginning and end decide
+    assert "predicted_us" not in figures(replace(case, flops=10**12), limits)  # bound by arithmetic
+    assert "predicted_us" not in figures(replace(case, num_bytes=1000), limits)  # bound by the launch
     refused = figures(replace(case, wrong=lambda: "off by 1 (rms)"), limits)
     assert "us" not in refused and "off by 1" in line(refused)
 
 
-def test_one_key_of_two_hundred_left_out_is_seen() -> None:
+def test_one_missing_key_of_two_hundred_is_detected() -> None:
     keys, values = torch.randn(200, 64), torch.randn(200, 64).bfloat16()
     weights = (torch.randn(64, 64) @ keys.t() / 8).softmax(-1)
     want = (weights @ values.float()).bfloat16()

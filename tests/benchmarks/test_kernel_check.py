@@ -1,4 +1,4 @@
-"""The self-check of a GPU's figures, on a CPU: right kernels pass it, each kind of wrong kernel fails it."""
+"""The self-check of a GPU's figures, run on a CPU: correct kernels pass, each kind of wrong kernel fails."""
 from __future__ import annotations
 
 import dataclasses
@@ -24,7 +24,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = tmp_path_factory.mktemp("tiny")
     models.write_config("tiny", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "DUMMY_STD", 0.2)  # so narrow a model attends to nothing in particular with smaller weights
+        patch.setattr(loader, "DUMMY_STD", 0.2)  # with smaller weights, the attention of such a narrow model is uniform
         llm = LLM(model=str(folder), load_format="dummy", device="cpu", dtype="float32", skip_tokenizer_init=True,
                   num_gpu_blocks_override=64)
     with llm:
@@ -43,12 +43,12 @@ def runner(llm: LLM) -> Any:
     return llm.llm_engine.executor.runner  # type: ignore[attr-defined]
 
 
-def test_right_kernels_pass_with_the_engines_own_tokens(llm: LLM) -> None:
+def test_correct_kernels_pass_with_the_engines_own_tokens(llm: LLM) -> None:
     result = check(runner(llm).model, runner(llm).kv.layout, greedy(llm))
     assert "refused" not in result and result["logits_apart"] < 1e-3 and result["tokens_short_of_best"] < 1e-3
 
 
-def test_a_twin_shares_weights_and_computes_with_the_other_kernels_everywhere(llm: LLM) -> None:
+def test_a_twin_model_shares_the_weights_and_uses_only_the_other_kernels(llm: LLM) -> None:
     model = runner(llm).model
     other = Ops(**{f.name: (lambda *args, name=f.name, **options: pytest.fail(name)) for f in dataclasses.fields(Ops)})
     twin = twin_with(model, other)
@@ -81,7 +81,7 @@ def test_a_wrong_kernel_is_refused(llm: LLM, kind: str) -> None:
     assert distance > TOLERANCE
 
 
-def test_tokens_that_are_not_the_best_are_refused(llm: LLM) -> None:
+def test_tokens_that_are_not_greedy_are_refused(llm: LLM) -> None:
     right = greedy(llm)
 
     def one_wrong(requests: list[WorkloadRequest]) -> list[list[int]]:
@@ -94,6 +94,6 @@ def test_tokens_that_are_not_the_best_are_refused(llm: LLM) -> None:
     assert sum(r.output_len for r in check_requests()) == 64
 
 
-def test_nan_is_infinitely_far() -> None:
+def test_the_distance_to_nan_is_infinite() -> None:
     want = torch.randn(2, 50)
     assert apart(want, want) == 0.0 and apart(want.index_fill(1, torch.tensor([3]), math.nan), want) == math.inf

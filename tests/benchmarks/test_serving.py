@@ -1,4 +1,4 @@
-"""What a serving benchmark sends, when, and what it makes of the outcomes."""
+"""A serving benchmark's requests, their arrival times, and the figures from their outcomes."""
 from __future__ import annotations
 
 import json
@@ -17,7 +17,7 @@ from minivllm.benchmarks.serving import LengthDistribution, ServingRequest, arri
 from minivllm.errors import InvalidInput
 
 
-def test_lengths_are_fixed_or_in_their_range_or_log_normal_around_their_median() -> None:
+def test_lengths_are_fixed_uniform_in_their_range_or_log_normal() -> None:
     rng = random.Random(0)
     assert {LengthDistribution(middle=64).draw(rng) for _ in range(50)} == {64}
     ranged = [LengthDistribution(middle=100, ratio=0.2).draw(rng) for _ in range(2000)]
@@ -27,33 +27,33 @@ def test_lengths_are_fixed_or_in_their_range_or_log_normal_around_their_median()
     assert 0.45 < math.log(logs[int(4000 * 0.8413)] / logs[2000]) < 0.55  # one sigma above
 
 
-def test_random_prompts_share_their_prefix_and_nothing_else_and_are_the_same_for_the_same_seed() -> None:
-    asks = random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=7, prefix_len=10, last_id=300)
-    assert len({ask.prompt[:10] for ask in asks}) == 1
-    assert len({ask.prompt[10:] for ask in asks}) == 5
-    assert all(len(ask.prompt) == 30 and ask.output_len == 3 for ask in asks)
-    assert all(isinstance(t, int) and t <= 300 for ask in asks for t in ask.prompt)
-    assert asks == random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=7, prefix_len=10, last_id=300)
-    assert asks != random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=8, prefix_len=10, last_id=300)
+def test_random_prompts_share_only_their_prefix_and_depend_only_on_the_seed() -> None:
+    requests = random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=7, prefix_len=10, last_id=300)
+    assert len({request.prompt[:10] for request in requests}) == 1
+    assert len({request.prompt[10:] for request in requests}) == 5
+    assert all(len(request.prompt) == 30 and request.output_len == 3 for request in requests)
+    assert all(isinstance(t, int) and t <= 300 for request in requests for t in request.prompt)
+    assert requests == random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=7, prefix_len=10, last_id=300)
+    assert requests != random_requests(5, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=8, prefix_len=10, last_id=300)
 
 
-def test_text_prompts_have_as_many_words() -> None:
-    [ask] = random_requests(1, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=0, prefix_len=5, text=True)
-    assert isinstance(ask.prompt, str)
-    assert len(ask.prompt.split()) == 25
+def test_text_prompts_have_the_given_number_of_words() -> None:
+    [request] = random_requests(1, LengthDistribution(middle=20), LengthDistribution(middle=3), seed=0, prefix_len=5, text=True)
+    assert isinstance(request.prompt, str)
+    assert len(request.prompt.split()) == 25
 
 
-def test_the_nano_work_is_nanos() -> None:
-    asks = nano_requests(None, 0)
-    assert sum(ask.output_len for ask in asks) == 133_966
-    assert [ask.prompt for ask in asks] == [request.prompt_token_ids for request in workloads.nano()]
+def test_the_nano_dataset_is_the_nano_workload() -> None:
+    requests = nano_requests(None, 0)
+    assert sum(request.output_len for request in requests) == 133_966
+    assert [request.prompt for request in requests] == [request.prompt_token_ids for request in workloads.nano()]
 
 
-def test_poisson_arrivals_come_at_their_rate_and_burstiness_changes_only_their_spread() -> None:
-    asks = [ServingRequest((1,), 1)] * 4000
+def test_arrivals_have_the_given_rate_and_burstiness_changes_only_their_spread() -> None:
+    requests = [ServingRequest((1,), 1)] * 4000
     spreads = []
     for burstiness in (0.25, 1.0, 16.0):
-        due = arrivals(asks, 10.0, burstiness, seed=3)
+        due = arrivals(requests, 10.0, burstiness, seed=3)
         gaps = [after - before for before, after in pairwise(due)]
         mean = sum(gaps) / len(gaps)
         assert due[0] == 0.0 and 0.09 < mean < 0.11
@@ -66,28 +66,28 @@ def write(path: Path, *lines: object) -> str:
     return str(path)
 
 
-def test_a_trace_is_replayed_at_its_own_times_in_order(tmp_path: Path) -> None:
+def test_a_trace_keeps_its_times_in_order(tmp_path: Path) -> None:
     file = write(tmp_path / "t.jsonl", {"timestamp": 9500, "prompt": "later", "output_length": 5}, "",
                  {"timestamp": 8000, "prompt": [1, 2, 3], "output_length": 2})
-    asks = trace_requests(file, None, seed=0)
-    assert asks == [ServingRequest((1, 2, 3), 2, 0.0), ServingRequest("later", 5, 1.5)]
-    assert arrivals(asks, math.inf, 1.0, 0) == [0.0, 1.5]
+    requests = trace_requests(file, None, seed=0)
+    assert requests == [ServingRequest((1, 2, 3), 2, 0.0), ServingRequest("later", 5, 1.5)]
+    assert arrivals(requests, math.inf, 1.0, 0) == [0.0, 1.5]
 
 
 def test_equal_hash_ids_of_a_trace_are_equal_tokens(tmp_path: Path) -> None:
     lines = [{"input_length": 700, "output_length": 1, "hash_ids": [5, 6]}, {"input_length": 1500, "output_length": 1, "hash_ids": [5, 7]}]
-    first, second = (ask.prompt for ask in trace_requests(write(tmp_path / "t.jsonl", *lines), None, seed=0))
+    first, second = (request.prompt for request in trace_requests(write(tmp_path / "t.jsonl", *lines), None, seed=0))
     assert (len(first), len(second)) == (700, 1500)
     assert first[:512] == second[:512] and first[512:700] != second[512:700]
 
 
-@pytest.mark.parametrize(("line", "says"), [
+@pytest.mark.parametrize(("line", "message"), [
     ("{", "not JSON"), ("[]", "not an object"), ({"input_length": 3}, "output_length is missing"),
     ({"input_length": 0, "output_length": 1}, "input_length"), ({"prompt": [], "output_length": 1}, "prompt"),
     ({"input_length": 3, "output_length": 1, "timestamp": "now"}, "timestamp"),
 ])
-def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: object, says: str) -> None:
-    with pytest.raises(InvalidInput, match=rf"line 2.*{says}"):
+def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: object, message: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"line 2.*{message}"):
         trace_requests(write(tmp_path / "t.jsonl", {"input_length": 3, "output_length": 1}, line), None, seed=0)
 
 
@@ -95,13 +95,13 @@ def outcome(start: float, *times: float, tokens: int | None = None, error: str |
     return RequestOutcome(start, times[-1] if times else start + 1, array("d", times), 10, tokens, error)
 
 
-def test_latencies_are_what_their_names_say() -> None:
+def test_latencies_follow_their_definitions() -> None:
     latency = Latencies.of(outcome(1.0, 1.5, 1.6, 2.0, tokens=6))
     assert (latency.ttft, latency.tpot, latency.e2el) == (500.0, pytest.approx(100.0), 1000.0)
     assert latency.itl == (pytest.approx(100.0), pytest.approx(400.0))
 
 
-def test_a_request_meets_its_objectives_if_it_meets_all_and_its_longest_gap_counts() -> None:
+def test_a_request_must_meet_all_objectives_and_itl_is_its_longest_gap() -> None:
     latency = Latencies.of(outcome(1.0, 1.5, 1.6, 2.0, tokens=6))
     assert latency.meets(read_objectives(["ttft:500", "tpot:101", "itl:401", "e2e:1000"]))
     assert not latency.meets(read_objectives(["ttft:499"]))
@@ -114,7 +114,7 @@ def test_a_wrong_objective_is_refused(pair: str) -> None:
         read_objectives([pair])
 
 
-def test_the_summary_counts_failures_apart_and_adds_up_the_rest() -> None:
+def test_the_summary_counts_failures_separately() -> None:
     outcomes = [outcome(0.0, 1.0, 2.0, tokens=2), outcome(1.0, 2.0, 4.0, tokens=2), outcome(0.0, error="HTTP 500")]
     result = summarize(
         0.0, outcomes, metrics=["ttft", "itl"], percentiles=[50.0, 99.0], objectives={"itl": 1500.0}, prompt_tokens=[5, 5, 5])
@@ -124,6 +124,6 @@ def test_the_summary_counts_failures_apart_and_adds_up_the_rest() -> None:
     assert "mean_tpot_ms" not in result
 
 
-def test_a_run_without_any_answer_says_why() -> None:
+def test_a_run_without_a_successful_request_has_the_reason() -> None:
     with pytest.raises(InvalidInput, match="HTTP 500"):
         summarize(0.0, [outcome(0.0, error="HTTP 500")], metrics=[], percentiles=[], objectives={}, prompt_tokens=[1])

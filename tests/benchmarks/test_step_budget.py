@@ -1,4 +1,4 @@
-"""The budget of a step: overlapping kernels are counted once, the floor is bytes and products, the picture is drawn anywhere."""
+"""The budget of a step: overlapping kernels count once, the lower bound is bytes and products, and the plot needs no GPU."""
 from __future__ import annotations
 
 import json
@@ -21,23 +21,23 @@ ROWS = [
 ]
 
 
-def test_a_moment_counts_once_for_the_kernel_that_began_first() -> None:
+def test_overlapping_time_counts_once_for_the_kernel_that_started_first() -> None:
     kernels = [("_few_rows", 0, 10), ("_decode_attention", 6, 14), ("_sample_chunks", 7, 9), ("index_select", 20, 21),
                ("nvjet_tst", 21, 23)]
     for order in (kernels, kernels[::-1]):
         assert busy(order) == {"matmul": 10 + 2, "attention": 4, "sampling": 0, OTHER: 1}
-    assert sum(busy(kernels).values()) == 14 + 3  # as long as anything ran: what is missing to the step's time is the gap
+    assert sum(busy(kernels).values()) == 14 + 3  # the time in which any kernel ran; the rest of the step is the gap
 
 
 @pytest.mark.parametrize("name, kind", [
     ("_matvec", "matmul"), ("void gemmSN_TN_kernel", "matmul"), ("_prompt_attention", "attention"), ("_position_and_store", "attention"),
     ("_combine_chunks", "sampling"), ("_thresholds", "sampling"), ("_rms_norm", OTHER), ("_silu_and_mul", OTHER),
     ("Memset (Device)", OTHER)])
-def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+def test_kernels_are_classified_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
-def test_every_kernel_of_ours_has_a_class_that_was_chosen_for_it() -> None:
+def test_every_triton_kernel_has_an_explicit_class() -> None:
     ours = {line.split("def ")[1].split("(")[0] for path in Path("minivllm/kernels/triton").glob("*.py")
             for before, line in zip(["", *path.read_text().splitlines()], path.read_text().splitlines(), strict=False)
             if before.startswith("@triton.jit") and line.startswith("def _")}
@@ -47,7 +47,7 @@ def test_every_kernel_of_ours_has_a_class_that_was_chosen_for_it() -> None:
     assert {name for name, kind in named.items() if kind == OTHER} >= {"_rms_norm", "_silu_and_mul", "_rope_angles"}
 
 
-def test_the_floor_of_a_decode_is_its_weights_and_keys_and_that_of_a_prompt_its_products() -> None:
+def test_the_lower_bound_is_weights_and_keys_for_a_decode_and_products_for_a_prompt() -> None:
     spec = parse_config(models.config_of("qwen3-0.6b"))
     weights, key = 1.19e9, 2 * 2 * 28 * 8 * 128  # bytes
     assert key == 112 * 1024
@@ -55,17 +55,17 @@ def test_the_floor_of_a_decode_is_its_weights_and_keys_and_that_of_a_prompt_its_
     assert floor_ms(spec, LIMITS, [1] * 256, [600] * 256) == pytest.approx(1e3 * (256 * 600 * key / 4e12 + 256 * weights / 8e14), rel=0.01)
     shared = floor_ms(spec, LIMITS, [1] * 4, [500] * 4, 400)
     assert shared == pytest.approx(1e3 * (weights + (400 + 4 * 100) * key) / 4e12, rel=0.01)
-    layer, qkv = 440e6 / 28, 4096 * 1024  # weights; of the last layer only keys and values of all tokens are needed
+    layer, qkv = 440e6 / 28, 4096 * 1024  # weights; the last layer computes only keys and values for all tokens
     products = 2 * 8000 * (27 * layer + qkv) + 4 * 27 * 16 * 128 * 8000 * 8001 / 2
     assert floor_ms(spec, LIMITS, [8000], [8000]) == pytest.approx(1e3 * (products / 8e14 + 8000 * key / 4e12), rel=0.01)
 
 
-def test_the_table_has_a_line_for_each_row_and_says_why_one_has_no_figures() -> None:
+def test_the_table_has_a_line_for_each_row_and_the_reason_for_missing_figures() -> None:
     lines = table(ROWS)
     assert len(lines) == 3 and "0.350" in lines[1] and lines[1].endswith("50%") and "no figure: the KV cache has no room" in lines[2]
 
 
-def test_a_saved_record_becomes_a_picture_without_a_gpu(tmp_path: Path) -> None:
+def test_a_saved_record_can_be_plotted_without_a_gpu(tmp_path: Path) -> None:
     record = {"shape": "tiny", "machine": {"gpu": "some GPU"}, "rows": ROWS}
     (tmp_path / "r.json").write_text(json.dumps(record))
     command = [sys.executable, "-m", "bench.step_budget", "--plot-from", str(tmp_path / "r.json"), "--plot", str(tmp_path / "a.png")]

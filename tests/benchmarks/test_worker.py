@@ -1,4 +1,4 @@
-"""The process that measures one engine: wrong kernels and wrong counts cost it its figures."""
+"""The process that measures one engine. Wrong kernels or wrong token counts give no figures."""
 from __future__ import annotations
 
 import json
@@ -15,8 +15,8 @@ from bench import models, worker
 from minivllm.benchmarks.workloads import WorkloadRequest
 
 
-class Pretender:
-    """An engine that answers with zeros at once."""
+class FakeEngine:
+    """An engine that returns zeros at once."""
 
     dtype = "bfloat16"
     verdict: ClassVar[dict[str, Any]] = {"logits_apart": 0.01}
@@ -36,7 +36,7 @@ class Pretender:
         return self.verdict
 
 
-def said(engine: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **job: Any) -> dict[str, dict[str, Any]]:
+def rows_of(engine: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **job: Any) -> dict[str, dict[str, Any]]:
     monkeypatch.setitem(sys.modules, "bench.peers.minivllm_engine", type("module", (), {"Engine": engine}))
     full = {"engine": "minivllm", "device": "cuda", "threads": torch.get_num_threads(), "repeats": 1,
             "rows": ["c2", "nano8gb"], "check": True, "max_len": 4096, "started": time.time(), **job}
@@ -47,24 +47,24 @@ def said(engine: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_right_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = said(Pretender, monkeypatch, capsys)
+    rows = rows_of(FakeEngine, monkeypatch, capsys)
     assert rows["kernels"] == {"logits_apart": 0.01} and rows["c2"]["value"] > 0 and rows["nano8gb"]["unit"] == "tok/s"
 
 
 def test_wrong_kernels_have_no_figure_in_any_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = type("Wrong", (Pretender,), {"verdict": {"logits_apart": 3.0, "refused": "logits are 3 from the reference's"}})
-    rows = said(engine, monkeypatch, capsys)
+    engine = type("Wrong", (FakeEngine,), {"verdict": {"logits_apart": 3.0, "refused": "logits are 3 from the reference's"}})
+    rows = rows_of(engine, monkeypatch, capsys)
     assert [rows[name] for name in ("c2", "nano8gb")] == [{"refused": "logits are 3 from the reference's"}] * 2
-    on_cpu = said(engine, monkeypatch, capsys, device="cpu")
-    assert "value" in on_cpu["c2"] and "kernels" not in on_cpu  # there tokens are compared with Transformers' instead
+    on_cpu = rows_of(engine, monkeypatch, capsys, device="cpu")
+    assert "value" in on_cpu["c2"] and "kernels" not in on_cpu  # on a CPU tokens are compared with those of Transformers instead
 
 
-def test_a_token_too_few_costs_the_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = type("Short", (Pretender,), {"short_by": 1})
-    assert "WrongOutput" in said(engine, monkeypatch, capsys)["c2"]["refused"]
+def test_a_missing_token_gives_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = type("Short", (FakeEngine,), {"short_by": 1})
+    assert "WrongOutput" in rows_of(engine, monkeypatch, capsys)["c2"]["refused"]
 
 
-def test_vllm_where_it_is_missing_says_so(tmp_path: Path) -> None:
+def test_a_missing_vllm_is_a_clear_error(tmp_path: Path) -> None:
     models.write_config("tiny", tmp_path)
     job = {"engine": "vllm", "model": str(tmp_path), "dtype": "bfloat16", "device": "cuda", "threads": 1, "repeats": 1, "rows": ["bs1"],
            "check": True, "max_len": 4096, "load_format": "auto", "options": {}, "started": 0}
@@ -80,6 +80,6 @@ def test_vllm_where_it_is_missing_says_so(tmp_path: Path) -> None:
     (["--load-format", "dummy", "--device", "cuda", "--model", "tiny"], "hf reads its weights from a file"),
     (["--load-format", "dummy", "--engines", "minivllm", "--model", "tiny"], "on --device cuda"),
 ])
-def test_what_cannot_be_measured_is_refused_at_once(flags: list[str], message: str) -> None:
+def test_rows_that_cannot_be_measured_are_refused_at_once(flags: list[str], message: str) -> None:
     done = subprocess.run([sys.executable, "-m", "bench.run", *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and message in done.stderr

@@ -1,4 +1,4 @@
-"""`minivllm bench`: whole runs against a scripted server and against the canned one."""
+"""`minivllm bench`: complete runs against a scripted server and the canned server."""
 from __future__ import annotations
 
 import json
@@ -37,7 +37,7 @@ def serve(live: LiveServer, *flags: str) -> int:
     return main(["bench", "serve", "--base-url", live.url, "--api-key", "secret", *QUIET, *flags])
 
 
-def test_a_run_asks_what_it_was_told_and_saves_what_it_measured(
+def test_a_run_sends_the_configured_requests_and_saves_its_figures(
     engine: ScriptedEngine, live: LiveServer, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, picture = tmp_path / "run.json", tmp_path / "run.png"
@@ -58,7 +58,7 @@ def test_a_run_asks_what_it_was_told_and_saves_what_it_measured(
     assert "Successful requests:                                  12" in out and "P99 ITL (ms)" in out
 
 
-def test_several_client_processes_share_the_requests_out(engine: ScriptedEngine, live: LiveServer, tmp_path: Path) -> None:
+def test_several_client_processes_divide_the_requests(engine: ScriptedEngine, live: LiveServer, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     flags = ["--num-prompts", "5", "--random-output-len", "3", "--client-processes", "2", "--num-warmups", "0", "--save", str(file)]
     assert serve(live, *flags) == 0
@@ -66,7 +66,7 @@ def test_several_client_processes_share_the_requests_out(engine: ScriptedEngine,
     assert json.loads(file.read_text())["total_output_tokens"] == 15
 
 
-def test_chat_whole_answers_and_a_trace(
+def test_chat_without_streaming_and_a_trace(
     engine: ScriptedEngine, live: LiveServer, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert serve(live, "--endpoint", "/v1/chat/completions", "--random-input-len", "4", "--num-prompts", "2", "--no-stream") == 0
@@ -77,7 +77,7 @@ def test_chat_whole_answers_and_a_trace(
     assert [(len(r.prompt), r.params.max_tokens) for r in engine.seen[-2:]] == [(2, 3), (4, 2)]
 
 
-def test_failures_are_counted_told_and_give_exit_status_1(
+def test_failures_are_counted_printed_and_give_exit_status_1(
     engine: ScriptedEngine, live: LiveServer, capsys: pytest.CaptureFixture[str],
 ) -> None:
     engine.refuse = lambda prompt, params: ValueError("no") if len(engine.seen) % 2 else None
@@ -85,21 +85,20 @@ def test_failures_are_counted_told_and_give_exit_status_1(
     failing = iter([None, None, "the device is gone", *[None] * 1000])
     engine.fail_step = lambda: next(failing)
     assert serve(live, "--num-prompts", "4", "--max-concurrency", "1", "--num-warmups", "0") == 1
-    said = capsys.readouterr()
-    assert "requests failed: " in said.err
+    assert "requests failed: " in capsys.readouterr().err
 
 
-def test_what_cannot_work_is_said_before_anything_is_sent(
+def test_invalid_flags_are_refused_before_anything_is_sent(
     engine: ScriptedEngine, live: LiveServer, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for flags, says in [
+    for flags, expected in [
         (["--goodput", "tft:5"], "goodput"), (["--percentile-metrics", "ttft,x"], "percentile_metrics"),
         (["--metric-percentiles", "101"], "metric_percentiles"), (["--dataset-name", "trace"], "dataset_path"),
         (["--endpoint", "/v1/chat/completions", "--prompt-format", "ids"], "prompt"), (["--save", str(tmp_path / "no" / "x")], "folder"),
         (["--plot", "x.gif"], ".png"), (["--random-range-ratio", "2"], "random_range_ratio"),
     ]:
         assert serve(live, *flags) == 1
-        assert says in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     assert main(["bench", "serve", "--base-url", live.url, *QUIET]) == 1
     assert "HTTP 401" in capsys.readouterr().err
     assert main(["bench", "serve", "--port", "1", *QUIET]) == 1
@@ -112,14 +111,14 @@ def test_a_first_request_that_fails_ends_the_run(engine: ScriptedEngine, live: L
     assert "the first request failed: HTTP 400" in capsys.readouterr().err
 
 
-def test_a_misspelt_flag_of_a_kind_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelled_flag_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["bench", "serve", "--request-rat", "4"])
     assert end.value.code == 2
     assert "--request-rate" in capsys.readouterr().err
 
 
-def test_the_canned_server_shows_the_generators_own_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_canned_server_shows_the_load_generators_maximum_rate(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--canned", "--num-prompts", "20", "--random-output-len", "30", "--client-processes", "2", "--disable-tqdm"]
     assert main(["bench", "serve", *flags]) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`complete`, `chat`, `pull` and `collect-env` on a tiny model; an engine that follows a script where time matters."""
+"""`complete`, `chat`, `pull` and `collect-env` with a tiny model, or with a scripted engine if the order of events matters."""
 from __future__ import annotations
 
 import io
@@ -29,7 +29,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
 
 
-def test_complete_prints_the_continuation_and_nothing_else_on_stdout(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_prints_only_the_continuation_on_stdout(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     from minivllm import LLM, SamplingParams
 
     argv = ["complete", "the cat", "--model", folder, "--temperature", "0", "--max-tokens", "12", *ENGINE_FLAGS]
@@ -49,7 +49,7 @@ def test_complete_reads_stdin_for_a_dash(folder: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == direct
 
 
-def test_a_prompt_longer_than_the_context_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_longer_than_the_context_is_a_one_line_error(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["complete", "cat " * 300, "--model", folder, *ENGINE_FLAGS]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("minivllm: error: the prompt has") and "256" in error
@@ -74,11 +74,11 @@ def test_collect_env_names_versions_hardware_and_the_cache(
     assert any(line.startswith("CPU flags") for line in output.splitlines()) and any(line.startswith("GPU") for line in output.splitlines())
 
 
-# -- chat, on an engine that follows a script ---------------------------------------------------------------------------
+# -- chat, with a scripted engine ---------------------------------------------------------------------------------------
 
 
-class Words:
-    """An engine that answers "<n>-th answer." word by word, and calls `at_step` before each."""
+class ScriptedWords:
+    """An engine that generates "<n>-th answer." word by word, and calls `at_step` before each word."""
 
     def __init__(self, folder: str) -> None:
         from minivllm.engine.tokenizer import Tokenizer
@@ -126,18 +126,18 @@ class Words:
 
 
 @pytest.fixture
-def words(folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Words]:
-    """Whatever engine a command builds, it gets this one."""
+def words(folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedWords]:
+    """Every engine that a command builds is replaced by this one."""
     from minivllm.engine import compose
 
-    engine = Words(folder)
+    engine = ScriptedWords(folder)
     monkeypatch.setattr(compose, "build_engine", lambda config: engine)
     yield engine
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_chat_sends_the_whole_conversation_until_reset(
-    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: ScriptedWords, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     typed(monkeypatch, "hello", "", "again", "/reset", "fresh", "/exit", "never")
     assert main(["chat", "--system", "be brief"]) == 0
@@ -150,8 +150,8 @@ def test_chat_sends_the_whole_conversation_until_reset(
     ]
 
 
-def test_system_begins_a_conversation_with_another_system_message(
-    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+def test_system_starts_a_conversation_with_another_system_message(
+    words: ScriptedWords, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     typed(monkeypatch, "hello", "/system be long", "hello", "/reset", "hello", "/system", "hello", "/systems")
     assert main(["chat", "--system", "be brief"]) == 0
@@ -161,15 +161,15 @@ def test_system_begins_a_conversation_with_another_system_message(
     assert "did you mean '/system'" in capsys.readouterr().err
 
 
-def test_chat_uses_the_models_sampling_defaults_unless_told_otherwise(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_uses_the_models_sampling_defaults_unless_flags_override_them(words: ScriptedWords, monkeypatch: pytest.MonkeyPatch) -> None:
     typed(monkeypatch, "hello")
     assert main(["chat", "--temperature", "0.7", "--seed", "3"]) == 0
     params = words.params[0]
     assert (params.temperature, params.top_k, params.max_tokens) == (0.7, 5, None)
 
 
-def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
-    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+def test_ctrl_c_stops_the_answer_and_the_conversation_continues(
+    words: ScriptedWords, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     words.answers = iter(["one two three", "four"])
     words.at_step = lambda: os.kill(os.getpid(), signal.SIGINT) if len(words.left) == 2 else None
@@ -180,14 +180,14 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
     assert "<s>assistant: onetwo</s>" in words.prompts[1]
 
 
-def test_ctrl_c_stops_a_completion_with_status_130(words: Words, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_stops_a_completion_with_status_130(words: ScriptedWords, capsys: pytest.CaptureFixture[str]) -> None:
     words.at_step = lambda: os.kill(os.getpid(), signal.SIGINT)
     assert main(["complete", "x"]) == 130
     assert capsys.readouterr().out == "0-th\n" and len(words.aborted) == 1
 
 
-def test_a_message_that_does_not_fit_is_dropped_and_the_conversation_goes_on(
-    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+def test_a_message_that_does_not_fit_is_dropped_and_the_conversation_continues(
+    words: ScriptedWords, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     typed(monkeypatch, "this is too long", "hello")
     assert main(["chat"]) == 0
@@ -196,20 +196,20 @@ def test_a_message_that_does_not_fit_is_dropped_and_the_conversation_goes_on(
 
 
 def test_an_unknown_command_is_not_sent_to_the_model(
-    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: ScriptedWords, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     typed(monkeypatch, "/rest", "/help")
     assert main(["chat"]) == 0
     assert words.prompts == [] and "did you mean '/reset'?" in capsys.readouterr().err
 
 
-def test_a_model_without_a_template_cannot_chat(words: Words, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_template_cannot_chat(words: ScriptedWords, capsys: pytest.CaptureFixture[str]) -> None:
     words.tokenizer.chat_template = None
     assert main(["chat"]) == 1
     assert "no chat template" in capsys.readouterr().err
 
 
-def test_settings_may_come_from_a_file(words: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_may_come_from_a_file(words: ScriptedWords, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"max_model_len": 99}))
     seen = []
@@ -220,7 +220,7 @@ def test_settings_may_come_from_a_file(words: Words, monkeypatch: pytest.MonkeyP
     assert seen == [{"max_tokens": None}]
 
 
-def test_debug_logging_leaves_out_what_numba_prints_of_each_instruction_it_compiles() -> None:
+def test_debug_logging_leaves_out_numbas_line_per_compiled_instruction() -> None:
     code = ("import logging; from minivllm.server.terminal import configure_logging; configure_logging('debug');"
             "print(*(logging.getLogger(name).isEnabledFor(logging.DEBUG) for name in ('minivllm', 'numba.core.ssa')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Flags are made from the config dataclasses; a wrong command line is one line that names the nearest right one."""
+"""Flags are generated from the config dataclasses. A wrong command line is a one-line error with the nearest valid flag."""
 from __future__ import annotations
 
 import dataclasses
@@ -17,8 +17,8 @@ from minivllm.errors import EngineDead, InvalidInput
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command line that should have been refused must not start a server: it ends where the model would be loaded."""
+def no_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test whose command line should have been refused but would load a model."""
     import minivllm.server.run
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -28,7 +28,7 @@ def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
-    """The configs of a `serve` command line."""
+    """The configs that a `serve` command line gives."""
     from minivllm.cli.flags import normalize
 
     args, extras = build_parser()[0].parse_known_args(normalize(["serve", *argv]))
@@ -38,7 +38,7 @@ def parsed(*argv: str) -> tuple[EngineConfig, ServerConfig]:
 
 
 def one_of(f: dataclasses.Field[Any]) -> tuple[list[str], Any]:
-    """Arguments that set a field to something else than its default, and that value."""
+    """Arguments that set a field to a value other than its default, and that value."""
     kind = str(f.type)
     if kind.startswith("bool"):
         return [], not f.default
@@ -58,7 +58,8 @@ def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.F
     argument, value = one_of(f)
     if f.name == "max_body_size":
         argument, value = ["7777"], 7777
-    others = ["--allowed-origins=https://a"] if f.name in ("allowed_methods", "allowed_headers", "allow_credentials") else []  # need it
+    # Some flags need another one.
+    others = ["--allowed-origins=https://a"] if f.name in ("allowed_methods", "allowed_headers", "allow_credentials") else []
     for name in (f.name.replace("_", "-"), f.name):
         flag = f"--{name}" if value is not False else f"--no-{name}"
         found = parsed(flag, *argument, *others)[config is ServerConfig]
@@ -67,11 +68,11 @@ def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.F
             assert getattr(parsed(f"{flag}={argument[0]}", *others)[config is ServerConfig], f.name) == value
 
 
-def test_no_flags_are_the_defaults() -> None:
+def test_without_flags_all_settings_are_defaults() -> None:
     assert parsed() == (EngineConfig(), ServerConfig())
 
 
-def test_the_model_is_an_argument_or_a_flag_but_not_two_of_them() -> None:
+def test_the_model_is_an_argument_or_a_flag_but_not_two_different_ones() -> None:
     assert parsed("org/model")[0].model == parsed("--model", "org/model")[0].model == "org/model"
     with pytest.raises(InvalidInput, match="two models"):
         parsed("org/model", "--model", "org/other")
@@ -83,7 +84,7 @@ def test_keys_and_names_may_be_repeated() -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line with which a wrong command line ends, status 2."""
+    """The one-line error of a wrong command line, which exits with status 2."""
     with pytest.raises(SystemExit) as caught:
         main(argv)
     error = capsys.readouterr().err
@@ -107,12 +108,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["server"], "invalid choice: 'server'"),
     ([], "required: COMMAND"),
 ])
-def test_a_wrong_command_line_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+def test_a_wrong_command_line_is_a_one_line_error_with_status_2(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert words in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_flag_that_is_not_supported_yet_is_refused_by_name_and_hidden_in_the_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
     flag = "--" + name.replace("_", "-")
     assert "not supported yet" in refused(capsys, "serve", flag)
     with pytest.raises(SystemExit):
@@ -130,7 +131,7 @@ def test_what_is_not_built_yet_is_refused_by_name_and_not_in_the_help(capsys: py
     (["complete", "x", "--temperature", "-1"], "temperature must be in [0, 10000]"),
     (["complete", ""], "the prompt is empty"),
 ])
-def test_a_wrong_value_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+def test_a_wrong_value_is_a_one_line_error_with_status_1(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("minivllm: error: ") and words in error and error.count("\n") == 1
@@ -141,7 +142,7 @@ def test_a_wrong_value_is_one_line_and_status_1(capsys: pytest.CaptureFixture[st
     (".toml", 'port = 9000\nmax-model-len = 64\napi_key = ["a", "b"]\n'),
     (".yaml", "port: 9000\nmax_model_len: 64\napi-key: [a, b]\n"),
 ])
-def test_settings_may_come_from_a_file_and_the_command_line_wins(tmp_path: Path, suffix: str, text: str) -> None:
+def test_settings_may_come_from_a_file_and_the_command_line_overrides_them(tmp_path: Path, suffix: str, text: str) -> None:
     file = tmp_path / ("settings" + suffix)
     file.write_text(text)
     engine, server = parsed("--config", str(file), "--port", "9001")
@@ -186,7 +187,9 @@ def test_help_and_version_load_neither_torch_nor_the_web_server() -> None:
     (KeyboardInterrupt(), 130, ""),
     (ModuleNotFoundError("no", name="fancy.part"), 1, "minivllm: error: the package 'fancy.part' is missing"),
 ])
-def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str) -> None:
+def test_an_error_that_the_user_can_fix_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str,
+) -> None:
     def run() -> int:
         raise error
 
@@ -194,7 +197,7 @@ def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str], er
     assert capsys.readouterr().err.startswith(line)
 
 
-def test_a_bug_of_ours_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
 

@@ -1,4 +1,4 @@
-"""`run-batch` on a tiny model: the answers of the server, a line each, whatever the other lines are."""
+"""`run-batch` with a tiny model: each line gets the server's response, independent of the other lines."""
 from __future__ import annotations
 
 import json
@@ -25,12 +25,14 @@ def folder(tiny_llama: Callable[..., Path]) -> str:
 
 def run(folder: str, tmp_path: Path, lines: list[str]) -> list[dict[str, Any]]:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")  # with the mark that some editors put in front
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")  # with the byte order mark that some editors write
     assert main(["run-batch", "-i", str(source), "-o", str(target), folder, *ENGINE_FLAGS]) == 0
     return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_line_is_answered_in_order_and_bad_ones_are_errors(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_gets_a_response_in_order_and_wrong_lines_get_errors(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
     from minivllm import LLM, SamplingParams
 
     chat = [{"role": "user", "content": "the cat"}]
@@ -67,13 +69,13 @@ def test_every_line_is_answered_in_order_and_bad_ones_are_errors(folder: str, tm
     assert "3 of 11 requests were answered, 8 have errors" in capsys.readouterr().err
 
 
-def test_responses_are_answered_too(folder: str, tmp_path: Path) -> None:
+def test_requests_to_responses_are_answered(folder: str, tmp_path: Path) -> None:
     line = json.dumps({"custom_id": "r", "method": "POST", "url": "/v1/responses", "body": {"input": "the cat", "max_output_tokens": 3}})
     (entry,) = run(folder, tmp_path, [line])
     assert entry["response"]["body"]["object"] == "response" and entry["response"]["body"]["usage"]["output_tokens"] == 3
 
 
-def test_files_that_cannot_be_read_or_written_are_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_read_or_written_are_one_line_errors(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run-batch", "-i", str(tmp_path / "none"), "-o", str(tmp_path / "out"), folder]) == 1
     (tmp_path / "in").write_text("")
     assert main(["run-batch", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "no" / "folder"), folder]) == 1
@@ -81,7 +83,7 @@ def test_files_that_cannot_be_read_or_written_are_one_line(folder: str, tmp_path
     assert len(errors) == 2 and "cannot read" in errors[0] and "cannot write" in errors[1]
 
 
-def test_requests_are_not_overwritten_by_their_answers(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_input_file_is_not_overwritten(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, link = tmp_path / "in", tmp_path / "link"
     source.write_text(request("a", "/v1/completions", prompt="x"))
     link.symlink_to(source)

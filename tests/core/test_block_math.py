@@ -12,7 +12,7 @@ CHUNKS = st.integers(1, 30)
 
 
 def blocks_held(num_tokens: int, block_size: int, window: int | None, chunk: int, first_chunk: int) -> int:
-    """Most blocks of one group that a sequence holds while it is computed in chunks. The first chunk may be shorter.
+    """Maximum number of blocks of one group that a sequence holds while it is computed in chunks. The first chunk may be shorter.
 
     Before each chunk the sequence frees the blocks that no remaining query position can see.
     """

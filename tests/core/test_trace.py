@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minivllm.cli import trace as command
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
-from minivllm.core.simulate import SimulatedRequest, StepCost, percentile, recorded_requests, simulate, synthetic_requests
+from minivllm.core.simulate import SimulatedRequest, StepCost, nearest_rank, recorded_requests, simulate, synthetic_requests
 from minivllm.core.trace import (
     Aborted,
     Arrival,
@@ -392,9 +392,9 @@ def test_step_costs_are_fitted_to_step_times(tmp_path: Path) -> None:
     assert (found.base, found.per_token, found.per_context) == pytest.approx((3e-3, 2e-5, 4e-7), rel=1e-3)
 
 
-def test_percentiles_are_among_the_values() -> None:
+def test_nearest_rank_percentiles_are_among_the_values() -> None:
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
-    assert [percentile(values, p) for p in (0, 20, 50, 99, 100)] == [1.0, 1.0, 3.0, 5.0, 5.0]
+    assert [nearest_rank(values, p) for p in (0, 20, 50, 99, 100)] == [1.0, 1.0, 3.0, 5.0, 5.0]
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
@@ -443,6 +443,16 @@ def test_the_command_refuses_wrong_arguments(tmp_path: Path, argv: list[str]) ->
     small_run(path)
     with pytest.raises(InvalidInput):
         run_command(*[str(path) if a == "FILE" else a for a in argv])
+
+
+@pytest.mark.parametrize("name", ["kv_windows", "eos_token_ids"])
+def test_the_command_neither_sets_nor_suggests_tuples(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.jsonl"
+    small_run(path)
+    for argument in (f"{name}=2", f"{name[:-1]}=2"):
+        with pytest.raises(InvalidInput, match="is not KEY=VALUE with a setting of the scheduler") as refused:
+            run_command(str(path), "--compare", argument)
+        assert f"{name}" not in str(refused.value).removeprefix(repr(argument))
 
 
 def test_recording_changes_no_plan(tmp_path: Path) -> None:

@@ -159,6 +159,24 @@ def test_a_refused_request_raises_and_leaves_no_stream_behind(client: EngineClie
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("options", "param"), [
+    ({"beam_search": True}, "beam_search"), ({"adapter": "sql"}, "adapter"),
+    ({"params": SamplingParams(truncate_prompt_tokens=1)}, "truncate_prompt_tokens"), ({"params": {"max_tokens": 3}}, "params"),
+])
+def test_what_a_client_cannot_send_is_refused_by_name_and_other_requests_continue(
+    client: EngineClient, options: dict[str, Any], param: str,
+) -> None:
+    async def main() -> None:
+        request = EngineRequest(**{"request_id": "odd", "prompt_token_ids": (5, 6), "params": SamplingParams(), **options})
+        other = asyncio.create_task(collect(client, ask("other")))
+        with pytest.raises(InvalidInput) as error:
+            await collect(client, request)
+        assert error.value.param == param
+        assert await other == {0: expected((5, 6, 7), 5)}
+
+    asyncio.run(main())
+
+
 def test_a_reader_that_leaves_while_its_request_is_refused_leaves_no_stream_behind(
     client: EngineClient, monkeypatch: pytest.MonkeyPatch,
 ) -> None:

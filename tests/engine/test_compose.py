@@ -64,7 +64,7 @@ def test_a_wrong_generation_config_is_the_models_error() -> None:
 
 
 def test_a_length_above_the_models_is_refused(folder: Path) -> None:
-    with pytest.raises(InvalidInput, match="257 is more than the 256 positions") as error:
+    with pytest.raises(InvalidInput, match="257 exceeds the model's context length of 256 tokens") as error:
         LLM(str(folder), device="cpu", max_model_len=257)
     assert error.value.param == "max_model_len"
 

@@ -19,7 +19,7 @@ from minivllm.core.plan import StepPlan, StepResult
 from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import LLMEngine
 from minivllm.outputs import OutputDelta
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 Tokens = dict[str, list[int]]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -34,6 +34,7 @@ def requests() -> dict[str, tuple[list[int], SamplingParams]]:
         "seeded": (base[:20], SEEDED), "children": (base[:21], replace(SEEDED, n=3)), "short": (base[:40], replace(GREEDY, max_tokens=3)),
         "penalized": (base[:30], replace(SEEDED, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3)),
         "filtered": (base[:12], replace(SEEDED, top_k=20, top_p=0.9, logprobs=2)),
+        "grammar": (base[:14], replace(SEEDED, ignore_eos=False, structured_outputs=StructuredOutputsParams(regex="[a-z ]{30,40}"))),
     }
 
 
@@ -144,8 +145,8 @@ def test_no_token_changes_with_drafts(
     assert got == plain[0]
     entries = [[round(e.logprob, 4) for delta in found["filtered#0"] for e in delta.logprobs or ()] for found in (deltas, plain[1])]
     assert entries[0] == pytest.approx(entries[1], abs=1e-3) and len(entries[0]) == 20
-    if way == "ahead":
-        assert executor.num_drafts == 0  # the next token is planned before drafts for it arrive
+    if way == "ahead":  # only the request with a grammar waits for results: the others' next tokens are planned before drafts arrive
+        assert 0 < executor.num_drafts < 20
         return
     assert executor.num_drafts > 20
     assert {"all accepted": executor.num_accepted == executor.num_drafts, "all rejected": executor.num_accepted == 0,
@@ -173,3 +174,20 @@ def test_a_stop_string_and_a_stop_token_inside_accepted_drafts_end_the_output_wh
         engine.close()
     assert found[0] == found[1]
     assert found[0][1]["other#0"][1:] == ("stop", token) and found[0][1]["greedy#0"][1] == "stop"
+
+
+def test_a_mask_applies_to_its_own_sample_when_another_request_has_drafts(tiny_llama: Callable[..., Path]) -> None:
+    """The step in which the prompt of the grammar request ends also verifies the drafts of the other request."""
+    engine = build(tiny_llama())
+    engine, executor = proposing(engine, lambda name, tokens: (7, 8) if name == "free" else ())
+    engine.add_request("free", {"prompt_token_ids": [5, 6, 7]}, replace(GREEDY, max_tokens=12))
+    engine.step()
+    choice = StructuredOutputsParams(choice=("the cat", "the hat"))
+    engine.add_request("grammar", {"prompt_token_ids": [9, 10]}, SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice))
+    texts: dict[str, str] = {}
+    while engine.has_unfinished_requests():
+        for delta in engine.step():
+            texts[delta.request_id] = texts.get(delta.request_id, "") + delta.text
+            assert delta.error is None
+    assert texts["grammar"] in ("the cat", "the hat") and executor.num_drafts > 10
+    engine.close()

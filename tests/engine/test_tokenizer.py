@@ -175,6 +175,25 @@ def test_a_decoder_that_is_not_a_table_streams_whole_characters(tmp_path: Path) 
     assert "".join(_stream(tokenizer, [*rest[:3], 10**6], True, [bos, first])) == "é\ufffd", "an unfinished character at the end"
 
 
+@settings(deadline=None, max_examples=200)
+@given(prompt=st.lists(st.integers(0, 4), max_size=8), ids=st.lists(st.integers(0, 4), min_size=1, max_size=20))
+def test_a_stream_survives_tokens_that_change_earlier_text(changing: Tokenizer, prompt: list[int], ids: list[int]) -> None:
+    """Bytes that complete a character replace the signs for invalid bytes, so the window's text stops being a prefix."""
+    assert _stream(changing, ids, True, prompt)
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models
+
+    words = ["a", "<0xE2>", "<0x82>", "<0xAC>", "b"]
+    backend = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 2, 0), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return Tokenizer(build.save(backend, tmp_path_factory.mktemp("changing"), bos_token=None, eos_token=None))
+
+
 @pytest.fixture(scope="module")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer = build.wordpiece()

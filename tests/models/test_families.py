@@ -128,7 +128,7 @@ def test_the_first_supported_architecture_of_those_named_is_used() -> None:
     ({"hidden_size": None}, "no 'hidden_size'"),
     ({"num_hidden_layers": "32"}, "'num_hidden_layers' must be of type int, got '32'"),
     ({"rms_norm_eps": True}, "'rms_norm_eps' must be of type float"),
-    ({"num_key_value_heads": 5}, "32 heads cannot be divided evenly among 5 key-value heads"),
+    ({"num_key_value_heads": 5}, "num_attention_heads 32 must be a multiple of num_key_value_heads 5"),
     ({"num_attention_heads": 0}, "multiple of num_attention_heads 0"),
     ({"num_attention_heads": 31, "num_key_value_heads": 31}, "hidden_size 4096 is not a multiple"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
@@ -151,7 +151,7 @@ def test_an_invalid_llama_config_is_an_error_that_names_the_key(change: dict[str
 @pytest.mark.parametrize(("change", "message"), [
     ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "use_sliding_window is off"),
     ({"layer_types": ["full_attention"] * 27 + ["chunked_attention"]}, "'chunked_attention' is not supported"),
-    ({"layer_types": ["full_attention"] * 3}, "3 layer types for 28 layers"),
+    ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, but num_hidden_layers is 28"),
     ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window must be at least 1"),
 ])
 def test_contradictory_layer_types_are_errors(change: dict[str, Any], message: str) -> None:

@@ -201,7 +201,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     (hub_errors.LocalEntryNotFoundError, "check the network"),
     (hub_errors.HfHubHTTPError, "could not be reached"),
     (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE"),
-    (hub_errors.HFValidationError, "no valid hub id"),
+    (hub_errors.HFValidationError, "not a valid hub id"),
     (hub_errors.RevisionNotFoundError, "no revision 'v9'"),
     (PermissionError, "could not be reached"),
 ])
@@ -217,7 +217,7 @@ def test_without_a_network_a_hub_id_is_an_error_with_a_fix(tmp_path: Path) -> No
     code = "from minivllm.config import EngineConfig; from minivllm.models.hub import find_model; find_model(EngineConfig(model='a/b'))"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
                           capture_output=True, text=True, check=False)
-    assert "ModelError: model 'a/b' is no folder here" in done.stderr
+    assert "ModelError: model 'a/b' is not a local folder" in done.stderr
     assert "check the network" in done.stderr
 
 

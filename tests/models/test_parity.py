@@ -195,7 +195,7 @@ def test_logits_on_a_gpu_equal_those_of_transformers_on_a_cpu(name: str, tmp_pat
 
 def test_a_new_family_is_a_row_of_the_table(tmp_path: Path) -> None:
     # The example of docs/adding_a_model.md: Phi-3 stores q, k and v as one tensor, and gate and up as another.
-    phi3 = MISTRAL.but(
+    phi3 = MISTRAL.variant(
         attention={"window": one_window(None)},
         names={"qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
     )

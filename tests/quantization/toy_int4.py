@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minivllm.families import LinearSpec
 from minivllm.kernels import Ops
-from minivllm.quantization.base import Epilogue, LinearMethod, ParamSpec
+from minivllm.quantization.base import LinearMethod, Matmul, ParamSpec
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.methods import MethodOf
 
@@ -31,11 +31,11 @@ class ToyInt4:
                 "scales": tensor(lambda n: (cols // GROUP, n), "float32", 0.01),
                 "zeros": tensor(lambda n: (cols // GROUP, n), "uint8", 8.0)}
 
-    def build(self, tensors: Mapping[str, Tensor], ops: Ops) -> ToyInt4Matmul:
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> ToyInt4Matmul:
         return ToyInt4Matmul(**tensors)
 
 
-class ToyInt4Matmul:
+class ToyInt4Matmul(Matmul):
     """Dequantizes for each product. It has no fused kernels."""
 
     def __init__(self, qweight: Tensor, scales: Tensor, zeros: Tensor) -> None:
@@ -43,9 +43,6 @@ class ToyInt4Matmul:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, dequantize(*self.tensors).to(x.dtype), bias)
-
-    def fused(self, x: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
-        return None
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:

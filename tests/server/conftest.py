@@ -1,4 +1,4 @@
-"""What all tests of the server share; no torch."""
+"""Fixtures for all tests of the server. No torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Clients read the machine's certificates whenever one is made, which takes longer than most tests; here all is plain HTTP."""
+    """Hide the machine's certificates: each HTTP client would load them, which takes longer than most tests, and here all is plain HTTP."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SSL_CERT_FILE", raising=False)
         patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("no_certificates")))

@@ -1,4 +1,4 @@
-"""A real engine around a fake model, served: for tests of the page and of the live view."""
+"""A server with a real engine and a fake model, for tests of the page and of the live view."""
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +18,7 @@ WORDS = "the quick brown fox jumps over the lazy dog. "
 
 
 class Pace:
-    """How long each step takes: a model that answers at once would have ended before anybody could look."""
+    """The duration of each step. A model without a delay would be done before a test could look."""
 
     seconds = 0.0
 
@@ -28,7 +28,7 @@ class Pace:
 
 @contextlib.contextmanager
 def page_server(folder: Path, **settings: Any) -> Iterator[tuple[LiveServer, Pace]]:
-    """The model says "the quick brown fox ..." in answer to anything."""
+    """The model answers every prompt with "the quick brown fox ..."."""
     build.save(build.byte_level(), folder)
     tokenizer = Tokenizer(folder)
     tokenizer.chat_template = ChatTemplate("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")

@@ -1,7 +1,7 @@
-"""An engine that says what a test tells it to, behind the real client, loop and HTTP server.
+"""An engine that follows a test's script, behind the real client, loop and HTTP server.
 
-`script(prompt_token_ids, params, child)` gives one (token ids, text) pair for each step. With a `gate`, a step waits until the test
-allows it, so that a test decides what has happened when, without sleeping.
+`script(prompt_token_ids, params, child)` returns one (token ids, text) pair for each step. With a `gate`, each step waits until the test
+releases it, so that tests control the order of events without sleeping.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EOS = 1
 
 @dataclass
 class Scripted:
-    """What tests see of one request in the engine."""
+    """One request in the engine, for tests to inspect."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -54,21 +54,21 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.tokenizer = Tokenizer(self.folder)
-        self.script: Callable[[Sequence[int], SamplingParams, int], Steps] = self.speak
+        self.script: Callable[[Sequence[int], SamplingParams, int], Steps] = self.default_script
         self.refuse: Callable[[Sequence[int], SamplingParams], Exception | None] = lambda prompt, params: None
         self.fail_step: Callable[[], str | None] = lambda: None  # a message: this step fails; an exception: the engine dies
         self.requests: dict[str, Scripted] = {}
-        self.seen: list[Scripted] = []  # every request ever added
+        self.seen: list[Scripted] = []  # all requests that were added
         self.aborted: list[str] = []
         self.changed = threading.Condition()  # notified by every add, abort and step
         self.steps = 0
 
-    def speak(self, prompt: Sequence[int], params: SamplingParams, child: int) -> Steps:
-        """By default: "Paris 0.", "Paris 1." ..., token by token."""
+    def default_script(self, prompt: Sequence[int], params: SamplingParams, child: int) -> Steps:
+        """Child 0 generates "Paris 0.", child 1 "Paris 1.", and so on, one token per step."""
         stream = self.tokenizer.stream(prompt)
         return [((t,), stream.push(t)) for t in self.tokenizer.encode(f"Paris {child}.")]
 
-    # -- what the loop calls, on its own thread
+    # -- called by the loop, on its own thread
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -147,22 +147,22 @@ class ScriptedEngine:
 
     @staticmethod
     def logprobs(token: int, top: int) -> TokenLogprobs:
-        """The chosen token is always the second best."""
+        """The sampled token is always the second most probable one."""
         others = (token + 1, token, token + 2, token + 3, token + 4)[:top]
         return TokenLogprobs(token, -0.5, 2, others, tuple(-0.25 * (i + 1) for i in range(len(others))))
 
     def close(self) -> None:
         pass
 
-    # -- what tests call
+    # -- called by tests
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until something the engine is told (a request, an abort) makes it true."""
+        """Wait until a command to the engine (a request, an abort) or a step makes the condition true."""
         with self.changed:
-            assert self.changed.wait_for(condition, timeout=30), "what the test waits for has not happened"
+            assert self.changed.wait_for(condition, timeout=30), "the condition did not become true"
 
     def run_until(self, condition: Callable[[], bool]) -> None:
-        """Allow one step after the other until it is true."""
+        """Release one step after the other until the condition is true."""
         assert self.gate is not None
         while True:
             with self.changed:
@@ -184,7 +184,7 @@ class LiveServer:
     thread: threading.Thread
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until something that the event loop does makes it true."""
+        """Wait until the event loop makes the condition true."""
         async def look() -> None:
             while not condition():
                 await asyncio.sleep(0)
@@ -192,7 +192,7 @@ class LiveServer:
         asyncio.run_coroutine_threadsafe(look(), self.loop).result(30)
 
     def end(self, *, drain: bool) -> None:
-        """What a signal does: SIGTERM drains, SIGINT does not."""
+        """The effect of a signal: SIGTERM drains, SIGINT does not."""
         self.loop.call_soon_threadsafe(self.server.end, drain)
 
 
@@ -219,7 +219,7 @@ def serving(client: EngineClient, tokenizer: Tokenizer | None, **settings: Any) 
         yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", client, server, loops[0], thread)
     finally:
         if thread.is_alive():
-            with contextlib.suppress(RuntimeError):  # it may end by itself in this moment
+            with contextlib.suppress(RuntimeError):  # it may end by itself at this moment
                 loops[0].call_soon_threadsafe(server.end, False)
         thread.join(30)
         assert not thread.is_alive(), "the server did not end"

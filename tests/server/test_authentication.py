@@ -1,4 +1,4 @@
-"""API keys guard everything but /health; every response has a request id."""
+"""Every path except /health and the page needs an API key, and every response has a request id."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def http(live: LiveServer) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("key", ["first-key", "second-key"])
-def test_any_of_the_keys_opens(live: LiveServer, key: str) -> None:
+def test_each_of_the_keys_is_accepted(live: LiveServer, key: str) -> None:
     with openai.OpenAI(base_url=live.url + "/v1", api_key=key) as api:
         assert api.models.list().data
 
@@ -70,16 +70,16 @@ def test_the_official_client_raises_its_authentication_error(live: LiveServer) -
         api.models.list()
 
 
-def test_a_request_id_comes_back_and_is_made_up_if_missing_or_strange(live: LiveServer) -> None:
+def test_a_request_id_is_returned_and_generated_if_missing_or_invalid(live: LiveServer) -> None:
     url = live.url + "/health"
     assert httpx.get(url, headers={"x-request-id": "my-id.7"}).headers["x-request-id"] == "my-id.7"
-    made_up = httpx.get(url).headers["x-request-id"]
-    assert len(made_up) == 32 and made_up != httpx.get(url).headers["x-request-id"]
+    generated = httpx.get(url).headers["x-request-id"]
+    assert len(generated) == 32 and generated != httpx.get(url).headers["x-request-id"]
     assert len(httpx.get(url, headers={"x-request-id": "y" * 500}).headers["x-request-id"]) == 32
-    assert len(httpx.get(live.url + "/v1/models").headers["x-request-id"]) == 32, "refusals have one too"
+    assert len(httpx.get(live.url + "/v1/models").headers["x-request-id"]) == 32, "errors have one too"
 
 
-def test_the_key_may_come_from_the_environment_and_a_given_one_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_may_come_from_the_environment_and_a_configured_one_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINIVLLM_API_KEY", raising=False)
     assert ServerConfig().keys() == ()
     monkeypatch.setenv("MINIVLLM_API_KEY", "from-env")

@@ -1,4 +1,4 @@
-"""The page in a real browser: headless Chromium, driven through Playwright. Skipped, visibly, where one of them is missing."""
+"""The page in a real browser: headless Chromium, controlled through Playwright. Skipped if one of them is missing."""
 from __future__ import annotations
 
 import os
@@ -35,23 +35,23 @@ def served(tmp_path: Path) -> Iterator[tuple[LiveServer, Pace]]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page in which nothing may go wrong unseen: script errors and what the content security policy refuses fail the test."""
+    """A browser page. Script errors and violations of the content security policy fail the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(60_000)
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda said: complaints.append(said.text) if "Content Security Policy" in said.text else None)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if "Content Security Policy" in message.text else None)
     yield page
     page.close()
-    assert complaints == []
+    assert errors == []
 
 
-def say(page: Any, text: str) -> None:
+def send(page: Any, text: str) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
 
 
-def test_a_conversation_streams_and_is_remembered(page: Any, served: tuple[LiveServer, Pace]) -> None:
+def test_a_conversation_is_streamed_and_sent_again_with_the_next_message(page: Any, served: tuple[LiveServer, Pace]) -> None:
     live, _ = served
     page.goto(live.url)
     expect = playwright.expect
@@ -60,12 +60,12 @@ def test_a_conversation_streams_and_is_remembered(page: Any, served: tuple[LiveS
     page.get_by_label("Longest answer, tokens").fill("20")
     page.get_by_label("System prompt").fill("Be brief.")
     with page.expect_request("**/v1/chat/completions"):
-        say(page, "first")
+        send(page, "first")
     answers = page.locator(".turn.assistant .text")
     expect(page.locator(".turn .note").nth(1)).to_contain_text("20 out", timeout=60_000)
     expect(answers.first).to_contain_text("the quick brown fox")
     with page.expect_request("**/v1/chat/completions") as second:
-        say(page, "second")
+        send(page, "second")
     body = second.value.post_data_json
     assert [m["role"] for m in body["messages"]] == ["system", "user", "assistant", "user"]
     assert body["messages"][2]["content"] == answers.first.text_content()
@@ -81,7 +81,7 @@ def test_stop_and_escape_end_an_answer_in_the_engine_too(page: Any, served: tupl
     page.goto(live.url)
     expect = playwright.expect
     for i, stop in enumerate((lambda: page.get_by_role("button", name="Stop").click(), lambda: page.keyboard.press("Escape"))):
-        say(page, "go on for ever")
+        send(page, "continue")
         expect(page.locator(".turn.assistant .text").nth(i)).to_contain_text("fox")
         stop()
         expect(page.locator(".turn.assistant .note").nth(i)).to_have_text("stopped")
@@ -97,28 +97,28 @@ def test_the_live_view_follows_several_requests_and_their_shared_blocks(page: An
     expect(page.locator("#live-state")).to_have_text("live")
     body = {"prompt": WORDS * 4, "n": 3, "max_tokens": 400, "stream": True, "temperature": 1.0}
     with httpx.stream("POST", live.url + "/v1/completions", json=body, timeout=60) as response:
-        lines = response.iter_lines()  # kept: a generator that is dropped closes its connection
+        lines = response.iter_lines()  # keep a reference: a garbage-collected generator closes its connection
         next(lines)
         expect(page.locator("#running")).to_have_text("3", timeout=60_000)
         expect(page.locator("#requests tr")).to_have_count(3)
         expect(page.locator("#requests")).to_contain_text("1.2")
         expect(page.locator("#lanes")).to_have_attribute("aria-label", re.compile(r"Step \d+: 3 sequences"), timeout=60_000)
         expect(page.locator("#blocks")).to_have_attribute("aria-label", re.compile(r"[1-9]\d* squares shared"), timeout=60_000)
-        colours = page.evaluate("""() => {
+        colors = page.evaluate("""() => {
             const canvas = document.getElementById("blocks");
             const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
             const seen = new Set();
             for (let i = 0; i < data.length; i += 4) seen.add(data.slice(i, i + 4).join());
             return seen.size;
         }""")
-        assert colours >= 3, "free, used and the mark of shared ones"
+        assert colors >= 3, "free, used and shared"
     expect(page.locator("#running")).to_have_text("0", timeout=60_000)
     expect(page.locator("#requests")).to_have_text("none")
     page.goto("about:blank")
-    live.wait_until(lambda: live.client._watchers == 0)
+    live.wait_until(lambda: live.client._num_watchers == 0)
 
 
-def test_a_server_with_keys_asks_for_one_and_keeps_it_in_memory_only(page: Any, tmp_path: Path) -> None:
+def test_the_page_requests_an_api_key_and_keeps_it_in_memory_only(page: Any, tmp_path: Path) -> None:
     with page_server(tmp_path, api_key=("secret",)) as (live, _):
         page.goto(live.url)
         expect = playwright.expect
@@ -135,12 +135,12 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_memory_only(page: Any, 
         page.goto("about:blank")
 
 
-def test_an_error_is_told_and_the_question_may_be_sent_again(page: Any, served: tuple[LiveServer, Pace]) -> None:
+def test_an_error_is_shown_and_the_message_can_be_sent_again(page: Any, served: tuple[LiveServer, Pace]) -> None:
     live, _ = served
     page.goto(live.url)
     page.get_by_text("Settings").click()
     page.get_by_label("Longest answer, tokens").fill("5000")
-    say(page, "too long")
+    send(page, "too long")
     playwright.expect(page.get_by_role("alert")).to_contain_text("context")
     playwright.expect(page.get_by_label("Message", exact=True)).to_have_value("too long")
 

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, models and tokens through the official client, with an engine that follows a script."""
+"""`/v1/chat/completions`, models and tokens through the official client, with a scripted engine."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def prompt_text(engine: ScriptedEngine) -> str:
     return engine.tokenizer.decode(engine.seen[-1].prompt)
 
 
-def test_a_chat_is_written_with_the_models_template_and_answered_by_the_assistant(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_a_chat_is_rendered_with_the_models_template_and_answered_by_the_assistant(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     answer = api.chat.completions.create(model=MODEL, messages=[{"role": "system", "content": "be brief"}, *HELLO])
     assert prompt_text(engine) == "<s>system: be brief</s><s>user: hello</s><s>assistant: "
     assert answer.choices[0].message.role == "assistant" and answer.choices[0].message.content == "Paris 0."
@@ -49,7 +49,7 @@ def test_the_output_may_fill_the_context_by_default(api: openai.OpenAI, engine: 
     assert engine.seen[-1].params.max_tokens == engine.max_model_len - len(engine.seen[-1].prompt)
 
 
-def test_max_completion_tokens_wins_over_max_tokens(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_max_completion_tokens_overrides_max_tokens(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     api.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3)
     assert engine.seen[-1].params.max_tokens == 3
     api.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3, max_completion_tokens=5)
@@ -73,14 +73,14 @@ def test_the_final_message_can_be_continued(api: openai.OpenAI, engine: Scripted
     assert prompt_text(engine) == "<s>user: hello</s><s>assistant: Well"
 
 
-def test_an_answer_can_be_sent_back_as_it_came(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_an_answer_can_be_sent_back_unchanged(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     answer = api.chat.completions.create(model=MODEL, messages=HELLO).choices[0].message
     again: Any = [*HELLO, answer.model_dump(), *HELLO]
     api.chat.completions.create(model=MODEL, messages=again)
     assert "<s>assistant: Paris 0.</s>" in prompt_text(engine)
 
 
-def test_a_stream_opens_with_the_role_and_ends_with_the_reason(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_a_stream_starts_with_the_role_and_ends_with_the_finish_reason(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     chunks = list(api.chat.completions.create(model=MODEL, messages=HELLO, stream=True))
     first, rest = chunks[0].choices[0], [c.choices[0] for c in chunks[1:]]
     assert first.delta.role == "assistant" and first.delta.content == "" and first.finish_reason is None
@@ -107,7 +107,7 @@ def test_include_usage_ends_a_chat_stream_with_its_usage(api: openai.OpenAI) -> 
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 4
 
 
-def test_chat_logprobs_have_bytes_and_as_many_alternatives_as_asked_for(api: openai.OpenAI) -> None:
+def test_chat_logprobs_have_bytes_and_the_requested_number_of_alternatives(api: openai.OpenAI) -> None:
     choice = api.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=2).choices[0]
     assert choice.logprobs is not None and choice.logprobs.content is not None
     assert b"".join(bytes(e.bytes or ()) for e in choice.logprobs.content).decode() == "Paris 0."
@@ -116,7 +116,7 @@ def test_chat_logprobs_have_bytes_and_as_many_alternatives_as_asked_for(api: ope
     assert plain.logprobs is not None and all(e.top_logprobs == [] for e in plain.logprobs.content or ())
 
 
-def test_streamed_chat_logprobs_join_to_the_whole_ones(api: openai.OpenAI) -> None:
+def test_streamed_chat_logprobs_equal_those_of_the_complete_response(api: openai.OpenAI) -> None:
     whole = api.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=1).choices[0].logprobs
     chunks = api.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=1, stream=True)
     pieces = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content or ()]
@@ -132,7 +132,7 @@ def test_the_model_is_listed_with_its_card(api: openai.OpenAI, engine: ScriptedE
         api.models.retrieve("no-such-model")
 
 
-def test_any_served_name_works_and_the_answer_carries_it(tokenizer_folder: Path) -> None:
+def test_any_served_name_works_and_is_in_the_response(tokenizer_folder: Path) -> None:
     with scripted_server(ScriptedEngine(tokenizer_folder), served_model_name=("big", "small")) as live, \
             openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
         assert [card.id for card in api.models.list().data] == ["big", "small"]
@@ -141,7 +141,7 @@ def test_any_served_name_works_and_the_answer_carries_it(tokenizer_folder: Path)
             api.completions.create(model=MODEL, prompt="x")
 
 
-def test_a_template_given_to_the_server_replaces_the_models(tokenizer_folder: Path) -> None:
+def test_a_template_given_to_the_server_replaces_the_models_own(tokenizer_folder: Path) -> None:
     engine = ScriptedEngine(tokenizer_folder)
     engine.tokenizer.chat_template = ChatTemplate("{% for m in messages %}{{ m.role }}|{% endfor %}{{ mood }}")
     with scripted_server(engine) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
@@ -160,7 +160,7 @@ def test_tokenize_and_detokenize_are_inverse(live: LiveServer, engine: ScriptedE
     assert engine.tokenizer.decode(chat["tokens"]) == "<s>user: hello</s><s>assistant: "
 
 
-def test_messages_are_tokenized_with_all_that_the_chat_endpoint_would_write_into_the_prompt(tokenizer_folder: Path) -> None:
+def test_messages_are_tokenized_to_the_same_prompt_as_in_the_chat_endpoint(tokenizer_folder: Path) -> None:
     import httpx
 
     engine = ScriptedEngine(tokenizer_folder, max_model_len=2048)

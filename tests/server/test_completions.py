@@ -1,4 +1,4 @@
-"""`/v1/completions` through the official client, over a real socket, with an engine that follows a script."""
+"""`/v1/completions` through the official client, over a real socket, with a scripted engine."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def test_a_prompt_is_answered_with_text_and_usage(api: openai.OpenAI, engine: Sc
     assert answer.choices[0].logprobs is None
 
 
-def test_the_output_is_sixteen_tokens_by_default_and_fewer_where_the_context_ends(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_the_output_is_sixteen_tokens_by_default_and_fewer_at_the_end_of_the_context(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     api.completions.create(model=MODEL, prompt=[5] * 10)
     assert engine.seen[-1].params.max_tokens == 16
     api.completions.create(model=MODEL, prompt=[5] * 250)
@@ -51,7 +51,7 @@ def test_the_output_is_sixteen_tokens_by_default_and_fewer_where_the_context_end
 @pytest.mark.parametrize("prompt, sent", [
     ("the cat", ["the cat"]), (["the cat", "the hat"], ["the cat", "the hat"]), ([5, 6, 7], [(5, 6, 7)]), ([[5, 6], [7]], [(5, 6), (7,)]),
 ])
-def test_all_four_forms_of_a_prompt_are_taken(api: openai.OpenAI, engine: ScriptedEngine, prompt: object, sent: list[object]) -> None:
+def test_all_four_forms_of_a_prompt_are_accepted(api: openai.OpenAI, engine: ScriptedEngine, prompt: object, sent: list[object]) -> None:
     del engine.seen[:]
     answer = api.completions.create(model=MODEL, prompt=prompt)  # type: ignore[call-overload]
     assert len(answer.choices) == len(sent)
@@ -66,14 +66,14 @@ def test_a_choice_has_the_index_prompt_times_n_plus_child(api: openai.OpenAI, en
         streamed = {c.index: c.text for chunk in api.completions.create(model=MODEL, prompt=[[10], [11], [12]], n=2, stream=True)
                     for c in chunk.choices if c.text}
     finally:
-        engine.script = engine.speak
+        engine.script = engine.default_script
     wanted = [f"prompt {p} child {c}" for p in (10, 11, 12) for c in (0, 1)]
     assert [c.text for c in answer.choices] == wanted and [c.index for c in answer.choices] == list(range(6))
     assert streamed == dict(enumerate(wanted))
     assert answer.usage is not None and answer.usage.prompt_tokens == 3 and answer.usage.completion_tokens == 6
 
 
-def test_a_stream_has_one_chunk_per_token_and_the_reason_in_the_last(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_a_stream_has_one_chunk_per_token_and_the_last_has_the_finish_reason(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     chunks = list(api.completions.create(model=MODEL, prompt="x", max_tokens=100, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == "Paris 0."
     assert len(chunks) == len(engine.tokenizer.encode("Paris 0."))
@@ -95,23 +95,23 @@ def test_continuous_usage_stats_count_up_in_every_chunk(api: openai.OpenAI) -> N
     assert [c.usage.completion_tokens for c in chunks] == [1, 2, 3, 3]
 
 
-def test_text_that_is_held_back_makes_no_chunk(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+def test_a_delta_without_text_makes_no_chunk(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     engine.script = lambda prompt, params, child: [((5,), ""), ((6,), "é"), ((7,), ""), ((8,), "")]
     try:
         chunks = list(api.completions.create(model=MODEL, prompt="x", stream=True))
     finally:
-        engine.script = engine.speak
+        engine.script = engine.default_script
     assert [(c.choices[0].text, c.choices[0].finish_reason) for c in chunks] == [("é", None), ("", "length")]
 
 
 @pytest.mark.parametrize("text", ['"quotes" \\ and \n\t\x01', "naïve 🦙 日本", "\u2028line"])
-def test_any_text_survives_both_ways(api: openai.OpenAI, engine: ScriptedEngine, text: str) -> None:
+def test_any_text_is_unchanged_in_complete_and_streamed_responses(api: openai.OpenAI, engine: ScriptedEngine, text: str) -> None:
     engine.script = lambda prompt, params, child: [((5,), text), ((6,), text)]
     try:
         whole = api.completions.create(model=MODEL, prompt="x").choices[0].text
         pieces = [c.choices[0].text for c in api.completions.create(model=MODEL, prompt="x", stream=True)]
     finally:
-        engine.script = engine.speak
+        engine.script = engine.default_script
     assert whole == text + text and pieces == [text, text]
 
 
@@ -125,17 +125,17 @@ def test_logprobs_are_four_parallel_lists(api: openai.OpenAI, engine: ScriptedEn
     assert all(len(top) == 2 and top[token] == -0.5 for top, token in zip(logprobs.top_logprobs, logprobs.tokens, strict=True))
 
 
-def test_logprobs_of_zero_name_the_chosen_token_only(api: openai.OpenAI) -> None:
+def test_logprobs_0_lists_only_the_sampled_token(api: openai.OpenAI) -> None:
     logprobs = api.completions.create(model=MODEL, prompt="x", logprobs=0).choices[0].logprobs
     assert logprobs is not None and logprobs.top_logprobs == [{token: -0.5} for token in logprobs.tokens or ()]
 
 
-def test_the_chosen_token_is_listed_even_if_it_is_not_among_the_best(api: openai.OpenAI) -> None:
+def test_the_sampled_token_is_listed_even_if_it_is_not_among_the_most_probable(api: openai.OpenAI) -> None:
     logprobs = api.completions.create(model=MODEL, prompt="x", logprobs=1).choices[0].logprobs
     assert logprobs is not None and all(len(top) == 2 for top in logprobs.top_logprobs or ())
 
 
-def test_streamed_logprobs_join_to_the_whole_ones(api: openai.OpenAI) -> None:
+def test_streamed_logprobs_equal_those_of_the_complete_response(api: openai.OpenAI) -> None:
     whole = api.completions.create(model=MODEL, prompt="x", logprobs=1, echo=True).choices[0].logprobs
     pieces = [c.choices[0].logprobs for c in api.completions.create(model=MODEL, prompt="x", logprobs=1, echo=True, stream=True)]
     assert whole is not None
@@ -158,7 +158,7 @@ def test_echo_with_logprobs_scores_the_prompt_and_its_first_token_has_none(api: 
     assert logprobs.top_logprobs is not None and logprobs.top_logprobs[0] is None and "".join(logprobs.tokens or ()) == "the cat"
 
 
-def test_prompt_logprobs_and_token_ids_come_back_if_asked_for(api: openai.OpenAI) -> None:
+def test_prompt_logprobs_and_token_ids_are_returned_on_request(api: openai.OpenAI) -> None:
     answer = api.completions.create(
         model=MODEL, prompt=[5, 6], max_tokens=2, extra_body={"prompt_logprobs": 1, "return_token_ids": True},
     ).choices[0].model_dump()
@@ -167,7 +167,7 @@ def test_prompt_logprobs_and_token_ids_come_back_if_asked_for(api: openai.OpenAI
     assert first is None and second["6"]["rank"] == 2 and set(second) == {"6", "7"}
 
 
-def test_streamed_token_ids_are_those_of_the_whole_answer(api: openai.OpenAI) -> None:
+def test_streamed_token_ids_equal_those_of_the_complete_response(api: openai.OpenAI) -> None:
     extra = {"return_token_ids": True}
     whole = api.completions.create(model=MODEL, prompt="x", extra_body=extra).choices[0].model_dump()["token_ids"]
     chunks = api.completions.create(model=MODEL, prompt="x", extra_body=extra, stream=True)
@@ -199,7 +199,7 @@ def test_null_is_the_default_of_every_field(api: openai.OpenAI, engine: Scripted
     assert engine.seen[-1].params == with_nulls
 
 
-def test_the_models_own_sampling_defaults_hold_unless_the_request_says_otherwise(tokenizer_folder: Path) -> None:
+def test_the_models_own_sampling_defaults_apply_unless_the_request_overrides_them(tokenizer_folder: Path) -> None:
     defaults = {"temperature": 0.3, "top_k": 7, "top_p": 0.8, "eos_token_id": 1, "min_p": None}
     engine = ScriptedEngine(tokenizer_folder, generation_config=defaults)
     with scripted_server(engine) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:

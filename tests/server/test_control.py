@@ -1,4 +1,4 @@
-"""What operators ask: load, the prefix cache, aborting by id; and prompts cut to fit."""
+"""Endpoints for operators (load, the prefix cache, aborting by id), and truncated prompts."""
 from __future__ import annotations
 
 import json
@@ -38,14 +38,14 @@ def ask(live: LiveServer, answers: dict[str, Any], **body: Any) -> threading.Thr
     return thread
 
 
-def test_abort_requests_ends_the_named_ones_and_no_others(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_abort_requests_ends_only_the_named_requests(engine: ScriptedEngine, live: LiveServer) -> None:
     answers: dict[str, Any] = {}
     threads = [ask(live, answers, prompt=[[5], [6]], n=2, request_id="mine", max_tokens=40),
                ask(live, answers, prompt=[7], request_id="other", max_tokens=3)]
-    while httpx.get(live.url + "/load").json()["server_load"] < 2:  # both are on their way before the first step
+    while httpx.get(live.url + "/load").json()["server_load"] < 2:  # both have arrived before the first step
         pass
     engine.run_until(lambda: len(engine.seen) == 3)
-    response = httpx.post(live.url + "/abort_requests", json={"request_ids": ["mine", "nobody"]})
+    response = httpx.post(live.url + "/abort_requests", json={"request_ids": ["mine", "unknown"]})
     assert response.json() == {"aborted": ["cmpl-mine"]}
     assert engine.gate is not None
     engine.gate.release(100)
@@ -56,7 +56,7 @@ def test_abort_requests_ends_the_named_ones_and_no_others(engine: ScriptedEngine
     assert [choice["finish_reason"] for choice in answers["other"].json()["choices"]] == ["length"]
 
 
-def test_abort_requests_takes_a_responses_whole_id_or_everything(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_abort_requests_accepts_a_full_response_id_or_all(engine: ScriptedEngine, live: LiveServer) -> None:
     for body in ({"request_ids": ["cmpl-a-1"]}, {"all": True}):
         answers: dict[str, Any] = {}
         thread = ask(live, answers, prompt=[5], request_id="a-1", max_tokens=40)
@@ -68,11 +68,11 @@ def test_abort_requests_takes_a_responses_whole_id_or_everything(engine: Scripte
 
 
 @pytest.mark.parametrize("body", [{}, {"request_ids": []}, {"request_ids": ["a"], "all": True}, {"request_ids": [5]}, {"ids": ["a"]}])
-def test_abort_requests_must_name_something(live: LiveServer, body: dict[str, Any]) -> None:
+def test_abort_requests_without_a_target_is_400(live: LiveServer, body: dict[str, Any]) -> None:
     assert httpx.post(live.url + "/abort_requests", json=body).status_code == 400
 
 
-def test_a_request_id_in_use_is_400_and_a_strange_one_too(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_a_request_id_that_is_in_use_or_invalid_is_400(engine: ScriptedEngine, live: LiveServer) -> None:
     answers: dict[str, Any] = {}
     thread = ask(live, answers, prompt=[5], request_id="same", max_tokens=3)
     engine.wait_until(lambda: len(engine.requests) == 1)
@@ -82,10 +82,10 @@ def test_a_request_id_in_use_is_400_and_a_strange_one_too(engine: ScriptedEngine
     assert engine.gate is not None
     engine.gate.release(10)
     thread.join(60)
-    assert answers["same"].status_code == 200, "the first one is untouched"
+    assert answers["same"].status_code == 200, "the first one is unaffected"
 
 
-def test_load_counts_requests_under_way(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_load_counts_running_requests(engine: ScriptedEngine, live: LiveServer) -> None:
     assert httpx.get(live.url + "/load").json()["server_load"] == 0
     answers: dict[str, Any] = {}
     thread = ask(live, answers, prompt=[[5], [6]], request_id="two", max_tokens=3)
@@ -104,7 +104,7 @@ def test_the_prefix_cache_can_be_reset(engine: ScriptedEngine, live: LiveServer,
     assert calls == [True]
 
 
-def test_paths_that_are_known_elsewhere_and_not_built_are_501(live: LiveServer) -> None:
+def test_paths_of_other_servers_that_are_not_built_are_501(live: LiveServer) -> None:
     for path in NOT_BUILT:
         response = httpx.post(live.url + path, json={})
         assert response.status_code == 501 and response.json()["error"]["code"] == "not_supported"
@@ -121,14 +121,14 @@ def test_a_prompt_keeps_its_last_tokens_when_it_is_truncated(
     assert list(engine.seen[-1].prompt) == left and usage["prompt_tokens"] == len(left)
 
 
-def test_truncating_by_minus_one_leaves_room_for_the_output(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_truncate_prompt_tokens_minus_1_leaves_room_for_the_output(engine: ScriptedEngine, live: LiveServer) -> None:
     engine.gate = None
     for fields, room in (({"max_tokens": 56}, 56), ({}, 16)):
         assert httpx.post(live.url + PATH, json={"prompt": [5] * 300, "truncate_prompt_tokens": -1, **fields}).status_code == 200
         assert len(engine.seen[-1].prompt) == 256 - room
 
 
-def test_an_echo_shows_what_was_left_of_a_truncated_prompt(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_an_echo_is_the_truncated_prompt(engine: ScriptedEngine, live: LiveServer) -> None:
     engine.gate = None
     text = "the cat and the hat"
     tokens = engine.tokenizer.encode(text)
@@ -139,6 +139,6 @@ def test_an_echo_shows_what_was_left_of_a_truncated_prompt(engine: ScriptedEngin
 
 
 @pytest.mark.parametrize("value", [0, -2, 257, "2"])
-def test_a_senseless_truncation_is_400(live: LiveServer, value: Any) -> None:
+def test_an_invalid_truncation_is_400(live: LiveServer, value: Any) -> None:
     response = httpx.post(live.url + PATH, json={"prompt": [5], "truncate_prompt_tokens": value})
     assert response.status_code == 400 and json.loads(response.text)["error"]["param"] == "truncate_prompt_tokens"

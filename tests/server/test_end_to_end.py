@@ -1,4 +1,4 @@
-"""A tiny real model behind the real server: the answers are those of `LLM.generate`, from a thread and from another process."""
+"""The server with a tiny real model gives the results of `LLM.generate`, with the engine in a thread or in a process."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def offline(folder: Path) -> Iterator[LLM]:
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is tiny: a second thread only waits for the first
+    torch.set_num_threads(1)  # the model is too small for a second thread
     with LLM(model=str(folder), **SETTINGS) as llm:
         yield llm
     torch.set_num_threads(threads)
@@ -55,7 +55,7 @@ def api(live: LiveServer) -> Iterator[openai.OpenAI]:
         yield api
 
 
-def test_greedy_completions_equal_generate_whole_and_streamed(api: openai.OpenAI, offline: LLM) -> None:
+def test_greedy_completions_equal_generate_complete_and_streamed(api: openai.OpenAI, offline: LLM) -> None:
     wanted = [o.outputs[0].text for o in offline.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)]
     whole = api.completions.create(model="tiny", prompt=PROMPTS, temperature=0, max_tokens=24)
     assert [choice.text for choice in whole.choices] == wanted
@@ -65,7 +65,7 @@ def test_greedy_completions_equal_generate_whole_and_streamed(api: openai.OpenAI
     assert pieces == wanted
 
 
-def test_a_greedy_chat_equals_chat(api: openai.OpenAI, offline: LLM) -> None:
+def test_a_greedy_chat_completion_equals_llm_chat(api: openai.OpenAI, offline: LLM) -> None:
     messages: Any = [{"role": "user", "content": "the cat"}]
     wanted = offline.chat(messages, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0].outputs[0].text
     whole = api.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=16)
@@ -73,7 +73,7 @@ def test_a_greedy_chat_equals_chat(api: openai.OpenAI, offline: LLM) -> None:
     assert whole.choices[0].message.content == wanted == "".join(c.choices[0].delta.content or "" for c in streamed)
 
 
-def test_a_seeded_request_draws_the_same_tokens_whatever_else_is_running(api: openai.OpenAI, offline: LLM) -> None:
+def test_a_seeded_request_samples_the_same_tokens_in_any_batch(api: openai.OpenAI, offline: LLM) -> None:
     def ask(_: int) -> list[str]:
         choices = api.completions.create(model="tiny", prompt="the cat", temperature=1, seed=7, n=3, max_tokens=12).choices
         return [choice.text for choice in choices]
@@ -95,7 +95,7 @@ def test_a_stop_string_ends_the_text_before_it_and_is_the_stop_reason(api: opena
         assert choices[-1].finish_reason == "stop" and choices[-1].model_dump()["stop_reason"] == stop
 
 
-def test_a_second_request_finds_the_first_ones_prompt_cached(api: openai.OpenAI) -> None:
+def test_a_repeated_prompt_is_found_in_the_prefix_cache(api: openai.OpenAI) -> None:
     prompt = "cats and hats " * 12
     cached = [api.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage for _ in range(2)]
     first, second = (usage.prompt_tokens_details.cached_tokens for usage in cached)  # type: ignore[union-attr]
@@ -123,20 +123,20 @@ def test_token_ids_outside_the_vocabulary_are_400(live: LiveServer, change: dict
         assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
 
 
-def test_a_client_that_leaves_gives_its_blocks_back(live: LiveServer) -> None:
+def test_a_disconnect_frees_the_blocks_of_its_request(live: LiveServer) -> None:
     body = {"prompt": PROMPTS, "n": 4, "max_tokens": 150, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", live.url + "/v1/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
         assert live.client.stats().used_blocks > 0
-    while len(live.server.running):  # until the server has noticed, answering others meanwhile
+    while len(live.server.running):  # until the server has noticed the disconnect; it answers other requests meanwhile
         assert httpx.get(live.url + "/health").status_code == 200
-    # The aborts are in the engine's inbox, before this request: when it is answered they were obeyed.
+    # The aborts are in the engine's inbox before this request, so they are handled before its response.
     httpx.post(live.url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60)
     stats = live.client.stats()
     assert (stats.used_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0)
 
 
-def test_metrics_count_what_was_done(live: LiveServer, api: openai.OpenAI) -> None:
+def test_metrics_count_generated_tokens(live: LiveServer, api: openai.OpenAI) -> None:
     def generated() -> float:
         lines = httpx.get(live.url + "/metrics").text.splitlines()
         return float(next(line for line in lines if line.startswith('minivllm:generation_tokens_total{model_name="tiny"}')).split()[-1])

@@ -1,4 +1,4 @@
-"""How a server ends: draining or aborting, with a client that waits or one that does not read."""
+"""The server's shutdown: draining or aborting, with clients that wait and clients that do not send or read."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 @pytest.fixture
 def engine(tokenizer_folder: Path) -> ScriptedEngine:
-    """Every answer has three tokens; a step for each permit of the gate."""
+    """Every output has three tokens, one step for each permit of the gate."""
     engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(1))
     engine.script = lambda prompt, params, child: [((5,), "one "), ((6,), "two "), ((7,), "three")]
     return engine
@@ -32,7 +32,7 @@ def events(lines: Iterator[str]) -> list[Any]:
     return [line if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line]
 
 
-def test_draining_lets_a_running_request_finish_and_takes_no_other(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_draining_finishes_running_requests_and_accepts_no_others(engine: ScriptedEngine, live: LiveServer) -> None:
     with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "x", "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
@@ -47,14 +47,14 @@ def test_draining_lets_a_running_request_finish_and_takes_no_other(engine: Scrip
     assert not live.thread.is_alive()
 
 
-def test_ending_at_once_aborts_and_every_stream_hears_it(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_an_immediate_shutdown_aborts_and_every_stream_ends_with_that_reason(engine: ScriptedEngine, live: LiveServer) -> None:
     with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "x", "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
         live.end(drain=False)
         until_refused(live)
         assert engine.gate is not None
-        engine.gate.release(1)  # the step that is running; the abort comes after it
+        engine.gate.release(1)  # the current step; the abort is handled after it
         rest = events(lines)
     assert [choice["finish_reason"] for choice in rest[:-1]][-1] == "abort" and rest[-1] == "data: [DONE]"
     assert len(engine.aborted) == 1
@@ -62,7 +62,7 @@ def test_ending_at_once_aborts_and_every_stream_hears_it(engine: ScriptedEngine,
     assert not live.thread.is_alive()
 
 
-def test_asking_twice_ends_a_drain(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_a_second_signal_ends_a_drain(engine: ScriptedEngine, live: LiveServer) -> None:
     with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "x", "stream": True}) as response:
         next(response.iter_lines())
         live.end(drain=True)
@@ -71,7 +71,7 @@ def test_asking_twice_ends_a_drain(engine: ScriptedEngine, live: LiveServer) -> 
         assert not live.thread.is_alive()
 
 
-def test_a_request_that_arrives_while_draining_on_an_open_connection_gets_503_or_a_closed_connection(
+def test_a_request_that_arrives_during_the_shutdown_gets_503(
     engine: ScriptedEngine, live: LiveServer,
 ) -> None:
     live.server.running.stop()
@@ -80,7 +80,7 @@ def test_a_request_that_arrives_while_draining_on_an_open_connection_gets_503_or
 
 
 @pytest.mark.parametrize("drain", [False, True])
-def test_a_body_that_does_not_come_holds_no_ending_up(
+def test_a_body_that_does_not_arrive_does_not_delay_the_shutdown(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, drain: bool,
 ) -> None:
     monkeypatch.setattr("minivllm.server.listen.ENDING_SECONDS", 0.05)
@@ -93,15 +93,15 @@ def test_a_body_that_does_not_come_holds_no_ending_up(
     assert not live.thread.is_alive() and caplog.records == []
 
 
-def test_a_body_that_does_not_come_is_waited_for_so_long_and_no_longer(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_arrive_times_out(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minivllm.server.running.BODY_SECONDS", 0.05)
     with half_sent(live) as connection:
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # to the end: the server hangs up
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # until the server closes the connection
     assert answer.startswith(b"HTTP/1.1 408") and b"the body was not complete after" in answer
 
 
 def half_sent(live: LiveServer) -> socket.socket:
-    """The head of a request, and less of its body than the head says."""
+    """Send the head of a request and only a part of its body."""
     host, port = live.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
     connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{")
@@ -109,7 +109,7 @@ def half_sent(live: LiveServer) -> socket.socket:
 
 
 def until_refused(live: LiveServer) -> None:
-    """Until the server no longer listens."""
+    """Wait until the server no longer accepts connections."""
     while True:
         try:
             httpx.get(live.url + "/health")

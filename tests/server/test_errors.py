@@ -1,4 +1,4 @@
-"""Every failure has its status and OpenAI's shape, whatever is sent; nothing of the machine leaks."""
+"""Every failure has its status and OpenAI's shape, for any input, and reveals nothing about the machine."""
 from __future__ import annotations
 
 import gzip
@@ -37,7 +37,7 @@ def http(live: LiveServer) -> Iterator[httpx.Client]:
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error object, after checking that the response is one."""
+    """The error object of a response, after checking its shape."""
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
@@ -46,7 +46,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     return dict(body["error"])
 
 
-def test_a_complete_request_passes_so_that_each_test_below_fails_for_its_own_reason(http: httpx.Client) -> None:
+def test_the_base_requests_of_the_tests_below_are_valid(http: httpx.Client) -> None:
     assert http.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
     assert http.post(CHAT, json={"messages": HELLO}).status_code == 200
 
@@ -57,13 +57,13 @@ def test_a_complete_request_passes_so_that_each_test_below_fails_for_its_own_rea
     b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b"\x00\x01\x02",
 ], ids=["empty", "open", "cut", "words", "bad utf-8", "lone surrogate", "two", "deep lists", "deep objects", "5000 digits", "binary"])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize"])
-def test_what_is_not_json_is_refused_with_400(http: httpx.Client, path: str, body: bytes) -> None:
+def test_a_body_that_is_not_json_is_400(http: httpx.Client, path: str, body: bytes) -> None:
     error = error_of(http.post(path, content=body, headers={"content-type": "application/json"}), 400)
     assert error["code"] == "invalid_json" and error["message"].startswith("the body is not valid JSON")
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"1", b"null", b"true"])
-def test_json_that_is_no_object_is_refused_with_400(http: httpx.Client, body: bytes) -> None:
+def test_json_that_is_not_an_object_is_400(http: httpx.Client, body: bytes) -> None:
     assert "JSON object" in error_of(http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"}), 400)["message"]
 
 
@@ -198,7 +198,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("path, change, param", WRONG, ids=[f"{p[4:8]}:{json.dumps(c)[:60]}" for p, c, _ in WRONG])
-def test_a_wrong_field_is_refused_with_400_and_named(http: httpx.Client, path: str, change: dict[str, Any], param: str) -> None:
+def test_a_wrong_field_is_400_and_named(http: httpx.Client, path: str, change: dict[str, Any], param: str) -> None:
     base: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": HELLO}
     error = error_of(http.post(path, json={**base, **change}), 400)
     assert error["param"] == param, error
@@ -206,23 +206,23 @@ def test_a_wrong_field_is_refused_with_400_and_named(http: httpx.Client, path: s
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_no_numbers_are_refused(http: httpx.Client, number: str) -> None:
+def test_numbers_that_are_not_finite_are_refused(http: httpx.Client, number: str) -> None:
     body = f'{{"prompt": "x", "temperature": {number}}}'
     assert error_of(http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"}), 400)["param"] == "temperature"
 
 
-def test_a_body_of_too_many_little_lists_is_refused_before_it_takes_a_second_to_read(tokenizer_folder: Path) -> None:
+def test_a_body_with_too_many_small_lists_is_refused_before_it_is_parsed(tokenizer_folder: Path) -> None:
     headers = {"content-type": "application/json"}
     with scripted_server(ScriptedEngine(tokenizer_folder)) as live:
         for body in (b'{"prompt": [' + b"[5]," * 100_000 + b"[5]]}", b'{"prompt": "x", "user": [' + b'{"a":1},' * 100_000 + b"1]}"):
             error = error_of(httpx.post(live.url + COMPLETIONS, content=body, headers=headers), 400)
             assert error["code"] == "too_many_values"
-        for text in ("[" * 200_000, '\\"[{' * 70_000):  # brackets of a text do not count, quoted quotes or not
+        for text in ("[" * 200_000, '\\"[{' * 70_000):  # brackets inside a string do not count, with and without escaped quotes
             error = error_of(httpx.post(live.url + COMPLETIONS, json={"prompt": text}), 400)
             assert error["code"] == "context_length_exceeded"
 
 
-def test_max_completion_tokens_wins_over_max_tokens_and_the_answer_says_so(http: httpx.Client) -> None:
+def test_max_completion_tokens_overrides_max_tokens_and_a_header_says_so(http: httpx.Client) -> None:
     response = http.post(CHAT, json={"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 3})
     assert response.json()["usage"]["completion_tokens"] == 3 and response.headers["x-minivllm-ignored"] == "max_tokens"
     assert "x-minivllm-ignored" not in http.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 3}).headers
@@ -238,7 +238,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(http: httpx.Client) -
     assert error["param"] == "temprature" and "did you mean 'temperature'" in error["message"]
 
 
-def test_a_message_quotes_at_most_a_little_of_what_was_sent(http: httpx.Client) -> None:
+def test_an_error_quotes_only_a_little_of_the_request(http: httpx.Client) -> None:
     long = "y" * 50_000
     for change in ({"stop": ["", long]}, {long: 1}, {"temperature": long}, {"model": long}):
         assert len(http.post(COMPLETIONS, json={"prompt": "x", **change}).content) < 2000
@@ -254,7 +254,7 @@ def test_inert_fields_are_accepted_and_named_in_a_header(http: httpx.Client) -> 
     assert "x-minivllm-ignored" not in http.post(COMPLETIONS, json={"prompt": "x", "user": None}).headers
 
 
-def test_a_permissive_server_ignores_unknown_fields_and_says_so(tokenizer_folder: Path) -> None:
+def test_a_permissive_server_ignores_unknown_fields_and_names_them(tokenizer_folder: Path) -> None:
     with scripted_server(ScriptedEngine(tokenizer_folder), permissive=True) as live:
         response = httpx.post(live.url + COMPLETIONS, json={"prompt": "x", "temprature": 1, "a\r\nx-evil: 1": 2, "ü": 3})
         assert response.status_code == 200 and "x-evil" not in response.headers
@@ -268,7 +268,7 @@ def test_an_unknown_model_is_404(http: httpx.Client) -> None:
     assert "'org/fake-model'" in error["message"]
 
 
-def test_an_unknown_path_is_404_with_the_nearest_and_a_wrong_method_is_405(http: httpx.Client) -> None:
+def test_an_unknown_path_is_404_with_the_nearest_path_and_a_wrong_method_is_405(http: httpx.Client) -> None:
     assert "did you mean '/v1/completions'" in error_of(http.post("/v1/completion", json={}), 404)["message"]
     response = http.get(COMPLETIONS)
     assert "POST" in error_of(response, 405)["message"] and response.headers["allow"] == "POST"
@@ -288,7 +288,7 @@ def test_a_large_body_is_413_declared_or_not(http: httpx.Client) -> None:
     assert http.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200, "the connection is still good"
 
 
-def test_a_packed_body_is_415_and_not_called_bad_json(http: httpx.Client) -> None:
+def test_a_compressed_body_is_415(http: httpx.Client) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     assert "gzip" in error_of(http.post(COMPLETIONS, content=gzip.compress(b'{"prompt": "x"}'), headers=headers), 415)["message"]
 
@@ -315,7 +315,7 @@ def test_prompt_and_output_beyond_the_context_are_400_with_the_numbers(http: htt
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_engine_refuses_has_its_status_even_in_a_stream(http: httpx.Client, engine: ScriptedEngine, stream: bool) -> None:
+def test_a_refusal_by_the_engine_has_its_status_even_for_a_stream(http: httpx.Client, engine: ScriptedEngine, stream: bool) -> None:
     answers = [(InvalidInput("token id 999 in the prompt", "prompt"), 400), (QueueFull("the queue is full", "max_queue"), 429)]
     for refusal, status in answers:
         engine.refuse = lambda prompt, params, refusal=refusal: refusal  # type: ignore[misc]
@@ -336,7 +336,7 @@ def test_one_refused_prompt_ends_the_others_of_its_request(http: httpx.Client, e
         error_of(http.post(COMPLETIONS, json={"prompt": [[5], [6], [7]], "max_tokens": 200}), 400)
         engine.wait_until(lambda: len(engine.aborted) >= 2 or not engine.requests)
     finally:
-        engine.refuse, engine.script = lambda prompt, params: None, engine.speak
+        engine.refuse, engine.script = lambda prompt, params: None, engine.default_script
 
 
 def test_a_failed_step_is_500_before_the_first_token_and_an_error_event_after_it(tokenizer_folder: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_failed_step_is_500_before_the_first_token_and_an_error_event_after_it
         assert rest[-1] == "data: [DONE]" and json.loads(rest[0].removeprefix("data: "))["error"]["code"] == "generation_failed"
         assert len(rest) == 2 and "secret" not in rest[0]
         engine.fail_step, engine.gate = lambda: None, None
-        assert httpx.post(live.url + COMPLETIONS, json={"prompt": "x"}).status_code == 200, "the server lives on"
+        assert httpx.post(live.url + COMPLETIONS, json={"prompt": "x"}).status_code == 200, "the server still works"
         assert httpx.get(live.url + "/health").status_code == 200
 
 
@@ -376,7 +376,7 @@ def test_the_official_client_raises_on_an_error_in_the_middle_of_a_stream(tokeni
     assert len(seen) == 2
 
 
-def test_a_dead_engine_is_503_everywhere_and_never_a_hang(tokenizer_folder: Path) -> None:
+def test_a_dead_engine_is_503_everywhere(tokenizer_folder: Path) -> None:
     engine = ScriptedEngine(tokenizer_folder)
 
     def die() -> str:
@@ -394,7 +394,7 @@ def test_a_dead_engine_is_503_everywhere_and_never_a_hang(tokenizer_folder: Path
         assert httpx.get(live.url + "/metrics").status_code == 200
 
 
-def test_a_bug_of_ours_is_500_and_tells_nothing(http: httpx.Client, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_500_without_details(http: httpx.Client, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("/secret/path at 0xdeadbeef")
 
@@ -403,7 +403,7 @@ def test_a_bug_of_ours_is_500_and_tells_nothing(http: httpx.Client, engine: Scri
     assert "deadbeef" not in error["message"]
 
 
-def test_version_and_metrics_answer(http: httpx.Client) -> None:
+def test_version_and_metrics_respond(http: httpx.Client) -> None:
     from minivllm import __version__
 
     assert http.get("/version").json() == {"version": __version__}
@@ -417,7 +417,7 @@ def test_version_and_metrics_answer(http: httpx.Client) -> None:
     assert 'model_name="org/fake-model"' in text
 
 
-def test_the_openapi_document_describes_the_request_receiving(http: httpx.Client) -> None:
+def test_the_openapi_document_describes_the_request_bodies(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     for path, names in ((COMPLETIONS, {"prompt", "temperature", "stop"}), (CHAT, {"messages", "tools", "tool_choice"})):
         schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's formats, for tokens that are no whole characters too."""
+"""Log-probabilities in OpenAI's formats, also for tokens that are parts of characters."""
 from __future__ import annotations
 
 import math
@@ -8,7 +8,7 @@ from minivllm.server.logprobs import LOWEST, CompletionLogprobs, NumberedTokens,
 
 
 class Bytes:
-    """Token i stands for one piece of "é🦙!"; token 9 is special."""
+    """Token i is one piece of "é🦙!"; token 9 is special."""
 
     def token_bytes(self, token_id: int) -> bytes:
         return {0: "é".encode()[:1], 1: "é".encode()[1:], 2: "🦙".encode()[:3], 3: "🦙".encode()[3:], 4: b"!", 9: b"</s>"}[token_id]
@@ -28,19 +28,19 @@ def test_offsets_count_whole_characters_of_the_text() -> None:
     assert CompletionLogprobs(Bytes(), 0, skip_special=False).add([9, 4], [entry(9), entry(4)])["text_offset"] == [0, 4]
 
 
-def test_part_of_a_character_is_spelt_in_bytes_so_that_names_stay_apart() -> None:
+def test_a_part_of_a_character_is_named_by_its_bytes_so_that_names_are_unique() -> None:
     tops = CompletionLogprobs(Bytes(), 2, skip_special=True).add([0], [entry(0, 0, 1)])
     assert tops["tokens"] == ["bytes:\\xc3"]
     assert tops["top_logprobs"] == [{"bytes:\\xc3": -1.0, "bytes:\\xa9": -2.0}]
 
 
-def test_chat_bytes_are_exact_where_text_cannot_be() -> None:
+def test_chat_bytes_are_exact_for_parts_of_characters() -> None:
     first, second = chat_entries(Bytes(), [entry(0, 0, 1, 4), entry(4)], top=2)
     assert first["token"] == "\ufffd" and first["bytes"] == [0xC3] and [t["bytes"] for t in first["top_logprobs"]] == [[0xC3], [0xA9]]
     assert second == {"token": "!", "logprob": -1.0, "bytes": [33], "top_logprobs": []}
 
 
-def test_impossible_tokens_have_a_number_json_can_carry() -> None:
+def test_impossible_tokens_have_a_finite_logprob() -> None:
     assert [finite(x) for x in (-math.inf, math.nan, -2.5)] == [LOWEST, LOWEST, -2.5]
     impossible = TokenLogprobs(4, -math.inf, 400, (4,), (-math.inf,))
     assert chat_entries(Bytes(), [impossible], 1)[0]["top_logprobs"][0]["logprob"] == LOWEST
@@ -48,10 +48,10 @@ def test_impossible_tokens_have_a_number_json_can_carry() -> None:
     assert prompt_logprobs(Bytes(), [None, impossible])[1] == {"4": {"logprob": LOWEST, "rank": 400, "decoded_token": "!"}}
 
 
-def test_prompt_logprobs_keep_the_rank_of_a_token_that_is_not_among_the_best() -> None:
+def test_prompt_logprobs_have_the_rank_of_a_token_that_is_not_among_the_most_probable() -> None:
     row = prompt_logprobs(Bytes(), [TokenLogprobs(4, -7.0, 12, (0, 1), (-1.0, -2.0))])[0]
     assert row is not None and {k: v["rank"] for k, v in row.items()} == {"0": 1, "1": 2, "4": 12}
 
 
-def test_without_a_tokenizer_tokens_are_known_by_number() -> None:
+def test_without_a_tokenizer_tokens_are_named_by_their_ids() -> None:
     assert CompletionLogprobs(NumberedTokens(), 0, True).add([7], [entry(7)])["tokens"] == ["token_id:7"]

@@ -1,4 +1,4 @@
-"""The page's files, and the live view it looks at, without a browser."""
+"""The page's files and its live view, without a browser."""
 from __future__ import annotations
 
 import json
@@ -30,7 +30,7 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(line[6:])
 
 
-def test_the_page_needs_no_key_runs_only_its_own_scripts_and_names_no_other_address(served: tuple[LiveServer, Pace]) -> None:
+def test_the_page_needs_no_key_and_uses_only_its_own_scripts_and_addresses(served: tuple[LiveServer, Pace]) -> None:
     live, _ = served
     for path, (_, media_type) in FILES.items():
         response = httpx.get(live.url + path)
@@ -43,7 +43,7 @@ def test_the_page_needs_no_key_runs_only_its_own_scripts_and_names_no_other_addr
     assert "onclick" not in page_text and page_text.count("<script") == 1
 
 
-def test_other_files_are_not_there(served: tuple[LiveServer, Pace]) -> None:
+def test_other_files_are_not_served(served: tuple[LiveServer, Pace]) -> None:
     for path in ("/static/", "/static/index.html", "/static/../config.py", "/static/%2e%2e/config.py"):
         assert httpx.get(served[0].url + path, headers=KEY).status_code == 404
 
@@ -52,7 +52,7 @@ def test_the_live_view_needs_a_key(served: tuple[LiveServer, Pace]) -> None:
     assert httpx.get(served[0].url + LIVE).status_code == 401
 
 
-def test_the_live_view_shows_the_engine_at_work_and_nothing_of_what_is_said(served: tuple[LiveServer, Pace]) -> None:
+def test_the_live_view_shows_the_engines_work_and_no_content_of_requests(served: tuple[LiveServer, Pace]) -> None:
     live, pace = served
     pace.seconds = 0.02
     with httpx.Client(base_url=live.url, headers=KEY, timeout=30) as http, http.stream("GET", LIVE) as watched:
@@ -74,25 +74,25 @@ def test_the_live_view_shows_the_engine_at_work_and_nothing_of_what_is_said(serv
         assert last["generation_tokens"] == 600 and -1 in last["cells"]
 
 
-def test_a_watcher_who_leaves_is_noticed_and_the_number_of_watchers_is_limited(
+def test_a_closed_live_view_is_noticed_and_the_number_of_live_views_is_limited(
     served: tuple[LiveServer, Pace], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     live, _ = served
     monkeypatch.setattr(page, "MAX_VIEWS", 1)
     with httpx.stream("GET", live.url + LIVE, headers=KEY) as first:
-        views = events(first)  # kept: a generator that is dropped closes its connection
+        views = events(first)  # keep a reference: a garbage-collected generator closes its connection
         next(views)
-        live.wait_until(lambda: live.client._watchers == 1)
+        live.wait_until(lambda: live.client._num_watchers == 1)
         refused = httpx.get(live.url + LIVE, headers=KEY)
         assert refused.status_code == 429 and refused.headers["retry-after"]
-    live.wait_until(lambda: live.client._watchers == 0)
+    live.wait_until(lambda: live.client._num_watchers == 0)
     with httpx.stream("GET", live.url + LIVE, headers=KEY) as second:
         views = events(second)
         next(views)
 
 
 @pytest.mark.parametrize("drain", [False, True])
-def test_a_server_that_ends_does_not_wait_for_those_who_watch(tmp_path: Path, drain: bool) -> None:
+def test_live_views_do_not_delay_the_shutdown(tmp_path: Path, drain: bool) -> None:
     with page_server(tmp_path, drain_timeout=1000.0) as (live, _), httpx.stream("GET", live.url + LIVE, timeout=30) as watched:
         views = events(watched)
         next(views)

@@ -1,4 +1,4 @@
-"""The fields of a request: each that the official SDK or vLLM's users may send has its class."""
+"""The fields of a request: each field of the official SDK and of vLLM belongs to one class."""
 from __future__ import annotations
 
 import typing
@@ -26,8 +26,6 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, StrictModel, parse
 from minivllm.server.tools import Function, Tool, ToolCall
-
-NOT_CALLERS = {"role", "content", "stream"}
 
 
 def known(kind: type[StrictModel]) -> set[str]:
@@ -58,7 +56,7 @@ def test_no_field_has_two_classes(kind: type[StrictModel]) -> None:
     assert sum(map(len, classes)) == len(set.union(*classes))
 
 
-def test_every_sampling_parameter_is_honoured_refused_or_derived() -> None:
+def test_every_sampling_parameter_is_honored_refused_or_derived() -> None:
     import dataclasses
 
     derived = {"logprobs", "max_tokens", "detokenize", "bad_words_token_ids", "structured_outputs"}
@@ -78,7 +76,7 @@ def requests(kind: type[StrictModel], **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_unsupported_fields_take_null_and_the_values_that_ask_for_nothing(kind: type[StrictModel]) -> None:
+def test_unsupported_fields_accept_null_and_the_values_that_request_nothing(kind: type[StrictModel]) -> None:
     for name, harmless in kind.UNSUPPORTED.items():
         for value in (None, *harmless):
             assert requests(kind, **{name: value})[1] == [], name
@@ -93,13 +91,13 @@ def test_a_harmless_value_is_compared_with_its_type() -> None:
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_inert_fields_take_anything_and_are_reported_unless_null(kind: type[StrictModel]) -> None:
+def test_inert_fields_accept_anything_and_are_reported_unless_null(kind: type[StrictModel]) -> None:
     for name in kind.INERT:
         assert requests(kind, **{name: {"any": ["thing"]}})[1] == [name]
         assert requests(kind, **{name: None})[1] == []
 
 
-def test_inert_fields_are_reported_wherever_they_are() -> None:
+def test_nested_inert_fields_are_reported() -> None:
     part = {"type": "text", "text": "x", "cache_control": {}}
     messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "y", "annotations": []}]
     request, ignored = requests(ChatRequest, messages=messages, stream=True, stream_options={"include_obfuscation": False})

@@ -1,4 +1,4 @@
-"""`/v1/responses` through the official client: the chat endpoint's answers in the shape of output items and named events."""
+"""`/v1/responses` through the official client: the chat endpoint's outputs as output items and named events."""
 from __future__ import annotations
 
 import json
@@ -19,7 +19,7 @@ PATH = "/v1/responses"
 
 @pytest.fixture(scope="module")
 def engine(tokenizer_folder: Path) -> ScriptedEngine:
-    """Says "one two" and stops."""
+    """Generates "one two" and stops."""
     engine = ScriptedEngine(tokenizer_folder)
     engine.script = lambda prompt, params, child: [((5,), "one "), ((6,), "two"), ((EOS,), "")]
     return engine
@@ -51,7 +51,7 @@ def test_a_response_has_its_text_its_status_and_its_usage(api: openai.OpenAI) ->
     assert response.id.startswith("resp_") and response.output[0].id
 
 
-def test_an_answer_cut_by_max_output_tokens_is_incomplete_and_says_why(api: openai.OpenAI) -> None:
+def test_an_output_cut_by_max_output_tokens_is_incomplete_with_that_reason(api: openai.OpenAI) -> None:
     response = api.responses.create(model=MODEL, input="hello", max_output_tokens=1)
     assert response.output_text == "one " and response.status == "incomplete"
     assert response.incomplete_details is not None and response.incomplete_details.reason == "max_output_tokens"
@@ -70,7 +70,7 @@ def test_the_events_of_a_stream_come_in_openais_order_and_add_up(api: openai.Ope
     assert last.type == "response.completed" and last.response.output_text == "one two" and last.response.usage is not None
 
 
-def test_the_clients_own_accumulator_ends_with_the_whole_response(api: openai.OpenAI) -> None:
+def test_the_clients_own_accumulator_gives_the_complete_response(api: openai.OpenAI) -> None:
     with api.responses.stream(model=MODEL, input="hello") as stream:
         for _ in stream:
             pass
@@ -97,7 +97,7 @@ def test_sampling_fields_reach_the_engine(api: openai.OpenAI, engine: ScriptedEn
     assert (params.temperature, params.top_p, params.max_tokens, params.seed, params.top_k) == (0.5, 0.25, 7, 3, 9)
 
 
-def test_log_probabilities_come_when_included(api: openai.OpenAI) -> None:
+def test_log_probabilities_are_returned_if_included(api: openai.OpenAI) -> None:
     include: Any = ["message.output_text.logprobs"]
     response = api.responses.create(model=MODEL, input="x", include=include, top_logprobs=2)
     part = response.output[0].content[0]  # type: ignore[union-attr, index]
@@ -107,13 +107,13 @@ def test_log_probabilities_come_when_included(api: openai.OpenAI) -> None:
     assert [entry.logprob for delta in deltas for entry in delta.logprobs] == [-0.5, -0.5, -0.5]
 
 
-def test_what_changes_nothing_is_accepted_and_named(live: LiveServer) -> None:
+def test_fields_without_effect_are_accepted_and_named(live: LiveServer) -> None:
     body = {"input": "x", "store": True, "user": "me", "include": ["reasoning.encrypted_content"], "truncation": "disabled", "tools": [],
             "tool_choice": "auto", "reasoning": {"effort": None}, "background": False, "previous_response_id": None}
     response = httpx.post(live.url + PATH, json=body)
     assert response.status_code == 200, response.text
     assert set(response.headers["x-minivllm-ignored"].split(", ")) == {"store", "user", "include.0"}
-    assert response.json()["store"] is False, "nothing was stored, and the answer says so"
+    assert response.json()["store"] is False, "nothing was stored"
 
 
 @pytest.mark.parametrize("change, param", [

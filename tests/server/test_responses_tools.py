@@ -1,4 +1,4 @@
-"""`/v1/responses` where the output is more than text: calls and reasoning as items of their own, through the official client."""
+"""`/v1/responses` with outputs that are more than text: calls and reasoning as separate items, through the official client."""
 from __future__ import annotations
 
 import json
@@ -12,25 +12,25 @@ import pytest
 
 from minivllm.engine.chat_template import built_in_template
 from tests.server import test_tools_enforced as enforced
-from tests.server.test_tools import CALL, CLOCK, MODEL, PARIS, THINKING, TICK, WEATHER, Stage, stage
+from tests.server.test_tools import CALL, CLOCK, MODEL, PARIS, THINKING, TICK, WEATHER, ScriptedChat, scripted_chat
 
 TOOLS: Any = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
 ENFORCED: Any = [{"type": "function", **tool["function"]} for tool in enforced.TOOLS]
 
 
 @pytest.fixture(scope="module")
-def tools(tokenizer_folder: Path) -> Iterator[Stage]:
-    """A model whose template has tools, in the Hermes format, and that may think."""
-    with stage(tokenizer_folder, built_in_template("tool_chatml"), reasoning_parser="qwen3") as made:
+def tools(tokenizer_folder: Path) -> Iterator[ScriptedChat]:
+    """A model with tools in the Hermes format and with reasoning."""
+    with scripted_chat(tokenizer_folder, built_in_template("tool_chatml"), reasoning_parser="qwen3") as made:
         yield made
 
 
-def create(made: Stage, **fields: Any) -> Any:
+def create(made: ScriptedChat, **fields: Any) -> Any:
     return made.api.responses.create(**{"model": MODEL, "input": "hello", **fields})
 
 
-def told(response: Any) -> list[tuple[str, ...]]:
-    """The items of an answer: their types, and what they say."""
+def items_of(response: Any) -> list[tuple[str, ...]]:
+    """The items of a response: type, status, and content."""
     found: list[tuple[str, ...]] = []
     for item in response.output:
         if item.type == "function_call":
@@ -42,12 +42,12 @@ def told(response: Any) -> list[tuple[str, ...]]:
 
 
 def replay(events: list[Any]) -> list[dict[str, Any]]:
-    """The items that a stream's events build, each checked against its own `done` events."""
+    """The items that a stream's events add up to, each checked against its `done` events."""
     items: list[dict[str, Any]] = []
     for number, event in enumerate(events):
         assert event.sequence_number == number
         if event.type == "response.output_item.added":
-            assert event.output_index == len(items), "an item begins when the one before has ended"
+            assert event.output_index == len(items), "an item starts after the previous one has ended"
             items.append({"id": event.item.id, "type": event.item.type, "text": "", "done": False})
             assert event.item.status == "in_progress"
         elif event.type.endswith(".delta"):
@@ -78,29 +78,29 @@ THINKS = f"<think>\nhm, Paris\n</think>\n\nLet me look. {CALL}\n{TICK}"
     ("no tool is needed", [("message", "completed", "no tool is needed")]),
     ("", [("message", "completed", "")]),
 ])
-def test_thoughts_text_and_calls_are_items_in_their_order_whole_and_streamed(tools: Stage, text: str, output: Any) -> None:
-    tools.says(text)
+def test_reasoning_text_and_calls_are_items_in_their_order_complete_and_streamed(tools: ScriptedChat, text: str, output: Any) -> None:
+    tools.generate(text)
     whole = create(tools, tools=TOOLS)
-    assert told(whole) == output and whole.status == "completed"
+    assert items_of(whole) == output and whole.status == "completed"
     assert len({item.id for item in whole.output}) == len(output)
     with tools.api.responses.stream(model=MODEL, input="hello", tools=TOOLS) as stream:
         final = (list(stream), stream.get_final_response())[1]
-    assert told(final) == output
+    assert items_of(final) == output
     events = list(create(tools, tools=TOOLS, stream=True))
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
     items = replay(events)
     last = events[-1]
-    assert last.type == "response.completed" and told(last.response) == output
+    assert last.type == "response.completed" and items_of(last.response) == output
     assert [item["item"] for item in items] == last.response.output
     assert [item["text"] for item in items] == [said[-1] for said in output]
 
 
-def test_the_events_of_a_call_come_in_openais_order(tools: Stage) -> None:
-    tools.says(CALL)
+def test_the_events_of_a_call_come_in_openais_order(tools: ScriptedChat) -> None:
+    tools.generate(CALL)
     events = list(create(tools, tools=TOOLS, stream=True))
     kinds = [event.type.removeprefix("response.") for event in events]
     fragments = kinds.count("function_call_arguments.delta")
-    assert fragments > 1, "arguments come as they are written"
+    assert fragments > 1, "arguments are streamed as they are written"
     assert kinds == ["created", "in_progress", "output_item.added", *["function_call_arguments.delta"] * fragments,
                      "function_call_arguments.done", "output_item.done", "completed"]
     added = events[2].item
@@ -108,8 +108,8 @@ def test_the_events_of_a_call_come_in_openais_order(tools: Stage) -> None:
     assert added.call_id.startswith("call_") and added.id.startswith("fc_") and events[-2].item.call_id == added.call_id
 
 
-def test_the_model_is_told_of_the_tools_and_the_answer_repeats_what_was_asked(tools: Stage) -> None:
-    tools.says("fine")
+def test_the_prompt_contains_the_tools_and_the_response_repeats_the_request(tools: ScriptedChat) -> None:
+    tools.generate("fine")
     response = create(tools, tools=TOOLS, tool_choice="auto", parallel_tool_calls=False)
     assert json.dumps(WEATHER) in tools.prompt and '"clock"' in tools.prompt
     assert [tool.name for tool in response.tools] == ["get_weather", "clock"] and response.parallel_tool_calls is False
@@ -117,12 +117,12 @@ def test_the_model_is_told_of_the_tools_and_the_answer_repeats_what_was_asked(to
     assert "get_weather" not in tools.prompt
 
 
-def test_calls_thoughts_and_results_that_are_sent_back_are_the_same_conversation_as_in_a_chat(tools: Stage) -> None:
-    tools.says(THINKS)
+def test_items_that_are_sent_back_give_the_same_prompt_as_in_a_chat(tools: ScriptedChat) -> None:
+    tools.generate(THINKS)
     first = create(tools, tools=TOOLS)
     results: Any = [{"type": "function_call_output", "call_id": item.call_id, "output": f"result of {item.name}"}
                     for item in first.output if item.type == "function_call"]
-    tools.says("done")
+    tools.generate("done")
     for items in ([item.model_dump() for item in first.output], [item.model_dump(exclude_none=True) for item in first.output]):
         answer = create(tools, tools=TOOLS, input=[{"role": "user", "content": "hello"}, *items, *results])
         assert answer.output_text == "done"
@@ -136,10 +136,12 @@ def test_calls_thoughts_and_results_that_are_sent_back_are_the_same_conversation
     assert sent == list(tools.engine.seen[-1].prompt)
 
 
-def test_earlier_reasoning_goes_to_a_template_that_takes_it_and_is_named_where_none_does(tokenizer_folder: Path, tools: Stage) -> None:
-    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
-    items = [{"role": "user", "content": "x"}, thought, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}]
-    with stage(tokenizer_folder, THINKING, reasoning_parser="qwen3") as thinker:
+def test_earlier_reasoning_goes_to_templates_that_take_it_and_is_named_as_ignored_otherwise(
+    tokenizer_folder: Path, tools: ScriptedChat,
+) -> None:
+    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    items = [{"role": "user", "content": "x"}, reasoning, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}]
+    with scripted_chat(tokenizer_folder, THINKING, reasoning_parser="qwen3") as thinker:
         response = httpx.post(thinker.live.url + "/v1/responses", json={"input": items})
         assert response.status_code == 200 and "x-minivllm-ignored" not in response.headers
         assert thinker.prompt.startswith("[user]x[assistant]hmyes[user]and?")
@@ -152,32 +154,32 @@ def test_earlier_reasoning_goes_to_a_template_that_takes_it_and_is_named_where_n
     assert httpx.post(tools.live.url + "/v1/responses", json={"input": empty}).headers["x-minivllm-ignored"] == "input.1"
 
 
-def test_what_a_model_thinks_is_no_part_of_the_output_text_and_is_counted(tools: Stage) -> None:
-    tools.says("<think>hm hm</think>yes")
+def test_reasoning_is_not_in_the_output_text_and_its_tokens_are_counted(tools: ScriptedChat) -> None:
+    tools.generate("<think>hm hm</think>yes")
     response = create(tools, include=["message.output_text.logprobs"])
     assert response.output_text == "yes"
     usage = response.usage
     assert 0 < usage.output_tokens_details.reasoning_tokens < usage.output_tokens
     logprobs = response.output[1].content[0].logprobs
     answer = usage.output_tokens - usage.output_tokens_details.reasoning_tokens
-    assert answer <= len(logprobs) <= answer + 1, "a token may be the end of the one and the beginning of the other"
-    tools.says("yes")
+    assert answer <= len(logprobs) <= answer + 1, "one token may contain the end of the reasoning and the start of the answer"
+    tools.generate("yes")
     assert create(tools).usage.output_tokens_details.reasoning_tokens == 0
 
 
-def test_an_output_that_is_cut_off_leaves_its_last_item_incomplete(tools: Stage) -> None:
+def test_an_output_that_is_cut_off_leaves_its_last_item_incomplete(tools: ScriptedChat) -> None:
     cut = f"{TICK}\n{CALL[:-20]}"
     limit = len(tools.engine.tokenizer.encode(cut, add_special_tokens=False))
-    tools.says(cut, ends=False)
+    tools.generate(cut, ends=False)
     for whole in (create(tools, tools=TOOLS, max_output_tokens=limit),
                   list(create(tools, tools=TOOLS, max_output_tokens=limit, stream=True))[-1].response):
         assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
-        clock, weather = told(whole)
+        clock, weather = items_of(whole)
         assert clock[1:3] == ("completed", "clock") and weather[1:3] == ("incomplete", "get_weather")
 
 
-def test_no_more_than_one_call_is_answered_where_parallel_calls_are_off(tools: Stage) -> None:
-    tools.says(f"{CALL}\n{TICK}")
+def test_without_parallel_calls_only_one_call_is_returned(tools: ScriptedChat) -> None:
+    tools.generate(f"{CALL}\n{TICK}")
     for response in (create(tools, tools=TOOLS, parallel_tool_calls=False),
                      list(create(tools, tools=TOOLS, parallel_tool_calls=False, stream=True))[-1].response):
         assert [item.name for item in response.output] == ["get_weather"]
@@ -202,14 +204,14 @@ def test_no_more_than_one_call_is_answered_where_parallel_calls_are_off(tools: S
     ({"reasoning": {"effort": "huge"}}, "reasoning.effort"), ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     ({"reasoning": {"mode": "pro"}}, "reasoning.mode"), ({"reasoning": {"efort": "low"}}, "reasoning.efort"),
 ])
-def test_a_wrong_field_is_400_under_the_name_the_client_used(tools: Stage, change: dict[str, Any], param: str) -> None:
+def test_a_wrong_field_is_400_under_the_name_the_client_used(tools: ScriptedChat, change: dict[str, Any], param: str) -> None:
     response = httpx.post(tools.live.url + "/v1/responses", json={"input": "x", **change})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param, response.text
-    assert "function.name" not in response.text, "names of the chat endpoint are not this one's"
+    assert "function.name" not in response.text, "names of the chat endpoint must not appear"
 
 
-# -- demanded calls, from a real engine -------------------------------------------------------------------------------
+# -- enforced calls, from a real engine -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +221,7 @@ def api(tiny_llama: Callable[..., Path]) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "switch"}])
-def test_a_demanded_call_fits_the_tools_whole_and_streamed(api: openai.OpenAI, choice: Any) -> None:
+def test_an_enforced_call_matches_the_tools_complete_and_streamed(api: openai.OpenAI, choice: Any) -> None:
     fields: Any = {"model": "tiny", "input": "the cat", "tools": ENFORCED, "tool_choice": choice, "parallel_tool_calls": False}
     whole = api.responses.create(**fields, extra_body={"seed": 7})
     (call,) = whole.output

@@ -1,4 +1,4 @@
-"""The port and the words at the start, without a model."""
+"""The port and the startup message, without a model."""
 from __future__ import annotations
 
 import errno
@@ -26,17 +26,17 @@ def test_a_bound_port_refuses_connections_until_it_listens() -> None:
         socket.create_connection(address).close()
 
 
-def test_a_port_that_was_left_is_free_at_once() -> None:
+def test_a_port_is_free_at_once_after_its_server_has_ended() -> None:
     with bind("127.0.0.1", 0) as listener:
         listen(listener)
         address = listener.getsockname()
         with socket.create_connection(address) as client, listener.accept()[0] as accepted:
-            accepted.close()  # the side that closes first keeps the address for a minute
+            accepted.close()  # the side that closes first keeps the address in TIME_WAIT
             assert client.recv(1) == b""
     bind(*address).close()
 
 
-def test_a_port_that_another_server_took_while_loading_is_told_in_words() -> None:
+def test_a_port_that_another_server_has_taken_while_loading_is_an_error_message() -> None:
     with bind("127.0.0.1", 0) as first, socket.socket() as second:
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -55,7 +55,7 @@ def test_a_host_that_is_not_this_machine_is_refused(host: str) -> None:
     assert caught.value.param == "host"
 
 
-def test_localhost_is_the_address_that_clients_try() -> None:
+def test_localhost_is_127_0_0_1() -> None:
     with bind("localhost", 0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
 
@@ -63,7 +63,7 @@ def test_localhost_is_the_address_that_clients_try() -> None:
 @pytest.mark.parametrize("host, url", [
     ("127.0.0.1", "http://127.0.0.1:80/v1"), ("0.0.0.0", "http://127.0.0.1:80/v1"), ("::", "http://[::1]:80/v1"), ("::1", "http://[::1]:80/v1"),
 ])
-def test_the_curl_line_names_an_address_that_can_be_reached(host: str, url: str) -> None:
+def test_the_curl_line_has_a_reachable_address(host: str, url: str) -> None:
     assert f"curl {url}/chat/completions " in readiness(INFO, ServerConfig(host=host), 80, "m", True, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""`minivllm serve` as a process of its own, with a tiny real model: what it prints, and how it ends."""
+"""`minivllm serve` as a process with a tiny real model: its messages and its end."""
 from __future__ import annotations
 
 import json
@@ -19,7 +19,7 @@ import httpx
 
 @dataclass
 class Process:
-    """A running command, its lines of stderr as they come."""
+    """A running command, with its lines of stderr as they arrive."""
 
     popen: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Process:
                 self.changed.notify_all()
 
     def wait_for(self, start: str) -> str:
-        """The first line with this beginning."""
+        """Wait for the first line that starts with this text."""
         def found() -> list[str]:
             return [line for line in self.lines if line.startswith(start)]
 
@@ -70,7 +70,7 @@ def url_of(process: Process) -> str:
     return process.wait_for("ready after").split(" at ")[1].split()[0]
 
 
-def test_serve_says_what_it_serves_prints_a_curl_line_that_works_and_ends_cleanly_on_ctrl_c(tiny_llama: Callable[..., Path]) -> None:
+def test_serve_describes_the_server_prints_a_working_curl_line_and_ends_cleanly_on_ctrl_c(tiny_llama: Callable[..., Path]) -> None:
     folder = tiny_llama()
     with command("serve", str(folder), "--port", "0", "--dtype", "float32", "--served-model-name", "tiny") as server:
         url, curl = url_of(server), server.wait_for("curl ")
@@ -83,14 +83,14 @@ def test_serve_says_what_it_serves_prints_a_curl_line_that_works_and_ends_cleanl
         with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
-            os.killpg(server.popen.pid, signal.SIGINT)  # as a terminal does: to the engine's process too
+            os.killpg(server.popen.pid, signal.SIGINT)  # like a terminal: to the engine's process too
             assert [line for line in lines if line][-1] == "data: [DONE]"
         status, output = server.ends()
     assert status == 0 and output.endswith("stopped\n"), output
     assert "Traceback" not in output and "Error" not in output, output
 
 
-def test_the_old_launch_line_serves_and_sigterm_ends_it_with_status_0(tiny_llama: Callable[..., Path]) -> None:
+def test_the_older_command_serves_and_ends_with_status_0_on_sigterm(tiny_llama: Callable[..., Path]) -> None:
     module = "minivllm.entrypoints.openai.api_server"
     with command("--model", str(tiny_llama()), "--port", "0", "--no-engine-process", module=module) as server:
         assert httpx.get(url_of(server) + "/health").status_code == 200
@@ -107,7 +107,7 @@ def test_ctrl_c_while_loading_ends_cleanly(tiny_llama: Callable[..., Path]) -> N
     assert status == 0 and "Traceback" not in output and "ready" not in output, output
 
 
-def test_a_port_in_use_is_told_in_one_line_before_anything_is_loaded() -> None:
+def test_a_port_in_use_is_a_one_line_error_before_loading() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -118,7 +118,7 @@ def test_a_port_in_use_is_told_in_one_line_before_anything_is_loaded() -> None:
     assert output.startswith(f"minivllm: error: port {port} on 127.0.0.1 is in use") and "--port" in output and output.count("\n") == 1
 
 
-def test_a_model_that_is_not_there_is_told_in_one_line() -> None:
+def test_a_missing_model_is_a_one_line_error() -> None:
     with command("serve", "/no/such/model", "--port", "0") as server:
         status, output = server.ends()
     assert status == 1 and "Traceback" not in output, output

@@ -1,4 +1,4 @@
-"""A stream's plain tokens go out from the callback that brings them; a client that reads slowly still gets everything, in order."""
+"""Text tokens are sent from the callback that delivers them. A client that reads slowly still gets every token, in order."""
 from __future__ import annotations
 
 import asyncio
@@ -12,7 +12,7 @@ import pytest
 from minivllm.server.generation import start_now
 from tests.server.scripted import EOS, ScriptedEngine, scripted_server
 
-PIECES = ["begin", *(f"{i:04d}" * 25_000 for i in range(100))]  # 100 kB each: far more than sockets and uvicorn hold together
+PIECES = ["begin", *(f"{i:04d}" * 25_000 for i in range(100))]  # 100 kB each: far more than the buffers of sockets and uvicorn
 
 
 def ask(sock: socket.socket, body: dict[str, object]) -> None:
@@ -22,7 +22,7 @@ def ask(sock: socket.socket, body: dict[str, object]) -> None:
 
 
 def read_events(sock: socket.socket) -> list[str]:
-    """The data of every event; also a check that the chunks are whole."""
+    """The data of every event. Also checks that the chunks are well-formed."""
     pieces = []
     while piece := sock.recv(1 << 20):
         pieces.append(piece)
@@ -35,7 +35,7 @@ def read_events(sock: socket.socket) -> list[str]:
     return [event.removeprefix("data: ") for event in body.decode().split("\n\n") if event]
 
 
-def test_a_client_that_reads_too_late_gets_every_token_once_and_in_order(tokenizer_folder: Path) -> None:
+def test_a_client_that_reads_late_gets_every_token_once_and_in_order(tokenizer_folder: Path) -> None:
     engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
     engine.script = lambda prompt, params, child: [*(((7,), piece) for piece in PIECES), ((EOS,), "end")]
     with scripted_server(engine) as live, socket.socket() as sock:
@@ -44,18 +44,18 @@ def test_a_client_that_reads_too_late_gets_every_token_once_and_in_order(tokeniz
         sock.connect(("127.0.0.1", int(live.url.rpartition(":")[2])))
         ask(sock, {"prompt": [5, 6], "max_tokens": 200, "stream": True, "stream_options": {"include_usage": True}})
         engine.wait_until(lambda: len(engine.seen) == 1)
-        for step in range(len(PIECES) + 1):  # the whole answer is made, and nothing of it read
+        for step in range(len(PIECES) + 1):  # generate the whole output before anything is read
             engine.run_until(lambda step=step: engine.steps > step)  # type: ignore[misc]
             live.wait_until(lambda step=step: live.client.stats().num_steps > step)  # type: ignore[misc]
             turns = iter(range(10))
-            live.wait_until(lambda turns=turns: next(turns, None) is None)  # callbacks that were waiting, and what they started
+            live.wait_until(lambda turns=turns: next(turns, None) is None)  # run the waiting callbacks and the tasks that they start
         *chunks, usage, done = read_events(sock)
     assert done == "[DONE]"
     assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == "".join(PIECES) + "end"
     assert json.loads(usage)["usage"]["completion_tokens"] == len(PIECES) + 1
 
 
-def test_a_coroutine_that_need_not_wait_is_done_at_once() -> None:
+def test_a_coroutine_that_does_not_wait_is_done_at_once() -> None:
     seen: list[int] = []
 
     async def write() -> None:
@@ -65,7 +65,7 @@ def test_a_coroutine_that_need_not_wait_is_done_at_once() -> None:
     assert seen == [1]
 
 
-def test_a_coroutine_that_must_wait_goes_on_in_a_task() -> None:
+def test_a_coroutine_that_waits_continues_in_a_task() -> None:
     async def main() -> None:
         first, second = asyncio.Event(), asyncio.Event()
         seen: list[int] = []
@@ -89,7 +89,7 @@ def test_a_coroutine_that_must_wait_goes_on_in_a_task() -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_goes_wrong_is_told_to_who_awaits_the_rest_and_not_to_who_started_it(waits: bool) -> None:
+def test_an_exception_is_raised_where_the_rest_is_awaited(waits: bool) -> None:
     async def main() -> None:
         async def write() -> None:
             if waits:

@@ -1,4 +1,4 @@
-"""A small storm (`python -m bench.storm` is the large one): nothing is left of it, and whoever behaved got the greedy text."""
+"""A small stress test (`python -m bench.storm` is the large one): nothing is left over, and ordinary requests get the greedy text."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,9 +9,9 @@ from bench.storm import storm, write_model
 
 
 @pytest.mark.slow
-def test_after_a_storm_nothing_is_left_and_ordinary_requests_got_their_greedy_text(tmp_path: Path) -> None:
+def test_after_a_stress_test_nothing_is_left_and_ordinary_requests_got_their_greedy_text(tmp_path: Path) -> None:
     write_model(tmp_path)
     result = storm(str(tmp_path), requests=160, clients=60, seed=1, most_rounds=1)
-    # The engine's memory comes to rest only after many requests; the large storm looks at it.
+    # The engine's memory use settles only after many requests. The large test checks it.
     assert [problem for problem in result["problems"] if not problem.startswith("engine MiB")] == []
     assert result["kinds"]["ordinary"] > 30

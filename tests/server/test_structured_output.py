@@ -1,4 +1,4 @@
-"""Structured output over HTTP: a tiny random model, which would never write JSON by itself, behind the real server."""
+"""Structured output over HTTP, from a tiny random model that would never write JSON without a grammar."""
 from __future__ import annotations
 
 import json
@@ -26,7 +26,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 class Pet(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid")  # or the model may invent properties for ever
+    model_config = pydantic.ConfigDict(extra="forbid")  # otherwise the model may add properties without end
     kind: Literal["cat", "dog"]
     age: Annotated[int, pydantic.Field(ge=0, le=30)]
     friends: Annotated[list[Literal["a", "b"]], pydantic.Field(max_length=2)]
@@ -43,7 +43,7 @@ def folder(tiny_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def live(folder: Path) -> Iterator[LiveServer]:
-    """The engine in its own process: wishes and errors have to cross."""
+    """The engine runs in its own process, so structures and errors are pickled."""
     config = EngineConfig(model=str(folder), **SETTINGS)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")  # for the engine's process
@@ -74,10 +74,10 @@ def test_the_sdks_parse_returns_objects_of_a_pydantic_class(api: openai.OpenAI) 
     assert all(choice.finish_reason == "stop" for choice in answer.choices)
 
 
-def test_streamed_chunks_join_to_the_same_object_and_a_function_of_llm_generate(api: openai.OpenAI, folder: Path) -> None:
-    asked: dict[str, Any] = dict(model="tiny", messages=HELLO, response_format=FORMAT, temperature=0, max_tokens=150)
-    whole = api.chat.completions.create(**asked).choices[0].message.content
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in api.chat.completions.create(**asked, stream=True))
+def test_streamed_chunks_add_up_to_the_object_that_llm_chat_returns(api: openai.OpenAI, folder: Path) -> None:
+    fields: dict[str, Any] = dict(model="tiny", messages=HELLO, response_format=FORMAT, temperature=0, max_tokens=150)
+    whole = api.chat.completions.create(**fields).choices[0].message.content
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in api.chat.completions.create(**fields, stream=True))
     assert whole == streamed and Pet.model_validate_json(streamed)
     with LLM(model=str(folder), **SETTINGS) as llm:
         params = SamplingParams(temperature=0, max_tokens=150, structured_outputs={"json": SCHEMA})
@@ -94,7 +94,7 @@ def test_a_json_object_is_any_object_and_text_is_anything(api: openai.OpenAI) ->
     assert text[0] == text[1]
 
 
-def test_responses_have_their_own_place_for_the_format(live: LiveServer, api: openai.OpenAI) -> None:
+def test_responses_have_the_format_in_a_field_of_their_own(live: LiveServer, api: openai.OpenAI) -> None:
     answer = api.responses.create(model="tiny", input="hello", text={"format": {
         "type": "json_schema", "name": "pet", "schema": SCHEMA, "strict": True}}, max_output_tokens=150)
     assert Pet.model_validate_json(answer.output_text)
@@ -117,7 +117,9 @@ def test_responses_have_their_own_place_for_the_format(live: LiveServer, api: op
     ({"guided_grammar": 'start: "x" /[0-9]/ "y"'}, re.compile(r"x\dy").fullmatch),
     ({"guided_choice": ["red"], "guided_decoding_backend": "auto", "response_format": {"type": "text"}}, ("red",).__contains__),
 ], ids=lambda value: str(value)[:40])
-def test_every_name_for_it_works_with_completions(api: openai.OpenAI, body: dict[str, Any], right: Callable[[str], object]) -> None:
+def test_every_field_for_structured_output_works_with_completions(
+    api: openai.OpenAI, body: dict[str, Any], right: Callable[[str], object],
+) -> None:
     assert right(complete(api, **body))
 
 
@@ -148,7 +150,7 @@ def test_every_name_for_it_works_with_completions(api: openai.OpenAI, body: dict
     ({"guided_json": {"enum": ["x" * 200_000]}}, "guided_json"), ({"guided_regex": "a" * 20_000}, "guided_regex"),
     ({"guided_regex": "[a-z]", "allowed_token_ids": [5]}, "guided_regex"),
 ], ids=lambda value: str(value)[:60])
-def test_what_makes_no_sense_is_400_and_names_the_field(live: LiveServer, path: str, body: dict[str, Any], param: str) -> None:
+def test_an_invalid_structure_is_400_and_names_the_field(live: LiveServer, path: str, body: dict[str, Any], param: str) -> None:
     prompt = {"prompt": "x"} if path == COMPLETIONS else {"messages": HELLO}
     for stream in (False, True):
         response = httpx.post(live.url + path, json={**prompt, **body, "max_tokens": 9, "stream": stream})
@@ -157,7 +159,7 @@ def test_what_makes_no_sense_is_400_and_names_the_field(live: LiveServer, path: 
         assert error["param"] == param and len(error["message"]) < 700, error
 
 
-def test_a_permissive_server_names_the_unknown_parts_it_ignores(live: LiveServer, folder: Path) -> None:
+def test_a_permissive_server_names_the_unknown_fields_that_it_ignores(live: LiveServer, folder: Path) -> None:
     with serving(live.client, Tokenizer(folder), permissive=True) as permissive:
         response = httpx.post(permissive.url + COMPLETIONS, json={
             "prompt": "x", "structured_outputs": {"regex": "ab", "extra": 1}})

@@ -1,4 +1,4 @@
-"""Tools and reasoning through the official client, with an engine that says what a model would."""
+"""Tools and reasoning through the official client, with a scripted engine."""
 from __future__ import annotations
 
 import contextlib
@@ -33,15 +33,15 @@ THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}{{ m.c
 
 
 @dataclass
-class Stage:
-    """A server, a client for it, and what its model will say."""
+class ScriptedChat:
+    """A server with a scripted model, and a client for it."""
 
     engine: ScriptedEngine
     live: LiveServer
     api: openai.OpenAI
 
-    def says(self, *texts: str, ends: bool = True) -> None:
-        """Child c of the next requests says texts[c], or the last."""
+    def generate(self, *texts: str, ends: bool = True) -> None:
+        """From now on, child c generates texts[c], or the last text if there are fewer."""
         encode = self.engine.tokenizer.encode
 
         def script(prompt: Any, params: Any, child: int) -> Any:
@@ -60,29 +60,29 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(folder: Path, template: str, **settings: Any) -> Iterator[Stage]:
+def scripted_chat(folder: Path, template: str, **settings: Any) -> Iterator[ScriptedChat]:
     engine = ScriptedEngine(folder, max_model_len=2048)
     engine.tokenizer.chat_template = ChatTemplate(template)
     with scripted_server(engine, **settings) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield Stage(engine, live, api)
+        yield ScriptedChat(engine, live, api)
 
 
 @pytest.fixture(scope="module")
-def tools(tokenizer_folder: Path) -> Iterator[Stage]:
+def tools(tokenizer_folder: Path) -> Iterator[ScriptedChat]:
     """A model whose template has tools, in the Hermes format."""
-    with stage(tokenizer_folder, built_in_template("tool_chatml")) as made:
+    with scripted_chat(tokenizer_folder, built_in_template("tool_chatml")) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def thinker(tokenizer_folder: Path) -> Iterator[Stage]:
-    with stage(tokenizer_folder, THINKING, reasoning_parser="qwen3", trust_request_chat_template=True) as made:
+def thinker(tokenizer_folder: Path) -> Iterator[ScriptedChat]:
+    with scripted_chat(tokenizer_folder, THINKING, reasoning_parser="qwen3", trust_request_chat_template=True) as made:
         yield made
 
 
 @dataclass
 class Joined:
-    """A stream's chunks, put together as clients do."""
+    """The message that a stream's chunks add up to."""
 
     content: str
     reasoning: str
@@ -95,12 +95,12 @@ def join(chunks: Any, index: int = 0) -> Joined:
     calls: list[dict[str, str]] = []
     finish_reason = None
     for choice in (c for chunk in chunks for c in chunk.choices if c.index == index):
-        assert finish_reason is None, "nothing follows the finish reason"
+        assert finish_reason is None, "the finish reason is in the last chunk"
         finish_reason = choice.finish_reason
         content += choice.delta.content or ""
-        thought = (choice.delta.model_extra or {}).get("reasoning")
-        assert thought == (choice.delta.model_extra or {}).get("reasoning_content")
-        reasoning += thought or ""
+        delta_reasoning = (choice.delta.model_extra or {}).get("reasoning")
+        assert delta_reasoning == (choice.delta.model_extra or {}).get("reasoning_content")
+        reasoning += delta_reasoning or ""
         for call in choice.delta.tool_calls or ():
             if call.id is not None:
                 assert call.index == len(calls) and call.type == "function" and call.function.name
@@ -120,8 +120,8 @@ def calls_of(message: Any) -> list[tuple[str, str]]:
 # -- calls that the model chooses to make -----------------------------------------------------------------------------
 
 
-def test_the_model_is_told_of_the_tools_and_its_call_is_answered_as_a_call(tools: Stage) -> None:
-    tools.says(CALL)
+def test_the_prompt_contains_the_tools_and_a_call_is_returned_as_a_call(tools: ScriptedChat) -> None:
+    tools.generate(CALL)
     choice = tools.chat(tools=TOOLS).choices[0]
     assert calls_of(choice.message) == [("get_weather", PARIS)] and choice.message.content is None
     assert choice.finish_reason == "tool_calls"
@@ -129,8 +129,8 @@ def test_the_model_is_told_of_the_tools_and_its_call_is_answered_as_a_call(tools
     assert tools.prompt.endswith("<|im_start|>assistant\n")
 
 
-def test_parallel_calls_and_content_around_them_are_told_apart_whole_and_streamed(tools: Stage) -> None:
-    tools.says(f"Let me look. {CALL}\n{TICK}")
+def test_parallel_calls_and_content_around_them_are_separated_complete_and_streamed(tools: ScriptedChat) -> None:
+    tools.generate(f"Let me look. {CALL}\n{TICK}")
     choice = tools.chat(tools=TOOLS, tool_choice="auto").choices[0]
     wanted = [("get_weather", PARIS), ("clock", "{}")]
     assert (choice.message.content, calls_of(choice.message)) == ("Let me look.", wanted)
@@ -138,15 +138,15 @@ def test_parallel_calls_and_content_around_them_are_told_apart_whole_and_streame
     assert streamed == Joined("Let me look.", "", wanted, "tool_calls")
 
 
-def test_arguments_are_streamed_in_fragments_and_the_name_comes_once(tools: Stage) -> None:
-    tools.says(CALL)
+def test_arguments_are_streamed_in_fragments_and_the_name_once(tools: ScriptedChat) -> None:
+    tools.generate(CALL)
     deltas = [c for chunk in tools.chat(tools=TOOLS, stream=True) for c in chunk.choices[0].delta.tool_calls or ()]
     assert [d.function.name for d in deltas] == ["get_weather"] + [None] * (len(deltas) - 1)
     assert len(deltas) > 5 and all(d.function.arguments for d in deltas[1:])
 
 
-def test_the_clients_own_stream_helper_reads_the_calls(tools: Stage) -> None:
-    tools.says(f"{CALL}{TICK}")
+def test_the_clients_stream_helper_gets_the_calls(tools: ScriptedChat) -> None:
+    tools.generate(f"{CALL}{TICK}")
     with tools.api.chat.completions.stream(model=MODEL, messages=HELLO, tools=TOOLS) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
@@ -154,49 +154,49 @@ def test_the_clients_own_stream_helper_reads_the_calls(tools: Stage) -> None:
     assert calls_of(final.choices[0].message) == [("get_weather", PARIS), ("clock", "{}")]
 
 
-def test_an_answer_without_calls_is_text(tools: Stage) -> None:
-    tools.says("It is <b>sunny</b>.")
+def test_an_answer_without_calls_is_text(tools: ScriptedChat) -> None:
+    tools.generate("It is <b>sunny</b>.")
     choice = tools.chat(tools=TOOLS).choices[0]
     assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("It is <b>sunny</b>.", None, "stop")
     assert join(tools.chat(tools=TOOLS, stream=True)) == Joined("It is <b>sunny</b>.", "", [], "stop")
 
 
-def test_what_is_no_call_of_the_requests_tools_is_content(tools: Stage) -> None:
+def test_a_call_of_an_unknown_tool_is_content(tools: ScriptedChat) -> None:
     text = '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'
-    tools.says(text)
+    tools.generate(text)
     choice = tools.chat(tools=TOOLS).choices[0]
     assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
-    tools.says(CALL)
-    assert tools.chat().choices[0].message.content == CALL, "without tools nothing is parsed"
+    tools.generate(CALL)
+    assert tools.chat().choices[0].message.content == CALL, "without tools the output is not parsed"
 
 
-def test_a_call_that_the_length_cuts_off_is_finished_by_length(tools: Stage) -> None:
-    tools.says(CALL[:CALL.index('"Paris')], ends=False)
+def test_a_call_that_is_cut_off_has_the_finish_reason_length(tools: ScriptedChat) -> None:
+    tools.generate(CALL[:CALL.index('"Paris')], ends=False)
     choice = tools.chat(tools=TOOLS).choices[0]
     assert calls_of(choice.message) == [("get_weather", '{"city": ')] and choice.finish_reason == "length"
     assert join(tools.chat(tools=TOOLS, stream=True)) == Joined("", "", [("get_weather", '{"city": ')], "length")
 
 
-def test_what_was_held_back_comes_at_the_end(tools: Stage) -> None:
-    tools.says("2 <tool_c")
+def test_text_that_was_held_back_is_sent_at_the_end(tools: ScriptedChat) -> None:
+    tools.generate("2 <tool_c")
     assert tools.chat(tools=TOOLS).choices[0].message.content == "2 <tool_c"
     assert join(tools.chat(tools=TOOLS, stream=True)).content == "2 <tool_c"
 
 
-def test_without_parallel_calls_only_the_first_is_told(tools: Stage) -> None:
-    tools.says(f"{CALL}{TICK}")
+def test_without_parallel_calls_only_the_first_is_returned(tools: ScriptedChat) -> None:
+    tools.generate(f"{CALL}{TICK}")
     assert calls_of(tools.chat(tools=TOOLS, parallel_tool_calls=False).choices[0].message) == [("get_weather", PARIS)]
     assert join(tools.chat(tools=TOOLS, parallel_tool_calls=False, stream=True)).calls == [("get_weather", PARIS)]
 
 
-def test_with_tool_choice_none_the_model_knows_of_no_tools(tools: Stage) -> None:
-    tools.says(CALL)
+def test_with_tool_choice_none_the_prompt_has_no_tools(tools: ScriptedChat) -> None:
+    tools.generate(CALL)
     choice = tools.chat(tools=TOOLS, tool_choice="none").choices[0]
     assert choice.message.content == CALL and choice.message.tool_calls is None and "clock" not in tools.prompt
 
 
-def test_several_choices_are_read_separately_with_log_probabilities(tools: Stage) -> None:
-    tools.says(CALL, "No need.", f"So: {TICK}")
+def test_several_choices_are_parsed_separately_with_log_probabilities(tools: ScriptedChat) -> None:
+    tools.generate(CALL, "No need.", f"So: {TICK}")
     wanted = [(None, [("get_weather", PARIS)], "tool_calls"), ("No need.", [], "stop"), ("So:", [("clock", "{}")], "tool_calls")]
     fields: dict[str, Any] = {"tools": TOOLS, "n": 3, "logprobs": True, "top_logprobs": 1, "extra_body": {"return_token_ids": True}}
     whole = tools.chat(**fields)
@@ -204,18 +204,18 @@ def test_several_choices_are_read_separately_with_log_probabilities(tools: Stage
     chunks = list(tools.chat(**fields, stream=True, stream_options={"include_usage": True}))
     for i, (content, calls, reason) in enumerate(wanted):
         assert join(chunks, i) == Joined(content or "", "", calls, reason)
-        mine = [c for chunk in chunks for c in chunk.choices if c.index == i]
-        entries = [e for c in mine if c.logprobs for e in c.logprobs.content or ()]
+        own = [c for chunk in chunks for c in chunk.choices if c.index == i]
+        entries = [e for c in own if c.logprobs for e in c.logprobs.content or ()]
         assert entries == whole.choices[i].logprobs.content and len(entries) > 3
-        assert [t for c in mine for t in (c.model_extra or {}).get("token_ids", ())] == whole.choices[i].model_extra["token_ids"]
+        assert [t for c in own for t in (c.model_extra or {}).get("token_ids", ())] == whole.choices[i].model_extra["token_ids"]
     assert chunks[-1].usage == whole.usage
 
 
-# -- calls that are demanded ------------------------------------------------------------------------------------------
+# -- enforced calls ---------------------------------------------------------------------------------------------------
 
 
-def test_a_demanded_call_is_enforced_by_a_grammar_of_all_parameters(tools: Stage) -> None:
-    tools.says('[{"name": "get_weather", "parameters": {"city": "Paris"}}, {"name": "clock", "parameters": {}}]')
+def test_required_calls_are_enforced_by_a_grammar_of_all_parameters(tools: ScriptedChat) -> None:
+    tools.generate('[{"name": "get_weather", "parameters": {"city": "Paris"}}, {"name": "clock", "parameters": {}}]')
     wanted = [("get_weather", PARIS), ("clock", "{}")]
     choice = tools.chat(tools=TOOLS, tool_choice="required").choices[0]
     assert (choice.message.content, calls_of(choice.message), choice.finish_reason) == (None, wanted, "tool_calls")
@@ -231,8 +231,8 @@ def test_a_demanded_call_is_enforced_by_a_grammar_of_all_parameters(tools: Stage
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_named_functions_output_is_its_arguments_and_finishes_with_stop(tools: Stage, legacy: bool) -> None:
-    tools.says(PARIS)
+def test_the_output_for_a_named_function_is_its_arguments_and_finishes_with_stop(tools: ScriptedChat, legacy: bool) -> None:
+    tools.generate(PARIS)
     fields: dict[str, Any] = {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}} if legacy else {
         "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
     choice = tools.chat(**fields).choices[0]
@@ -243,33 +243,33 @@ def test_a_named_functions_output_is_its_arguments_and_finishes_with_stop(tools:
         assert join(tools.chat(**fields, stream=True)) == Joined("", "", [("get_weather", PARIS)], "stop")
 
 
-def test_a_strict_schema_is_enforced_by_a_grammar_or_refused(tools: Stage, tokenizer_folder: Path) -> None:
+def test_a_strict_schema_is_enforced_by_a_grammar_or_refused(tools: ScriptedChat, tokenizer_folder: Path) -> None:
     strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
-    tools.says('[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
+    tools.generate('[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
     assert calls_of(tools.chat(tools=[strict], tool_choice="required").choices[0].message) == [("get_weather", PARIS)]
-    tools.says(CALL)
+    tools.generate(CALL)
     assert calls_of(tools.chat(tools=[strict, CLOCK]).choices[0].message) == [("get_weather", PARIS)]
     assert tools.engine.seen[-1].params.structured_outputs.kind == "grammar"
-    with stage(tokenizer_folder, BARE, tool_call_parser="pythonic") as made:
+    with scripted_chat(tokenizer_folder, BARE, tool_call_parser="pythonic") as made:
         with pytest.raises(openai.BadRequestError, match="only in hermes") as refused:
             made.chat(tools=[CLOCK, strict])
         assert refused.value.param == "tools.1.function.strict"
 
 
-def test_the_clients_parse_helper_which_wants_strict_tools_works(tools: Stage) -> None:
+def test_the_clients_parse_helper_which_needs_strict_tools_works(tools: ScriptedChat) -> None:
     import pydantic
 
     class GetWeather(pydantic.BaseModel):
         city: str
 
-    tools.says(CALL)
+    tools.generate(CALL)
     parsed = tools.api.chat.completions.parse(
         model=MODEL, messages=HELLO, tools=[openai.pydantic_function_tool(GetWeather, name="get_weather")],
     ).choices[0].message.tool_calls
     assert parsed is not None and parsed[0].function.parsed_arguments == GetWeather(city="Paris")
 
 
-def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:
+def test_response_format_and_tools_exclude_each_other(tools: ScriptedChat) -> None:
     form: Any = {"type": "json_object"}
     for choice in ("auto", "required"):
         with pytest.raises(openai.BadRequestError, match="tools request different outputs") as refused:
@@ -279,13 +279,13 @@ def test_another_structure_and_tools_exclude_each_other(tools: Stage) -> None:
     assert tools.engine.seen[-1].params.structured_outputs.kind == "json_object"
 
 
-def test_references_in_the_schemas_of_several_tools_stay_with_their_tool(tools: Stage) -> None:
-    """The grammar's schema holds all tools' schemas; "#" must go on meaning the tool's own."""
+def test_references_in_the_schemas_of_several_tools_refer_to_their_own_tool(tools: ScriptedChat) -> None:
+    """The grammar's schema contains the schemas of all tools, and "#" must still refer to the tool's own."""
     def tool(name: str, properties: Any, **more: Any) -> Any:
         return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties, **more}}}
 
     def schema_of(*sent: Any) -> Any:
-        tools.says('[{"name": "a", "parameters": {}}]')
+        tools.generate('[{"name": "a", "parameters": {}}]')
         tools.chat(tools=list(sent), tool_choice="required")
         return json.loads(str(tools.engine.seen[-1].params.structured_outputs.json))
 
@@ -302,7 +302,7 @@ def test_references_in_the_schemas_of_several_tools_stay_with_their_tool(tools: 
     assert "$id" not in schema["$defs"]["tool2"]
 
 
-def test_arguments_nested_deeper_than_a_template_can_write_are_refused(tools: Stage) -> None:
+def test_arguments_nested_too_deep_for_a_template_are_refused(tools: ScriptedChat) -> None:
     function = {"name": "f", "arguments": '{"a":' + "[" * 900 + "]" * 900 + "}"}
     called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
     with pytest.raises(openai.BadRequestError, match="nested too deep"):
@@ -312,19 +312,19 @@ def test_arguments_nested_deeper_than_a_template_can_write_are_refused(tools: St
 # -- calls and results sent back --------------------------------------------------------------------------------------
 
 
-def test_an_answer_with_calls_can_be_sent_back_as_it_came_with_the_results(tools: Stage) -> None:
-    tools.says(f"Let me look. {CALL}{TICK}")
+def test_a_message_with_calls_can_be_sent_back_unchanged_with_the_results(tools: ScriptedChat) -> None:
+    tools.generate(f"Let me look. {CALL}{TICK}")
     answer = tools.chat(tools=TOOLS).choices[0].message
     results = [{"role": "tool", "tool_call_id": call.id, "content": f"result {i}"} for i, call in enumerate(answer.tool_calls)]
-    tools.says("Sunny.")
+    tools.generate("Sunny.")
     tools.chat(tools=TOOLS, messages=[*HELLO, answer.model_dump(), *results])
     assert f"<|im_start|>assistant\nLet me look.\n{CALL}\n{TICK}<|im_end|>\n" in tools.prompt
     responses = "\n".join(f"<tool_response>\nresult {i}\n</tool_response>" for i in range(2))
     assert f"<|im_start|>user\n{responses}<|im_end|>\n" in tools.prompt
 
 
-def test_templates_are_given_arguments_as_objects_and_results_the_name_of_their_function(tokenizer_folder: Path) -> None:
-    with stage(tokenizer_folder, "{{ messages | tojson }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}{{ tools }}") as made:
+def test_templates_get_arguments_as_objects_and_results_with_the_name_of_their_function(tokenizer_folder: Path) -> None:
+    with scripted_chat(tokenizer_folder, "{{ messages | tojson }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}{{ tools }}") as made:
         messages: Any = [*HELLO, {"role": "assistant", "tool_calls": [
             {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": PARIS}, "index": 0},
             {"id": "b", "type": "function", "function": {"name": "clock", "arguments": ""}},
@@ -333,15 +333,15 @@ def test_templates_are_given_arguments_as_objects_and_results_the_name_of_their_
         written = json.JSONDecoder().raw_decode(made.prompt)[0]
         assert written[1]["content"] == "" and [c["function"]["arguments"] for c in written[1]["tool_calls"]] == [{"city": "Paris"}, {}]
         assert written[2] == {"role": "tool", "content": "noon", "tool_call_id": "b", "name": "clock"}
-        assert made.prompt.endswith("None"), "no tools with tool_choice none"
+        assert made.prompt.endswith("None"), "tool_choice none: no tools"
 
 
-# -- the functions of 2023 --------------------------------------------------------------------------------------------
+# -- the older fields functions and function_call ---------------------------------------------------------------------
 
 
-def test_functions_are_answered_in_their_own_form_and_taken_back(tools: Stage) -> None:
+def test_functions_are_answered_in_their_own_form_which_can_be_sent_back(tools: ScriptedChat) -> None:
     functions: Any = [WEATHER["function"]]
-    tools.says(f"{CALL}{CALL}")
+    tools.generate(f"{CALL}{CALL}")
     choice = tools.chat(functions=functions, function_call="auto").choices[0]
     assert choice.finish_reason == "function_call" and choice.message.tool_calls is None and choice.message.content is None
     assert (choice.message.function_call.name, choice.message.function_call.arguments) == ("get_weather", PARIS)
@@ -353,7 +353,7 @@ def test_functions_are_answered_in_their_own_form_and_taken_back(tools: Stage) -
     assert CALL in tools.prompt and "<tool_response>\nsunny\n" in tools.prompt
 
 
-# -- which format -----------------------------------------------------------------------------------------------------
+# -- the format of calls ----------------------------------------------------------------------------------------------
 
 BARE = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ tools }}"
 
@@ -364,29 +364,29 @@ BARE = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ t
     ("hermes", CALL + TICK),
 ])
 def test_the_format_can_be_set(tokenizer_folder: Path, name: str, text: str) -> None:
-    with stage(tokenizer_folder, BARE, tool_call_parser=name, enable_auto_tool_choice=True) as made:
-        made.says(text)
+    with scripted_chat(tokenizer_folder, BARE, tool_call_parser=name, enable_auto_tool_choice=True) as made:
+        made.generate(text)
         wanted = [("get_weather", PARIS), ("clock", "{}")]
         assert calls_of(made.chat(tools=TOOLS).choices[0].message) == wanted
         assert join(made.chat(tools=TOOLS, stream=True)).calls == wanted
 
 
-def test_auto_without_a_known_format_is_refused_and_says_which_flag_helps(tokenizer_folder: Path) -> None:
-    with stage(tokenizer_folder, BARE) as made, pytest.raises(openai.BadRequestError, match="--tool-call-parser hermes"):
+def test_auto_without_a_known_format_is_refused_and_names_the_flag(tokenizer_folder: Path) -> None:
+    with scripted_chat(tokenizer_folder, BARE) as made, pytest.raises(openai.BadRequestError, match="--tool-call-parser hermes"):
         made.chat(tools=TOOLS)
-    with pytest.raises(InvalidInput, match="--tool-call-parser"), stage(tokenizer_folder, BARE, enable_auto_tool_choice=True):
+    with pytest.raises(InvalidInput, match="--tool-call-parser"), scripted_chat(tokenizer_folder, BARE, enable_auto_tool_choice=True):
         pass
 
 
 def test_auto_can_be_turned_off(tokenizer_folder: Path) -> None:
-    with stage(tokenizer_folder, built_in_template("tool_chatml"), enable_auto_tool_choice=False) as made:
+    with scripted_chat(tokenizer_folder, built_in_template("tool_chatml"), enable_auto_tool_choice=False) as made:
         with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
             made.chat(tools=TOOLS)
         made.chat(tools=TOOLS, tool_choice="none")
 
 
-def test_a_template_without_tools_refuses_them_and_says_what_helps(tokenizer_folder: Path) -> None:
-    with stage(tokenizer_folder, "{% for m in messages %}{{ m.content }}{% endfor %}") as made:
+def test_tools_with_a_template_that_has_none_are_refused_with_a_hint(tokenizer_folder: Path) -> None:
+    with scripted_chat(tokenizer_folder, "{% for m in messages %}{{ m.content }}{% endfor %}") as made:
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError, match="tool_chatml") as refused:
                 made.chat(tools=TOOLS, stream=stream)
@@ -394,7 +394,7 @@ def test_a_template_without_tools_refuses_them_and_says_what_helps(tokenizer_fol
         made.chat(tools=TOOLS, tool_choice="none")
 
 
-def test_marks_that_are_special_tokens_reach_the_parser(tokenizer_folder: Path) -> None:
+def test_markers_that_are_special_tokens_reach_the_parser(tokenizer_folder: Path) -> None:
     from tokenizers import AddedToken
 
     from minivllm.engine.tokenizer import Tokenizer
@@ -415,35 +415,35 @@ def test_marks_that_are_special_tokens_reach_the_parser(tokenizer_folder: Path) 
 # -- reasoning --------------------------------------------------------------------------------------------------------
 
 
-def test_reasoning_is_split_off_whole_and_streamed(thinker: Stage) -> None:
-    thinker.says("<think>\nHm. Yes.\n</think>\n\nParis.")
+def test_reasoning_is_separated_complete_and_streamed(thinker: ScriptedChat) -> None:
+    thinker.generate("<think>\nHm. Yes.\n</think>\n\nParis.")
     message = thinker.chat().choices[0].message
     assert message.content == "Paris." and message.model_extra["reasoning"] == message.model_extra["reasoning_content"] == "Hm. Yes."
     assert join(thinker.chat(stream=True)) == Joined("Paris.", "Hm. Yes.", [], "stop")
 
 
-def test_a_template_that_opens_the_tag_begins_inside(thinker: Stage) -> None:
-    thinker.says("Hm.</think>Paris.")
+def test_with_a_template_that_opens_the_tag_the_output_starts_with_reasoning(thinker: ScriptedChat) -> None:
+    thinker.generate("Hm.</think>Paris.")
     fields: Any = {"extra_body": {"chat_template_kwargs": {"open": True}}}
     message = thinker.chat(**fields).choices[0].message
     assert (message.content, message.model_extra["reasoning"]) == ("Paris.", "Hm.")
     assert join(thinker.chat(stream=True, **fields)) == Joined("Paris.", "Hm.", [], "stop")
-    thinker.says("Hm, cut", ends=False)
+    thinker.generate("Hm, cut", ends=False)
     choice = thinker.chat(**fields).choices[0]
     assert (choice.message.content, choice.message.model_extra["reasoning"], choice.finish_reason) == (None, "Hm, cut", "length")
 
 
 @pytest.mark.parametrize("fields", [{"reasoning_effort": "none", "extra_body": {"chat_template": THINKING.replace("_effort", "")}},
                                     {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}], ids=["effort", "kwargs"])
-def test_a_model_told_not_to_think_only_answers(thinker: Stage, fields: Any) -> None:
-    thinker.says("Paris.</think>")
+def test_with_thinking_turned_off_the_whole_output_is_the_answer(thinker: ScriptedChat, fields: Any) -> None:
+    thinker.generate("Paris.</think>")
     assert thinker.chat(**fields).choices[0].message.content == "Paris.</think>"
     assert thinker.prompt.endswith("<think></think>")
 
 
-def test_a_structure_is_for_the_answer_and_not_for_the_reasoning(thinker: Stage) -> None:
+def test_a_structure_applies_to_the_answer_and_not_to_the_reasoning(thinker: ScriptedChat) -> None:
     form: Any = {"type": "json_object"}
-    thinker.says('<think>{</think>{"a": 1}')
+    thinker.generate('<think>{</think>{"a": 1}')
     message = thinker.chat(response_format=form).choices[0].message
     assert (message.content, message.model_extra["reasoning"]) == ('{"a": 1}', "{")
     assert thinker.engine.seen[-1].params.structured_outputs.kind == "grammar"
@@ -453,34 +453,34 @@ def test_a_structure_is_for_the_answer_and_not_for_the_reasoning(thinker: Stage)
         thinker.chat(extra_body={"structured_outputs": {"choice": ["a", "b"]}})
 
 
-def test_reasoning_can_be_left_out(thinker: Stage) -> None:
-    thinker.says("<think>Hm.</think>Paris.")
+def test_reasoning_can_be_left_out(thinker: ScriptedChat) -> None:
+    thinker.generate("<think>Hm.</think>Paris.")
     message = thinker.chat(extra_body={"include_reasoning": False}).choices[0].message
     assert (message.content, message.model_extra["reasoning"]) == ("Paris.", None)
     assert join(thinker.chat(stream=True, extra_body={"include_reasoning": False})) == Joined("Paris.", "", [], "stop")
 
 
-def test_the_template_is_given_the_effort_and_earlier_reasoning(thinker: Stage) -> None:
+def test_the_template_gets_the_effort_and_earlier_reasoning(thinker: ScriptedChat) -> None:
     messages: Any = [*HELLO, {"role": "assistant", "content": "a", "reasoning": "because "}, *HELLO]
-    thinker.says("x")
+    thinker.generate("x")
     thinker.chat(messages=messages, reasoning_effort="low")
     assert thinker.prompt == "[user]hello[assistant]because a[user]hellolow[assistant]"
 
 
-def test_what_no_template_variable_takes_is_named_as_ignored(thinker: Stage) -> None:
+def test_template_variables_that_the_template_does_not_use_are_named_as_ignored(thinker: ScriptedChat) -> None:
     body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinkin": False, "open": False}}
     response = httpx.post(thinker.live.url + "/v1/chat/completions", json=body)
     assert response.headers["x-minivllm-ignored"] == "chat_template_kwargs.enable_thinkin"
 
 
-def test_reasoning_that_a_template_leaves_out_is_named_as_ignored(tools: Stage) -> None:
+def test_reasoning_that_the_template_does_not_use_is_named_as_ignored(tools: ScriptedChat) -> None:
     body = {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}, *HELLO]}
     response = httpx.post(tools.live.url + "/v1/chat/completions", json=body)
     assert response.headers["x-minivllm-ignored"] == "messages.0.reasoning_content"
 
 
-def test_a_request_may_bring_its_template_where_the_server_trusts_it(thinker: Stage, tools: Stage) -> None:
-    thinker.says("x")
+def test_a_request_may_have_a_template_if_the_server_trusts_its_clients(thinker: ScriptedChat, tools: ScriptedChat) -> None:
+    thinker.generate("x")
     thinker.chat(extra_body={"chat_template": "mine: {{ messages[0].content }}"})
     assert thinker.prompt == "mine: hello"
     with pytest.raises(openai.BadRequestError, match="not valid Jinja"):
@@ -489,9 +489,9 @@ def test_a_request_may_bring_its_template_where_the_server_trusts_it(thinker: St
         tools.chat(extra_body={"chat_template": "mine"})
 
 
-def test_reasoning_and_calls_are_read_together_and_no_call_is_made_in_thought(tokenizer_folder: Path) -> None:
-    with stage(tokenizer_folder, built_in_template("tool_chatml"), reasoning_parser="deepseek_r1") as made:
-        made.says(f"I could {TICK}, but\n</think>\n\nSo: {CALL}")
+def test_reasoning_and_calls_are_parsed_together_and_reasoning_contains_no_calls(tokenizer_folder: Path) -> None:
+    with scripted_chat(tokenizer_folder, built_in_template("tool_chatml"), reasoning_parser="deepseek_r1") as made:
+        made.generate(f"I could {TICK}, but\n</think>\n\nSo: {CALL}")
         choice = made.chat(tools=TOOLS).choices[0]
         assert choice.message.model_extra["reasoning"] == f"I could {TICK}, but"
         assert (choice.message.content, calls_of(choice.message)) == ("So:", [("get_weather", PARIS)])

@@ -1,4 +1,4 @@
-"""Demanded calls from a tiny random model: whatever it would say, the grammar makes it a call that fits the tools."""
+"""Enforced calls from a tiny random model: the grammar makes any output a call that matches the tools."""
 from __future__ import annotations
 
 import contextlib
@@ -74,7 +74,7 @@ def chat(api: openai.OpenAI, **fields: Any) -> Any:
     return api.chat.completions.create(**{"model": "tiny", "messages": HELLO, "seed": 7, **fields})
 
 
-def test_required_calls_fit_the_tools_in_every_child_whole_and_streamed(api: openai.OpenAI) -> None:
+def test_required_calls_match_the_tools_in_every_child_complete_and_streamed(api: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "n": 6, "parallel_tool_calls": False, "logprobs": True}
     whole = chat(api, **fields)
     names = set()
@@ -83,13 +83,13 @@ def test_required_calls_fit_the_tools_in_every_child_whole_and_streamed(api: ope
         check(name, arguments)
         names.add(name)
         assert choice.message.content is None and choice.finish_reason == "tool_calls"
-    assert len(names) > 1, "the model, not the grammar, chooses"
+    assert len(names) > 1, "the model chooses, not the grammar"
     chunks = list(chat(api, **fields, stream=True))
     assert [join(chunks, i).calls for i in range(6)] == [calls_of(choice.message) for choice in whole.choices]
 
 
-def test_several_calls_may_come_at_once(api: openai.OpenAI, tiny_llama: Callable[..., Path]) -> None:
-    (bracket,) = Tokenizer(tiny_llama()).encode("]", add_special_tokens=False)  # banned, so that the array goes on
+def test_several_calls_are_possible(api: openai.OpenAI, tiny_llama: Callable[..., Path]) -> None:
+    (bracket,) = Tokenizer(tiny_llama()).encode("]", add_special_tokens=False)  # banned, so that the array continues
     choice = chat(api, tools=TOOLS, tool_choice="required", max_tokens=180, logit_bias={str(bracket): -100}).choices[0]
     calls = calls_of(choice.message)
     assert len(calls) > 1 and choice.finish_reason == "length"
@@ -102,7 +102,7 @@ def named(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["weather", "switch", "clock"])
-def test_a_named_call_fits_its_function(api: openai.OpenAI, name: str) -> None:
+def test_a_named_call_matches_its_function(api: openai.OpenAI, name: str) -> None:
     fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": named(name), "n": 3}
     whole = chat(api, **fields)
     for choice in whole.choices:
@@ -113,7 +113,7 @@ def test_a_named_call_fits_its_function(api: openai.OpenAI, name: str) -> None:
     assert [join(chunks, i).calls for i in range(3)] == [calls_of(choice.message) for choice in whole.choices]
 
 
-def test_a_demanded_call_may_hold_itself(api: openai.OpenAI) -> None:
+def test_a_schema_of_an_enforced_call_may_be_recursive(api: openai.OpenAI) -> None:
     """A schema that refers to its own root and to its own parts, as one of several tools."""
     tree = tool("tree", leaf={"enum": ["x"]}, same={"$ref": "#/properties/leaf"}, left={"anyOf": [{"type": "null"}, {"$ref": "#"}]})
     whole = chat(api, tools=[tree], tool_choice="required", parallel_tool_calls=False, n=4, max_tokens=200)
@@ -127,13 +127,13 @@ def test_a_demanded_call_may_hold_itself(api: openai.OpenAI) -> None:
             node = node["left"]
 
 
-def test_a_demanded_call_comes_after_the_reasoning(tiny_llama: Callable[..., Path]) -> None:
-    """A random model does not end its reasoning, so the first half is one that its tokens run out in."""
+def test_an_enforced_call_follows_the_reasoning(tiny_llama: Callable[..., Path]) -> None:
+    """A random model never ends its reasoning, so the first half of the test ends at the token limit."""
     with server(tiny_llama(), reasoning_parser="deepseek_r1") as api:
         for choice in (named("clock"), "required"):
-            (thinks,) = chat(api, tools=TOOLS, tool_choice=choice, max_tokens=30).choices
-            assert thinks.message.model_extra["reasoning"] and thinks.message.content is None and thinks.message.tool_calls is None
-            assert thinks.finish_reason == "length"
+            (cut_off,) = chat(api, tools=TOOLS, tool_choice=choice, max_tokens=30).choices
+            assert cut_off.message.model_extra["reasoning"] and cut_off.message.content is None and cut_off.message.tool_calls is None
+            assert cut_off.finish_reason == "length"
         closed: Any = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>hm</think>"}]
         extra = {"continue_final_message": True}
         (answers,) = chat(api, tools=TOOLS, tool_choice=named("switch"), messages=closed, extra_body=extra).choices
@@ -162,7 +162,7 @@ def match(folder: Path, special: bool, spec: Callable[[dict[str, int]], OutputSp
 @pytest.mark.parametrize("start, text, accepted", [
     ("reasoning", 'hm {"on": 1} <b> x</think>\n\n{"on": true}', True),
     ("reasoning", 'hm</think>{"on":false}', True),
-    ("reasoning", '{"on":false}', None),  # thought, so far
+    ("reasoning", '{"on":false}', None),  # reasoning so far
     ("reasoning", 'hm</think>so: {"on":false}', False),
     ("reasoning", 'hm</think>{"off":false}', False),
     ("undecided", '<think>\nhm\n</think>\n\n{"on": true}', True),
@@ -189,14 +189,16 @@ ON = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
     (ON, True),
     (f"So: {ON}\n{ON} done", True),
     (f"<think>hm</think>{ON}", True),
-    ('<tool_call>{"name": "clock", "arguments": {"any": ["thing"]}}</tool_call>', True),  # is not strict
+    ('<tool_call>{"name": "clock", "arguments": {"any": ["thing"]}}</tool_call>', True),  # this tool is not strict
     ('<tool_call>{"name": "switch", "arguments": {"on"', None),
     ('<tool_call>{"name": "switch", "arguments": {"off"', False),
     ('<tool_call>{"name": "other"', False),
     ("<tool_call>so", False),
     (f"{ON[:-2]} ", False),
 ])
-def test_a_strict_tool_is_kept_to_where_the_model_is_free_to_call(tmp_path: Path, special: bool, text: str, accepted: bool | None) -> None:
+def test_a_strict_tool_is_enforced_although_the_model_is_free_to_call(
+    tmp_path: Path, special: bool, text: str, accepted: bool | None,
+) -> None:
     strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}
     tools = tool_spec([Tool.model_validate(tool) for tool in (strict, TOOLS[2])], "auto", None)
     start: Any = "undecided" if "<think>" in text else "answer"
@@ -214,7 +216,7 @@ def test_only_json_can_follow_reasoning() -> None:
     assert refused.value.param == "structured_outputs.regex"
 
 
-def test_a_schema_that_no_grammar_can_be_made_of_is_named(api: openai.OpenAI) -> None:
+def test_a_schema_that_cannot_be_compiled_is_named(api: openai.OpenAI) -> None:
     bad: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nothing"}}}}}
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:

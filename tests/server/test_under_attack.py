@@ -1,4 +1,4 @@
-"""A tiny real engine behind the server, stepped by the tests: what leaving, failing and flooding do to blocks and to neighbours."""
+"""The effect of disconnects, failed steps and full queues on blocks and on other requests. The tests control each step of a tiny engine."""
 from __future__ import annotations
 
 import json
@@ -33,14 +33,14 @@ SHARED = list(range(5, 25))
 
 
 class Stepped:
-    """An engine whose steps wait for permits while `held`; `before_step` runs in front of each, and may raise."""
+    """An engine whose steps wait for permits while it is held."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.config = EngineConfig(model=str(folder), **{**SETTINGS, **settings})
         self.permits = threading.Semaphore(0)
         self.held = False
-        self.waiting = threading.Event()  # a step waits for its permit
-        self.told: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids of aborted requests
+        self.waiting = threading.Event()  # set while a step waits for its permit
+        self.aborts: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids of aborted requests
 
     def build(self) -> LLMEngine:
         engine = self.engine = build_engine(self.config)
@@ -59,12 +59,12 @@ class Stepped:
         self.held = True
 
     def one_step(self) -> None:
-        """From the beginning of one step to the beginning of the next (commands are obeyed between them)."""
+        """Run from the start of one step to the start of the next. Commands are handled between them."""
         assert self.waiting.wait(30)
         self.waiting.clear()
         self.permits.release()
 
-    def go(self) -> None:
+    def release(self) -> None:
         self.held = False
         self.permits.release()
 
@@ -77,14 +77,14 @@ def stepped(folder: Path, **settings: Any) -> Iterator[tuple[Stepped, LiveServer
 
     def spy(request_id: str) -> None:
         abort(request_id)
-        steps.told.put(request_id)
+        steps.aborts.put(request_id)
 
     client.abort = spy  # type: ignore[method-assign]
     try:
         with serving(client, Tokenizer(folder)) as live:
             yield steps, live
     finally:
-        steps.go()
+        steps.release()
         client.close()
 
 
@@ -95,7 +95,7 @@ def folder(tiny_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def greedy(folder: Path) -> Callable[..., str]:
-    """What an undisturbed engine says."""
+    """The greedy output of an engine without other requests."""
     from minivllm import LLM, SamplingParams
 
     def ask(prompt: list[int], max_tokens: int) -> str:
@@ -117,7 +117,7 @@ def post(live: LiveServer, request: dict[str, Any]) -> httpx.Response:
 @pytest.mark.parametrize("more", [
     {"stream": True}, {"stream": False}, {"stream": True, "n": 4}, {"stream": False, "n": 4}, {"prompt": [SHARED, SHARED[:9]], "n": 2},
 ], ids=["stream", "whole", "stream n=4", "whole n=4", "two prompts n=2"])
-def test_the_blocks_of_a_client_that_leaves_are_free_one_step_later(folder: Path, more: dict[str, Any]) -> None:
+def test_the_blocks_of_a_disconnected_client_are_free_one_step_later(folder: Path, more: dict[str, Any]) -> None:
     with stepped(folder) as (steps, live):
         steps.hold()
         raw = json.dumps(body(SHARED, 100) | more).encode()
@@ -129,45 +129,45 @@ def test_the_blocks_of_a_client_that_leaves_are_free_one_step_later(folder: Path
                 steps.one_step()
             assert steps.waiting.wait(30)
             assert steps.engine.stats().used_blocks > 0
-        for _ in more.get("prompt", [0]):  # one abort a prompt
-            steps.told.get(timeout=30)
-        steps.go()  # the step that was about to begin; the aborts come after it
-        assert httpx.post(live.url + "/reset_prefix_cache").status_code == 200  # answered after all that was sent before
+        for _ in more.get("prompt", [0]):  # one abort per prompt
+            steps.aborts.get(timeout=30)
+        steps.release()  # the next step; the aborts are handled after it
+        assert httpx.post(live.url + "/reset_prefix_cache").status_code == 200  # handled after all earlier commands
         stats = steps.engine.stats()
         assert (stats.used_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0)
         assert stats.num_steps <= 6
         steps.engine.scheduler.check()
 
 
-def test_a_full_queue_sheds_with_429_and_those_in_it_are_answered(folder: Path) -> None:
+def test_a_full_queue_refuses_with_429_and_the_queued_requests_are_answered(folder: Path) -> None:
     with stepped(folder, max_num_seqs=1, max_queue=1) as (steps, live), ThreadPoolExecutor(2) as pool:
         steps.hold()
         first = pool.submit(post, live, body(SHARED, 3))
-        steps.one_step()  # it runs now
+        steps.one_step()  # the request runs now
         assert steps.waiting.wait(30)
         second = pool.submit(post, live, body(SHARED, 3))
         while httpx.get(live.url + "/load").json()["server_load"] < 2:
             pass
-        thirds = [asked.result() for asked in _ask_while_held(steps, live)]
+        thirds = [response.result() for response in _post_while_held(steps, live)]
         for third in thirds:
             assert third.status_code == 429 and int(third.headers["retry-after"]) >= 1, third.text
             assert third.json()["error"]["type"] == "RateLimitError" and third.headers["content-type"] == "application/json"
-        steps.go()
+        steps.release()
         assert first.result(60).status_code == second.result(60).status_code == 200
-        assert post(live, body(SHARED, 3)).status_code == 200, "later there is room again"
+        assert post(live, body(SHARED, 3)).status_code == 200, "later the queue has room again"
 
 
-def _ask_while_held(steps: Stepped, live: LiveServer) -> list[Future[httpx.Response]]:
-    """Two requests too many; the commands are obeyed before the next step."""
+def _post_while_held(steps: Stepped, live: LiveServer) -> list[Future[httpx.Response]]:
+    """Send two requests too many. The engine handles them before the next step."""
     with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(post, live, body(SHARED, 3, stream=stream)) for stream in (False, True)]
+        responses = [pool.submit(post, live, body(SHARED, 3, stream=stream)) for stream in (False, True)]
         while httpx.get(live.url + "/load").json()["server_load"] < 4:
             pass
         steps.one_step()
-        return asked
+        return responses
 
 
-def test_a_failed_step_fails_its_own_requests_and_what_it_wrote_is_never_found(folder: Path, greedy: Callable[..., str]) -> None:
+def test_a_failed_step_fails_only_its_own_requests_and_leaves_nothing_in_the_prefix_cache(folder: Path, greedy: Callable[..., str]) -> None:
     with stepped(folder, max_num_seqs=1) as (steps, live), ThreadPoolExecutor(2) as pool:
         steps.hold()
         launch = steps.engine.executor.launch
@@ -177,24 +177,24 @@ def test_a_failed_step_fails_its_own_requests_and_what_it_wrote_is_never_found(f
             raise RuntimeError("out of memory at /secret/place")
 
         steps.engine.executor.launch = broken  # type: ignore[method-assign]
-        fails = pool.submit(post, live, body(SHARED, 5))
+        failing = pool.submit(post, live, body(SHARED, 5))
         assert steps.waiting.wait(30)
-        lives = pool.submit(post, live, body(SHARED[::-1], 5))  # waits: there is one row
+        waiting = pool.submit(post, live, body(SHARED[::-1], 5))  # waits, because there is only one row
         while httpx.get(live.url + "/load").json()["server_load"] < 2:
             pass
-        steps.go()
-        answer = fails.result(60)
+        steps.release()
+        answer = failing.result(60)
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "generation_failed" and "secret" not in answer.text
-        assert lives.result(60).json()["choices"][0]["text"] == greedy(SHARED[::-1], 5)
+        assert waiting.result(60).json()["choices"][0]["text"] == greedy(SHARED[::-1], 5)
         again = post(live, body(SHARED, 5)).json()
-        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "the failed step's blocks were found"
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "the failed step's blocks were reused"
         assert again["choices"][0]["text"] == greedy(SHARED, 5)
         third = post(live, body(SHARED, 5)).json()
-        assert third["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, "and a step that did not fail is found"
+        assert third["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, "blocks of a successful step are reused"
         assert steps.engine.stats().used_blocks == 0
 
 
-def test_an_engine_process_that_is_killed_makes_everything_503_and_nothing_hangs(folder: Path) -> None:
+def test_after_an_engine_process_is_killed_everything_is_503(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")
         client = start_engine(EngineConfig(model=str(folder), **SETTINGS), process=True, log_level="error")
@@ -210,12 +210,14 @@ def test_an_engine_process_that_is_killed_makes_everything_503_and_nothing_hangs
             assert rest[-1] == "data: [DONE]"
             assert '"finish_reason":"length"' in rest[-2] or json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "engine_dead"
             assert {future.result(60).status_code for future in waiting} <= {200, 503}
-            while client.dead is None:  # until the pipe's end was seen
+            while client.dead is None:  # until the client has seen the end of the pipe
                 pass
-            asked = [("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("POST", PATH), ("POST", "/v1/chat/completions"),
-                     ("POST", "/v1/responses"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/reset_prefix_cache"),
-                     ("POST", "/abort_requests"), ("GET", "/load")]
-            for method, path in asked:
+            requests = [
+                ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("POST", PATH), ("POST", "/v1/chat/completions"),
+                ("POST", "/v1/responses"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/reset_prefix_cache"),
+                ("POST", "/abort_requests"), ("GET", "/load"),
+            ]
+            for method, path in requests:
                 answer = httpx.request(method, live.url + path, json={"prompt": "x", "input": "x", "tokens": [5], "all": True})
                 assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_dead", (path, answer.text)
     finally:

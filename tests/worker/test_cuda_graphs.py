@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from minivllm.kernels import tuning
+from minivllm.sampling_params import SamplingParams
 from minivllm.worker.cuda_graphs import Graph
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import ModelRunner
+from tests.worker.plans import GREEDY
+from tests.worker.test_drafts import decode, run_with_drafts
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
 pytestmark = pytest.mark.gpu
@@ -34,12 +37,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("plain"), False, "cuda:0")
 
 
-def runner_with_graphs(tiny: Tiny, block_size: int) -> ModelRunner:
+def runner_with_graphs(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,)) -> ModelRunner:
     shape = KVLayout.of(tiny.model.spec, block_size, torch.float32)
     kv = KVCache(shape, NUM_BLOCKS, 0, tiny.device, tiny.model.build.ops)
     for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=1024)
+    return ModelRunner(tiny.model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=1024,
+                       query_widths=query_widths)
 
 
 @pytest.mark.parametrize("block_size", [3, 16])
@@ -77,3 +81,24 @@ def test_sequences_with_the_same_leading_blocks_read_them_once_and_tokens_do_not
     sequences = run_from_one_prefix(runner_with_graphs(plain, 4), plain)
     assert [s.outputs for s in sequences] == [plain._generate(list(s.prompt)) for s in sequences]
     assert replayed >= {2, ROWS}
+
+
+PENALIZED = SamplingParams(temperature=1.1, presence_penalty=0.7, ignore_eos=True)
+
+
+@pytest.mark.parametrize("params", [GREEDY, PENALIZED], ids=["plain", "penalized"])
+@pytest.mark.parametrize("right", ["all", "none", "half"])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_decodes_with_drafts_are_replayed_and_give_the_tokens_of_plain_decoding(
+    tiny: Tiny, k: int, right: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replayed: set[int] = set()
+    replay = Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda self, *args: (replayed.add(self.shape.query_width), replay(self, *args))[1])
+    expected, got = decode(sequences_of(tiny), [params]), decode(sequences_of(tiny), [params])
+    run(tiny.runner(), tiny.planner(), expected, random.Random(1))
+    answers = [s.outputs for s in expected]
+    accepted = {"all": lambda n: n, "none": lambda n: 0, "half": lambda n: n // 2}[right]
+    run_with_drafts(runner_with_graphs(tiny, 4, (1, 1 + k)), tiny.planner(), got, answers, accepted, random.Random(2), lambda: k)
+    assert [s.outputs for s in got] == answers
+    assert 1 + k in replayed

@@ -85,7 +85,7 @@ def test_tokens_equal_those_of_plain_decoding(tiny: Tiny, kind: str, right: str)
 
 
 def test_logits_rows_of_one_sample_are_never_computed_in_two_parts(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 5)
+    monkeypatch.setattr(model_runner, "MAX_LOGITS_ROWS", 5)
     params = [replace(SAMPLED, presence_penalty=1.5)]
     expected = decode(sequences_of(plain), params)
     run(plain.runner(), plain.planner(), expected, random.Random(1))

@@ -16,7 +16,7 @@ from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.memory import (
     CPU_MINIMUM,
     MIB,
-    CacheRequest,
+    CacheSettings,
     MemoryBudget,
     MemoryLedger,
     available_host_memory,
@@ -116,14 +116,14 @@ def test_a_step_moves_blocks_out_then_in_then_copies():
 def test_the_models_own_length_is_lowered_and_an_explicit_one_is_an_error_with_the_numbers():
     s = shape(block_size=4)
     budget = 11 * s.block_bytes
-    request = CacheRequest(max_model_len=100, length_is_explicit=False, chunk=8)
+    request = CacheSettings(max_model_len=100, length_is_explicit=False, chunk=8)
     size = size_cache(request, s, MemoryBudget(budget, "account", "gpu_memory_utilization", "raise it"))
     assert (size.num_blocks, size.max_model_len) == (11, 40)
-    explicit = CacheRequest(max_model_len=100, length_is_explicit=True, chunk=8)
+    explicit = CacheSettings(max_model_len=100, length_is_explicit=True, chunk=8)
     with pytest.raises(InvalidInput, match="lower max_model_len to 40") as error:
         size_cache(explicit, s, MemoryBudget(budget, "account", "gpu_memory_utilization", "raise it to 0.95"))
     assert error.value.param == "max_model_len" and "raise it to 0.95" in error.value.message
-    fits = CacheRequest(max_model_len=40, length_is_explicit=True, chunk=8)
+    fits = CacheSettings(max_model_len=40, length_is_explicit=True, chunk=8)
     assert size_cache(fits, s, MemoryBudget(budget, "account", "", "")).max_model_len == 40
 
 
@@ -132,7 +132,7 @@ def test_a_budget_without_room_for_a_block_names_the_setting_to_change(budget):
     s = shape()
     with pytest.raises(InvalidInput) as error:
         size_cache(
-            CacheRequest(max_model_len=10, length_is_explicit=False, chunk=8),
+            CacheSettings(max_model_len=10, length_is_explicit=False, chunk=8),
             s,
             MemoryBudget(budget * s.block_bytes, "weights 3 GiB", "gpu_memory_utilization", "raise it to 0.97"),
         )
@@ -141,16 +141,16 @@ def test_a_budget_without_room_for_a_block_names_the_setting_to_change(budget):
 
 def test_explicit_sizes_win_over_what_was_measured():
     s = shape(block_size=4)
-    by_blocks = CacheRequest(max_model_len=16, length_is_explicit=False, chunk=8, num_blocks=7)
+    by_blocks = CacheSettings(max_model_len=16, length_is_explicit=False, chunk=8, num_blocks=7)
     assert size_cache(by_blocks, s, MemoryBudget(10**9, "", "", "")).num_blocks == 7
-    by_bytes = CacheRequest(max_model_len=16, length_is_explicit=False, chunk=8, cache_bytes=6 * s.block_bytes + 1)
+    by_bytes = CacheSettings(max_model_len=16, length_is_explicit=False, chunk=8, cache_bytes=6 * s.block_bytes + 1)
     assert size_cache(by_bytes, s, MemoryBudget(10**9, "", "", "")).num_blocks == 6
 
 
 def test_the_cache_of_a_small_model_stays_small_on_a_cpu():
     group = KVGroup(9, 3, 64, None, tuple(range(30)))  # the default model's
     s = KVLayout((group,), (DenseKV.of(group, torch.float32),), 16)
-    request = CacheRequest(max_model_len=8192, length_is_explicit=False, chunk=2048)
+    request = CacheSettings(max_model_len=8192, length_is_explicit=False, chunk=2048)
     size = size_cache(request, s, cpu_budget(request, s, weight_bytes=538_000_000))
     assert size.max_model_len == 8192
     assert size.num_blocks * s.block_bytes <= max(CPU_MINIMUM, 538_000_000)

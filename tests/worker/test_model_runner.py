@@ -189,7 +189,7 @@ def test_seeded_samples_do_not_depend_on_the_plan(plain, seed, depth, drop_after
 def test_more_samples_than_logits_rows_are_computed_in_parts(plain, monkeypatch):
     expected = sequences_of(plain, SamplingParams(logprobs=2, temperature=0.9))
     whole = run(plain.runner(), plain.planner(), expected, random.Random(5))
-    monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 2)
+    monkeypatch.setattr(model_runner, "MAX_LOGITS_ROWS", 2)
     parts = sequences_of(plain, SamplingParams(logprobs=2, temperature=0.9))
     held = []
     original = plain.model.logits
@@ -224,7 +224,7 @@ def test_children_sample_their_own_tokens_from_the_prompts_last_logits_row(plain
 
 @pytest.mark.parametrize("rows_at_once", [256, 3])
 def test_logprobs_and_prompt_logprobs_equal_log_softmax_of_transformers(plain, monkeypatch, rows_at_once):
-    monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", rows_at_once)
+    monkeypatch.setattr(model_runner, "MAX_LOGITS_ROWS", rows_at_once)
     params = SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2)
     sequences = sequences_of(plain, params)
     for s in sequences:
@@ -354,7 +354,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 
 def test_grammar_masks_apply_to_their_own_samples(plain, monkeypatch):
-    monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 2)
+    monkeypatch.setattr(model_runner, "MAX_LOGITS_ROWS", 2)
     runner, planner = plain.runner(), plain.planner()
     plan = planner.plan([(s, s.left) for s in sequences_of(plain)])
     only_40 = np.zeros((1, 4), np.int32)
