@@ -1,10 +1,10 @@
-"""Why the kernels do on a CPU what they do: each choice beside what was not chosen, at SmolLM2-135M's sizes.
+"""The kernels of a CPU beside alternatives that were not chosen, at SmolLM2-135M's sizes.
 
-"numba" are the compiled kernels that serve, the others PyTorch's, of which "as is" is the reference.
+"numba" are the compiled kernels that minivllm uses. The others are PyTorch's: "as is" is the reference, the rest are alternatives.
 
     OMP_NUM_THREADS=2 python -m bench.cpu_kernels [--dtype bfloat16]
 
-Alternatives take turns, so that a machine that slows down slows all of them; figures are medians in ms for all layers.
+Alternatives run in turns, so that a change of the machine's speed affects all of them. Figures are medians in ms, for all layers.
 """
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def show(what: str, variants: Variants, rounds: int = 15) -> None:
 
 
 def linears(dtype: torch.dtype) -> None:
-    """All products of one forward pass, in the model's order: weights come from memory, not from a cache."""
+    """All products of one forward pass, in the model's order, so that weights come from memory and not from a cache."""
     weights = [torch.randn(n, k).to(dtype) for _ in range(LAYERS) for n, k in SHAPES] + [torch.randn(VOCAB, HIDDEN).to(dtype)]
     product = torch.ops.mkldnn._linear_pointwise
     packed: dict[str, list[Tensor]] = {}
@@ -75,7 +75,7 @@ def linears(dtype: torch.dtype) -> None:
             print(f"{dtype}: weights cannot be packed here ({str(error).splitlines()[0]})")
     for rows in (1, 8, 32, 1024):
         x = {k: torch.randn(rows, k).to(dtype) for k in (HIDDEN, 1536)}
-        part = slice(None) if rows < 1024 else slice(-1)  # a prompt's logits are not asked for
+        part = slice(None) if rows < 1024 else slice(-1)  # a prompt needs logits of its last token only
         variants: Variants = {"plain [N, K]": lambda x=x, part=part: [F.linear(x[w.shape[1]], w) for w in weights[part]]}
         for name, ws in packed.items():
             variants[name] = lambda x=x, ws=ws, part=part: [product(x[w.shape[1]], w, None, "none", [], "") for w in ws[part]]
@@ -83,8 +83,9 @@ def linears(dtype: torch.dtype) -> None:
 
 
 def decodes(dtype: torch.dtype) -> None:
-    """Self-attention of one decode step: PyTorch's as it is and with batches of other sizes ("one": a single padded batch), and
-    Numba's. The meta data of a step are timed too."""
+    """Self-attention of one decode step: PyTorch's with batches of several sizes ("one": a single padded batch), and Numba's.
+
+    `prepare_attention` is timed as "meta"."""
     lengths = {"1 x 192 keys": [192], "32 x 160 keys": [160] * 32}
     for n in (4, 18, 32):
         lengths[f"{n} of 60..350 keys"] = [350 - 290 * i // (n - 1) for i in range(n)]
@@ -111,13 +112,13 @@ def decodes(dtype: torch.dtype) -> None:
         show(f"{dtype} self-attention, {what}", variants)
 
 
-def prepared(batch: InputBatch, dtype: torch.dtype, twin: Any = paged) -> Any:
-    return twin.prepare_attention(batch, 0, block_size=16, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None,
+def prepared(batch: InputBatch, dtype: torch.dtype, backend: Any = paged) -> Any:
+    return backend.prepare_attention(batch, 0, block_size=16, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None,
                                   dtype=dtype)
 
 
 def gathers(dtype: torch.dtype) -> None:
-    """Copying the keys of 8 sequences together: slot by slot, or page by page and clearing the last pages' ends."""
+    """Gather the keys of 8 sequences: slot by slot, or page by page with zeros for the ends of the last pages."""
     n, keys, width = 8, 208, KV_HEADS * HEAD_DIM
     _, layers = case([keys] * n, dtype)
     pages = torch.randperm(n * keys // 16) + 1
@@ -172,7 +173,8 @@ def gates(dtype: torch.dtype) -> None:
         ways = {"as is": activation.silu_and_mul}
         if numba is not None:
             ways["numba"] = numba.rows.silu_and_mul
-        show(f"{dtype} gated MLP's middle, {rows} rows", {name: lambda f=f, x=x: [f(x) for _ in range(LAYERS)] for name, f in ways.items()})
+        show(f"{dtype} middle of a gated MLP, {rows} rows",
+             {name: lambda f=f, x=x: [f(x) for _ in range(LAYERS)] for name, f in ways.items()})
 
 
 if __name__ == "__main__":

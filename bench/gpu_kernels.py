@@ -1,10 +1,10 @@
-"""Every Triton kernel alone, at a model's sizes: first whether it is right, then how close it comes to what the GPU can do.
+"""Every Triton kernel alone, at a model's sizes: is its result right, and how close does it come to the GPU's limits?
 
     python -m bench.gpu_kernels --shape qwen3-0.6b [--rows 1,8,32,128] [--only linear,decode,prompt,norm,sampler] [--save FILE]
 
-A row compares the kernel with the reference on the same random inputs and has no figure where they differ. `MB` is what must be moved
-at least once: weights, inputs, outputs, keys and values; `of copy` may pass 100%, since reading alone is faster than copying. The
-prediction for a small card divides the bytes by its bandwidth; it stands only where bandwidth decides even there.
+Each row compares the kernel with the reference on the same random inputs. If they differ, the row has no figure. `MB` is what must be
+moved at least once: weights, inputs, outputs, keys and values. `of copy` may exceed 100%, since reading alone is faster than copying.
+The last column divides the bytes by the bandwidth of a small card. It is a prediction, given only where bandwidth limits that card.
 """
 from __future__ import annotations
 
@@ -26,33 +26,34 @@ from minivllm.kernels import REFERENCE, Ops
 from minivllm.kernels.layout import InputBatch, KVLayer
 
 BLOCK_SIZE = 16
-RMS, WORST = 0.01, 0.05  # of the reference: the error's root mean square over its own, the largest error over its largest value
+RMS, WORST = 0.01, 0.05  # limits: rms of the error / rms of the reference, largest error / largest value of the reference
 DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256": [256] * 32, "128 x 256": [256] * 128,
            "256 x 200..1800": sorted((random.Random(i).randint(200, 1800) for i in range(256)), reverse=True)}  # fmt: skip
-SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # keys of each decode; how many of them lie in the same blocks
+SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # (keys of each decode, leading keys in the same blocks)
 PROMPTS = (2048, 8000)
-LAUNCH = 1 << 20  # bytes: with fewer a kernel's own beginning and end decide, not bandwidth
+MIN_PREDICTED = 1 << 20  # bytes; for fewer the start and the end of a kernel take longer than the transfer
 KINDS = ("linear", "decode", "prompt", "norm", "sampler")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: the same call on several copies of its data, and its work."""
+    """One row of the table: a call on several copies of its data, and the amount of its work."""
 
     name: str
     size: str
     calls: Sequence[Callable[[], Any]]
-    wrong: Callable[[], str]  # "" if the kernel's result is the reference's
+    wrong: Callable[[], str]  # "" if the kernel's result equals the reference's
     num_bytes: int
     flops: int = 0
 
 
 class Maker:
-    """Random inputs of a model's sizes, and the cases made of them."""
+    """Random inputs of a model's sizes, and the cases that use them."""
 
-    def __init__(self, spec: ModelSpec, ops: Ops, device: torch.device, dtype: torch.dtype = torch.bfloat16, draws: int = 128) -> None:
-        """draws: rows whose tokens are compared, whatever number is timed: each is a program of its own."""
-        self.spec, self.ops, self.device, self.dtype, self.draws = spec, ops, device, dtype, draws
+    def __init__(self, spec: ModelSpec, ops: Ops, device: torch.device, dtype: torch.dtype = torch.bfloat16,
+                 compared_rows: int = 128) -> None:
+        """compared_rows: number of rows whose sampled tokens are compared, for every number of timed rows."""
+        self.spec, self.ops, self.device, self.dtype, self.compared_rows = spec, ops, device, dtype, compared_rows
         self.attention = spec.layers[0].attention
         torch.manual_seed(0)
 
@@ -116,12 +117,12 @@ class Maker:
             return compare(got, want) or compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v)
 
         tokens, per_token = sum(query_lens), 2 * a.num_heads * a.head_dim + 2 * a.num_kv_heads * a.head_dim
-        pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(query_lens, lens, strict=True))  # of a query and a key it sees
+        pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(query_lens, lens, strict=True))  # (query, visible key)
         moved = 2 * (2 * (sum(lens) - shared * (len(lens) - 1)) * a.num_kv_heads * a.head_dim + tokens * per_token)
         return Case(name, size, [lambda kv=kv: call(kv) for kv in caches], wrong, moved, 4 * pairs * a.num_heads * a.head_dim)
 
     def _position(self, length: int) -> Case:
-        """The kernel before the prompts' attention, which is left out here."""
+        """The kernel before the attention of prompts, alone."""
         from minivllm.kernels.triton import attention
 
         a, (batch, caches, args) = self.attention, self._step([length], [length])
@@ -130,7 +131,7 @@ class Maker:
         def call(kv: KVLayer) -> Tensor:
             with mock.patch.object(attention, "_attend_prompts") as rest:
                 self.ops.self_attention(args["qkv"], kv, batch.slots[0], meta, **args["how"])
-            return rest.call_args.args[1]  # queries and keys, normalised and rotated
+            return rest.call_args.args[1]  # queries and keys, normalized and rotated
 
         def wrong() -> str:
             pair = [KVLayer(caches[-1].k.clone(), caches[-1].v.clone()) for _ in range(2)]
@@ -148,7 +149,7 @@ class Maker:
                                      head_dim=a.head_dim, window=None, dtype=self.dtype)
 
     def _step(self, query_lens: list[int], lens: list[int], shared: int = 0) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
-        """A batch over scattered blocks, caches for it, and what `self_attention` takes beside them."""
+        """A batch over scattered blocks, caches for it, and the other arguments of `self_attention`."""
         a, device = self.attention, self.device
         batch = scattered(query_lens, lens, device, shared)
         shape = (sum(-(-n // BLOCK_SIZE) for n in lens) + 1, BLOCK_SIZE, a.num_kv_heads, a.head_dim)
@@ -178,31 +179,32 @@ class Maker:
 
     def samplers(self, rows: Sequence[int]) -> Iterator[Case]:
         vocab = self.spec.vocab_size
-        for kind in ("greedy", "drawn", "drawn, top_p 0.9"):
+        for kind in ("greedy", "random", "random, top_p 0.9"):
             for t in rows:
                 logits = [self.random(t, vocab, std=4.0) for _ in range(copies_beyond_l2(2 * t * vocab, self.device))]
 
                 def wrong(kind: str = kind) -> str:
-                    some = self.random(self.draws, vocab, std=4.0)
-                    args, filters = self._how_to_draw(kind, self.draws)
+                    some = self.random(self.compared_rows, vocab, std=4.0)
+                    args, filters = self._sampling_arguments(kind, self.compared_rows)
                     got, want = (ops.sample(some, *args, **filters) for ops in (self.ops, REFERENCE))
-                    if kind == "greedy":  # largest logits may be equal
+                    if kind == "greedy":  # several tokens may have the largest logit
                         got, want = (some.gather(1, tokens[:, None]) for tokens in (got, want))
                     differ = int((got != want).sum())
-                    return "" if differ <= 1 else f"{differ} of {self.draws} tokens differ"  # one may, where the best two scores are equal
+                    # one may differ, if its two best scores are equal
+                    return "" if differ <= 1 else f"{differ} of {self.compared_rows} tokens differ"
 
-                args, filters = self._how_to_draw(kind, t)
+                args, filters = self._sampling_arguments(kind, t)
                 calls = [lambda x=x, args=args, filters=filters: self.ops.sample(x, *args, **filters) for x in logits]
                 yield Case(f"sampler, {kind}", f"{t} x {vocab}", calls, wrong, 2 * t * vocab)
 
-    def _how_to_draw(self, kind: str, rows: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    def _sampling_arguments(self, kind: str, rows: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
         temperature = torch.full((rows,), 0.0 if kind == "greedy" else 0.8, device=self.device)
         keys = torch.randint(-(2**31), 2**31 - 1, (rows, 2), dtype=torch.int32, device=self.device)
         return (temperature, keys), {"top_p": torch.full((rows,), 0.9, device=self.device)} if "top_p" in kind else {}
 
 
 def scattered(query_lens: list[int], lens: list[int], device: torch.device, shared: int = 0) -> InputBatch:
-    """A step over sequences whose blocks lie anywhere. Single queries must come first. shared: leading keys in the same blocks."""
+    """A step over sequences in scattered blocks, decodes first. shared: number of leading keys in the same blocks."""
     counts = [-(-n // BLOCK_SIZE) for n in lens]
     blocks = (torch.randperm(sum(counts)) + 1).int()
     table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
@@ -222,7 +224,7 @@ def scattered(query_lens: list[int], lens: list[int], device: torch.device, shar
 
 
 def compare(got: Tensor, want: Tensor) -> str:
-    """"" if they are equal as far as bfloat16 goes, else by how much they are not."""
+    """"" if they are equal up to the precision of bfloat16, else their difference."""
     a, b = got.float(), want.float()
     rms = ((a - b).square().mean() / b.square().mean()).sqrt().item()
     worst = ((a - b).abs().max() / b.abs().max()).item()
@@ -239,7 +241,7 @@ def cases(maker: Maker, kinds: Sequence[str], rows: Sequence[int], decodes: dict
 
 
 def figures(case: Case, limits: Ceiling) -> dict[str, Any]:
-    """A row's figures, or why it has none."""
+    """The figures of a row, or the reason that it has none."""
     row: dict[str, Any] = {"kernel": case.name, "size": case.size}
     try:
         if wrong := case.wrong():
@@ -251,7 +253,7 @@ def figures(case: Case, limits: Ceiling) -> dict[str, Any]:
             "of_copy": round(case.num_bytes / took / limits.copy, 3)}
     if case.flops:
         row["TFLOP/s"] = round(case.flops / took / 1e12, 1)
-    if case.num_bytes >= LAUNCH and case.flops / case.num_bytes <= CARD_FLOPS / CARD_BYTES:
+    if case.num_bytes >= MIN_PREDICTED and case.flops / case.num_bytes <= CARD_FLOPS / CARD_BYTES:
         row["predicted_us"] = round(1e6 * case.num_bytes / CARD_BYTES, 1)
     return row
 

@@ -1,9 +1,9 @@
-"""How time is taken on a GPU, and what the GPU can do at best.
+"""Timing on a GPU, and the GPU's highest measured bandwidth and arithmetic.
 
-Kernels are timed by replaying a CUDA graph of many calls, so that no launch from Python is in the figure. Each call works on its own
-copy of the weights or the cache, and all copies together are several times the L2 cache, so that every call reads from memory, as it
-does in a model. On Hopper the next call starts while one ends (programmatic dependent launch), which is also how a model runs them:
-a figure is the time by which one more call makes the chain longer.
+Kernels are timed by replaying a CUDA graph of many calls, so that no launch from Python is included. Each call uses its own copy of the
+weights or the cache. All copies together are several times the L2 cache, so that every call reads from memory, as in a model. On Hopper a
+call starts before the call ahead of it has ended (programmatic dependent launch), as in a model. So a figure is the time that one more
+call adds to the chain.
 """
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import torch
 
 from minivllm.benchmarks.statistics import median
 
-CARD, CARD_BYTES, CARD_FLOPS = "RTX 4060", 272e9, 15.1e12  # bytes/s and fp32 FLOP/s of the card that predictions are for (its data sheet)
+CARD, CARD_BYTES, CARD_FLOPS = "RTX 4060", 272e9, 15.1e12  # bytes/s and fp32 FLOP/s in the data sheet of the card that predictions are for
 
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """What this GPU reaches on the simplest work there is."""
+    """What this GPU reaches with the simplest work."""
 
     copy: float  # bytes/s, read and written, of one large copy
     matmul: float  # FLOP/s of one large product in bfloat16
@@ -34,10 +34,10 @@ class Ceiling:
 
 
 def ceiling(device: torch.device) -> Ceiling:
-    """Measured: a copy that moves 2 GiB, and a product of two 8192 x 8192 matrices."""
+    """Measured with a copy that moves 2 GiB and a product of two 8192 x 8192 matrices."""
     size = 1 << 30
     source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
-    copy = 2 * size / seconds([partial(torch.neg, source, out=target)] * 4)  # a kernel: the copy engine behind `copy_` is slower
+    copy = 2 * size / seconds([partial(torch.neg, source, out=target)] * 4)  # a kernel, because the copy engine that `copy_` uses is slower
     del source, target
     n = 8192
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -47,9 +47,9 @@ def ceiling(device: torch.device) -> Ceiling:
 
 
 def seconds(calls: Sequence[Callable[[], Any]], rounds: int = 5) -> float:
-    """Of one call: the median over `rounds` replays of a graph of all of them, the same order each time."""
+    """Seconds per call: the median over `rounds` replays of a graph of all calls."""
     for call in calls[:2]:
-        call()  # compiles, and fills caches, which a capture must not do
+        call()  # compiles kernels and fills caches, which must not happen during a capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -59,7 +59,7 @@ def seconds(calls: Sequence[Callable[[], Any]], rounds: int = 5) -> float:
 
 
 def replay_seconds(replay: Callable[[], Any], rounds: int) -> float:
-    """Of one replay (or of whatever else puts work on the stream): the median, each round between two events of its own."""
+    """Seconds per replay, or per other call that enqueues work: the median over `rounds`, each measured with CUDA events."""
     replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
     torch.cuda.synchronize()
@@ -72,7 +72,7 @@ def replay_seconds(replay: Callable[[], Any], rounds: int) -> float:
 
 
 def copies_beyond_l2(num_bytes: int, device: torch.device) -> int:
-    """How many copies of some data are three times the L2 cache: at least 2, and not more than make a graph of reasonable length."""
+    """The number of copies of some data that together are three times the L2 cache: at least 2, and at most 256, which limits the graph."""
     if device.type != "cuda":
         return 2
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -80,7 +80,7 @@ def copies_beyond_l2(num_bytes: int, device: torch.device) -> int:
 
 
 def save(path: str | None, record: dict[str, Any]) -> None:
-    """One JSON line, and the same in a file if one was named."""
+    """Print the record as one JSON line, and write it to the file at `path`, if there is one."""
     print(json.dumps(record))
     if path:
         Path(path).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,18 +1,19 @@
-"""Whether an engine's kernels are right at a model's full size: the same weights, the same steps, once with the reference kernels.
+"""Are an engine's kernels right at a model's full size? The same weights and steps, computed again with the reference kernels.
 
-    step         what is compared                               a cache of its own on each side, NaN where nothing was written
+    step         what is compared                               each side has its own cache, with NaN in unwritten slots
     prompts      the last logits of prompts of several lengths
     mixed        chunks with earlier context, beside decodes
-    decodes      several sequences, then one alone, then several that begin with the same blocks
-    the engine   its own greedy tokens, graphs and sampler included: none may be far from the reference's best
+    decodes      several sequences, then one alone, then several with the same leading blocks
+    the engine   its own greedy tokens, with graphs and sampler: how far they are from the reference's best tokens
 
-bfloat16 keeps 8 bits, and two right ways to compute 30 layers differ after the first rounding: with random weights of the 0.6B shape the
-reference in bfloat16 is 0.015 (standard deviation 0.02) or 0.038 (0.04) from itself in float32, in parts of the logits' own spread.
-Two such ways may be 1.4 times as far apart; the tolerance is about twice that. So this sees a kernel that goes wrong at a shape, a
-length or a stride. What hides below it (one key of hundreds left out; anything about attention that weights so small leave almost
-uniform) the kernels' tests and `bench.gpu_kernels` see. Wrong kernels are fast too: whoever fails gets no figures.
+bfloat16 has 8 bits of precision, and two correct computations of 30 layers differ after the first rounding. With random weights of the 0.6B
+shape, the reference in bfloat16 differs from itself in float32 by 0.015 (standard deviation 0.02) or 0.038 (0.04) of the logits' standard
+deviation. Two correct computations in bfloat16 may differ by 1.4 times as much, and the tolerance is about twice that. So this check finds
+a kernel that is wrong at some shape, length or stride. Smaller errors are found by the kernels' tests and by `bench.gpu_kernels`: one
+missing key among hundreds, for example, or errors of attention that random weights hide, because with them attention is almost uniform.
+A wrong kernel can be fast, so no figures are printed for kernels that fail.
 
-    python -m bench.kernel_check --noise qwen3-0.6b        prints how far bfloat16 is from float32
+    python -m bench.kernel_check --noise qwen3-0.6b        prints the difference of bfloat16 and float32
 """
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ from minivllm.models.decoder import Decoder
 from minivllm.quantization.methods import parameters
 from minivllm.worker.kv_cache import KVLayout
 
-TOLERANCE = 0.1  # root mean square of a row's differences, over the standard deviation of the reference's row
-TOKEN_TOLERANCE = 0.5  # how far below the best logit a greedy token may be, likewise (a token at random is about 4 below)
-STEPS: tuple[tuple[tuple[int, int], ...], ...] = (  # of each step: (sequence, tokens), single ones first, as the packer has them
+TOLERANCE = 0.1  # rms of the differences of a row / standard deviation of the reference's row
+TOKEN_TOLERANCE = 0.5  # (best logit - logit of a greedy token) / the same standard deviation; for a random token it is about 4
+STEPS: tuple[tuple[tuple[int, int], ...], ...] = (  # per step: (sequence, tokens), decodes first, as in the packer
     ((0, 300), (1, 37), (2, 1000)),
     ((1, 1), (0, 1), (2, 130), (3, 20)),
     ((0, 1), (1, 1), (2, 1), (3, 1)),
@@ -48,11 +49,11 @@ STEPS: tuple[tuple[tuple[int, int], ...], ...] = (  # of each step: (sequence, t
     ((4, 20), (5, 40), (6, 3)),
     ((2, 1), (4, 1), (5, 1), (6, 1)),
 )
-FORKS = dict.fromkeys((4, 5, 6), (2, 256))  # sequence -> (another, how many of its tokens come first, in the same blocks)
+FORKS = dict.fromkeys((4, 5, 6), (2, 256))  # sequence -> (another sequence, number of leading tokens that it shares, in the same blocks)
 
 
 def twin_with(model: Decoder, ops: Ops) -> Decoder:
-    """The same model, weights shared, computed by other kernels. Wherever a layer holds a kernel, its namesake takes the place."""
+    """The same model with the same weights and other kernels: each kernel in a layer is replaced by that of the same name in `ops`."""
     mine = model.build.ops
     names = {getattr(mine, f.name): getattr(ops, f.name) for f in dataclasses.fields(Ops)}
 
@@ -75,11 +76,11 @@ def twin_with(model: Decoder, ops: Ops) -> Decoder:
 
 
 class Trial:
-    """Some sequences of random tokens, run step by step through one model with a small cache of its own."""
+    """Sequences of random tokens, computed step by step with one model and a small cache."""
 
     def __init__(self, model: Decoder, layout: KVLayout, steps: Sequence[Sequence[tuple[int, int]]] = STEPS,
                  forks: Mapping[int, tuple[int, int]] = FORKS, plain: bool = False) -> None:
-        """plain: every layer answers for all tokens, and no keys are read for several sequences at once."""
+        """plain: every layer computes all tokens, and a shared prefix is not read once for all sequences."""
         self.model, self.layout, self.plain = model, layout, plain
         self.steps = steps
         rng = random.Random(0)
@@ -107,7 +108,7 @@ class Trial:
             layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
 
     def run(self) -> list[Tensor]:
-        """-> of each step, the logits of each sequence's last token, [B, V] float32."""
+        """-> per step, the logits of each sequence's last token: [B, V] float32."""
         return [self._step(step) for step in self.steps]
 
     def _step(self, step: Sequence[tuple[int, int]]) -> Tensor:
@@ -139,19 +140,19 @@ class Trial:
         return self.model.logits(hidden if batch.last_only else hidden[batch.logit_rows])
 
     def _shared(self, seq: int) -> int:
-        """How many of its first keys are in blocks of several sequences."""
+        """Number of its leading keys in blocks that several sequences share."""
         counts = [count for one, (source, count) in self.forks.items() if seq in (one, source)]
         return min(counts, default=0) // SHARED_KEYS_MULTIPLE * SHARED_KEYS_MULTIPLE
 
 
 def apart(got: Tensor, want: Tensor) -> float:
-    """The worst row's error, in parts of the reference row's standard deviation; NaN is infinitely far."""
+    """The largest error of a row, relative to the standard deviation of the reference's row; infinite for NaN."""
     error = (got - want).square().mean(-1).sqrt() / want.std(-1)
     return float(error.nan_to_num(nan=torch.inf).max())
 
 
 def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[WorkloadRequest], outputs: Sequence[Sequence[int]]) -> float:
-    """How far the worst of some greedy tokens is below the best logit, in standard deviations, all earlier tokens being given."""
+    """The largest distance of a greedy token's logit from the best logit, in standard deviations, given all tokens before it."""
     worst = 0.0
     for request, output in zip(requests, outputs, strict=True):
         prompt = list(request.prompt_token_ids)
@@ -165,7 +166,7 @@ def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[WorkloadR
 
 @torch.inference_mode()
 def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadRequest]], list[list[int]]] | None = None) -> dict[str, Any]:
-    """-> the distances found, and "refused" with the reason if they are too large. `greedy` asks the engine for its tokens."""
+    """-> the distances, and "refused" with the reason if they are too large. greedy: returns the engine's tokens."""
     reference = twin_with(model, REFERENCE)
     logits = [Trial(model, layout).run(), Trial(reference, layout, plain=True).run()]
     distance = max(apart(got, want) for got, want in zip(*logits, strict=True))
@@ -181,7 +182,7 @@ def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadReque
 
 
 def noise(shape: str) -> dict[float, float]:
-    """Standard deviation of random weights -> how far the reference in bfloat16 is from itself in float32. On a CPU, a small vocabulary."""
+    """Standard deviation of random weights -> difference of the reference in bfloat16 and in float32. On a CPU, with a small vocabulary."""
     spec = parse_config({**models.config_of(shape), "vocab_size": 2000})
     ops = dataclasses.replace(REFERENCE, pack_weight=lambda weight, dtype: weight.to(dtype))
     steps = (((0, 40), (1, 7), (2, 60)), ((0, 1), (1, 1), (2, 5)), ((0, 1), (1, 1), (2, 1)), ((2, 1),))

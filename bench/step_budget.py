@@ -1,18 +1,19 @@
-"""Where the time of a step goes, class by class, beside what the step's bytes and products would take alone.
+"""Where a step's time goes, by classes of kernels, and the time that its bytes and products would take alone.
 
     python -m bench.step_budget --shape qwen3-0.6b [--rows bs1,bs8,bs32,bs128,bs256,prefix64,prefill8000] [--save FILE]
     python -m bench.step_budget --plot-from FILE --plot FILE.png            a picture of it; needs matplotlib, but no GPU
 
-    row      bsB: B sequences decode, 200 keys each (256: 600). prefixB: likewise 2,200, of which the first 2,048 are shared by all.
+    row      bsB: B sequences decode, with 200 keys each (256: 600). prefixB: the same with 2,200 keys, the first 2,048 shared by all.
              prefillT: one prompt of T tokens
-    engine   ms of a step of the whole engine, host included: scheduling, packing, detokenising (ahead of the GPU where it can be)
-    step     ms of the GPU's part alone: the captured graph replayed, or the eager step launched from Python
-    classes  ms from torch.profiler. Kernels overlap (on Hopper one starts while the one before it ends), so durations cannot be added:
-             each moment counts for the kernel that began first of those running, and so the classes together are the time when any runs
-    gap      step - all classes: launches and waits between kernels. The profiler slows kernels a little, so it may come out below zero
-    floor    weights once + keys and values, at the measured copy bandwidth; where the products take longer than reading the weights, at
-             the measured pace of one large product, those instead. Prompts: their attention's products at that pace too. What is
-             shared is read once, and the last layer of a prompt need only look at its last token
+    engine   ms of a step of the whole engine, with the work of the host (scheduling, packing, detokenizing) that does not overlap
+    step     ms of the GPU's part: the captured graph replayed, or the eager step launched from Python
+    classes  ms from torch.profiler. Kernels overlap (on Hopper a kernel starts before the one ahead of it ends), so durations cannot be
+             added. Each moment counts for the running kernel that started first, so that the sum of all classes is the time in which any
+             kernel runs
+    gap      step - all classes: launches and waits between kernels. It may be below zero, since the profiler slows kernels a little
+    floor    reading the weights once, or the products if they take longer; plus reading keys and values. Prompts: plus the products of
+             attention. Bandwidth is that of a large copy, arithmetic that of one large product, both measured. Shared keys are read once,
+             and the last layer of a prompt computes its last token only
 """
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -35,14 +37,14 @@ from minivllm.benchmarks.statistics import median
 from minivllm.families import ModelSpec, parse_config
 from minivllm.quantization.methods import parameters
 
-CLASSES = {  # parts of kernels' names; what is named nowhere is "norm, other"
+CLASSES = {  # class -> parts of kernel names; all other kernels are "norm, other"
     "attention": ("_decode_attention", "_prompt_attention", "_position_and_store", "attention", "flash", "fmha"),
     "sampling": ("_sample_chunks", "_combine_chunks", "_thresholds", "argmax"),
     "matmul": ("_matvec", "_few_rows", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "matmul", "xmma"),
 }
 OTHER = "norm, other"
 COLUMNS = ("attention", "matmul", OTHER, "sampling")
-REPLAYS, STEPS, BEFORE = 5, 32, 8  # profiled; timed in the engine; before those
+REPLAYS, STEPS, BEFORE = 5, 32, 8  # replays that are profiled, steps that are timed in the engine, steps before these
 KINDS = re.compile(r"(bs|prefix|prefill)([1-9]\d*)")
 Interval = tuple[str, float, float]  # a kernel's name, begin and end in microseconds
 
@@ -53,7 +55,7 @@ def kind_of(kernel: str) -> str:
 
 
 def busy(kernels: Iterable[Interval]) -> dict[str, float]:
-    """Microseconds of each class: every moment counts once, for the kernel that began first of those running then."""
+    """Microseconds of each class. Each moment counts once, for the running kernel that started first."""
     times, covered = dict.fromkeys(COLUMNS, 0.0), float("-inf")
     for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
         times[kind_of(name)] += max(0.0, end - max(begin, covered))
@@ -62,7 +64,7 @@ def busy(kernels: Iterable[Interval]) -> dict[str, float]:
 
 
 def profiled(run: Callable[[], Any], count: int) -> dict[str, float]:
-    """Milliseconds of each class in one of `count` runs."""
+    """Milliseconds of each class per run, as the mean of `count` runs."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -75,7 +77,7 @@ def profiled(run: Callable[[], Any], count: int) -> dict[str, float]:
 
 
 def floor_ms(spec: ModelSpec, limits: Ceiling, query_lens: list[int], seq_lens: list[int], shared: int = 0) -> float:
-    """The practical floor of a step in bfloat16: see the module's text. shared: keys that all sequences have in common."""
+    """The floor of a step in bfloat16: see the module's docstring. shared: keys that all sequences share."""
     sizes = {name: torch.Size(p.shape).numel() for name, p in parameters(spec).items()}
     head = spec.vocab_size * spec.hidden_size
     layers = sum(size for name, size in sizes.items() if name.startswith("layers."))
@@ -91,7 +93,7 @@ def floor_ms(spec: ModelSpec, limits: Ceiling, query_lens: list[int], seq_lens: 
 
 
 class Bench:
-    """One engine with random weights of a shape, and the rows measured with it."""
+    """One engine with random weights of a shape, and the measurements of its rows."""
 
     def __init__(self, shape: str, limits: Ceiling) -> None:
         from minivllm import LLM
@@ -102,6 +104,7 @@ class Bench:
             models.write_config(shape, Path(folder))
             self.llm = LLM(model=folder, load_format="dummy", dtype="bfloat16", device="cuda", skip_tokenizer_init=True)
         self.engine = self.llm.llm_engine
+        self.pipeline = self.engine._pipeline
         executor = self.engine.executor
         assert isinstance(executor, Worker)
         self.executor, self.runner = executor, executor.runner
@@ -131,9 +134,10 @@ class Bench:
         return name
 
     def _drain(self) -> None:
-        """Take in what was launched, and launch nothing."""
-        while self.engine._inflight:
-            self.engine._finish(*self.engine._inflight.popleft())
+        """Apply the results of all launched steps, and launch no new step."""
+        with mock.patch.object(self.pipeline, "fill"):
+            while self.pipeline:
+                self.engine.step()
         torch.cuda.synchronize()
 
     def _end(self, names: list[str]) -> None:
@@ -146,14 +150,14 @@ class Bench:
             self.engine.step()
 
     def _decode(self, count: int, context: int, shared: int = 0) -> dict[str, Any]:
-        """`context` keys in the middle of the timed steps; the graph is replayed as the last of them left its inputs."""
+        """`context`: number of keys in the middle of the timed steps. The graph is replayed with the inputs of the last step."""
         if shared:
             self._add(shared + 1, 1, shared)
             self._run_out()
         names = [self._add(context - BEFORE - STEPS // 2, 100 + BEFORE + STEPS, shared) for _ in range(count)]
         for _ in range(100):  # until all prompts are computed
             self.engine.step()
-            if self.engine._inflight and self.engine._inflight[-1][0].num_tokens == (1,) * count:
+            if self.pipeline and self.pipeline._in_flight[-1][0].num_tokens == (1,) * count:
                 break
         else:
             self._end(names)
@@ -164,7 +168,7 @@ class Bench:
         for _ in range(STEPS):
             self.engine.step()
         whole = 1e3 * (time.perf_counter() - begin) / STEPS
-        plan = self.engine._inflight[-1][0]
+        plan = self.pipeline._in_flight[-1][0]
         lens = [start + 1 for start in plan.starts]
         self._drain()
         assert self.runner._graphs is not None
@@ -177,7 +181,7 @@ class Bench:
                 "floor": floor_ms(self.spec, self.limits, [1] * count, lens, shared)}
 
     def _prefill(self, length: int) -> dict[str, Any]:
-        """The whole prompt in one step: its plan admits the row afresh, so it may be launched again and again."""
+        """The whole prompt in one step. Its plan admits the row, so it can be launched several times."""
         length = min(length, self.executor.max_model_len - 2, self.executor.max_num_batched_tokens)
         times = []
         for _ in range(4):
@@ -195,8 +199,9 @@ class Bench:
 
         step = 1e3 * replay_seconds(lambda: run().wait(), 5)
         classes = profiled(lambda: run().wait(), 2)
-        self.engine._next_step = plan.step_id + 1
-        self.engine._finish(plan, run())
+        self.pipeline.next_step_id = plan.step_id + 1
+        self.pipeline._in_flight.append((plan, run()))
+        self._drain()
         self._end([name])
         return {"keys": length, "engine": median(times[1:]), "step": step, "classes": classes,
                 "floor": floor_ms(self.spec, self.limits, [length], [length])}
@@ -216,7 +221,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(record: dict[str, Any], path: str) -> None:
-    """Stacked bars, one panel for each row (their scales differ): the step's classes and gap, the rest of the engine's step, the floor."""
+    """Stacked bars, one panel with its own scale for each row: the step's classes and gap, the rest of the engine's step, the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,12 +229,12 @@ def plot(record: dict[str, Any], path: str) -> None:
 
     rows = [row for row in record["rows"] if "refused" not in row]
     figure, panels = pyplot.subplots(1, len(rows), figsize=(1.9 * len(rows) + 1.5, 4.2), squeeze=False, layout="constrained")
-    colours = dict(zip((*COLUMNS, "gap", "host"), ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#d3d3d3", "#eeeeee"), strict=True))
+    colors = dict(zip((*COLUMNS, "gap", "host"), ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#d3d3d3", "#eeeeee"), strict=True))
     for panel, row in zip(panels[0], rows, strict=True):
         parts = {**row["classes"], "gap": max(0.0, row["gap"]), "host": max(0.0, row["engine"] - row["step"])}
         bottom = 0.0
         for name, height in parts.items():
-            panel.bar([0], [height], bottom=bottom, color=colours[name], edgecolor="white", label=name, width=0.6)
+            panel.bar([0], [height], bottom=bottom, color=colors[name], edgecolor="white", label=name, width=0.6)
             bottom += height
         panel.axhline(row["floor"], color="black", linestyle="--", linewidth=1, label="floor")
         panel.set(title=f"{row['row']}\n{row['keys']} keys", xticks=[], xlim=(-0.6, 0.6))
@@ -248,8 +253,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=models.SHAPES, default="qwen3-0.6b")
     parser.add_argument("--rows", default="bs1,bs8,bs32,bs128,bs256,prefix64,prefill8000")
     parser.add_argument("--save", help="file for the JSON record")
-    parser.add_argument("--plot", metavar="PNG", help="file for the picture of what --plot-from names")
-    parser.add_argument("--plot-from", metavar="FILE", help="a record saved earlier")
+    parser.add_argument("--plot", metavar="PNG", help="file for the picture of the record in --plot-from")
+    parser.add_argument("--plot-from", metavar="FILE", help="a record that --save has written")
     args = parser.parse_args()
     if bool(args.plot) != bool(args.plot_from):
         parser.error("--plot and --plot-from go together: measure with --save on the GPU, draw anywhere")

@@ -31,7 +31,8 @@ TRITON = replace(
 
 def verdicts(ops: Ops, *kinds: str) -> dict[str, str]:
     with torch.inference_mode():
-        maker = Maker(parse_config(SMALL), ops, DEVICE, torch.float16, draws=10)  # the interpreter's tl.dot does not support bfloat16
+        # float16, because the interpreter's tl.dot does not support bfloat16
+        maker = Maker(parse_config(SMALL), ops, DEVICE, torch.float16, compared_rows=10)
         return {f"{case.name} {case.size}": case.wrong() for case in
                 cases(maker, kinds, (1, 3), {"2": [40, 17]}, {"3": ([150, 140, 131], 128)}, (20,))}
 
