@@ -28,8 +28,8 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES, meth
     if quantization := read(config, Key("quantization_config", dict, {})):
         method = quantization.get("quant_method")
         if not isinstance(method, str) or method not in methods:
-            raise NotSupportedYet(f"quantized weights (quant_method {method!r}) are not supported yet: use the model's unquantized checkpoint",
-                                  "model")
+            raise NotSupportedYet(f"quantized weights (quant_method {method!r}) are not supported yet: use the model's unquantized "
+                                  "checkpoint", "model")
     return families[architecture].parse(architecture, config)
 
 
