@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import attention as module
-from minivllm.kernels.reference.attention import AttentionMeta, Gather, InPlace, attention, prepare_attention
+from minivllm.kernels.reference.attention import Gather, InPlace, ReferenceAttentionMeta, attention, prepare_attention
 from tests.kernels.paged import Case, make_case, naive_attention
 
 
-def prepare(case: Case, window: int | None = None) -> AttentionMeta:
+def prepare(case: Case, window: int | None = None) -> ReferenceAttentionMeta:
     return prepare_attention(
         case.batch, 0, block_size=case.block_size, num_heads=case.q.shape[1], num_kv_heads=case.kv.k.shape[2],
         head_dim=case.q.shape[2], window=window, dtype=case.q.dtype,

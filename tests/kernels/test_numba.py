@@ -195,7 +195,7 @@ def test_two_python_threads_may_call_at_the_same_time() -> None:
 def test_shapes_without_a_kernel_are_computed_by_the_reference(head_dim: int, dtype: torch.dtype) -> None:
     case = make_case([(1, 30), (1, 7), (4, 9)], head_dim=head_dim, dtype=dtype)
     meta = prepare(attention, case)
-    assert isinstance(meta, attention_reference.AttentionMeta)
+    assert isinstance(meta, attention_reference.ReferenceAttentionMeta)
     want = run(case, forget_new(case), prepare(attention_reference, case), backend=attention_reference)
     assert torch.equal(run(case, forget_new(case), meta), want)
 

@@ -44,7 +44,7 @@ def same_cache(a: KVLayer, b: KVLayer) -> bool:
 
 def check_attention(shape: list[tuple[int, int]], *, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int | None = None,
                     softcap: float | None = None, dtype: torch.dtype = torch.float32, shared_keys: int = 0,
-                    seed: int = 0) -> attention.AttentionMeta:
+                    seed: int = 0) -> attention.TritonAttentionMeta:
     case = make_case(shape, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype,
                      shared_keys=shared_keys, seed=seed, device=DEVICE)
     meta = attention.prepare_attention(case.batch, 0, block_size=block_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,

@@ -27,7 +27,7 @@ NO_WINDOW = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMeta:
+class NumbaAttentionMeta:
     """What the layers of a KV group share in one step: see `prepare_attention`."""
 
     kernel: Kernel
@@ -39,7 +39,7 @@ class AttentionMeta:
     block: tuple[int, int, int]  # block size, KV heads, D
     finished: Array  # [decodes, KV] int32: splits that have finished; zero between layers
     memory: tuple[Any, ...]  # the other arrays that args point to
-    rest: reference.AttentionMeta | None  # for the rows after the decodes; None: there are none
+    rest: reference.ReferenceAttentionMeta | None  # for the rows after the decodes; None: there are none
 
     @property
     def num_kv_heads(self) -> int:
@@ -65,7 +65,7 @@ def kernel_for(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dt
 def prepare_attention(
     batch: InputBatch, group: int, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None,
     dtype: torch.dtype,
-) -> AttentionMeta | reference.AttentionMeta:
+) -> NumbaAttentionMeta | reference.ReferenceAttentionMeta:
     """Divide the decodes of KV group `group` into tasks. The reference prepares prompt chunks, and all sequences if there is no kernel."""
     shape: dict[str, Any] = dict(block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
                                  dtype=dtype)
@@ -92,15 +92,16 @@ def prepare_attention(
     code.STEP_ARGS.pack_into(
         args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_splits.ctypes.data, tasks,
         partial.ctypes.data, finished.ctypes.data, window, num_heads, num_kv_heads, block_size)
-    return AttentionMeta(kernel, args, tasks, tokens, dtype, num_heads, block, finished, (first_splits, table, seq_lens, partial), rest)
+    memory = first_splits, table, seq_lens, partial
+    return NumbaAttentionMeta(kernel, args, tasks, tokens, dtype, num_heads, block, finished, memory, rest)
 
 
 def self_attention(
-    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta | reference.AttentionMeta, *, scale: float,
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: NumbaAttentionMeta | reference.ReferenceAttentionMeta, *, scale: float,
     rope: tuple[Tensor, Tensor] | None = None, qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
 ) -> Tensor:
     """qkv: [T, (H + 2 KV) * D] -> [T, H * D]; writes the T new keys and values to `slots`: [T]. See the reference."""
-    if isinstance(meta, reference.AttentionMeta):
+    if isinstance(meta, reference.ReferenceAttentionMeta):
         return reference.self_attention(qkv, kv, slots, meta, scale=scale, rope=rope, qk_norm=qk_norm, softcap=softcap)
     n, args = meta.num_tokens, meta.args
     if not args.checked:  # once per step: all layers have the same shapes
@@ -119,7 +120,7 @@ def self_attention(
     return out
 
 
-def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *others: Tensor) -> None:
+def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: NumbaAttentionMeta, *others: Tensor) -> None:
     """Assert what the kernel assumes, because it reads memory by address. others: cos, sin and norm weights, as far as they are used."""
     _, kv_heads, head_dim = meta.block
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"

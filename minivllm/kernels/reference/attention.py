@@ -83,7 +83,7 @@ class PromptChunk:
 
 
 class HeadCounts(Protocol):
-    """What `store_kv` reads of every backend's AttentionMeta."""
+    """What `store_kv` reads of the meta of every backend."""
 
     @property
     def num_heads(self) -> int: ...
@@ -94,7 +94,7 @@ class HeadCounts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMeta:
+class ReferenceAttentionMeta:
     """What the layers of a KV group share in one step: made by `prepare_attention`."""
 
     num_heads: int
@@ -118,7 +118,7 @@ def prepare_attention(
     head_dim: int,
     window: int | None,
     dtype: torch.dtype,
-) -> AttentionMeta:
+) -> ReferenceAttentionMeta:
     """Gather indices, grouping and masks for the layers of KV group `group`. Reads no device value on the host."""
     table = batch.block_tables[group]  # [B, M]
     device = table.device
@@ -146,11 +146,11 @@ def prepare_attention(
         assert 1 <= query_len <= seq_len
         chunks += _prompt_chunks(table[i], row, query_len, seq_len, block_size, window, dtype)
         row += query_len
-    return AttentionMeta(num_heads, num_kv_heads, head_dim, row, n, order, tuple(gathers), sizes, tuple(chunks))
+    return ReferenceAttentionMeta(num_heads, num_kv_heads, head_dim, row, n, order, tuple(gathers), sizes, tuple(chunks))
 
 
 def self_attention(
-    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: ReferenceAttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
 ) -> Tensor:
     """From a layer's fused projection to its output projection: qkv: [T, (H + 2 KV) * D] -> the heads' outputs [T, H * D].
@@ -178,7 +178,7 @@ def store_kv(
     return qk[:, :h]
 
 
-def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
+def attention(q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
     """q: [T, num_heads, head_dim] -> the same shape; keys and values come from the cache `kv`."""
     assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
     h, hk, d, n = meta.num_heads, meta.num_kv_heads, meta.head_dim, meta.num_decode_tokens
@@ -204,8 +204,8 @@ def attention(q: Tensor, kv: KVLayer, meta: AttentionMeta, *, scale: float, soft
     return out
 
 
-def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: float | None) -> Tensor:
-    """q: [decodes, heads, head_dim] in the order of `AttentionMeta.order` -> [decodes, kv_heads, group, head_dim]."""
+def _decode(q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, scale: float, softcap: float | None) -> Tensor:
+    """q: [decodes, heads, head_dim] in the order of `ReferenceAttentionMeta.order` -> [decodes, kv_heads, group, head_dim]."""
     hk, d = meta.num_kv_heads, meta.head_dim
     # The query heads of a KV head take the dimension of a sequence's queries, so that its keys are read once for all of them.
     queries = q.view(len(q), hk, -1, d)

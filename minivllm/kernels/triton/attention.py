@@ -26,7 +26,7 @@ from minivllm.kernels.tuning import AttentionTile
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMeta:
+class TritonAttentionMeta:
     """What the layers of a KV group share in one step: see `prepare_attention`."""
 
     num_heads: int
@@ -55,7 +55,7 @@ class AttentionMeta:
 def prepare_attention(
     batch: InputBatch, group: int, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None,
     dtype: torch.dtype,
-) -> AttentionMeta:
+) -> TritonAttentionMeta:
     """Choose the kernels' shapes for KV group `group` from host counts alone."""
     device, decodes, width = batch.tokens.device, batch.num_decodes, batch.query_width
     heads_per_kv, arch, sms = num_heads // num_kv_heads, capability(device), num_sms(device)
@@ -77,14 +77,14 @@ def prepare_attention(
         mean = torch.empty((shared_parts + splits, decodes * width, num_heads, head_dim), dtype=torch.float32, device=device)
         finished = torch.zeros((decodes, num_kv_heads), dtype=torch.int32, device=device)
         parts = Parts(mean, mean.new_empty(mean.shape[:-1]), finished, batch.shared if shared_parts else finished)
-    return AttentionMeta(
+    return TritonAttentionMeta(
         num_heads, num_kv_heads, head_dim, block_size, window, decodes, width, batch.num_seqs, sum(batch.query_lens_host) - decodes * width,
         batch.query_start, batch.seq_lens, batch.block_tables[group], tile, shared_tile, splits, shared_parts, parts,
     )  # fmt: skip
 
 
 def self_attention(
-    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
 ) -> Tensor:
     """qkv: [T, (H + 2 KV) * D] -> [T, H * D]; writes the T new keys and values to `slots`: [T]. See the reference."""
@@ -98,7 +98,7 @@ def self_attention(
 
 
 def store_kv(
-    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, *, rope: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, *, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """Writes the T new keys and values -> normalized and rotated queries [T, H, D]. See the reference."""
@@ -111,7 +111,7 @@ def _projection(qkv: Tensor, rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[
 
 
 def _attend_decodes(
-    out: Tensor, qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, scale: float, softcap: float | None,
+    out: Tensor, qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, scale: float, softcap: float | None,
     rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[Tensor, float] | None,
 ) -> None:
     tile, parts = meta.decode_tile, meta.parts
@@ -137,7 +137,7 @@ def _attend_decodes(
 
 
 def _store(
-    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: AttentionMeta, first: int, rope: tuple[Tensor, Tensor] | None,
+    qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, first: int, rope: tuple[Tensor, Tensor] | None,
     qk_norm: tuple[Tensor, float] | None,
 ) -> Tensor:
     """Write keys and values of the tokens from `first` on -> their normalized and rotated queries and keys: [T, H + KV, D]."""
@@ -151,7 +151,9 @@ def _store(
     return qk
 
 
-def _attend_prompts(out: Tensor, qk: Tensor, qkv: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, softcap: float | None) -> None:
+def _attend_prompts(
+    out: Tensor, qk: Tensor, qkv: Tensor, kv: KVLayer, meta: TritonAttentionMeta, scale: float, softcap: float | None,
+) -> None:
     """Prompt chunks; qk: normalized and rotated. From Hopper on, the tensor memory accelerator loads the chunk's own keys and values."""
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
     arch, size = capability(qkv.device), qkv.element_size()

@@ -1,6 +1,6 @@
 """Attention of decodes in Triton, from the fused projection to the heads' outputs in one kernel.
 
-A decode has QUERY_WIDTH new tokens: one, or one and its drafts. A program computes one KV head of one sequence. The rows of its
+A decode has `query_width` new tokens: one, or one and its drafts. A program computes one KV head of one sequence. The rows of its
 matrix are the query heads that share the KV head, for each new token, and below them the new keys. All of them are normalized and
 rotated together:
 
@@ -67,7 +67,7 @@ class Projection(NamedTuple):
 class Cache(NamedTuple):
     """One layer's cached keys and values."""
 
-    k: Any  # [blocks, BLOCK_SIZE, KV, D]
+    k: Any  # [blocks, block_size, KV, D]
     v: Any
     block_table: Any  # [B, M]
 
@@ -77,7 +77,7 @@ class Parts(NamedTuple):
 
     mean: Any  # [parts, T, H, D] float32
     log_weight: Any  # [parts, T, H] float32
-    finished: Any  # [B, KV] int32: how many splits have finished; 0 between kernels
+    finished: Any  # [B, KV] int32: number of splits that have finished; 0 between kernels
     shared_keys: Any  # [1] int32: number of keys that `_shared_attention` has computed
 
 
@@ -211,10 +211,10 @@ def _shared_attention(
 
 
 @triton.jit
-def _keys_of_split(context, split, splits, shared_parts, parts, SHAPE: tl.constexpr):
-    """-> (first position that a query sees, this split's keys [begin, end), splits that the sequence uses, parts computed before).
+def _divide_keys(context, splits, shared_parts, parts, SHAPE: tl.constexpr):
+    """Divide the cached keys [0, context) of a sequence into splits.
 
-    context: number of cached keys. A split that the sequence does not use gets no keys.
+    -> (the oldest key that a query sees, the first key of split 0, keys per split, splits used, parts that `_shared_attention` computed).
     """
     oldest = 0
     if SHAPE.window > 0:
@@ -236,7 +236,7 @@ def _keys_of_split(context, split, splits, shared_parts, parts, SHAPE: tl.conste
 def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, scale, softcap, SHAPE: tl.constexpr):
     """Start the averages with the one new token, if this split is the last one (`mine`): its key is a row of `q`.
 
-    Also writes its key and value to the cache, from element `row` on."""
+    Also writes its key and value to the cache, at element `row`."""
     D: tl.constexpr = SHAPE.head_dim
     KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
     live_dim = dims < D
@@ -260,7 +260,7 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
 def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_head, dims, scale, softcap, SHAPE: tl.constexpr):
     """The same for several new tokens: the rows of `q` that are keys serve as a tile of keys, causal among the new tokens.
 
-    token: [rows, 1] of the batch; query: [rows] index of the token among the sequence's new ones; slots: of the first of them on.
+    token: [rows, 1] of the batch; query: [rows] index of the token among the sequence's new ones; slots: those of the new ones.
     """
     D: tl.constexpr = SHAPE.head_dim
     KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
@@ -329,7 +329,7 @@ def _decode_attention(
     STAGGERED: tl.constexpr = SHAPE.window > 0 and SHAPE.query_width > 1
     # Lengths and block table are inputs of the step, older than its first kernel: they may be read before `gdc_wait`.
     context = tl.load(seq_lens + seq) - W  # keys before the new ones are cached
-    oldest, begin, run, used, before = _keys_of_split(context, split, splits, shared_parts, parts, SHAPE)
+    oldest, begin, run, used, before = _divide_keys(context, splits, shared_parts, parts, SHAPE)
     end = context
     if SHAPE.split:
         if split >= used:
