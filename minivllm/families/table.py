@@ -26,9 +26,10 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES, meth
     """
     architecture = _architecture(config, families)
     if quantization := read(config, Key("quantization_config", dict, {})):
-        method = quantization.get("quant_method", "of an unknown kind")
-        if method not in methods:
-            raise NotSupportedYet(f"quantized weights ({method}) are not supported yet: use the model's unquantized checkpoint", "model")
+        method = quantization.get("quant_method")
+        if not isinstance(method, str) or method not in methods:
+            raise NotSupportedYet(f"quantized weights (quant_method {method!r}) are not supported yet: use the model's unquantized "
+                                  "checkpoint", "model")
     return families[architecture].parse(architecture, config)
 
 
@@ -37,6 +38,6 @@ def _architecture(config: Config, families: Mapping[str, Family]) -> str:
     if not isinstance(named, list) or not named:
         raise model_error(f"config.json names no model class under 'architectures'; supported: {', '.join(families)}")
     for name in named:
-        if name in families:
+        if isinstance(name, str) and name in families:
             return str(name)
     raise model_error(f"the architecture {named[0]} is not supported; supported: {', '.join(families)}")

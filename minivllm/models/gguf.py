@@ -18,7 +18,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minivllm.errors import ModelError
+from minivllm.families import FAMILIES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -51,20 +52,6 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
 }
 
-TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
 
 # Metadata that would change the result, and that the decoder does not support.
@@ -80,7 +67,7 @@ def convert(path: Path, out: Path) -> None:
     meta = {key: field.contents() for key, field in reader.fields.items()}
     arch = _architecture(path, meta)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = {name: _checkpoint_name(path, name) for name in tensors if name != ROPE_FACTORS}
+    names = _checkpoint_names(path, meta["general.architecture"], arch, tensors)
     out.mkdir(parents=True, exist_ok=True)
     config = make_config(path, meta, arch, tensors)
     _write_json(out / "config.json", config)
@@ -116,15 +103,30 @@ def _architecture(path: Path, meta: Metadata) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _checkpoint_name(path: Path, name: str) -> str:
-    """GGUF's tensor name -> Hugging Face's: ``blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight``."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        layer, part, kind = match.groups()
-        if part in BLOCK_TENSORS:
-            return f"model.layers.{layer}.{BLOCK_TENSORS[part]}.{kind}"
-    elif (match := re.fullmatch(r"(\w+)\.(weight|bias)", name)) and match[1] in TENSORS:
-        return f"{TENSORS[match[1]]}.{match[2]}"
-    raise ModelError(f"{path}: tensor {name!r} is not used by this engine's decoder", "model")
+def _checkpoint_names(path: Path, name: str, arch: Architecture, tensors: Iterable[str]) -> dict[str, str]:
+    """GGUF's tensor names -> Hugging Face's: ``blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight``.
+
+    The modules are those of the family's row; their names in GGUF come from the table of the gguf package.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    table = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == name), 1)
+    modules: dict[str, str] = {}  # of layer 0, and outside the layers
+    for module in (module for parts in FAMILIES[arch.class_name].names.values() for module in parts):
+        prefixed = module if module == "lm_head" else f"model.{module}"
+        if (theirs := table.get_name(prefixed.format(i=0))) is not None:
+            modules[theirs] = prefixed
+    found = {}
+    for tensor in tensors:
+        if tensor == ROPE_FACTORS:
+            continue
+        module, _, kind = tensor.rpartition(".")
+        layer = match[1] if (match := re.match(r"blk\.(\d+)\.", module)) else ""
+        target = modules.get(re.sub(r"^blk\.\d+\.", "blk.0.", module))
+        if target is None or kind not in ("weight", "bias"):
+            raise ModelError(f"{path}: tensor {tensor!r} is not used by this engine's decoder", "model")
+        found[tensor] = f"{target.format(i=layer)}.{kind}"
+    return found
 
 
 # ---- config.json

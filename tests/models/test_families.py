@@ -164,6 +164,18 @@ def test_quantized_checkpoints_are_refused_as_not_supported_yet() -> None:
         parse_config({**LLAMA_3_1_8B, "quantization_config": {"quant_method": "awq", "bits": 4}})
 
 
+@pytest.mark.parametrize("method", [None, 7, "", ["awq"], {}])
+def test_an_odd_quantization_method_is_refused_like_an_unknown_one(method: Any) -> None:
+    with pytest.raises(NotSupportedYet, match="quant_method"):
+        parse_config({**LLAMA_3_1_8B, "quantization_config": {"quant_method": method, "bits": 4}})
+
+
+@pytest.mark.parametrize("names", [[["x"]], [{}], [None], [7]])
+def test_an_architecture_that_is_not_text_is_refused(names: Any) -> None:
+    with pytest.raises(ModelError, match="is not supported; supported"):
+        parse_config({**LLAMA_3_1_8B, "architectures": names})
+
+
 def test_learned_positions_limit_the_context_length() -> None:
     with pytest.raises(ModelError, match="2048 learned positions"):
         dataclasses.replace(parse_config(OPT_125M), max_model_len=2049)

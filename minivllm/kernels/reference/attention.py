@@ -166,7 +166,7 @@ def store_kv(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: HeadCounts, *, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """The first half of `self_attention`: writes the new keys and values -> normalised and rotated queries [T, H, D]."""
+    """The first half of `self_attention`: writes the new keys and values -> normalized and rotated queries [T, H, D]."""
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
     heads = qkv.view(-1, h + 2 * hk, d)
     qk, v = heads[:, : h + hk], heads[:, h + hk :]  # [T, H + KV, D], [T, KV, D]: norm and rotation act per head, one call for q and k
