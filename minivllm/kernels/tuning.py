@@ -60,7 +60,7 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
 def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile | None:
     """The tile of decodes with several queries. None: too many rows for the registers of a program.
 
-    Compiled for sm_89 and sm_90 without spills, or with some tens of bytes if head_dim is not a power of two.
+    Not measured. Compiled for sm_89 without spills if head_dim is a power of two. Other shapes, and some for sm_90, spill a few registers.
     """
     block_m = max(16, next_power_of_2(query_width * (heads_per_kv + 1)))
     row = next_power_of_2(head_dim) * itemsize
