@@ -58,16 +58,20 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
 
 
 def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile | None:
-    """The tile of decodes with several queries. None: too many rows for the registers of a program. sm_89, and compiled for sm_90."""
+    """The tile of decodes with several queries. None: too many rows for the registers of a program.
+
+    Compiled for sm_89 and sm_90 without spills, or with some tens of bytes if head_dim is not a power of two.
+    """
     block_m = max(16, next_power_of_2(query_width * (heads_per_kv + 1)))
     row = next_power_of_2(head_dim) * itemsize
     size = block_m * row  # bytes of the queries
-    if block_m > 128 or size > (32768 if row <= 256 else 16384):
+    most = 32768 if row == head_dim * itemsize <= 256 else 16384  # a padded head needs registers for masks
+    if block_m > 128 or size > most:
         return None
     if arch >= 90:
         block_n = 128 if row <= 128 else 64 if row <= 256 else 32
     else:
-        block_n = 32 if row <= 256 and size < 32768 else 16
+        block_n = 32 if row <= 256 and size < most else 16
     num_warps = 4 if size <= 8192 and row <= 256 else 8
     return AttentionTile(query_width, block_m, block_n, num_warps, 3 if arch < 90 and row <= 128 else 2)
 

@@ -60,14 +60,14 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", "block_table": "*i32", **dict.fromkeys(
         ("first_seq", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")}
     for head_dim in (64, 128):
-        for group in (2, 3, 8):
+        for group, widths in ((2, ((1, 0), (2, 0))), (3, ((1, 0), (5, 1000))), (8, ((8, 0),))):  # query width, window
             name = f"attention, head_dim {head_dim}, {group} heads per KV head"
             shape = DecodeShape(
                 num_heads=group * 8, heads_per_kv=group, head_dim=head_dim, padded_dim=head_dim, block_size=16, query_width=1, block_q=1,
                 block_m=16, block_n=16, split=True, min_keys=tuning.MIN_KEYS_PER_SPLIT, shared=True,
                 shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=0, softcap=False, norm=True, rope=True)
             tile: tuning.AttentionTile | None
-            for width, window in ((1, 0), (2, 0), (5, 1000), (8, 0)):
+            for width, window in widths:
                 tile = tuning.wide_decode_tile(width, head_dim, group, 2, ARCH)
                 if width == 1:
                     tile = tuning.decode_tile(8, 4096, head_dim, group, 2, ARCH)
@@ -75,6 +75,8 @@ def attention_variants() -> Iterator[dict[str, Any]]:
                 one = shape._replace(query_width=width, block_m=tile.block_m, block_n=tile.block_n, window=window, shared=window == 0)
                 yield measure(f"decode {name}, query width {width}", _decode_attention, types, dict(SHAPE=one, PDL=PDL),
                               num_warps=tile.num_warps, num_stages=tile.num_stages)
+            if group == 8:
+                continue
             tile = tuning.shared_tile(head_dim, group, 2, ARCH)
             one = shape._replace(block_q=tile.block_q, block_m=tile.block_m, block_n=tile.block_n)
             yield measure(f"decode shared {name}", _shared_attention, types, dict(SHAPE=one, PDL=PDL),

@@ -1,6 +1,7 @@
 """Each Triton kernel against the PyTorch reference: compiled on a CUDA device, or else in Triton's interpreter on a CPU."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm import kernels
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference import activation as activation_reference
@@ -300,3 +302,19 @@ def test_kernels_of_other_threads_run_while_one_thread_compiles() -> None:
         device.launch(kernel, (1,))
     device.launch(kernel, (1,))
     assert kernel.log == ["run", "compiled", "run"]
+
+
+def test_without_triton_the_pytorch_kernels_are_selected_for_a_gpu_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Missing:
+        def find_spec(self, name: str, *args: object) -> None:
+            if name == "minivllm.kernels.triton":
+                raise ImportError(name)
+
+    for name in [name for name in sys.modules if name.startswith("minivllm.kernels.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kernels, "triton")
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    assert kernels.select(torch.device("cuda")) is kernels.REFERENCE
+    assert "pip install triton" in caplog.text
