@@ -1,8 +1,7 @@
 """Noise keys: the noise of a sample is a function of counters, so there is no random generator with a state.
 
     seed, child        -> stream   64 bits, once per row
-    stream, position,
-    purpose            -> key      64 bits, once per row and step: two uint32 words for the kernels
+    stream, position   -> key      64 bits, once per row and step: two uint32 words for the kernels
 
 A key depends neither on earlier samples nor on the other rows of the batch. So a request with a seed gets the same tokens alone, in any
 batch, after a preemption and on another device, and the n children of one request get different tokens. The mixing is SplitMix64
@@ -10,7 +9,6 @@ batch, after a preemption and on another device, and the n children of one reque
 """
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -18,22 +16,14 @@ import numpy as np
 from minivllm.splitmix64 import GOLDEN, MULTIPLIERS, mix64
 
 
-class Purpose(IntEnum):
-    """What a random word is used for. Keys of different purposes are independent."""
-
-    SAMPLE = 0  # the token itself
-    ACCEPT = 1  # whether a draft is accepted
-    RECOVER = 2  # the token that replaces a rejected draft
-
-
 def stream_key(seed: int, child_index: int) -> int:
     """The stream of one child of one request; negative seeds count as their 64-bit pattern."""
     return mix64(mix64(seed + GOLDEN) + GOLDEN * child_index)
 
 
-def row_keys(streams: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], purpose: Purpose = Purpose.SAMPLE) -> np.ndarray[Any, Any]:
+def row_keys(streams: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Keys [n, 2] int32 for streams [n] uint64 and the positions [n] of the tokens being chosen."""
-    counter = (positions.astype(np.uint64) << np.uint64(2)) | np.uint64(purpose)
+    counter = positions.astype(np.uint64) << np.uint64(2)  # four keys per position: only the first is used
     x = streams + np.uint64(GOLDEN) * (counter + np.uint64(1))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
     x = (x ^ (x >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])

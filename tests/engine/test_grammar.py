@@ -307,26 +307,26 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
         assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
 
 
-@pytest.mark.parametrize("wish, why", [
+@pytest.mark.parametrize("options, why", [
     ({"grammar": "start: " + " | ".join(f'"w{i}x"' for i in range(3000))}, "became too complex: Parser Error: Current row has"),
     ({"grammar": 'start: start "a"'}, "allows no text"),
     ({"json": {"$ref": "#"}}, "allows no text"),
 ], ids=["too many alternatives", "endless rule", "endless schema"])
-def test_a_failed_grammar_gives_the_reason(llm: LLM, wish: dict[str, Any], why: str) -> None:
+def test_a_failed_grammar_gives_the_reason(llm: LLM, options: dict[str, Any], why: str) -> None:
     """The reason is in the grammar, since the requests have no other settings."""
-    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, max_tokens=9))
+    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=options, max_tokens=9))
     (end,) = [delta for delta in steps_to_the_end(llm) if delta.finish_reason is not None]
     assert end.finish_reason == "error" and why in str(end.error) and "verbose" not in str(end.error)
 
 
-@pytest.mark.parametrize("wish, text", [
+@pytest.mark.parametrize("options, text", [
     ({"choice": ["a</s>b"]}, "a</s>b"),
     ({"regex": r"a<\/s>b"}, "a</s>b"),
     ({"json": {"const": "</s>"}}, '"</s>"'),
     ({"grammar": 'start: "a</s>" "b"'}, "a</s>b"),
 ], ids=["choice", "regex", "schema", "grammar"])
-def test_a_grammar_may_require_the_text_of_a_special_token(llm: LLM, wish: dict[str, Any], text: str) -> None:
-    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, max_tokens=30))
+def test_a_grammar_may_require_the_text_of_a_special_token(llm: LLM, options: dict[str, Any], text: str) -> None:
+    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=options, max_tokens=30))
     deltas = steps_to_the_end(llm)
     assert "".join(delta.text for delta in deltas) == text and deltas[-1].finish_reason == "stop"
 
@@ -337,8 +337,8 @@ def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_st
     with engine(folder, async_scheduling=ahead) as llm:
         core = llm.llm_engine
         allowed = [core.tokenizer.token_to_id(c) for c in "abc"]  # type: ignore[union-attr]
-        wish = {"regex": "a[0-9]|b{60}|c"}  # after one letter: no token is allowed, far from the end, complete
-        core.add_request("x", [5, 6], SamplingParams(structured_outputs=wish, allowed_token_ids=allowed, n=8, max_tokens=70, seed=1))
+        options = {"regex": "a[0-9]|b{60}|c"}  # after one letter: no token is allowed, far from the end, complete
+        core.add_request("x", [5, 6], SamplingParams(structured_outputs=options, allowed_token_ids=allowed, n=8, max_tokens=70, seed=1))
         core.add_request("fine", [5, 6], SamplingParams(structured_outputs={"regex": "b{20}"}, max_tokens=70))
         texts, steps = [""] * 8, []
         while core.has_unfinished_requests():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.kernels.reference import sampling as ops
-from minivllm.sampling.noise import Purpose, row_keys, stream_key
+from minivllm.sampling.noise import row_keys, stream_key
 
 CHI2_999 = {
     7: 24.32,
@@ -41,11 +41,11 @@ def word(key0: int, key1: int, token: int) -> int:
 
 
 def keys_of(
-    seeds: list[int], positions: list[int] | None = None, child: int = 0, purpose: Purpose = Purpose.SAMPLE
+    seeds: list[int], positions: list[int] | None = None, child: int = 0
 ) -> torch.Tensor:
     streams = np.array([stream_key(s, child) for s in seeds], np.uint64)
     return torch.from_numpy(
-        row_keys(streams, np.array(positions if positions is not None else [0] * len(seeds)), purpose)
+        row_keys(streams, np.array(positions if positions is not None else [0] * len(seeds)))
     )
 
 
@@ -79,29 +79,26 @@ def test_random_words_equal_32_bit_integer_arithmetic(key0, key1, ids):
     assert unsigned(words)[0].tolist() == [word(key0, key1, i) for i in ids]
 
 
-def test_noise_depends_on_seed_child_position_purpose_and_token():
+def test_noise_depends_on_seed_child_position_and_token():
     ids = torch.arange(1000, dtype=torch.int32)
     base = ops.noise_words(keys_of([7], [3]), ids)
     for other in (
         keys_of([8], [3]),
         keys_of([7], [4]),
         keys_of([7], [3], child=1),
-        keys_of([7], [3], purpose=Purpose.ACCEPT),
-        keys_of([7], [3], purpose=Purpose.RECOVER),
     ):
         assert (ops.noise_words(other, ids) == base).sum() <= 1
     assert len(set(base[0].tolist())) == 1000
 
 
-def test_no_key_is_used_for_two_positions_purposes_or_children():
+def test_no_key_is_used_for_two_positions_or_children():
     keys = [
-        tuple(keys_of([s] * 50, list(range(50)), child, purpose)[i].tolist())
+        tuple(keys_of([s] * 50, list(range(50)), child)[i].tolist())
         for s in (0, 1)
         for child in range(4)
-        for purpose in Purpose
         for i in range(50)
     ]
-    assert len(set(keys)) == 2 * 4 * 3 * 50
+    assert len(set(keys)) == 2 * 4 * 50
 
 
 def test_negative_and_huge_seeds_have_different_streams():

@@ -3,7 +3,7 @@
 Sampling from softmax(z) needs no sum and no generator state: add independent Gumbel noise to every z and take the largest
 (the Gumbel-max trick, after Gumbel, 1954). The noise of token `id` is a pure function of the row's key and the id:
 
-    key  = two 32-bit words mixed from seed, child, position and purpose    (minivllm.sampling.noise, on the host)
+    key  = two 32-bit words mixed from seed, child and position           (minivllm.sampling.noise, on the host)
     word = mix(mix(hash(id) ^ key0) + key1)                                  32-bit arithmetic, equal on every device
     v    = (word + 1/2) / 2^32       E = -log1p(-v)       g = -log(E)        floats, equal within rounding
 
