@@ -24,7 +24,8 @@ def check(head_dim: int, max_len: int, params: dict[str, Any], served: int | Non
     rope = spec.layers[0].attention.rope
     assert rope is not None
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[params["rope_type"]](theirs, seq_len=served)
-    torch.testing.assert_close(inverse_frequencies(rope, head_dim, served or max_len), inv_freq, atol=0, rtol=1e-5)
+    # float32 on both sides: the steps of the Llama 3 ramp round to about 1e-5 where its two factors are close
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim, served or max_len), inv_freq, atol=0, rtol=5e-5)
     assert math.isclose(rope.attention_factor, attention_factor)
 
 
