@@ -2,7 +2,7 @@
 
 1,000 requests from 200 clients go to a tiny random model on the CPU: ordinary ones (whole or streamed, completions, chats and
 responses), ones that hang up at a random moment, ones that are aborted by id, bad fields, bad JSON, bytes that are not HTTP, bodies
-that never end, and a queue short enough to overflow. The server runs in a process of its own (its engine in another), which a probe
+that never end, and a queue short enough to overflow. The server runs in a separate process (its engine in another), which a probe
 asks before and after: blocks in use, requests and streams known, asyncio tasks, open files, memory.
 
 The storm is right if nothing is left, and if every ordinary request got exactly what `LLM.generate` says alone. Exit status 1 if not.

@@ -37,3 +37,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name, such as ``; did you mean 'temperature'?``. Empty if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_field(field: str, name: str, known: Iterable[str]) -> str:
+    """The message for an unknown field of a request. `field` is its full path, `name` the last part, which is compared with `known`."""
+    return f"unknown field {field!r}" + (nearest(name, known) or ": leave it out")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_field
 
 MAX_LOGPROBS = 20  # most alternatives per token (OpenAI's and vLLM's limit)
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
@@ -109,7 +109,7 @@ class StructuredOutputsParams:
         known = [f.name for f in dataclasses.fields(cls) if f.name != "origin"]
         for name in value:
             if name not in known:
-                raise InvalidInput(f"unknown field {name!r} in structured_outputs{nearest(str(name), known)}", "structured_outputs")
+                raise InvalidInput(unknown_field(f"structured_outputs.{name}", str(name), known), "structured_outputs")
         return cls(**value)
 
     @property

@@ -1,6 +1,7 @@
 """Shared by all tests: Hypothesis profiles, the `gpu` marker, and models.
 
     default_model    ModelFiles of the embedded default model, downloaded and converted once into the user's cache
+    one_torch_thread PyTorch uses one thread while a module's tests run
     tiny_llama       (**config) -> folder of a tiny random Llama with a tokenizer; the same arguments give the same folder
 """
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch uses one thread: more would slow a tiny model down."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
-from minivllm.errors import InvalidInput, nearest
+from minivllm.errors import InvalidInput, nearest, unknown_field
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _FIELDS = ("custom_id", "method", "url", "body")
@@ -80,7 +80,7 @@ def _check(request: Any) -> None:
         raise InvalidInput('a line must be an object such as {"custom_id": "1", "method": "POST", "url": ..., "body": {...}}')
     for name in request:
         if name not in _FIELDS:
-            raise InvalidInput(f"unknown field {name!r}{nearest(name, _FIELDS)}", name)
+            raise InvalidInput(unknown_field(name, name, _FIELDS), name)
     if not isinstance(request.get("custom_id"), str):
         raise InvalidInput("custom_id must be a string: it identifies the response", "custom_id")
     if request.get("method", "POST") != "POST":

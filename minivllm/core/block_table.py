@@ -6,7 +6,7 @@
     group 1  (window 4)    -         -         5        11            - is the null block: outside the window, freed
 
 A table grows by appending; entries never change place. A fork shares all blocks with its parent, including the partly filled
-last one. Before a sequence writes into a shared block it makes a copy of its own (*copy-on-write*). When only one owner is
+last one. Before a sequence writes into a shared block it makes a private copy (*copy-on-write*). When only one owner is
 left, it writes in place. Full blocks are never written again and stay shared.
 """
 from __future__ import annotations

@@ -23,7 +23,7 @@ from minivllm.sampling_params import SamplingParams
 
 
 class AsyncLLM:
-    """A model that streams. `process=True` runs the engine in a process of its own."""
+    """A model that streams. `process=True` runs the engine in a separate process."""
 
     def __init__(self, model: str | None = None, *, process: bool = False, **kwargs: Any) -> None:
         config = EngineConfig.from_kwargs(model=model, **kwargs)

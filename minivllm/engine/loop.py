@@ -1,4 +1,4 @@
-"""The engine loop: receives commands, runs the engine's steps, sends messages. It runs in a thread, or in a process of its own.
+"""The engine loop: receives commands, runs the engine's steps, sends messages. It runs in a thread or in a separate process.
 
 The inbox is drained before each step. While there is no work, the loop sleeps in `inbox.get()`; it never polls.
 """

@@ -1,4 +1,4 @@
-"""`ProcessClient`: the engine in a process of its own, so that the server's Python work never delays a step.
+"""`ProcessClient`: the engine in a separate process, so that the server's Python work never delays a step.
 
     parent: event loop ─ commands ─▶ pipe ─▶ reader thread ─▶ inbox ─▶ engine loop   :child
             receiver thread ◀─────── pipe ◀─────────────────────────── one message a step

@@ -25,7 +25,7 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines: [T, 1, 
 class StepContext:
     """What the layers of one forward pass share, computed once from the batch."""
 
-    rotations: tuple[Rotation | None, ...]  # one per rotary embedding of the model; each layer has the index of its own
+    rotations: tuple[Rotation | None, ...]  # one per rotary embedding of the model; each layer stores an index into them
     slots: tuple[Tensor, ...]  # [G] of [T]
     metas: tuple[Any, ...]  # [G] from ops.prepare_attention; None: not prepared, because this step does not use the group
 

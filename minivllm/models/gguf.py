@@ -185,7 +185,7 @@ def make_config(path: Path, meta: Metadata, arch: Architecture, tensors: Mapping
 
 
 def _special_ids(meta: Metadata) -> dict[str, int | list[int] | None]:
-    """Ids of special tokens. A chat model may end a turn (eot) and a message (eom) with tokens of their own."""
+    """Ids of special tokens. A chat model may end a turn (eot) and a message (eom) with separate tokens."""
     get = lambda name: meta.get(f"tokenizer.ggml.{name}_token_id")  # noqa: E731
     ends = list(dict.fromkeys(i for i in map(get, ("eos", "eot", "eom")) if i is not None))
     eos = ends[0] if len(ends) == 1 else ends or None

@@ -20,7 +20,7 @@ from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.authentication import AuthenticationMiddleware
-from minivllm.server.control import add_control
+from minivllm.server.control import NOT_BUILT, add_control
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
 from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
 from minivllm.server.frontend import Frontend, off_loop
@@ -175,7 +175,7 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    paths = [route.path for route in app.routes if hasattr(route, "path")]
+    paths = [route.path for route in app.routes if hasattr(route, "path") and route.path not in NOT_BUILT]
 
     async def known(request: Request, error: Exception) -> Response:
         return to_api_error(error).response()

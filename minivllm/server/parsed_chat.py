@@ -99,7 +99,7 @@ class ParsedChatFormatter(ChatFormatter):
         return message
 
     def finish_reason(self, choice: ChoiceState) -> str | None:
-        """Calls that the model chose to make have a finish reason of their own. The call of a named function ends with "stop"."""
+        """Calls that the model chose end with "tool_calls" (old form: "function_call"), the call of a named function with "stop"."""
         tools = self._spec.tools
         if choice.finish_reason == "stop" and tools is not None and tools.mode != "named" and self._parsed[choice.index].calls:
             return "function_call" if self._legacy else "tool_calls"

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_field
 from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from minivllm.server.errors import ApiError, shorten
 from minivllm.server.strict import StrictModel
@@ -310,7 +310,7 @@ def content_text(content: Any, where: str, ignored: list[str], *, part_types: Co
             raise InvalidInput(f"{here}.text must be a string, got {part.get('text')!r}", here + ".text")
         for name in part.keys() - {"type", "text"}:
             if name not in inert:
-                raise InvalidInput(f"unknown field '{here}.{name}'{nearest(name, ('type', 'text'))}", f"{here}.{name}")
+                raise InvalidInput(unknown_field(f"{here}.{name}", name, ("type", "text")), f"{here}.{name}")
             if part[name] not in (None, []):
                 ignored.append(f"{here}.{name}")
         texts.append(part["text"])
@@ -363,7 +363,7 @@ class ChatRequest(GenerationRequest):
             raise InvalidInput("top_logprobs needs logprobs: set logprobs to true, or leave top_logprobs out", "top_logprobs")
         for name in self.chat_template_kwargs or ():
             if name in self.TEMPLATE_NAMES:
-                raise InvalidInput(f"chat_template_kwargs must not set {name!r}: leave it out; the request has a field of its own for it, "
+                raise InvalidInput(f"chat_template_kwargs must not set {name!r}: leave it out; the request has a separate field for it, "
                                    "or the server sets it", f"chat_template_kwargs.{name}")
 
     def conversation(self, ignored: list[str]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class RunningRequests:
         self._client = client
         self._engine_ids: dict[str, tuple[str, ...]] = {}  # response id -> ids of its prompts in the engine
         self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
-        self.ending = False  # the server is shutting down: streams without an end of their own stop now
+        self.ending = False  # the server is shutting down: streams that would never end stop now
         self.stopping = False  # no further request may start
 
     def __len__(self) -> int:

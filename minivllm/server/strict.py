@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.errors import InvalidInput, NotSupportedYet, unknown_field
 
 
 class StrictModel(BaseModel):
@@ -46,7 +46,7 @@ class StrictModel(BaseModel):
             else:
                 fields = [field.alias or name for name, field in type(self).model_fields.items()]
                 known = [*fields, *self.INERT, *self.UNSUPPORTED]
-                raise InvalidInput(f"unknown field {where!r}{nearest(name, known)}", where)
+                raise InvalidInput(unknown_field(where, name, known), where)
         for where, model in self._nested(path):
             ignored += model.ignored_fields(permissive, where + ".")
         return ignored

@@ -5,8 +5,8 @@
                      (a captured graph has done all of this in `launch`, unless a row needs more than a plain sample)
     wait()           the only call that waits for the device
 
-A request with k drafts has 1 + k logits rows. Each row samples its own token with the noise of its own position, as if
-the drafts before it were output. So a draft is accepted exactly if it equals the token sampled before it, and the accepted tokens are
+A request with k drafts has 1 + k logits rows. Each row samples its own token with the noise of its position, as if the
+drafts before it were output. So a draft is accepted exactly if it equals the token sampled before it, and the accepted tokens are
 those of plain decoding, whatever the sampling parameters.
 
 At most MAX_LOGITS_ROWS rows of logits exist at a time, prompt logprobs included: 256 rows of a vocabulary of 150,000 are 150 MB, and a

@@ -6,13 +6,12 @@ sampler, detokenizer.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult
@@ -20,6 +19,8 @@ from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import LLMEngine
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 Tokens = dict[str, list[int]]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -39,15 +40,6 @@ def requests() -> dict[str, tuple[list[int], SamplingParams]]:
 
 
 REQUESTS = requests()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch uses one thread: more would slow such a small model down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Proposing:

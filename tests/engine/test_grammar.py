@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,8 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
 from minivllm.models.hub import ModelFiles
 from minivllm.outputs import CompletionOutput, OutputDelta
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -62,15 +63,6 @@ KINDS: dict[str, tuple[StructuredOutputs, Callable[[str], object]]] = {
     "lark": (StructuredOutputs(grammar='start: "<" /[a-z]{1,5}/ ">" ("!" | "?")?'), re.compile(r"<[a-z]{1,5}>[!?]?").fullmatch),
     "gbnf": (StructuredOutputs(grammar='root ::= "x" digit digit\ndigit ::= [0-9]'), re.compile(r"x\d\d").fullmatch),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch uses one thread: more would slow such a small model down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from minivllm.outputs import OutputDelta
 from minivllm.worker.worker import Components
 from tests.engine.oracle import Oracle
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 pytest.importorskip("transformers")
 
 LENGTHS = (1, 3, 7, 8, 9, 16, 17, 33, 50, 70)
@@ -54,15 +56,6 @@ def _requests() -> dict[str, tuple[list[int], SamplingParams]]:
 
 REQUESTS = _requests()
 GREEDY_NAMES = [name for name in REQUESTS if REQUESTS[name][1].greedy]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch uses one thread: more would slow such a small model down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @contextmanager

@@ -236,6 +236,7 @@ def test_a_missing_prompt_is_named(http: httpx.Client) -> None:
 def test_an_unknown_field_is_refused_with_the_nearest_name(http: httpx.Client) -> None:
     error = error_of(http.post(COMPLETIONS, json={"prompt": "x", "temprature": 1}), 400)
     assert error["param"] == "temprature" and "did you mean 'temperature'" in error["message"]
+    assert error_of(http.post(COMPLETIONS, json={"prompt": "x", "zzz": 1}), 400)["message"] == "unknown field 'zzz': leave it out"
 
 
 def test_an_error_quotes_only_a_little_of_the_request(http: httpx.Client) -> None:
@@ -270,6 +271,8 @@ def test_an_unknown_model_is_404(http: httpx.Client) -> None:
 
 def test_an_unknown_path_is_404_with_the_nearest_path_and_a_wrong_method_is_405(http: httpx.Client) -> None:
     assert "did you mean '/v1/completions'" in error_of(http.post("/v1/completion", json={}), 404)["message"]
+    for path in ("/v1/moderation", "/v1/nothing"):  # a path that exists only to say 501 is not suggested
+        assert "moderations" not in error_of(http.post(path, json={}), 404)["message"]
     response = http.get(COMPLETIONS)
     assert "POST" in error_of(response, 405)["message"] and response.headers["allow"] == "POST"
     error_of(http.get("/v1"), 404)

@@ -39,7 +39,7 @@ def shape(
 
 
 def numbered(cache: KVCache) -> None:
-    """Every block of every tensor filled with a number of its own."""
+    """Every block of every tensor filled with a different number."""
     for j, layer in enumerate(cache.layers):
         for which, tensor in enumerate((layer.k, layer.v)):
             for block in range(len(tensor)):

@@ -38,7 +38,7 @@ class Kernel:
     def __init__(self, function: Callable[..., None], what: str) -> None:
         """function: its closure holds the sizes that the code is specialized for. what: a description of them for the log."""
         # Numba numbers the cache files of functions with one name. Two processes that compile two such functions at the same time may
-        # choose the same number, and a third process would load the wrong code. So each specialization gets a name of its own.
+        # choose the same number, and a third process would load the wrong code. So each specialization gets a unique name.
         function.__qualname__ = f"{function.__name__}_{_identity(function):08x}"
         try:
             self._code = _compiled(function, f"{what} for this CPU: once, since the code is kept on disk for the next start", cache=True)

@@ -1,7 +1,7 @@
 """Attention of any mix of prompt chunks and decodes over the paged KV cache, in plain PyTorch.
 
 New keys and values are written to the cache first. So a query at position p attends to the cached keys at positions (p - window, p]
-of its own sequence, its own key included.
+of its sequence, so to its key too.
 
     sequence      keys 0 .. seq_len-1             how it is computed
     decode        [x x x x x x x x x x q]         one query: many decodes are gathered, padded, and computed as one batch
@@ -124,7 +124,7 @@ def prepare_attention(
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
     width, page = batch.query_width, math.gcd(block_size, tuning.PAGE_SLOTS)
-    # New keys are in the cache already. So each query of a decode is a decode of its own, which sees one key more than the one before it.
+    # New keys are in the cache already. So each query counts as a separate decode, which sees one key more than the one before it.
     n = batch.num_decode_tokens
     views = [_view(seq_len - i, window, page) for seq_len in batch.seq_lens_host[: batch.num_decodes] for i in reversed(range(width))]
     limit = tuning.GATHER_BYTES[kind] // (2 * num_kv_heads * head_dim * dtype.itemsize)
