@@ -29,6 +29,10 @@ class NotSupportedYet(InvalidInput):
     """A parameter of vLLM or OpenAI that this engine does not support yet. It is refused and never ignored."""
 
 
+class UnknownField(InvalidInput):
+    """A field that a request must not have, because no version of the API has it."""
+
+
 class EngineDead(RuntimeError):
     """The engine loop ended, so no request is answered any more. The message is the reason."""
 

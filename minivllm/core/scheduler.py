@@ -98,7 +98,7 @@ class Scheduler:
             raise InvalidInput(f"request id {new.request_id!r} is in use: choose another", "request_id")
         max_tokens_total = self._admission.max_tokens_total(new)
         if self.config.max_queue is not None and len(state.waiting) >= self.config.max_queue:
-            raise QueueFull(f"max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
+            raise QueueFull(f"Rate limit reached: max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
         priority = new.priority if self.config.policy == "priority" else 0
         rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
         request = Request(new, seed, rule, (priority, state.next_arrival), root_hash(new.adapter, new.cache_salt))

@@ -20,7 +20,7 @@ from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.authentication import AuthenticationMiddleware
-from minivllm.server.control import NOT_BUILT, add_control
+from minivllm.server.control import add_control, not_built
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
 from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
 from minivllm.server.frontend import Frontend, off_loop
@@ -159,7 +159,6 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
         frontend.check_alive()
         return json_response(card(frontend.check_model(model)))
 
-    @app.head("/health", include_in_schema=False)  # the method that some load balancers use
     @app.get("/health")
     async def health() -> Response:
         frontend.check_alive()
@@ -175,7 +174,7 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    paths = [route.path for route in app.routes if hasattr(route, "path") and route.path not in NOT_BUILT]
+    paths = [route.path for route in app.routes if hasattr(route, "path")]
 
     async def known(request: Request, error: Exception) -> Response:
         return to_api_error(error).response()
@@ -183,12 +182,14 @@ def _add_errors(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path = shorten(request.url.path)
-        message = str(error.detail)
-        if error.status_code == 404:
+        message, headers, code = str(error.detail), error.headers, None
+        if error.status_code == 404 and (what := not_built(path)):
+            message, headers, code = f"{path} ({what}) is not supported yet", {"x-should-retry": "false"}, "not_supported"
+        elif error.status_code == 404:
             message = f"there is nothing at {path!r}{nearest(path, paths)}"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed at {path!r}: use {(error.headers or {}).get('Allow', 'another method')}"
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return ApiError(error.status_code, message, headers=headers, code=code).response()
 
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ApiError, known)

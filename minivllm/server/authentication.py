@@ -1,4 +1,4 @@
-"""The outermost middleware: request ids, API keys, and a response for errors that no handler caught."""
+"""The outermost middleware: request ids, API keys, HEAD, and a response for errors that no handler caught."""
 from __future__ import annotations
 
 import hashlib
@@ -30,6 +30,8 @@ class AuthenticationMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if scope["method"] == "HEAD":  # the response to GET without its body
+            scope, send = {**scope, "method": "GET"}, _head_only(send)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
@@ -44,7 +46,7 @@ class AuthenticationMiddleware:
 
         if self._digests and scope["path"] not in OPEN_PATHS and not self._is_authorized(headers.get("authorization", "")):
             refusal = ApiError(
-                401, "a valid API key is required: send it as 'Authorization: Bearer KEY'", code="invalid_api_key",
+                401, "Incorrect API key provided: send a valid one as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
             await refusal.response()(scope, receive, send_with_id)
@@ -65,6 +67,16 @@ class AuthenticationMiddleware:
         for key_digest in self._digests:
             known |= hmac.compare_digest(digest, key_digest)
         return known and scheme.lower() == "bearer"
+
+
+def _head_only(send: Send) -> Send:
+    """End a response after its head, even a stream that would never end."""
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+
+    return send_head
 
 
 def _digest(key: str) -> bytes:

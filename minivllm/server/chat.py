@@ -13,7 +13,7 @@ from minivllm.config import TOOL_CALL_PARSERS, ServerConfig
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, NotSupportedYet
-from minivllm.server.errors import ApiError
+from minivllm.server.errors import context_error
 from minivllm.server.frontend import off_loop
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.protocol import ChatRequest
@@ -108,8 +108,7 @@ class ChatPreprocessor:
 def check_length(characters: int, max_model_len: int, param: str) -> None:
     """Refuse a text that cannot fit the context whatever its tokens are, before it is tokenized."""
     if characters > max_model_len * MAX_TOKEN_CHARACTERS:
-        raise ApiError(400, f"the text has {characters} characters, far more than a context of {max_model_len} tokens holds: shorten it",
-                       param=param, code="context_length_exceeded")
+        raise context_error(characters, max_model_len, param, unit="characters")
 
 
 def _special_id(tokenizer: Tokenizer, marker: str) -> int | None:

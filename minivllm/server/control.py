@@ -1,4 +1,4 @@
-"""Endpoints for operators, under vLLM's paths, and refusals of paths that other servers have.
+"""Endpoints for operators, under vLLM's paths, and the paths that only other servers have.
 
     GET  /load                  {"server_load": requests being answered}, and the engine's queue and block use
     POST /reset_prefix_cache    drop all cached prefixes
@@ -9,18 +9,21 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from minivllm.server.errors import ApiError, json_response
+from minivllm.server.errors import json_response
 from minivllm.server.frontend import Frontend
 from minivllm.server.openapi import body_of
 from minivllm.server.protocol import AbortRequest
 
-# Paths of vLLM's and OpenAI's servers. They return 501 and not 404, so that a client does not look for a typing error.
+# First parts of the paths that vLLM's and OpenAI's servers have besides. Naming them says that the client made no typing error.
 NOT_BUILT = {
     "/v1/embeddings": "embeddings", "/v1/score": "scoring", "/score": "scoring", "/v1/rerank": "reranking", "/rerank": "reranking",
-    "/v1/messages": "Anthropic's messages", "/v1/load_lora_adapter": "LoRA adapters", "/v1/unload_lora_adapter": "LoRA adapters",
-    "/v1/audio/transcriptions": "audio", "/v1/audio/speech": "audio", "/v1/images/generations": "images", "/pooling": "pooling",
-    "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping", "/v1/batches": "batches (use `minivllm run-batch`)",
-    "/v1/files": "stored files", "/v1/moderations": "moderation",
+    "/v2/rerank": "reranking", "/v1/messages": "Anthropic's messages", "/v1/load_lora_adapter": "LoRA adapters",
+    "/v1/unload_lora_adapter": "LoRA adapters", "/v1/audio": "audio", "/v1/realtime": "audio", "/v1/images": "images",
+    "/v1/videos": "videos", "/pooling": "pooling", "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping",
+    "/v1/batches": "batches (use `minivllm run-batch`)", "/v1/files": "stored files", "/v1/uploads": "stored files",
+    "/v1/vector_stores": "stored files", "/v1/moderations": "moderation", "/v1/fine_tuning": "training", "/v1/evals": "evaluation",
+    "/v1/assistants": "assistants", "/v1/threads": "assistants", "/v1/conversations": "stored conversations",
+    "/v1/containers": "containers", "/v1/skills": "skills", "/v1/chatkit": "chats of ChatKit", "/v1/engines": "engines",
 }
 
 
@@ -47,11 +50,7 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
         body.check()
         return json_response({"aborted": frontend.running.abort(None if body.all else body.request_ids or [])})
 
-    for path, what in NOT_BUILT.items():
-        _add_refusal(app, path, what)
 
-
-def _add_refusal(app: FastAPI, path: str, what: str) -> None:
-    @app.api_route(path, methods=["GET", "POST"], include_in_schema=False)
-    async def refuse() -> Response:
-        raise ApiError(501, f"{path} ({what}) is not supported yet", code="not_supported")
+def not_built(path: str) -> str | None:
+    """What other servers offer at this path and this one does not; None for all other paths."""
+    return next((what for start, what in NOT_BUILT.items() if path == start or path.startswith(start + "/")), None)

@@ -2,21 +2,26 @@
 
     InvalidInput   400   the request is wrong: the message names the field, the value and the fix; `param` is the dotted field
     QueueFull      429   with Retry-After
-    ApiError       ...   its own status: 401, 404, 405, 413, 415; 501 for paths of other servers that are not built here
+    ApiError       ...   its own status: 401, 404, 405, 413, 415
     EngineDead     503   no request can be answered until a restart
     anything else  500   a bug in minivllm: its traceback goes to the log and never to a client
+
+Some sentences and codes here are an interface: programs search for them, to shorten a conversation or to leave a field out. A test
+restates what they search for.
 """
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
+from json.encoder import encode_basestring
 from typing import Any
 
 from starlette.responses import Response
 
 from minivllm.core.admission import QueueFull
-from minivllm.errors import EngineDead, InvalidInput
+from minivllm.errors import EngineDead, InvalidInput, NotSupportedYet, UnknownField
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +29,12 @@ RETRY_AFTER = "1"  # seconds; a full queue has room again after about the time o
 # Limits in characters. Messages quote what the client sent, which may be a megabyte.
 MAX_MESSAGE = 600
 MAX_QUOTE = 80
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # legal in JSON, but many clients cut server-sent events there, as `str.splitlines` does
 
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError", 408: "RequestTimeoutError",
     413: "PayloadTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
-    500: "InternalServerError", 501: "NotImplementedError", 503: "ServiceUnavailableError",
+    500: "InternalServerError", 503: "ServiceUnavailableError",
 }
 
 
@@ -62,20 +68,28 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 
 def encode(body: Any) -> bytes:
-    """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+    """Compact UTF-8 JSON on one line. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
+    return _one_line(json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)).encode("utf-8", "replace")
 
 
-def context_error(prompt_tokens: int, max_tokens: int | None, limit: int, param: str) -> ApiError:
-    """Prompt and output together are longer than the context."""
-    if max_tokens is None:
-        message = f"the context is {limit} tokens, and the prompt has {prompt_tokens}: shorten it, so that an output fits"
-    else:
-        room = limit - prompt_tokens
-        fix = f"shorten the prompt, or lower {param} to {room}" if room > 0 else "shorten the prompt"
-        message = (f"the context is {limit} tokens, and the request needs {prompt_tokens + max_tokens}: {prompt_tokens} for the prompt "
-                   f"and {max_tokens} for the output; {fix}")
-    return ApiError(400, message, param=param, code="context_length_exceeded")
+def encode_text(head: str, text: str, tail: str) -> bytes:
+    """What `encode` gives for an object with one text, whose JSON before and after the text is known."""
+    return f"{head}{_one_line(encode_basestring(text))}{tail}".encode("utf-8", "replace")
+
+
+def _one_line(text: str) -> str:
+    """JSON without characters that end a line for some readers. JSON itself escapes the others, such as a newline in a string."""
+    return text if text.isascii() else _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def context_error(size: int, limit: int, prompt: str, max_tokens: int = 0, param: str = "", *, unit: str = "tokens") -> ApiError:
+    """Prompt and output together are longer than the context. `prompt`: the field with the prompt; `param`: the one with `max_tokens`."""
+    need, fix = f"your {prompt} resulted in {size} {unit}", ""
+    if max_tokens:
+        need = f"you requested {size + max_tokens} tokens ({size} in the {prompt}, {max_tokens} in the completion)"
+        fix = f", or lower {param} to {limit - size}" if size < limit else ""
+    message = f"This model's maximum context length is {limit} tokens. However, {need}. Please reduce the length of the {prompt}{fix}."
+    return ApiError(400, message, param=param or prompt, code="context_length_exceeded")
 
 
 def engine_dead() -> ApiError:
@@ -93,9 +107,11 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
-        return ApiError(429, error.message, param=error.param, code="queue_full", headers={"retry-after": RETRY_AFTER})
+        return ApiError(429, error.message, param=error.param, code="rate_limit_exceeded", headers={"retry-after": RETRY_AFTER})
+    if isinstance(error, NotSupportedYet) and error.param is not None:
+        return ApiError(400, f"Unsupported parameter: '{error.param}'. {error.message}", param=error.param, code="unsupported_parameter")
     if isinstance(error, InvalidInput):
-        return ApiError(400, error.message, param=error.param)
+        return ApiError(400, error.message, param=error.param, code="unknown_parameter" if isinstance(error, UnknownField) else None)
     if isinstance(error, EngineDead):
         return engine_dead()
     log.error("a request failed because of a bug", exc_info=error)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
 from typing import Any, ClassVar
 
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta, RequestMetrics
-from minivllm.server.errors import ApiError, encode
+from minivllm.server.errors import ApiError, encode, encode_text
 from minivllm.server.logprobs import CompletionLogprobs, TokenNames, chat_entries, prompt_logprobs
 from minivllm.server.output_spec import OutputSpec
 
@@ -205,7 +204,7 @@ class ChoicesFormatter(ResponseFormatter):
             if self._text_only and delta.finish_reason is None and (choice.started or self.request.echo is None):
                 choice.started = True
                 if delta.text:
-                    out.append((self._heads[choice.index] + encode_basestring(delta.text) + self._tail).encode("utf-8", "replace"))
+                    out.append(self._text_event(choice.index, delta.text))
                 continue
             text, logprobs = self._text_and_logprobs(choice, delta)
             content = self.chunk_content(choice, text)
@@ -219,16 +218,20 @@ class ChoicesFormatter(ResponseFormatter):
     def text_events(self, deltas: Sequence[OutputDelta]) -> bytes | None:
         if not self._text_only:
             return None
-        events, choices = "", self.state.choices
+        events, choices = b"", self.state.choices
         for delta in deltas:
             choice = choices[delta.index]
             if delta.finish_reason is not None or not choice.started:
                 return None
             if delta.text:
-                events += self._heads[delta.index] + encode_basestring(delta.text) + self._tail
+                events += self._text_event(delta.index, delta.text)
         for delta in deltas:
             choices[delta.index].num_tokens += len(delta.token_ids)
-        return events.encode("utf-8", "replace")
+        return events
+
+    def _text_event(self, choice: int, text: str) -> bytes:
+        """A chunk with nothing but text. The only place that makes one, so a stream's bytes do not depend on which caller was faster."""
+        return encode_text(self._heads[choice], text, self._tail)
 
     def last_events(self) -> bytes:
         return (self._chunk([], self.state.usage(), self.state.metrics()) if self.request.include_usage else b"") + DONE

@@ -74,7 +74,7 @@ class Frontend:
         if name is None or name in self.aliases:
             return self.names[0]
         if name not in self.names:
-            raise ApiError(404, f"the model {shorten(name)!r} does not exist; this server has {', '.join(map(repr, self.names))}",
+            raise ApiError(404, f"The model `{shorten(name)}` does not exist; this server has {', '.join(map(repr, self.names))}",
                            param="model", code="model_not_found")
         return name
 

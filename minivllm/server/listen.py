@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.config import ServerConfig
 from minivllm.server.errors import ApiError, encode
@@ -73,8 +73,21 @@ class Server(uvicorn.Server):
             self.running.stop()
 
 
+class Http10Cycle(RequestResponseCycle):
+    """The response to a request of HTTP/1.0, which has no chunks: without a length, the end of the connection is the end of the body."""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.sized = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not self.sized:
+                self.chunked_encoding = False  # None would make uvicorn choose chunks
+        elif not self.sized:
+            self.expected_content_length = len(message.get("body", b""))  # uvicorn checks each part against it
+        await super().send(message)
+
+
 class HttpProtocol(HttpToolsProtocol):
-    """One connection: errors of the HTTP parser in OpenAI's shape, a limit for headers, and disconnects of pipelined requests."""
+    """One connection: errors of the HTTP parser in OpenAI's shape, a limit for headers, disconnects of pipelined requests, HTTP/1.0."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,6 +115,9 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_body, self._head_bytes = True, 0
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0" and self.cycle is not None:
+            self.cycle.__class__ = Http10Cycle
+            self.cycle.waiting_for_100_continue = False  # a status that HTTP/1.0 does not have
         self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
         if all(cycle is not self.cycle for cycle in self._unanswered):
             self._unanswered.append(self.cycle)

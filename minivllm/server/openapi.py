@@ -88,7 +88,7 @@ OPEN = frozenset({"/health"})
 _ALWAYS = {404: "there is no such path or model", 405: "the path needs another method", 500: "a bug of the server",
            503: "the engine has stopped"}
 _WITH_BODY = {400: "the request is wrong; param names the field", 413: "the body is too large", 415: "the body is not JSON"}
-_GENERATING = {429: "the queue is full; Retry-After says when to try again", 501: "not built here"}
+_GENERATING = {429: "the queue is full; Retry-After says when to try again"}
 
 
 def body_of(kind: type[StrictModel]) -> dict[str, Any]:

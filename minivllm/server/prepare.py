@@ -112,13 +112,14 @@ class Preprocessor:
         """The output limit for one prompt: the requested one if it fits, else the default or what is left of the context."""
         context = self._max_model_len
         requested, field = body.output_limit()
+        prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
         if prompt_tokens == 0:
             raise InvalidInput("the prompt is empty: send at least one token", "prompt")
         if requested is not None:
             if prompt_tokens + requested > context:
-                raise context_error(prompt_tokens, requested, context, field)
+                raise context_error(prompt_tokens, context, prompt, requested, field)
             return requested
         room = context - prompt_tokens
         if room < 1:
-            raise context_error(prompt_tokens, None, context, "messages" if isinstance(body, ChatRequest) else "prompt")
+            raise context_error(prompt_tokens, context, prompt)
         return room if default is None else min(default, room)

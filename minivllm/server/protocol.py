@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_field
+from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
 from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from minivllm.server.errors import ApiError, shorten
 from minivllm.server.strict import StrictModel
@@ -310,7 +310,7 @@ def content_text(content: Any, where: str, ignored: list[str], *, part_types: Co
             raise InvalidInput(f"{here}.text must be a string, got {part.get('text')!r}", here + ".text")
         for name in part.keys() - {"type", "text"}:
             if name not in inert:
-                raise InvalidInput(unknown_field(f"{here}.{name}", name, ("type", "text")), f"{here}.{name}")
+                raise UnknownField(unknown_field(f"{here}.{name}", name, ("type", "text")), f"{here}.{name}")
             if part[name] not in (None, []):
                 ignored.append(f"{here}.{name}")
         texts.append(part["text"])

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_field
+from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
 from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import ChatRequest, SharedFields, Strings, content_text, convert
@@ -222,7 +222,7 @@ def _check_fields(item: dict[str, Any], where: str, required: Sequence[str], opt
             raise InvalidInput(f"{where}.{name} is required", f"{where}.{name}")
     for name, value in item.items():
         if name not in known and value is not None:
-            raise InvalidInput(unknown_field(f"{where}.{name}", name, known), f"{where}.{name}")
+            raise UnknownField(unknown_field(f"{where}.{name}", name, known), f"{where}.{name}")
 
 
 # -- other fields as a chat request has them --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-from minivllm.errors import InvalidInput, NotSupportedYet, unknown_field
+from minivllm.errors import NotSupportedYet, UnknownField, unknown_field
 
 
 class StrictModel(BaseModel):
@@ -46,7 +46,7 @@ class StrictModel(BaseModel):
             else:
                 fields = [field.alias or name for name, field in type(self).model_fields.items()]
                 known = [*fields, *self.INERT, *self.UNSUPPORTED]
-                raise InvalidInput(unknown_field(where, name, known), where)
+                raise UnknownField(unknown_field(where, name, known), where)
         for where, model in self._nested(path):
             ignored += model.ignored_fields(permissive, where + ".")
         return ignored

@@ -110,6 +110,12 @@ class ScriptedEngine:
     def reset_prefix_cache(self) -> bool:
         return not self.requests
 
+    def watch(self, on: bool) -> None:
+        pass
+
+    def view(self) -> None:
+        return None
+
     def step(self) -> list[OutputDelta]:
         if self.gate is not None:
             self.gate.acquire()

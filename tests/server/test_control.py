@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from minivllm.server.control import NOT_BUILT
@@ -104,10 +105,33 @@ def test_the_prefix_cache_can_be_reset(engine: ScriptedEngine, live: LiveServer,
     assert calls == [True]
 
 
-def test_paths_of_other_servers_that_are_not_built_are_501(live: LiveServer) -> None:
-    for path in NOT_BUILT:
-        response = httpx.post(live.url + path, json={})
-        assert response.status_code == 501 and response.json()["error"]["code"] == "not_supported"
+def test_paths_of_other_servers_are_404_and_say_what_they_are(live: LiveServer) -> None:
+    with httpx.Client(base_url=live.url) as http:
+        for path, what in NOT_BUILT.items():
+            for method, whole in (("POST", path), ("GET", path), ("DELETE", path + "/id"), ("POST", path + "/a/b")):
+                response = http.request(method, whole)
+                error = response.json()["error"]
+                assert response.status_code == 404 and error["code"] == "not_supported" and what in error["message"]
+                assert response.headers["x-should-retry"] == "false"
+        assert "x-should-retry" not in http.post("/v1/embeddingsx").headers
+
+
+def test_the_official_client_does_not_retry_what_is_not_built(live: LiveServer) -> None:
+    sent: list[str] = []
+    transport = httpx.Client(event_hooks={"request": [lambda request: sent.append(request.url.path)]})
+    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=2, http_client=transport) as api:
+        calls: list[Callable[[], object]] = [
+            lambda: api.embeddings.create(model="m", input="x"), lambda: api.moderations.create(input="x"),
+            lambda: api.images.generate(prompt="x"), lambda: api.audio.speech.create(input="x", model="m", voice="alloy"),
+            lambda: api.audio.transcriptions.create(file=("a.wav", b"x"), model="m"), lambda: api.files.list(),
+            lambda: api.files.create(file=("a.jsonl", b"{}"), purpose="batch"), lambda: api.files.delete("f"),
+            lambda: api.batches.retrieve("b"), lambda: api.batches.cancel("b"), lambda: api.fine_tuning.jobs.list(),
+            lambda: api.vector_stores.list(), lambda: api.conversations.create(), lambda: api.containers.list(),
+        ]
+        for call in calls:
+            with pytest.raises(openai.NotFoundError, match="is not supported yet"):
+                call()
+    assert len(sent) == len(calls), sent
 
 
 @pytest.mark.parametrize("body, left", [

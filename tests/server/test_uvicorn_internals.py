@@ -23,6 +23,7 @@ METHODS = [
     (HttpToolsProtocol, "on_message_complete", "the limit for headers"),
     (HttpToolsProtocol, "data_received", "the limit for headers"),
     (HttpToolsProtocol, "connection_lost", "disconnects of pipelined requests"),
+    (RequestResponseCycle, "send", "streams over HTTP/1.0"),
     (FlowControl, "resume_reading", "disconnects of pipelined requests"),
 ]
 
@@ -33,6 +34,7 @@ ATTRIBUTES = [
     (HttpToolsProtocol, ("cycle", "flow", "transport"), "all of HttpProtocol"),
     (RequestResponseCycle, ("response_started", "response_complete", "disconnected", "message_event"),
      "errors of the HTTP parser, and disconnects of pipelined requests"),
+    (RequestResponseCycle, ("chunked_encoding", "expected_content_length", "waiting_for_100_continue"), "streams over HTTP/1.0"),
 ]
 
 
