@@ -9,38 +9,16 @@ import dataclasses
 import json
 import math
 import os
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.compat import environment
+from minivllm.compat.settings import VLLM_NAMES, translate
+from minivllm.errors import InvalidInput, nearest
+from minivllm.sampling_params import MAX_LOGPROBS
 
-# Engine settings of vLLM that are not built yet. They are refused by name and are not in the help.
-NOT_YET = {
-    "quantization": "quantized weights",
-    "kv_cache_dtype": "a quantized KV cache",
-    "tensor_parallel_size": "tensor parallelism",
-    "pipeline_parallel_size": "pipeline parallelism",
-    "enable_lora": "LoRA adapters",
-    "max_loras": "LoRA adapters",
-    "max_lora_rank": "LoRA adapters",
-    "lora_modules": "LoRA adapters",
-    "speculative_config": "speculative decoding",
-    "speculative_model": "speculative decoding",
-    "num_speculative_tokens": "speculative decoding",
-    "cpu_offload_gb": "weights in host memory",
-    "swap_space": "use kv_offloading_size",
-    "trust_remote_code": "model code from a checkpoint",
-}
-# Flags of the command line that are not built yet, refused in the same way.
-FLAGS_NOT_YET = {
-    **NOT_YET,
-    "enable_reasoning": "an older switch of vLLM; use --reasoning-parser",
-    "ssl_keyfile": "TLS (put a reverse proxy in front)",
-    "ssl_certfile": "TLS (put a reverse proxy in front)",
-    "uds": "listening on a Unix socket",
-    "root_path": "serving below a path",
-    "chat_template_content_format": "templates that take content parts",
-}
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 # Sampling parameters whose defaults the server and the command line take from the model's generation_config.json.
@@ -68,6 +46,15 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer (default: the model's own)")
     skip_tokenizer_init: bool = option(False, "run without a tokenizer: prompts are token ids, and outputs have no text")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
+    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer's hub id (default: as revision)")
+    download_dir: str | None = option(None, "folder for downloads from the hub (default: the hub's own cache)")
+    hf_token: str | None = option(None, "access token for gated and private hub repositories (default: HF_TOKEN in the environment)")
+    hf_overrides: dict[str, Any] | None = option(  # noqa: RUF009  as for the others: it makes a field
+        None, "entries that replace those of the model's config.json", metavar="JSON")
+    generation_config: str = option("auto",
+        "where the sampling defaults come from; auto: the model's generation_config.json; vllm: no defaults of the model; or a folder")
+    override_generation_config: dict[str, Any] | None = option(  # noqa: RUF009
+        None, "entries that replace those of generation_config.json", metavar="JSON")
     load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
     dtype: str = option("auto",
         "type of weights and activations; auto: the checkpoint's on a GPU, the faster one of bfloat16 and float32 on a CPU",
@@ -81,6 +68,8 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = option(None,
         "bytes of KV cache (default: derived from gpu_memory_utilization on a GPU, from the model's size on a CPU)")
     num_gpu_blocks_override: int | None = option(None, "number of KV blocks (default: as many as fit the memory)")
+    max_logprobs: int = option(MAX_LOGPROBS,
+        "maximum number of log-probabilities per token that a request may have; -1: as many as the vocabulary has tokens")
     max_num_seqs: int = option(256, "maximum number of sequences in one step")
     max_num_batched_tokens: int | None = option(None,
         "token budget of one step; longer prompts are computed in chunks (default: 8192 on a GPU, 2048 on a CPU)")
@@ -105,6 +94,7 @@ class EngineConfig:
         self._between("kv_offloading_size", 0, None)
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "max_queue"):
             self._between(name, 1, None)
+        self._between("max_logprobs", -1, None)
         self._between("num_gpu_blocks_override", 2, None)  # one of them is the null block
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}", "gpu_memory_utilization")
@@ -117,14 +107,29 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """Like the constructor, but an unknown name raises a `TypeError` with the nearest known one."""
+        """Like the constructor, with vLLM's keywords too: None stands for the default, and a setting without effect is printed.
+
+        Raises `NotSupportedYet` for a feature that is not built, and `TypeError` with the nearest name for an unknown keyword.
+        """
         known = [f.name for f in dataclasses.fields(cls)]
         for name in kwargs:
-            if name in NOT_YET:
-                raise NotSupportedYet(f"{name} ({NOT_YET[name]}) is not supported yet: leave it out", name)
-            if name not in known:
+            if name not in known and name not in VLLM_NAMES:
                 raise TypeError(f"unknown keyword {name!r}{nearest(name, known)}")
-        return cls(**kwargs)
+        return cls(**own_settings(kwargs, known))
+
+
+def own_settings(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The values that are settings of this project. vLLM's other settings are dropped, refused, or printed as having no effect.
+
+    Called once per start. It also reads the VLLM_ variables of the environment.
+    """
+    kept, lines = translate(values, known)
+    for line in (*lines, environment.unknown_variables(os.environ)):
+        if line is not None:
+            print(f"minivllm: {line}", file=sys.stderr, flush=True)
+    if "log_level" in known and kept.get("log_level") is None:
+        kept["log_level"] = environment.log_level(os.environ)
+    return {name: value for name, value in kept.items() if value is not None}  # None: the default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,14 +138,21 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: accept connections from other machines")
     port: int = option(8000, "port to listen on; 0: any free port")
+    uds: str | None = option(None, "path of a Unix socket to listen on, instead of host and port", metavar="PATH")
+    root_path: str = option("", "path below which a reverse proxy serves this server, such as /llm", metavar="PATH")
+    ssl_keyfile: str | None = option(None, "private key for HTTPS (PEM)", metavar="FILE")
+    ssl_certfile: str | None = option(None, "certificate for HTTPS (PEM)", metavar="FILE")
     api_key: tuple[str, ...] = repeatable(
-        "key that clients must send as a bearer token; may be given several times (default: MINIVLLM_API_KEY in the environment)",
+        "key that clients must send as a bearer token; may be given several times (default: MINIVLLM_API_KEY or VLLM_API_KEY in the "
+        "environment)",
         metavar="KEY", nargs=1)
     served_model_name: tuple[str, ...] = repeatable(
         "model names that clients may use (default: the model's own)", metavar="NAME", nargs="+")
     chat_template: str | None = option(None,
         "file with a Jinja chat template that replaces the model's own; or tool_chatml, the built-in one for ChatML models whose "
         "own template has no tools", metavar="FILE")
+    default_chat_template_kwargs: dict[str, Any] | None = option(  # noqa: RUF009
+        None, "variables for the chat template of every request; a request's chat_template_kwargs override them", metavar="JSON")
     trust_request_chat_template: bool = option(False,
         "accept chat templates in requests; a template can use unlimited time and memory, so turn this on only if you trust all "
         "clients")
@@ -169,6 +181,11 @@ class ServerConfig:
         check_types(self)
         if not 0 <= self.port <= 65535:
             raise InvalidInput(f"port must be between 0 and 65535, got {self.port}", "port")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            name = "ssl_keyfile" if self.ssl_keyfile is None else "ssl_certfile"
+            raise InvalidInput(f"HTTPS needs ssl_keyfile and ssl_certfile, and {name} is missing: give both", name)
+        if self.root_path and not self.root_path.startswith("/"):
+            raise InvalidInput(f"root_path must begin with /, got {self.root_path!r}", "root_path")
         if self.max_body_size < 1024:
             raise InvalidInput(f"max_body_size must be at least 1024 bytes, got {self.max_body_size}", "max_body_size")
         if self.max_choices < 1:
@@ -193,8 +210,8 @@ class ServerConfig:
         """The valid API keys: the configured ones, else the environment's. Empty: requests need no key."""
         if self.api_key:
             return self.api_key
-        key = os.environ.get("MINIVLLM_API_KEY", "").strip()
-        return (key,) if key else ()
+        found = (os.environ.get(name, "").strip() for name in ("MINIVLLM_API_KEY", "VLLM_API_KEY"))
+        return next(((key,) for key in found if key), ())
 
 
 def _from_json_lists(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -215,6 +232,7 @@ def _from_json_lists(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "dict[str, Any]": (dict, "a JSON object"),
     "bool": (bool, "True or False"), "int": (int, "a whole number"), "float": ((int, float), "a finite number"),
     "str": ((str, os.PathLike), "a string"), "tuple[str, ...]": (tuple, "a list of strings"),
 }

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "minivllm"
 # A unit is a module or a folder directly under minivllm/. Each may import itself and the units on its right.
 # "core.plan" on the right means only this module of core.
 INPUT = ("errors", "sampling_params", "config", "families")  # a user's input; every unit may import it
+SPELLINGS = ("compat.settings", "compat.environment")  # vLLM's settings as data
 BRIDGE = (*INPUT, "core.plan", "core.block_math")  # the only modules of the control plane that the data plane may import
 KERNELS = (*BRIDGE, "kernels")
 PARALLEL = (*KERNELS, "parallel")
@@ -35,7 +36,8 @@ ENGINE_CLIENT = (*INPUT, "outputs", "engine_request", "core.plan", "core.admissi
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "sampling_params": ("errors",),
-    "config": ("errors",),
+    "config": ("errors", "sampling_params", *SPELLINGS),
+    "compat": (*ENGINE, "cli.flags"),
     "families": ("errors",),
     "outputs": ("core.plan",),
     "engine_request": ("sampling_params",),
@@ -58,7 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server": ENGINE_CLIENT,
     "benchmarks": (*ENGINE, "planning"),
     "entrypoints": ("cli", "config"),
-    "cli": (*ENGINE, "server", "planning", "benchmarks", "minivllm"),
+    "cli": (*ENGINE, *SPELLINGS, "server", "planning", "benchmarks", "minivllm"),
     "__init__": (*INPUT, "outputs", "engine"),
     "__main__": ("cli",),
 }

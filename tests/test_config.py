@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from minivllm.config import NOT_YET, EngineConfig
-from minivllm.errors import InvalidInput, NotSupportedYet
+from minivllm.config import EngineConfig
+from minivllm.errors import InvalidInput
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,3 @@ def test_an_error_about_a_choice_names_the_nearest_one() -> None:
 def test_an_unknown_keyword_is_a_type_error_with_the_nearest_name() -> None:
     with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
         EngineConfig.from_kwargs(max_modellen=5)
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_a_setting_that_is_not_supported_yet_is_refused_by_name(name: str) -> None:
-    with pytest.raises(NotSupportedYet, match=f"{name}.*not supported yet"):
-        EngineConfig.from_kwargs(**{name: 1})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minivllm.cli.flags import CommandParser, add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import FLAGS_NOT_YET, LOG_LEVELS, EngineConfig
+from minivllm.config import LOG_LEVELS, EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.server.terminal import configure_logging
 
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     _add_serve(serve)
     serve.set_defaults(command_parser=serve)
     for name, text in (("latency", "one batch, several times"), ("throughput", "many requests at the same time")):
-        offline = kinds.add_parser(name, help=f"measure the engine: {text}", not_yet=FLAGS_NOT_YET,
+        offline = kinds.add_parser(name, help=f"measure the engine: {text}",
                                    description=f"Measure the engine: {text}.")
         _add_offline(offline, name)
         offline.set_defaults(command_parser=offline)

@@ -11,7 +11,6 @@ from typing import Any
 
 from minivllm.cli.flags import add_model_argument
 from minivllm.cli.local import LocalEngine, add_flags
-from minivllm.config import FLAGS_NOT_YET
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.terminal import print_status
 
@@ -20,7 +19,7 @@ COMMANDS = ("/reset", "/system", "/exit", "/help")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="chat with a model in the terminal", not_yet=FLAGS_NOT_YET,
+    parser = commands.add_parser("chat", help="chat with a model in the terminal",
                                  description=f"Chat with a model in the terminal. {HELP}.")
     add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")

@@ -6,14 +6,13 @@ import sys
 from typing import Any
 
 from minivllm.cli.local import LocalEngine, add_flags
-from minivllm.config import FLAGS_NOT_YET
 from minivllm.errors import InvalidInput
 
 DEFAULT_TOKENS = 128  # unlike a chat's answer, a text rarely ends by itself
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("complete", help="continue a text", not_yet=FLAGS_NOT_YET,
+    parser = commands.add_parser("complete", help="continue a text",
                                  description="Continue a text. Only the continuation goes to stdout.")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue; -: read it from stdin")
     add_flags(parser, f"maximum number of tokens of the continuation (default: {DEFAULT_TOKENS})")

@@ -10,25 +10,51 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.compat.settings import (
+    ENGINE_ALIASES,
+    ENGINE_SETTINGS,
+    LIST_FLAGS,
+    SERVER_ALIASES,
+    SERVER_SETTINGS,
+    SHORT_FLAGS,
+    VALUES,
+    VLLM_NAMES,
+)
+from minivllm.config import EngineConfig, own_settings
+from minivllm.errors import InvalidInput, nearest
 
 ConfigType = TypeVar("ConfigType")
 
-_PARSE = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str, "tuple[str, ...]": str}
+_PARSE: dict[str, Callable[[str], Any]] = {
+    "int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str, "tuple[str, ...]": str,
+}
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Accepts only exact flag names. Errors name the nearest flag."""
+    """Accepts only exact flag names, and a value for a switch (`--enforce-eager=True`). Errors name the nearest flag."""
 
-    def __init__(self, *args: Any, not_yet: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self.not_yet = dict(not_yet or {})  # flags of vLLM that are not built yet: name -> feature
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As in argparse; it calls this for the parser of a command too."""
+        return super().parse_known_args(None if args is None else [self._switch(arg) for arg in args], namespace)
+
+    def _switch(self, arg: str) -> str:
+        """`--flag=True` as `--flag`, and `--flag=false` as `--no-flag`, for flags without a value."""
+        flag, _, value = arg.partition("=")
+        on = _SWITCH.get(value.lower())
+        if on is None or not isinstance(self._option_string_actions.get(flag), argparse.BooleanOptionalAction):
+            return arg
+        return flag if on else flag.replace("--no-", "--", 1) if flag.startswith("--no-") else flag.replace("--", "--no-", 1)
 
     def error(self, message: str) -> NoReturn:
         """One line with a hint: the usage text of forty flags would hide the error."""
@@ -39,34 +65,80 @@ class CommandParser(argparse.ArgumentParser):
         flags = [arg.split("=", 1)[0] for arg in extras if arg.startswith("--")]
         if not flags:
             self.error(f"unexpected argument {extras[0]!r}")
-        for flag in flags:
-            what = self.not_yet.get(flag[2:].replace("-", "_").removeprefix("no_"))
-            if what is not None:
-                self.error(f"{flag} ({what}) is not supported yet: leave it out")
-        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        self.error(f"unknown flag {flags[0]}{nearest(flags[0], known)}")
+        known = {option for action in self._actions if action.help != argparse.SUPPRESS for option in action.option_strings}
+        self.error(f"unknown flag {flags[0]}{_nearest_flag(flags[0], known)}")
+
+
+def _nearest_flag(flag: str, known: Iterable[str]) -> str:
+    """A hint. Flags are compared without words such as "enable": two switches of unlike things are no misspellings."""
+    same = [option for option in known if option.startswith("--no-") == flag.startswith("--no-")]
+    plain = {_WORDS.sub("", option): option for option in sorted(same) if option.startswith("--")}
+    hint = nearest(_WORDS.sub("", flag), plain)
+    return next((f"; did you mean {option!r}?" for name, option in plain.items() if repr(name) in hint), "")
+
+
+_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_WORDS = re.compile(r"^--(no-)?(enable-|disable-|allow-|allowed-|use-)?")
 
 
 def normalize(argv: Iterable[str]) -> list[str]:
-    """Replace `--max_model_len=8` by `--max-model-len=8`: users write both."""
-    args = list(argv)
-    fixed: list[str] = []
-    for i, arg in enumerate(args):
+    """Replace `--max_model_len=8` by `--max-model-len=8`, and `--x.key VALUE` by `--x {"key": VALUE}`: users write all of these."""
+    args, fixed, objects = list(argv), list[str](), dict[str, dict[str, Any]]()
+    while args:
+        arg = args.pop(0)
         if arg == "--":  # the rest are not flags
-            return fixed + args[i:]
+            return [*fixed, arg, *args]
         name, equals, value = arg.partition("=")
-        fixed.append(name.replace("_", "-") + equals + value if name.startswith("--") else arg)
-    return fixed
+        name = name.replace("_", "-") if name.startswith("--") else name
+        flag, _, path = name.partition(".")
+        if not (path and flag.startswith("--")):
+            fixed.append(name + equals + value)
+            continue
+        if not equals:
+            value = args.pop(0) if args else ""
+        inner = objects.setdefault(flag, {})
+        *outer, last = path.replace("-", "_").split(".")
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = literal(value)
+    return fixed + [f"{flag}={json.dumps(value)}" for flag, value in objects.items()]
+
+
+def literal(text: str) -> Any:
+    """The value that a text writes in JSON or Python, such as 4, true, None or {"a": 1}; else the text itself."""
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def add_config_flags(
     parser: argparse.ArgumentParser, config: type, title: str, *, only: Iterable[str] | None = None, skip: Iterable[str] = (),
 ) -> None:
-    """One flag for each field of `config`."""
+    """One flag for each field of `config`, and hidden ones for the settings that only vLLM has."""
     group = parser.add_argument_group(title)
     for f in dataclasses.fields(config):
         if (only is None or f.name in only) and f.name not in skip:
             _add_flag(group, f)
+    if only is None:
+        engine = config is EngineConfig
+        for setting in ENGINE_SETTINGS if engine else SERVER_SETTINGS:
+            _add_hidden_flag(group, setting.name, isinstance(setting.default, bool))
+        for alias in ENGINE_ALIASES if engine else SERVER_ALIASES:
+            _add_hidden_flag(group, alias.name, alias.negated)
+
+
+def _add_hidden_flag(group: argparse._ArgumentGroup, name: str, switch: bool) -> None:
+    """A flag of vLLM. It is parsed so that `own_settings` can accept or refuse its value."""
+    flags = ("--" + name.replace("_", "-"), *SHORT_FLAGS.get(name, ()))
+    hidden: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    if switch:
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **hidden)
+    else:
+        group.add_argument(*flags, type=literal, nargs="+" if name in LIST_FLAGS else None, **hidden)
 
 
 def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None:
@@ -83,9 +155,29 @@ def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None
     if kind.startswith("tuple"):
         group.add_argument(flag, action="extend", nargs=f.metadata["nargs"], metavar=metavar, **common)
     elif f.metadata.get("choices"):
-        group.add_argument(flag, choices=f.metadata["choices"], **common)
+        group.add_argument(flag, choices=f.metadata["choices"], type=_spelled_here(f.name, parse), **common)
     else:
-        group.add_argument(flag, type=parse, metavar=metavar, **common)
+        group.add_argument(flag, type=_spelled_here(f.name, parse), metavar=metavar, **common)
+
+
+def _spelled_here(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse`, except for vLLM's spellings of some values."""
+    @functools.wraps(parse)  # argparse shows the name of the type in errors
+    def read(text: str) -> Any:
+        values = VALUES.get(name, {})
+        return values[text] if text in values else parse(text)
+
+    return read
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = literal(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
+_PARSE["dict[str, Any] | None"] = _json_object
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +193,9 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
 def given(args: argparse.Namespace, *configs: type) -> dict[str, Any]:
     """The user's settings from `--config` and the command line, checked against the fields of `configs`."""
     fields = {f.name for config in configs for f in dataclasses.fields(config)}
-    values = _from_file(getattr(args, "config", None), fields)
-    values |= {name: value for name, value in vars(args).items() if name in fields}
+    names = fields | VLLM_NAMES
+    values = _from_file(getattr(args, "config", None), names, fields)
+    values = own_settings(values | {name: value for name, value in vars(args).items() if name in names}, fields)
     positional = getattr(args, "model_argument", None)
     if positional is not None:
         if values.get("model", positional) != positional and "model" in vars(args):
@@ -123,17 +216,14 @@ def build(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
     return config(**own)
 
 
-def _from_file(path: str | None, fields: set[str]) -> dict[str, Any]:
+def _from_file(path: str | None, names: Collection[str], fields: Collection[str]) -> dict[str, Any]:
+    """names: of all settings. fields: those that a hint may name."""
     if path is None:
         return {}
-    from minivllm.config import FLAGS_NOT_YET
-
     values = {}
     for key, value in _read(Path(path)).items():
         name = str(key).replace("-", "_")
-        if name in FLAGS_NOT_YET:
-            raise NotSupportedYet(f"{path}: {key} ({FLAGS_NOT_YET[name]}) is not supported yet: leave it out", name)
-        if name not in fields:
+        if name not in names:
             raise InvalidInput(f"{path}: unknown setting {key!r}{nearest(name, fields)}", name)
         values[name] = value
     return values

@@ -5,13 +5,13 @@ import argparse
 from typing import Any
 
 from minivllm.cli.flags import add_config_flags, add_model_argument, build, given
-from minivllm.config import FLAGS_NOT_YET, EngineConfig
+from minivllm.config import EngineConfig
 
 FIELDS = ("model", "tokenizer", "revision", "load_format")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("pull", help="download a model into the cache", not_yet=FLAGS_NOT_YET,
+    parser = commands.add_parser("pull", help="download a model into the cache",
                                  description="Download a model, convert it if necessary, and print its folder.")
     add_model_argument(parser)
     add_config_flags(parser, EngineConfig, "model", only=FIELDS)

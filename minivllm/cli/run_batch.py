@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minivllm.cli.flags import add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import FLAGS_NOT_YET, LOG_LEVELS, EngineConfig, ServerConfig
+from minivllm.config import LOG_LEVELS, EngineConfig, ServerConfig
 from minivllm.errors import InvalidInput
 from minivllm.server.terminal import configure_logging, print_status
 
@@ -19,7 +19,7 @@ FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "run-batch", help="answer a file of requests", not_yet=FLAGS_NOT_YET,
+        "run-batch", help="answer a file of requests",
         description="Answer a file of requests in OpenAI's batch format: one per line, to /v1/chat/completions, /v1/completions or "
                     "/v1/responses. A wrong line is answered with an error and does not affect the others.")
     add_model_argument(parser)

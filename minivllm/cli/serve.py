@@ -5,11 +5,11 @@ import argparse
 from typing import Any
 
 from minivllm.cli.flags import CommandParser, add_config_file, add_config_flags, add_model_argument, build, given
-from minivllm.config import FLAGS_NOT_YET, EngineConfig, ServerConfig
+from minivllm.config import EngineConfig, ServerConfig
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible", not_yet=FLAGS_NOT_YET,
+    parser = commands.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible",
                                  description="Serve a model over HTTP with OpenAI's API.")
     add_model_argument(parser)
     add_flags(parser)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,44 @@ class ModelFiles:
 def find_model(config: EngineConfig) -> ModelFiles:
     """Find the model that `config.model` names; download and convert it if necessary. Raises `ModelError` with a fix."""
     folder = _locate("model", config.model, config)
-    model_config = _read_json(folder / "config.json")
+    model_config = with_overrides(_read_json(folder / "config.json"), config.hf_overrides or {})
     if config.load_format != "dummy":
         _check_weights(folder, config.load_format)
-    generation = folder / "generation_config.json"
-    recommended = DEFAULT_SAMPLING if config.model is None else {}
     return ModelFiles(
         name=config.model or DEFAULT_NAME,
         folder=folder,
         config=model_config,
-        generation_config=recommended | (_read_json(generation) if generation.exists() else {}),
+        generation_config=_generation_config(config, folder),
         tokenizer_folder=_find_tokenizer(config, folder),
     )
+
+
+def with_overrides(model_config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the entries of `hf_overrides`. Nested objects are merged."""
+    merged = dict(model_config)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = with_overrides(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    rope = merged.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in overrides:  # Transformers 5 writes it inside rope_parameters
+        merged["rope_parameters"] = {**rope, "rope_theta": overrides["rope_theta"]}
+    return merged
+
+
+def _generation_config(config: EngineConfig, folder: Path) -> dict[str, Any]:
+    """The sampling defaults and end-of-sequence ids: of the model's folder, of another folder, or of none ("vllm")."""
+    overrides = config.override_generation_config or {}
+    source = config.generation_config
+    place = folder if source in ("auto", "vllm") else Path(source).expanduser()
+    file = place / "generation_config.json"
+    if source not in ("auto", "vllm") and not file.is_file():
+        raise ModelError(f"generation_config {source!r} is no folder with a generation_config.json: give one, 'auto' or 'vllm'",
+                         "generation_config")
+    found = _read_json(file) if file.exists() else {}
+    if source == "vllm":
+        return {name: found[name] for name in ("eos_token_id",) if name in found} | overrides
+    recommended = DEFAULT_SAMPLING if config.model is None and source == "auto" else {}
+    return recommended | found | overrides
 
 
 def cache_dir() -> Path:
@@ -165,20 +191,22 @@ def _from_hub(param: str, name: str, config: EngineConfig) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name or not name.strip():
         raise ModelError(f"{param} {name!r}: no such folder; give a folder with a config.json, a .gguf file, or a hub id such as "
                          "'facebook/opt-125m', without a leading / or .", param)
-    revision = config.revision if param == "model" else None
+    revision = config.revision if param == "model" else config.tokenizer_revision
     weights = param == "model" and config.load_format != "dummy"
-    folder = _snapshot(param, name, revision, [*SMALL_FILES, SAFETENSORS] if weights else SMALL_FILES)
+    folder = _snapshot(param, name, revision, [*SMALL_FILES, SAFETENSORS] if weights else SMALL_FILES, config)
     if weights and config.load_format == "auto" and not any(folder.glob(SAFETENSORS)):
-        folder = _snapshot(param, name, revision, [*SMALL_FILES, PICKLES])
+        folder = _snapshot(param, name, revision, [*SMALL_FILES, PICKLES], config)
     return _check_folder(folder, param) if param == "model" else folder
 
 
-def _snapshot(param: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(param: str, name: str, revision: str | None, patterns: list[str], config: EngineConfig) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     what = f"{param} {name!r} is not a local folder"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_WANTED))
+        return Path(snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_WANTED, cache_dir=config.download_dir,
+            token=config.hf_token))
     except errors.GatedRepoError as error:
         fix = f"accept its terms at https://huggingface.co/{name}, then set HF_TOKEN or run `hf auth login`"
         raise ModelError(f"{what}, and on the hub it is gated: {fix}", param) from error

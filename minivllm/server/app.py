@@ -51,7 +51,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     preprocessor = Preprocessor(frontend)
     client.metrics.model = frontend.names[0]  # label metrics with the served name, not with a path on this machine
     app = FastAPI(
-        title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, root_path=config.root_path,
         middleware=[*_cors(config), Middleware(AuthenticationMiddleware, keys=config.keys())],
     )
     app.state.frontend = frontend

@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
         super().__init__(uvicorn.Config(
             app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,
-            http=HttpProtocol,
+            http=HttpProtocol, ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile,
         ))
         self.running: RunningRequests = app.state.frontend.running
         self._drain_timeout = config.drain_timeout

@@ -13,6 +13,7 @@ import importlib.util
 import shlex
 import signal
 import socket
+import ssl
 import threading
 import time
 from functools import partial
@@ -39,7 +40,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     configure_logging(config.log_level)
     check_packages()
     template = read_chat_template(config.chat_template)
-    listener = bind(config.host, config.port)
+    check_certificate(config)
+    listener = bind(config.host, config.port) if config.uds is None else bind_unix(config.uds)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with listener:
@@ -53,6 +55,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         pass
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if config.uds is not None:
+            Path(config.uds).unlink(missing_ok=True)
     print_status("stopped")
     return 0
 
@@ -68,7 +72,8 @@ def _run(client: EngineClient, config: ServerConfig, template: str | None, liste
 
     def ready() -> None:
         freeze_heap()
-        port, name = listener.getsockname()[1], app.state.frontend.names[0]
+        port = listener.getsockname()[1] if config.uds is None else 0
+        name = app.state.frontend.names[0]
         print_status(readiness(client.info, config, port, name, chat, time.monotonic() - begun))
 
     Server(app, config, ready).run(sockets=[listener])
@@ -124,12 +129,42 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def bind_unix(path: str) -> socket.socket:
+    """A Unix socket. A file that an ended server left behind is replaced; a socket with a server behind it is not."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if Path(path).is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
+                probe.connect(path)
+                raise InvalidInput(f"uds {path} is in use: stop the program that uses it, or choose another path", "uds")
+            Path(path).unlink()
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise InvalidInput(f"cannot listen on the Unix socket {path}: {error.strerror or error}: choose another path", "uds") from None
+    except InvalidInput:
+        listener.close()
+        raise
+    return listener
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Load the certificate once before the model is loaded, so that a wrong file is reported at once."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except (OSError, ssl.SSLError) as error:
+        name = "ssl_keyfile" if config.ssl_keyfile is not None and not Path(config.ssl_keyfile).is_file() else "ssl_certfile"
+        raise InvalidInput(f"{name}: {config.ssl_certfile} and {config.ssl_keyfile} are no certificate and its private key "
+                           f"({getattr(error, 'strerror', None) or error}): give PEM files", name) from None
+
+
 def listen(listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
     try:
         listener.listen(2048)
     except OSError as error:  # another server has started to listen on the port in the meantime
-        raise _port_error(error, host, port) from None
+        raise _port_error(error, *listener.getsockname()[:2]) from None
 
 
 def _port_error(error: OSError, host: str, port: int) -> InvalidInput:
@@ -172,7 +207,9 @@ def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:
 def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat: bool, seconds: float) -> str:
     """A description of the server. The last line is a curl command that can be pasted into a shell."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, f"[{config.host}]" if ":" in config.host else config.host)
-    url = f"http://{host}:{port}"
+    scheme = "http" if config.ssl_certfile is None else "https"
+    socket_flag = "" if config.uds is None else f" --unix-socket {shlex.quote(config.uds)}"
+    url = f"{scheme}://{host}:{port}{config.root_path}" if config.uds is None else f"{scheme}://localhost"
     tokens = (info.num_blocks - 1) * info.block_size  # one block is the null block
     key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if config.keys() else ""
     path, body = "/v1/completions", '{"prompt": "The capital of France is", "max_tokens": 16}'
@@ -183,5 +220,5 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
         f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try:",
-        f"curl {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
+        f"curl{socket_flag} {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from minivllm.cli import serve
 from minivllm.cli.flags import CommandParser, normalize
 from minivllm.cli.main import guarded
-from minivllm.config import FLAGS_NOT_YET
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandParser(prog="python -m minivllm.entrypoints.openai.api_server", not_yet=FLAGS_NOT_YET,
+    parser = CommandParser(prog="python -m minivllm.entrypoints.openai.api_server",
                     description="The same as `minivllm serve`.")
     serve.add_flags(parser)
     args, extras = parser.parse_known_args(normalize(sys.argv[1:] if argv is None else argv))
