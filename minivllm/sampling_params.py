@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json as jsonlib
 import math
+import numbers
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,8 @@ from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_fiel
 
 MAX_LOGPROBS = 20  # most alternatives per token (OpenAI's and vLLM's limit)
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
-MAX_TEMPERATURE = 1e4  # all tokens are equally likely far below this; much larger values would exceed float32's range
+MAX_N = 16_384  # completions of one prompt (vLLM's limit)
 MAX_TOP_K = 2**31 - 1  # the sampler's columns are int32
-MAX_REPETITION = 100.0  # limit of the penalty and of its inverse, so that both stay in float32's range
 # Stop strings and bad words are checked at every token, so their number and size slow down all requests.
 MAX_STRINGS = 1024
 MAX_STRING = 1024  # characters in one string
@@ -34,31 +34,42 @@ MAX_NESTING = 64  # nested objects and arrays in a JSON schema
 
 _NOT_YET = {
     "guided_decoding": "the older name of structured_outputs",
-    "best_of": "best_of",
+    "best_of": "more candidates than completions; use n",
     "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
     "logits_processors": "Python logits processors",
 }
 
 
-def _whole(name: str, value: Any, low: int, fix: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidInput(f"{name} must be a whole number, got {value!r}: {fix}", name)
+def whole(name: str, value: Any, low: int, high: int | None, fix: str, field: str | None = None) -> int:
+    """The value as an int. Numpy's integers count as whole numbers, booleans do not. `field`: the request's field; by default `name`."""
+    field = field or name
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InvalidInput(f"{name} must be a whole number, got {reprlib.repr(value)}: {fix}", field)
     if value < low:
-        raise InvalidInput(f"{name} must be at least {low}, got {value}: {fix}", name)
-    return value
+        raise InvalidInput(f"{name} must be at least {low}, got {reprlib.repr(value)}: {fix}", field)
+    if high is not None and value > high:
+        raise InvalidInput(f"{name} must be at most {high}, got {reprlib.repr(value)}: {fix}", field)
+    return int(value)
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """The value as a finite float in [low, high], or in (low, high]."""
     span = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
     try:
-        finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+        finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     except OverflowError:  # an int that is too large for a float
         finite = False
     if not finite:
         raise InvalidInput(f"{name} must be a finite number in {span}, got {reprlib.repr(value)}", name)
-    if value < low or value > high or (open_low and value == low):
+    if value < low or value > high or (open_low and value <= low):
         raise InvalidInput(f"{name} must be in {span}, got {value!r}", name)
     return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):  # numpy's are no subclass of bool
+        raise InvalidInput(f"{name} must be true or false, got {reprlib.repr(value)}", name)
+    return bool(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +201,8 @@ class SamplingParams:
     min_p: float = 0.0  # drop tokens below min_p x the highest probability, [0, 1]
     presence_penalty: float = 0.0  # subtracted once from tokens already in the output, [-2, 2]
     frequency_penalty: float = 0.0  # subtracted per occurrence in the output, [-2, 2]
-    repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, [0.01, 100]
-    seed: int | None = None  # the same seed gives the same tokens in any batch; None: derived from the engine's seed
+    repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, above 0
+    seed: int | None = None  # the same seed gives the same tokens in any batch; None or -1: derived from the engine's seed
     stop: Sequence[str] | str | None = None  # strings that end the output
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
@@ -201,7 +212,7 @@ class SamplingParams:
     logprobs: int | None = None  # 0: of the sampled token only; k: also of the k most probable tokens
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None  # token id -> bias, clamped to [-100, 100]
-    bad_words: Sequence[str] | None = None  # strings whose token sequences must not be generated
+    bad_words: Sequence[str] | str | None = None  # strings whose token sequences must not be generated
     allowed_token_ids: Sequence[int] | None = None  # only these may be generated
     skip_special_tokens: bool = True
     detokenize: bool = True
@@ -215,28 +226,27 @@ class SamplingParams:
         """Report an unknown name with the nearest known one. (The generated __init__ would raise an error without a hint.)"""
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
-                hint = f" ({_NOT_YET[name]}) is not supported yet" if name in _NOT_YET else nearest(name, cls.__dataclass_fields__)
-                raise TypeError(f"SamplingParams has no parameter {name!r}{hint}")
+                if name in _NOT_YET:
+                    raise TypeError(f"SamplingParams: {name} ({_NOT_YET[name]}) is not supported yet: leave it out")
+                raise TypeError(f"SamplingParams has no parameter {name!r}{nearest(name, cls.__dataclass_fields__)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
-        _whole("n", self.n, 1, "ask for one completion or more")
-        put("temperature", _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE))
-        put("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
-        _whole("top_k", self.top_k, -1, "0 or -1 keeps all tokens")
-        put("top_k", min(max(self.top_k, 0), MAX_TOP_K))
-        put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
-        put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION, MAX_REPETITION))
+        put("n", whole("n", self.n, 1, MAX_N, "the number of completions"))
+        for name, low, high in (
+            ("temperature", 0.0, math.inf), ("min_p", 0.0, 1.0), ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0),
+        ):
+            put(name, number(name, getattr(self, name), low, high))
+        put("top_p", number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        put("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True))
+        put("top_k", min(max(whole("top_k", self.top_k, -1, None, "0 or -1 keeps all tokens"), 0), MAX_TOP_K))
         if self.seed is not None:
-            _whole("seed", self.seed, -(2**63), "a 64-bit integer")
-            if self.seed >= 2**63:
-                raise InvalidInput(f"seed must fit 64 bits, got {self.seed}", "seed")
-        put("stop", self._strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+            seed = whole("seed", self.seed, -(2**63), 2**63 - 1, "a seed is a 64-bit integer")
+            put("seed", None if seed == -1 else seed)
+        put("stop", self._strings("stop", self.stop))
         put("bad_words", self._strings("bad_words", self.bad_words))
         put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:
@@ -244,20 +254,7 @@ class SamplingParams:
             if not self.allowed_token_ids:
                 raise InvalidInput("allowed_token_ids is empty, so no token could be generated: leave it out to allow all",
                                    "allowed_token_ids")
-        if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, "the number of tokens to generate")
-        _whole("min_tokens", self.min_tokens, 0, "0 turns it off")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidInput(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): lower it", "min_tokens")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and _whole(name, value, 0, f"0 to {MAX_LOGPROBS}") > MAX_LOGPROBS:
-                raise InvalidInput(f"{name} must be at most {MAX_LOGPROBS}, got {value}", name)
-        if self.truncate_prompt_tokens is not None and _whole(
-            "truncate_prompt_tokens", self.truncate_prompt_tokens, -1, "-1 keeps as many as leave room for the output",
-        ) == 0:
-            raise InvalidInput("truncate_prompt_tokens must be at least 1, or -1 for as many as leave room for the output, got 0",
-                               "truncate_prompt_tokens")
+        self._check_counts(put)
         if self.stop and not self.detokenize:
             raise InvalidInput("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on", "stop")
         if self.structured_outputs is not None:
@@ -265,15 +262,38 @@ class SamplingParams:
         if self.logit_bias is not None:
             put("logit_bias", self._bias(self.logit_bias))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInput(f"{name} must be true or false, got {getattr(self, name)!r}", name)
+            put(name, _boolean(name, getattr(self, name)))
+
+    def _check_counts(self, put: Callable[[str, object], None]) -> None:
+        """Numbers of tokens and of log-probabilities."""
+        if self.max_tokens is not None:
+            low = 0 if self.prompt_logprobs is not None else 1
+            put("max_tokens", whole("max_tokens", self.max_tokens, low, None, "the number of tokens to generate"))
+        put("min_tokens", whole("min_tokens", self.min_tokens, 0, None, "0 turns it off"))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidInput(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): lower it", "min_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                put(name, whole(name, getattr(self, name), 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"))
+        keep = self.truncate_prompt_tokens
+        if keep is not None:
+            fix = "it is at least 1, or -1 for as many as leave room for the output"
+            put("truncate_prompt_tokens", keep := whole("truncate_prompt_tokens", keep, -1, None, fix))
+            if keep == 0:
+                raise InvalidInput(f"truncate_prompt_tokens is 0: {fix}", "truncate_prompt_tokens")
 
     @staticmethod
-    def _strings(name: str, value: Sequence[str] | None) -> tuple[str, ...]:
+    def _strings(name: str, value: Any) -> tuple[str, ...]:
+        """One string or several, as a tuple without repetitions."""
         if value is None:
             return ()
-        if not isinstance(value, Sequence) or not all(isinstance(s, str) and s for s in value):
+        value = (value,) if isinstance(value, str) else value
+        if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
             raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
+        value = tuple(value)
+        if not all(isinstance(s, str) and s for s in value):
+            raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
+        value = tuple(dict.fromkeys(value))
         if len(value) > MAX_STRINGS:
             raise InvalidInput(f"{name} has {len(value)} strings, and at most {MAX_STRINGS} are allowed: leave some out", name)
         longest, total = max(map(len, value), default=0), sum(map(len, value))
@@ -283,30 +303,29 @@ class SamplingParams:
         for string in value:
             if not string.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in string):
                 raise InvalidInput(f"{name} holds {string!r}, which is not Unicode text (a lone surrogate): correct it", name)
-        return tuple(value)
+        return value
 
     @staticmethod
-    def _token_ids(name: str, value: Sequence[int] | None) -> tuple[int, ...]:
+    def _token_ids(name: str, value: Any) -> tuple[int, ...]:
         if value is None:
             return ()
-        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-            raise InvalidInput(f"{name} must be a list of token ids, got {value!r}", name)
-        for token in value:
-            _whole(name, token, 0, "token ids start at 0")
-        return tuple(dict.fromkeys(value))
+        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+            raise InvalidInput(f"{name} must be a list of token ids, got {reprlib.repr(value)}", name)
+        return tuple(dict.fromkeys(whole(name, token, 0, None, "token ids start at 0") for token in value))
 
     @staticmethod
-    def _bias(value: Mapping[int, float]) -> dict[int, float]:
+    def _bias(value: Any) -> dict[int, float]:
         clean: dict[int, float] = {}
+        if not isinstance(value, Mapping):
+            raise InvalidInput(f"logit_bias must map token ids to numbers, such as {{50256: -100}}, got {reprlib.repr(value)}", "logit_bias")
         if len(value) > MAX_BIASES:
             raise InvalidInput(f"logit_bias has {len(value)} entries, and at most {MAX_BIASES} are allowed: leave some out", "logit_bias")
         for key, bias in value.items():
-            try:
+            token: Any = key
+            if isinstance(key, str) and key.isdecimal() and len(key) < 20:  # keys of JSON objects are strings
                 token = int(key)
-            except (TypeError, ValueError):
-                raise InvalidInput(f"logit_bias keys are token ids, got {key!r}", "logit_bias") from None
-            _whole("logit_bias", token, 0, "token ids start at 0")
-            clean[token] = max(-100.0, min(100.0, _number("logit_bias", bias, -math.inf, math.inf)))
+            token = whole("a key of logit_bias", token, 0, None, "keys are token ids", field="logit_bias")
+            clean[token] = max(-100.0, min(100.0, number("logit_bias", bias, -math.inf, math.inf)))
         return clean
 
     @property

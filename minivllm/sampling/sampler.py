@@ -30,6 +30,8 @@ from minivllm.sampling.logits_processors import Constraints, DraftRuns, PenaltyC
 from minivllm.sampling.noise import row_keys, stream_key
 
 Array = np.ndarray[Any, Any]
+# Temperatures and repetition penalties beyond these limits act as the limits do. They keep all products in float32's range.
+LEAST, MOST = 1e-20, 1e20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,11 @@ class Sampler:
     def admit(self, admission: RowAdmission) -> None:
         """Overwrite a row's parameters, and count its tokens again if it has penalties."""
         row, params = admission.row, admission.params
-        self._temperature[row] = 0.0 if params.greedy else params.temperature
+        self._temperature[row] = 0.0 if params.greedy else min(params.temperature, MOST)
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
-        self._repetition[row] = params.repetition_penalty
+        self._repetition[row] = min(max(params.repetition_penalty, LEAST), MOST)
         self._frequency[row] = params.frequency_penalty
         self._presence[row] = params.presence_penalty
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
