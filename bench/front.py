@@ -35,7 +35,7 @@ from minivllm.sampling_params import SamplingParams
 
 
 class TalkingEngine:
-    """The part of `LLMEngine` that the engine loop uses; each step gives every request one more word."""
+    """The part of `EngineCore` that the engine loop uses; each step gives every request one more word."""
 
     def __init__(self, steps_per_second: float) -> None:
         self._interval = 1 / steps_per_second if steps_per_second else 0.0

@@ -24,7 +24,7 @@ import torch
 
 from bench.machine import describe, one_line
 from minivllm import LLM, SamplingParams, StructuredOutputs
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.grammar import GrammarCompiler, fill_masks
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.sampling.logits_processors import TokenMasks
@@ -67,7 +67,7 @@ class Clock:
         setattr(owner, method, timed)
 
 
-def decode(engine: LLMEngine, rows: int, wanted: StructuredOutputs | None, steps: int, clock: Clock) -> dict[str, float]:
+def decode(engine: EngineCore, rows: int, wanted: StructuredOutputs | None, steps: int, clock: Clock) -> dict[str, float]:
     """Medians of a decode step, in milliseconds."""
     for i in range(rows):
         prompt = engine.tokenizer.encode(f"Film number {i}, described as JSON: ")  # type: ignore[union-attr]
@@ -90,7 +90,7 @@ def decode(engine: LLMEngine, rows: int, wanted: StructuredOutputs | None, steps
 
 
 def share_of_a_step(llm: LLM, batches: list[int], steps: int) -> list[dict[str, float]]:
-    clock, engine = Clock(), llm.llm_engine
+    clock, engine = Clock(), llm.llm_engine.core
     clock.around(engine._pipeline, "_masks", "masks")
     clock.around(engine._outputs, "advance_grammars", "advance")
     clock.around(TokenMasks, "apply", "apply")
@@ -171,7 +171,7 @@ def main() -> None:
     with LLM(args.model, max_model_len=512, device=args.device, load_format=args.load_format, async_scheduling=False) as llm:
         shares = share_of_a_step(llm, args.rows, args.steps)
         device = llm.llm_engine.info().device.partition(":")[0]
-        alone = masks_alone(llm.get_tokenizer(), llm.llm_engine.eos_token_ids[0], args.steps)
+        alone = masks_alone(llm.get_tokenizer(), llm.llm_engine.core.eos_token_ids[0], args.steps)
     machine = describe(device, torch.get_num_threads())
     print("\n" + one_line(machine))
     print(json.dumps({"bench": "grammar_cost", "machine": machine, "share_of_a_step": shares, "masks_alone": alone}))

@@ -103,7 +103,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             models.write_config(shape, Path(folder))
             self.llm = LLM(model=folder, load_format="dummy", dtype="bfloat16", device="cuda", skip_tokenizer_init=True)
-        self.engine = self.llm.llm_engine
+        self.engine = self.llm.llm_engine.core
         self.pipeline = self.engine._pipeline
         executor = self.engine.executor
         assert isinstance(executor, Worker)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from minivllm.config import EngineConfig as EngineConfig
     from minivllm.engine.async_llm import AsyncLLM as AsyncLLM
     from minivllm.engine.beam_search import BeamSearchParams as BeamSearchParams
-    from minivllm.engine.engine import LLMEngine as LLMEngine
     from minivllm.engine.llm import LLM as LLM
+    from minivllm.engine.llm_engine import LLMEngine as LLMEngine
     from minivllm.errors import InvalidInput as InvalidInput
     from minivllm.outputs import CompletionOutput as CompletionOutput
     from minivllm.outputs import RequestOutput as RequestOutput
@@ -31,7 +31,7 @@ _HOME = {
     "EngineConfig": "minivllm.config",
     "InvalidInput": "minivllm.errors",
     "LLM": "minivllm.engine.llm",
-    "LLMEngine": "minivllm.engine.engine",
+    "LLMEngine": "minivllm.engine.llm_engine",
     "RequestOutput": "minivllm.outputs",
     "SamplingParams": "minivllm.sampling_params",
     "StructuredOutputs": "minivllm.sampling_params",

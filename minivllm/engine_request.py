@@ -1,6 +1,6 @@
 """`EngineRequest`: one request on its way from a frontend to the scheduler.
 
-    server, AsyncLLM ─▶ EngineClient ─(thread or pipe)─▶ engine loop ─▶ LLMEngine.add ─▶ Scheduler.add
+    server, AsyncLLM ─▶ EngineClient ─(thread or pipe)─▶ engine loop ─▶ EngineCore.add ─▶ Scheduler.add
     LLM, LLMEngine.add_request ───────────────────────────────────────────────┘
 
 It holds what the client knows: token ids and parameters. What the engine and the scheduler add (the seed that was drawn, EOS ids, blocks)

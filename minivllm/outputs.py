@@ -62,8 +62,8 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
-    @property
     def finished(self) -> bool:
+        """A method, as in vLLM."""
         return self.finish_reason is not None
 
 
@@ -81,4 +81,4 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
-        return all(o.finished for o in self.outputs)
+        return all(o.finished() for o in self.outputs)

@@ -45,11 +45,12 @@ def whole(name: str, value: Any, low: int, high: int | None, fix: str, field: st
     field = field or name
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidInput(f"{name} must be a whole number, got {reprlib.repr(value)}: {fix}", field)
-    if value < low:
-        raise InvalidInput(f"{name} must be at least {low}, got {reprlib.repr(value)}: {fix}", field)
-    if high is not None and value > high:
-        raise InvalidInput(f"{name} must be at most {high}, got {reprlib.repr(value)}: {fix}", field)
-    return int(value)
+    plain = int(value)
+    if plain < low:
+        raise InvalidInput(f"{name} must be at least {low}, got {reprlib.repr(plain)}: {fix}", field)
+    if high is not None and plain > high:
+        raise InvalidInput(f"{name} must be at most {high}, got {reprlib.repr(plain)}: {fix}", field)
+    return plain
 
 
 def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
@@ -207,7 +208,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    max_tokens: int | None = 16  # None: as many as the context holds
+    max_tokens: int | None = 16  # of the output, which also ends at the context's limit; None: only there
     min_tokens: int = 0  # EOS and stop tokens are masked until then
     logprobs: int | None = None  # 0: of the sampled token only; k: also of the k most probable tokens
     prompt_logprobs: int | None = None
@@ -290,20 +291,19 @@ class SamplingParams:
         value = (value,) if isinstance(value, str) else value
         if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
             raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
-        value = tuple(value)
-        if not all(isinstance(s, str) and s for s in value):
+        strings = tuple(value)
+        if not all(isinstance(s, str) and s for s in strings):
             raise InvalidInput(f"{name} must be a list of non-empty strings, got {reprlib.repr(value)}", name)
-        value = tuple(dict.fromkeys(value))
-        if len(value) > MAX_STRINGS:
-            raise InvalidInput(f"{name} has {len(value)} strings, and at most {MAX_STRINGS} are allowed: leave some out", name)
-        longest, total = max(map(len, value), default=0), sum(map(len, value))
+        if len(strings) > MAX_STRINGS:
+            raise InvalidInput(f"{name} has {len(strings)} strings, and at most {MAX_STRINGS} are allowed: leave some out", name)
+        longest, total = max(map(len, strings), default=0), sum(map(len, strings))
         if longest > MAX_STRING or total > MAX_CHARACTERS:
             raise InvalidInput(f"{name} has strings of up to {longest} characters, {total} in all, and {MAX_STRING} each and "
                                f"{MAX_CHARACTERS} in all are allowed: shorten them", name)
-        for string in value:
+        for string in strings:
             if not string.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in string):
                 raise InvalidInput(f"{name} holds {string!r}, which is not Unicode text (a lone surrogate): correct it", name)
-        return value
+        return tuple(dict.fromkeys(strings))
 
     @staticmethod
     def _token_ids(name: str, value: Any) -> tuple[int, ...]:
@@ -317,7 +317,8 @@ class SamplingParams:
     def _bias(value: Any) -> dict[int, float]:
         clean: dict[int, float] = {}
         if not isinstance(value, Mapping):
-            raise InvalidInput(f"logit_bias must map token ids to numbers, such as {{50256: -100}}, got {reprlib.repr(value)}", "logit_bias")
+            raise InvalidInput(f"logit_bias must map token ids to numbers, as {{50256: -100}} does, got {reprlib.repr(value)}",
+                               "logit_bias")
         if len(value) > MAX_BIASES:
             raise InvalidInput(f"logit_bias has {len(value)} entries, and at most {MAX_BIASES} are allowed: leave some out", "logit_bias")
         for key, bias in value.items():

@@ -25,7 +25,8 @@ from minivllm.sampling_params import GREEDY_EPSILON
         ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("min_p", 1.1), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", float("inf")), ("seed", 2**63),
         ("seed", -(2**63) - 1), ("seed", "1"), ("seed", 1.0), ("stop", [""]), ("stop", [1]), ("stop", [str(i) for i in range(5000)]),
-        ("bad_words", ["\ud800"]), ("bad_words", [""]), ("bad_words", {"a": 1}), ("stop", b"x"), ("stop", 5), ("stop_token_ids", 5),
+        ("bad_words", ["\ud800"]), ("bad_words", [""]), ("bad_words", {"a": 1}), ("stop", b"x"), ("stop", [["a"]]),
+        ("stop", 5), ("stop_token_ids", 5),
         ("stop_token_ids", [True]), ("stop_token_ids", [1.0]), ("max_tokens", True), ("top_k", True), ("logprobs", True),
         ("stop_token_ids", [-1]), ("stop_token_ids", "12"), ("allowed_token_ids", []), ("max_tokens", 0), ("max_tokens", "5"),
         ("min_tokens", 17), ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 21), ("logit_bias", {"x": 1}),
@@ -103,7 +104,7 @@ def test_seed_minus_one_means_no_seed_as_in_vllm() -> None:
 
 
 def test_best_of_is_refused_with_the_setting_to_use() -> None:
-    with pytest.raises(TypeError, match="best_of .*use n.* is not supported yet: leave it out"):
+    with pytest.raises(TypeError, match=r"best_of .*use n.* is not supported yet: leave it out"):
         SamplingParams(best_of=2)  # type: ignore[call-arg]
 
 
@@ -121,7 +122,7 @@ def test_every_accepted_value_fits_the_sampler(fields: dict[str, Any]) -> None:
     except InvalidInput as error:
         assert error.param in fields
         return
-    with np.errstate(all="raise"):
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
         assert torch.isfinite(_sampled_logits(params)).all()
 
 

@@ -49,6 +49,6 @@ class Engine:
         from bench.kernel_check import check
         from minivllm.worker.worker import Worker
 
-        executor = self.llm.llm_engine.executor
+        executor = self.llm.llm_engine.core.executor
         assert isinstance(executor, Worker)
         return check(executor.runner.model, executor.runner.kv.layout, self.generate)

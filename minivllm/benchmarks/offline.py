@@ -65,7 +65,7 @@ def _load(config: EngineConfig) -> LLM:
 
 def generate(llm: LLM, requests: Sequence[WorkloadRequest], show: bool = False) -> float:
     """Generate all outputs. Returns the seconds that it took."""
-    vocabulary = llm.llm_engine.vocab_size  # workloads may have larger ids than a small vocabulary
+    vocabulary = llm.llm_engine.info().vocab_size  # workloads may have larger ids than a small vocabulary
     prompts = [{"prompt_token_ids": [token % vocabulary for token in request.prompt_token_ids]} for request in requests]
     params = [SamplingParams(temperature=r.temperature, max_tokens=r.output_len, ignore_eos=True, detokenize=False) for r in requests]
     begin = time.perf_counter()

@@ -15,7 +15,7 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.server.terminal import configure_logging, print_status
 
 if TYPE_CHECKING:
-    from minivllm.engine.engine import LLMEngine
+    from minivllm.engine.engine import EngineCore
 
 # Flag, type, help. Defaults come from the model's generation_config.json.
 SAMPLING = (
@@ -61,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = Non
 class LocalEngine:
     """An engine that runs one request at a time."""
 
-    def __init__(self, engine: LLMEngine, overrides: Mapping[str, Any]) -> None:
+    def __init__(self, engine: EngineCore, overrides: Mapping[str, Any]) -> None:
         self.engine = engine
         self.interrupt = Interrupt()
         self._numbers = itertools.count()

@@ -97,7 +97,7 @@ class Scheduler:
         if new.request_id in state.requests:
             raise InvalidInput(f"request id {new.request_id!r} is in use: choose another", "request_id")
         max_tokens_total = self._admission.max_tokens_total(new)
-        if self.config.max_queue is not None and len(state.waiting) >= self.config.max_queue:
+        if self.queue_is_full:
             raise QueueFull(f"Rate limit reached: max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
         priority = new.priority if self.config.policy == "priority" else 0
         rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
@@ -117,6 +117,11 @@ class Scheduler:
             self._state.finish(sequence)
         self._state.remove_rowless()
         return True
+
+    @property
+    def queue_is_full(self) -> bool:
+        """Whether `max_queue` requests wait, so that `add` refuses another one."""
+        return self.config.max_queue is not None and len(self._state.waiting) >= self.config.max_queue
 
     def choose_beams(self, request_id: str, beams: abc.Sequence[tuple[str, int]]) -> list[str]:
         """Beam search: continue with these (sequence id, newest token) only. Returns the ids of the continued beams, in order.

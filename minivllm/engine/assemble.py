@@ -1,24 +1,25 @@
 """Builds a `RequestOutput` (vLLM's shape) from the deltas of a request."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.outputs import CompletionOutput, Logprob, OutputDelta, RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.engine_request import EngineRequest
+from minivllm.outputs import CompletionOutput, Logprob, OutputDelta, RequestMetrics, RequestOutput
 
 
 class OutputBuilder:
     """The output of one request so far."""
 
-    def __init__(
-        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer | None,
-    ) -> None:
+    def __init__(self, request_id: str, prompt: str | None, request: EngineRequest, tokenizer: Tokenizer | None) -> None:
+        params = request.params
         self._tokenizer = tokenizer if params.detokenize else None
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
         self._unfinished = params.n
         self.num_tokens = 0
         self.output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids,
+            request_id=request_id, prompt=prompt, prompt_token_ids=list(request.prompt_token_ids),
             outputs=[CompletionOutput(index=i) for i in range(params.n)],
         )
         for completion in self.output.outputs:
@@ -44,16 +45,27 @@ class OutputBuilder:
             return False
         completion.text = "".join(self._texts[delta.index])
         completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
-        self.output.metrics = delta.metrics
+        if delta.metrics is not None:
+            self.output.metrics = _of_request(self.output.metrics, delta.metrics)
         self._unfinished -= 1
         return self._unfinished == 0
 
     def so_far(self) -> RequestOutput:
-        """`output` with the text so far, for a stream."""
+        """A copy of `output` with the text so far: later deltas do not change it."""
+        completions = []
         for completion, parts in zip(self.output.outputs, self._texts, strict=True):
-            completion.text = "".join(parts)
-            parts[:] = [completion.text]
-        return self.output
+            parts[:] = ["".join(parts)]
+            logprobs = None if completion.logprobs is None else list(completion.logprobs)
+            completions.append(replace(completion, text=parts[0], token_ids=list(completion.token_ids), logprobs=logprobs))
+        return replace(self.output, outputs=completions)
+
+
+def _of_request(before: RequestMetrics | None, child: RequestMetrics) -> RequestMetrics:
+    """The metrics of a request: the first of its children's starts, the last of their ends."""
+    if before is None:
+        return child
+    first = [t for t in (before.first_token_time, child.first_token_time) if t is not None]
+    return replace(child, first_token_time=min(first, default=None), num_preemptions=before.num_preemptions + child.num_preemptions)
 
 
 def logprob_dict(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any
@@ -35,11 +35,11 @@ class AsyncLLM:
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the output so far each time it grows. Leaving the loop early aborts the request."""
+        """Yield the output so far each time it grows, each time in a new object. Leaving the loop early aborts the request."""
         params = sampling_params or self.get_default_sampling_params()
         name = request_id if request_id is not None else f"async-{next(self._numbers)}"
         text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority)
-        builder = OutputBuilder(name, text, list(request.prompt_token_ids), params, self.tokenizer)
+        builder = OutputBuilder(name, text, request, self.tokenizer)
         async with aclosing(self.client.generate(request)) as stream:
             async for deltas in stream:
                 for delta in deltas:
@@ -50,9 +50,10 @@ class AsyncLLM:
         """The model's own defaults (generation_config.json). `generate` uses them if it gets no `sampling_params`."""
         return SamplingParams(**self.client.info.generation_config)
 
-    async def abort(self, request_id: str) -> None:
-        """End a request; its stream ends with finish reason "abort"."""
-        self.client.abort(request_id)
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End one request or several; their streams end with finish reason "abort"."""
+        for name in (request_id,) if isinstance(request_id, str) else request_id:
+            self.client.abort(name)
 
     def close(self) -> None:
         """End the engine and free all memory."""

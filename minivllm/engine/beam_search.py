@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minivllm.core.plan import TokenLogprobs
-from minivllm.core.scheduler import QueueFull
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
+from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.prompts import Prompt, read_prompt
+from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.outputs import FinishReason, OutputDelta
-from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, number, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,8 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInput(f"{name} must be a whole number of at least 1, got {value!r}", name)
-        if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, (int, float)):
-            raise InvalidInput(f"length_penalty must be a number, got {self.length_penalty!r}", "length_penalty")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, None, "it counts sequences or tokens"))
+        object.__setattr__(self, "length_penalty", number("length_penalty", self.length_penalty, -math.inf, math.inf))
 
 
 @dataclass(slots=True)
@@ -80,6 +79,7 @@ class _Search:
     request_id: str
     prompt: tuple[int, ...]
     params: BeamSearchParams
+    max_tokens: int  # of the output: the user's limit, or what the context leaves
     eos: frozenset[int]
     cache_salt: str | None = None
     beams: list[_Beam] = field(default_factory=lambda: [_Beam(0, (), 0.0)])
@@ -110,7 +110,7 @@ class _Search:
                 chosen.append((beam.index, token))
         self.beams = beams
         length = len(beams[0].tokens) if beams else 0
-        if length == self.params.max_tokens:
+        if length == self.max_tokens:
             for beam in beams:
                 self._complete(beam, "length")
             chosen = []
@@ -129,10 +129,10 @@ class _Search:
 
     def _bound(self, logprob: float, length: int) -> float:
         """An upper bound of a beam's final score. The sum of log-probabilities only decreases, so only a larger length can raise it."""
-        best = self.params.max_tokens if self.params.length_penalty > 0 else length + 1
+        best = self.max_tokens if self.params.length_penalty > 0 else length + 1
         return self.score(logprob, best)
 
-    def take(self, delta: OutputDelta, engine: LLMEngine) -> bool:
+    def take(self, delta: OutputDelta, core: EngineCore) -> bool:
         """Handle the delta of one beam. After the last beam's delta the next beams are chosen. False: the search has ended."""
         if delta.finish_reason == "error":
             raise RuntimeError(f"a step of the beam search failed: {delta.error}")
@@ -143,17 +143,17 @@ class _Search:
         entries, self._entries = self._entries, {}
         chosen = self.advance(entries)
         if not chosen:
-            engine.abort_request(self.request_id)
+            core.abort_request(self.request_id)
             return False
-        for beam, index in zip(self.beams, engine.choose_beams(self.request_id, chosen), strict=True):
+        for beam, index in zip(self.beams, core.choose_beams(self.request_id, chosen), strict=True):
             beam.index = index
         return True
 
-    def output(self, engine: LLMEngine) -> BeamSearchOutput:
+    def output(self, tokenizer: Tokenizer | None) -> BeamSearchOutput:
         sequences = []
         for _, _, beam, reason in sorted(self.completed, reverse=True):
             tokens = [*self.prompt, *beam.tokens]
-            text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
             sequences.append(BeamSearchSequence(tokens, beam.logprob, text, reason))
         return BeamSearchOutput(sequences)
 
@@ -162,41 +162,34 @@ def beam_search(
     engine: LLMEngine, request_ids: Sequence[str], prompts: Sequence[Prompt], params: BeamSearchParams,
 ) -> list[BeamSearchOutput]:
     """Search for all prompts at the same time. `request_ids` are unused ids, one for each prompt."""
-    eos = frozenset() if params.ignore_eos else frozenset(engine.eos_token_ids)
+    core = engine.core
+    eos = frozenset() if params.ignore_eos else frozenset(core.eos_token_ids)
     if params.beam_width + len(eos) > MAX_LOGPROBS:
         raise InvalidInput(f"beam_width {params.beam_width} is too wide: at most {MAX_LOGPROBS - len(eos)}", "beam_width")
     one_step = SamplingParams(
-        temperature=0, max_tokens=params.max_tokens, logprobs=min(params.beam_width + len(eos), engine.vocab_size), ignore_eos=True,
+        temperature=0, max_tokens=params.max_tokens, logprobs=min(params.beam_width + len(eos), core.vocab_size), ignore_eos=True,
         detokenize=False,
     )
-    read = [read_prompt(prompt, engine.tokenizer) for prompt in prompts]
+    read = [read_prompt(prompt, core.tokenizer) for prompt in prompts]
     searches = [
-        _Search(request_id, prompt.token_ids, params, eos, prompt.cache_salt)
+        _Search(request_id, prompt.token_ids, params, min(params.max_tokens, core.max_model_len - len(prompt.token_ids)), eos,
+                prompt.cache_salt)
         for request_id, prompt in zip(request_ids, read, strict=True)
     ]
     waiting = deque(searches)
     running: dict[str, _Search] = {}
     try:
         while waiting or running:
-            while waiting and _start(engine, waiting[0], one_step, bool(running)):
+            while waiting and core.has_room:  # the running searches make room
                 search = waiting.popleft()
+                core.add_request(search.request_id, search.prompt, one_step, cache_salt=search.cache_salt, beam_search=True)
                 running[search.request_id] = search
-            for delta in engine.step():
+            for delta in engine.advance():
                 found = running.get(delta.request_id)
-                if found is not None and not found.take(delta, engine):
+                if found is not None and not found.take(delta, core):
                     del running[delta.request_id]
     finally:
         for request_id in running:  # after an error or Ctrl-C: leave no request behind
-            engine.abort_request(request_id)
-    return [search.output(engine) for search in searches]
+            core.abort_request(request_id)
+    return [search.output(core.tokenizer) for search in searches]
 
-
-def _start(engine: LLMEngine, search: _Search, params: SamplingParams, others_run: bool) -> bool:
-    """Add a search to the engine. False: the queue is full, and the running searches will make room."""
-    try:
-        engine.add_request(search.request_id, search.prompt, params, cache_salt=search.cache_salt, beam_search=True)
-    except QueueFull:
-        if others_run:
-            return False
-        raise
-    return True

@@ -1,6 +1,6 @@
 """The composition root: from an `EngineConfig` to an engine that runs. Workers, memory sizing and engine are built here only.
 
-    find_model ─▶ config.json ─▶ ModelSpec ─▶ LoadedModel ─▶ MemoryBudget ─▶ CacheSize ─▶ Worker ─▶ Scheduler ─▶ LLMEngine
+    find_model ─▶ config.json ─▶ ModelSpec ─▶ LoadedModel ─▶ MemoryBudget ─▶ CacheSize ─▶ Worker ─▶ Scheduler ─▶ EngineCore
                 └▶ tokenizer, generation_config.json (EOS, sampling defaults)
 """
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from minivllm.config import EngineConfig
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
@@ -38,7 +38,7 @@ _DEFAULTS = {
 }
 
 
-def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONENTS) -> LLMEngine:
+def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONENTS) -> EngineCore:
     """Find the model, load it, size the KV cache, and connect all parts."""
     files = find_model(config)
     spec = _with_length(parse_config(files.config, methods=components.methods), config.max_model_len)
@@ -58,7 +58,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     except BaseException:
         worker.close()
         raise
-    return LLMEngine(
+    return EngineCore(
         executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
     )
 

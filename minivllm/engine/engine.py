@@ -1,4 +1,4 @@
-"""`LLMEngine`: requests in, deltas out, one step at a time.
+"""`EngineCore`: requests in, deltas out, one step at a time. `LLMEngine` (llm_engine.py) has vLLM's methods and is built on it.
 
     add ─▶ Scheduler ┐                                 ┌ masks ◀─ grammars
                      │ schedule() ─▶ plan ─▶ launch ───┴▶ sample ─▶ StepPipeline ───────────┐   (at most planning_depth + 1 plans)
@@ -114,7 +114,7 @@ def _is_fatal(error: Exception) -> bool:
     return isinstance(error, EngineDead) or type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
-class LLMEngine:
+class EngineCore:
     """Not thread-safe: one thread makes all calls, except of what `preparation` returns."""
 
     def __init__(
@@ -143,7 +143,7 @@ class LLMEngine:
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, arrival_time: float | None = None,
         priority: int = 0, cache_salt: str | None = None, beam_search: bool = False,
     ) -> None:
-        """Queue a request. Raises `InvalidInput` for a request that this engine can never answer.
+        """Queue a request. Raises `InvalidInput` for a request that this engine can never answer. The output ends at `max_model_len`.
 
         `beam_search`: its sequences pause after each token until `choose_beams` is called.
         """
@@ -153,6 +153,15 @@ class LLMEngine:
             beam_search=beam_search,
         )
         self.add(request)
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether an unfinished request has this id."""
+        return request_id in self._outputs
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the queue takes another request now. Steps make room."""
+        return not self.scheduler.queue_is_full
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request whose prompt `prepare_request` or a server has prepared. Raises `InvalidInput` as `add_request` does."""
@@ -172,6 +181,8 @@ class LLMEngine:
             raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
         if request.adapter is not None:
             raise NotSupportedYet(f"adapter {request.adapter!r} (LoRA adapters) is not supported yet: leave it out", "adapter")
+        if not isinstance(request.request_id, str):
+            raise InvalidInput(f"request_id must be a string, got {request.request_id!r}: pass str({request.request_id!r})", "request_id")
         keep = params.truncate_prompt_tokens
         if keep is not None and 0 < keep < len(request.prompt_token_ids):
             raise InvalidInput(f"the prompt has {len(request.prompt_token_ids)} tokens and truncate_prompt_tokens is {keep}: "

@@ -7,18 +7,18 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from minivllm.config import EngineConfig
-from minivllm.core.scheduler import QueueFull
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.chat_template import conversation
 from minivllm.engine.compose import build_engine
+from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
@@ -35,7 +35,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **kwargs)
-        self.llm_engine = build_engine(self.config)
+        self.llm_engine = LLMEngine(build_engine(self.config))
         self._num_requests = 0
 
     # -- vLLM's methods -------------------------------------------------------------------------------------------------
@@ -81,14 +81,11 @@ class LLM:
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The `beam_width` most probable outputs of each prompt, best first."""
         every = _as_list(prompts)
-        request_ids = [f"beam-{self._num_requests + i}" for i in range(len(every))]
-        self._num_requests += len(every)
+        request_ids = [f"beam-{self._new_id()}" for _ in every]
         return beam_search(self.llm_engine, request_ids, every, params)
 
     def get_tokenizer(self) -> Tokenizer:
-        if self.llm_engine.tokenizer is None:
-            raise InvalidInput("this LLM has no tokenizer (skip_tokenizer_init)", "skip_tokenizer_init")
-        return self.llm_engine.tokenizer
+        return self.llm_engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json). They are used where no `sampling_params` are given."""
@@ -127,29 +124,20 @@ class LLM:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int], use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Add requests as long as the engine's queue has room, run steps, and collect the deltas."""
-        engine = self.llm_engine
+        engine, core = self.llm_engine, self.llm_engine.core
         builders: dict[str, OutputBuilder] = {}
         finished: dict[str, RequestOutput] = {}
-        waiting = deque(range(len(prompts)))
-        first = self._num_requests
+        request_ids: list[str] = []  # of the prompts that were added
         progress = _Progress(len(prompts), use_tqdm)
         try:
-            while waiting or builders:
-                while waiting:
-                    i = waiting[0]
-                    request_id = str(self._num_requests)
+            while len(request_ids) < len(prompts) or builders:
+                while (i := len(request_ids)) < len(prompts) and core.has_room:  # steps make room
+                    request_ids.append(self._new_id())
                     text, request = prepare_request(
-                        request_id, prompts[i], params[i], engine.tokenizer, engine.max_model_len, priority=priorities[i])
-                    try:
-                        engine.add(request)
-                    except QueueFull:
-                        if not builders:
-                            raise
-                        break  # later steps make room in the queue
-                    waiting.popleft()
-                    self._num_requests += 1
-                    builders[request_id] = OutputBuilder(request_id, text, list(request.prompt_token_ids), params[i], engine.tokenizer)
-                for delta in engine.step():
+                        request_ids[i], prompts[i], params[i], core.tokenizer, core.max_model_len, priority=priorities[i])
+                    core.add(request)
+                    builders[request_ids[i]] = OutputBuilder(request_ids[i], text, request, core.tokenizer)
+                for delta in engine.advance():
                     builder = builders.get(delta.request_id)  # None: the caller added this request through `llm_engine`
                     if builder is not None and builder.add(delta):
                         finished[delta.request_id] = builders.pop(delta.request_id).output
@@ -158,7 +146,14 @@ class LLM:
             progress.close()
             for request_id in builders:  # after an error or Ctrl-C: leave no request behind
                 engine.abort_request(request_id)
-        return [finished[str(first + i)] for i in range(len(prompts))]
+        return [finished[request_id] for request_id in request_ids]
+
+    def _new_id(self) -> str:
+        """The next number that is not the id of a request which the caller has added through `llm_engine`."""
+        while (name := str(self._num_requests)) in self.llm_engine.core:
+            self._num_requests += 1
+        self._num_requests += 1
+        return name
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -168,7 +163,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not isinstance(prompts, Iterable):
         raise InvalidInput(f"prompts are texts or lists of token ids, got {prompts!r}", "prompts")
     every = list(prompts)
-    return [every] if every and isinstance(every[0], int) else every  # type: ignore[return-value,list-item]
+    return [every] if every and isinstance(every[0], numbers.Integral) else every  # type: ignore[list-item,return-value]
 
 
 class _Progress:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """The methods of an engine that the loop calls. `LLMEngine` has them."""
+    """The methods of an engine that the loop calls. `EngineCore` has them."""
 
     def info(self) -> EngineInfo: ...
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, nearest
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, whole
 
 # Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. A dict may have a "cache_salt": see `EngineRequest`.
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -53,9 +53,8 @@ def _ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Iterable):
         raise InvalidInput(f"a prompt is text or a list of token ids, got {ids!r}", "prompt")
     found = tuple(ids)
-    if not set(map(type, found)) <= {int}:
-        wrong = next(token for token in found if type(token) is not int)
-        raise InvalidInput(f"token ids are whole numbers, got {wrong!r}", "prompt")
+    if not set(map(type, found)) <= {int}:  # numpy's integers become plain ones
+        found = tuple(whole("a token id", token, 0, None, "token ids are whole numbers", field="prompt") for token in found)
     return found
 
 
@@ -65,17 +64,26 @@ def prepare_request(
 ) -> tuple[str | None, EngineRequest]:
     """The prompt's text (None: it was given as token ids), and the request.
 
-    The prompt is truncated here, so that the ids that a frontend reports are those that the engine gets.
+    The prompt is truncated here, so that the ids that a frontend reports are those that the engine gets. `max_tokens` is lowered to what
+    the context leaves, so that a longer output ends with the finish reason "length".
     """
     if not isinstance(params, SamplingParams):
         raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
     text, every, salt = read_prompt(prompt, tokenizer)
     token_ids = tuple(truncate(every, params.truncate_prompt_tokens, max_model_len, params.max_tokens))
     request = EngineRequest(
-        request_id, token_ids, params, time.monotonic() if arrival_time is None else arrival_time, priority,
-        salt if cache_salt is None else cache_salt, beam_search=beam_search,
+        request_id, token_ids, _within_context(params, max_model_len - len(token_ids)),
+        time.monotonic() if arrival_time is None else arrival_time, priority, salt if cache_salt is None else cache_salt,
+        beam_search=beam_search,
     )
     return text, request
+
+
+def _within_context(params: SamplingParams, room: int) -> SamplingParams:
+    """Parameters with at most `room` output tokens. Without room for one, the check of the prompt fails later."""
+    if params.max_tokens is None or params.max_tokens <= room or room < 1:
+        return params
+    return dataclasses.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, max_tokens: int | None) -> None:

@@ -31,7 +31,7 @@ from minivllm.errors import InvalidInput
 from minivllm.server.terminal import configure_logging, print_status
 
 if TYPE_CHECKING:
-    from minivllm.engine.engine import LLMEngine
+    from minivllm.engine.engine import EngineCore
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -93,7 +93,7 @@ def check_packages() -> None:
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
-def build_engine(config: EngineConfig, log_level: str | None) -> LLMEngine:
+def build_engine(config: EngineConfig, log_level: str | None) -> EngineCore:
     """Runs in the process that owns the engine. `log_level` is set if that process has not configured logging yet."""
     if log_level is not None:
         configure_logging(log_level)

@@ -40,7 +40,7 @@ def greedy(llm: LLM) -> Greedy:
 
 
 def runner(llm: LLM) -> Any:
-    return llm.llm_engine.executor.runner  # type: ignore[attr-defined]
+    return llm.llm_engine.core.executor.runner  # type: ignore[attr-defined]
 
 
 def test_correct_kernels_pass_with_the_engines_own_tokens(llm: LLM) -> None:

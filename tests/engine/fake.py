@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def make_engine(
     executor: FakeExecutor | None = None, *, folder: Path | str | None = None, planning_depth: int = 0, block_size: int = 4,
     max_num_seqs: int = 16, max_num_batched_tokens: int = 64, max_model_len: int = 128, seed: int = 0,
     clock: Callable[[], float] | None = None, **scheduler: object,
-) -> LLMEngine:
+) -> EngineCore:
     """An engine around the fake executor. All other parts are real."""
     executor = executor or FakeExecutor()
     config = SchedulerConfig(
@@ -145,7 +145,7 @@ def make_engine(
         block_size=block_size, generation_config={"temperature": 0.5}, scheduling_policy=str(scheduler.get("policy", "fcfs")),
     )
     extra = {} if clock is None else {"clock": clock}
-    return LLMEngine(
+    return EngineCore(
         executor=executor, scheduler=Scheduler(config), tokenizer=None if folder is None else Tokenizer(folder), info=info,  # type: ignore[arg-type]
         seed=seed, **extra,
     )

@@ -81,11 +81,11 @@ def best_by(oracle: Oracle, prompt: list[int], count: int) -> Callable[[tuple[in
 
 def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list[Found]:
     outputs = llm.beam_search(prompts, params)  # type: ignore[arg-type]
-    while llm.llm_engine.has_unfinished_requests():  # a step that was launched for a beam that has ended
-        assert llm.llm_engine.step() == []
-    stats = llm.llm_engine.stats()
+    while llm.llm_engine.core.has_unfinished_requests():  # a step that was launched for a beam that has ended
+        assert llm.llm_engine.core.step() == []
+    stats = llm.llm_engine.core.stats()
     assert (stats.used_blocks, stats.num_running) == (0, 0)
-    llm.llm_engine.scheduler.check()
+    llm.llm_engine.core.scheduler.check()
     found = []
     for prompt, output in zip(prompts, outputs, strict=True):
         for sequence in output.sequences:
@@ -112,7 +112,7 @@ def test_stopping_early_never_changes_the_result(seed: int, width: int, length: 
         ranked = sorted(((i, math.log(w / sum(weights))) for i, w in enumerate(weights)), key=lambda item: -item[1])
         return ranked[: width + 1]
 
-    state = _Search("r", (5,), params, frozenset({1}))
+    state = _Search("r", (5,), params, length, frozenset({1}))
     chosen = [(0, -1)]
     while chosen:
         for index, beam in enumerate(state.beams):
@@ -181,19 +181,19 @@ def test_rows_blocks_queue_and_budget_do_not_change_the_result(
 def test_other_requests_may_run_during_a_search(llm: LLM) -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=10)
     expected = search(llm, PROMPTS, params)
-    llm.llm_engine.add_request("other", PROMPTS[1], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    llm.llm_engine.core.add_request("other", PROMPTS[1], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     outputs = llm.beam_search(PROMPTS, params)  # type: ignore[arg-type]
     assert [[tuple(s.tokens[len(p):]) for s in o.sequences] for p, o in zip(PROMPTS, outputs, strict=True)] == [
         [tokens for tokens, _ in one] for one in expected
     ]
-    assert llm.llm_engine.has_unfinished_requests()
-    llm.llm_engine.abort_request("other")
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
+    assert llm.llm_engine.core.has_unfinished_requests()
+    llm.llm_engine.core.abort_request("other")
+    while llm.llm_engine.core.has_unfinished_requests():
+        llm.llm_engine.core.step()
 
 
 def test_an_interrupted_search_leaves_no_request_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = llm.llm_engine.step
+    step = llm.llm_engine.core.step
     calls = iter([step, step, step])
 
     def interrupted() -> object:
@@ -202,32 +202,32 @@ def test_an_interrupted_search_leaves_no_request_behind(llm: LLM, monkeypatch: p
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(llm.llm_engine, "step", interrupted)
+    monkeypatch.setattr(llm.llm_engine.core, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.beam_search(PROMPTS, BeamSearchParams(beam_width=3, max_tokens=10))  # type: ignore[arg-type]
     monkeypatch.undo()
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
-    assert llm.llm_engine.stats().used_blocks == 0
-    llm.llm_engine.scheduler.check()
+    while llm.llm_engine.core.has_unfinished_requests():
+        llm.llm_engine.core.step()
+    assert llm.llm_engine.core.stats().used_blocks == 0
+    llm.llm_engine.core.scheduler.check()
 
 
 def test_forks_share_the_prompts_blocks(llm: LLM) -> None:
     """Eight beams on a long prompt need few more blocks than one."""
     most = 0
-    step = llm.llm_engine.step
+    step = llm.llm_engine.core.step
 
     def watched() -> object:
         nonlocal most
         found = step()
-        most = max(most, llm.llm_engine.stats().used_blocks)
+        most = max(most, llm.llm_engine.core.stats().used_blocks)
         return found
 
-    llm.llm_engine.step = watched  # type: ignore[method-assign,assignment]
+    llm.llm_engine.core.step = watched  # type: ignore[method-assign,assignment]
     try:
         llm.beam_search([[i % 30 + 2 for i in range(100)]], BeamSearchParams(beam_width=8, max_tokens=4, ignore_eos=True))  # type: ignore[list-item]
     finally:
-        del llm.llm_engine.step
+        del llm.llm_engine.core.step
     assert 25 < most <= 25 + 8 * 2
 
 
@@ -240,10 +240,10 @@ def test_impossible_searches_are_refused(llm: LLM) -> None:
             BeamSearchParams(**arguments)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="at most 19"):
         llm.beam_search(PROMPTS, BeamSearchParams(beam_width=20, max_tokens=2))  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="can never fit"):
-        llm.beam_search(PROMPTS, BeamSearchParams(beam_width=2, max_tokens=1000))  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="prompt has 128 tokens, but the context length is 128"):
+        llm.beam_search([[5] * 128], BeamSearchParams(beam_width=2, max_tokens=5))  # type: ignore[list-item]
     with pytest.raises(InvalidInput, match="outside the vocabulary"):
         llm.beam_search([[5], [900]], BeamSearchParams(beam_width=2, max_tokens=3))  # type: ignore[list-item]
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
-    assert llm.llm_engine.stats().used_blocks == 0
+    while llm.llm_engine.core.has_unfinished_requests():
+        llm.llm_engine.core.step()
+    assert llm.llm_engine.core.stats().used_blocks == 0

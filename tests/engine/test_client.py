@@ -20,7 +20,7 @@ import pytest
 
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.loop import EngineLoop
 from minivllm.engine.messages import RefusedMessage, ShutdownCommand, StepMessage
 from minivllm.engine.metrics import EngineStats
@@ -38,28 +38,28 @@ CLIENTS = {"thread": ThreadClient, "process": ProcessClient}
 # Builders of engines. They are module-level functions, since they are pickled for the child process.
 
 
-def build_plain(folder: str) -> LLMEngine:
+def build_plain(folder: str) -> EngineCore:
     return make_engine(FakeExecutor(1 << 15), folder=folder, planning_depth=1, max_model_len=1 << 16)
 
 
-def build_failing(folder: str) -> LLMEngine:
+def build_failing(folder: str) -> EngineCore:
     raise ModelError("model.safetensors is truncated", "model")
 
 
-def build_exploding(folder: str) -> LLMEngine:
+def build_exploding(folder: str) -> EngineCore:
     raise MemoryError("no memory for weights")
 
 
-def build_vanishing(folder: str) -> LLMEngine:
+def build_vanishing(folder: str) -> EngineCore:
     os._exit(3)
 
 
-def build_dying(folder: str) -> LLMEngine:
+def build_dying(folder: str) -> EngineCore:
     """The device is lost in the fourth step."""
     return make_engine(FakeExecutor(fail_waiting_at={i: RuntimeError("CUDA error: lost") for i in range(3, 100)}), folder=folder)
 
 
-def build_buggy(folder: str) -> LLMEngine:
+def build_buggy(folder: str) -> EngineCore:
     engine = make_engine(folder=folder)
 
     def update(*arguments: Any) -> None:
@@ -92,7 +92,7 @@ def no_children_left() -> Iterator[None]:
     assert ours() <= before
 
 
-def start(kind: str, builder: Callable[[str], LLMEngine], folder: str) -> EngineClient:
+def start(kind: str, builder: Callable[[str], EngineCore], folder: str) -> EngineClient:
     return CLIENTS[kind].start_with(functools.partial(builder, folder))
 
 
@@ -342,7 +342,7 @@ def test_a_process_that_ends_while_starting_is_reported(folder: str) -> None:
 @pytest.mark.parametrize("kind", CLIENTS)
 @pytest.mark.parametrize(("builder", "reason"), [(build_dying, "CUDA error: lost"), (build_buggy, "AssertionError: a bug of ours")])
 def test_a_dead_engine_answers_every_pending_and_every_new_request(
-    kind: str, builder: Callable[[str], LLMEngine], reason: str, folder: str,
+    kind: str, builder: Callable[[str], EngineCore], reason: str, folder: str,
 ) -> None:
     client = start(kind, builder, folder)
 

@@ -41,11 +41,11 @@ def generation_config(folder: Path, **values: Any) -> Path:
 
 def test_all_eos_tokens_of_a_model_end_its_outputs(copy: Path) -> None:
     with LLM(str(copy), **PLAIN) as llm:
-        assert llm.llm_engine.eos_token_ids == (1,)
+        assert llm.llm_engine.core.eos_token_ids == (1,)
         said = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids  # type: ignore[list-item]
     generation_config(copy, eos_token_id=[said[2], 1], max_length=20)
     with LLM(str(copy), **PLAIN) as llm:
-        assert llm.llm_engine.eos_token_ids == (said[2], 1)
+        assert llm.llm_engine.core.eos_token_ids == (said[2], 1)
         (output,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)  # type: ignore[list-item]
         first = said.index(said[2])
         assert output.outputs[0].token_ids == said[: first + 1]
@@ -71,7 +71,7 @@ def test_a_length_above_the_models_is_refused(folder: Path) -> None:
 
 def test_the_length_is_lowered_to_what_the_cache_holds_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with LLM(str(folder), **{**PLAIN, "max_model_len": None, "num_gpu_blocks_override": 5}) as llm:
-        assert llm.llm_engine.max_model_len == 64  # 4 usable blocks of 16
+        assert llm.llm_engine.core.max_model_len == 64  # 4 usable blocks of 16
         (output,) = llm.generate([[5]], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)  # type: ignore[list-item]
         assert len(output.outputs[0].token_ids) == 63
     assert "max_model_len lowered from 256 to 64" in capsys.readouterr().err
@@ -125,23 +125,23 @@ def test_two_engines_live_in_one_process(folder: Path, tiny_llama: Callable[...,
             alone.append(llm.generate("the cat", GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
     with LLM(str(folder), **PLAIN) as first, LLM(str(other), **PLAIN) as second:
         for llm in (first, second):
-            llm.llm_engine.add_request("x", "the cat", GREEDY)
+            llm.llm_engine.core.add_request("x", "the cat", GREEDY)
         found: list[list[int]] = [[], []]
         while first.llm_engine.has_unfinished_requests() or second.llm_engine.has_unfinished_requests():
             for i, llm in enumerate((first, second)):
-                found[i] += [t for d in llm.llm_engine.step() for t in d.token_ids]
+                found[i] += [t for d in llm.llm_engine.core.step() for t in d.token_ids]
     assert found == alone
     assert alone[0] != alone[1]
 
 
 def test_closing_frees_weights_and_cache_while_the_object_still_exists(folder: Path) -> None:
     llm = LLM(str(folder), **PLAIN)
-    runner = llm.llm_engine.executor.runner  # type: ignore[attr-defined]
+    runner = llm.llm_engine.core.executor.runner  # type: ignore[attr-defined]
     gone = [weakref.ref(runner.model), weakref.ref(runner.kv.layers[0].k), weakref.ref(runner)]
     del runner
     llm.generate("the cat", GREEDY, use_tqdm=False)
-    llm.llm_engine.add_request("x", "the cat", GREEDY)
-    llm.llm_engine.step()  # a step is in flight
+    llm.llm_engine.core.add_request("x", "the cat", GREEDY)
+    llm.llm_engine.core.step()  # a step is in flight
     llm.close()
     gc.collect()
     assert [ref() for ref in gone] == [None, None, None]
@@ -162,9 +162,9 @@ def test_a_trace_of_a_run_replays_without_a_model(folder: Path, tmp_path: Path, 
     file = tmp_path / "run.jsonl"
     with LLM(str(folder), trace=str(file), async_scheduling=ahead, **{**PLAIN, "num_gpu_blocks_override": 8}) as llm:
         llm.generate(["the cat and the hat"] * 3, SamplingParams(n=2, seed=1, max_tokens=30, stop=["the"]), use_tqdm=False)
-        llm.llm_engine.add_request("gone", "the end", GREEDY)
-        llm.llm_engine.step()
-        llm.llm_engine.abort_request("gone")
+        llm.llm_engine.core.add_request("gone", "the end", GREEDY)
+        llm.llm_engine.core.step()
+        llm.llm_engine.core.abort_request("gone")
         llm.reset_prefix_cache()
         llm.generate(["the cat"], GREEDY, use_tqdm=False)
     steps = list(replay(read(file)))
@@ -184,7 +184,7 @@ def test_a_trace_file_that_cannot_be_written_is_refused(folder: Path) -> None:
 def test_a_model_behind_a_client_gives_the_tokens_of_llm(folder: Path, process: bool) -> None:
     with LLM(str(folder), **PLAIN) as llm:
         (expected,) = llm.generate("the cat", GREEDY, use_tqdm=False)
-        info = llm.llm_engine.info()
+        info = llm.llm_engine.core.info()
     client = start_client(EngineConfig(model=str(folder), **PLAIN), process=process)
     try:
         assert client.info == info

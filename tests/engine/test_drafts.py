@@ -16,7 +16,7 @@ import pytest
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult
 from minivllm.engine.compose import build_engine
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
@@ -72,19 +72,19 @@ class Proposed:
         return replace(result, drafts=drafts)
 
 
-def build(folder: Path, **config: Any) -> LLMEngine:
+def build(folder: Path, **config: Any) -> EngineCore:
     settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 200, **config}
     return build_engine(EngineConfig(**settings))
 
 
-def proposing(engine: LLMEngine, propose: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> tuple[LLMEngine, Proposing]:
+def proposing(engine: EngineCore, propose: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> tuple[EngineCore, Proposing]:
     """The same engine with an executor that proposes."""
     executor = Proposing(engine.executor, propose)
-    return LLMEngine(executor=executor, scheduler=engine.scheduler, tokenizer=engine.tokenizer, info=engine.info()), executor
+    return EngineCore(executor=executor, scheduler=engine.scheduler, tokenizer=engine.tokenizer, info=engine.info()), executor
 
 
 def generate(
-    engine: LLMEngine, wanted: dict[str, tuple[list[int], SamplingParams]] = REQUESTS,
+    engine: EngineCore, wanted: dict[str, tuple[list[int], SamplingParams]] = REQUESTS,
 ) -> tuple[Tokens, dict[str, list[OutputDelta]]]:
     for name, (prompt, params) in wanted.items():
         engine.add_request(name, {"prompt_token_ids": prompt}, params)

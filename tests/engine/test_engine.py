@@ -1,4 +1,4 @@
-"""`LLMEngine` around a fake executor: requests, deltas, and failures."""
+"""`EngineCore` around a fake executor: requests, deltas, and failures."""
 from __future__ import annotations
 
 import threading
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.core.plan import RowAdmission
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
@@ -33,7 +33,7 @@ def greedy(**params: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 0.0, "max_tokens": 5, **params})
 
 
-def run(engine: LLMEngine) -> list[OutputDelta]:
+def run(engine: EngineCore) -> list[OutputDelta]:
     deltas: list[OutputDelta] = []
     while engine.has_unfinished_requests():
         deltas += engine.step()

@@ -164,7 +164,7 @@ def test_an_output_that_cannot_continue_ends_at_once_even_with_min_tokens_and_ig
 
 
 def test_eos_is_allowed_only_where_the_output_may_end(llm: LLM) -> None:
-    eos = llm.llm_engine.eos_token_ids[0]
+    eos = llm.llm_engine.core.eos_token_ids[0]
     towards_eos = {"logit_bias": {eos: 100.0}}
     output = ask(llm, {"regex": "(ab){3}(ab)*"}, **towards_eos)
     assert output.text == "ababab" and output.token_ids[-1] == eos and output.finish_reason == "stop"
@@ -262,14 +262,14 @@ def test_without_a_tokenizer_there_is_no_structured_output(folder: Path) -> None
 
 def test_beam_search_refuses_a_grammar(llm: LLM) -> None:
     with pytest.raises(InvalidInput, match="beam search"):
-        llm.llm_engine.add_request("b", [5, 6], SamplingParams(structured_outputs={"regex": "a"}, logprobs=2), beam_search=True)
+        llm.llm_engine.core.add_request("b", [5, 6], SamplingParams(structured_outputs={"regex": "a"}, logprobs=2), beam_search=True)
 
 
 def steps_to_the_end(llm: LLM) -> list[OutputDelta]:
     deltas: list[OutputDelta] = []
-    while llm.llm_engine.has_unfinished_requests():
-        deltas += llm.llm_engine.step()
-        llm.llm_engine.scheduler.check()
+    while llm.llm_engine.core.has_unfinished_requests():
+        deltas += llm.llm_engine.core.step()
+        llm.llm_engine.core.scheduler.check()
     return deltas
 
 
@@ -278,7 +278,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
     """In one request other settings ban every token; in the other the automaton reaches its limit."""
     monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 60)
     with engine(folder, async_scheduling=ahead) as llm:
-        core = llm.llm_engine
+        core = llm.llm_engine.core
         digits = [core.tokenizer.token_to_id(c) for c in "0123"]  # type: ignore[union-attr]
         core.add_request("conflict", [5, 6], SamplingParams(
             structured_outputs={"regex": "1[a-z]+"}, allowed_token_ids=digits, n=3, max_tokens=9))
@@ -306,7 +306,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_alone(folder: Pa
 ], ids=["too many alternatives", "endless rule", "endless schema"])
 def test_a_failed_grammar_gives_the_reason(llm: LLM, options: dict[str, Any], why: str) -> None:
     """The reason is in the grammar, since the requests have no other settings."""
-    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=options, max_tokens=9))
+    llm.llm_engine.core.add_request("x", [5, 6], SamplingParams(structured_outputs=options, max_tokens=9))
     (end,) = [delta for delta in steps_to_the_end(llm) if delta.finish_reason is not None]
     assert end.finish_reason == "error" and why in str(end.error) and "verbose" not in str(end.error)
 
@@ -318,7 +318,7 @@ def test_a_failed_grammar_gives_the_reason(llm: LLM, options: dict[str, Any], wh
     ({"grammar": 'start: "a</s>" "b"'}, "a</s>b"),
 ], ids=["choice", "regex", "schema", "grammar"])
 def test_a_grammar_may_require_the_text_of_a_special_token(llm: LLM, options: dict[str, Any], text: str) -> None:
-    llm.llm_engine.add_request("x", [5, 6], SamplingParams(structured_outputs=options, max_tokens=30))
+    llm.llm_engine.core.add_request("x", [5, 6], SamplingParams(structured_outputs=options, max_tokens=30))
     deltas = steps_to_the_end(llm)
     assert "".join(delta.text for delta in deltas) == text and deltas[-1].finish_reason == "stop"
 
@@ -327,7 +327,7 @@ def test_a_grammar_may_require_the_text_of_a_special_token(llm: LLM, options: di
 def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_step(folder: Path, ahead: bool) -> None:
     """An answer has one status for all children, so the outputs of the other children could not be returned."""
     with engine(folder, async_scheduling=ahead) as llm:
-        core = llm.llm_engine
+        core = llm.llm_engine.core
         allowed = [core.tokenizer.token_to_id(c) for c in "abc"]  # type: ignore[union-attr]
         options = {"regex": "a[0-9]|b{60}|c"}  # after one letter: no token is allowed, far from the end, complete
         core.add_request("x", [5, 6], SamplingParams(structured_outputs=options, allowed_token_ids=allowed, n=8, max_tokens=70, seed=1))
@@ -357,7 +357,7 @@ def test_a_child_whose_grammar_fails_ends_its_unfinished_siblings_in_the_same_st
 def test_ended_and_aborted_requests_leave_no_state_behind(folder: Path, ahead: bool) -> None:
     """With asynchronous scheduling, a step of the aborted request is still in flight when another request gets its id."""
     with engine(folder, async_scheduling=ahead) as llm:
-        core = llm.llm_engine
+        core = llm.llm_engine.core
         core.add_request("plain", [7], SamplingParams(max_tokens=50, ignore_eos=True))  # so that there is always a next step
         for steps in range(3, 7):
             core.add_request("x", [5, 6], SamplingParams(structured_outputs={"regex": "[a-f]{40}"}, max_tokens=50))
@@ -490,7 +490,7 @@ Answers = dict[str, tuple[int, ...]]
 
 
 def answer_all(llm: LLM, names: list[str], drop_rows_at: int = -1) -> Answers:
-    core, found, steps = llm.llm_engine, {}, 0  # type: ignore[var-annotated]
+    core, found, steps = llm.llm_engine.core, {}, 0  # type: ignore[var-annotated]
     for name in names:
         core.add_request(name, *REQUESTS[name])
     while core.has_unfinished_requests():
@@ -527,7 +527,7 @@ def test_scheduling_does_not_change_tokens(folder: Path, answers: Answers, confi
     with engine(folder, **{"async_scheduling": False, **config}) as llm:
         assert answer_all(llm, list(REQUESTS)) == answers
         assert answer_all(llm, list(REQUESTS)[::-1]) == answers  # with cached prefixes, in another order
-        assert (llm.llm_engine.stats().num_preemptions > 0) == (config.get("num_gpu_blocks_override") == 34)
+        assert (llm.llm_engine.core.stats().num_preemptions > 0) == (config.get("num_gpu_blocks_override") == 34)
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])
@@ -539,7 +539,7 @@ def test_a_worker_that_loses_its_rows_does_not_change_tokens(folder: Path, answe
 def test_a_request_with_a_grammar_waits_for_its_own_result_and_does_not_delay_others(folder: Path) -> None:
     """With asynchronous scheduling, the plain request is in every plan, and the other one only in plans made after its own update."""
     with engine(folder, async_scheduling=True) as llm:
-        core, plans = llm.llm_engine, []
+        core, plans = llm.llm_engine.core, []
         launch = core.executor.launch
         core.executor.launch = lambda plan: (plans.append(plan), launch(plan))[1]  # type: ignore[method-assign]
         core.add_request("plain", [5, 6, 7], SamplingParams(temperature=0, ignore_eos=True, max_tokens=30))

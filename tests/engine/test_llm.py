@@ -12,7 +12,7 @@ import pytest
 
 import minivllm
 from minivllm.config import EngineConfig
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.llm import LLM
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, NotSupportedYet
@@ -27,7 +27,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     folder = build.save(build.byte_level(), tmp_path)
 
-    def build_engine(config: EngineConfig) -> LLMEngine:
+    def build_engine(config: EngineConfig) -> EngineCore:
         return make_engine(FakeExecutor(), folder=folder, max_queue=config.max_queue, max_num_seqs=config.max_num_seqs)
 
     monkeypatch.setattr("minivllm.engine.llm.build_engine", build_engine)
@@ -110,12 +110,12 @@ def test_wrong_arguments_are_refused_and_leave_no_request_behind(llm: LLM) -> No
         llm.generate(["a", "b"], GREEDY, priority=[1, 2, 3], use_tqdm=False)
     with pytest.raises(InvalidInput, match="prompt is empty"):
         llm.generate(["a", "b", ""], GREEDY, use_tqdm=False)
-    assert not llm.llm_engine.has_unfinished_requests()
+    assert not llm.llm_engine.core.has_unfinished_requests()
     assert llm.generate("the fox", GREEDY, use_tqdm=False)[0].finished
 
 
 def test_an_interrupted_generate_aborts_its_requests(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = llm.llm_engine.step
+    step = llm.llm_engine.core.step
     calls = []
 
     def interrupted() -> Any:
@@ -124,20 +124,20 @@ def test_an_interrupted_generate_aborts_its_requests(llm: LLM, monkeypatch: pyte
             raise KeyboardInterrupt
         return step()
 
-    monkeypatch.setattr(llm.llm_engine, "step", interrupted)
+    monkeypatch.setattr(llm.llm_engine.core, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     monkeypatch.undo()
-    while llm.llm_engine.has_unfinished_requests():
-        assert llm.llm_engine.step() == []
-    assert llm.llm_engine.stats().used_blocks == 0
+    while llm.llm_engine.core.has_unfinished_requests():
+        assert llm.llm_engine.core.step() == []
+    assert llm.llm_engine.core.stats().used_blocks == 0
 
 
 def test_requests_may_be_added_to_the_engine_directly(llm: LLM) -> None:
-    llm.llm_engine.add_request("mine", "the fox", GREEDY)
+    llm.llm_engine.core.add_request("mine", "the fox", GREEDY)
     assert llm.generate("a", GREEDY, use_tqdm=False)[0].finished  # `generate` ignores the deltas of the other request
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
+    while llm.llm_engine.core.has_unfinished_requests():
+        llm.llm_engine.core.step()
 
 
 def test_a_progress_bar_shows_tokens_per_second(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def ask(llm: LLM, names: list[str] | None = None, *, arrive: Callable[[int], int
     """Tokens per child. The i-th request of `names` arrives before step `arrive(i)`."""
     names = list(REQUESTS) if names is None else names
     waiting = sorted(range(len(names)), key=arrive)
-    core = llm.llm_engine
+    core = llm.llm_engine.core
     found: dict[str, list[int]] = {}
     step = 0
     while waiting or core.has_unfinished_requests():
@@ -159,9 +159,9 @@ def test_block_size_budget_and_prefix_cache_change_nothing(
     ) as llm:
         assert ask(llm) == answers
         assert ask(llm) == answers  # again, with cached prefixes
-        hits = llm.llm_engine.stats().prefix_cache_hits
+        hits = llm.llm_engine.core.stats().prefix_cache_hits
         assert (hits > 0) == caching or block_size == 256
-        assert llm.llm_engine.stats().used_blocks == 0
+        assert llm.llm_engine.core.stats().used_blocks == 0
 
 
 @pytest.mark.parametrize(("rows", "threshold", "ahead"), [(1, 4, True), (2, 0, False), (2, 3, True), (5, 0, True), (5, 4, False)])
@@ -186,8 +186,8 @@ def test_running_out_of_blocks_changes_nothing(
         max_num_batched_tokens=48, max_model_len=LONGEST + 1,
     ) as llm:
         assert ask(llm) == answers
-        assert llm.llm_engine.stats().num_preemptions > 0
-        assert llm.llm_engine.stats().used_blocks == 0
+        assert llm.llm_engine.core.stats().num_preemptions > 0
+        assert llm.llm_engine.core.stats().used_blocks == 0
 
 
 @ASYNC
@@ -210,7 +210,7 @@ def test_other_requests_in_the_batch_and_the_order_of_arrival_change_nothing(fol
 def test_priority_order_changes_nothing(folder: Path, answers: Answers) -> None:
     rng = random.Random(2)
     with engine(folder, scheduling_policy="priority", block_size=4, num_gpu_blocks_override=70, max_num_batched_tokens=48) as llm:
-        core = llm.llm_engine
+        core = llm.llm_engine.core
         found: dict[str, list[int]] = {}
         for name, (prompt, params) in REQUESTS.items():
             core.add_request(name, prompt, params, priority=rng.randrange(4))
@@ -223,7 +223,7 @@ def test_priority_order_changes_nothing(folder: Path, answers: Answers) -> None:
 @ASYNC
 def test_aborts_of_others_change_nothing(folder: Path, answers: Answers, ahead: bool) -> None:
     with engine(folder, block_size=4, num_gpu_blocks_override=120, async_scheduling=ahead) as llm:
-        core = llm.llm_engine
+        core = llm.llm_engine.core
         found: dict[str, list[int]] = {}
         for i, (name, (prompt, params)) in enumerate(REQUESTS.items()):
             core.add_request(name, prompt, params)
@@ -243,7 +243,7 @@ def test_aborts_of_others_change_nothing(folder: Path, answers: Answers, ahead: 
 def test_the_row_table_is_a_cache_that_may_be_lost_at_any_step(folder: Path, answers: Answers, ahead: bool) -> None:
     """The worker loses all rows between two steps. The next plans restore them."""
     with engine(folder, block_size=4, async_scheduling=ahead, max_num_batched_tokens=64) as llm:
-        core = llm.llm_engine
+        core = llm.llm_engine.core
         for name, (prompt, params) in REQUESTS.items():
             core.add_request(name, prompt, params)
         found: dict[str, list[int]] = {}
@@ -268,7 +268,7 @@ def test_the_reference_kernels_give_the_same_answers(
     monkeypatch.setattr("minivllm.engine.llm.build_engine", build)
     with engine(folder, block_size=block_size, max_num_batched_tokens=budget, num_gpu_blocks_override=num_blocks) as llm:
         assert ask(llm) == answers
-        assert (llm.llm_engine.stats().num_preemptions > 0) == (num_blocks == 62)
+        assert (llm.llm_engine.core.stats().num_preemptions > 0) == (num_blocks == 62)
 
 
 def test_another_seed_gives_other_tokens(folder: Path, answers: Answers) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from minivllm.engine import watch
 from minivllm.engine.client import EngineClient
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.loop import StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.watch import EngineView, Watch
@@ -25,7 +25,7 @@ class Clock:
         return self.now
 
 
-def busy_engine(requests: int) -> LLMEngine:
+def busy_engine(requests: int) -> EngineCore:
     engine = make_engine()
     for i in range(requests):
         params = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0)
@@ -94,7 +94,7 @@ def test_a_view_crosses_a_pipe_unchanged() -> None:
     assert pickle.loads(pickle.dumps(message)) == message
 
 
-def long_engine() -> LLMEngine:
+def long_engine() -> EngineCore:
     """With blocks for requests that run as long as a test needs them."""
     return make_engine(FakeExecutor(1 << 15), max_model_len=1 << 16)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from minivllm.config import EngineConfig
 from minivllm.core.plan import BlockCopy, BlockMove
 from minivllm.engine.compose import build_engine
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.errors import ModelError
 from minivllm.families import KVGroup
 from minivllm.kernels import REFERENCE, Ops
@@ -82,13 +82,13 @@ def ops_for(device: torch.device) -> Ops:
 INT8 = Components(kv_format=lambda group, dtype: Int8KV(group.kv_heads, group.head_dim), ops=ops_for)
 
 
-def engine(folder: Path, components: Components = INT8, **config: Any) -> LLMEngine:
+def engine(folder: Path, components: Components = INT8, **config: Any) -> EngineCore:
     settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "block_size": 8,
                 "max_model_len": 128, "num_gpu_blocks_override": 200, "max_num_seqs": 8, **config}
     return build_engine(EngineConfig(**settings), components)
 
 
-def generate(core: LLMEngine) -> Tokens:
+def generate(core: EngineCore) -> Tokens:
     """Run long greedy and sampled requests that share a prefix. The children of one of them write to a shared block."""
     rng = random.Random(3)
     base = [rng.randrange(2, 320) for _ in range(40)]

@@ -44,7 +44,7 @@ class Scripted:
 
 @dataclass
 class ScriptedEngine:
-    """The part of `LLMEngine` that the engine loop uses."""
+    """The part of `EngineCore` that the engine loop uses."""
 
     folder: Path
     gate: threading.Semaphore | None = None

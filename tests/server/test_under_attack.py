@@ -19,7 +19,7 @@ import pytest
 from minivllm.config import EngineConfig
 from minivllm.engine.client import ThreadClient
 from minivllm.engine.compose import build_engine
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.process import ProcessClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.server.run import start_engine
@@ -42,7 +42,7 @@ class Stepped:
         self.waiting = threading.Event()  # set while a step waits for its permit
         self.aborts: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids of aborted requests
 
-    def build(self) -> LLMEngine:
+    def build(self) -> EngineCore:
         engine = self.engine = build_engine(self.config)
         step = engine.step
 

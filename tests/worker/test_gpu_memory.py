@@ -26,7 +26,7 @@ class Load:
     """Requests at random."""
 
     def __init__(self, llm: LLM) -> None:
-        self.engine, self.rng, self.alive, self.added = llm.llm_engine, random.Random(0), [], 0
+        self.engine, self.rng, self.alive, self.added = llm.llm_engine.core, random.Random(0), [], 0
         self.allocated: list[int] = []  # after each step
         self.reserved: list[int] = []
 

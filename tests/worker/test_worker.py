@@ -16,7 +16,7 @@ from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.engine.compose import start_worker
-from minivllm.engine.engine import LLMEngine
+from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.errors import InvalidInput
 from minivllm.families import parse_config
@@ -180,7 +180,7 @@ def test_a_second_worker_with_the_same_plans_gives_the_same_tokens(tiny_llama: C
                                           num_host_blocks=first.num_host_blocks))
     info = EngineInfo(model="tiny", model_folder="", tokenizer_folder=None, max_model_len=first.max_model_len, vocab_size=320,
                       eos_token_ids=(1,), device="cpu", dtype="float32", num_blocks=30, block_size=4, generation_config={})
-    engine = LLMEngine(executor=Both(), scheduler=scheduler, tokenizer=None, info=info)
+    engine = EngineCore(executor=Both(), scheduler=scheduler, tokenizer=None, info=info)
     for i in range(4):
         params = SamplingParams(temperature=i / 2, max_tokens=30, ignore_eos=True, n=1 + i % 2, seed=i, presence_penalty=i % 3, logprobs=2)
         engine.add_request(str(i), {"prompt_token_ids": list(range(2, 20 + i))}, params)

@@ -1,0 +1,113 @@
+"""`LLMEngine`: vLLM's engine loop, for programs that add requests and run the steps themselves.
+
+    engine.add_request("a", "Once upon a time", SamplingParams(n=2))
+    while engine.has_unfinished_requests():
+        for output in engine.step():              one `RequestOutput` per request that advanced: all of its output so far
+            if output.finished: ...
+
+`EngineCore` emits deltas. This class adds them up; `LLM` and the beam search read the deltas themselves.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from minivllm.engine.assemble import OutputBuilder
+from minivllm.engine.engine import EngineCore
+from minivllm.engine.messages import EngineInfo
+from minivllm.engine.metrics import EngineStats
+from minivllm.engine.prompts import Prompt, prepare_request
+from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidInput, NotSupportedYet
+from minivllm.outputs import OutputDelta, RequestOutput
+from minivllm.sampling_params import SamplingParams
+
+
+class LLMEngine:
+    """Not thread-safe: one thread makes all calls."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._builders: dict[str, OutputBuilder] = {}  # unfinished requests of `add_request`
+        self._unreported: dict[str, OutputBuilder] = {}  # they advanced since the last `step`
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, arrival_time: float | None = None, lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None, trace_headers: Mapping[str, str] | None = None, priority: int = 0,
+    ) -> str:
+        """Queue a request and return its id. `arrival_time` is a reading of `time.time()`, as in vLLM; None: now.
+
+        Raises `InvalidInput` for a request that this engine can never answer.
+        """
+        unused = {"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs, "trace_headers": trace_headers}
+        for name, value in unused.items():
+            if value:
+                raise NotSupportedYet(f"{name} is not supported yet: leave it out", name)
+        arrival = None if arrival_time is None else arrival_time - time.time() + time.monotonic()
+        text, request = prepare_request(
+            request_id, prompt, params, self.core.tokenizer, self.core.max_model_len, arrival_time=arrival, priority=priority)
+        self.core.add(request)
+        self._unreported.pop(request_id, None)  # an earlier request of the same id, whose last output was never read
+        self._builders[request_id] = OutputBuilder(request_id, text, request, self.core.tokenizer)
+        return request_id
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """End one request or several now. They have no further outputs. Unknown ids are ignored."""
+        if isinstance(request_ids, str):
+            request_ids = (request_ids,)
+        if not isinstance(request_ids, Iterable):
+            raise InvalidInput(f"request_ids must be a request id or a list of them, got {request_ids!r}", "request_ids")
+        for request_id in request_ids:
+            self.core.abort_request(request_id)
+            self._builders.pop(request_id, None)
+            self._unreported.pop(request_id, None)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step. Returns the output so far of each request that advanced since the last call."""
+        self.advance()
+        advanced, self._unreported = self._unreported, {}
+        return [builder.so_far() for builder in advanced.values()]
+
+    def advance(self) -> list[OutputDelta]:
+        """Run one step and return its deltas, also those of requests that were added through `core`.
+
+        What the requests of `add_request` gained is part of their next outputs.
+        """
+        deltas = self.core.step()
+        if self._builders:
+            for delta in deltas:
+                builder = self._builders.get(delta.request_id)
+                if builder is not None:
+                    self._unreported[delta.request_id] = builder
+                    if builder.add(delta):
+                        del self._builders[delta.request_id]
+        return deltas
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has work or outputs to return."""
+        return bool(self._unreported) or self.core.has_unfinished_requests()
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._builders)
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self.core.tokenizer is None:
+            raise InvalidInput("this engine has no tokenizer (skip_tokenizer_init)", "skip_tokenizer_init")
+        return self.core.tokenizer
+
+    def info(self) -> EngineInfo:
+        return self.core.info()
+
+    def stats(self) -> EngineStats:
+        return self.core.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.core.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Free all memory. Safe to call twice."""
+        self._builders.clear()
+        self._unreported.clear()
+        self.core.close()
