@@ -28,6 +28,9 @@ from minivllm.server.structured import ResponseFormat, SchemaField, StructuredOu
 from minivllm.server.tools import CalledFunction, Functions, ToolCalls, ToolChoice, Tools, ToolSpec, tool_spec
 
 IGNORED_HEADER = "x-minivllm-ignored"
+NO_EFFECT = frozenset({  # OpenAI's fields that cannot change an output here, on all generating endpoints
+    "user", "client_metadata", "service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+})
 MAX_CONTAINERS = 65_536  # lists and objects in one body
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # a JSON string, complete or cut off
 
@@ -151,10 +154,7 @@ class GenerationRequest(SharedFields):
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
 
-    INERT = frozenset({
-        "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "safety_identifier",
-    })
+    INERT = NO_EFFECT | {"metadata", "store"}
     UNSUPPORTED = types.MappingProxyType(_VLLM_UNSUPPORTED)
 
     # Fields that go to `SamplingParams` under the same name.
@@ -180,7 +180,7 @@ class GenerationRequest(SharedFields):
         raise NotImplementedError
 
     def structure(self) -> StructuredOutputsParams | None:
-        """The structure that the output must have; None if it is free text. Several fields can define it, but only one of them may."""
+        """The structure that the output must have; None if it is free text. Several fields can define it, but only in the same way."""
         found = {
             self.FORMAT: None if self.response_format is None else self.response_format.structure(self.FORMAT),
             "structured_outputs": None if self.structured_outputs is None else self.structured_outputs.structure(),
@@ -190,9 +190,10 @@ class GenerationRequest(SharedFields):
                 pattern = self.guided_whitespace_pattern if name == "guided_json" else None
                 found[name] = StructuredOutputsParams(**{name.removeprefix("guided_"): value}, whitespace_pattern=pattern, origin=name)
         names = [name for name, structure in found.items() if structure is not None]
-        if len(names) > 1:
-            raise InvalidInput(f"{names[0]} and {names[1]} both define the structure of the output: send one of them", names[1])
-        if self.guided_whitespace_pattern is not None and names != ["guided_json"]:
+        for name in names[1:]:  # the same value under two names is one value
+            if found[name] != found[names[0]]:
+                raise InvalidInput(f"{names[0]} and {name} both define the structure of the output: send one of them", name)
+        if self.guided_whitespace_pattern is not None and "guided_json" not in names:
             raise InvalidInput("guided_whitespace_pattern belongs to guided_json: leave it out", "guided_whitespace_pattern")
         return found[names[0]] if names else None
 
@@ -250,12 +251,14 @@ class ChatMessage(StrictModel):
     function_call: CalledFunction | None = None  # the old form of tool_calls
     reasoning: str | None = None
     reasoning_content: str | None = None  # another name of `reasoning`
+    refusal: str | None = None  # of an assistant: the text with which it refused
 
-    INERT = frozenset({"annotations"})
-    UNSUPPORTED = types.MappingProxyType({"refusal": (), "audio": ()})
+    # What clients add to an answer before they send it back. `parsed` is the content once more, as an object.
+    INERT = frozenset({"annotations", "parsed", "provider_specific_fields"})
+    UNSUPPORTED = types.MappingProxyType({"audio": (), "images": ([],), "thinking_blocks": ([],), "reasoning_details": ([],)})
     ONLY_OF: ClassVar[Mapping[str, str]] = types.MappingProxyType({  # field -> the role that may have it
         "tool_calls": "assistant", "function_call": "assistant", "reasoning": "assistant", "reasoning_content": "assistant",
-        "tool_call_id": "tool",
+        "tool_call_id": "tool", "refusal": "assistant",
     })
 
     def check(self, path: str) -> None:
@@ -266,9 +269,22 @@ class ChatMessage(StrictModel):
             if getattr(self, name) and self.role != role:
                 raise InvalidInput(f"{path}{name} is for messages of role {role}, and this message's role is {self.role!r}", path + name)
         if self.tool_calls and self.function_call is not None:
-            raise InvalidInput(f"{path}function_call is the old name of tool_calls: send one of them", path + "function_call")
+            if [call.function for call in self.tool_calls] != [self.function_call]:
+                raise InvalidInput(f"{path}function_call is the old name of tool_calls: send one of them", path + "function_call")
+            self.function_call = None
+        if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
+            raise InvalidInput(f"{path}reasoning_content is another name of reasoning: send one of them", path + "reasoning_content")
+        if self.role == "assistant":
+            self.content = self._answer(path)
         if self.role == "function" and not self.name:
             raise InvalidInput(f"{path}name is required: the function whose result this is", path + "name")
+
+    def _answer(self, path: str) -> Any:
+        """The content of an assistant's message. A refusal is text like any other, and no content is null."""
+        content, refusal = refusals_as_text(self.content) or None, self.refusal or None
+        if content is not None and refusal is not None:
+            raise InvalidInput(f"{path}refusal is an answer without content: leave one of them out", path + "refusal")
+        return self.content if content is None and refusal is None and self.content != [] else content or refusal
 
     def calls(self, path: str) -> list[dict[str, Any]]:
         """An assistant's calls in the form that chat templates expect: arguments are objects."""
@@ -315,6 +331,14 @@ def content_text(content: Any, where: str, ignored: list[str], *, part_types: Co
                 ignored.append(f"{here}.{name}")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def refusals_as_text(content: Any) -> Any:
+    """A message's content in which parts with a refusal are parts with text."""
+    if not isinstance(content, list):
+        return content
+    return [{"type": "text", "text": part.get("refusal")} if isinstance(part, dict) and part.get("type") == "refusal" else part
+            for part in content]
 
 
 class ChatRequest(GenerationRequest):

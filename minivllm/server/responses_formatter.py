@@ -216,7 +216,8 @@ class ResponsesFormatter(ResponseFormatter):
         ended = status in ("completed", "incomplete")
         reason = "max_output_tokens" if finish_reason == "length" else finish_reason
         text_format = body.text.format if body.text is not None and body.text.format is not None else {"type": "text"}
-        tools = [{**tool, "parameters": tool.get("parameters"), "strict": bool(tool.get("strict"))} for tool in body.tools or ()]
+        tools = [{**tool, "parameters": tool.get("parameters"), "strict": bool(tool.get("strict"))} for tool in body.tools or ()
+                 if tool["type"] == "function"]
         return {
             "id": self.request.id, "object": "response", "created_at": self.request.created,
             "completed_at": int(time.time()) if ended else None,
@@ -227,7 +228,7 @@ class ResponsesFormatter(ResponseFormatter):
             "reasoning": {"effort": body.effort, "summary": None},
             "temperature": params.temperature, "top_p": params.top_p, "top_logprobs": body.top_logprobs or 0,
             "text": {"format": text_format}, "tool_choice": body.tool_choice or "auto", "tools": tools,
-            "truncation": "disabled", "background": False, "metadata": body.metadata or {}, "user": None,
+            "truncation": body.truncation or "disabled", "background": False, "metadata": body.metadata or {}, "user": None,
             "usage": self._usage() if ended else None,
         }
 

@@ -19,7 +19,7 @@ from pydantic import Field, WithJsonSchema
 from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
 from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import ChatRequest, SharedFields, Strings, content_text, convert
+from minivllm.server.protocol import NO_EFFECT, ChatRequest, SharedFields, Strings, content_text, convert, refusals_as_text
 from minivllm.server.strict import StrictModel
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that requests log-probabilities
@@ -63,13 +63,13 @@ class ResponsesRequest(SharedFields):
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, _NULL]})] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # auto: OpenAI drops items that do not fit; here they are an error
 
-    INERT = frozenset({"user", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
-                       "safety_identifier"})
+    INERT = NO_EFFECT | {"store", "max_tool_calls"}  # the latter limits calls of OpenAI's own tools, and there are none here
     UNSUPPORTED = types.MappingProxyType({
         "access_programs": (), "background": (False,), "background_options": (), "image": (), "conversation": (),
-        "previous_response_id": (), "max_tool_calls": (), "moderation": (), "prompt": (),
-        "truncation": ("disabled",), "context_management": ([],),
+        "previous_response_id": (), "moderation": (), "prompt": (),
+        "context_management": ([],),
         "n": (1,), "prompt_logprobs": (), "return_token_ids": (False,),
     })
     # Fields that the chat request has under the same name.
@@ -78,7 +78,7 @@ class ResponsesRequest(SharedFields):
     )
 
     def ignored_fields(self, permissive: bool, path: str = "") -> list[str]:
-        ignored = super().ignored_fields(permissive, path)
+        ignored = super().ignored_fields(permissive, path) + (["truncation"] if self.truncation == "auto" else [])
         return ignored + [f"include.{i}" for i, name in enumerate(self.include or ()) if name in NOTHING_TO_INCLUDE]
 
     def check(self) -> None:
@@ -112,7 +112,7 @@ class ResponsesRequest(SharedFields):
         if self.tool_choice is not None and (self.tools or self.tool_choice not in ("auto", "none")):
             fields["tool_choice"] = _chat_tool_choice(self.tool_choice)
         chat = convert(_TranslatedChatRequest, {name: value for name, value in fields.items() if value is not None})
-        chat.ignored_fields(permissive=False)
+        conversation.ignored += chat.ignored_fields(permissive=False)
         return chat
 
 
@@ -130,7 +130,7 @@ class Conversation:
 
     def __init__(self, instructions: str | None, ignored: list[str]) -> None:
         self.messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
-        self._ignored = ignored
+        self.ignored = ignored
         self._reasoning: tuple[str, str] | None = None  # text and item name of reasoning whose message has not come yet
         self._sources: dict[int, str] = {}  # index of a message -> name of the item that its reasoning came from
 
@@ -167,11 +167,12 @@ class Conversation:
         _check_fields(item, where, ("role", "content"))
         if not isinstance(item["role"], str):
             raise InvalidInput(f"{where}.role must be a string", where + ".role")
+        item = {**item, "content": refusals_as_text(item["content"])}
         self._append({"role": item["role"], "content": self._text(item, where, "content")})
 
     def _add_call(self, item: dict[str, Any], where: str) -> None:
         """A function call. Consecutive calls become one message of the assistant."""
-        _check_fields(item, where, ("call_id", "name", "arguments"))
+        _check_fields(item, where, ("call_id", "name", "arguments"), ("parsed_arguments",))
         for name in ("call_id", "name", "arguments"):
             if not isinstance(item[name], str):
                 raise InvalidInput(f"{where}.{name} must be a string", f"{where}.{name}")
@@ -193,8 +194,8 @@ class Conversation:
             self._drop_reasoning()
 
     def _text(self, item: dict[str, Any], where: str, name: str) -> str:
-        return content_text(item[name], f"{where}.{name}", self._ignored, part_types=("input_text", "output_text", "text"),
-                            inert=("annotations", "logprobs", "prompt_cache_breakpoint"))
+        return content_text(item[name], f"{where}.{name}", self.ignored, part_types=("input_text", "output_text", "text"),
+                            inert=("annotations", "logprobs", "parsed", "prompt_cache_breakpoint"))
 
     def _append(self, message: dict[str, Any]) -> None:
         if message["role"] != "assistant":
@@ -206,7 +207,7 @@ class Conversation:
 
     def _drop_reasoning(self) -> None:
         if self._reasoning is not None:
-            self._ignored.append(self._reasoning[1])
+            self.ignored.append(self._reasoning[1])
             self._reasoning = None
 
     def item_name(self, name: str) -> str:
@@ -237,12 +238,14 @@ def _chat_format(form: Any) -> Any:
 
 def _chat_tool(tool: Any, where: str) -> dict[str, Any]:
     kind = tool.get("type") if isinstance(tool, dict) else None
-    if kind != "function":
-        raise NotSupportedYet(f"{where}: only tools of type 'function' are supported, got {kind!r}", where + ".type")
+    if not isinstance(kind, str):
+        raise InvalidInput(f'{where}.type is required: a tool is an object such as {{"type": "function", "name": ...}}', where + ".type")
+    if kind != "function" and "parameters" not in tool:  # a tool that the chat endpoint leaves out
+        return {"type": kind}
     for name in _TOOL_OPTIONS:
         if tool.get(name) not in (None, False):
             raise NotSupportedYet(f"{where}.{name} is not supported: leave it out", f"{where}.{name}")
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name not in ("type", *_TOOL_OPTIONS)}}
+    return {"type": kind, "function": {name: value for name, value in tool.items() if name not in ("type", *_TOOL_OPTIONS)}}
 
 
 def _chat_tool_choice(choice: Any) -> Any:

@@ -43,8 +43,11 @@ class Tool(StrictModel):
     function: Function | None = None
 
     def ignored_fields(self, permissive: bool, path: str = "") -> list[str]:
+        """A tool that OpenAI's servers run themselves, such as a web search, is left out: this server can run none."""
         if self.type != "function":
-            raise NotSupportedYet(f"{path}type {self.type!r} is not supported: send a function", path + "type")
+            if self.function is not None or nearest(self.type, ("function",)):
+                raise InvalidInput(f"{path}type must be 'function' for a function, got {self.type!r}: correct it", path + "type")
+            return [path + self.type]
         ignored = super().ignored_fields(permissive, path)
         if self.function is None:
             raise InvalidInput(f"{path}function is required", path + "function")
@@ -54,6 +57,7 @@ class Tool(StrictModel):
 class CalledFunction(StrictModel):
     """The function of an earlier call. `arguments` is JSON text, as responses have it, or an object."""
 
+    INERT = frozenset({"parsed_arguments"})  # the arguments once more, as an object of the client
     name: str
     arguments: Annotated[Any, WithJsonSchema({"type": ["string", "object", "null"]})] = None
 
@@ -75,7 +79,7 @@ class ToolCall(StrictModel):
     id: str | None = None
     type: str | None = None
     function: CalledFunction
-    INERT = frozenset({"index"})
+    INERT = frozenset({"index", "provider_specific_fields"})
 
     def ignored_fields(self, permissive: bool, path: str = "") -> list[str]:
         if self.type not in (None, "function"):
@@ -196,19 +200,23 @@ def tool_spec(
     functions: Sequence[Function] | None = None, function_call: str | dict[str, Any] | None = None,
 ) -> ToolSpec | None:
     """The tools of a request; None if the model sees none."""
-    legacy = functions is not None or function_call not in (None, "none", "auto")
+    legacy, kept = tools is None and choice is None, dict(enumerate(functions or ()))
     field, choice_field = ("functions", "function_call") if legacy else ("tools", "tool_choice")
-    if not legacy:
-        functions = None if tools is None else [tool.function for tool in tools if tool.function is not None]
-    elif tools is not None or choice is not None:
-        raise InvalidInput("functions and function_call are the old names of tools and tool_choice: send one pair", "functions")
-    else:
+    if legacy:
         choice = function_call
+    else:
+        kept = {i: tool.function for i, tool in enumerate(tools or ()) if tool.type == "function" and tool.function is not None}
+        newer = None if tools is None else list(kept.values())
+        called: Any = {"type": "function", "function": function_call} if isinstance(function_call, Mapping) else function_call
+        if functions not in (None, newer) or called not in (None, choice or "auto"):
+            raise InvalidInput("functions and function_call are the old names of tools and tool_choice: send one pair", "functions")
+        functions = newer if newer or not tools else None
     if functions is None:
         if choice in (None, "none", "auto"):
             return None
+        _check_kind(choice, choice_field)
         raise InvalidInput(f"{choice_field} needs {field}: send both, or leave {choice_field} out", choice_field)
-    names = _check_functions(functions, field)
+    names = _check_functions(kept, field)
     words = ("none", "auto") if legacy else ("none", "auto", "required")
     named = _named_function(choice, choice_field, names, legacy) if isinstance(choice, Mapping) else None
     if isinstance(choice, str) and choice not in words:
@@ -220,13 +228,14 @@ def tool_spec(
     return ToolSpec(mode=mode, functions=tuple(functions), named=named, parallel=not legacy and parallel is not False, legacy=legacy)
 
 
-def _check_functions(functions: Sequence[Function], field: str) -> set[str]:
+def _check_functions(functions: Mapping[int, Function], field: str) -> set[str]:
+    """The names of the functions. They come with their index in the field."""
     if not functions:
         raise InvalidInput(f"{field} is empty: list at least one function, or leave it out", field)
     if len(functions) > MAX_TOOLS:
         raise InvalidInput(f"{field} has {len(functions)} elements, and at most {MAX_TOOLS} are allowed: leave some out", field)
     names: set[str] = set()
-    for i, function in enumerate(functions):
+    for i, function in functions.items():
         where = f"{field}.{i}.name" if field == "functions" else f"{field}.{i}.function.name"
         if not _NAME.fullmatch(function.name):
             raise InvalidInput(f"{where} must be 1 to 256 letters, digits or _.:/-, got {function.name!r}", where)
@@ -240,13 +249,19 @@ def _check_functions(functions: Sequence[Function], field: str) -> set[str]:
     return names
 
 
+def _check_kind(choice: Any, field: str) -> Any:
+    """The type of a tool choice. The only tools that can be called here are functions."""
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    if isinstance(kind, str) and kind != "function":
+        raise NotSupportedYet(f"{field}.type {kind!r} is not supported: name a function", field + ".type")
+    return kind
+
+
 def _named_function(choice: Mapping[str, Any], field: str, names: set[str], legacy: bool) -> str:
     """The function named by {"type": "function", "function": {"name": ...}}, or by {"name": ...} in the older form."""
     inner: Any = choice
     if not legacy:
-        kind = choice.get("type")
-        if kind in ("allowed_tools", "custom"):
-            raise NotSupportedYet(f"{field}.type {kind!r} is not supported: name a function", field + ".type")
+        kind = _check_kind(choice, field)
         inner = choice.get("function")
         unknown = choice.keys() - {"type", "function"}
         if kind not in (None, "function") or not isinstance(inner, Mapping) or unknown:

@@ -122,10 +122,10 @@ def test_fields_without_effect_are_accepted_and_named(live: LiveServer) -> None:
     ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type"), ({"input": [{"role": "usr", "content": "x"}]}, "input"),
     ({"input": [{"role": "user", "content": "x", "nam": 1}]}, "input.0.nam"), ({"input": None}, "input"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
-    ({"background": True}, "background"), ({"truncation": "auto"}, "truncation"), ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"background": True}, "background"), ({"truncation": "some"}, "truncation"), ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 9999}, "max_output_tokens"),
     ({"include": ["everything"]}, "include.0"), ({"top_logprobs": 2}, "top_logprobs"), ({"temperature": 3}, "temperature"),
-    ({"tools": [{"type": "web_search"}]}, "tools.0.type"), ({"max_tokens": 5}, "max_tokens"), ({"n": 2}, "n"),
+    ({"tools": [{"type": "functon", "name": "f", "parameters": {}}]}, "tools.0.type"), ({"max_tokens": 5}, "max_tokens"), ({"n": 2}, "n"),
     ({"stream_options": {}}, "stream_options"), ({"stream": True, "stream_options": {"continuous_usage_stats": True}},
                                                   "stream_options.continuous_usage_stats"),
 ])

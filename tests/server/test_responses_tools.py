@@ -190,7 +190,7 @@ def test_without_parallel_calls_only_one_call_is_returned(tools: ScriptedChat) -
     ({"tools": [{"type": "function", "function": {"name": "clock"}}]}, "tools.0.name"),
     ({"tools": [TOOLS[1], TOOLS[1]]}, "tools.1.name"), ({"tools": [{**TOOLS[1], "descripton": "x"}]}, "tools.0.descripton"),
     ({"tools": [{**TOOLS[1], "parameters": {"type": "array"}}]}, "tools.0.parameters"),
-    ({"tools": [{**TOOLS[1], "defer_loading": True}]}, "tools.0.defer_loading"), ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ({"tools": [{**TOOLS[1], "defer_loading": True}]}, "tools.0.defer_loading"), ({"tools": [{"name": "f"}]}, "tools.0.type"),
     ({"tool_choice": "required"}, "tool_choice"), ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "clok"}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
