@@ -157,7 +157,7 @@ class ServerConfig:
         "accept chat templates in requests; a template can use unlimited time and memory, so turn this on only if you trust all "
         "clients")
     enable_auto_tool_choice: bool | None = option(None,
-        "let the model decide whether to call tools (default: on if the format of its calls is known)")
+        "let the model decide whether to call tools, and say at the start in which format (default: on)")
     tool_call_parser: str | None = option(None,
         "format of the model's tool calls (default: guessed from its chat template)", choices=TOOL_CALL_PARSERS)
     reasoning_parser: str | None = option(None,

@@ -16,7 +16,6 @@ from typing import Any
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
-from minivllm.engine.chat_template import conversation
 from minivllm.engine.compose import build_engine
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.prompts import Prompt, prepare_request
@@ -70,7 +69,7 @@ class LLM:
         prompts: list[Prompt] = []
         for one in conversations:
             text = tokenizer.apply_chat_template(
-                conversation(one), tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
+                one, tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
             )
             assert isinstance(text, str)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenizers.decoders import DecodeStream
 
+from minivllm.engine.chat_prompt import ChatOptions, write_chat
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError
 
@@ -75,11 +76,12 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
         continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | ChatTemplate | None = None, tokenize: bool = True, **kwargs: Any,
+        chat_template: str | ChatTemplate | None = None, generic_format: str | None = None, tokenize: bool = True, **kwargs: Any,
     ) -> list[int] | str:
         """Write a conversation in the model's training format. The template writes the special tokens too.
 
         `chat_template` replaces the model's own: Jinja source, or the name of a built-in template.
+        `generic_format` describes tools by the generic prompt in this format. Without it, only templates without a place for tools do.
         """
         if isinstance(chat_template, str):
             chat_template = ChatTemplate(built_in_template(chat_template) if chat_template in BUILT_IN else chat_template)
@@ -88,10 +90,10 @@ class Tokenizer:
             raise InvalidInput(
                 "this model has no chat template: use a chat model, pass chat_template, or send a plain prompt", "messages",
             )
-        text = template.render(
-            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
-            tools=tools, variables={**self._special_tokens, **kwargs},
-        )
+        text = write_chat(template, messages, ChatOptions(
+            tools=tools or (), generic_format=generic_format, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, variables={**self._special_tokens, **kwargs},
+        ))
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     # -- ids -> text --------------------------------------------------------------------------------------------------

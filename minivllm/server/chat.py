@@ -7,10 +7,14 @@ A field that the template would silently leave out is refused. If the field coul
 """
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 from minivllm.config import TOOL_CALL_PARSERS, ServerConfig
+from minivllm.engine.chat_prompt import GENERIC_FORMAT, takes_tools
 from minivllm.engine.chat_template import ChatTemplate
+from minivllm.engine.conversation import text_of
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, NotSupportedYet
 from minivllm.server.errors import context_error
@@ -21,7 +25,21 @@ from minivllm.server.reasoning import CLOSE, OPEN, output_start
 from minivllm.server.tool_parsers import PARSERS, guess_parser
 from minivllm.server.tools import ToolSpec
 
+log = logging.getLogger(__name__)
 MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How the model is told to write calls."""
+
+    name: str  # a key of PARSERS
+    has_place: bool  # in the chat template
+    known: bool  # the name was set or is shown by the template
+
+    def is_generic(self, tools: ToolSpec | None) -> bool:
+        """Whether the generic prompt describes the tools. A forced call has its own format, so any description serves."""
+        return not self.has_place or (not self.known and (tools is None or tools.mode == "auto"))
 
 
 class ChatPreprocessor:
@@ -30,16 +48,17 @@ class ChatPreprocessor:
     def __init__(self, config: ServerConfig, tokenizer: Tokenizer | None, max_model_len: int) -> None:
         self._config = config
         self._max_model_len = max_model_len
+        self._explained: set[str] = set()  # templates whose format of calls has been logged
         template = None if tokenizer is None else tokenizer.chat_template
-        if config.enable_auto_tool_choice and self._call_format(template) is None:
-            raise InvalidInput("enable_auto_tool_choice needs the format of the model's calls, and the chat template does not show it: add "
-                               f"--tool-call-parser {'|'.join(TOOL_CALL_PARSERS)}", "tool_call_parser")
+        if config.enable_auto_tool_choice and template is not None:
+            self._tool_format(template)
 
     async def prompt(self, body: ChatRequest, tokenizer: Tokenizer, ignored: list[str]) -> tuple[list[int], OutputSpec | None]:
         """The prompt's token ids, and the specification of an output that is more than text. Appends to `ignored`."""
         template = self._template(body, tokenizer)
         tools = body.tool_spec()
-        call_format = self._auto_format(template, tools) if tools is not None and tools.mode == "auto" else None
+        tool_format = None if tools is None or template is None else self._tool_format(template)
+        call_format = None if tools is None or tools.mode != "auto" else self._auto_format(tools, tool_format)
         messages = body.conversation(ignored)
         if template is not None:
             messages = _adapt(template, messages, ignored)
@@ -52,13 +71,14 @@ class ChatPreprocessor:
         def write() -> tuple[list[int], OutputSpec | None]:
             text = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=opens_answer, continue_final_message=bool(body.continue_final_message),
-                tools=None if tools is None else tools.for_template(), chat_template=template, tokenize=False, **variables,
+                tools=None if tools is None else tools.for_template(), chat_template=template, tokenize=False,
+                generic_format=tool_format.name if tool_format is not None and tool_format.is_generic(tools) else None, **variables,
             )
             assert isinstance(text, str)
-            continued = messages[-1]["content"] if body.continue_final_message else ""
+            continued = text_of(messages[-1]["content"]) if body.continue_final_message else ""
             return tokenizer.encode(text, add_special_tokens=False), self._output_spec(body, tokenizer, tools, call_format, text, continued)
 
-        size = sum(len(message["content"]) for message in messages)
+        size = sum(len(text_of(message["content"])) for message in messages)
         check_length(size, self._max_model_len, "messages")
         return await off_loop(size + (0 if tools is None else len(str(tools.functions))), write)
 
@@ -70,25 +90,35 @@ class ChatPreprocessor:
                                "chat_template")
         return ChatTemplate(body.chat_template)
 
-    def _call_format(self, template: ChatTemplate | None) -> str | None:
-        return self._config.tool_call_parser or (None if template is None else guess_parser(template.for_tools().source))
+    def _tool_format(self, template: ChatTemplate) -> ToolFormat:
+        """How calls are written with this template. It is logged once."""
+        source, parser = template.for_tools().source, self._config.tool_call_parser
+        has_place = takes_tools(template)
+        name = parser or (guess_parser(source) if has_place else None)
+        found = ToolFormat(name or GENERIC_FORMAT, has_place, known=name is not None)
+        if source not in self._explained:
+            self._explained.add(source)
+            unknown = f"the chat template's own format is none of {', '.join(TOOL_CALL_PARSERS)}"
+            log.info("tool calls: format %s, %s", found.name,
+                     "described by a generic prompt: the chat template has no place for tools" if not has_place else
+                     f"described by a generic prompt: {unknown}" if name is None else
+                     "set by --tool-call-parser" if parser else "as the chat template shows")
+        return found
 
-    def _auto_format(self, template: ChatTemplate | None, tools: ToolSpec) -> str:
-        """The format of the calls that the model chooses to make."""
-        field = "function_call" if tools.legacy else "tool_choice"
-        if self._config.enable_auto_tool_choice is False:
+    def check_choice(self, body: ChatRequest) -> None:
+        """Refuse "auto" if it is turned off."""
+        tools = body.tool_spec()
+        if tools is not None and tools.mode == "auto" and self._config.enable_auto_tool_choice is False:
+            field = "function_call" if tools.legacy else "tool_choice"
             raise InvalidInput(f"{field} 'auto' is turned off: start the server with --enable-auto-tool-choice, or choose another", field)
-        if template is not None and "tools" not in template.for_tools().variables:
-            return "hermes"  # never used: rendering fails, because the template does not support tools
-        found = self._call_format(template)
-        if tools.first_strict is not None and found not in (None, "hermes"):
+
+    def _auto_format(self, tools: ToolSpec, tool_format: ToolFormat | None) -> str:
+        """The format of the calls that the model chooses to make."""
+        found = GENERIC_FORMAT if tool_format is None else tool_format.name
+        if tools.first_strict is not None and found != "hermes":
             where = f"functions.{tools.first_strict}.strict" if tools.legacy else f"tools.{tools.first_strict}.function.strict"
-            raise NotSupportedYet(f"{where} with {field} 'auto' is not supported yet in the format {found}, only in hermes: leave strict "
-                                  "out, or require a call", where)
-        if found is None:
-            raise InvalidInput(f"{field} 'auto' needs the format of the model's calls, and the chat template does not show it: start the "
-                               f"server with --enable-auto-tool-choice --tool-call-parser {'|'.join(TOOL_CALL_PARSERS)}, or name a "
-                               "function", field)
+            raise NotSupportedYet(f"{where} with {'function_call' if tools.legacy else 'tool_choice'} 'auto' is not supported yet in the "
+                                  f"format {found}, only in hermes: leave strict out, or require a call", where)
         return found
 
     def _output_spec(
@@ -118,12 +148,10 @@ def _special_id(tokenizer: Tokenizer, marker: str) -> int | None:
 
 
 def _adapt(template: ChatTemplate, messages: list[dict[str, Any]], ignored: list[str]) -> list[dict[str, Any]]:
-    """Messages without what this template does not handle. The developer role is OpenAI's newer name of the system role."""
+    """Messages without reasoning, if this template does not handle it."""
     source = template.for_tools().source
     adapted = []
     for i, message in enumerate(messages):
-        if message["role"] == "developer" and "developer" not in source:
-            message = {**message, "role": "system"}
         if "reasoning_content" in message and "reasoning_content" not in source:
             message = {name: value for name, value in message.items() if name != "reasoning_content"}
             ignored.append(f"messages.{i}.reasoning_content")

@@ -43,6 +43,7 @@ class Preprocessor:
         body.check()
         self._frontend.check_model(body.model)
         self._check_choices(1, body.n or 1)
+        self._chat.check_choice(body)
         prompt, output = await self.chat_prompt(body, ignored)
         return self._prepared(prefix, body, [self._truncated(body, prompt, None)], ignored, default_output=None, output=output)
 

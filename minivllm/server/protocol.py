@@ -287,30 +287,27 @@ class ChatMessage(StrictModel):
         return self.content if content is None and refusal is None and self.content != [] else content or refusal
 
     def calls(self, path: str) -> list[dict[str, Any]]:
-        """An assistant's calls in the form that chat templates expect: arguments are objects."""
+        """An assistant's calls, in the newer form."""
         if self.function_call is not None:
-            function = self.function_call
-            arguments = function.arguments_object(path + "function_call.")
-            return [{"type": "function", "function": {"name": function.name, "arguments": arguments}}]
+            return [{"type": "function", "function": self.function_call.for_template(path + "function_call.")}]
         return [
             {**({} if call.id is None else {"id": call.id}), "type": "function",
-             "function": {"name": call.function.name, "arguments": call.function.arguments_object(f"{path}tool_calls.{i}.function.")}}
+             "function": call.function.for_template(f"{path}tool_calls.{i}.function.")}
             for i, call in enumerate(self.tool_calls or ())
         ]
 
     def for_template(self, path: str, ignored: list[str]) -> dict[str, Any]:
-        """The message in the form that chat templates expect."""
-        calls, reasoning = self.calls(path), self.reasoning_content or self.reasoning
-        no_content = self.content is None and self.role == "assistant" and (calls or reasoning)
-        entry: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role,
-                                 "content": "" if no_content else content_text(self.content, path + "content", ignored)}
-        more = {"name": self.name, "tool_calls": calls or None, "tool_call_id": self.tool_call_id, "reasoning_content": reasoning or None}
-        return {**entry, **{name: value for name, value in more.items() if value is not None}}
+        """The message as `engine/conversation.py` takes it. An assistant's answer may have been empty."""
+        content = None if self.content is None and self.role == "assistant" else message_content(self.content, path + "content", ignored)
+        more = {"name": self.name, "tool_calls": self.calls(path) or None, "tool_call_id": self.tool_call_id,
+                "reasoning_content": self.reasoning_content or self.reasoning or None}
+        return {"role": "tool" if self.role == "function" else self.role, "content": content,
+                **{name: value for name, value in more.items() if value is not None}}
 
 
-def content_text(content: Any, where: str, ignored: list[str], *, part_types: Collection[str] = ("text",),
-                 inert: Collection[str] = ("prompt_cache_breakpoint", "cache_control")) -> str:
-    """A message's content as one string: text parts are joined by newlines. `part_types` and `inert`: what parts may be and hold."""
+def message_content(content: Any, where: str, ignored: list[str], *, part_types: Collection[str] = ("text",),
+                    inert: Collection[str] = ("prompt_cache_breakpoint", "cache_control")) -> str | list[dict[str, str]]:
+    """A message's content: a string, or text parts. `part_types` and `inert`: what parts may be and hold."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -329,8 +326,8 @@ def content_text(content: Any, where: str, ignored: list[str], *, part_types: Co
                 raise UnknownField(unknown_field(f"{here}.{name}", name, ("type", "text")), f"{here}.{name}")
             if part[name] not in (None, []):
                 ignored.append(f"{here}.{name}")
-        texts.append(part["text"])
-    return "\n".join(texts)
+        texts.append({"type": "text", "text": part["text"]})
+    return texts
 
 
 def refusals_as_text(content: Any) -> Any:
@@ -391,16 +388,7 @@ class ChatRequest(GenerationRequest):
                                    "or the server sets it", f"chat_template_kwargs.{name}")
 
     def conversation(self, ignored: list[str]) -> list[dict[str, Any]]:
-        """The messages in the form that chat templates expect. A tool's result also gets the name of its function."""
-        messages: list[dict[str, Any]] = []
-        called: dict[str, str] = {}  # id of a call -> name of its function
-        for i, message in enumerate(self.messages):
-            entry = message.for_template(f"messages.{i}.", ignored)
-            called |= {call["id"]: call["function"]["name"] for call in entry.get("tool_calls", ()) if "id" in call}
-            if entry["role"] == "tool" and entry.get("tool_call_id") in called:
-                entry.setdefault("name", called[entry["tool_call_id"]])
-            messages.append(entry)
-        return messages
+        return [message.for_template(f"messages.{i}.", ignored) for i, message in enumerate(self.messages)]
 
     def tool_spec(self) -> ToolSpec | None:
         """The tools that the model sees; None if it sees none."""
@@ -449,8 +437,6 @@ class TokenizeRequest(StrictModel):
         if self.add_special_tokens:
             raise InvalidInput("add_special_tokens is for prompts: a chat template writes special tokens itself; leave it out",
                                "add_special_tokens")
-        if self.tools is not None:
-            fields["tool_choice"] = "required"  # any choice gives the same prompt, and this one needs no call format
         return ChatRequest(messages=self.messages, **fields)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, WithJsonSchema
 from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
 from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import NO_EFFECT, ChatRequest, SharedFields, Strings, content_text, convert, refusals_as_text
+from minivllm.server.protocol import NO_EFFECT, ChatRequest, SharedFields, Strings, convert, message_content, refusals_as_text
 from minivllm.server.strict import StrictModel
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that requests log-probabilities
@@ -193,9 +193,9 @@ class Conversation:
         if not self._reasoning[0]:
             self._drop_reasoning()
 
-    def _text(self, item: dict[str, Any], where: str, name: str) -> str:
-        return content_text(item[name], f"{where}.{name}", self.ignored, part_types=("input_text", "output_text", "text"),
-                            inert=("annotations", "logprobs", "parsed", "prompt_cache_breakpoint"))
+    def _text(self, item: dict[str, Any], where: str, name: str) -> str | list[dict[str, str]]:
+        return message_content(item[name], f"{where}.{name}", self.ignored, part_types=("input_text", "output_text", "text"),
+                               inert=("annotations", "logprobs", "parsed", "prompt_cache_breakpoint"))
 
     def _append(self, message: dict[str, Any]) -> None:
         if message["role"] != "assistant":

@@ -10,7 +10,6 @@
 """
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,16 +60,12 @@ class CalledFunction(StrictModel):
     name: str
     arguments: Annotated[Any, WithJsonSchema({"type": ["string", "object", "null"]})] = None
 
-    def arguments_object(self, path: str) -> dict[str, Any]:
-        where, value = path + "arguments", self.arguments
-        if isinstance(value, str):
-            try:
-                value = json.loads(value) if value.strip() else {}
-            except (ValueError, RecursionError):
-                raise InvalidInput(f"{where} must be the text of a JSON object, got {self.arguments!r}: correct it", where) from None
-        if value is not None and not isinstance(value, dict):
+    def for_template(self, path: str) -> dict[str, Any]:
+        """Text that is no JSON is accepted: a call that was cut off by the token limit comes back with its conversation."""
+        if not isinstance(self.arguments, (str, dict, type(None))):
+            where = path + "arguments"
             raise InvalidInput(f"{where} must be a JSON object or its text, got {self.arguments!r}", where)
-        return value or {}
+        return {"name": self.name, "arguments": self.arguments}
 
 
 class ToolCall(StrictModel):

@@ -143,10 +143,10 @@ def test_any_served_name_works_and_is_in_the_response(tokenizer_folder: Path) ->
 
 def test_a_template_given_to_the_server_replaces_the_models_own(tokenizer_folder: Path) -> None:
     engine = ScriptedEngine(tokenizer_folder)
-    engine.tokenizer.chat_template = ChatTemplate("{% for m in messages %}{{ m.role }}|{% endfor %}{{ mood }}")
+    engine.tokenizer.chat_template = ChatTemplate("{% for m in messages %}{{ m.content }}|{% endfor %}{{ mood }}")
     with scripted_server(engine) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
         api.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"chat_template_kwargs": {"mood": "glad"}})
-        assert prompt_text(engine) == "user|glad"
+        assert prompt_text(engine) == f"{HELLO[0]['content']}|glad"
 
 
 def test_tokenize_and_detokenize_are_inverse(live: LiveServer, engine: ScriptedEngine) -> None:

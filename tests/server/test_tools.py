@@ -13,7 +13,6 @@ import openai
 import pytest
 
 from minivllm.engine.chat_template import ChatTemplate, built_in_template
-from minivllm.errors import InvalidInput
 from tests.server.scripted import EOS, LiveServer, ScriptedEngine, scripted_server
 
 MODEL = "org/fake-model"
@@ -302,11 +301,12 @@ def test_references_in_the_schemas_of_several_tools_refer_to_their_own_tool(tool
     assert "$id" not in schema["$defs"]["tool2"]
 
 
-def test_arguments_nested_too_deep_for_a_template_are_refused(tools: ScriptedChat) -> None:
-    function = {"name": "f", "arguments": '{"a":' + "[" * 900 + "]" * 900 + "}"}
+@pytest.mark.parametrize("depth", [900, 1400, 60_000])
+def test_arguments_that_are_nested_deep_are_written_or_refused(tools: ScriptedChat, depth: int) -> None:
+    function = {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}
     called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
-    with pytest.raises(openai.BadRequestError, match="nested too deep"):
-        tools.chat(messages=[*HELLO, called])
+    response = httpx.post(tools.live.url + "/v1/chat/completions", json={"messages": [*HELLO, called]})
+    assert response.status_code == 200 or "shorten" in response.json()["error"]["message"] or "nested too deep" in response.text
 
 
 # -- calls and results sent back --------------------------------------------------------------------------------------
@@ -324,14 +324,14 @@ def test_a_message_with_calls_can_be_sent_back_unchanged_with_the_results(tools:
 
 
 def test_templates_get_arguments_as_objects_and_results_with_the_name_of_their_function(tokenizer_folder: Path) -> None:
-    with scripted_chat(tokenizer_folder, "{{ messages | tojson }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}{{ tools }}") as made:
+    with scripted_chat(tokenizer_folder, "{{ messages | tojson }}{{ tools }}") as made:
         messages: Any = [*HELLO, {"role": "assistant", "tool_calls": [
             {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": PARIS}, "index": 0},
             {"id": "b", "type": "function", "function": {"name": "clock", "arguments": ""}},
         ]}, {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "noon"}]}]
         made.chat(messages=messages, tools=TOOLS, tool_choice="none")
         written = json.JSONDecoder().raw_decode(made.prompt)[0]
-        assert written[1]["content"] == "" and [c["function"]["arguments"] for c in written[1]["tool_calls"]] == [{"city": "Paris"}, {}]
+        assert written[1]["content"] is None and [c["function"]["arguments"] for c in written[1]["tool_calls"]] == [{"city": "Paris"}, {}]
         assert written[2] == {"role": "tool", "content": "noon", "tool_call_id": "b", "name": "clock"}
         assert made.prompt.endswith("None"), "tool_choice none: no tools"
 
@@ -371,13 +371,6 @@ def test_the_format_can_be_set(tokenizer_folder: Path, name: str, text: str) -> 
         assert join(made.chat(tools=TOOLS, stream=True)).calls == wanted
 
 
-def test_auto_without_a_known_format_is_refused_and_names_the_flag(tokenizer_folder: Path) -> None:
-    with scripted_chat(tokenizer_folder, BARE) as made, pytest.raises(openai.BadRequestError, match="--tool-call-parser hermes"):
-        made.chat(tools=TOOLS)
-    with pytest.raises(InvalidInput, match="--tool-call-parser"), scripted_chat(tokenizer_folder, BARE, enable_auto_tool_choice=True):
-        pass
-
-
 def test_auto_can_be_turned_off(tokenizer_folder: Path) -> None:
     with scripted_chat(tokenizer_folder, built_in_template("tool_chatml"), enable_auto_tool_choice=False) as made:
         with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
@@ -385,13 +378,64 @@ def test_auto_can_be_turned_off(tokenizer_folder: Path) -> None:
         made.chat(tools=TOOLS, tool_choice="none")
 
 
-def test_tools_with_a_template_that_has_none_are_refused_with_a_hint(tokenizer_folder: Path) -> None:
-    with scripted_chat(tokenizer_folder, "{% for m in messages %}{{ m.content }}{% endfor %}") as made:
-        for stream in (False, True):
-            with pytest.raises(openai.BadRequestError, match="tool_chatml") as refused:
-                made.chat(tools=TOOLS, stream=stream)
-            assert refused.value.param == "tools"
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, why", [(PLAIN, "no place for tools"), (BARE, "none of hermes")])
+def test_tools_work_with_a_template_without_them_or_with_an_unknown_format(
+    tokenizer_folder: Path, template: str, why: str, caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Auto, required and named choices, calls and results: described by a generic prompt in the Hermes format."""
+    caplog.set_level("INFO", "minivllm.server.chat")
+    wanted = [("get_weather", PARIS)]
+    with scripted_chat(tokenizer_folder, template) as made:
+        assert not caplog.records
+        made.generate(f"Let me look. {CALL}")
+        choice = made.chat(tools=TOOLS).choices[0]
+        assert (choice.message.content, calls_of(choice.message), choice.finish_reason) == ("Let me look.", wanted, "tool_calls")
+        assert join(made.chat(tools=TOOLS, stream=True)) == Joined("Let me look.", "", wanted, "tool_calls")
+        assert json.dumps(WEATHER) in made.prompt and '"clock"' in made.prompt
+        results = [{"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "sunny"}]
+        made.generate("Sunny.")
+        made.chat(tools=TOOLS, messages=[*HELLO, choice.message.model_dump(), *results])
+        assert f"Let me look.\n{CALL}" in made.prompt and "<tool_response>\nsunny\n</tool_response>" in made.prompt
+        made.generate('[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
+        assert calls_of(made.chat(tools=TOOLS, tool_choice="required").choices[0].message) == wanted
+        made.generate(PARIS)
+        named: Any = {"type": "function", "function": {"name": "get_weather"}}
+        assert calls_of(made.chat(tools=TOOLS, tool_choice=named).choices[0].message) == wanted
+        assert "Weather of a city" in made.prompt
         made.chat(tools=TOOLS, tool_choice="none")
+        assert "clock" not in made.prompt
+    (record,) = caplog.records
+    assert "format hermes, described by a generic prompt" in record.message and why in record.message
+
+
+@pytest.mark.parametrize("template, settings, says", [
+    (PLAIN, {}, "format hermes, described by a generic prompt: the chat template has no place for tools"),
+    (PLAIN, {"tool_call_parser": "pythonic"}, "format pythonic, described by a generic prompt: the chat template has no place for tools"),
+    (built_in_template("tool_chatml"), {}, "format hermes, as the chat template shows"),
+    (BARE, {"tool_call_parser": "llama3_json"}, "format llama3_json, set by --tool-call-parser"),
+])
+def test_the_format_of_calls_is_logged_at_the_start_with_the_flag_that_turns_auto_on(
+    tokenizer_folder: Path, template: str, settings: Any, says: str, caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "minivllm.server.chat")
+    with scripted_chat(tokenizer_folder, template, enable_auto_tool_choice=True, **settings):
+        assert [record.message for record in caplog.records] == [f"tool calls: {says}"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("llama3_json", '{"name": "get_weather", "parameters": {"city": "Paris"}}'),
+    ("pythonic", "[get_weather(city='Paris')]"), ("hermes", CALL),
+])
+def test_a_parser_that_is_set_without_a_template_for_tools_describes_its_format(tokenizer_folder: Path, name: str, text: str) -> None:
+    with scripted_chat(tokenizer_folder, PLAIN, tool_call_parser=name) as made:
+        made.generate(text)
+        message = made.chat(tools=TOOLS).choices[0].message
+        assert calls_of(message) == [("get_weather", PARIS)]
+        made.chat(tools=TOOLS, messages=[*HELLO, message.model_dump(), {"role": "tool", "content": "sunny"}, *HELLO])
+        assert f"<assistant>{text}<user><tool_response>\nsunny\n</tool_response>\nhello" in made.prompt, "the model sees what it wrote"
 
 
 def test_markers_that_are_special_tokens_reach_the_parser(tokenizer_folder: Path) -> None:

@@ -1,0 +1,226 @@
+# ruff: noqa: E501  templates are easier to compare if each turn is a line
+"""Chat templates in the styles of well-known models: each gets conversations in the form that it can write, and loses nothing.
+
+The templates are short ones written here. Each has the traits of its family: how it reads content, calls, ids and roles.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from minivllm.engine.chat_prompt import ChatOptions, takes_tools, template_traits, write_chat
+from minivllm.engine.chat_template import ChatTemplate, built_in_template
+from minivllm.errors import InvalidInput
+
+# content as text, tools and calls in the Hermes format (Qwen 2.5 and 3, Hermes)
+QWEN = """{%- if tools %}<system>{{ messages[0].content if messages[0].role == 'system' }}
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% elif messages[0].role == 'system' %}<system>{{ messages[0].content }}{% endif %}
+{%- for m in messages %}{% if m.role == 'user' or (m.role == 'system' and not loop.first) %}<{{ m.role }}>{{ m.content }}
+{%- elif m.role == 'assistant' %}<assistant>{% if '</think>' in (m.content or '') %}{{ m.content.split('</think>')[-1] }}
+{%- elif m.content %}{{ m.content }}{% endif %}
+{%- for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>
+{%- endfor %}{% elif m.role == 'tool' %}<user><tool_response>{{ m.content }}</tool_response>{% endif %}{% endfor %}"""
+# one call in a message, trimmed content, results in the role ipython (Llama 3.1)
+LLAMA = """{{- bos_token }}{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}
+{{- raise_exception('This model only supports single tool-calls at once!') }}{% endif %}<assistant>{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{
+m.tool_calls[0].function.arguments | tojson }}}{% elif m.role in ['tool', 'ipython'] %}<ipython>{{ m.content | tojson }}
+{%- else %}<{{ m.role }}>{% if tools and m.role == 'user' and loop.index0 < 2 %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}{{ m.content | trim }}{% endif %}{% endfor %}"""
+# ids of nine letters or digits, system text only in front of the last user message (Mistral Nemo)
+NEMO = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}{% set turns = messages %}
+{%- endif %}{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}{% if loop.last and system is defined %}[INST]{{ system + '\n\n' + m.content }}[/INST]
+{%- else %}[INST]{{ m.content }}[/INST]{% endif %}{% elif m.tool_calls is defined and m.tool_calls is not none %}[TOOL_CALLS][{% for c in m.tool_calls %}
+{%- if c.id is not defined or c.id | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{{- '{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments | tojson) + ', "id": "' + c.id + '"}' }}{% endfor %}]
+{%- elif m.role == 'assistant' %}{{ m.content + eos_token }}{% elif m.role == 'tool' %}
+{%- if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{{- '[TOOL_RESULTS]{"content": ' + m.content + ', "call_id": "' + m.tool_call_id + '"}' }}{% else %}{{ raise_exception('Only user and assistant roles!') }}{% endif %}
+{%- endfor %}{% if tools %}[AVAILABLE_TOOLS]{% for t in tools %}{{ t.function | tojson }}{% endfor %}{% endif %}"""
+# no system role, strict alternation (Gemma)
+GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"""
+# tests `content is none` for calls, concatenates arguments as text (DeepSeek)
+DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<User>' + m.content }}
+{%- elif m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}{{ '<call>' + c.function.name + '\n```json\n' + c.function.arguments + '\n```' }}{% endfor %}
+{%- elif m.role == 'assistant' %}{{ '<Assistant>' + m.content.split('</think>')[-1] }}{% elif m.role == 'tool' %}{{ '<output>' + m.content }}{% endif %}{% endfor %}"""
+# iterates over parts (LLaVA and other multimodal templates)
+PARTS = """{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"""
+# parts for users, text for the system (mixed)
+MIXED = """{% for m in messages %}{% if m.role == 'user' %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}
+{%- else %}{{ m.content + '|' }}{% endif %}{% endfor %}"""
+# takes both (Llama 3.2 vision, SmolVLM)
+EITHER = """{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"""
+# ChatML without tools (SmolLM2, Phi)
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# arguments as XML parameters of a mapping (Qwen 3 Coder, GLM)
+XML = """{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for c in m.tool_calls or [] %}<function={{ c.function.name }}>
+{%- for name, value in c.function.arguments.items() %}<parameter={{ name }}>{{ value }}</parameter>{% endfor %}</function>{% endfor %}{% endfor %}"""
+# no `tool_calls is defined`: null would be iterated over; prints content without looking (functionary, Granite)
+GRANITE = """{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}{% if 'tool_calls' in m %}
+{%- for c in m.tool_calls %}<|tool_call|>{{ c.function.name }}{{ c.function.arguments }}{% endfor %}{% endif %}{% endfor %}"""
+# leaves out the roles that it does not know (Command-R's style of branches)
+COHERE = """{% for m in messages %}{% if m.role == 'user' %}<USER>{{ m.content }}{% elif m.role == 'assistant' %}<CHATBOT>{{ m.content }}{% endif %}{% endfor %}"""
+ALL = {"qwen": QWEN, "llama": LLAMA, "nemo": NEMO, "gemma": GEMMA, "deepseek": DEEPSEEK, "parts": PARTS, "mixed": MIXED, "either": EITHER,
+       "chatml": CHATML, "xml": XML, "granite": GRANITE, "cohere": COHERE, "tool_chatml": built_in_template("tool_chatml")}
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}]
+USER = {"role": "user", "content": "How is the weather?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def call(call_id: str = "call_0123456789abcdef01234567", city: str = "Paris", arguments: str | None = None) -> dict[str, Any]:
+    text = json.dumps({"city": city}) if arguments is None else arguments
+    return {"id": call_id, "type": "function", "function": {"name": "weather", "arguments": text}}
+
+
+def assistant(*calls: Any, content: str | None = None) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls), "refusal": None, "name": None}
+
+
+def result(call_id: str = "call_0123456789abcdef01234567", content: str = "sunny") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def write(source: str, messages: Sequence[Any], tools: Any = None, tool_use: str | None = None, **options: Any) -> str:
+    return write_chat(ChatTemplate(source, tool_use), messages, ChatOptions(
+        tools=tools or (), variables={"bos_token": "<s>", "eos_token": "</s>"}, **options))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_every_template_writes_every_text_of_a_conversation_with_tools(name: str, with_tools: bool) -> None:
+    """System message, question, call, result, answer, question: whatever the template takes or refuses."""
+    messages = [SYSTEM, USER, assistant(call()), result(), {"role": "assistant", "content": "It is fine."}, {"role": "user", "content": "And Rome?"}]
+    for chat in (messages, messages[1:], messages[:4]):
+        for form in ("text", "parts"):
+            sent = [{**m, "content": [{"type": "text", "text": m["content"]}]} if form == "parts" and m["content"] else m for m in chat]
+            text = write(ALL[name], sent, TOOLS if with_tools else None)
+            places = [text.index(m["content"]) for m in chat if m["content"] and m["role"] != "system"]
+            assert places == sorted(places)
+            assert chat[0] is USER or "Be brief." in text
+            assert "weather" in text and "Paris" in text and "None" not in text
+            assert not with_tools or "Weather of a city" in text
+            assert '\\"' not in text.replace(json.dumps(json.dumps("sunny")), ""), "no JSON inside a JSON string"
+            assert "{'city'" not in text, "no Python in place of JSON"
+
+
+def test_what_is_found_out_about_each_template() -> None:
+    traits = {name: template_traits(source, True) for name, source in ALL.items()}
+    assert {name for name, t in traits.items() if t.tools} == {"qwen", "llama", "nemo", "xml", "granite", "tool_chatml"}
+    assert {name for name, t in traits.items() if t.calls is None} == {"gemma", "parts", "mixed", "either", "chatml", "cohere"}
+    assert {name for name, t in traits.items() if t.system is None} == {"gemma", "cohere"}
+    assert {name for name, t in traits.items() if t.user == "parts"} == {"parts", "mixed"}
+    assert (traits["mixed"].assistant, traits["mixed"].system, traits["parts"].system) == ("text", "text", "parts")
+    calls = {name: t.calls for name, t in traits.items() if t.calls is not None}
+    assert {name for name, c in calls.items() if c.arguments == "text"} == {"deepseek", "granite"}
+    assert {name for name, c in calls.items() if c.short_ids} == {"nemo"}
+    assert {name for name, c in calls.items() if not c.several} == {"llama"}
+    assert {name for name, c in calls.items() if c.beside_text != "kept"} == {"deepseek", "llama", "nemo"}
+    assert {name for name, c in calls.items() if not c.raw_arguments} == {"xml"}
+    assert not calls["granite"].null_content and calls["deepseek"].null_content
+
+
+def test_user_text_in_parts_reaches_a_template_that_iterates_over_parts() -> None:
+    two = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert write(PARTS, [USER]) == "<user>How is the weather?"
+    assert write(PARTS, [{"role": "user", "content": two}]) == "<user>onetwo"
+    assert write(CHATML, [{"role": "user", "content": two}], add_generation_prompt=False) == "<|im_start|>user\none\ntwo<|im_end|>\n"
+    assert write(MIXED, [SYSTEM, USER]) == "Be brief.|How is the weather?"
+    assert write(PARTS, [USER, {"role": "assistant", "content": "It"}], add_generation_prompt=False, continue_final_message=True
+                 ) == "<user>How is the weather?<assistant>It"
+
+
+@pytest.mark.parametrize("template, messages, where", [
+    ("{% for m in messages %}{% for part in m.body %}{{ part }}{% endfor %}{% endfor %}", [USER], "messages.0.content"),
+    ("{{ messages[-1].content }}", [USER, {"role": "assistant", "content": "Fine."}, USER], "messages.0.content"),
+    ("always the same", [USER], "messages.0.content"),
+    (QWEN, [USER, {"role": "critic", "content": "No."}], "messages.1.content"),
+    ("{% for m in messages %}{% for part in m.content[:1] %}{{ part.text }}{% endfor %}{% endfor %}",
+     [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "messages.0.content"),
+])
+def test_a_text_that_the_template_leaves_out_is_refused_by_name(template: str, messages: Any, where: str) -> None:
+    with pytest.raises(InvalidInput, match="leaves this message") as refused:
+        write(template, messages)
+    assert refused.value.param == where
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content | trim | upper }}", "{{ messages[0].content.split('</think>')[-1] }}",
+                                      "{{ messages[0].content | tojson }}", "{{ messages[0].content | replace('é', 'e') | truncate(9) }}"])
+def test_a_template_may_change_a_text(template: str) -> None:
+    write(template, [{"role": "user", "content": ' <think>hm</think> "é" and some more text\n'}])
+    write(template, [{"role": "user", "content": "  "}])
+
+
+def test_null_content_stays_null_where_the_template_tests_for_it_and_is_empty_where_it_would_be_written() -> None:
+    assert "<call>weather\n```json\n{\"city\": \"Paris\"}\n```" in write(DEEPSEEK, [USER, assistant(call()), result()])
+    assert "<|end_of_role|><|tool_call|>weather" in write(GRANITE, [USER, assistant(call())], TOOLS)
+    no_key = {"role": "assistant", "tool_calls": [call()]}
+    assert write(DEEPSEEK, [USER, no_key]) == write(DEEPSEEK, [USER, assistant(call())])
+    null_calls = {"role": "assistant", "content": "Fine.", "tool_calls": None, "function_call": None}
+    for source in (GRANITE, NEMO, LLAMA):
+        assert "Fine." in write(source, [USER, null_calls, USER])
+    assert write(CHATML, [USER, {"role": "assistant", "content": None}, USER]).count("assistant\n<|im_end|>") == 1, "an answer may be empty"
+
+
+def test_text_beside_a_call_is_not_lost_and_neither_is_the_call() -> None:
+    for name in ALL:
+        text = write(ALL[name], [USER, assistant(call(), content="Let me look."), result()])
+        assert text.index("Let me look.") < text.index("Paris") < text.index("sunny"), name
+
+
+def test_arguments_that_are_no_json_reach_the_template_as_their_text() -> None:
+    """A call that was cut off by the token limit comes back with its conversation."""
+    for name, source in ALL.items():
+        for raw in ('{"city": "Par', "[1]", "nonsense"):
+            text = write(source, [USER, assistant(call(arguments=raw)), result()], TOOLS)
+            assert raw in text or json.dumps(raw) in text, name
+        assert write(source, [USER, assistant(call(arguments=""))], TOOLS) == write(source, [USER, assistant(call(arguments="{}"))], TOOLS)
+
+
+def test_the_servers_own_ids_become_ids_of_nine_letters_or_digits_where_the_template_demands_them() -> None:
+    ids = ["call_0123456789abcdef01234567", "toolu_9", "ab12CD34e"]
+    text = write(NEMO, [USER, assistant(*map(call, ids)), *(result(i, f"result {i}") for i in ids), USER])
+    written = [text.split(f'"content": result {i}, "call_id": "')[1][:9] for i in ids]
+    assert written[2] == ids[2], "an id that fits is kept"
+    assert len({*written}) == 3 and all(w.isalnum() and text.count(f'"{w}"') == 2 for w in written), "call and result have the same id"
+    assert ids[0] in write(XML + "{{ messages[1].tool_calls[0].id }}", [USER, assistant(call())]), "elsewhere, the template gets the client's"
+    no_ids = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}} for _ in range(2)]
+    text = write(NEMO, [USER, assistant(*no_ids), {"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}])
+    first, second = (text.split(f'"content": {content}, "call_id": "')[1][:9] for content in "ab")
+    assert first != second and text.index(first) < text.index(second)
+
+
+def test_several_calls_are_written_one_by_one_where_the_template_takes_one_in_a_message() -> None:
+    messages = [USER, assistant(call("a"), call("b", "Rome"), content="Look."), result("b", "rain"), result("a", "sun"), USER]
+    text = write(LLAMA, messages, TOOLS)
+    assert text.index("Paris") < text.index('"sun"') < text.index("Rome") < text.index('"rain"')
+    assert text.count("<assistant>") == 3, "the text is a message too"
+
+
+def test_a_system_message_is_the_beginning_of_the_first_user_message_where_there_is_no_such_role() -> None:
+    assert write(GEMMA, [SYSTEM, USER]) == "<s><start_of_turn>user\nBe brief.\n\nHow is the weather?<end_of_turn>\n"
+    assert write(GEMMA, [SYSTEM]) == "<s><start_of_turn>user\nBe brief.<end_of_turn>\n"
+    assert write(GEMMA, [{"role": "developer", "content": "Be brief."}, USER]) == write(GEMMA, [SYSTEM, USER])
+    assert write(COHERE, [SYSTEM, USER]) == "<USER>Be brief.\n\nHow is the weather?"
+    two = [result("a", "sun"), result("b", "rain")]
+    text = write(GEMMA, [USER, assistant(call("a"), call("b", "Rome")), *two, USER], TOOLS)
+    assert text.count("<start_of_turn>user") == 2, "roles alternate: results and the question after them are one message"
+
+
+def test_a_second_template_for_tools_is_used_for_tools_and_for_earlier_calls() -> None:
+    """If it cannot do without tools, earlier calls are text."""
+    assert "Weather of a city" in write(CHATML, [USER], TOOLS, tool_use=QWEN)
+    assert "<tool_call>" in write(COHERE, [USER, assistant(call()), result()], tool_use=QWEN)
+    needs_tools = "{% for t in tools %}{{ t | tojson }}{% endfor %}" + QWEN
+    assert not write(COHERE, [USER, assistant(call()), result()], tool_use=needs_tools).startswith("{")
+    assert takes_tools(ChatTemplate(COHERE, needs_tools)) and not takes_tools(ChatTemplate(COHERE))
+
+
+def test_the_generic_prompt_can_be_chosen_although_the_template_has_a_place_for_tools() -> None:
+    text = write(NEMO, [USER, assistant(call()), result(), USER], TOOLS, generic_format="pythonic")
+    assert "[the_function(argument='value')]" in text and "[weather(city='Paris')]" in text and "AVAILABLE_TOOLS" not in text
