@@ -236,7 +236,7 @@ def _lost_number(
     for i, (role, parts, calls) in enumerate(outline):
         numbers = [f"7{i:06d}{j:03d}9" for j in range(abs(parts))]
         content: Any = [{"type": "text", "text": number} for number in numbers] if parts > 0 else "".join(numbers)
-        call = {"type": "function", "function": {**PROBE_TOOL["function"], "arguments": {}}}
+        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
         chat.append({"role": role, "content": content, **({"tool_calls": [call] * calls} if calls else {})})
     tools = [PROBE_TOOL] if with_tools else ()
     options = ChatOptions(tools=tools, generic_format=generic_format, fold_system=fold_system, variables=_TOKENS)

@@ -1,4 +1,4 @@
-"""Conversations in one form, whoever sends them: messages in OpenAI's form are checked and normalized once.
+"""Conversations in one form: messages in OpenAI's form are checked and normalized once, for the server and for Python callers.
 
     role          one of the template's roles; "developer" is OpenAI's newer name of "system"
     content       a string, a list of text parts, or None

@@ -25,7 +25,7 @@ Render: TypeAlias = Callable[[Sequence[Message]], str | None]  # None: the templ
 LONG_ID, SHORT_ID = "call_b7c1d09e4f2a48c6a3d58e10", "b7c1d09e4"
 _USER, _SYSTEM, _ANSWER, _RESULT, _VALUE, _NAME = "73109465", "48120937", "91836504", "60274918", "27590416", "fn85039271"
 _KEY = "arg50683917"
-PROBE_TOOL = {"type": "function", "function": {"name": _NAME, "description": "A function", "parameters": {
+PROBE_TOOL: dict[str, Any] = {"type": "function", "function": {"name": _NAME, "description": "A function", "parameters": {
     "type": "object", "properties": {_KEY: {"type": "string", "description": "A text"}}, "required": [_KEY]}}}
 
 
