@@ -306,7 +306,7 @@ def test_arguments_that_are_nested_deep_are_written_or_refused(tools: ScriptedCh
     function = {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}
     called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
     response = httpx.post(tools.live.url + "/v1/chat/completions", json={"messages": [*HELLO, called]})
-    assert response.status_code == 200 or "shorten" in response.json()["error"]["message"] or "nested too deep" in response.text
+    assert response.status_code == 200 or any(why in response.text for why in ("context length", "nested too deep")), response.text
 
 
 # -- calls and results sent back --------------------------------------------------------------------------------------
