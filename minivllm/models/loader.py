@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a model. Loading is total: each tensor of the checkpoint is used, or listed in IGNORED, or an error.
+"""From a checkpoint folder to a model. Loading is total: each tensor of the checkpoint is used, or a BUFFER, or an error.
 
 All names and shapes are compared before the first weight is read, so a wrong folder fails at once, with all its problems listed.
 A linear layer's method (`minivllm.quantization`) declares which tensors it has, so this one loader serves all methods.
@@ -8,14 +8,16 @@ fused qkv), so besides the model, at most one parameter is in memory at any time
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +27,38 @@ from minivllm.errors import ModelError
 from minivllm.families import ModelSpec
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.models.weight_files import find_weight_files
 from minivllm.quantization.methods import Parameter, Source, parameters
 
-# Exporters give the same tensors different prefixes: with or without an output head, decoder alone or inside a model.
-PREFIXES = ("model.decoder.", "decoder.", "model.")
-# Tensors that older exporters wrote, although config.json determines them.
-IGNORED = {re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"): "recomputed from config.json"}
+log = logging.getLogger(__name__)
+
+# Exporters give the same tensors different prefixes: with or without an output head, the decoder alone, inside a larger model, or
+# wrapped by torch.compile or by data parallelism. A name is compared without all of these.
+PREFIXES = ("model.", "decoder.", "language_model.", "transformer.", "base_model.", "module.", "_orig_mod.")
+
+
+class Buffer(NamedTuple):
+    """Tensors that some exporters wrote although config.json determines them."""
+
+    name: str  # pattern of the last parts of the name
+    shape: Callable[[tuple[int, ...]], bool]
+    what: str
+
+
+BUFFERS = (
+    Buffer(r"(rotary_emb|rotary_pos_emb|rope)\.(inv_freq|original_inv_freq|freqs|cos_cached|sin_cached|cos_sin_cache)",
+           lambda shape: True, "rotary frequencies, or their cosines and sines"),
+    Buffer(r"(attn|self_attn|attention)\.bias|causal_mask", lambda shape: len(shape) >= 2 and shape[-1] == shape[-2], "causal mask"),
+    Buffer(r"(attn|self_attn|attention)\.masked_bias", lambda shape: shape in ((), (1,)), "score of masked keys"),
+    Buffer(r"position_ids", lambda shape: True, "0, 1, 2, ..."),
+    Buffer(r"version", lambda shape: shape in ((), (1,)), "version of the exporter, in old OPT checkpoints"),
+)
+# safetensors' names of dtypes, and torch's. A name that is not here is shown as it is.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}
+CONVERTED = ("float64", "float32", "float16", "bfloat16")  # to the model's dtype, on copy
 PROGRESS_FROM = 512 << 20  # bytes; smaller models load too fast for a progress bar
 DUMMY_STD = 0.02
 
@@ -42,6 +70,7 @@ class StoredTensor:
     file: str
     name: str  # in the file, with its prefix
     shape: tuple[int, ...]
+    dtype: str  # torch's name
     read: Callable[[], Tensor]
 
 
@@ -53,10 +82,11 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
 
     Raises `ModelError` naming the tensors that are missing, left over, or of another shape or dtype.
     """
-    needed = parameters(spec, build.method)
     if load_format == "dummy":
-        return _build_decoder(spec, build, _Dummy(needed, build, seed))
-    with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as checkpoint:
+        return _build_decoder(spec, build, _Dummy(parameters(spec, build.method), build, seed))
+    with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
+        spec, checkpoint = resolve_tied(spec, found)
+        needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
         num_bytes = sum(p.size * _dtype(p, build).itemsize for p in needed.values())
         disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
@@ -95,21 +125,11 @@ class _Stored:
         start = 0
         for source in param.sources:
             size = source.shape[param.concat_dim] if source.shape else 1  # scalars are joined to a vector
-            out.narrow(param.concat_dim, start, size).copy_(_read(self.checkpoint[source.name], param))
+            out.narrow(param.concat_dim, start, size).copy_(self.checkpoint[source.name].read())
             start += size
         assert start == param.shape[param.concat_dim]  # every element was written
         self.bar.update(out.nbytes)
         return out
-
-
-def _read(stored: StoredTensor, param: Parameter) -> Tensor:
-    """One tensor of the checkpoint. Only tensors in the model's dtype are converted on copy, and they must be floating point."""
-    tensor = stored.read()
-    if param.dtype is None and not tensor.is_floating_point():
-        raise ModelError(f"{stored.name} in {stored.file} has dtype {tensor.dtype}: quantized weights are not supported yet", "model")
-    if param.dtype is not None and tensor.dtype != getattr(torch, param.dtype):
-        raise ModelError(f"{stored.name} in {stored.file} has dtype {tensor.dtype}, but its method needs {param.dtype}", "model")
-    return tensor
 
 
 class _Dummy:
@@ -136,29 +156,62 @@ class _Dummy:
 
 
 def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoint, folder: Path) -> None:
-    """Raise `ModelError` unless the checkpoint has exactly the tensors that the model needs, in their shapes."""
-    sources: dict[str, Source] = {source.name: source for param in needed.values() for source in param.sources}
-    problems = [f"missing: {s.name} {list(s.shape)}" for s in sources.values() if s.name not in checkpoint]
+    """Raise `ModelError` unless the checkpoint has exactly the tensors that the model needs, in their shapes and dtypes."""
+    sources: dict[str, tuple[Source, Parameter]] = {s.name: (s, param) for param in needed.values() for s in param.sources}
+    absent = [source for source, _ in sources.values() if source.name not in checkpoint]
+    problems = [f"missing: {_spelled(source.name, checkpoint, spec)} {list(source.shape)}" for source in absent]
+    head = f"{spec.names['head'][0]}.weight"
+    if [source.name for source in absent] == [head]:
+        problems[0] += " (if the model uses its embedding table as output head, set tie_word_embeddings to true in config.json)"
     for name, stored in checkpoint.items():
         if name in sources:
-            if stored.shape != (expected := sources[name].shape):
-                problems.append(f"wrong shape: {stored.name} in {stored.file} is {list(stored.shape)}, not {list(expected)}")
-        elif not (any(p.fullmatch(name) for p in IGNORED) or _is_tied_head(spec, name, checkpoint)):
+            problems += _mismatches(stored, *sources[name])
+        elif not (is_buffer(name, stored.shape) or (spec.tied and name == head)):
             problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ModelError(f"the weights in {folder} do not match its config.json ({spec.architecture}): {shown}", "model")
 
 
-def _is_tied_head(spec: ModelSpec, name: str, checkpoint: Checkpoint) -> bool:
-    """Whether this tensor is a stored copy of a tied output head, that is, of the embedding table. Other values are an error."""
-    if not spec.tied or name != f"{spec.names['head'][0]}.weight":
-        return False
-    head, table = checkpoint[name], checkpoint.get(f"{spec.names['embed'][0]}.weight")
-    if table is not None and (head.shape != table.shape or not torch.equal(head.read(), table.read())):
-        raise ModelError(f"{head.name} in {head.file} differs from {table.name}, but config.json ties them: "
-                         "set tie_word_embeddings to false there", "model")
-    return True
+def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Iterator[str]:
+    """What is wrong with one tensor. Only tensors in the model's dtype are converted, and only from a dtype without scales."""
+    if stored.shape != source.shape:
+        yield f"wrong shape: {stored.name} in {stored.file} is {list(stored.shape)}, not {list(source.shape)}"
+    if param.dtype is None and stored.dtype not in CONVERTED:
+        yield f"wrong dtype: {stored.name} in {stored.file} has dtype {stored.dtype}: quantized weights are not supported yet"
+    if param.dtype is not None and stored.dtype != param.dtype:
+        yield f"wrong dtype: {stored.name} in {stored.file} has dtype {stored.dtype}, but its method needs {param.dtype}"
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether config.json determines this tensor, so that a stored copy is skipped."""
+    return any(re.fullmatch(rf"(.*\.)?({buffer.name})", name) is not None and buffer.shape(shape) for buffer in BUFFERS)
+
+
+def _spelled(name: str, checkpoint: Checkpoint, spec: ModelSpec) -> str:
+    """A missing tensor's name with the prefix that this checkpoint gives to tensors like it."""
+    prefixes: dict[str, Counter[str]] = {}
+    for ours, stored in checkpoint.items():
+        for part in (ours.split(".")[0], ""):  # those of the same module, and all
+            prefixes.setdefault(part, Counter())[stored.name.removesuffix(ours)] += 1
+    module = name.split(".")[0]
+    if module not in prefixes and (module == spec.names["head"][0] or not prefixes):
+        return name  # Transformers gives the output head no prefix
+    return prefixes.get(module, prefixes[""]).most_common(1)[0][0] + name
+
+
+def resolve_tied(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
+    """A tied matrix may be stored as embedding table, as output head, or as both. As in Transformers, two unequal ones are not tied."""
+    table_name, head_name = (f"{spec.names[module][0]}.weight" for module in ("embed", "head"))
+    table, head = checkpoint.get(table_name), checkpoint.get(head_name)
+    if not spec.tied or head is None:
+        return spec, checkpoint
+    if table is None:
+        return spec, {table_name if name == head_name else name: stored for name, stored in checkpoint.items()}
+    if (table.dtype, table.shape) == (head.dtype, head.shape) and torch.equal(table.read(), head.read()):
+        return spec, checkpoint
+    log.warning("%s and %s differ, so both are used, although config.json ties them (tie_word_embeddings)", table.name, head.name)
+    return dataclasses.replace(spec, tied=False), checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,52 +222,26 @@ def _is_tied_head(spec: ModelSpec, name: str, checkpoint: Checkpoint) -> bool:
 @contextmanager
 def open_checkpoint(folder: Path, safetensors_only: bool = False) -> Iterator[Checkpoint]:
     """All tensors of a folder by name, memory-mapped while the context lasts."""
-    files = find_weight_files(folder, safetensors_only)
+    weights = find_weight_files(folder, safetensors_only)
     checkpoint: dict[str, StoredTensor] = {}
     with ExitStack() as stack:
-        for file in files:
+        for file in weights.files:
             for stored in _open_safetensors(file, stack) if file.suffix == ".safetensors" else _open_torch(file):
                 name = _without_prefix(stored.name)
-                if name in checkpoint:
-                    first = checkpoint[name]
+                first = checkpoint.setdefault(name, stored)
+                if first is stored:
+                    continue
+                if first.name != stored.name:
                     raise ModelError(f"a tensor is stored twice: {first.name} in {first.file}, {stored.name} in {stored.file}", "model")
-                checkpoint[name] = stored
+                # Two files have it. The index says which one counts; without its word it is the last one, as in Transformers.
+                if weights.file_of.get(stored.name) != first.file:
+                    checkpoint[name] = stored
         yield checkpoint
 
 
-def find_weight_files(folder: Path, safetensors_only: bool = False) -> list[Path]:
-    """The weight files of a folder: safetensors before PyTorch's, sharded (with an index) or single."""
-    for stem, suffix in (("model", "safetensors"),) if safetensors_only else (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        single = folder / f"{stem}.{suffix}"
-        if index.exists():
-            return _files_of_index(index)
-        if single.exists():
-            return [single]
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    expected = "model.safetensors, model.safetensors.index.json" + ("" if safetensors_only else ", pytorch_model.bin")
-    found = f" (several files, no index: {', '.join(f.name for f in others)})" if others else ""
-    raise ModelError(f"no weights in {folder}{found}: expected one of {expected}", "model")
-
-
-def _files_of_index(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"{index} is not a valid weight index ({e!r})", "model") from e
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
-    if missing:
-        raise ModelError(f"{index.name} names {missing[0]}, which is not in {index.parent}; is the download complete?", "model")
-    return [index.parent / name for name in names]
-
-
 def _without_prefix(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name[len(prefix) :]
+    while (prefix := next((p for p in PREFIXES if name.startswith(p)), None)) is not None:
+        name = name[len(prefix) :]
     return name
 
 
@@ -223,10 +250,12 @@ def _open_safetensors(file: Path, stack: ExitStack) -> list[StoredTensor]:
 
     try:
         handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
-        return [
-            StoredTensor(file.name, name, tuple(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name))
-            for name in handle.keys()  # noqa: SIM118 - not a dict
-        ]
+        found = []
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            part = handle.get_slice(name)
+            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+            found.append(StoredTensor(file.name, name, tuple(part.get_shape()), dtype, partial(handle.get_tensor, name)))
+        return found
     except (SafetensorError, OSError, ValueError) as e:
         raise ModelError(f"{file} is damaged or not a safetensors file ({e}); download it again", "model") from e
 
@@ -241,9 +270,13 @@ def _open_torch(file: Path) -> list[StoredTensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds of exceptions for damaged files
         raise ModelError(f"{file} is damaged or holds more than tensors ({type(e).__name__}: {str(e)[:80]})", "model") from e
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()):
         raise ModelError(f"{file} is not a dictionary of tensors", "model")
-    return [StoredTensor(file.name, name, tuple(t.shape), partial(_itself, t)) for name, t in state.items()]
+    for name, t in state.items():
+        if t.layout != torch.strided or t.device.type == "meta":
+            raise ModelError(f"{name} in {file} has no plain values ({t.layout}, {t.device}): save it as a dense tensor", "model")
+    return [StoredTensor(file.name, name, tuple(t.shape), str(t.dtype).removeprefix("torch."), partial(_itself, t))
+            for name, t in state.items()]
 
 
 def _itself(tensor: Tensor) -> Tensor:
