@@ -16,13 +16,14 @@ from typing import Any
 
 from minivllm.compat import environment
 from minivllm.compat.settings import VLLM_NAMES, translate
-from minivllm.errors import InvalidInput, nearest
+from minivllm.errors import InvalidInput, nearest, shown
 from minivllm.sampling_params import MAX_LOGPROBS
 
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 # Sampling parameters whose defaults the server and the command line take from the model's generation_config.json.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+MOST = 2**31 - 1  # of counts and lengths, which kernels and the block tables hold as 32-bit integers
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -90,20 +91,23 @@ class EngineConfig:
         check_types(self)
         self._between("block_size", 1, 256)
         self._between("max_num_seqs", 1, 65536)
-        self._between("long_prefill_token_threshold", 0, None)
-        self._between("kv_offloading_size", 0, None)
-        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "max_queue"):
-            self._between(name, 1, None)
-        self._between("max_logprobs", -1, None)
-        self._between("num_gpu_blocks_override", 2, None)  # one of them is the null block
+        self._between("seed", -(2**63), 2**63 - 1)
+        self._between("long_prefill_token_threshold", 0, MOST)
+        self._between("kv_offloading_size", 0, 2**20)
+        for name in ("max_model_len", "max_num_batched_tokens", "max_queue"):
+            self._between(name, 1, MOST)
+        self._between("kv_cache_memory_bytes", 1, 2**50)
+        self._between("max_logprobs", -1, MOST)
+        self._between("num_gpu_blocks_override", 2, MOST)  # one of them is the null block
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}", "gpu_memory_utilization")
+            hint = f"; {self.gpu_memory_utilization:g}% is {self.gpu_memory_utilization / 100:g}" if 1 < self.gpu_memory_utilization <= 100 else ""
+            raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {shown(self.gpu_memory_utilization)}{hint}",
+                               "gpu_memory_utilization")
 
-    def _between(self, name: str, low: float, high: float | None) -> None:
+    def _between(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if value is not None and (value < low or (high is not None and value > high)):
-            span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-            raise InvalidInput(f"{name} must be {span}, got {value}", name)
+        if value is not None and not low <= value <= high:
+            raise InvalidInput(f"{name} must be {f'at least {low}' if value < low else f'at most {high}'}, got {shown(value)}", name)
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
@@ -246,10 +250,12 @@ def check_types(config: Any) -> None:
         if value is None and optional:
             continue
         if choices and value not in choices:
-            raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}", f.name)
+            raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {shown(value)}{nearest(shown(value)[1:-1], choices)}", f.name)
         allowed, words = _KINDS[kind]
         wrong = not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool")
         wrong |= isinstance(value, float) and not math.isfinite(value)
+        if not wrong and isinstance(value, int | float) and not -(2**63) <= value < 2**63:
+            raise InvalidInput(f"{f.name} must be a number of at most 64 bits, got {shown(value)}", f.name)
         wrong |= isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
         if wrong:
-            raise InvalidInput(f"{f.name} must be {words}, got {value!r}", f.name)
+            raise InvalidInput(f"{f.name} must be {words}, got {shown(value)}", f.name)

@@ -37,6 +37,15 @@ class EngineDead(RuntimeError):
     """The engine loop ended, so no request is answered any more. The message is the reason."""
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """A wrong value for an error message: its beginning, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out very long integers
+        return "a number of thousands of digits"
+    return text if len(text) <= limit else f"{text[:limit]} .. ({len(text)} characters)"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name, such as ``; did you mean 'temperature'?``. Empty if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -8,11 +8,24 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from minivllm.errors import nearest
+from minivllm.errors import nearest, shown
 from minivllm.families.spec import RopeSpec, model_error
 
 Config: TypeAlias = Mapping[str, Any]  # a parsed config.json
 REQUIRED = ...
+
+# Smallest and largest value of each number, far beyond real models: a damaged file must not allocate, loop or overflow.
+_ANY = 2**31 - 1
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "num_hidden_layers": (1, 10_000), "hidden_size": (1, 2**20), "word_embed_proj_dim": (1, 2**20), "intermediate_size": (1, 2**24),
+    "ffn_dim": (1, 2**24), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16), "head_dim": (1, 2**16),
+    "vocab_size": (1, 2**26), "max_position_embeddings": (1, _ANY), "original_max_position_embeddings": (1, _ANY),
+    "sliding_window": (1, _ANY), "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e15), "factor": (1.0, 1e6), "beta_fast": (0.0, 1e6),
+    "beta_slow": (0.0, 1e6), "low_freq_factor": (0.0, 1e6), "high_freq_factor": (0.0, 1e6), "attention_factor": (0.0, 1e3),
+    "mscale": (0.0, 1e3), "mscale_all_dim": (0.0, 1e3),
+}
+_DTYPES = {"float32": "float32", "float": "float32", "float64": "float32", "double": "float32", "bfloat16": "bfloat16",
+           "float16": "float16", "half": "float16"}
 
 
 class Key(NamedTuple):
@@ -30,26 +43,26 @@ def read(config: Config, key: Key) -> Any:
         if key.default is REQUIRED:
             raise model_error(f"config.json has no {key.name!r}{nearest(key.name, config)}")
         return key.default
-    if key.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, key.type) or (isinstance(value, bool) and key.type is not bool):
-        raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {value!r}")
-    return value
+    if not isinstance(value, (int, float) if key.type is float else key.type) or (isinstance(value, bool) and key.type is not bool):
+        raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {shown(value)}")
+    if key.type in (int, float):
+        low, high = LIMITS.get(key.name, (-_ANY, _ANY))
+        if not low <= value <= high:  # NaN is refused too
+            raise model_error(f"config.json: {key.name} must be between {low:.10g} and {high:.10g}, got {shown(value)}")
+    return key.type(value) if key.type is float else value
 
 
 def num_layers(config: Config) -> int:
-    layers = int(read(config, Key("num_hidden_layers", int)))
-    if layers < 1:
-        raise model_error(f"config.json: num_hidden_layers must be at least 1, got {layers}")
-    return layers
+    return int(read(config, Key("num_hidden_layers", int)))
 
 
 def dtype(config: Config) -> str:
-    """The dtype of the checkpoint's tensors."""
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise model_error(f"config.json: dtype {name!r} is not supported; float32, bfloat16 and float16 are")
-    return name
+    """The dtype of the checkpoint's tensors; float32 for wider ones."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    known = _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if known is None:
+        raise model_error(f"config.json: dtype {shown(name)} is not supported; float32, bfloat16 and float16 are")
+    return known
 
 
 # --- heads and activations -----------------------------------------------------------------------------------------
@@ -61,7 +74,7 @@ def head_dim(config: Config) -> int:
     if explicit is not None:
         return int(explicit)
     hidden, heads = read(config, Key("hidden_size", int)), read(config, Key("num_attention_heads", int))
-    if heads < 1 or hidden % heads:
+    if hidden % heads:
         raise model_error(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is missing")
     return int(hidden // heads)
 
@@ -80,7 +93,7 @@ def activation(key: Key) -> Callable[[Config], str]:
     def read_activation(config: Config) -> str:
         name = read(config, key)
         if name not in _ACTIVATIONS:
-            raise model_error(f"config.json: {key.name} {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+            raise model_error(f"config.json: {key.name} {shown(name)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
     return read_activation
 
@@ -106,9 +119,9 @@ def windows_by_layer(config: Config) -> tuple[int | None, ...]:
         return tuple(window if i >= first else None for i in range(layers))
     if len(types) != layers:
         raise model_error(f"config.json: layer_types has {len(types)} entries, but num_hidden_layers is {layers}")
-    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise model_error(f"config.json: layer type {unknown[0]!r} is not supported; full_attention and sliding_attention are")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise model_error(f"config.json: layer type {shown(kind)} is not supported; full_attention and sliding_attention are")
     if window is None and "sliding_attention" in types:
         raise model_error("config.json: layer_types names sliding_attention, but use_sliding_window is off or sliding_window is null")
     return tuple(window if t == "sliding_attention" else None for t in types)
@@ -132,15 +145,11 @@ def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
     theta = read(both, Key("rope_theta", float, 10000.0))
     kind = params.get("rope_type") or params.get("type") or "default"
     original = read(both, Key("original_max_position_embeddings", int, max_len))
-    if original < 1 or not 0.0 < theta < math.inf:
-        raise model_error(f"config.json: rope_theta {theta} and the original context length {original} must be positive")
     if kind == "default":
         return RopeSpec(theta=theta, original_max_len=max_len), max_len
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise model_error(f"config.json: rope type {kind!r} is not supported; default, linear, dynamic, llama3 and yarn are")
+        raise model_error(f"config.json: rope type {shown(kind)} is not supported; default, linear, dynamic, llama3 and yarn are")
     factor = read(params, Key("factor", float, max_len / original if kind == "yarn" else REQUIRED))
-    if not 1.0 <= factor < math.inf:
-        raise model_error(f"config.json: the rope factor must be at least 1, got {factor}")
     if kind == "llama3":  # max_position_embeddings is already the length after scaling
         low, high = read(params, Key("low_freq_factor", float)), read(params, Key("high_freq_factor", float))
         if not low < high:
@@ -149,11 +158,22 @@ def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
                         high_freq_factor=high), max_len
     if kind == "yarn":  # max_position_embeddings may be the length before or after scaling
         fast, slow = read(params, Key("beta_fast", float, 0.0)) or 32.0, read(params, Key("beta_slow", float, 0.0)) or 1.0
+        if theta == 1.0:
+            raise model_error("config.json: rope_theta must be above 1 for rope type 'yarn'")
         return RopeSpec(theta=theta, scaling="yarn", factor=factor, original_max_len=original, beta_fast=fast, beta_slow=slow,
                         truncate=read(params, Key("truncate", bool, True)),
-                        attention_factor=_yarn_attention_factor(params, factor)), max(max_len, int(original * factor))
+                        attention_factor=_yarn_attention_factor(params, factor)), max(max_len, _scaled(original, factor))
+    if kind == "dynamic" and head_dim(config) == 2:
+        raise model_error("config.json: head_dim must be above 2 for rope type 'dynamic'")
     return RopeSpec(theta=theta, scaling="linear" if kind == "linear" else "dynamic", factor=factor,
-                    original_max_len=max_len), int(max_len * factor)
+                    original_max_len=max_len), _scaled(max_len, factor)
+
+
+def _scaled(length: int, factor: float) -> int:
+    """The context length after scaling."""
+    if length * factor > _ANY:
+        raise model_error(f"config.json: a context of {length} tokens with the rope factor {factor:g} is longer than {_ANY} tokens")
+    return int(length * factor)
 
 
 def _yarn_attention_factor(params: Config, factor: float) -> float:

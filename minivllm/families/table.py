@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from minivllm.errors import NotSupportedYet
+from minivllm.errors import NotSupportedYet, shown
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -17,6 +17,11 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": QWEN3,
     "OPTForCausalLM": OPT,
 }
+# The class of a config.json that names only its model_type, as older exporters and many hand-written files do.
+MODEL_TYPES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "opt": "OPTForCausalLM",
+}
 
 
 def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES, methods: Mapping[str, object] = {}) -> ModelSpec:
@@ -24,20 +29,26 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES, meth
 
     Raises `ModelError` for an unknown architecture or key, `NotSupportedYet` for quantized weights in another method.
     """
-    architecture = _architecture(config, families)
     if quantization := read(config, Key("quantization_config", dict, {})):
         method = quantization.get("quant_method")
         if not isinstance(method, str) or method not in methods:
-            raise NotSupportedYet(f"quantized weights (quant_method {method!r}) are not supported yet: use the model's unquantized "
+            raise NotSupportedYet(f"quantized weights (quant_method {shown(method)}) are not supported yet: use the model's unquantized "
                                   "checkpoint", "model")
+    architecture = _architecture(config, families)
     return families[architecture].parse(architecture, config)
 
 
 def _architecture(config: Config, families: Mapping[str, Family]) -> str:
-    named = config.get("architectures")
-    if not isinstance(named, list) or not named:
-        raise model_error(f"config.json names no model class under 'architectures'; supported: {', '.join(families)}")
+    """The first supported class under `architectures`. Without any, the class of `model_type`."""
+    named, supported = read(config, Key("architectures", list, [])), ", ".join(families)
     for name in named:
         if isinstance(name, str) and name in families:
-            return str(name)
-    raise model_error(f"the architecture {named[0]} is not supported; supported: {', '.join(families)}")
+            return name
+    if named:
+        raise model_error(f"the architecture {named[0] if isinstance(named[0], str) and len(named[0]) < 99 else shown(named[0])} is not supported; supported: {supported}")
+    kind = read(config, Key("model_type", str, ""))
+    if not kind:
+        raise model_error(f"config.json names no model class under 'architectures' and no model_type; supported: {supported}")
+    if MODEL_TYPES.get(kind) not in families:
+        raise model_error(f"the model_type {shown(kind)} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    return MODEL_TYPES[kind]

@@ -124,14 +124,14 @@ def test_the_first_supported_architecture_of_those_named_is_used() -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM"),
-    ({"architectures": None}, "names no model class"),
+    ({"architectures": None, "model_type": None}, "names no model class"),
     ({"hidden_size": None}, "no 'hidden_size'"),
     ({"num_hidden_layers": "32"}, "'num_hidden_layers' must be of type int, got '32'"),
     ({"rms_norm_eps": True}, "'rms_norm_eps' must be of type float"),
     ({"num_key_value_heads": 5}, "num_attention_heads 32 must be a multiple of num_key_value_heads 5"),
-    ({"num_attention_heads": 0}, "multiple of num_attention_heads 0"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be between 1 and 65536, got 0"),
     ({"num_attention_heads": 31, "num_key_value_heads": 31}, "hidden_size 4096 is not a multiple"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be between 1 and 10000, got 0"),
     ({"head_dim": 31}, "head_dim must be even"),
     ({"hidden_act": "gelu"}, "gated MLP with activation 'gelu'"),
     ({"hidden_act": "sinus"}, "hidden_act 'sinus' is not supported"),
@@ -139,7 +139,7 @@ def test_the_first_supported_architecture_of_those_named_is_used() -> None:
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not supported"),
     ({"rope_scaling": {"rope_type": "linear"}}, "no 'factor'"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be between 1 and 1000000"),
     ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
 ])
 def test_an_invalid_llama_config_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:
@@ -152,7 +152,7 @@ def test_an_invalid_llama_config_is_an_error_that_names_the_key(change: dict[str
     ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "use_sliding_window is off"),
     ({"layer_types": ["full_attention"] * 27 + ["chunked_attention"]}, "'chunked_attention' is not supported"),
     ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, but num_hidden_layers is 28"),
-    ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window must be at least 1"),
+    ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "sliding_window must be between 1"),
 ])
 def test_contradictory_layer_types_are_errors(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
@@ -219,6 +219,9 @@ def test_every_layer_is_in_one_group_and_few_tensors_stay_unused(windows: list[i
     assert (len(groups) * num_kv_tensors(groups) - len(windows)) * 8 <= len(windows)
 
 
+HUGE = (10**400, 10**5000, -(10**400), 10**12, 1e308, -1e308, float("nan"), float("inf"), 2**31, [[10**400]], "x" * 100_000)
+
+
 SCALINGS = st.fixed_dictionaries({"type": st.sampled_from(["linear", "dynamic", "llama3", "yarn", "none", 3])}, optional={
     "factor": st.one_of(st.floats(), st.just("4")), "original_max_position_embeddings": st.integers(-1, 100),
     "low_freq_factor": st.floats(), "high_freq_factor": st.integers(0, 3), "rope_theta": st.floats(),
@@ -230,11 +233,76 @@ def test_a_damaged_config_gives_a_specification_or_a_user_error(config: dict[str
     damaged = dict(config)
     for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=3)):
         damaged[key] = data.draw(st.one_of(st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=5),
-                                           st.just([]), st.just({}), st.just([None]), SCALINGS))
+                                           st.just([]), st.just({}), st.just([None]), SCALINGS, st.sampled_from(HUGE)))
     try:
         parameters(parse_config(damaged))
     except InvalidInput as e:
-        assert e.message
+        assert 0 < len(e.message) < 500
+
+
+@pytest.mark.parametrize("value", HUGE, ids=range(len(HUGE)))
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+                                 "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "torch_dtype", "hidden_act"])
+def test_a_value_beyond_every_model_is_refused_by_its_key(key: str, value: Any) -> None:
+    if key == "rope_theta" and value in (10**12, 2**31):
+        return  # there are models with such a base
+    with pytest.raises(ModelError, match=key.removeprefix("torch_")) as error:
+        parse_config({**LLAMA_3_1_8B, "rope_scaling": None, key: value})
+    assert len(error.value.message) < 250
+
+
+@pytest.mark.parametrize("value", HUGE, ids=range(len(HUGE)))
+@pytest.mark.parametrize(("kind", "key"), [
+    *((kind, "factor") for kind in ("linear", "dynamic", "llama3", "yarn")), ("llama3", "low_freq_factor"), ("llama3", "high_freq_factor"),
+    ("yarn", "original_max_position_embeddings"), ("yarn", "beta_fast"), ("yarn", "beta_slow"), ("yarn", "attention_factor"),
+    ("yarn", "mscale"), ("yarn", "mscale_all_dim"), ("yarn", "rope_type"),
+])
+def test_a_rotary_value_beyond_every_model_is_refused_by_its_key(kind: str, key: str, value: Any) -> None:
+    scaling = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    with pytest.raises(ModelError, match=key.replace("_", ".")) as error:
+        parse_config({**LLAMA_3_1_8B, "rope_scaling": {**scaling, key: value}})
+    assert len(error.value.message) < 250
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1.0}}, {"rope_theta": 0.5}, {"rope_theta": -1.0},
+    {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, {"rms_norm_eps": -1e-6},
+    {"rope_scaling": {"type": "linear", "factor": 1e6}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+    {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": -14.426950408889634}},
+])
+def test_values_for_which_the_rotary_frequencies_do_not_exist_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"config.json: "):
+        parse_config({**LLAMA_3_1_8B, "rope_scaling": None, **change})
+
+
+@pytest.mark.parametrize(("named", "kind", "architecture"), [
+    (None, "llama", "LlamaForCausalLM"), ([], "mistral", "MistralForCausalLM"), (None, "qwen2", "Qwen2ForCausalLM"),
+    ([], "qwen3", "Qwen3ForCausalLM"), (["Custom", "LlamaForCausalLM"], "custom", "LlamaForCausalLM"),
+    (["LlamaForCausalLM"], None, "LlamaForCausalLM"),
+])
+def test_without_architectures_the_model_type_decides(named: Any, kind: Any, architecture: str) -> None:
+    config = {**LLAMA_3_1_8B, "architectures": named, "model_type": kind}
+    assert parse_config(config).architecture == architecture
+    if named is None:
+        del config["architectures"]
+        assert parse_config(config).architecture == architecture
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"architectures": [], "model_type": "gemma2"}, "the model_type 'gemma2' is not supported; supported: llama, mistral"),
+    ({"architectures": [], "model_type": 7}, "'model_type' must be of type str, got 7"),
+    ({"architectures": "LlamaForCausalLM"}, "'architectures' must be of type list, got 'LlamaForCausalLM'"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
+    ({"architectures": [], "model_type": None}, "names no model class under 'architectures' and no model_type"),
+])
+def test_a_model_that_is_not_named_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parse_config({**LLAMA_3_1_8B, **change})
+
+
+def test_the_method_is_refused_before_the_architecture() -> None:
+    with pytest.raises(NotSupportedYet, match="awq"):
+        parse_config({**LLAMA_3_1_8B, "architectures": ["Gemma2ForCausalLM"], "quantization_config": {"quant_method": "awq"}})
 
 
 def test_the_table_is_read_without_torch() -> None:
