@@ -96,7 +96,7 @@ class EngineConfig:
         self._between("kv_offloading_size", 0, 2**20)
         for name in ("max_model_len", "max_num_batched_tokens", "max_queue"):
             self._between(name, 1, MOST)
-        self._between("kv_cache_memory_bytes", 1, 2**50)
+        self._between("kv_cache_memory_bytes", 1, 2**60)
         self._between("max_logprobs", -1, MOST)
         self._between("num_gpu_blocks_override", 2, MOST)  # one of them is the null block
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
