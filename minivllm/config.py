@@ -100,9 +100,9 @@ class EngineConfig:
         self._between("max_logprobs", -1, MOST)
         self._between("num_gpu_blocks_override", 2, MOST)  # one of them is the null block
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            hint = f"; {self.gpu_memory_utilization:g}% is {self.gpu_memory_utilization / 100:g}" if 1 < self.gpu_memory_utilization <= 100 else ""
-            raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {shown(self.gpu_memory_utilization)}{hint}",
-                               "gpu_memory_utilization")
+            given = self.gpu_memory_utilization
+            hint = f"; {given:g}% is {given / 100:g}" if 1 < given <= 100 else ""
+            raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {given}{hint}", "gpu_memory_utilization")
 
     def _between(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -250,7 +250,8 @@ def check_types(config: Any) -> None:
         if value is None and optional:
             continue
         if choices and value not in choices:
-            raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {shown(value)}{nearest(shown(value)[1:-1], choices)}", f.name)
+            text = shown(value)
+            raise InvalidInput(f"{f.name} must be one of {', '.join(choices)}, got {text}{nearest(text[1:-1], choices)}", f.name)
         allowed, words = _KINDS[kind]
         wrong = not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool")
         wrong |= isinstance(value, float) and not math.isfinite(value)

@@ -75,7 +75,7 @@ def _gpu() -> Iterator[tuple[str, str]]:
 
 
 def _cache() -> Iterator[tuple[str, str]]:
-    from minivllm.models.hub import cache_dir
+    from minivllm.models.cache import cache_dir
 
     folder = cache_dir()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None

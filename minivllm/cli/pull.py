@@ -18,8 +18,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from minivllm.families import parse_config
     from minivllm.models.hub import find_model
+    from minivllm.quantization.methods import METHODS
 
-    files = find_model(build(EngineConfig, given(args, EngineConfig)))
+    files = find_model(build(EngineConfig, given(args, EngineConfig)), lambda found: parse_config(found, methods=METHODS))
     print(files.folder)
     return 0

@@ -40,8 +40,11 @@ _DEFAULTS = {
 
 def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONENTS) -> EngineCore:
     """Find the model, load it, size the KV cache, and connect all parts."""
-    files = find_model(config)
-    spec = _with_length(parse_config(files.config, methods=components.methods), config.max_model_len)
+    def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
+        return _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
+
+    files = find_model(config, read_spec)
+    spec = read_spec(files.config)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
     eos = _eos_token_ids(files.generation_config, files.config, tokenizer)
     defaults = sampling_defaults(files.generation_config)

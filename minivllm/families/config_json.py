@@ -38,18 +38,21 @@ class Key(NamedTuple):
 
 def read(config: Config, key: Key) -> Any:
     """The value of one key of config.json. Raises `ModelError` if it is missing or of another type."""
-    value = config.get(key.name)
+    value: Any = config.get(key.name)
     if value is None:
         if key.default is REQUIRED:
             raise model_error(f"config.json has no {key.name!r}{nearest(key.name, config)}")
         return key.default
     if not isinstance(value, (int, float) if key.type is float else key.type) or (isinstance(value, bool) and key.type is not bool):
         raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {shown(value)}")
-    if key.type in (int, float):
-        low, high = LIMITS.get(key.name, (-_ANY, _ANY))
-        if not low <= value <= high:  # NaN is refused too
-            raise model_error(f"config.json: {key.name} must be between {low:.10g} and {high:.10g}, got {shown(value)}")
-    return key.type(value) if key.type is float else value
+    return value if key.type not in (int, float) else _within_limits(key, value)
+
+
+def _within_limits(key: Key, value: Any) -> Any:
+    low, high = LIMITS.get(key.name, (-_ANY, _ANY))
+    if not low <= value <= high:  # NaN is refused too
+        raise model_error(f"config.json: {key.name} must be between {low:.10g} and {high:.10g}, got {shown(value)}")
+    return key.type(value)
 
 
 def num_layers(config: Config) -> int:

@@ -45,7 +45,8 @@ def _architecture(config: Config, families: Mapping[str, Family]) -> str:
         if isinstance(name, str) and name in families:
             return name
     if named:
-        raise model_error(f"the architecture {named[0] if isinstance(named[0], str) and len(named[0]) < 99 else shown(named[0])} is not supported; supported: {supported}")
+        first = named[0] if isinstance(named[0], str) and len(named[0]) < 99 else shown(named[0])
+        raise model_error(f"the architecture {first} is not supported; supported: {supported}")
     kind = read(config, Key("model_type", str, ""))
     if not kind:
         raise model_error(f"config.json names no model class under 'architectures' and no model_type; supported: {supported}")

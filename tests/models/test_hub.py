@@ -17,8 +17,10 @@ from huggingface_hub import errors as hub_errors
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError
+from minivllm.families import parse_config
 from minivllm.models import gguf, hub
-from minivllm.models.hub import ModelFiles, cache_dir, find_model
+from minivllm.models.cache import build_once, cache_dir
+from minivllm.models.hub import ModelFiles, find_model
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def make_folder(folder: Path, *, config: str = '{"model_type": "llama"}', weight
     return folder
 
 
-def find(model: Path | str | None, **kwargs: Any) -> ModelFiles:
-    return find_model(EngineConfig(model=None if model is None else str(model), **kwargs))
+def find(model: Path | str | None, check: Any = lambda config: None, **kwargs: Any) -> ModelFiles:
+    return find_model(EngineConfig(model=None if model is None else str(model), **kwargs), check)
 
 
 def refused(model: Path | str | None, *says: str, **kwargs: Any) -> InvalidInput:
@@ -139,9 +141,12 @@ def test_a_folder_without_tokenizer_needs_tokenizer_or_skip_tokenizer_init(tmp_p
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """Replaces `snapshot_download`: the new one raises `error`, or returns a folder of those `files` that its patterns select."""
+    """Replaces the hub's client: it raises `error`, or returns a folder of those `files` that its patterns select.
 
-    def install(files: tuple[str, ...] = (), error: Exception | None = None) -> list[dict[str, Any]]:
+    contents: of some files. gguf_about: what the hub knows of a GGUF repository."""
+
+    def install(files: tuple[str, ...] = (), error: Exception | None = None, contents: dict[str, str] | None = None,
+                gguf_about: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
         folder = tmp_path / "snapshot"
 
@@ -151,11 +156,26 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
                 raise error
             folder.mkdir(exist_ok=True)
             for file in huggingface_hub.utils.filter_repo_objects(
-                    files, allow_patterns=kwargs["allow_patterns"], ignore_patterns=kwargs["ignore_patterns"]):
-                (folder / file).write_text("{}")
+                    files, allow_patterns=kwargs["allow_patterns"], ignore_patterns=kwargs.get("ignore_patterns")):
+                (folder / file).write_text((contents or {}).get(file, "{}"))
             return str(folder)
 
+        def hf_hub_download(name: str, file: str, **kwargs: Any) -> str:
+            calls.append({"name": name, "file": file, **kwargs})
+            if error is not None:
+                raise error
+            folder.mkdir(exist_ok=True)
+            (folder / file).write_text("GGUF")
+            return str(folder / file)
+
+        def model_info(self: Any, name: str, **kwargs: Any) -> Any:
+            if error is not None:
+                raise error
+            return huggingface_hub.ModelInfo(id=name, siblings=[{"rfilename": file} for file in files], gguf=gguf_about)
+
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
         return calls
 
     return install
@@ -166,14 +186,14 @@ def test_a_hub_id_downloads_only_config_tokenizer_and_safetensors(fake_hub: Any)
                       "consolidated.safetensors", "modeling_evil.py"))
     files = find("owner/name", revision="v2")
     assert sorted(p.name for p in files.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert [(call["name"], call["revision"]) for call in calls] == [("owner/name", "v2")]
+    assert {(call["name"], call["revision"]) for call in calls} == {("owner/name", "v2")}
     assert files.name == "owner/name"
 
 
 def test_pickled_weights_are_downloaded_only_if_there_are_no_safetensors(fake_hub: Any) -> None:
     calls = fake_hub(("config.json", "tokenizer.json", "pytorch_model.bin", "flax_model.msgpack"))
     assert (find("facebook/opt-125m").folder / "pytorch_model.bin").exists()
-    assert len(calls) == 2
+    assert ["*.safetensors" in call["allow_patterns"] for call in calls] == [False, True, False]
 
 
 def test_with_dummy_weights_no_weights_are_downloaded(fake_hub: Any) -> None:
@@ -308,7 +328,7 @@ def test_files_of_a_killed_process_are_removed_by_the_next_one(cache: Path) -> N
     left_over = cache / "models" / ".thing.abc123"
     left_over.mkdir(parents=True)
     (left_over / "half").touch()
-    hub._build_once(target, "making", lambda out: out.write_text("whole"))
+    build_once(target, "making", lambda out: out.write_text("whole"))
     assert not left_over.exists()
     assert target.read_text() == "whole"
 
@@ -319,14 +339,14 @@ def test_of_two_processes_that_start_together_one_builds_and_one_waits(cache: Pa
     code = f"""
 import sys
 from pathlib import Path
-from minivllm.models import hub
+from minivllm.models.cache import build_once
 def build(out):
     with open({str(log)!r}, "a") as file:
         file.write("built\\n")
     sys.stdin.readline()   # waits inside the build until the parent has seen that the other process waits
     out.write_text("whole")
 print("ready", flush=True)
-print(hub._build_once(Path({str(cache)!r}) / "thing", "making", build).read_text(), flush=True)
+print(build_once(Path({str(cache)!r}) / "thing", "making", build).read_text(), flush=True)
 """
     start = lambda: subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,  # noqa: E731
                                      stderr=subprocess.PIPE, text=True, bufsize=1)
@@ -411,3 +431,127 @@ print([m for m in ("gguf", "transformers", "torch", "huggingface_hub", "tokenize
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(default_model.folder), "[]"]
+
+
+# ---- refused early: config.json, then the method, then the architecture, then files; no weights are downloaded before
+
+AWQ = json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq", "bits": 4}})
+GEMMA = json.dumps({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"})
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "m-Q4_K_M.gguf", "tokenizer.json")
+
+
+def downloaded(calls: list[dict[str, Any]]) -> set[str]:
+    """All patterns and files that were asked for."""
+    return {pattern for call in calls for pattern in call.get("allow_patterns", [call.get("file")])}
+
+
+@pytest.mark.parametrize(("contents", "says"), [
+    ({"config.json": AWQ}, "quant_method 'awq'"),
+    ({"config.json": GEMMA}, "the architecture Gemma2ForCausalLM is not supported"),
+    ({"config.json": "{}", "quantize_config.json": '{"bits": 4}'}, "quantized weights are not supported yet"),
+    ({"config.json": "{}", "quant_config.json": '{"w_bit": 4}'}, "quantized weights are not supported yet"),
+    ({"config.json": "{"}, "not readable as JSON"),
+    ({"config.json": "9" * 5000}, "not readable as JSON"),
+    ({"config.json": "[" * 100_000}, "not readable as JSON"),
+])
+def test_a_repository_that_cannot_run_is_refused_before_anything_large_is_downloaded(fake_hub: Any, contents: dict[str, str],
+                                                                                     says: str) -> None:
+    calls = fake_hub((*contents, *WEIGHTS), contents=contents)
+    refused("owner/name", says, check=parse_config)
+    assert downloaded(calls) == {"config.json", "quantize_config.json", "quant_config.json"}
+
+
+@pytest.mark.parametrize(("config", "says"), [(AWQ, "quant_method 'awq'"), (GEMMA, "Gemma2ForCausalLM is not supported")])
+def test_a_folder_without_weights_is_refused_for_its_config_first(tmp_path: Path, config: str, says: str) -> None:
+    refused(make_folder(tmp_path / "m", config=config, weights=None), says, check=parse_config)
+
+
+GGUFS = ("README.md", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "m-BF16.gguf", "mmproj-m-F16.gguf", "big-F32-00001-of-00002.gguf",
+         "big-F32-00002-of-00002.gguf")
+
+
+def test_a_gguf_repository_says_which_files_it_has_and_how_to_name_one(fake_hub: Any) -> None:
+    calls = fake_hub(GGUFS)
+    error = refused("owner/name", "has no config.json on the hub: it holds only GGUF files", "m-Q2_K.gguf, m-Q4_K_M.gguf",
+                    "name one, such as owner/name:Q4_K_M")
+    assert "mmproj" not in str(error) and "*.safetensors" not in downloaded(calls)
+
+
+def test_a_gguf_repository_with_a_config_says_the_same(fake_hub: Any) -> None:
+    fake_hub(("config.json", *GGUFS))
+    refused("owner/name", "has no safetensors on the hub, but GGUF files", "name one, such as owner/name:Q4_K_M")
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("owner/name:Q4_K_M", "m-Q4_K_M.gguf"), ("owner/name:q8_0", "m-Q8_0.gguf"), ("owner/name:m-Q2_K.gguf", "m-Q2_K.gguf"),
+    ("owner/name/m-Q2_K.gguf", "m-Q2_K.gguf"), ("hf.co/owner/name:Q2_K", "m-Q2_K.gguf"), ("owner/name:m-BF16", "m-BF16.gguf"),
+    ("https://huggingface.co/owner/name/blob/main/m-Q8_0.gguf", "m-Q8_0.gguf"),
+    ("https://huggingface.co/owner/name/resolve/main/m-Q8_0.gguf", "m-Q8_0.gguf"),
+])
+def test_one_gguf_file_of_a_repository_is_downloaded_and_converted(cache: Path, fake_hub: Any, fake_convert: list[Path], name: str,
+                                                                   file: str) -> None:
+    calls = fake_hub(GGUFS, gguf_about={"architecture": "llama"})
+    files = find(name)
+    assert [(call["name"], call.get("file")) for call in calls] == [("owner/name", file)]
+    assert [path.name for path in fake_convert] == [file] and files.name == name and files.folder.parent == cache / "models"
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("owner/name:Q5_K_M", "no GGUF file of 'owner/name' on the hub matches 'Q5_K_M' (big-F32-00001"),
+    ("owner/name:F16", "no GGUF file"), ("owner/name:F32", "in several parts"), ("owner/name:K", "no GGUF file"),
+])
+def test_a_gguf_tag_must_fit_one_file(fake_hub: Any, name: str, says: str) -> None:
+    calls = fake_hub(GGUFS)
+    refused(name, says)
+    assert not calls
+
+
+def test_a_gguf_file_of_another_architecture_is_refused_before_its_download(fake_hub: Any) -> None:
+    calls = fake_hub(GGUFS, gguf_about={"architecture": "gemma2"})
+    refused("owner/name:Q4_K_M", "the GGUF architecture 'gemma2' is not supported; supported: llama")
+    assert not calls
+
+
+def test_a_gguf_name_on_the_hub_has_the_hubs_errors(fake_hub: Any) -> None:
+    for kind in (hub_errors.LocalEntryNotFoundError, huggingface_hub.errors.HfHubHTTPError, hub_errors.RepositoryNotFoundError):
+        fake_hub(error=hub_error(kind))
+        assert "owner/name:Q4_K_M' is not a local folder" in str(refused("owner/name:Q4_K_M"))
+
+
+def test_without_a_network_a_downloaded_gguf_file_is_found_in_the_cache(cache: Path, fake_hub: Any, fake_convert: list[Path],
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(GGUFS)
+
+    def unreachable(*args: Any, **kwargs: Any) -> Any:
+        raise hub_error(hub_errors.OfflineModeIsEnabled)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    assert find("owner/name:Q4_K_M").folder.parent == cache / "models"
+
+
+@pytest.mark.parametrize(("files", "says"), [
+    (("params.json", "consolidated.safetensors"), "params.json is the original format of Mistral or Meta"),
+    (("adapter_config.json", "adapter_model.safetensors"), "it is a LoRA adapter"), (("model_index.json",), "it is a pipeline for images"),
+    (("README.md",), "is it a model?"),
+])
+def test_what_is_no_model_is_named_on_the_hub_and_in_a_folder(tmp_path: Path, fake_hub: Any, files: tuple[str, ...], says: str) -> None:
+    calls = fake_hub(files)
+    refused("owner/name", "has no config.json", says)
+    assert "*.safetensors" not in downloaded(calls)
+    (tmp_path / "m").mkdir()
+    for file in files:
+        (tmp_path / "m" / file).touch()
+    refused(tmp_path / "m", "has no config.json", says)
+
+
+@pytest.mark.parametrize("name", ["llama3.2:1b", "qwen:latest"])
+def test_names_of_other_libraries_are_refused_without_a_request(fake_hub: Any, name: str) -> None:
+    calls = fake_hub()
+    refused(name, "names of other programs' libraries are not known here")
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["", "~nobody-has-this-name/x", "x" * 5000, "a\0b", "a b/c", "owner/name:", "owner/name:a:b"])
+def test_an_odd_name_is_a_short_error(fake_hub: Any, name: str) -> None:
+    calls = fake_hub()
+    assert len(str(refused(name))) < 500 and (not calls or name == "x" * 5000)

@@ -1,0 +1,194 @@
+"""Models on the Hugging Face hub: what a name means there, and downloads in an order that refuses early.
+
+    owner/name           config.json ─▶ checked ─▶ tokenizer and safetensors; pickles only if there are no safetensors
+    owner/name:Q4_K_M    one GGUF file of the repository, by its quantization or its name; owner/name/file.gguf names the same
+
+A model that cannot run here is refused by its config.json, before its weights are downloaded.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from minivllm.errors import ModelError, shown
+
+CONFIGS = ["config.json", "quantize_config.json", "quant_config.json"]
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
+SAFETENSORS = "*.safetensors"
+PICKLES = "pytorch_model*.bin"  # read only through torch.load(weights_only=True)
+NOT_WANTED = ["*/*", "consolidated*", "*.index.fp*"]  # copies of the same weights in other formats
+LONGEST_ID = 96  # characters of an id on the hub
+
+_NAME = re.compile(r"(?:https?://)?(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)"
+                   r"(?::(?P<tag>[^:/]+)|/(?:(?:resolve|blob)/[^/]+/)?(?P<file>[^:]+\.gguf))?/?", re.IGNORECASE)
+# Files that say what a repository or folder without config.json is.
+NOT_A_MODEL = {
+    "params.json": "params.json is the original format of Mistral or Meta: use the model's repository in Hugging Face's format",
+    "adapter_config.json": "it is a LoRA adapter: use the model that it was trained for",
+    "model_index.json": "it is a pipeline for images: use a text model",
+}
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A name that may refer to the hub."""
+
+    param: str  # model or tokenizer
+    given: str  # as the user wrote it
+    repository: str
+    gguf: str | None  # a quantization such as Q4_K_M, or a file
+    revision: str | None = None
+    cache_dir: str | None = None  # None: the hub client's own
+    token: str | None = None  # None: HF_TOKEN
+
+
+def parse_name(param: str, name: str, **settings: str | None) -> HubName:
+    """The repository that a name refers to. Raises `ModelError` for what can only be a path."""
+    match = _NAME.fullmatch(name)
+    if match is None or name.startswith((".", "/", "~")) or len(match["repository"]) > LONGEST_ID:
+        raise ModelError(f"{param} {shown(name, 200)}: no such folder; give a folder with a config.json, a .gguf file, or a hub id such as "
+                         "'facebook/opt-125m', without a leading / or .", param)
+    if match["tag"] and "/" not in match["repository"]:
+        raise ModelError(f"{param} {name!r} is not a hub id (owner/name, or owner/name:Q4_K_M for a GGUF file); names of other programs' "
+                         "libraries are not known here", param)
+    return HubName(param, name, match["repository"], match["tag"] or match["file"], **settings)
+
+
+# ---- downloads
+
+def download_model(name: HubName, load_format: str, check: Callable[[Path], object]) -> Path:
+    """The folder of a model. `check` raises if the config.json in the folder describes a model that cannot run here."""
+    folder = _snapshot(name, CONFIGS)
+    if not (folder / "config.json").is_file():
+        files, _ = _about(name)
+        reason = "it holds only GGUF files" if _gguf_files(files) else not_a_model(files)
+        raise ModelError(f"{name.param} {name.given!r} has no config.json on the hub: {reason}{_how_to_name(name, files)}", name.param)
+    check(folder)
+    if load_format == "dummy":
+        return _snapshot(name, SMALL_FILES)
+    folder = _snapshot(name, [*SMALL_FILES, SAFETENSORS])
+    if load_format == "auto" and not any(folder.glob(SAFETENSORS)):
+        folder = _snapshot(name, [*SMALL_FILES, PICKLES])
+    if not any(folder.glob(SAFETENSORS)) and not any(folder.glob(PICKLES)) and _gguf_files(files := _about(name)[0]):
+        raise ModelError(f"{name.param} {name.given!r} has no safetensors on the hub, but GGUF files{_how_to_name(name, files)}",
+                         name.param)
+    return folder
+
+
+def download_tokenizer(name: HubName) -> Path:
+    """The folder of a repository's small files."""
+    return _snapshot(name, SMALL_FILES)
+
+
+def download_gguf(name: HubName, check: Callable[[str], object]) -> Path:
+    """One GGUF file. `check` raises for the name of an architecture that cannot run here; the hub knows it before the download."""
+    from huggingface_hub import hf_hub_download
+
+    files, architecture = _about(name)
+    file = _choose_gguf(name, files)
+    if architecture is not None:
+        check(architecture)
+    with _errors(name):
+        return Path(hf_hub_download(name.repository, file, revision=name.revision, cache_dir=name.cache_dir, token=name.token))
+
+
+def not_a_model(files: Iterable[str]) -> str:
+    """Why a repository or folder with these files, none of them config.json, cannot be loaded."""
+    return next((reason for file, reason in NOT_A_MODEL.items() if file in files), "is it a model?")
+
+
+# ---- GGUF files of a repository
+
+def _gguf_files(files: Iterable[str]) -> list[str]:
+    """The GGUF files that are models: mmproj files are encoders of images."""
+    return sorted(file for file in files if file.lower().endswith(".gguf") and "mmproj" not in file.lower())
+
+
+def _choose_gguf(name: HubName, files: Iterable[str]) -> str:
+    """The file that a name, or the end of a name such as Q4_K_M, refers to."""
+    wanted = str(name.gguf)
+    found = [file for file in _gguf_files(files) if wanted in (file, PurePosixPath(file).name, PurePosixPath(file).stem)]
+    tag = re.compile(rf"(.*[-./])?{re.escape(wanted)}(-\d{{5}}-of-\d{{5}})?\.gguf", re.IGNORECASE)
+    found = found or [file for file in _gguf_files(files) if tag.fullmatch(file)]
+    if any(re.search(r"-\d{5}-of-\d{5}\.gguf$", file) for file in found):
+        raise ModelError(f"{name.param} {name.given!r} is in several parts on the hub ({found[0]}, ..), which is not supported: choose "
+                         "another, or download them and join them with `llama-gguf-split --merge`", name.param)
+    if len(found) != 1:
+        what = "several files" if found else "no GGUF file"
+        raise ModelError(f"{name.param} {name.given!r}: {what} of {name.repository!r} on the hub matches {wanted!r}"
+                         f"{_how_to_name(name, found or files)}", name.param)
+    return found[0]
+
+
+def _how_to_name(name: HubName, files: Iterable[str]) -> str:
+    """The GGUF files that there are, and how to name one."""
+    found = _gguf_files(files)
+    if not found:
+        return ""
+    best = next((file for file in found if "q4_k_m" in file.lower()), found[0])
+    tag = re.search(r"[-.]((?:UD-)?(?:I?Q\d\w*|BF16|F16|F32))\.gguf$", best, re.IGNORECASE)
+    example = f"{name.repository}:{tag[1] if tag else PurePosixPath(best).name}"
+    return f" ({', '.join(found[:6])}{f', and {len(found) - 6} more' if len(found) > 6 else ''}); name one, such as {example}"
+
+
+# ---- the hub's client
+
+def _about(name: HubName) -> tuple[list[str], str | None]:
+    """-> (names of a repository's files, GGUF architecture if the hub knows it). Without a network: the files in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        with _errors(name):
+            about = HfApi().model_info(name.repository, revision=name.revision, token=name.token, expand=["siblings", "gguf"])
+    except ModelError:
+        with suppress(Exception):  # not in the cache either: the first error counts
+            folder = Path(snapshot_download(name.repository, revision=name.revision, cache_dir=name.cache_dir, local_files_only=True,
+                                            allow_patterns=["*.gguf"]))
+            if cached := [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]:
+                return cached, None
+        raise
+    architecture = (about.gguf or {}).get("architecture")
+    return [file.rfilename for file in about.siblings or []], architecture if isinstance(architecture, str) else None
+
+
+def _snapshot(name: HubName, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _errors(name):
+        return Path(snapshot_download(name.repository, revision=name.revision, cache_dir=name.cache_dir, token=name.token,
+                                      allow_patterns=list(patterns), ignore_patterns=NOT_WANTED))
+
+
+@contextmanager
+def _errors(name: HubName) -> Iterator[None]:
+    """Turn each error of the hub's client into one with a fix."""
+    from huggingface_hub import errors
+
+    param, what = name.param, f"{name.param} {name.given!r} is not a local folder"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        fix = f"accept its terms at https://huggingface.co/{name.repository}, then set HF_TOKEN or run `hf auth login`"
+        raise ModelError(f"{what}, and on the hub it is gated: {fix}", param) from error
+    except errors.RepositoryNotFoundError as error:
+        fix = "check the spelling; for a private one set HF_TOKEN"
+        raise ModelError(f"{what}, and the hub has no such repository (or hides it): {fix}", param) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"the hub's {name.repository!r} has no revision {name.revision!r}: check the branch, tag or commit",
+                         "revision") from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{what}, and not a valid hub id (owner/name): check the path", param) from error
+    except _failures() as error:  # no network, or HF_HUB_OFFLINE, and not in its cache
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or name a folder or .gguf file, or nothing for the default model"
+        raise ModelError(f"{what}, and the hub could not be reached ({reason}): {fix}", param) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """OSError, and the base class of the errors of the HTTP library under the hub's client, whichever it is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError" and issubclass(base, Exception))
