@@ -9,7 +9,7 @@
     prepare.py, chat.py       from a request model to engine requests
     generation.py             the response: engine requests out, deltas in, bytes to the client
     formatters.py             deltas as JSON, streamed or complete; parsed_chat.py, responses_formatter.py
-    output_spec.py            how an output is parsed: reasoning.py, tool_parsers.py
+    output_spec.py            how an output is parsed, by output_parsers/, and the grammar that keeps it in form
     errors.py                 every failure as {"error": {message, type, param, code}}
 
 FastAPI, pydantic and uvicorn are imported only here, so the engine runs without them.

@@ -17,12 +17,12 @@ from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.conversation import text_of
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, NotSupportedYet
+from minivllm.output_parsers.reasoning import CLOSE, OPEN, output_start
+from minivllm.output_parsers.tool_calls import PARSERS, guess_parser
 from minivllm.server.errors import context_error
 from minivllm.server.frontend import off_loop
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.protocol import ChatRequest
-from minivllm.server.reasoning import CLOSE, OPEN, output_start
-from minivllm.server.tool_parsers import PARSERS, guess_parser
 from minivllm.server.tools import ToolSpec
 
 log = logging.getLogger(__name__)

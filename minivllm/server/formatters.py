@@ -326,12 +326,14 @@ class ChatFormatter(ChoicesFormatter):
     CHUNK_OBJECT = "chat.completion.chunk"
     CONTENT, CHUNK_CONTENT = "message", "delta"
     TEXT_CHUNK: ClassVar[tuple[str, str] | None] = '"delta":{"content":', '},"logprobs":null,"finish_reason":null,"stop_reason":null}'
+    no_content: str | None = ""  # content of the first chunk, and of a complete message without text
 
     def first_events(self) -> bytes:
         """One chunk with the role for every choice."""
         usage = self.state.usage() if self.request.continuous_usage else None
         return b"".join(
-            self._chunk([self._choice(choice, "delta", {"role": "assistant", "content": ""}, None)], usage) for choice in self.state.choices
+            self._chunk([self._choice(choice, "delta", {"role": "assistant", "content": self.no_content}, None)], usage)
+            for choice in self.state.choices
         )
 
     def format_logprobs(self, choice: ChoiceState, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Any:

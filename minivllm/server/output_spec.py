@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minivllm.errors import InvalidInput
+from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta
+from minivllm.output_parsers.reasoning import CLOSE, OPEN, OutputStart, ReasoningParser
+from minivllm.output_parsers.tool_calls import PARSERS, HermesParser, NamedCallParser, RequiredCallsParser, ToolParser
 from minivllm.sampling_params import JSON_WHITESPACE, SamplingParams, StructuredOutputsParams
-from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta
-from minivllm.server.reasoning import CLOSE, OPEN, OutputStart, ReasoningParser
-from minivllm.server.tool_parsers import PARSERS, HermesParser, NamedCallParser, RequiredCallsParser, ToolParser
 from minivllm.server.tools import ToolSpec
 
 

@@ -10,9 +10,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
 from minivllm.server.formatters import ChatFormatter, ChoiceState, PreparedRequest
 from minivllm.server.logprobs import TokenNames
-from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
 from minivllm.server.output_spec import OutputParser, OutputSpec
 
 
@@ -43,6 +43,7 @@ class ParsedChatFormatter(ChatFormatter):
         self._spec = request.output or OutputSpec()
         self._parsed = [ParsedChoice(OutputParser(self._spec)) for _ in self.state.choices]
         self._legacy = self._spec.tools is not None and self._spec.tools.legacy
+        self.no_content = None if self._spec.tools is not None and self._spec.tools.forced else ""
 
     def chunk_content(self, choice: ChoiceState, text: str) -> dict[str, Any]:
         """Parse new text and return the delta of the message."""
@@ -86,7 +87,8 @@ class ParsedChatFormatter(ChatFormatter):
 
     def complete_content(self, choice: ChoiceState) -> dict[str, Any]:
         parsed = self._parsed[choice.index]
-        message: dict[str, Any] = {"role": "assistant", "content": parsed.content or (None if parsed.calls or parsed.reasoning else "")}
+        no_content = None if parsed.calls or parsed.reasoning else self.no_content
+        message: dict[str, Any] = {"role": "assistant", "content": parsed.content or no_content}
         if self._spec.splits_reasoning:
             message["reasoning"] = message["reasoning_content"] = parsed.reasoning or None
         functions = [{"name": call.name, "arguments": call.arguments} for call in parsed.calls]

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
+from minivllm.output_parsers.json_calls import is_object
 from minivllm.outputs import OutputDelta
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.formatters import ChoiceState, PreparedRequest, ResponseFormatter
-from minivllm.server.json_calls import is_object
 from minivllm.server.logprobs import TokenNames, chat_entries
-from minivllm.server.output_events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
 from minivllm.server.output_spec import OutputParser
 from minivllm.server.responses_protocol import ResponsesRequest
 
@@ -199,8 +199,9 @@ class ResponsesFormatter(ResponseFormatter):
             self._open = None
 
     def _end(self) -> Iterator[NamedEvent]:
-        """The end of the output. An empty output is an empty message."""
-        if not self._items:
+        """The end of the output. An empty output is an empty message, unless calls were required."""
+        output = self.request.output
+        if not self._items and not (output is not None and output.tools is not None and output.tools.forced):
             yield from self._start(OutputItem("message", 0))
         if self._open is not None and self._open.kind == "message" and self._held_logprobs:
             yield from self._open.add("", self._held_logprobs)

@@ -117,6 +117,11 @@ class ToolSpec:
         return next((i for i, function in enumerate(self.functions) if function.strict), None) if self.mode == "auto" else None
 
     @property
+    def forced(self) -> bool:
+        """Whether the output consists of calls. Their format is the server's own and never content, even if it is cut off."""
+        return self.mode != "auto"
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(function.name for function in self.functions)
 

@@ -178,6 +178,18 @@ def test_an_output_that_is_cut_off_leaves_its_last_item_incomplete(tools: Script
         assert clock[1:3] == ("completed", "clock") and weather[1:3] == ("incomplete", "get_weather")
 
 
+def test_a_required_call_that_is_cut_leaves_no_message_and_what_is_returned_can_be_sent_back(tools: ScriptedChat) -> None:
+    text = '[{"name": "get_weather", "parameters": {"city": "Paris"}}]'
+    for end in range(0, len(text), 6):
+        tools.generate(text[:end], ends=False)
+        whole = create(tools, tools=TOOLS, tool_choice="required", max_output_tokens=200)
+        assert {item.type for item in whole.output} <= {"function_call"} and whole.status == "incomplete"
+        last = list(create(tools, tools=TOOLS, tool_choice="required", stream=True))[-1].response
+        assert items_of(last) == items_of(whole)
+        create(tools, tools=TOOLS, input=[{"role": "user", "content": "x"}, *(item.model_dump() for item in whole.output),
+                                          {"role": "user", "content": "y"}])
+
+
 def test_without_parallel_calls_only_one_call_is_returned(tools: ScriptedChat) -> None:
     tools.generate(f"{CALL}\n{TICK}")
     for response in (create(tools, tools=TOOLS, parallel_tool_calls=False),

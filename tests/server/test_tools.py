@@ -229,6 +229,46 @@ def test_required_calls_are_enforced_by_a_grammar_of_all_parameters(tools: Scrip
     assert '"maxItems":1' in str(tools.engine.seen[-1].params.structured_outputs)
 
 
+ARRAY = '[\n{\n "name": "get_weather", "parameters": {"city": "Paris"}},\n{"name": "clock", "parameters": {}}]'
+
+
+@pytest.mark.parametrize("fields", [{}, {"parallel_tool_calls": False}, {"stop": ["clock"]}, {"n": 2}], ids=str)
+def test_the_form_of_required_calls_is_never_content_wherever_they_are_cut(tools: ScriptedChat, fields: Any) -> None:
+    fields = {"tools": TOOLS, "tool_choice": "required", **fields}
+    for end in range(0, len(ARRAY), 3):
+        tools.generate(ARRAY[:end], ends="stop" in fields)
+        choice = tools.chat(**fields).choices[-1]
+        assert choice.message.content is None
+        assert choice.finish_reason == ("length" if "stop" not in fields else "tool_calls" if choice.message.tool_calls else "stop")
+        chunks = list(tools.chat(**fields, stream=True))
+        assert all(c.delta.content is None for chunk in chunks for c in chunk.choices), "in the first chunk too"
+        assert join(chunks, choice.index).calls == calls_of(choice.message)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_named_call_that_is_cut_has_no_content(tools: ScriptedChat, legacy: bool) -> None:
+    fields: dict[str, Any] = {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}} if legacy else {
+        "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
+    for text in ("", '{"ci'):
+        tools.generate(text, ends=False)
+        assert tools.chat(**fields).choices[0].message.content is None
+        assert all(c.delta.content is None for chunk in tools.chat(**fields, stream=True) for c in chunk.choices)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}, "auto"], ids=str)
+def test_the_server_accepts_the_calls_that_it_has_cut_off(tools: ScriptedChat, choice: Any) -> None:
+    """Whatever an answer was, the next turn of its conversation is possible."""
+    text = ARRAY if choice == "required" else CALL if choice == "auto" else PARIS
+    for end in range(0, len(text), 5):
+        tools.generate(text[:end], ends=False)
+        message = tools.chat(tools=TOOLS, tool_choice=choice).choices[0].message
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "1"} for call in message.tool_calls or ()]
+        for sent in (message.model_dump(), message.model_dump(exclude_none=True)):
+            tools.chat(tools=TOOLS, messages=[*HELLO, sent, *results, *HELLO])
+        for call in message.tool_calls or ():
+            assert call.function.arguments in tools.prompt or json.dumps(call.function.arguments)[1:-1] in tools.prompt
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_the_output_for_a_named_function_is_its_arguments_and_finishes_with_stop(tools: ScriptedChat, legacy: bool) -> None:
     tools.generate(PARIS)

@@ -15,11 +15,11 @@ from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.grammar import GrammarCompiler
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
+from minivllm.output_parsers.reasoning import CLOSE, OPEN
+from minivllm.output_parsers.tool_calls import HermesParser
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from minivllm.server.output_spec import OutputSpec
-from minivllm.server.reasoning import CLOSE, OPEN
 from minivllm.server.run import start_engine
-from minivllm.server.tool_parsers import HermesParser
 from minivllm.server.tools import Tool, tool_spec
 from tests.conftest import write_tiny_tokenizer
 from tests.server.scripted import serving

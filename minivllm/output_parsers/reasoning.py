@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from minivllm.server.output_events import ContentDelta, IncrementalParser, ReasoningDelta
+from minivllm.output_parsers.events import ContentDelta, IncrementalParser, ReasoningDelta
 
 OPEN, CLOSE = "<think>", "</think>"
 
