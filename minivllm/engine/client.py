@@ -17,6 +17,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -86,13 +87,13 @@ class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        # Guards _streams, _arrived, _resets, _dead and _num_watchers: event loops add and remove streams, another thread receives messages.
+        # Guards _streams, _arrived, _resets, _dead and _unseen: event loops add and remove streams, another thread receives messages.
         self._lock = threading.Lock()
         self._streams: dict[str, _DeltaStream] = {}
         self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
         self._resets: dict[int, Future[None]] = {}
         self._dead: str | None = None
-        self._num_watchers = 0
+        self._unseen: dict[object, EngineView | None] = {}  # watcher -> what it has not yet looked at
         self._stats = EngineStats()
         self._view: EngineView | None = None
         self._reset_numbers = itertools.count()
@@ -222,19 +223,29 @@ class EngineClient(ABC):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Callable[[], EngineView | None]]:
-        """Make the engine send views of itself as long as the context is open. Gives a function that returns the latest view."""
+        """Make the engine send views of itself as long as the context is open.
+
+        Gives a function that returns the latest view with all steps since its last call, or None if there is no new view.
+        """
+        watcher = object()
+
+        def take() -> EngineView | None:
+            with self._lock:
+                view, self._unseen[watcher] = self._unseen[watcher], None
+            return view
+
         with self._lock:
             self._check_alive()
-            self._num_watchers += 1
-            if self._num_watchers == 1:
+            if not self._unseen:
                 self._view = None
                 self._send(WatchCommand(True))
+            self._unseen[watcher] = None if self._view is None else replace(self._view, steps=(), num_skipped=0)
         try:
-            yield lambda: self._view
+            yield take
         finally:
             with self._lock:
-                self._num_watchers -= 1
-                if self._num_watchers == 0 and self._dead is None:
+                del self._unseen[watcher]
+                if not self._unseen and self._dead is None:
                     self._send(WatchCommand(False))
 
     # -- messages, on the thread on which they arrive -------------------------------------------------------------------
@@ -260,7 +271,10 @@ class EngineClient(ABC):
         to_call: list[asyncio.AbstractEventLoop] = []
         with self._lock:
             self._stats = message.stats
-            self._view = message.view or self._view
+            if message.view is not None:
+                self._view = message.view
+                for watcher, unseen in self._unseen.items():
+                    self._unseen[watcher] = message.view if unseen is None else message.view.after(unseen)
             self.metrics.observe(message.deltas, message.stats)
             for delta in message.deltas:
                 stream = self._streams.get(delta.request_id)

@@ -227,13 +227,14 @@ class EngineCore:
 
     def step(self) -> list[OutputDelta]:
         """Launch every plan that can be made, wait for the oldest one, and return what it produced."""
+        begin = self._clock()
         self._pipeline.fill()
         if not self._pipeline:
             assert not self.scheduler.has_unfinished(), "requests are unfinished, but nothing can be planned"
             return []
         plan, result = self._pipeline.take()
         if self._watch is not None:
-            self._watch.record(plan)
+            self._watch.record(plan, begin)
         failed, stops = ([], {}) if result.error is not None else self._read(plan, result)
         now = self._clock()
         return failed + self._outputs.assemble(self.scheduler.update(plan, result, stops, now), result, now)
@@ -269,7 +270,7 @@ class EngineCore:
 
     def watch(self, on: bool) -> None:
         """Start or stop recording what `view` returns."""
-        self._watch = Watch(self.scheduler) if on else None
+        self._watch = Watch(self.scheduler, self._clock) if on else None
 
     def view(self) -> EngineView | None:
         """The latest steps and the scheduler's state; None if the next view is not due, or if nothing is recorded."""

@@ -33,6 +33,8 @@ class EngineInfo:
     block_size: int
     generation_config: dict[str, Any]  # the model's own sampling defaults: temperature, top_p ...
     scheduling_policy: str = "fcfs"
+    weight_bytes: int = 0  # memory of this rank's weights; 0: not known
+    kv_cache_bytes: int = 0  # memory of its KV blocks; 0: not known
 
 
 # -- to the engine ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from minivllm.server.frontend import Frontend, off_loop
 from minivllm.server.generation import GenerationResponse
 from minivllm.server.logprobs import NumberedTokens
 from minivllm.server.openapi import body_of, describe
-from minivllm.server.page import add_page
+from minivllm.server.page import FILES, add_page
 from minivllm.server.parsed_chat import ParsedChatFormatter
 from minivllm.server.prepare import Preprocessor
 from minivllm.server.protocol import (
@@ -52,7 +52,8 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     client.metrics.model = frontend.names[0]  # label metrics with the served name, not with a path on this machine
     app = FastAPI(
         title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, root_path=config.root_path,
-        middleware=[*_cors(config), Middleware(AuthenticationMiddleware, keys=config.keys())],
+        # Open: load balancers send no key to /health, and the page's files hold no data.
+        middleware=[*_cors(config), Middleware(AuthenticationMiddleware, keys=config.keys(), open_paths={"/health", *FILES})],
     )
     app.state.frontend = frontend
     _add_generation(app, frontend, preprocessor)

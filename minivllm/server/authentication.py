@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,17 +13,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minivllm.server.errors import ApiError, to_api_error
 
 RAW_SEND = "minivllm.send"  # scope key of a `send` for body messages that skips the middleware, which only changes headers
-# Paths that need no key: load balancers send none, and the page's files hold no data (a test compares them with `page.FILES`).
-OPEN_PATHS = frozenset({"/health", "/", "/static/app.js", "/static/live.js", "/static/style.css"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class AuthenticationMiddleware:
     """ASGI middleware that checks API keys. Every response carries `x-request-id`: the client's own if it sent one."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str] = (), open_paths: Container[str] = ()) -> None:
         self._app = app
         self._digests = [_digest(key) for key in keys]
+        self._open_paths = open_paths  # need no key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,7 +43,7 @@ class AuthenticationMiddleware:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if self._digests and scope["path"] not in OPEN_PATHS and not self._is_authorized(headers.get("authorization", "")):
+        if self._digests and scope["path"] not in self._open_paths and not self._is_authorized(headers.get("authorization", "")):
             refusal = ApiError(
                 401, "Incorrect API key provided: send a valid one as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},

@@ -20,15 +20,16 @@ from minivllm.server.formatters import event
 from minivllm.server.frontend import Frontend
 from minivllm.server.generation import EVENT_STREAM_HEADERS
 
+SCRIPTS = ("api.js", "app.js", "chat.js", "live.js", "markdown.js", "steps.js", "storage.js", "turn.js", "vendor/markdown-it.mjs")
 FILES = {  # path -> (file, media type)
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/static/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/static/live.js": ("live.js", "text/javascript; charset=utf-8"),
     "/static/style.css": ("style.css", "text/css; charset=utf-8"),
+    **{f"/static/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},
 }
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+                               "require-trusted-types-for 'script'; trusted-types",
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-cache",
 }
 POLL_SECONDS = 0.05  # between two checks for a new view
@@ -63,12 +64,11 @@ async def live_events(frontend: Frontend, open_views: set[object]) -> AsyncItera
     try:
         with frontend.client.watching() as latest:
             yield event(constants(frontend))
-            shown: EngineView | None = None
             idle = 0.0  # seconds since the last event
             while frontend.client.dead is None and not frontend.running.ending:
                 view = latest()
-                if view is not None and view is not shown:
-                    shown, idle = view, 0.0
+                if view is not None:
+                    idle = 0.0
                     yield event(describe(view, frontend))
                 elif idle >= KEEPALIVE_SECONDS:
                     idle = 0.0
@@ -83,7 +83,8 @@ def constants(frontend: Frontend) -> dict[str, Any]:
     info = frontend.client.info
     return {
         "model": frontend.names[0], "device": info.device, "dtype": info.dtype, "num_blocks": info.num_blocks - 1,
-        "block_size": info.block_size, "max_model_len": info.max_model_len,
+        "block_size": info.block_size, "max_model_len": info.max_model_len, "weight_bytes": info.weight_bytes,
+        "kv_cache_bytes": info.kv_cache_bytes,
     }
 
 
@@ -98,7 +99,8 @@ def describe(view: EngineView, frontend: Frontend) -> dict[str, Any]:
     return {
         "time": round(view.time, 4), "num_running": snapshot.num_running, "num_waiting": snapshot.num_waiting,
         "running": rows(snapshot.running), "waiting": rows(snapshot.waiting),
-        "steps": [[step.step_id, [[owner, tokens, int(prompt)] for owner, tokens, prompt in step.work]] for step in view.steps],
+        "steps": [[r.step.step_id, [[owner, tokens, int(prompt)] for owner, tokens, prompt in r.step.work],
+                   round(1000 * r.seconds, 3), r.used_blocks] for r in view.steps],
         "skipped": view.num_skipped, "per_cell": snapshot.per_cell, "cells": snapshot.cells, "shared": snapshot.shared,
         "used_blocks": stats.used_blocks, "cached_blocks": stats.cached_blocks, "num_steps": stats.num_steps,
         "prompt_tokens": metrics.prompt_tokens, "generation_tokens": metrics.generation_tokens,

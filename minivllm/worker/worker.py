@@ -102,13 +102,15 @@ class LoadedModel:
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0)
         if ledger is not None:
             ledger = replace(ledger, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
-        return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger)
+        return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
+                      weight_bytes=self._weight_bytes)
 
 
 class Worker:
     """Runs plans in the order in which they are launched. `sample` of one plan comes before `launch` of the next."""
 
-    def __init__(self, runner: ModelRunner, *, max_model_len: int, max_num_batched_tokens: int, ledger: MemoryLedger | None = None) -> None:
+    def __init__(self, runner: ModelRunner, *, max_model_len: int, max_num_batched_tokens: int, ledger: MemoryLedger | None = None,
+                 weight_bytes: int = 0) -> None:
         self._runner: ModelRunner | None = runner
         self.device, self.dtype = runner.model.build.device, runner.model.build.dtype
         self.overlaps = self.device.type == "cuda"  # the host is idle while a step runs, so asynchronous scheduling pays
@@ -118,6 +120,7 @@ class Worker:
         self.num_host_blocks = runner.kv.num_host_blocks
         self.kv_windows = runner.kv.layout.windows
         self.ledger = ledger  # where a GPU's memory went
+        self.weight_bytes, self.kv_cache_bytes = weight_bytes, self.num_blocks * runner.kv.layout.block_bytes
 
     @property
     def runner(self) -> ModelRunner:

@@ -234,3 +234,16 @@ def test_the_async_api_streams_growing_outputs(folder: Path) -> None:
             assert output.prompt_token_ids == [7, 8] and len(output.prompt_logprobs or ()) == 2
 
     asyncio.run(main())
+
+
+def test_the_memory_of_weights_and_kv_cache_is_reported(folder: Path) -> None:
+    from safetensors.numpy import load_file
+
+    with LLM(str(folder), **PLAIN) as llm:
+        info = llm.llm_engine.info()
+        expected = sum(tensor.size * 4 for tensor in load_file(folder / "model.safetensors").values())
+        assert abs(info.weight_bytes - expected) <= 0.1 * expected
+        config = json.loads((folder / "config.json").read_text())
+        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * 4
+        assert info.kv_cache_bytes == info.num_blocks * info.block_size * token

@@ -204,11 +204,12 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serving(client: EngineClient, tokenizer: Tokenizer | None, **settings: Any) -> Iterator[LiveServer]:
-    """Serve a client's engine until the end of the block."""
+    """Serve a client's engine until the end of the block. Without a `port` in the settings the system chooses one."""
     config = ServerConfig(access_log=False, **settings)
     app = create_app(client, config, tokenizer)
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", settings.get("port", 0)))
     listener.listen(128)
     ready = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []

@@ -9,7 +9,6 @@ import openai
 import pytest
 
 from minivllm.config import ServerConfig
-from minivllm.server.authentication import OPEN_PATHS
 from minivllm.server.page import FILES
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
@@ -58,7 +57,7 @@ def test_every_registered_path_but_health_and_the_pages_files_needs_a_key(live: 
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     assert "/health" in paths
     open_paths = {path for path in paths if httpx.get(live.url + path).status_code != 401}
-    assert open_paths == {"/health", *FILES} == OPEN_PATHS
+    assert open_paths == {"/health", *FILES}
 
 
 def test_health_needs_no_key(live: LiveServer) -> None:
