@@ -15,7 +15,7 @@ function askForKey() {
 // Runs at the start, with a new key, and when the server is back after a restart.
 async function start() {
   try {
-    cards = (await (await call("/v1/models")).json()).data;
+    cards = (await (await call("v1/models")).json()).data;
   } catch (error) {
     if (error.status === 401) askForKey();
     if (error.status !== 401 || hasKey()) showError(error.status === 401 ? "The server rejected this key." : error.message);

@@ -69,7 +69,7 @@ async function answer(view, undo, isContinued = false) {
   view.show("Waiting for the first token …");
   refresh();
   try {
-    const response = await call("/v1/chat/completions", { body: request(view, isContinued), signal: own.signal });
+    const response = await call("v1/chat/completions", { body: request(view, isContinued), signal: own.signal });
     for await (const data of events(response)) {
       if (running !== own) return; // a new chat was started meanwhile
       if (data === "[DONE]") break;

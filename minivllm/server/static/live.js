@@ -24,7 +24,7 @@ export async function watch({ onReconnect, onUnauthorized }) {
     const hide = () => document.hidden && abort.abort();
     document.addEventListener("visibilitychange", hide);
     try {
-      const response = await call("/v1/engine/live", { signal: abort.signal });
+      const response = await call("v1/engine/live", { signal: abort.signal });
       if (!isFirst) onReconnect();
       showState("live");
       for await (const data of events(response)) take(JSON.parse(data));
