@@ -5,10 +5,11 @@
     app.py                    the application: which path does what
     authentication.py         API keys and request ids
     frontend.py               what all endpoints share
-    protocol.py, tools.py     the request models; responses_protocol.py: those of /v1/responses
+    protocol.py, tools.py     the request models
+    responses.py              /v1/responses: responses_protocol.py, responses_formatter.py; response_store.py keeps its responses
     prepare.py, chat.py       from a request model to engine requests
     generation.py             the response: engine requests out, deltas in, bytes to the client
-    formatters.py             deltas as JSON, streamed or complete; parsed_chat.py, responses_formatter.py
+    formatters.py             deltas as JSON, streamed or complete; parsed_chat.py
     output_spec.py            how an output is parsed, by output_parsers/, and the grammar that keeps it in form
     errors.py                 every failure as {"error": {message, type, param, code}}
 

@@ -6,8 +6,6 @@
 """
 from __future__ import annotations
 
-import dataclasses
-
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -39,8 +37,8 @@ from minivllm.server.protocol import (
     TokenizeRequest,
     ignored_header,
 )
-from minivllm.server.responses_formatter import ResponsesFormatter
-from minivllm.server.responses_protocol import Conversation, ResponsesRequest, responses_names
+from minivllm.server.responses import add_responses
+from minivllm.server.responses_protocol import ResponsesRequest
 
 BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
 
@@ -57,6 +55,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     )
     app.state.frontend = frontend
     _add_generation(app, frontend, preprocessor)
+    add_responses(app, frontend, preprocessor)
     _add_tokenization(app, frontend, preprocessor)
     _add_queries(app, frontend)
     add_control(app, frontend)
@@ -94,18 +93,6 @@ def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor
         prepared = await preprocessor.chat(body, body.ignored_fields(frontend.config.permissive), "chatcmpl-")
         formatter = ChatFormatter if prepared.output is None else ParsedChatFormatter
         return respond(formatter(prepared, names))
-
-    @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
-    async def responses(request: Request) -> Response:
-        body = await frontend.read(request, ResponsesRequest)
-        ignored = body.ignored_fields(frontend.config.permissive)
-        body.check()
-        conversation = Conversation(body.instructions, ignored)
-        conversation.read(body.input)
-        with responses_names():
-            prepared = await preprocessor.chat(body.as_chat(conversation), ignored, "resp_")
-        prepared = dataclasses.replace(prepared, ignored=tuple(map(conversation.item_name, prepared.ignored)))
-        return respond(ResponsesFormatter(prepared, names, body))
 
 
 def _add_tokenization(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) -> None:
@@ -184,8 +171,9 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         path = shorten(request.url.path)
         message, headers, code = str(error.detail), error.headers, None
-        if error.status_code == 404 and (what := not_built(path)):
+        if error.status_code in (404, 405) and (what := not_built(path)):
             message, headers, code = f"{path} ({what}) is not supported yet", {"x-should-retry": "false"}, "not_supported"
+            error.status_code = 404
         elif error.status_code == 404:
             message = f"there is nothing at {path!r}{nearest(path, paths)}"
         elif error.status_code == 405:

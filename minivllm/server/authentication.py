@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.server.errors import ApiError, to_api_error
 
+OWNER = "minivllm.owner"  # scope key of the digest of the request's API key; empty if the server has no keys
 RAW_SEND = "minivllm.send"  # scope key of a `send` for body messages that skips the middleware, which only changes headers
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -51,6 +52,7 @@ class AuthenticationMiddleware:
             await refusal.response()(scope, receive, send_with_id)
             return
         scope[RAW_SEND] = send
+        scope[OWNER] = _digest(_bearer_token(headers.get("authorization", ""))) if self._digests else b""
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
@@ -60,12 +62,11 @@ class AuthenticationMiddleware:
 
     def _is_authorized(self, authorization: str) -> bool:
         """Compare with every key, each in constant time, so that the duration reveals nothing about the keys."""
-        scheme, _, token = authorization.partition(" ")
-        digest = _digest(token.strip())
+        digest = _digest(_bearer_token(authorization))
         known = False
         for key_digest in self._digests:
             known |= hmac.compare_digest(digest, key_digest)
-        return known and scheme.lower() == "bearer"
+        return known and authorization.partition(" ")[0].lower() == "bearer"
 
 
 def _head_only(send: Send) -> Send:
@@ -76,6 +77,10 @@ def _head_only(send: Send) -> Send:
             await send({"type": "http.response.body", "body": b""})
 
     return send_head
+
+
+def _bearer_token(authorization: str) -> str:
+    return authorization.partition(" ")[2].strip()
 
 
 def _digest(key: str) -> bytes:

@@ -23,6 +23,7 @@ NOT_BUILT = {
     "/v1/batches": "batches (use `minivllm run-batch`)", "/v1/files": "stored files", "/v1/uploads": "stored files",
     "/v1/vector_stores": "stored files", "/v1/moderations": "moderation", "/v1/fine_tuning": "training", "/v1/evals": "evaluation",
     "/v1/assistants": "assistants", "/v1/threads": "assistants", "/v1/conversations": "stored conversations",
+    "/v1/responses/input_tokens": "counting tokens (use /tokenize)", "/v1/responses/compact": "compaction",
     "/v1/containers": "containers", "/v1/skills": "skills", "/v1/chatkit": "chats of ChatKit", "/v1/engines": "engines",
 }
 

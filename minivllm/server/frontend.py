@@ -17,6 +17,7 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.protocol import Model, parse
+from minivllm.server.response_store import ResponseStore
 from minivllm.server.running import RunningRequests
 
 LONG_TEXT = 4096  # characters; longer texts are processed in a thread, so that the event loop keeps serving streams
@@ -24,13 +25,14 @@ Value = TypeVar("Value")
 
 
 class Frontend:
-    """Constant after its construction, except for the set of running requests."""
+    """Constant after its construction, except for running requests and stored responses."""
 
     def __init__(self, client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> None:
         self.client = client
         self.config = config
         self.tokenizer = tokenizer
         self.running = RunningRequests(client)
+        self.responses = ResponseStore(config.response_store_size, config.response_store_seconds)
         self.created = int(time.time())
         info = client.info
         is_path = os.path.isabs(info.model) or info.model.startswith((".", "~"))

@@ -69,6 +69,10 @@ RESPONSES: dict[str, JsonSchema] = {
     "/v1/completions": ref("Completion"),
     "/v1/chat/completions": ref("ChatCompletion"),
     "/v1/responses": ref("Response"),
+    "/v1/responses/{response_id}": {"anyOf": [
+        ref("Response"), record({"id": STRING, "object": {"const": "response"}, "deleted": {"const": True}})]},
+    "/v1/responses/{response_id}/input_items": record({"object": {"const": "list"}, "data": array({"type": "object"}), "has_more": BOOLEAN,
+                                                       "first_id": nullable("string"), "last_id": nullable("string")}),
     "/v1/models": record({"object": {"const": "list"}, "data": array(ref("Model"))}),
     "/v1/models/{model}": ref("Model"),
     "/health": record({"status": {"const": "ok"}}),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -100,9 +100,13 @@ class OutputItem:
 class ResponsesFormatter(ResponseFormatter):
     """Reasoning, text and tool calls, each as an item."""
 
-    def __init__(self, request: PreparedRequest, names: TokenNames, body: ResponsesRequest) -> None:
+    def __init__(
+        self, request: PreparedRequest, names: TokenNames, body: ResponsesRequest, keep: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        """`keep` stores the complete response; None: it is not stored."""
         super().__init__(request, names)
         self._body = body
+        self._keep = keep
         self._sequence_number = 0  # of the next event
         self._parser = None if request.output is None else OutputParser(request.output)
         self._items: list[OutputItem] = []
@@ -117,7 +121,10 @@ class ResponsesFormatter(ResponseFormatter):
             pass
 
     def body(self) -> dict[str, Any]:
-        return self._response(self._status())
+        response = self._response(self._status())
+        if self._keep is not None:
+            self._keep(response)
+        return response
 
     # -- streamed -----------------------------------------------------------------------------------------------------
 
@@ -129,8 +136,7 @@ class ResponsesFormatter(ResponseFormatter):
         return b"".join(self._encode(kind, fields) for kind, fields in self._update(prompt, deltas))
 
     def last_events(self) -> bytes:
-        status = self._status()
-        return self._encode(status, {"response": self._response(status)})
+        return self._encode(self._status(), {"response": self.body()})
 
     def error_events(self, error: ApiError) -> bytes:
         response = self._response("failed")
@@ -224,8 +230,8 @@ class ResponsesFormatter(ResponseFormatter):
             "completed_at": int(time.time()) if ended else None,
             "status": status, "error": None, "incomplete_details": {"reason": reason} if status == "incomplete" else None,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.request.model,
-            "output": [item.body() for item in self._items] if ended else [], "previous_response_id": None,
-            "parallel_tool_calls": body.parallel_tool_calls is not False, "store": False,
+            "output": [item.body() for item in self._items] if ended else [], "previous_response_id": body.previous_response_id,
+            "parallel_tool_calls": body.parallel_tool_calls is not False, "store": self._keep is not None,
             "reasoning": {"effort": body.effort, "summary": None},
             "temperature": params.temperature, "top_p": params.top_p, "top_logprobs": body.top_logprobs or 0,
             "text": {"format": text_format}, "tool_choice": body.tool_choice or "auto", "tools": tools,

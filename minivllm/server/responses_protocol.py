@@ -3,14 +3,16 @@
     input, instructions, tools ──▶ ChatRequest ──▶ as in the chat endpoint ──▶ deltas ──▶ output items, or named events
                                                                                           (responses_formatter.py)
 
-The server stores nothing, so it refuses fields that refer to an earlier response (`previous_response_id`, `conversation`, items by
-reference). Clients send the earlier items again; the prefix cache saves most of the computation.
+A request may continue a stored response (`previous_response_id`) or refer to its items (`response_store.py`), or send the earlier items
+again. Both give the same prompt, of which the prefix cache saves most of the computation.
 """
 from __future__ import annotations
 
+import json
 import re
 import types
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -63,12 +65,14 @@ class ResponsesRequest(SharedFields):
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, _NULL]})] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    store: bool | None = None  # keep the response; false: do not
+    previous_response_id: str | None = None
     truncation: Literal["auto", "disabled"] | None = None  # auto: OpenAI drops items that do not fit; here they are an error
 
-    INERT = NO_EFFECT | {"store", "max_tool_calls"}  # the latter limits calls of OpenAI's own tools, and there are none here
+    INERT = NO_EFFECT | {"max_tool_calls"}  # the latter limits calls of OpenAI's own tools, and there are none here
     UNSUPPORTED = types.MappingProxyType({
         "access_programs": (), "background": (False,), "background_options": (), "image": (), "conversation": (),
-        "previous_response_id": (), "moderation": (), "prompt": (),
+        "moderation": (), "prompt": (),
         "context_management": ([],),
         "n": (1,), "prompt_logprobs": (), "return_token_ids": (False,),
     })
@@ -128,24 +132,31 @@ class _TranslatedChatRequest(ChatRequest):
 class Conversation:
     """A chat's messages, made from input items. Adds the names of items without effect to `ignored`."""
 
-    def __init__(self, instructions: str | None, ignored: list[str]) -> None:
+    def __init__(self, instructions: str | None, ignored: list[str], find: Callable[[str], dict[str, Any]]) -> None:
+        """`find` gives a stored item by its id."""
+        self.items: list[dict[str, Any]] = []  # of the request itself, without references
+        self._find = find
         self.messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
         self.ignored = ignored
         self._reasoning: tuple[str, str] | None = None  # text and item name of reasoning whose message has not come yet
         self._sources: dict[int, str] = {}  # index of a message -> name of the item that its reasoning came from
 
-    def read(self, value: Any) -> None:
-        """The `input` of a request: a text, or items."""
+    def read(self, earlier: Iterable[dict[str, Any]], value: Any) -> None:
+        """The items of an earlier response, and the `input` of a request: a text, or items."""
+        for i, item in enumerate(earlier):
+            self._add(item, f"previous_response_id.{i}")
         if isinstance(value, str):
-            self.messages.append({"role": "user", "content": value})
-            return
+            value = [{"type": "message", "role": "user", "content": value}]
         if not isinstance(value, list) or not value:
             raise InvalidInput("input must be a string or a non-empty list of items", "input")
         for i, item in enumerate(value):
             where = f"input.{i}"
             if not isinstance(item, dict):
                 raise InvalidInput(f"{where} must be an object such as {{\"role\": \"user\", \"content\": ...}}", where)
+            if isinstance(item.get("id"), str) and item.keys() <= {"type", "id"} and item.get("type") in ("item_reference", None):
+                item = self._find(item["id"])
             self._add(item, where)
+            self.items.append({"id": f"item_{uuid.uuid4().hex}", "type": "message", **item})
         self._drop_reasoning()
 
     def _add(self, item: dict[str, Any], where: str) -> None:
@@ -160,6 +171,11 @@ class Conversation:
             self._append({"role": "tool", "tool_call_id": item["call_id"], "content": self._text(item, where, "output"), **name})
         elif kind == "reasoning":
             self._add_reasoning(item, where)
+        elif kind == "custom_tool_call":  # of a tool whose only argument is a text
+            call = {name: value for name, value in item.items() if name != "input"}
+            self._add_call({**call, "arguments": json.dumps({"input": item.get("input")})}, where)
+        elif kind == "custom_tool_call_output":
+            self._add({**item, "type": "function_call_output"}, where)
         else:
             raise NotSupportedYet(f"{where}: items of type {kind!r} are not supported yet", where + ".type")
 

@@ -224,4 +224,4 @@ def test_fields_that_agents_send_with_every_request_have_no_effect(chat: Scripte
                                                              **extra})) == set(extra)
     more: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "store": False, "parallel_tool_calls": False, "stream": True,
                             "reasoning": {"effort": None, "summary": "auto"}, "text": {"verbosity": "medium"}, "max_tool_calls": 3}
-    assert ignored(send(chat, RESPONSES, **more)) == {"include.0", "reasoning.summary", "max_tool_calls", "store"}
+    assert ignored(send(chat, RESPONSES, **more)) == {"include.0", "reasoning.summary", "max_tool_calls"}

@@ -109,6 +109,8 @@ def test_paths_of_other_servers_are_404_and_say_what_they_are(live: LiveServer) 
     with httpx.Client(base_url=live.url) as http:
         for path, what in NOT_BUILT.items():
             for method, whole in (("POST", path), ("GET", path), ("DELETE", path + "/id"), ("POST", path + "/a/b")):
+                if path.startswith("/v1/responses") and method == "GET":
+                    continue  # the id of a response
                 response = http.request(method, whole)
                 error = response.json()["error"]
                 assert response.status_code == 404 and error["code"] == "not_supported" and what in error["message"]
