@@ -47,7 +47,7 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer (default: the model's own)")
     skip_tokenizer_init: bool = option(False, "run without a tokenizer: prompts are token ids, and outputs have no text")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer's hub id (default: as revision)")
+    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer's hub id (default: main)")
     download_dir: str | None = option(None, "folder for downloads from the hub (default: the hub's own cache)")
     hf_token: str | None = option(None, "access token for gated and private hub repositories (default: HF_TOKEN in the environment)")
     hf_overrides: dict[str, Any] | None = option(  # noqa: RUF009  as for the others: it makes a field

@@ -81,13 +81,19 @@ _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0"
 _WORDS = re.compile(r"^--(no-)?(enable-|disable-|allow-|allowed-|use-)?")
 
 
-def normalize(argv: Iterable[str]) -> list[str]:
-    """Replace `--max_model_len=8` by `--max-model-len=8`, and `--x.key VALUE` by `--x {"key": VALUE}`: users write all of these."""
+def normalize(argv: Iterable[str], keep: Collection[str] = ()) -> list[str]:
+    """Replace `--max_model_len=8` by `--max-model-len=8`, and `--x.key VALUE` by `--x {"key": VALUE}`: users write all of these.
+
+    keep: arguments that stay as they are.
+    """
     args, fixed, objects = list(argv), list[str](), dict[str, dict[str, Any]]()
     while args:
         arg = args.pop(0)
         if arg == "--":  # the rest are not flags
             return [*fixed, arg, *args]
+        if arg in keep:
+            fixed.append(arg)
+            continue
         name, equals, value = arg.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name
         flag, _, path = name.partition(".")

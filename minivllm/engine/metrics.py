@@ -44,7 +44,7 @@ _SECONDS = (
 )
 
 
-class Histogram:
+class LatencyHistogram:
     """Counts per bucket. `observe` may run for every token of every stream, so it must be cheap: a bisection and two additions."""
 
     def __init__(self, bounds: Sequence[float] = _SECONDS) -> None:
@@ -86,12 +86,12 @@ class EngineMetrics:
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        self.time_to_first_token = Histogram()
-        self.inter_token_latency = Histogram()
-        self.e2e_latency = Histogram()
-        self.queue_time = Histogram()
-        self.prefill_time = Histogram()
-        self.decode_time = Histogram()
+        self.time_to_first_token = LatencyHistogram()
+        self.inter_token_latency = LatencyHistogram()
+        self.e2e_latency = LatencyHistogram()
+        self.queue_time = LatencyHistogram()
+        self.prefill_time = LatencyHistogram()
+        self.decode_time = LatencyHistogram()
 
     def added(self, request_id: str, arrival: float, prompt_tokens: int, n: int) -> None:
         self._tracked[request_id] = _Tracked(arrival, prompt_tokens, n, {})
@@ -146,7 +146,7 @@ class EngineMetrics:
 
     # -- output ------------------------------------------------------------------------------------------------------
 
-    def families(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | Histogram]]]]:
+    def families(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | LatencyHistogram]]]]:
         """(kind, name, help, samples) of every metric."""
         stats = self._stats
         gauges: list[tuple[str, str, float]] = [
@@ -163,7 +163,7 @@ class EngineMetrics:
             ("prompt_tokens", "Prompt tokens processed.", self.prompt_tokens),
             ("generation_tokens", "Tokens generated.", self.generation_tokens),
         ]
-        histograms: list[tuple[str, str, Histogram]] = [
+        histograms: list[tuple[str, str, LatencyHistogram]] = [
             ("time_to_first_token_seconds", "Time from arrival to the first token.", self.time_to_first_token),
             ("inter_token_latency_seconds", "Time between two tokens of a stream.", self.inter_token_latency),
             ("e2e_request_latency_seconds", "Time from arrival to the end.", self.e2e_latency),
@@ -175,7 +175,7 @@ class EngineMetrics:
             yield "gauge", name, text, [({}, value)]
         for name, text, value in counters:
             yield "counter", name, text, [({}, value)]
-        ends: list[tuple[dict[str, str], float | Histogram]] = [
+        ends: list[tuple[dict[str, str], float | LatencyHistogram]] = [
             ({"finished_reason": reason}, count) for reason, count in self.finished.items()
         ]
         yield "counter", "request_success", "Finished completions, by reason.", ends
@@ -205,7 +205,7 @@ def _collector(metrics: EngineMetrics) -> Collector:
                 family = makers[kind](f"minivllm:{name}", text, labels=labels)
                 for extra, value in samples:
                     names = [metrics.model, *extra.values()]
-                    if isinstance(value, Histogram):
+                    if isinstance(value, LatencyHistogram):
                         family.add_metric(names, buckets=value.cumulative(), sum_value=value.total)
                     else:
                         family.add_metric(names, value)

@@ -49,10 +49,11 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     preprocessor = Preprocessor(frontend)
     client.metrics.model = frontend.names[0]  # label metrics with the served name, not with a path on this machine
     app = FastAPI(
-        title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, root_path=config.root_path,
+        title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         # Open: load balancers send no key to /health, and the page's files hold no data.
         middleware=[*_cors(config), Middleware(AuthenticationMiddleware, keys=config.keys(), open_paths={"/health", *FILES})],
     )
+    app.root_path = config.root_path  # a proxy may keep this prefix or remove it
     app.state.frontend = frontend
     _add_generation(app, frontend, preprocessor)
     add_responses(app, frontend, preprocessor)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from minivllm.engine.metrics import EngineMetrics, EngineStats, Histogram
+from minivllm.engine.metrics import EngineMetrics, EngineStats, LatencyHistogram
 from minivllm.outputs import OutputDelta, RequestMetrics
 
 
@@ -77,7 +77,7 @@ def test_a_refused_request_is_not_counted() -> None:
 
 
 def test_a_bucket_counts_values_up_to_and_including_its_bound() -> None:
-    histogram = Histogram((1.0, 2.0))
+    histogram = LatencyHistogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 9.0):
         histogram.observe(value)
     assert histogram.cumulative() == [("1.0", 2.0), ("2.0", 4.0), ("+Inf", 5.0)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
 from minivllm.server.listen import Server
+from minivllm.server.run import bind, bind_unix
 
 Steps = list[tuple[tuple[int, ...], str]]
 EOS = 1
@@ -207,10 +207,10 @@ def serving(client: EngineClient, tokenizer: Tokenizer | None, **settings: Any) 
     """Serve a client's engine until the end of the block. Without a `port` in the settings the system chooses one."""
     config = ServerConfig(access_log=False, **settings)
     app = create_app(client, config, tokenizer)
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", settings.get("port", 0)))
+    listener = bind("127.0.0.1", settings.get("port", 0)) if config.uds is None else bind_unix(config.uds)
     listener.listen(128)
+    scheme = "http" if config.ssl_certfile is None else "https"
+    address = "localhost" if config.uds is not None else f"127.0.0.1:{listener.getsockname()[1]}"
     ready = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -223,7 +223,7 @@ def serving(client: EngineClient, tokenizer: Tokenizer | None, **settings: Any) 
     thread.start()
     assert ready.wait(30)
     try:
-        yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", client, server, loops[0], thread)
+        yield LiveServer(f"{scheme}://{address}", client, server, loops[0], thread)
     finally:
         if thread.is_alive():
             with contextlib.suppress(RuntimeError):  # it may end by itself at this moment

@@ -1,0 +1,63 @@
+"""`EngineArgs` and `FlexibleArgumentParser`: how scripts written for vLLM take engine settings from a command line.
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args()
+    llm = LLM(**vars(args))                                      # or LLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, Self
+
+from minivllm.cli.flags import CommandParser, add_config_flags, normalize
+from minivllm.compat.settings import ENGINE_ALIASES, ENGINE_SETTINGS
+from minivllm.config import EngineConfig
+
+_DEFAULTS: dict[str, Any] = {
+    **{f.name: f.default for f in dataclasses.fields(EngineConfig)},
+    **{setting.name: setting.default for setting in ENGINE_SETTINGS},
+    **{alias.name: None for alias in ENGINE_ALIASES},
+}
+_Fields: Any = dataclasses.make_dataclass(
+    "_Fields", [(name, Any, dataclasses.field(default=default)) for name, default in _DEFAULTS.items()])
+
+
+class FlexibleArgumentParser(CommandParser):
+    """An `ArgumentParser` that takes `--max_model_len` and `--max-model-len`, and JSON by keys (`--hf-overrides.rope_theta 1e6`)."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = sys.argv[1:] if args is None else list(args)
+        kept = {arg for arg in given if arg.partition("=")[0] in self._option_string_actions}  # a script may define --with_underscores
+        return super().parse_known_args(normalize(given, keep=kept), namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, extras = self.parse_known_args(args, namespace)
+        if extras:
+            self.refuse(extras)
+        return found
+
+
+class EngineArgs(_Fields):  # type: ignore[misc]
+    """The keywords of `LLM(...)` as attributes, with vLLM's own ones. They are checked by `create_engine_config`."""
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add a flag for each setting. The parsed arguments have all settings, with their defaults."""
+        add_config_flags(parser, EngineConfig, "engine")
+        parser.set_defaults(**_DEFAULTS)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        return cls(**{name: getattr(args, name) for name in _DEFAULTS if hasattr(args, name)})
+
+    def create_engine_config(self) -> EngineConfig:
+        """The checked settings. Raises as `EngineConfig.from_kwargs` does."""
+        return EngineConfig.from_kwargs(**dataclasses.asdict(self))
+
+
+class AsyncEngineArgs(EngineArgs):
+    """The same for `AsyncLLM`."""

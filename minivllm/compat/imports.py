@@ -1,0 +1,70 @@
+"""vLLM's module paths, as data: `from minivllm.v1.engine.async_llm import AsyncLLM` works although there is no such file.
+
+A finder at the end of `sys.meta_path` makes a module of these names only when one of them is imported. So no folder of one-line files
+stands beside the code that is meant to be read.
+"""
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_ENGINE_ARGS = {"EngineArgs": "minivllm.compat.engine_args", "AsyncEngineArgs": "minivllm.compat.engine_args"}
+_PARSER = {"FlexibleArgumentParser": "minivllm.compat.engine_args"}
+_ASYNC = {"AsyncLLM": "minivllm.engine.async_llm"}
+_PROMPTS = {name: "minivllm.engine.prompts" for name in ("PromptType", "TextPrompt", "TokensPrompt")}
+
+# Module -> its names, each with the module that defines it. A package has further modules below it.
+MODULES: Mapping[str, Mapping[str, str]] = {
+    "minivllm.inputs": _PROMPTS,
+    "minivllm.inputs.data": _PROMPTS,
+    "minivllm.beam_search": {"BeamSearchParams": "minivllm.engine.beam_search"},
+    "minivllm.logprobs": {"Logprob": "minivllm.outputs"},
+    "minivllm.utils": _PARSER,
+    "minivllm.utils.argparse_utils": _PARSER,
+    "minivllm.entrypoints.llm": {"LLM": "minivllm.engine.llm"},
+    "minivllm.engine.arg_utils": _ENGINE_ARGS,
+    "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm"},
+    "minivllm.lora": {},
+    "minivllm.lora.request": {"LoRARequest": "minivllm.engine_request"},
+    "minivllm.distributed": {name: "minivllm.compat.functions" for name in ("cleanup_dist_env_and_memory", "destroy_model_parallel")},
+    "minivllm.v1": {},
+    "minivllm.v1.engine": {},
+    "minivllm.v1.engine.async_llm": _ASYNC,
+    "minivllm.v1.engine.llm_engine": {"LLMEngine": "minivllm.engine.llm_engine"},
+    "minivllm.v1.metrics": {},
+    "minivllm.v1.metrics.reader": {
+        name: "minivllm.engine.metrics_reader" for name in ("Counter", "Gauge", "Histogram", "Metric", "Vector")},
+    "minivllm.transformers_utils": {},
+    "minivllm.transformers_utils.tokenizer": {"get_tokenizer": "minivllm.compat.functions"},
+}
+
+
+class AliasFinder(MetaPathFinder, Loader):
+    """Makes the modules of `MODULES`. It comes last, so a real file of the same name has precedence."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in MODULES:
+            return None
+        return ModuleSpec(name, self, is_package=any(other.startswith(f"{name}.") for other in MODULES))
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = MODULES[module.__name__]
+
+        def find(name: str) -> object:
+            if name not in homes:
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return getattr(importlib.import_module(homes[name]), name)
+
+        module.__doc__ = f"vLLM's path of {', '.join(homes) or 'the modules below it'}: see minivllm/compat/imports.py."
+        module.__getattr__ = find  # type: ignore[method-assign]  # PEP 562: names are imported on first use
+        module.__dir__ = lambda: sorted(homes)  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Make the modules importable. A second call changes nothing."""
+    if not any(isinstance(finder, AliasFinder) for finder in sys.meta_path):
+        sys.meta_path.append(AliasFinder())
