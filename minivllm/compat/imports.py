@@ -15,7 +15,7 @@ from types import ModuleType
 _ENGINE_ARGS = {"EngineArgs": "minivllm.compat.engine_args", "AsyncEngineArgs": "minivllm.compat.engine_args"}
 _PARSER = {"FlexibleArgumentParser": "minivllm.compat.engine_args"}
 _ASYNC = {"AsyncLLM": "minivllm.engine.async_llm"}
-_PROMPTS = {name: "minivllm.engine.prompts" for name in ("PromptType", "TextPrompt", "TokensPrompt")}
+_PROMPTS = dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "minivllm.engine.prompts")
 
 # Module -> its names, each with the module that defines it. A package has further modules below it.
 MODULES: Mapping[str, Mapping[str, str]] = {
@@ -30,14 +30,13 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm"},
     "minivllm.lora": {},
     "minivllm.lora.request": {"LoRARequest": "minivllm.engine_request"},
-    "minivllm.distributed": {name: "minivllm.compat.functions" for name in ("cleanup_dist_env_and_memory", "destroy_model_parallel")},
+    "minivllm.distributed": dict.fromkeys(("cleanup_dist_env_and_memory", "destroy_model_parallel"), "minivllm.compat.functions"),
     "minivllm.v1": {},
     "minivllm.v1.engine": {},
     "minivllm.v1.engine.async_llm": _ASYNC,
     "minivllm.v1.engine.llm_engine": {"LLMEngine": "minivllm.engine.llm_engine"},
     "minivllm.v1.metrics": {},
-    "minivllm.v1.metrics.reader": {
-        name: "minivllm.engine.metrics_reader" for name in ("Counter", "Gauge", "Histogram", "Metric", "Vector")},
+    "minivllm.v1.metrics.reader": dict.fromkeys(("Counter", "Gauge", "Histogram", "Metric", "Vector"), "minivllm.engine.metrics_reader"),
     "minivllm.transformers_utils": {},
     "minivllm.transformers_utils.tokenizer": {"get_tokenizer": "minivllm.compat.functions"},
 }

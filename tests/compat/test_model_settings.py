@@ -43,7 +43,7 @@ def test_generation_config_names_the_source_of_the_sampling_defaults(folder: Pat
     other.mkdir()
     (other / "generation_config.json").write_text(json.dumps({"top_p": 0.25}))
     assert find(folder, generation_config=str(other)).generation_config == {"top_p": 0.25}
-    with pytest.raises(InvalidInput, match="no folder with a generation_config.json") as caught:
+    with pytest.raises(InvalidInput, match="no folder with a generation_config") as caught:
         find(folder, generation_config=str(tmp_path / "missing"))
     assert caught.value.param == "generation_config"
 
