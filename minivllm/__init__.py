@@ -10,11 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minivllm.compat.engine_args import AsyncEngineArgs as AsyncEngineArgs
+    from minivllm.compat.engine_args import EngineArgs as EngineArgs
     from minivllm.config import EngineConfig as EngineConfig
     from minivllm.engine.async_llm import AsyncLLM as AsyncLLM
+    from minivllm.engine.async_llm import AsyncLLMEngine as AsyncLLMEngine
     from minivllm.engine.beam_search import BeamSearchParams as BeamSearchParams
     from minivllm.engine.llm import LLM as LLM
     from minivllm.engine.llm_engine import LLMEngine as LLMEngine
+    from minivllm.engine.prompts import PromptType as PromptType
+    from minivllm.engine.prompts import TextPrompt as TextPrompt
+    from minivllm.engine.prompts import TokensPrompt as TokensPrompt
     from minivllm.errors import InvalidInput as InvalidInput
     from minivllm.outputs import CompletionOutput as CompletionOutput
     from minivllm.outputs import RequestOutput as RequestOutput
@@ -22,9 +28,18 @@ if TYPE_CHECKING:
     from minivllm.sampling_params import StructuredOutputs as StructuredOutputs
     from minivllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
+from minivllm.compat.imports import install
+
+install()
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncEngineArgs": "minivllm.compat.engine_args",
+    "AsyncLLMEngine": "minivllm.engine.async_llm",
+    "EngineArgs": "minivllm.compat.engine_args",
+    "PromptType": "minivllm.engine.prompts",
+    "TextPrompt": "minivllm.engine.prompts",
+    "TokensPrompt": "minivllm.engine.prompts",
     "AsyncLLM": "minivllm.engine.async_llm",
     "BeamSearchParams": "minivllm.engine.beam_search",
     "CompletionOutput": "minivllm.outputs",

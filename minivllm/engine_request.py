@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 
 
@@ -26,3 +27,16 @@ class EngineRequest:
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
     adapter: str | None = None
     beam_search: bool = False  # after each token its sequences pause until `choose_beams`
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """A LoRA adapter for one request (vLLM's class). Adapters are not built yet: a request with one is refused."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lora_int_id < 1:
+            raise InvalidInput(f"lora_int_id must be at least 1, got {self.lora_int_id}", "lora_int_id")

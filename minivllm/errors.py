@@ -46,6 +46,13 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]} .. ({len(text)} characters)"
 
 
+def refuse_unbuilt(**values: object) -> None:
+    """Raise `NotSupportedYet` for the first argument that requests something: these features are not built."""
+    for name, value in values.items():
+        if value:
+            raise NotSupportedYet(f"{name} is not supported yet: leave it out", name)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name, such as ``; did you mean 'temperature'?``. Empty if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

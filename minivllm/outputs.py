@@ -78,7 +78,4 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
-
-    @property
-    def finished(self) -> bool:
-        return all(o.finished() for o in self.outputs)
+    finished: bool = False  # all completions have ended

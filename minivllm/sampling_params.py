@@ -1,22 +1,25 @@
 """The sampling settings of one request: vLLM's `SamplingParams`, checked when it is constructed.
 
-The object is frozen and contains no tensors. It goes unchanged from the server to the engine, and with the plan to the worker. Field
-names and defaults are vLLM's. Ranges are those of the OpenAI API where it states one.
+The object contains no tensors. A user may change its fields, and each assignment is checked. A request gets a copy (`clone`), which goes
+unchanged to the engine and with the plan to the worker. Field names and defaults are vLLM's. Ranges are those of the OpenAI API where it
+states one.
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
+import enum
 import json as jsonlib
 import math
 import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_field
 
-MAX_LOGPROBS = 20  # most alternatives per token (OpenAI's and vLLM's limit)
+MAX_LOGPROBS = 20  # most alternatives per token (OpenAI's limit; in Python `max_logprobs` of the engine)
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
 MAX_N = 16_384  # completions of one prompt (vLLM's limit)
 MAX_TOP_K = 2**31 - 1  # the sampler's columns are int32
@@ -37,7 +40,17 @@ _NOT_YET = {
     "best_of": "more candidates than completions; use n",
     "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
     "logits_processors": "Python logits processors",
+    "extra_args": "arguments of plug-ins",
+    "spaces_between_special_tokens": "decoding without these spaces",
+    "thinking_token_budget": "a limit for the reasoning",
+    "flat_logprobs": "another class for logprobs",
 }
+
+
+def _refuse_unless_neutral(**values: Any) -> None:
+    for name, value in values.items():
+        if value:
+            raise NotSupportedYet(f"{name} ({_NOT_YET[name]}) is not supported yet: leave it out", name)
 
 
 def whole(name: str, value: Any, low: int, high: int | None, fix: str, field: str | None = None) -> int:
@@ -191,7 +204,15 @@ def _schema_text(value: Any, where: str) -> str:
     return text
 
 
-@dataclass(frozen=True, kw_only=True)
+class RequestOutputKind(enum.Enum):
+    """What one output of a running request contains (vLLM's names)."""
+
+    CUMULATIVE = 0  # all of its output so far
+    DELTA = 1  # what is new since the last one
+    FINAL_ONLY = 2  # one output, at the end
+
+
+@dataclass(kw_only=True)
 class SamplingParams:
     """Sampling settings of one request. Raises `InvalidInput` naming the field, the value and the range."""
 
@@ -210,7 +231,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = 16  # of the output, which also ends at the context's limit; None: only there
     min_tokens: int = 0  # EOS and stop tokens are masked until then
-    logprobs: int | None = None  # 0: of the sampled token only; k: also of the k most probable tokens
+    logprobs: int | None = None  # 0: of the sampled token only; k: also of the k most probable tokens; -1: of all tokens
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None  # token id -> bias, clamped to [-100, 100]
     bad_words: Sequence[str] | str | None = None  # strings whose token sequences must not be generated
@@ -218,23 +239,59 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
     structured_outputs: StructuredOutputsParams | None = None  # a dict with its fields is accepted too
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # what `LLMEngine.step` and `AsyncLLM` return while a request runs
     truncate_prompt_tokens: int | None = None  # keep only this many of the prompt's last tokens; -1: as many as leave room for the output
 
     # Token sequences of `bad_words`, filled in by the engine, which has the tokenizer.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
+    # vLLM's parameters that are accepted only if they request nothing; `guided_decoding` is an older name of `structured_outputs`.
+    guided_decoding: InitVar[Any] = None
+    best_of: InitVar[int | None] = None
+    use_beam_search: InitVar[bool] = False
+    logits_processors: InitVar[Any] = None
+    extra_args: InitVar[Any] = None
+    spaces_between_special_tokens: InitVar[bool] = True
+    thinking_token_budget: InitVar[int | None] = None
+    skip_clone: InitVar[bool] = False
+    flat_logprobs: InitVar[bool] = False
+
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Report an unknown name with the nearest known one. (The generated __init__ would raise an error without a hint.)"""
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
-                if name in _NOT_YET:
-                    raise TypeError(f"SamplingParams: {name} ({_NOT_YET[name]}) is not supported yet: leave it out")
                 raise TypeError(f"SamplingParams has no parameter {name!r}{nearest(name, cls.__dataclass_fields__)}")
         return super().__new__(cls)
 
-    def __post_init__(self) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
+        """Check the new value with all others, as the constructor does."""
+        if "_checked" not in self.__dict__:  # while the constructor runs
+            object.__setattr__(self, name, value)
+            return
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(f"SamplingParams has no parameter {name!r}{nearest(name, self.__dataclass_fields__)}")
+        change: dict[str, Any] = {name: value}
+        self.__dict__.update(dataclasses.replace(self, **change).__dict__)
+
+    def clone(self) -> SamplingParams:
+        """A copy that later assignments do not change."""
+        return copy.copy(self)
+
+    def __post_init__(
+        self, guided_decoding: Any, best_of: int | None, use_beam_search: bool, logits_processors: Any, extra_args: Any,
+        spaces_between_special_tokens: bool, thinking_token_budget: int | None, skip_clone: bool, flat_logprobs: bool,
+    ) -> None:
         def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)  # the dataclass is frozen
+            object.__setattr__(self, name, value)
+
+        if guided_decoding is not None:
+            if self.structured_outputs is not None:
+                raise InvalidInput("guided_decoding is an older name of structured_outputs: give one of them", "guided_decoding")
+            put("structured_outputs", guided_decoding)
+        _refuse_unless_neutral(
+            best_of=best_of not in (None, self.n), use_beam_search=use_beam_search, logits_processors=logits_processors,
+            extra_args=extra_args, spaces_between_special_tokens=not spaces_between_special_tokens,
+            thinking_token_budget=thinking_token_budget is not None, flat_logprobs=flat_logprobs)
 
         put("n", whole("n", self.n, 1, MAX_N, "the number of completions"))
         for name, low, high in (
@@ -264,6 +321,10 @@ class SamplingParams:
             put("logit_bias", self._bias(self.logit_bias))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             put(name, _boolean(name, getattr(self, name)))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            kinds = ", ".join(f"RequestOutputKind.{kind.name}" for kind in RequestOutputKind)
+            raise InvalidInput(f"output_kind must be one of {kinds}, got {self.output_kind!r}", "output_kind")
+        put("_checked", True)
 
     def _check_counts(self, put: Callable[[str, object], None]) -> None:
         """Numbers of tokens and of log-probabilities."""
@@ -275,7 +336,7 @@ class SamplingParams:
             raise InvalidInput(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): lower it", "min_tokens")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                put(name, whole(name, getattr(self, name), 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"))
+                put(name, whole(name, getattr(self, name), -1, None, "-1 is the whole vocabulary"))
         keep = self.truncate_prompt_tokens
         if keep is not None:
             fix = "it is at least 1, or -1 for as many as leave room for the output"

@@ -31,7 +31,7 @@ LAYERS = (*PARAMETERS, "layers")
 MODELS = (*LAYERS, "models")
 CHOICE = (*MODELS, "sampling", "speculative")
 WORKER = (*CHOICE, "worker")
-ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "engine")
+ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "engine", "compat.settings")
 # what the server may import
 ENGINE_CLIENT = (*INPUT, "outputs", "engine_request", "core.plan", "core.admission", "engine", "output_parsers")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compat": (*ENGINE, "cli.flags"),
     "families": ("errors",),
     "outputs": ("core.plan",),
-    "engine_request": ("sampling_params",),
+    "engine_request": ("errors", "sampling_params"),
     "splitmix64": (),
     "output_parsers": (),
     # the control plane
@@ -61,9 +61,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engine": ENGINE,
     "server": ENGINE_CLIENT,
     "benchmarks": (*ENGINE, "planning"),
-    "entrypoints": ("cli", "config"),
-    "cli": (*ENGINE, *SPELLINGS, "server", "planning", "benchmarks", "minivllm"),
-    "__init__": (*INPUT, "outputs", "engine"),
+    "entrypoints": ("cli",),
+    "cli": (*ENGINE, "compat.environment", "server", "planning", "benchmarks", "minivllm"),
+    "__init__": (*INPUT, "outputs", "engine", "engine_request", "compat"),
     "__main__": ("cli",),
 }
 ALWAYS = ("minivllm",)  # the package itself: its version and its lazy names

@@ -29,7 +29,7 @@ from minivllm.sampling_params import GREEDY_EPSILON
         ("stop", 5), ("stop_token_ids", 5),
         ("stop_token_ids", [True]), ("stop_token_ids", [1.0]), ("max_tokens", True), ("top_k", True), ("logprobs", True),
         ("stop_token_ids", [-1]), ("stop_token_ids", "12"), ("allowed_token_ids", []), ("max_tokens", 0), ("max_tokens", "5"),
-        ("min_tokens", 17), ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 21), ("logit_bias", {"x": 1}),
+        ("min_tokens", 17), ("logprobs", -2), ("prompt_logprobs", 1.5), ("logit_bias", {"x": 1}),
         ("logit_bias", [1, 2]), ("logit_bias", "5"), ("logit_bias", {1.5: 1}), ("logit_bias", {True: 1}), ("logit_bias", {-1: 1}),
         ("logit_bias", {1: "2"}), ("logit_bias", {1: float("nan")}), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
         ("truncate_prompt_tokens", 2.0), ("logit_bias", {1: float("inf")}), ("logit_bias", {1: 10**400}), ("ignore_eos", 1),
@@ -104,8 +104,9 @@ def test_seed_minus_one_means_no_seed_as_in_vllm() -> None:
 
 
 def test_best_of_is_refused_with_the_setting_to_use() -> None:
-    with pytest.raises(TypeError, match=r"best_of .*use n.* is not supported yet: leave it out"):
-        SamplingParams(best_of=2)  # type: ignore[call-arg]
+    assert SamplingParams(n=2, best_of=2) == SamplingParams(n=2)
+    with pytest.raises(InvalidInput, match=r"best_of .*use n.* is not supported yet: leave it out"):
+        SamplingParams(best_of=2)
 
 
 numbers = st.integers() | st.floats()

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from minivllm.cli.flags import CommandParser, add_config_flags, normalize
-from minivllm.compat.settings import ENGINE_ALIASES, ENGINE_SETTINGS
+from minivllm.compat.settings import ENGINE_ALIASES, ENGINE_SETTINGS, LLM_SETTINGS
 from minivllm.config import EngineConfig
 
 _DEFAULTS: dict[str, Any] = {
     **{f.name: f.default for f in dataclasses.fields(EngineConfig)},
-    **{setting.name: setting.default for setting in ENGINE_SETTINGS},
+    **{setting.name: setting.default for setting in (*ENGINE_SETTINGS, *LLM_SETTINGS)},
     **{alias.name: None for alias in ENGINE_ALIASES},
 }
 _Fields: Any = dataclasses.make_dataclass(
@@ -40,7 +40,7 @@ class FlexibleArgumentParser(CommandParser):
         return found
 
 
-class EngineArgs(_Fields):  # type: ignore[misc]
+class EngineArgs(_Fields):
     """The keywords of `LLM(...)` as attributes, with vLLM's own ones. They are checked by `create_engine_config`."""
 
     @classmethod

@@ -1,10 +1,7 @@
-"""Functions of vLLM's that scripts call and that need little here."""
+"""Functions of vLLM's that scripts call and that have little to do here."""
 from __future__ import annotations
 
 import gc
-from typing import Any
-
-from minivllm.errors import InvalidInput
 
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
@@ -18,13 +15,3 @@ def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
 
 def destroy_model_parallel() -> None:
     """There are no process groups to destroy: one process computes on one device."""
-
-
-def get_tokenizer(name: str, **kwargs: Any) -> Any:
-    """The Transformers tokenizer of a folder or hub id. Raises `InvalidInput` if it cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"the tokenizer {name!r} cannot be read: {str(error).splitlines()[0]}", "tokenizer") from None

@@ -27,7 +27,7 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.utils.argparse_utils": _PARSER,
     "minivllm.entrypoints.llm": {"LLM": "minivllm.engine.llm"},
     "minivllm.engine.arg_utils": _ENGINE_ARGS,
-    "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm"},
+    "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm", **_ENGINE_ARGS},
     "minivllm.lora": {},
     "minivllm.lora.request": {"LoRARequest": "minivllm.engine_request"},
     "minivllm.distributed": dict.fromkeys(("cleanup_dist_env_and_memory", "destroy_model_parallel"), "minivllm.compat.functions"),
@@ -38,7 +38,7 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.v1.metrics": {},
     "minivllm.v1.metrics.reader": dict.fromkeys(("Counter", "Gauge", "Histogram", "Metric", "Vector"), "minivllm.engine.metrics_reader"),
     "minivllm.transformers_utils": {},
-    "minivllm.transformers_utils.tokenizer": {"get_tokenizer": "minivllm.compat.functions"},
+    "minivllm.transformers_utils.tokenizer": {"get_tokenizer": "minivllm.engine.hf_tokenizer"},
 }
 
 

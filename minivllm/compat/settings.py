@@ -128,6 +128,17 @@ SERVER_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("client certificates", ssl_ca_certs=None, ssl_cert_reqs=0, enable_ssl_refresh=False, ssl_ciphers=None),
 )
 
+# Settings of the server that vLLM's `LLM` accepts too.
+LLM_SETTINGS: tuple[VllmSetting, ...] = tuple(_inert(
+    "it is a setting of the server", served_model_name=None, reasoning_parser="", tool_call_parser=None, enable_auto_tool_choice=False))
+# Methods of vLLM's `LLM` for features that are not built.
+LLM_METHODS: Mapping[str, str] = {
+    "encode": "models for pooling", "embed": "embedding models", "classify": "classification models", "reward": "reward models",
+    "score": "scoring models", "sleep": "sleep mode", "wake_up": "sleep mode", "collective_rpc": "calls to several workers",
+    "apply_model": "functions that run inside a worker",
+    "init_weight_transfer_engine": "weight updates", "update_weights": "weight updates",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Alias:
@@ -155,7 +166,7 @@ SHORT_FLAGS: Mapping[str, tuple[str, ...]] = {
     "api_server_count": ("-asc",),
 }
 LIST_FLAGS = ("lora_modules", "middleware", "cudagraph_capture_sizes", "cuda_graph_sizes", "logits_processors")  # take several values
-_SETTINGS: Mapping[str, VllmSetting] = {setting.name: setting for setting in (*ENGINE_SETTINGS, *SERVER_SETTINGS)}
+_SETTINGS: Mapping[str, VllmSetting] = {setting.name: setting for setting in (*ENGINE_SETTINGS, *SERVER_SETTINGS, *LLM_SETTINGS)}
 _ALIASES: Mapping[str, Alias] = {alias.name: alias for alias in (*ENGINE_ALIASES, *SERVER_ALIASES)}
 VLLM_NAMES = frozenset(_SETTINGS) | frozenset(_ALIASES)
 

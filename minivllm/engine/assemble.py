@@ -7,6 +7,7 @@ from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
 from minivllm.outputs import CompletionOutput, Logprob, OutputDelta, RequestMetrics, RequestOutput
+from minivllm.sampling_params import RequestOutputKind
 
 
 class OutputBuilder:
@@ -17,6 +18,8 @@ class OutputBuilder:
         self._tokenizer = tokenizer if params.detokenize else None
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
         self._unfinished = params.n
+        self._kind = params.output_kind
+        self._reported = [(0, 0, False)] * params.n  # of each completion: tokens, characters, finished; used with DELTA only
         self.num_tokens = 0
         self.output = RequestOutput(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(request.prompt_token_ids),
@@ -48,15 +51,25 @@ class OutputBuilder:
         if delta.metrics is not None:
             self.output.metrics = _of_request(self.output.metrics, delta.metrics)
         self._unfinished -= 1
-        return self._unfinished == 0
+        self.output.finished = self._unfinished == 0
+        return self.output.finished
 
-    def so_far(self) -> RequestOutput:
-        """A copy of `output` with the text so far: later deltas do not change it."""
+    def so_far(self) -> RequestOutput | None:
+        """What the request's `output_kind` reports now, in objects that later deltas do not change. None: nothing."""
+        if self._kind is RequestOutputKind.FINAL_ONLY and self._unfinished:
+            return None
         completions = []
         for completion, parts in zip(self.output.outputs, self._texts, strict=True):
             parts[:] = ["".join(parts)]
-            logprobs = None if completion.logprobs is None else list(completion.logprobs)
-            completions.append(replace(completion, text=parts[0], token_ids=list(completion.token_ids), logprobs=logprobs))
+            tokens, characters = 0, 0
+            if self._kind is RequestOutputKind.DELTA:
+                before, now = self._reported[completion.index], (len(completion.token_ids), len(parts[0]), completion.finished())
+                if before == now:
+                    continue
+                (tokens, characters, _), self._reported[completion.index] = before, now
+            logprobs = None if completion.logprobs is None else completion.logprobs[tokens:]
+            completions.append(replace(
+                completion, text=parts[0][characters:], token_ids=completion.token_ids[tokens:], logprobs=logprobs))
         return replace(self.output, outputs=completions)
 
 

@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
@@ -15,9 +16,12 @@ from typing import Any
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.client import EngineClient
+from minivllm.engine.hf_tokenizer import public_tokenizer
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import start_client
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import EngineDead, refuse_unbuilt
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 
@@ -27,15 +31,18 @@ class AsyncLLM:
 
     def __init__(self, model: str | None = None, *, process: bool = False, **kwargs: Any) -> None:
         config = EngineConfig.from_kwargs(model=model, **kwargs)
+        self.config = config
         self.client: EngineClient = start_client(config, process=process)
         folder = self.client.info.tokenizer_folder
         self.tokenizer = None if folder is None else Tokenizer(folder)
         self._numbers = itertools.count()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, priority: int = 0,
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, lora_request: Any = None,
+        trace_headers: Any = None, priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the output so far each time it grows, each time in a new object. Leaving the loop early aborts the request."""
+        """Yield an output of the parameters' `output_kind` each time there is one. Leaving the loop early aborts the request."""
+        refuse_unbuilt(lora_request=lora_request, trace_headers=trace_headers)
         params = sampling_params or self.get_default_sampling_params()
         name = request_id if request_id is not None else f"async-{next(self._numbers)}"
         text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority)
@@ -44,7 +51,8 @@ class AsyncLLM:
             async for deltas in stream:
                 for delta in deltas:
                     builder.add(delta)
-                yield builder.so_far()
+                if (output := builder.so_far()) is not None:
+                    yield output
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json). `generate` uses them if it gets no `sampling_params`."""
@@ -55,9 +63,34 @@ class AsyncLLM:
         for name in (request_id,) if isinstance(request_id, str) else request_id:
             self.client.abort(name)
 
+    @classmethod
+    def from_engine_args(cls, engine_args: Any, **unused: Any) -> AsyncLLM:
+        """The engine that an `EngineArgs` describes. vLLM's further arguments, such as `usage_context`, have no effect."""
+        return cls(**dataclasses.asdict(engine_args))
+
+    async def get_tokenizer(self) -> Any:
+        """As `LLM.get_tokenizer`."""
+        return public_tokenizer(self.client.info.tokenizer_folder, self.tokenizer)
+
+    async def get_model_config(self) -> EngineInfo:
+        """The model's constants, such as `max_model_len`."""
+        return self.client.info
+
+    async def check_health(self) -> None:
+        """Raise `EngineDead` if the engine has ended."""
+        if self.client.dead is not None:
+            raise EngineDead(self.client.dead)
+
+    async def do_log_stats(self) -> None:
+        """vLLM logs its metrics here. Here they are in `client.metrics`."""
+
     def close(self) -> None:
         """End the engine and free all memory."""
         self.client.close()
+
+    def shutdown(self) -> None:
+        """vLLM's name of `close`."""
+        self.close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -66,3 +99,6 @@ class AsyncLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+AsyncLLMEngine = AsyncLLM  # vLLM's older name

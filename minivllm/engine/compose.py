@@ -56,6 +56,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             max_model_len=worker.max_model_len, vocab_size=spec.vocab_size, eos_token_ids=eos, device=str(worker.device),
             dtype=_name(worker.dtype), num_blocks=worker.num_blocks, block_size=config.block_size, generation_config=defaults,
             scheduling_policy=config.scheduling_policy, weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
+            max_logprobs=config.max_logprobs,
         )
         scheduler = _scheduler(config, worker, info)
     except BaseException:

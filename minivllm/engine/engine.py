@@ -195,7 +195,7 @@ class EngineCore:
         if request.beam_search and params.structured_outputs is not None:
             raise InvalidInput("beam search with structured_outputs is not supported: leave one of them out", "structured_outputs")
         check_prompt(request.prompt_token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
-        complete = check_params(params, self.tokenizer, self.vocab_size)
+        complete = check_params(params, self.tokenizer, self.vocab_size, self._info.max_logprobs)
         return request if complete is params else replace(request, params=complete)
 
     def _seed_for(self, params: SamplingParams) -> int:

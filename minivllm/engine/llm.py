@@ -8,74 +8,109 @@ from __future__ import annotations
 
 import logging
 import numbers
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
+from minivllm.compat.settings import LLM_METHODS
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.compose import build_engine
 from minivllm.engine.llm_engine import LLMEngine
+from minivllm.engine.metrics import EngineMetrics
+from minivllm.engine.metrics_reader import Metric, read_metrics
 from minivllm.engine.prompts import Prompt, prepare_request
-from minivllm.engine.tokenizer import Tokenizer
-from minivllm.errors import InvalidInput
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest, refuse_unbuilt
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
+_OfflineRequest: TypeAlias = tuple[Prompt, SamplingParams, int]  # with its priority
 Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": ...}
 
 
 class LLM:
     """A model that answers lists of prompts. Its keywords are the fields of `EngineConfig`."""
 
-    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str | None = None, *, chat_template: str | None = None, disable_log_stats: bool = True, **kwargs: Any,
+    ) -> None:
+        """`chat_template`: Jinja source, or a file with it, that replaces the model's own in `chat`.
+
+        `disable_log_stats=False` collects what `get_metrics` returns, which costs about 0.1 µs per token.
+        """
         self.config = EngineConfig.from_kwargs(model=model, **kwargs)
+        self._chat_template = _template_source(chat_template)
         self.llm_engine = LLMEngine(build_engine(self.config))
+        self._metrics = None if disable_log_stats else EngineMetrics(self.llm_engine.info().model)
         self._num_requests = 0
+        self._queued: list[_OfflineRequest] = []  # of `enqueue`
+        self._profile: Any = None
 
     # -- vLLM's methods -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        use_tqdm: bool = True, priority: Sequence[int] | None = None,
+        self, prompts: Prompt | Sequence[Prompt] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None, priority: Sequence[int] | None = None, tokenization_kwargs: Mapping[str, Any] | None = None, *,
+        prompt_token_ids: Sequence[Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt. The outputs have the order of the prompts.
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. `sampling_params` is one object for
-        all prompts, or a list with one for each.
+        all prompts, or a list with one for each. `use_tqdm` may be a class to use in place of `tqdm`.
         """
-        every = _as_list(prompts)
-        params = self._params_list(sampling_params, len(every))
-        if priority is not None and len(priority) != len(every):
-            raise InvalidInput(f"{len(every)} prompts, but {len(priority)} priorities: give one each", "priority")
-        return self._run(every, params, priority or [0] * len(every), use_tqdm)
+        refuse_unbuilt(tokenization_kwargs=tokenization_kwargs)
+        given = prompts if prompt_token_ids is None else prompt_token_ids
+        if given is None or (prompts is not None and prompt_token_ids is not None):
+            raise InvalidInput("give prompts, or prompt_token_ids, which is an older form: exactly one of them", "prompts")
+        return self._run(self._requests(given, sampling_params, lora_request, priority), use_tqdm)
+
+    def enqueue(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: Any = None, priority: Sequence[int] | None = None,
+    ) -> None:
+        """Add prompts that `wait_for_completion` answers, together with those of other calls."""
+        self._queued += self._requests(prompts, sampling_params, lora_request, priority)
+
+    def wait_for_completion(self, use_tqdm: bool | Callable[..., Any] = True) -> list[RequestOutput]:
+        """Answer all prompts of `enqueue`, in their order."""
+        requests, self._queued = self._queued, []
+        return self._run(requests, use_tqdm)
 
     def chat(
         self, messages: Conversation | Sequence[Conversation],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
-        chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None, chat_template: str | None = None, chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True, continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several (a list of such lists).
 
         `tools` are described to the model in the prompt. Its calls are part of the output's text, in the model's own format.
         """
-        tokenizer = self.get_tokenizer()
+        refuse_unbuilt(mm_processor_kwargs=mm_processor_kwargs)
+        tokenizer = self.llm_engine.core.tokenizer
+        if tokenizer is None:
+            raise InvalidInput("this LLM has no tokenizer (skip_tokenizer_init): use generate with token ids", "skip_tokenizer_init")
+        template = chat_template or self._chat_template
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         for one in conversations:
             text = tokenizer.apply_chat_template(
-                one, tokenize=False, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
+                one, tokenize=False, chat_template=template, add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
             )
             assert isinstance(text, str)
             ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
             prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The `beam_width` most probable outputs of each prompt, best first."""
@@ -83,16 +118,58 @@ class LLM:
         request_ids = [f"beam-{self._new_id()}" for _ in every]
         return beam_search(self.llm_engine, request_ids, every, params)
 
-    def get_tokenizer(self) -> Tokenizer:
+    def get_tokenizer(self) -> Any:
+        """The Transformers tokenizer where that package is installed, else the engine's own."""
         return self.llm_engine.get_tokenizer()
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters, gauges and histograms of the requests of this object, under the names of the server's /metrics."""
+        if self._metrics is None:
+            raise InvalidInput("get_metrics needs an LLM that collects metrics: LLM(..., disable_log_stats=False)", "disable_log_stats")
+        return read_metrics(self._metrics)
+
+    def start_profile(self) -> None:
+        """Record a torch profiler trace until `stop_profile`."""
+        import torch
+
+        if self._profile is not None:
+            raise InvalidInput("a profile is being recorded: call stop_profile first")
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profile = torch.profiler.profile(activities=activities)
+        self._profile.start()
+
+    def stop_profile(self) -> Path:
+        """Write the trace into VLLM_TORCH_PROFILER_DIR, by default the current folder, and return its path. Perfetto shows it."""
+        if self._profile is None:
+            raise InvalidInput("no profile is being recorded: call start_profile first")
+        profile, self._profile = self._profile, None
+        profile.stop()
+        folder = Path(os.environ.get("VLLM_TORCH_PROFILER_DIR", ".")).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"minivllm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
+        profile.export_chrome_trace(str(path))
+        print(f"minivllm: wrote the profile {path}", file=sys.stderr, flush=True)
+        return path
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """vLLM's methods for features that are not built: calling one raises `NotSupportedYet`."""
+        if name not in LLM_METHODS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{nearest(name, vars(type(self)))}")
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise NotSupportedYet(f"LLM.{name} ({LLM_METHODS[name]}) is not supported yet", name)
+
+        return refuse
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json). They are used where no `sampling_params` are given."""
         return SamplingParams(**self.llm_engine.info().generation_config)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self.llm_engine.reset_prefix_cache()
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes. The arguments are vLLM's and change nothing: no request runs between two calls."""
+        return self.llm_engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Free the weights, the KV cache and host memory. The object cannot be used afterwards."""
@@ -108,6 +185,17 @@ class LLM:
 
     # -- running a batch ------------------------------------------------------------------------------------------------
 
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, lora_request: Any,
+        priority: Sequence[int] | None,
+    ) -> list[_OfflineRequest]:
+        """One entry per prompt. Raises `InvalidInput` if the lists have different lengths."""
+        every = _as_list(prompts)
+        refuse_unbuilt(lora_request=lora_request if not isinstance(lora_request, Sequence) else any(lora_request))
+        if priority is not None and len(priority) != len(every):
+            raise InvalidInput(f"{len(every)} prompts, but {len(priority)} priorities: give one each", "priority")
+        return list(zip(every, self._params_list(params, len(every)), priority or [0] * len(every), strict=True))
+
     def _params_list(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
@@ -119,24 +207,28 @@ class LLM:
             raise InvalidInput(f"{count} prompts, but {len(params)} SamplingParams: give one for all or one each", "sampling_params")
         return list(params)
 
-    def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int], use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[_OfflineRequest], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         """Add requests as long as the engine's queue has room, run steps, and collect the deltas."""
-        engine, core = self.llm_engine, self.llm_engine.core
+        engine, core, metrics = self.llm_engine, self.llm_engine.core, self._metrics
         builders: dict[str, OutputBuilder] = {}
         finished: dict[str, RequestOutput] = {}
         request_ids: list[str] = []  # of the prompts that were added
-        progress = _Progress(len(prompts), use_tqdm)
+        progress = _Progress(len(requests), use_tqdm)
         try:
-            while len(request_ids) < len(prompts) or builders:
-                while (i := len(request_ids)) < len(prompts) and core.has_room:  # steps make room
+            while len(request_ids) < len(requests) or builders:
+                while (i := len(request_ids)) < len(requests) and core.has_room:  # steps make room
+                    prompt, params, priority = requests[i]
                     request_ids.append(self._new_id())
                     text, request = prepare_request(
-                        request_ids[i], prompts[i], params[i], core.tokenizer, core.max_model_len, priority=priorities[i])
+                        request_ids[i], prompt, params, core.tokenizer, core.max_model_len, priority=priority)
                     core.add(request)
                     builders[request_ids[i]] = OutputBuilder(request_ids[i], text, request, core.tokenizer)
-                for delta in engine.advance():
+                    if metrics is not None:
+                        metrics.added(request_ids[i], request.arrival_time, len(request.prompt_token_ids), params.n)
+                deltas = engine.advance()
+                if metrics is not None:
+                    metrics.observe(deltas, core.stats())
+                for delta in deltas:
                     builder = builders.get(delta.request_id)  # None: the caller added this request through `llm_engine`
                     if builder is not None and builder.add(delta):
                         finished[delta.request_id] = builders.pop(delta.request_id).output
@@ -155,6 +247,13 @@ class LLM:
         return name
 
 
+def _template_source(template: str | None) -> str | None:
+    """A chat template given as Jinja source, or as the path of a file with it."""
+    if template is None or "{" in template or not Path(template).expanduser().is_file():
+        return template
+    return Path(template).expanduser().read_text(encoding="utf-8")
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list. A list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping)):
@@ -168,10 +267,11 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 class _Progress:
     """The progress bar on stderr, with prompt and output tokens per second."""
 
-    def __init__(self, total: int, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, total: int, shown: bool | Callable[..., Any], clock: Callable[[], float] = time.monotonic) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True, disable=not shown)
+        make = shown if callable(shown) else tqdm
+        self._bar = make(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True, disable=not shown)
         self._clock = clock
         self._start = clock()
         self._prompt_tokens = 0

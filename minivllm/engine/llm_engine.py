@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from minivllm.engine.assemble import OutputBuilder
+from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import EngineCore
+from minivllm.engine.hf_tokenizer import public_tokenizer
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.prompts import Prompt, prepare_request
-from minivllm.engine.tokenizer import Tokenizer
-from minivllm.errors import InvalidInput, NotSupportedYet
+from minivllm.errors import InvalidInput, refuse_unbuilt
 from minivllm.outputs import OutputDelta, RequestOutput
 from minivllm.sampling_params import SamplingParams
 
@@ -32,6 +33,11 @@ class LLMEngine:
         self._builders: dict[str, OutputBuilder] = {}  # unfinished requests of `add_request`
         self._unreported: dict[str, OutputBuilder] = {}  # they advanced since the last `step`
 
+    @classmethod
+    def from_engine_args(cls, engine_args: Any, **unused: Any) -> LLMEngine:
+        """The engine that an `EngineArgs` describes. vLLM's further arguments, such as `usage_context`, have no effect."""
+        return cls(build_engine(engine_args.create_engine_config()))
+
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, arrival_time: float | None = None, lora_request: Any = None,
         tokenization_kwargs: Mapping[str, Any] | None = None, trace_headers: Mapping[str, str] | None = None, priority: int = 0,
@@ -40,10 +46,7 @@ class LLMEngine:
 
         Raises `InvalidInput` for a request that this engine can never answer.
         """
-        unused = {"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs, "trace_headers": trace_headers}
-        for name, value in unused.items():
-            if value:
-                raise NotSupportedYet(f"{name} is not supported yet: leave it out", name)
+        refuse_unbuilt(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, trace_headers=trace_headers)
         arrival = None if arrival_time is None else arrival_time - time.time() + time.monotonic()
         text, request = prepare_request(
             request_id, prompt, params, self.core.tokenizer, self.core.max_model_len, arrival_time=arrival, priority=priority)
@@ -64,10 +67,10 @@ class LLMEngine:
             self._unreported.pop(request_id, None)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns the output so far of each request that advanced since the last call."""
+        """Run one step. Returns an output, of its `output_kind`, for each request that advanced since the last call."""
         self.advance()
         advanced, self._unreported = self._unreported, {}
-        return [builder.so_far() for builder in advanced.values()]
+        return [output for builder in advanced.values() if (output := builder.so_far()) is not None]
 
     def advance(self) -> list[OutputDelta]:
         """Run one step and return its deltas, also those of requests that were added through `core`.
@@ -91,10 +94,14 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         return len(self._builders)
 
-    def get_tokenizer(self) -> Tokenizer:
-        if self.core.tokenizer is None:
-            raise InvalidInput("this engine has no tokenizer (skip_tokenizer_init)", "skip_tokenizer_init")
-        return self.core.tokenizer
+    def get_tokenizer(self) -> Any:
+        """The Transformers tokenizer where that package is installed, else the engine's own."""
+        return public_tokenizer(self.core.info().tokenizer_folder, self.core.tokenizer)
+
+    @property
+    def model_config(self) -> EngineInfo:
+        """The model's constants, such as `max_model_len`."""
+        return self.core.info()
 
     def info(self) -> EngineInfo:
         return self.core.info()
@@ -102,9 +109,10 @@ class LLMEngine:
     def stats(self) -> EngineStats:
         return self.core.stats()
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes, also those of running requests, which continue. The arguments are vLLM's and change nothing."""
         self.core.reset_prefix_cache()
+        return True
 
     def close(self) -> None:
         """Free all memory. Safe to call twice."""

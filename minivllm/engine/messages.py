@@ -15,6 +15,7 @@ from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta
+from minivllm.sampling_params import MAX_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,11 @@ class EngineInfo:
     scheduling_policy: str = "fcfs"
     weight_bytes: int = 0  # memory of this rank's weights; 0: not known
     kv_cache_bytes: int = 0  # memory of its KV blocks; 0: not known
+    max_logprobs: int = MAX_LOGPROBS  # per token; -1: no limit
+
+    def get_vocab_size(self) -> int:
+        """vLLM's name of `vocab_size`."""
+        return self.vocab_size
 
 
 # -- to the engine ----------------------------------------------------------------------------------------------------

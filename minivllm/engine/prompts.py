@@ -4,17 +4,36 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
-from minivllm.errors import InvalidInput, nearest
+from minivllm.errors import InvalidInput, nearest, refuse_unbuilt
 from minivllm.sampling_params import SamplingParams, whole
 
 # Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. A dict may have a "cache_salt": see `EngineRequest`.
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_UNBUILT = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds")  # keys of vLLM's prompts
+
+
+class TextPrompt(TypedDict, total=False):
+    """A prompt as text (vLLM's class)."""
+
+    prompt: Required[str]
+    cache_salt: str
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt as token ids (vLLM's class)."""
+
+    prompt_token_ids: Required[list[int]]
+    prompt: str
+    cache_salt: str
+
+
+PromptType = Prompt
 
 
 class ReadPrompt(NamedTuple):
@@ -29,8 +48,9 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
     """Read a prompt in any form, and tokenize text."""
     salt = None
     if isinstance(prompt, Mapping):
+        refuse_unbuilt(**{key: prompt[key] for key in _UNBUILT if key in prompt})
         for key in prompt:
-            if key not in _KEYS:
+            if key not in _KEYS and key not in _UNBUILT:
                 raise InvalidInput(f"unknown key {key!r} in a prompt{nearest(str(key), _KEYS)}", "prompt")
         text, salt = prompt.get("prompt"), prompt.get("cache_salt")
         if salt is not None and not isinstance(salt, str):
@@ -69,6 +89,7 @@ def prepare_request(
     """
     if not isinstance(params, SamplingParams):
         raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
+    params = params.clone()  # the caller may change its own later
     text, every, salt = read_prompt(prompt, tokenizer)
     token_ids = tuple(truncate(every, params.truncate_prompt_tokens, max_model_len, params.max_tokens))
     request = EngineRequest(
@@ -118,10 +139,19 @@ def check_vocabulary(field: str, token_ids: Collection[int], vocab_size: int) ->
         raise InvalidInput(f"token id {low if low < 0 else high} in {field} is outside the vocabulary (0 to {vocab_size - 1})", field)
 
 
-def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
+def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int, max_logprobs: int) -> SamplingParams:
     """Check parameters against the model, and complete them: `bad_words_token_ids` are the token sequences of `bad_words`."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         check_vocabulary(name, getattr(params, name) or (), vocab_size)
+    for name in ("logprobs", "prompt_logprobs"):
+        count, limit = getattr(params, name), vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
+        if count is None:
+            continue
+        if (vocab_size if count == -1 else count) > limit:
+            raise InvalidInput(f"{name} must be at most {limit}, got {count}: lower it, or raise max_logprobs of the engine", name)
+        if count == -1:
+            every: dict[str, Any] = {name: vocab_size}
+            params = dataclasses.replace(params, **every)
     if tokenizer is None:
         for name in ("stop", "bad_words"):
             if getattr(params, name):

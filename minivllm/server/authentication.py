@@ -30,6 +30,7 @@ class AuthenticationMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["method"] == "HEAD":  # the response to GET without its body
             scope, send = {**scope, "method": "GET"}, _head_only(send)
         given = headers.get("x-request-id", "")
@@ -44,7 +45,7 @@ class AuthenticationMiddleware:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if self._digests and scope["path"] not in self._open_paths and not self._is_authorized(headers.get("authorization", "")):
+        if self._digests and path not in self._open_paths and not self._is_authorized(headers.get("authorization", "")):
             refusal = ApiError(
                 401, "Incorrect API key provided: send a valid one as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},

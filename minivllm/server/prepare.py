@@ -90,6 +90,7 @@ class Preprocessor:
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
         now = time.monotonic()
+        self._check_logprobs(body)
         structure = body.structure()
         defaults = frontend.defaults if structure is None else {**frontend.defaults, "structured_outputs": structure}
         requests = []
@@ -108,6 +109,14 @@ class Preprocessor:
             return_token_ids=bool(body.return_token_ids), return_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
             ignored=tuple(ignored), output=output,
         )
+
+    def _check_logprobs(self, body: GenerationRequest) -> None:
+        info = self._frontend.client.info
+        limit = info.vocab_size if info.max_logprobs == -1 else min(info.max_logprobs, info.vocab_size)
+        for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+            count = getattr(body, name, None)
+            if type(count) is int and (count > limit or (count == -1 and limit < info.vocab_size)):
+                raise InvalidInput(f"{name} must be at most {limit}, got {count}: lower it (--max-logprobs sets this server's limit)", name)
 
     def _max_tokens(self, body: GenerationRequest, prompt_tokens: int, default: int | None) -> int:
         """The output limit for one prompt: the requested one if it fits, else the default or what is left of the context."""

@@ -21,7 +21,7 @@ from pydantic import FailFast, Field, PlainValidator, StringConstraints, Validat
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
-from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from minivllm.server.errors import ApiError, shorten
 from minivllm.server.strict import StrictModel
 from minivllm.server.structured import ResponseFormat, SchemaField, StructuredOutputsFields
@@ -209,7 +209,7 @@ class CompletionRequest(GenerationRequest):
     prompt: PromptField
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None  # put the prompt's text in front of the output
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = Field(default=None, ge=-1)
     best_of: int | None = None
     add_special_tokens: bool | None = None  # put a BOS token in front of a text prompt, if the model uses one
 
@@ -345,7 +345,7 @@ class ChatRequest(GenerationRequest):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; it overrides max_tokens
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=-1)
     add_generation_prompt: bool | None = None  # open the assistant's answer; on unless the final message is continued
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -19,7 +19,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema
 
 from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
-from minivllm.sampling_params import MAX_LOGPROBS
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import NO_EFFECT, ChatRequest, SharedFields, Strings, convert, message_content, refusals_as_text
 from minivllm.server.strict import StrictModel
@@ -56,7 +55,7 @@ class ResponsesRequest(SharedFields):
     input: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _OBJECTS]})]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=-1)
     include: Strings = None
     metadata: dict[str, str] | None = None  # returned with the response
     text: TextConfig | None = None

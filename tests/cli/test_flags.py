@@ -122,7 +122,7 @@ def test_a_wrong_command_line_is_a_one_line_error_with_status_2(capsys: pytest.C
     (["serve", "--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is not an address"),
     (["serve", "--chat-template", "/no/such/file"], "chat_template: cannot read /no/such/file"),
     (["serve", "--config", "/no/such/file"], "cannot read the config file /no/such/file"),
-    (["complete", "x", "--temperature", "-1"], "temperature must be in [0, "),
+    (["complete", "x", "--temperature", "-1"], "temperature must be in [0, inf)"),
     (["complete", ""], "the prompt is empty"),
 ])
 def test_a_wrong_value_is_a_one_line_error_with_status_1(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:

@@ -91,7 +91,7 @@ def search(llm: LLM, prompts: list[list[int]], params: BeamSearchParams) -> list
         for sequence in output.sequences:
             assert sequence.tokens[: len(prompt)] == prompt
             assert sequence.finish_reason == ("stop" if sequence.tokens[-1] == 1 and not params.ignore_eos else "length")
-            assert sequence.text == llm.get_tokenizer().decode(sequence.tokens, skip_special_tokens=True)
+            assert sequence.text == llm.llm_engine.core.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         found.append([(tuple(s.tokens[len(prompt):]), s.cum_logprob) for s in output.sequences])
     return found
 

@@ -48,7 +48,7 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def prompts(llm: LLM) -> list[list[int]]:
     """20 prompts of 1 to 300 tokens."""
-    ids = llm.get_tokenizer().encode(TEXT * 4)
+    ids = llm.llm_engine.core.tokenizer.encode(TEXT * 4)
     lengths = [1, 2, 15, 16, 17, 300, *(random.Random(0).sample(range(3, 300), 14))]
     return [ids[7 * i: 7 * i + length] for i, length in enumerate(lengths)]
 

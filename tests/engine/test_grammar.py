@@ -160,7 +160,7 @@ def test_an_output_that_cannot_continue_ends_at_once_even_with_min_tokens_and_ig
     for more in ({}, {"min_tokens": 50}, {"ignore_eos": True}):
         output = ask(llm, {"choice": ["the end"]}, **more)
         assert (output.text, output.finish_reason, output.stop_reason) == ("the end", "stop", None), more
-        assert llm.get_tokenizer().decode(output.token_ids) == "the end", "no EOS was drawn"
+        assert llm.llm_engine.core.tokenizer.decode(output.token_ids) == "the end", "no EOS was drawn"
 
 
 def test_eos_is_allowed_only_where_the_output_may_end(llm: LLM) -> None:
@@ -176,7 +176,7 @@ def test_an_output_that_may_end_does_so_where_other_settings_ban_every_next_toke
     """min_tokens bans EOS, and bad_words the other tokens. A short output is better than one that violates the settings."""
     output = ask(llm, {"regex": "ab(cd)?"}, min_tokens=10, bad_words=["c"])
     assert (output.text, output.finish_reason) == ("ab", "stop")
-    assert len(output.token_ids) == len(llm.get_tokenizer().encode("ab"))
+    assert len(output.token_ids) == len(llm.llm_engine.core.tokenizer.encode("ab"))
 
 
 def test_a_stop_string_ends_the_output_before_its_grammar_does(llm: LLM) -> None:
@@ -459,7 +459,7 @@ def test_masks_are_written_for_drafts_up_to_the_first_that_the_grammar_forbids(f
 def test_ids_that_only_the_model_has_are_never_sampled(tiny_llama: Callable[..., Path]) -> None:
     """A model's embedding table may be padded, so it has more rows than the tokenizer has tokens."""
     with engine(tiny_llama(vocab_size=400)) as llm:
-        known = llm.get_tokenizer().vocab_size
+        known = llm.llm_engine.core.tokenizer.vocab_size
         assert known < 400 - 32
         for seed in range(8):
             output = ask(llm, {"regex": "[^x]{1,40}"}, seed=seed, temperature=5.0, logit_bias={known + 1: 100.0, 399: 100.0})

@@ -39,7 +39,7 @@ def test_outputs_have_the_order_of_the_prompts_however_long_each_takes(llm: LLM)
     texts = ["the", "the fox", "jumps", "over", "a", "b", "c", "d", "e"]  # more than the queue holds
     params = [SamplingParams(temperature=0, max_tokens=9 - i) for i in range(9)]
     outputs = llm.generate(texts, params, use_tqdm=False)
-    tokenizer = llm.get_tokenizer()
+    tokenizer = llm.llm_engine.core.tokenizer
     for text, asked, output in zip(texts, params, outputs, strict=True):
         assert output.prompt == text
         assert output.prompt_token_ids == tokenizer.encode(text)
@@ -51,7 +51,7 @@ def test_outputs_have_the_order_of_the_prompts_however_long_each_takes(llm: LLM)
 
 
 def test_one_prompt_may_come_without_a_list(llm: LLM) -> None:
-    ids = llm.get_tokenizer().encode("the fox")
+    ids = llm.llm_engine.core.tokenizer.encode("the fox")
     for prompt in ("the fox", {"prompt": "the fox"}, {"prompt_token_ids": ids}, ids, [ids], ["the fox"]):
         (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
         assert output.outputs[0].token_ids == expected(ids, 4)
@@ -79,7 +79,7 @@ def test_chat_writes_the_models_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "the fox"}]
     (one,) = llm.chat(messages, GREEDY, use_tqdm=False)
     assert one.prompt == "<s><|user|>the fox</s>\n<|assistant|>"
-    assert one.prompt_token_ids == llm.get_tokenizer().apply_chat_template(messages)
+    assert one.prompt_token_ids == llm.llm_engine.core.tokenizer.apply_chat_template(messages)
     two = llm.chat([messages, [*messages, {"role": "assistant", "content": "x"}]], GREEDY, use_tqdm=False)
     assert two[0].outputs[0].token_ids == one.outputs[0].token_ids
     assert two[1].prompt == "<s><|user|>the fox</s>\n<|assistant|>x</s>\n<|assistant|>"
@@ -182,7 +182,7 @@ def test_every_exported_name_resolves() -> None:
 def test_text_of_a_stream_and_of_a_list_are_the_same(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=30, n=2, stop=["e"])
     (output,) = llm.generate("the fox", params, use_tqdm=False)
-    tokenizer = Tokenizer(llm.get_tokenizer().folder)
+    tokenizer = Tokenizer(llm.llm_engine.core.tokenizer.folder)
     for completion in output.outputs:
         assert "e" not in completion.text
         assert tokenizer.decode(completion.token_ids).startswith(completion.text.rstrip("\ufffd"))

@@ -164,7 +164,7 @@ def test_prompts_may_be_numpy_arrays(llm: LLM) -> None:
 
 
 def test_each_prompt_is_tokenized_once_however_long_the_queue_is_full(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, calls = llm.get_tokenizer(), []
+    tokenizer, calls = llm.llm_engine.core.tokenizer, []
     encode = tokenizer.encode
 
     def counting(text: str, *args: Any, **kwargs: Any) -> list[int]:

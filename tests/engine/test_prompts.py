@@ -37,9 +37,9 @@ def test_everything_else_is_an_error_that_names_the_fix(tokenizer: Tokenizer, pr
 
 
 def test_bad_words_without_tokens_in_the_model_ban_nothing(tokenizer: Tokenizer) -> None:
-    words = check_params(SamplingParams(bad_words=["cat"]), tokenizer, 10**6).bad_words_token_ids
+    words = check_params(SamplingParams(bad_words=["cat"]), tokenizer, 10**6, 20).bad_words_token_ids
     assert words
-    assert check_params(SamplingParams(bad_words=["cat"]), tokenizer, 1).bad_words_token_ids == ()
+    assert check_params(SamplingParams(bad_words=["cat"]), tokenizer, 1, 20).bad_words_token_ids == ()
 
 
 def test_a_salt_in_the_prompt_keeps_its_blocks_from_others() -> None:
