@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def find(model: Path | str, **settings: Any) -> ModelFiles:
-    return find_model(EngineConfig(model=str(model), **settings))
+    return find_model(EngineConfig(model=str(model), **settings), lambda config: None)
 
 
 def test_hf_overrides_replace_entries_of_config_json(folder: Path) -> None:

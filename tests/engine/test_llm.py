@@ -93,7 +93,7 @@ def test_chat_takes_tools_and_text_parts_in_openais_form(llm: LLM) -> None:
                "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
     (output,) = llm.chat(messages, GREEDY, tools=tools, chat_template=template, use_tqdm=False)
     assert output.prompt == 'f|the\nfox|{"a": 1}'
-    text = llm.get_tokenizer().apply_chat_template(messages[:1], tools=tools, tokenize=False)
+    text = llm.llm_engine.core.tokenizer.apply_chat_template(messages[:1], tools=tools, tokenize=False)
     assert "<tool_call>" in str(text), "the model's own template has no place for tools"
 
 
@@ -154,7 +154,7 @@ def test_unknown_keywords_name_the_nearest_one_before_anything_is_loaded() -> No
         LLM(max_modellen=5)
     with pytest.raises(NotSupportedYet, match="quantized weights"):
         LLM("x", quantization="awq")
-    with pytest.raises(InvalidInput, match="block_size must be between 1 and 256"):
+    with pytest.raises(InvalidInput, match="block_size must be at least 1"):
         LLM(block_size=0)
 
 
