@@ -72,7 +72,10 @@ def test_a_unix_socket(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_proxy_may_keep_or_remove_the_root_path(tokenizer_folder: Path) -> None:
-    with scripted_server(ScriptedEngine(tokenizer_folder), root_path="/llm") as live, httpx.Client() as http:
+    with scripted_server(ScriptedEngine(tokenizer_folder), root_path="/llm", api_key=("k",)) as live, httpx.Client(
+            headers={"authorization": "Bearer k"}) as http:
+        assert httpx.get(live.url + "/llm/health").status_code == 200  # open, with the prefix too
+        assert httpx.get(live.url + "/llm/v1/models").status_code == 401
         for prefix in ("", "/llm"):
             answer = http.post(f"{live.url}{prefix}/v1/completions", json={"prompt": "a", "max_tokens": 2})
             assert answer.status_code == 200, answer.text
