@@ -10,7 +10,7 @@ plans nothing past a token whose value is unknown for a request with `structured
 EOS is allowed where the output may end. Where only EOS could follow, the sequence ends without it.
 
 The matchers are llguidance's (derivatives of regular expressions and an Earley parser). Its work per token is limited by a count of
-operations, so a grammar cannot delay a step for long. Only this file uses llguidance, which is imported on first use.
+operations, so a grammar cannot delay a step for long. llguidance is imported on first use.
 """
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minivllm.core.plan import Stop
+from minivllm.engine.json_schema import closed
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling.logits_processors import TokenMasks
@@ -122,7 +123,7 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if params.kind in ("json", "json_object"):
-        schema = params.json if params.json is not None else '{"type":"object"}'
+        schema = '{"type":"object"}' if params.json is None else json.dumps(closed(json.loads(str(params.json))), ensure_ascii=False)
         pattern = "" if params.disable_any_whitespace else params.whitespace_pattern or JSON_WHITESPACE
         options: Any = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
         return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))

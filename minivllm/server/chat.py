@@ -75,6 +75,8 @@ class ChatPreprocessor:
                 generic_format=tool_format.name if tool_format is not None and tool_format.is_generic(tools) else None, **variables,
             )
             assert isinstance(text, str)
+            if tools is not None:
+                ignored.extend(tools.left_open())
             continued = text_of(messages[-1]["content"]) if body.continue_final_message else ""
             return tokenizer.encode(text, add_special_tokens=False), self._output_spec(body, tokenizer, tools, call_format, text, continued)
 

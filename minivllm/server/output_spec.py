@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from minivllm.engine.json_schema import closed
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, OutputStart, ReasoningParser
@@ -58,7 +59,7 @@ class OutputSpec:
     def _calls_grammar(self, tools: ToolSpec) -> StructuredOutputsParams | None:
         """The grammar that enforces calls; None if the model is free."""
         if tools.first_strict is not None:
-            structure = StructuredOutputsParams(json=tools.call_schema(), origin=tools.field)  # checks size and nesting
+            structure = StructuredOutputsParams(json=tools.call_schema("arguments"), origin=tools.field)  # checks size and nesting
             return self._after_reasoning(self._strict_rules(tools, _json_rule(structure)), tools.field)
         schema = tools.schema()
         if schema is None:
@@ -101,7 +102,7 @@ def _json_rule(structure: StructuredOutputsParams) -> str:
     if structure.kind not in ("json", "json_object") or structure.whitespace_pattern is not None:
         raise InvalidInput(f"{structure.where} cannot follow reasoning, only a JSON schema can: turn thinking off, for instance with "
                            'chat_template_kwargs {"enable_thinking": false}', structure.where)
-    schema = json.loads(str(structure.json)) if structure.kind == "json" else {"type": "object"}
+    schema = closed(json.loads(str(structure.json))) if structure.kind == "json" else {"type": "object"}
     space = {"whitespace_flexible": False} if structure.disable_any_whitespace else {"whitespace_pattern": JSON_WHITESPACE}
     return json.dumps({**schema, "x-guidance": space})
 

@@ -226,9 +226,9 @@ class Conversation:
             self._reasoning = None
 
     def item_name(self, name: str) -> str:
-        """The item that an ignored part of the messages came from."""
+        """What an ignored part of the chat request came from."""
         found = re.fullmatch(r"messages\.(\d+)\.reasoning_content", name)
-        return name if found is None else self._sources[int(found[1])]
+        return re.sub(r"^(tools\.\d+\.)function\.", r"\1", name) if found is None else self._sources[int(found[1])]
 
 
 def _check_fields(item: dict[str, Any], where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import FailFast, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from minivllm.engine.json_schema import map_parts, relaxed
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 from minivllm.server.strict import StrictModel
 
@@ -132,24 +134,44 @@ class ToolSpec:
             "parameters": f.parameters or _NO_PARAMETERS,
         }} for f in self.functions]
 
+    def _needs_schema(self, function: Function) -> bool:
+        """Whether a grammar enforces the function's arguments."""
+        return bool(function.strict) if self.mode == "auto" else self.named in (None, function.name)
+
+    @cached_property
+    def _enforced(self) -> list[tuple[dict[str, Any], str | None]]:
+        """For each function the schema that is enforced, and why it is not all of the function's own."""
+        return [relaxed(_arguments(f)) if self._needs_schema(f) else ({"type": "object"}, None) for f in self.functions]
+
+    def left_open(self) -> list[str]:
+        """Names of schemas that are not enforced completely. Refuses one that is `strict`."""
+        names = []
+        for i, (function, (_, why)) in enumerate(zip(self.functions, self._enforced, strict=True)):
+            if why is None:
+                continue
+            names.append(f"{self.field}.{i}.parameters" if self.legacy else f"{self.field}.{i}.function.parameters")
+            if function.strict:
+                raise InvalidInput(f"{names[-1]} cannot be enforced, and the function is strict: {why}; change it, or leave strict out",
+                                   names[-1])
+        return names
+
     def schema(self) -> dict[str, Any] | None:
         """The JSON schema of the whole output; None if the output is free text."""
         if self.mode == "auto":
             return None
         if self.mode == "named":
-            return next(_arguments(f) for f in self.functions if f.name == self.named)
-        definitions: dict[str, Any] = {}
-        calls = [_call(f, "parameters", _embed(f, i, definitions)) for i, f in enumerate(self.functions)]
-        array: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+            return next(schema for f, (schema, _) in zip(self.functions, self._enforced, strict=True) if f.name == self.named)
+        calls = self.call_schema("parameters")
+        array: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls["anyOf"]}}
         if not self.parallel:
             array["maxItems"] = 1
-        return {**array, "$defs": definitions} if definitions else array
+        return {**array, **{name: value for name, value in calls.items() if name == "$defs"}}
 
-    def call_schema(self) -> dict[str, Any]:
-        """The JSON schema of one call in the Hermes format. The arguments of a function that is not strict are any object."""
+    def call_schema(self, key: str) -> dict[str, Any]:
+        """The JSON schema of one call, with its arguments under `key`."""
         definitions: dict[str, Any] = {}
-        calls = [_call(f, "arguments", _embed(f, i, definitions) if f.strict else {"type": "object"})
-                 for i, f in enumerate(self.functions)]
+        calls = [_call(f, key, _embed(schema, i, definitions))
+                 for i, (f, (schema, _)) in enumerate(zip(self.functions, self._enforced, strict=True))]
         return {"anyOf": calls, "$defs": definitions} if definitions else {"anyOf": calls}
 
 
@@ -160,12 +182,13 @@ def _call(function: Function, key: str, arguments: dict[str, Any]) -> dict[str, 
 
 def _arguments(function: Function) -> dict[str, Any]:
     """The schema of a function's arguments: always an object, an empty one if the function has no parameters."""
-    return {**function.parameters, "type": "object"} if function.parameters else {**_NO_PARAMETERS, "additionalProperties": False}
+    schema = {**(function.parameters or {}), "type": "object"}
+    open_keys = ("properties", "patternProperties", "additionalProperties", "$ref", "allOf", "anyOf", "oneOf")
+    return schema if any(name in schema for name in open_keys) else {**schema, "properties": {}}
 
 
-def _embed(function: Function, index: int, definitions: dict[str, Any]) -> dict[str, Any]:
+def _embed(schema: dict[str, Any], index: int, definitions: dict[str, Any]) -> dict[str, Any]:
     """A function's schema as a part of another schema. If it refers to its own root ("#..."), it becomes a definition in `definitions`."""
-    schema = _arguments(function)
     name = f"tool{index}"
     moved = _with_root({k: v for k, v in schema.items() if k != "$id"}, f"#/$defs/{name}")
     if moved == schema:
@@ -174,24 +197,12 @@ def _embed(function: Function, index: int, definitions: dict[str, Any]) -> dict[
     return {"$ref": f"#/$defs/{name}"}
 
 
-_NAMED_PARTS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_VALUES = ("const", "enum", "default", "examples")  # these hold values, not schemas: a "$ref" inside is data
-
-
-def _with_root(schema: Any, root: str) -> Any:
+def _with_root(schema: dict[str, Any], root: str) -> dict[str, Any]:
     """The schema with references to its own root changed to `root`."""
-    if isinstance(schema, list):
-        return [_with_root(part, root) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            moved[key] = root + value[1:]
-        elif key in _NAMED_PARTS and isinstance(value, dict):
-            moved[key] = {name: _with_root(part, root) for name, part in value.items()}
-        else:
-            moved[key] = value if key in _VALUES else _with_root(value, root)
+    moved = map_parts(schema, lambda part: _with_root(part, root))
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = root + reference[1:]
     return moved
 
 

@@ -216,9 +216,46 @@ def test_only_json_can_follow_reasoning() -> None:
     assert refused.value.param == "structured_outputs.regex"
 
 
-def test_a_schema_that_cannot_be_compiled_is_named(api: openai.OpenAI) -> None:
-    bad: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nothing"}}}}}
-    for stream in (False, True):
-        with pytest.raises(openai.BadRequestError) as refused:
-            chat(api, tools=[bad], tool_choice="required", stream=stream)
-        assert refused.value.param == "tools"
+ODD: Any = {"type": "function", "function": {"name": "odd", "parameters": {"type": "object", "required": ["a"], "properties": {
+    "a": {"enum": ["x"]}, "b": {"type": "nothing"}, "c": {"enum": [1], "not": {"const": 2}}}}}}
+
+
+@pytest.mark.parametrize("choice", ["required", named("odd"), named("switch")])
+def test_a_tool_whose_schema_cannot_be_enforced_is_left_open_there_and_named(api: openai.OpenAI, choice: Any) -> None:
+    fields: Any = {"tools": [TOOLS[1], ODD], "tool_choice": choice, "parallel_tool_calls": False, "n": 4, "max_tokens": 60}
+    raw = api.chat.completions.with_raw_response.create(model="tiny", messages=HELLO, seed=7, **fields)
+    enforced = choice in ("required", named("odd"))
+    assert raw.headers.get("x-minivllm-ignored") == ("tools.1.function.parameters" if enforced else None)
+    found = [call for answer in raw.parse().choices if answer.finish_reason != "length" for call in calls_of(answer.message)]
+    assert found
+    for name, arguments in found:
+        value = json.loads(arguments)
+        assert value in ({"on": True}, {"on": False}) if name == "switch" else value["a"] == "x" and value.keys() <= {"a", "b", "c"}
+    flat = [{"type": "function", **t["function"]} for t in (TOOLS[1], ODD)]
+    answer = api.responses.with_raw_response.create(model="tiny", input="x", tools=flat, tool_choice="required", max_output_tokens=20)
+    assert answer.headers["x-minivllm-ignored"] == "tools.1.parameters"
+
+
+def test_a_strict_tool_that_cannot_be_enforced_is_refused_by_name(api: openai.OpenAI) -> None:
+    strict = {"type": "function", "function": {**ODD["function"], "strict": True}}
+    for choice in ("required", "auto"):
+        with pytest.raises(openai.BadRequestError, match="cannot be enforced, and the function is strict") as refused:
+            chat(api, tools=[TOOLS[1], strict], tool_choice=choice)
+        assert refused.value.param == "tools.1.function.parameters"
+
+
+@pytest.mark.parametrize("parameters, keys", [
+    ({"type": "object", "properties": {}}, set()), ({"type": "object"}, set()), ({}, set()), (None, set()),
+    ({"type": "object", "properties": {"a": {"enum": [1]}}}, {"a"}),
+])
+def test_a_forced_call_has_declared_keys_only(api: openai.OpenAI, parameters: Any, keys: set[str]) -> None:
+    one: Any = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for choice in (named("f"), "required"):
+        answers = chat(api, tools=[one], tool_choice=choice, n=4, parallel_tool_calls=False, max_tokens=180).choices
+        assert all(json.loads(calls_of(answer.message)[0][1]).keys() <= keys for answer in answers)
+
+
+def test_a_forced_call_may_have_other_keys_if_its_schema_says_so(api: openai.OpenAI) -> None:
+    one: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {}, "additionalProperties": {"enum": [1]}}}}
+    answers = chat(api, tools=[one], tool_choice=named("f"), n=6, max_tokens=60).choices
+    assert any(calls_of(answer.message)[0][1][:3] not in ("{}", "") for answer in answers)
