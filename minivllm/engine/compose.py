@@ -23,6 +23,7 @@ from minivllm.engine.messages import EngineInfo
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
+from minivllm.families.config_json import token_ids
 from minivllm.models.hub import ModelFiles, find_model
 from minivllm.quantization.methods import method_of
 from minivllm.sampling_params import SamplingParams
@@ -46,7 +47,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     files = find_model(config, read_spec)
     spec = read_spec(files.config)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
-    eos = _eos_token_ids(files.generation_config, files.config, tokenizer)
+    eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
     defaults = sampling_defaults(files.generation_config)
     worker = start_worker(config, spec, files, eos_token_ids=eos, components=components)
     try:
@@ -149,13 +150,19 @@ def _with_length(spec: ModelSpec, wanted: int | None) -> ModelSpec:
     return dataclasses.replace(spec, max_model_len=wanted)
 
 
-def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _eos_token_ids(
+    generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int,
+) -> tuple[int, ...]:
     """All EOS ids of a model: chat models have more than one. generation_config.json comes first, then tokenizer, then config.json."""
     found: list[int] = []
-    for value in (generation.get("eos_token_id"), tokenizer and tokenizer.eos_token_id, config.get("eos_token_id")):
-        ids = value if isinstance(value, list) else [value]
-        found += [i for i in ids if isinstance(i, int) and i not in found]
-    return tuple(found)
+    from_tokenizer = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_token_id}
+    for file, source in (("generation_config.json", generation), ("the tokenizer", from_tokenizer), ("config.json", config)):
+        ids, others = token_ids(file, source, "eos_token_id", vocab_size)
+        if others:
+            print(f"minivllm: {file}: eos_token_id {others[0]} is outside the model's vocabulary (0 to {vocab_size - 1}), and not used",
+                  file=sys.stderr, flush=True)
+        found += ids
+    return tuple(dict.fromkeys(found))
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,17 @@ def dtype(config: Config) -> str:
     return known
 
 
+def token_ids(file: str, config: Config, name: str, vocab_size: int) -> tuple[list[int], list[int]]:
+    """A field with one token id, or a list of them -> (the model's tokens, other ids). As in Transformers, an id outside the vocabulary
+    (-1 is common) has no effect. `file` names the source of `config` in messages."""
+    value = config.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = [i for i in ids if type(i) is not int]
+    if wrong:
+        raise model_error(f"{file}: {name} must be a token id or a list of token ids, got {wrong[0]!r}: correct or remove it")
+    return [i for i in ids if 0 <= i < vocab_size], [i for i in ids if not 0 <= i < vocab_size]
+
+
 # --- heads and activations -----------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from minivllm.engine.compose import sampling_defaults
 from minivllm.engine.process import start_client
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput, ModelError
+from minivllm.families.config_json import token_ids
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 PLAIN: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 64, "num_gpu_blocks_override": 60}
@@ -247,3 +248,36 @@ def test_the_memory_of_weights_and_kv_cache_is_reported(folder: Path) -> None:
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * 4
         assert info.kv_cache_bytes == info.num_blocks * info.block_size * token
+
+
+# ---- special tokens that are not tokens
+
+@pytest.mark.parametrize(("file", "wrong", "named"), [
+    ("config.json", -1, -1), ("generation_config.json", [10**30, 320], 10**30),
+])
+def test_an_eos_id_outside_the_vocabulary_is_not_used(
+    copy: Path, capsys: pytest.CaptureFixture[str], file: str, wrong: Any, named: int,
+) -> None:
+    """It was, as an index: -1 made min_tokens ban the last token of the vocabulary."""
+    config = json.loads((copy / "config.json").read_text()) if file == "config.json" else {}
+    (copy / file).write_text(json.dumps({**config, "eos_token_id": wrong}))
+    with LLM(str(copy), **PLAIN) as llm:
+        assert llm.llm_engine.core.eos_token_ids == (1,)  # the tokenizer's
+        params = SamplingParams(max_tokens=3, min_tokens=3, temperature=0, allowed_token_ids=[319])
+        (output,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)  # type: ignore[list-item]
+        assert output.outputs[0].token_ids == [319, 319, 319]
+    assert f"{file}: eos_token_id {named} is outside the model's vocabulary (0 to 319), and not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "used", "others"), [
+    (5, [5], []), ([5, 0, 319], [5, 0, 319], []), (None, [], []), ([], [], []), (320, [], [320]),
+    ([7, -1, 2**31, 2**70], [7], [-1, 2**31, 2**70]),
+])
+def test_token_ids_of_a_file_are_those_of_the_vocabulary(value: Any, used: list[int], others: list[int]) -> None:
+    assert token_ids("config.json", {"eos_token_id": value}, "eos_token_id", 320) == (used, others)
+
+
+@pytest.mark.parametrize("wrong", ["2", True, 2.0, [1, "</s>"], [[1]], {"id": 1}, float("nan")])
+def test_an_eos_id_of_a_wrong_type_is_an_error_that_names_file_and_value(wrong: Any) -> None:
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id must be a token id or a list of token ids, got "):
+        token_ids("generation_config.json", {"eos_token_id": wrong}, "eos_token_id", 320)
