@@ -164,10 +164,8 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token sequences to ban. A word has other tokens at the start of a text than after a space: both are banned."""
-    found: dict[tuple[int, ...], None] = {}
+    """Token sequences to ban. A word has other tokens inside a text, after a space, and at the start of a text: all are banned."""
+    spellings = []
     for word in words:
-        for spelling in (word, " " + word.lstrip()):
-            if ids := tuple(tokenizer.encode(spelling, add_special_tokens=False)):
-                found[ids] = None
-    return tuple(found)
+        spellings += [tokenizer.encode_inside(word), tokenizer.encode_inside(" " + word.lstrip()), tokenizer.encode(word, False)]
+    return tuple(dict.fromkeys(tuple(ids) for ids in spellings if ids))

@@ -73,6 +73,18 @@ class Tokenizer:
                 raise InvalidInput("the text holds a lone surrogate, which is not Unicode text: correct it", "prompt") from None
             raise
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a part of a text: without the space that sentencepiece puts in front of a whole text, and without special tokens."""
+        return list(self._without_prefix.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _without_prefix(self) -> Backend:
+        from tokenizers import Tokenizer as Backend
+
+        whole = json.loads(self._backend.to_str())
+        part = {**whole, **{name: _drop_prefix(whole[name]) for name in ("normalizer", "pre_tokenizer")}}
+        return self._backend if part == whole else Backend.from_str(json.dumps(part))
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
         continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
@@ -295,6 +307,18 @@ def _byte_level_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _drop_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of a `tokenizer.json`, without the space that it puts in front of a text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    for name in ("normalizers", "pretokenizers"):
+        if name in step:
+            return {**step, name: [kept for part in step[name] if (kept := _drop_prefix(part)) is not None]}
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    return {**step, "add_prefix_space": False} if "add_prefix_space" in step else step
 
 
 # -- reading a folder -------------------------------------------------------------------------------------------------

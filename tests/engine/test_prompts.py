@@ -52,3 +52,23 @@ def test_a_salt_in_the_prompt_keeps_its_blocks_from_others() -> None:
             cached += [delta.num_cached_tokens for delta in engine.step() if delta.finish_reason]
     assert cached[0] == 0 and cached[1] > 0 and cached[2] == 0
     engine.close()
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("word", ["the", " the"])
+def test_bad_words_of_a_sentencepiece_vocabulary_are_banned_with_and_without_a_leading_space(
+    tmp_path: Path, metaspace: bool, word: str,
+) -> None:
+    """Its tokenizer puts a space in front of every text, so the spelling inside a text was never seen."""
+    tokenizer = Tokenizer(build.save(build.sentencepiece(metaspace=metaspace, merges=True), tmp_path / "t"))
+    words = check_params(SamplingParams(bad_words=[word]), tokenizer, 10**6).bad_words_token_ids
+    spellings = {"".join(tokenizer.id_to_token(i) or "" for i in ids) for ids in words}
+    assert spellings - {"▁▁the"} == ({"the", "▁the"} if word == "the" else {"▁the"})
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (build.byte_level, ["the", "Ġthe"]), (lambda: build.sentencepiece(merges=True), ["the", "▁the"]), (build.wordpiece, ["the", "the"]),
+], ids=["byte level", "sentencepiece", "wordpiece"])
+def test_a_part_of_a_text_is_encoded_without_what_a_whole_text_gets(tmp_path: Path, make: Any, expected: list[str]) -> None:
+    tokenizer = Tokenizer(build.save(make(), tmp_path / "t"))
+    assert [tokenizer.id_to_token(i) for i in tokenizer.encode_inside("the the")] == expected

@@ -39,9 +39,11 @@ def _pieces() -> dict[str, int]:
     return {name: i for i, name in enumerate(names)}
 
 
-def sentencepiece(*, metaspace: bool = False, strip: bool = True) -> Tokenizer:
+def sentencepiece(*, metaspace: bool = False, strip: bool = True, merges: bool = False) -> Tokenizer:
     """Llama-2's kind: pieces with U+2581 for a space, and tokens such as <0xE2> for bytes without a piece."""
-    tokenizer = Tokenizer(models.BPE(_pieces(), [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    pieces = _pieces() | ({piece: 400 + i for i, piece in enumerate(("t", "h", "th"))} if merges else {})
+    pairs = [("t", "h"), ("th", "e"), ("▁", "the")] if merges else []
+    tokenizer = Tokenizer(models.BPE(pieces, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.ByteFallback(), decoders.Fuse()])
