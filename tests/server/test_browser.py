@@ -150,16 +150,18 @@ def test_reasoning_stands_above_the_answer_and_is_not_sent_back(page: Any, serve
 
 def test_a_cut_answer_says_so_and_can_be_continued(page: Any, served: tuple[LiveServer, Pace]) -> None:
     page.goto(served[0].url)
-    set_limit(page, 10)
+    set_limit(page, 12)  # ends before a space
     send(page, "steps")
     note = page.locator(".turn.assistant .note")
-    expect(note).to_contain_text("Cut at 10 tokens, before the answer began.")
+    expect(note).to_contain_text("Cut at 12 tokens, before the answer began.")
     expect(page.locator(".turn.assistant .reasoning .markdown")).to_be_visible()
     page.get_by_label("Longest answer, tokens").fill("40")
     body = body_of(page, lambda: click(page, "Continue"))
     assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
     assert body["messages"][-1]["content"].startswith("<think>\n")
-    expect(note).to_contain_text("Cut at 50 tokens.")
+    thought = body["messages"][-1]["content"].removeprefix("<think>\n")
+    assert THOUGHT[len(thought):].startswith(" ")
+    expect(note).to_contain_text("Cut at 52 tokens.")
     page.get_by_label("Longest answer, tokens").fill("")
     body = body_of(page, lambda: click(page, "Continue"))
     assert body["messages"][-1]["reasoning_content"] == THOUGHT and ANSWER.startswith(body["messages"][-1]["content"])
@@ -412,6 +414,18 @@ def test_the_page_survives_a_restart_of_the_server(page: Any, tmp_path: Path) ->
         expect(page.locator("#step")).to_have_text("No step yet")
         page.keyboard.press("Enter")
         finished(page, 2)
+        page.goto("about:blank")
+
+
+def test_the_page_works_below_the_root_path_of_a_proxy_and_needs_no_key(page: Any, tmp_path: Path) -> None:
+    with page_server(tmp_path, root_path="/llm", api_key=("secret",)) as (live, _):
+        assert httpx.get(live.url + "/llm/health").status_code == 200
+        assert httpx.get(live.url + "/llm/v1/models").status_code == httpx.get(live.url + "/llm/llm/health").status_code == 401
+        page.goto(live.url + "/llm/")
+        page.get_by_label("This server requires an API key", exact=False).fill("secret")
+        page.keyboard.press("Enter")
+        send(page, "go")
+        finished(page)
         page.goto("about:blank")
 
 
