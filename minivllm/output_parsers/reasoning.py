@@ -3,6 +3,7 @@
 Some chat templates open or close the tag themselves, so the start of the output depends on the prompt:
 
     prompt ends with <think>     the output starts with reasoning
+    prompt ends within <think>   the output goes on with the reasoning of a message that it continues
     prompt ends with </think>    thinking is turned off: the whole output is the answer
     neither, with qwen3          the output starts with reasoning if it opens the tag
     neither, with deepseek_r1    the output starts with reasoning: the model leaves the opening tag out
@@ -17,14 +18,16 @@ from minivllm.output_parsers.events import ContentDelta, IncrementalParser, Reas
 
 OPEN, CLOSE = "<think>", "</think>"
 
-OutputStart: TypeAlias = Literal["reasoning", "answer", "undecided"]
+OutputStart: TypeAlias = Literal["reasoning", "within", "answer", "undecided"]
 
 
 def output_start(parser: str, prompt: str, continued: str = "") -> OutputStart:
     """How the output of this prompt starts. `continued` is the content of the final message if the output continues it."""
     prompt = prompt.rstrip()
-    if prompt.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE):
+    if prompt.endswith(OPEN):
         return "reasoning"
+    if continued.rfind(OPEN) > continued.rfind(CLOSE):
+        return "within"
     if prompt.endswith(CLOSE) or continued:
         return "answer"
     return "reasoning" if parser == "deepseek_r1" else "undecided"
@@ -34,7 +37,7 @@ class ReasoningParser(IncrementalParser):
     """Reports `ReasoningDelta` and `ContentDelta`."""
 
     def __init__(self, start: OutputStart) -> None:
-        super().__init__(self._answer if start == "answer" else self._before)
+        super().__init__({"answer": self._answer, "within": self._reasoning}.get(start, self._before))
         self._start = start
         self._after_tag = False  # white space here belongs to the tag
 

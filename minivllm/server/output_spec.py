@@ -79,7 +79,7 @@ class OutputSpec:
 
     def _after_reasoning(self, answer: list[str], origin: str) -> StructuredOutputsParams:
         """A grammar that first allows reasoning of any length. `answer`: rules in llguidance's dialect of Lark."""
-        start = {"answer": "answer", "reasoning": "thought GAP answer", "undecided": "(opening thought GAP)? answer"}[self.start]
+        start = {"answer": "answer", "undecided": "(opening thought GAP)? answer"}.get(self.start, "thought GAP answer")
         lines = [f"start: {start}", r"GAP: /[ \t\r\n]{0,4}/", *answer]
         if self.start != "answer":
             lines.append(self._up_to("thought", CLOSE))

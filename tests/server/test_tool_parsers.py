@@ -385,6 +385,8 @@ def split(start: OutputStart, pieces: Sequence[str]) -> tuple[str, str]:
     ("reasoning", "hm\n</think>\n\nyes </think>", "hm", "yes </think>"),
     ("reasoning", "<think>hm</think>yes", "hm", "yes"),
     ("reasoning", "hm, cut of", "hm, cut of", ""),
+    ("within", " more</think>\n\nyes", " more", "yes"),
+    ("within", "</think>yes", "", "yes"),
     ("answer", "<think>yes</think>", "", "<think>yes</think>"),
 ])
 def test_reasoning_is_separated_from_the_answer(start: OutputStart, text: str, reasoning: str, content: str) -> None:
@@ -392,7 +394,7 @@ def test_reasoning_is_separated_from_the_answer(start: OutputStart, text: str, r
 
 
 @given(text=st.lists(st.sampled_from(["<think>", "</think>", "<th", "</", " ", "\n", "a", "b ", ">"]), max_size=10).map("".join),
-       start=st.sampled_from(["undecided", "reasoning", "answer"]), positions=st.lists(st.integers(0, 60), max_size=10))
+       start=st.sampled_from(["undecided", "reasoning", "within", "answer"]), positions=st.lists(st.integers(0, 60), max_size=10))
 def test_any_pieces_of_any_text_give_the_same_reasoning(text: str, start: OutputStart, positions: list[int]) -> None:
     reasoning, content = split(start, [text])
     assert split(start, cut(text, positions)) == (reasoning, content)
@@ -406,7 +408,8 @@ def test_any_pieces_of_any_text_give_the_same_reasoning(text: str, start: Output
     ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "", "answer"),
     ("deepseek_r1", "<|Assistant|>", "", "reasoning"),
     ("deepseek_r1", "<|Assistant|></think>", "", "answer"),
-    ("qwen3", "... <think> so", "<think> so", "reasoning"),
+    ("qwen3", "... <think> so", "<think> so", "within"),
+    ("qwen3", "... <think>\n", "<think>\n", "reasoning"),
     ("deepseek_r1", "... well", "well", "answer"),
 ])
 def test_the_prompt_determines_how_the_output_starts(parser: str, prompt: str, continued: str, wanted: str) -> None:
