@@ -99,6 +99,7 @@ def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor
 def _add_tokenization(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) -> None:
     @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
+        """The token ids of a prompt, or of messages with the chat template."""
         body = await frontend.read(request, TokenizeRequest)
         ignored = body.ignored_fields(frontend.config.permissive)
         frontend.check_model(body.model)
@@ -117,6 +118,7 @@ def _add_tokenization(app: FastAPI, frontend: Frontend, preprocessor: Preprocess
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
         body = await frontend.read(request, DetokenizeRequest)
         ignored = body.ignored_fields(frontend.config.permissive)
         frontend.check_model(body.model)

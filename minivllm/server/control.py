@@ -31,6 +31,7 @@ NOT_BUILT = {
 def add_control(app: FastAPI, frontend: Frontend) -> None:
     @app.get("/load")
     async def load() -> Response:
+        """Requests that are being answered, and the use of the engine's queue and blocks."""
         frontend.check_alive()
         stats = frontend.client.stats()
         return json_response({
@@ -40,12 +41,14 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
+        """Drop all cached prefixes."""
         frontend.check_alive()
         await frontend.client.reset_prefix_cache()
         return json_response({"status": "ok"})
 
     @app.post("/abort_requests", openapi_extra=body_of(AbortRequest))
     async def abort_requests(request: Request) -> Response:
+        """End running requests, which get the finish reason "abort"."""
         body = await frontend.read(request, AbortRequest)
         body.ignored_fields(frontend.config.permissive)
         body.check()

@@ -95,9 +95,17 @@ _WITH_BODY = {400: "the request is wrong; param names the field", 413: "the body
 _GENERATING = {429: "the queue is full; Retry-After says when to try again"}
 
 
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "CompletionRequest": {"prompt": "The capital of France is", "max_tokens": 16}, "ResponsesRequest": {"input": "Why is the sky blue?"},
+    "ChatRequest": {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64, "stream": True},
+    "TokenizeRequest": {"prompt": "The capital of France is"}, "DetokenizeRequest": {"tokens": [5, 6, 7]}, "AbortRequest": {"all": True},
+}
+
+
 def body_of(kind: type[StrictModel]) -> dict[str, Any]:
     """The `openapi_extra` of a path that parses a body of this kind itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(kind.__name__)}}}}
+    content = {"schema": ref(kind.__name__), "example": _EXAMPLES[kind.__name__]}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
 def describe(app: FastAPI, bodies: Iterable[type[StrictModel]], secured: bool) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The page at `/`, a chat with a live view of the engine, and the stream of events that the live view shows.
+"""The page at `/`, a chat with a live view of the engine, the stream of events that the live view shows, and the page at `/docs`, which
+describes the HTTP API from `/openapi.json`.
 
 The page's files hold no data and need no API key. The page's requests send the key that the user typed.
 `GET /v1/engine/live` is a stream of server-sent events: first the constants, then each new view of the engine, at most about ten a
@@ -20,9 +21,11 @@ from minivllm.server.formatters import event
 from minivllm.server.frontend import Frontend
 from minivllm.server.generation import EVENT_STREAM_HEADERS
 
-SCRIPTS = ("api.js", "app.js", "chat.js", "live.js", "markdown.js", "steps.js", "storage.js", "turn.js", "vendor/markdown-it.mjs")
+SCRIPTS = ("api.js", "app.js", "chat.js", "docs.js", "live.js", "markdown.js", "steps.js", "storage.js", "turn.js",
+           "vendor/markdown-it.mjs")
 FILES = {  # path -> (file, media type)
     "/": ("index.html", "text/html; charset=utf-8"),
+    "/docs": ("docs.html", "text/html; charset=utf-8"),
     "/static/style.css": ("style.css", "text/css; charset=utf-8"),
     **{f"/static/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},
 }

@@ -28,6 +28,7 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
 
     @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
     async def create(request: Request) -> Response:
+        """A chat in OpenAI's newer form, which may continue a stored response."""
         body, owner = await frontend.read(request, ResponsesRequest), request.scope[OWNER]
         ignored = body.ignored_fields(frontend.config.permissive)
         body.check()
@@ -59,15 +60,18 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
 
     @app.get("/v1/responses/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:
+        """A stored response."""
         return Response(find(request, response_id).body, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(request: Request, response_id: str) -> Response:
+        """Delete a stored response."""
         find(request, response_id)
         return json_response({"id": response_id, "object": "response", "deleted": store.delete(request.scope[OWNER], response_id)})
 
     @app.get("/v1/responses/{response_id}/input_items")
     async def input_items(request: Request, response_id: str) -> Response:
+        """The input of a stored response, in pages: order (asc, desc), limit (1 to 100), after (an item's id)."""
         items = [json.loads(item) for item in find(request, response_id).input]
         query = request.query_params
         order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after", "")

@@ -672,3 +672,33 @@ def test_the_page_fits_its_window_and_every_control_has_a_name_and_enough_contra
         });
     }""")
     assert all(contrast >= 4.5 for _, contrast in contrasts), contrasts
+
+
+# -- the page at /docs ------------------------------------------------------------------------------------------------
+
+
+def test_docs_shows_every_endpoint_and_every_field_of_the_openapi_document(page: Any, served: tuple[LiveServer, Pace]) -> None:
+    url = served[0].url
+    page.goto(f"{url}/docs")
+    api = httpx.get(f"{url}/openapi.json").json()
+    titles = [f"{method.upper()} {path}" for path, methods in api["paths"].items() for method in methods]
+    expect(page.locator("#endpoints h2")).to_have_text(titles)
+    for name, schema in api["components"]["schemas"].items():
+        shown = page.locator(f"[id='type-{name}'] tbody tr td:first-child code").all_inner_texts()
+        assert set(shown) == set(schema["properties"])
+    page.get_by_role("link", name="ChatRequest").first.click()
+    expect(page.locator("#type-ChatRequest")).to_be_in_viewport()
+    command = page.locator("[id='post-/v1/completions'] pre").inner_text()
+    assert f"'{url}/v1/completions'" in command and "Authorization" not in command and "The capital of France" in command
+
+
+def test_docs_takes_the_key_of_a_server_that_needs_one(page: Any, tmp_path: Path) -> None:
+    with page_server(tmp_path, api_key=("secret",)) as (live, _):
+        page.goto(f"{live.url}/docs")
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Use key").click()
+        expect(page.get_by_role("alert")).to_contain_text("Incorrect API key")
+        page.get_by_label("API key").fill("secret")
+        page.get_by_role("button", name="Use key").click()
+        expect(page.locator("[id='get-/v1/models'] pre")).to_contain_text("Authorization: Bearer KEY")
+        expect(page.locator("#key-form")).to_be_hidden()

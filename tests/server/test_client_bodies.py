@@ -225,3 +225,42 @@ def test_fields_that_agents_send_with_every_request_have_no_effect(chat: Scripte
     more: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "store": False, "parallel_tool_calls": False, "stream": True,
                             "reasoning": {"effort": None, "summary": "auto"}, "text": {"verbosity": "medium"}, "max_tool_calls": 3}
     assert ignored(send(chat, RESPONSES, **more)) == {"include.0", "reasoning.summary", "max_tool_calls"}
+
+
+# What Codex CLI 0.171 sends, shortened: `codex exec` with `wire_api = "responses"`.
+CODEX: dict[str, Any] = {
+    "model": "org/fake-model", "stream": True, "instructions": "You are an agent.", "tool_choice": "auto", "parallel_tool_calls": True,
+    "reasoning": {"summary": "auto"}, "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+    "client_metadata": {"session_id": "s", "x-codex-turn-metadata": "{}"},
+    "tools": [{**FLAT, "strict": False}, {"type": "namespace", "name": "agents", "description": "", "tools": [FLAT]},
+              {"type": "web_search", "external_web_access": False}],
+    "input": [{"type": "message", "id": f"msg_{i}", "role": role, "content": [{"type": "input_text", "text": text}]}
+              for i, (role, text) in enumerate([("developer", "rules"), ("developer", "more rules"), ("user", "say hello")])],
+}
+
+
+def test_a_turn_of_codex_calls_a_tool_and_gets_its_answer(chat: ScriptedChat) -> None:
+    def events(body: dict[str, Any]) -> list[dict[str, Any]]:
+        response = httpx.post(chat.live.url + RESPONSES, json=body)
+        assert ignored(response) == {"tools.1.namespace", "tools.2.web_search", "prompt_cache_key", "client_metadata", "include.0",
+                                     "reasoning.summary"}
+        return [json.loads(line[6:]) for line in response.text.split("\n") if line.startswith("data: ")]
+
+    chat.generate(CALL)
+    items = [event["item"] for event in events(CODEX) if event["type"] == "response.output_item.done"]
+    assert [item["type"] for item in items] == ["function_call"] and "say hello" in chat.prompt
+    result = {"type": "function_call_output", "id": "fco_1", "call_id": items[0]["call_id"], "output": "mild"}
+    chat.generate("All done.")
+    last = events({**CODEX, "input": [*CODEX["input"], *items, result]})[-1]
+    assert last["type"] == "response.completed" and last["response"]["output"][0]["content"][0]["text"] == "All done."
+    assert "Paris" in chat.prompt and "mild" in chat.prompt
+
+
+def test_a_call_of_a_tool_with_a_text_is_a_call_with_one_argument(chat: ScriptedChat) -> None:
+    items = [{"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "a\n+b"},
+             {"type": "custom_tool_call_output", "call_id": "c", "output": "done"}]
+    assert ignored(send(chat, RESPONSES, input=[*HELLO, *items])) == set()
+    custom = chat.prompt
+    function = {"type": "function_call", "call_id": "c", "name": "patch", "arguments": json.dumps({"input": "a\n+b"})}
+    send(chat, RESPONSES, input=[*HELLO, function, {**items[1], "type": "function_call_output"}])
+    assert chat.prompt == custom

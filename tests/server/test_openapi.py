@@ -79,3 +79,15 @@ def test_schemathesis_finds_no_crash_and_no_undocumented_response(live: LiveServ
                 check()
                 tested += 1
     assert tested > 12
+
+
+def test_the_example_of_every_body_is_accepted(live: LiveServer, document: dict[str, Any]) -> None:
+    seen = 0
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            if "requestBody" in operation:
+                seen += 1
+                body = operation["requestBody"]["content"]["application/json"]["example"]
+                answer = httpx.post(live.url + path, json=body, headers={"authorization": "Bearer key"})
+                assert answer.status_code == 200, answer.text
+    assert seen == 6
