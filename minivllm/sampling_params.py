@@ -151,6 +151,7 @@ class StructuredOutputsParams:
 STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 _MAX_LENGTH = {"regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "whitespace_pattern": 256}
 StructuredOutputs = StructuredOutputsParams
+GuidedDecodingParams = StructuredOutputsParams  # vLLM's older name
 
 
 def _pattern(value: Any, where: str, max_length: int) -> None:

@@ -96,6 +96,9 @@ class LLM:
         `tools` are described to the model in the prompt. Its calls are part of the output's text, in the model's own format.
         """
         refuse_unbuilt(mm_processor_kwargs=mm_processor_kwargs)
+        if chat_template_content_format not in ("auto", "string", "openai"):  # the form that a template takes is found by rendering it
+            raise InvalidInput(f"chat_template_content_format must be auto, string or openai, got {chat_template_content_format!r}",
+                               "chat_template_content_format")
         tokenizer = self.llm_engine.core.tokenizer
         if tokenizer is None:
             raise InvalidInput("this LLM has no tokenizer (skip_tokenizer_init): use generate with token ids", "skip_tokenizer_init")

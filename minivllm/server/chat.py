@@ -8,6 +8,7 @@ A field that the template would silently leave out is refused. If the field coul
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,9 @@ class ChatPreprocessor:
         self._max_model_len = max_model_len
         self._explained: set[str] = set()  # templates whose format of calls has been logged
         template = None if tokenizer is None else tokenizer.chat_template
+        for name in config.default_chat_template_kwargs or ():
+            if template is not None and name not in template.variables | template.for_tools().variables:
+                log.warning("default_chat_template_kwargs: this model's chat template does not read %s, so it has no effect", name)
         if config.enable_auto_tool_choice and template is not None:
             self._tool_format(template)
 
@@ -62,7 +66,7 @@ class ChatPreprocessor:
         messages = body.conversation(ignored)
         if template is not None:
             messages = _adapt(template, messages, ignored)
-        variables = _variables(body, template, ignored)
+        variables = _variables(body, template, self._config.default_chat_template_kwargs or {}, ignored)
         opens_answer = body.add_generation_prompt if body.add_generation_prompt is not None else not body.continue_final_message
         if body.include_reasoning is False and self._config.reasoning_parser is None:
             raise InvalidInput("include_reasoning needs a reasoning parser: start the server with --reasoning-parser, or leave it out",
@@ -161,11 +165,11 @@ def _adapt(template: ChatTemplate, messages: list[dict[str, Any]], ignored: list
     return adapted
 
 
-def _variables(body: ChatRequest, template: ChatTemplate | None, ignored: list[str]) -> dict[str, Any]:
-    """The template's variables beside messages and tools."""
+def _variables(body: ChatRequest, template: ChatTemplate | None, defaults: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """The template's variables beside messages and tools. `defaults`: the server's."""
     known = frozenset() if template is None else template.variables | template.for_tools().variables
-    variables = dict(body.chat_template_kwargs or {})
-    ignored += [f"chat_template_kwargs.{name}" for name in variables if name not in known]
+    ignored += [f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs or () if name not in known]
+    variables = {**defaults, **(body.chat_template_kwargs or {})}
     effort = body.reasoning_effort
     if effort is None:
         return variables

@@ -2,13 +2,18 @@
 
     GET  /load                  {"server_load": requests being answered}, and the engine's queue and block use
     POST /reset_prefix_cache    drop all cached prefixes
+    GET  /ping, /is_sleeping    for load balancers and clients of vLLM: the server's health, and that it never sleeps
+    GET  /server_info           version and the engine's constants
     POST /abort_requests        {"request_ids": [...]} or {"all": true}: end running requests with finish reason "abort"
 """
 from __future__ import annotations
 
+import dataclasses
+
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from minivllm import __version__
 from minivllm.server.errors import json_response
 from minivllm.server.frontend import Frontend
 from minivllm.server.openapi import body_of
@@ -20,6 +25,11 @@ NOT_BUILT = {
     "/v2/rerank": "reranking", "/v1/messages": "Anthropic's messages", "/v1/load_lora_adapter": "LoRA adapters",
     "/v1/unload_lora_adapter": "LoRA adapters", "/v1/audio": "audio", "/v1/realtime": "audio", "/v1/images": "images",
     "/v1/videos": "videos", "/pooling": "pooling", "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping",
+    "/pause": "pausing", "/resume": "pausing", "/is_paused": "pausing", "/start_profile": "profiles (use LLM.start_profile)",
+    "/stop_profile": "profiles (use LLM.stop_profile)", "/tokenizer_info": "tokenizer settings (they are in the model's folder)",
+    "/v1/chat/completions/batch": "several conversations in one request (send one request for each)", "/invocations": "SageMaker",
+    "/collective_rpc": "calls to several workers", "/inference": "token-level inference", "/scale_elastic_ep": "elastic parallelism",
+    "/v1/chat/completions/render": "prompts without an answer (use /tokenize)", "/v1/completions/render": "prompts without an answer",
     "/v1/batches": "batches (use `minivllm run-batch`)", "/v1/files": "stored files", "/v1/uploads": "stored files",
     "/v1/vector_stores": "stored files", "/v1/moderations": "moderation", "/v1/fine_tuning": "training", "/v1/evals": "evaluation",
     "/v1/assistants": "assistants", "/v1/threads": "assistants", "/v1/conversations": "stored conversations",
@@ -38,6 +48,21 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
             "server_load": len(frontend.running), "num_running": stats.num_running, "num_waiting": stats.num_waiting,
             "kv_cache_usage": stats.kv_cache_usage,
         })
+
+    @app.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        frontend.check_alive()
+        return Response(status_code=200)
+
+    @app.get("/is_sleeping")
+    async def is_sleeping() -> Response:
+        return json_response({"is_sleeping": False})
+
+    @app.get("/server_info")
+    async def server_info() -> Response:
+        constants = dataclasses.asdict(frontend.client.info)
+        shown = {name: value for name, value in constants.items() if name not in ("model", "model_folder", "tokenizer_folder")}
+        return json_response({"version": __version__, "models": frontend.names, "engine": shown})
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:

@@ -343,4 +343,4 @@ class ChatFormatter(ChoicesFormatter):
         return {"content": text} if text else {}
 
     def complete_content(self, choice: ChoiceState) -> dict[str, Any]:
-        return {"role": "assistant", "content": "".join(choice.pieces)}
+        return {"role": "assistant", "content": "".join(choice.pieces), "reasoning": None}

@@ -88,7 +88,7 @@ class ParsedChatFormatter(ChatFormatter):
     def complete_content(self, choice: ChoiceState) -> dict[str, Any]:
         parsed = self._parsed[choice.index]
         no_content = None if parsed.calls or parsed.reasoning else self.no_content
-        message: dict[str, Any] = {"role": "assistant", "content": parsed.content or no_content}
+        message: dict[str, Any] = {"role": "assistant", "content": parsed.content or no_content, "reasoning": None}
         if self._spec.splits_reasoning:
             message["reasoning"] = message["reasoning_content"] = parsed.reasoning or None
         functions = [{"name": call.name, "arguments": call.arguments} for call in parsed.calls]
