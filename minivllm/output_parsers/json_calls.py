@@ -225,8 +225,10 @@ class JsonCallParser(JsonReader):
 
     ARGUMENTS = ("arguments", "parameters")
 
-    def __init__(self, names: Container[str]) -> None:
+    def __init__(self, names: Container[str], *, exact: bool = False) -> None:
+        """`exact`: a call has a name and arguments and nothing else. Other objects are content."""
         super().__init__()
+        self._exact = exact
         self.raw = ""  # the text read so far
         self.name: str | None = None
         self.done = self.broken = False
@@ -300,7 +302,7 @@ class JsonCallParser(JsonReader):
         if in_key:
             key = json.loads(text)
             self._key = "arguments" if key in self.ARGUMENTS else key
-            self._fits = self._key not in self._seen
+            self._fits = self._key not in self._seen and (not self._exact or self._key in ("name", "arguments"))
             if self._key in ("name", "arguments"):
                 self._seen.add(self._key)
         elif self._key == "name":
@@ -314,7 +316,7 @@ class JsonCallParser(JsonReader):
             self.complete = self._fits
 
     def _end_object(self) -> None:
-        if self._arguments is None:
+        if self._arguments is None and not self._exact:
             self._arguments = ["{}"]
-        self.complete = self.done = self.name is not None
+        self.complete = self.done = self.known
         self._fits = self.done

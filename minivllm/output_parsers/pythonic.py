@@ -14,10 +14,11 @@ class PythonicParser(MarkedParser):
 
     OPEN = "<|python_start|>"
     CLOSE = "<|python_end|>"
+    UNMARKED = "["
     MAX_DEPTH = 64  # brackets; far fewer than what makes Python's compiler recurse too deep
 
     def _start(self) -> bool:
-        return self._start_unmarked("[")
+        return self._start_unmarked()
 
     def _open(self) -> None:
         self._state = self._list

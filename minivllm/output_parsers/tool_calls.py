@@ -23,7 +23,7 @@ class _JsonParser(MarkedParser):
     """Calls that are JSON objects."""
 
     def _open(self) -> None:
-        self._call_parser = JsonCallParser(self._names)
+        self._call_parser = JsonCallParser(self._names, exact=self._exclusive)
         self._reported = False
         self._state = self._call
 
@@ -72,15 +72,17 @@ class Llama3JsonParser(_JsonParser):
     """Llama 3's format: an output is either text or calls."""
 
     OPEN = "<|python_tag|>"
+    UNMARKED = "{"
 
     def _start(self) -> bool:
-        return self._start_unmarked("{")
+        return self._start_unmarked()
 
     def _close(self) -> bool:
         return self._branch(";", self._next, self._next)
 
     def _next(self) -> None:
-        self._state = self._start
+        self._end_calls()
+        self._state = self._start_unmarked
 
 
 class RequiredCallsParser(_JsonParser):

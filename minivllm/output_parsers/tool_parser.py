@@ -13,15 +13,20 @@ class ToolParser(IncrementalParser, ABC):
 
     MARKERS: ClassVar[tuple[str, ...]] = ()  # must be in the text even if they are special tokens of the tokenizer
 
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__(self._start)
+    def __init__(self, names: Collection[str], *, exclusive: bool = False) -> None:
+        """`exclusive`: the output is either calls or content. So calls are at its start only, and content may contain the text of one."""
+        super().__init__(self._start_exclusive if exclusive else self._start)
         self._names = frozenset(names)
+        self._exclusive = exclusive
         self._num_calls = 0
         self._after_call = False  # white space here belongs to the call
 
     @abstractmethod
     def _start(self) -> bool:
         """The state at the start of a text."""
+
+    def _start_exclusive(self) -> bool:
+        return self._start()
 
     def _emit_content(self, text: str) -> None:
         if self._after_call:
@@ -53,9 +58,10 @@ class MarkedParser(ToolParser):
     """Calls after an opening marker, with content around them."""
 
     OPEN: ClassVar[str]
+    UNMARKED: ClassVar[str] = ""  # the start of a call that may lack its marker
 
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__(names)
+    def __init__(self, names: Collection[str], *, exclusive: bool = False) -> None:
+        super().__init__(names, exclusive=exclusive)
         self._raw = ""  # text of a call that has not started; it becomes content if there is no call
 
     def _text(self) -> bool:
@@ -91,14 +97,17 @@ class MarkedParser(ToolParser):
     def _reject(self) -> None:
         """The text was not a call."""
         raw, self._raw = self._raw, ""
-        self._emit_content(raw)
-        self._state = self._text
+        if not (self._exclusive and self._ended and self.OPEN in raw):  # certainly a call, but cut off before its start
+            self._emit_content(raw)
+        self._state = self._emit_all if self._exclusive else self._text
 
     def _end_calls(self) -> None:
         self._raw = ""
-        self._state = self._text
+        self._state = self._start_exclusive if self._exclusive else self._text
 
-    def _start_unmarked(self, opening: str) -> bool:
-        """A state: accept a call without its marker if the text starts with `opening`."""
-        is_call = self._pending.lstrip().startswith(opening)
+    def _start_unmarked(self) -> bool:
+        """A state: accept a call, without its marker too if it starts as such calls do."""
+        is_call = bool(self.UNMARKED) and self._pending.lstrip().startswith(self.UNMARKED)
         return self._branch("" if is_call else self.OPEN, self._open, self._reject)
+
+    _start_exclusive = _start_unmarked

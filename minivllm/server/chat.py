@@ -121,10 +121,10 @@ class ChatPreprocessor:
     def _auto_format(self, tools: ToolSpec, tool_format: ToolFormat | None) -> str:
         """The format of the calls that the model chooses to make."""
         found = GENERIC_FORMAT if tool_format is None else tool_format.name
-        if tools.first_strict is not None and found != "hermes":
+        if tools.first_strict is not None and found == "pythonic":
             where = f"functions.{tools.first_strict}.strict" if tools.legacy else f"tools.{tools.first_strict}.function.strict"
             raise NotSupportedYet(f"{where} with {'function_call' if tools.legacy else 'tool_choice'} 'auto' is not supported yet in the "
-                                  f"format {found}, only in hermes: leave strict out, or require a call", where)
+                                  f"format {found}: leave strict out, or require a call", where)
         return found
 
     def _output_spec(
@@ -137,6 +137,7 @@ class ChatPreprocessor:
         return OutputSpec(
             start="answer" if parser is None else output_start(parser, prompt, continued), splits_reasoning=parser is not None,
             include_reasoning=body.include_reasoning is not False, tools=tools, call_format=call_format,
+            formatted=body.structure() is not None,
             special_ids={marker: found for marker in markers if (found := _special_id(tokenizer, marker)) is not None},
         )
 

@@ -14,7 +14,7 @@ from minivllm.engine.json_schema import closed
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, OutputStart, ReasoningParser
-from minivllm.output_parsers.tool_calls import PARSERS, HermesParser, NamedCallParser, RequiredCallsParser, ToolParser
+from minivllm.output_parsers.tool_calls import PARSERS, HermesParser, Llama3JsonParser, NamedCallParser, RequiredCallsParser, ToolParser
 from minivllm.sampling_params import JSON_WHITESPACE, SamplingParams, StructuredOutputsParams
 from minivllm.server.tools import ToolSpec
 
@@ -27,6 +27,7 @@ class OutputSpec:
     splits_reasoning: bool = False
     include_reasoning: bool = True
     tools: ToolSpec | None = None
+    formatted: bool = False  # the request defines the structure of the text
     call_format: str | None = None  # of calls that the model chooses to make: a key of PARSERS
     # Markers that are special tokens, with their ids: the text must keep them, and grammars refer to them by id.
     special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -41,41 +42,54 @@ class OutputSpec:
             return None
         if tools.mode == "named":
             return NamedCallParser(tools.named or "")
-        return RequiredCallsParser(tools.names) if tools.mode == "required" else PARSERS[self.call_format or ""](tools.names)
+        if tools.mode == "required":
+            return RequiredCallsParser(tools.names)
+        return PARSERS[self.call_format or ""](tools.names, exclusive=self.formatted)
 
     def apply(self, params: SamplingParams) -> SamplingParams:
         """The sampling parameters for this output: a grammar for enforced calls, and no grammar before the reasoning has ended."""
-        structure = params.structured_outputs
-        if self.tools is not None:
-            if structure is not None:
-                raise InvalidInput(f"{structure.where} and tools request different outputs: send one of them, or set tool_choice to 'none'",
-                                   structure.where)
-            structure = self._calls_grammar(self.tools)
+        structure, tools = params.structured_outputs, self.tools
+        if tools is not None and tools.forced:  # a structure of the text waits for a turn without calls
+            structure = self._forced_calls(tools)
+        elif tools is not None and (structure is not None or tools.first_strict is not None):
+            rules = self._calls_or_format(tools, structure) if structure is not None else self._strict_rules(tools)
+            structure = self._after_reasoning(rules, tools.field if structure is None else structure.where)
         elif structure is not None and self.start != "answer":
-            structure = self._after_reasoning([f"answer: %json {_json_rule(structure)}"], structure.where)
+            structure = self._after_reasoning([f"answer: {_structure_rule(structure)}"], structure.where)
         skip = params.skip_special_tokens and not self.special_ids
         return dataclasses.replace(params, structured_outputs=structure, skip_special_tokens=skip)
 
-    def _calls_grammar(self, tools: ToolSpec) -> StructuredOutputsParams | None:
-        """The grammar that enforces calls; None if the model is free."""
-        if tools.first_strict is not None:
-            structure = StructuredOutputsParams(json=tools.call_schema("arguments"), origin=tools.field)  # checks size and nesting
-            return self._after_reasoning(self._strict_rules(tools, _json_rule(structure)), tools.field)
-        schema = tools.schema()
-        if schema is None:
-            return None
-        structure = StructuredOutputsParams(json=schema, origin=tools.field)
-        return structure if self.start == "answer" else self._after_reasoning([f"answer: %json {_json_rule(structure)}"], tools.field)
+    def _forced_calls(self, tools: ToolSpec) -> StructuredOutputsParams:
+        structure = StructuredOutputsParams(json=tools.schema(), origin=tools.field)  # checks size and nesting
+        return structure if self.start == "answer" else self._after_reasoning([f"answer: {_structure_rule(structure)}"], tools.field)
 
-    def _strict_rules(self, tools: ToolSpec, call: str) -> list[str]:
-        """Rules for free text in which each opening marker is followed by a valid call."""
-        return [
-            f"answer: (lead GAP call close){'*' if tools.parallel else '?'} TEXT",
-            self._up_to("lead", HermesParser.OPEN),
-            f"call: %json {call}",
-            f"close: GAP {self._marker(HermesParser.CLOSE)}",
-            "TEXT: /(.|\n)*/" + ("" if HermesParser.OPEN in self.special_ids else f" & ~/(.|\n)*{HermesParser.OPEN}(.|\n)*/"),
-        ]
+    def _calls_or_format(self, tools: ToolSpec, structure: StructuredOutputsParams) -> list[str]:
+        """Rules for an output that is either calls or text of the request's structure."""
+        return [f"answer: calls | {_structure_rule(structure)}", *self._call_rules(tools)]
+
+    def _strict_rules(self, tools: ToolSpec) -> list[str]:
+        """Rules for free text with calls that match the schemas of the tools. In the Hermes format, a call may follow text."""
+        if self.call_format == "hermes":
+            return [
+                f"answer: (lead GAP call GAP close){'*' if tools.parallel else '?'} TEXT", *self._call_rules(tools),
+                self._up_to("lead", HermesParser.OPEN),
+                "TEXT: /(.|\n)*/" + ("" if HermesParser.OPEN in self.special_ids else f" & ~/(.|\n)*{HermesParser.OPEN}(.|\n)*/"),
+            ]
+        tag = Llama3JsonParser.OPEN.replace("|", r"\|")
+        return ["answer: calls | TEXT", *self._call_rules(tools), rf"TEXT: /(.|\n)*/ & ~/[ \t\r\n]*\{{(.|\n)*/ & ~/(.|\n)*{tag}(.|\n)*/"]
+
+    def _call_rules(self, tools: ToolSpec) -> list[str]:
+        """Rules for calls in the model's format."""
+        if self.call_format == "pythonic":  # any arguments
+            name, more = " | ".join(json.dumps(f"{f.name}(") for f in tools.functions), "(\",\" GAP {})*"
+            calls = "call " + (more.format("call") if tools.parallel else "")
+            return [f'calls: "[" {calls} "]"', f"call: ({name}) (argument {more.format('argument')})? \")\"",
+                    "argument: NAME \"=\" %json {}", r"NAME: /[A-Za-z_][A-Za-z0-9_]*/"]
+        hermes = self.call_format == "hermes"
+        schema = StructuredOutputsParams(json=tools.call_schema("arguments" if hermes else "parameters"), origin=tools.field)
+        one, gap = ("open GAP call GAP close", "GAP") if hermes else ("call", '";" GAP')
+        markers = [f"open: {self._marker(HermesParser.OPEN)}", f"close: {self._marker(HermesParser.CLOSE)}"] if hermes else []
+        return [f"calls: {one} " + (f"({gap} {one})*" if tools.parallel else ""), f"call: {_structure_rule(schema)}", *markers]
 
     def _after_reasoning(self, answer: list[str], origin: str) -> StructuredOutputsParams:
         """A grammar that first allows reasoning of any length. `answer`: rules in llguidance's dialect of Lark."""
@@ -97,14 +111,16 @@ class OutputSpec:
         return rf"{rule}[lazy]: /(.|\n)*{marker.replace('/', chr(92) + '/')}/"
 
 
-def _json_rule(structure: StructuredOutputsParams) -> str:
-    """A JSON structure as a part of a grammar."""
+def _structure_rule(structure: StructuredOutputsParams) -> str:
+    """A structure as a part of a grammar."""
+    if structure.kind == "choice":
+        return "(" + " | ".join(map(json.dumps, structure.choice or ())) + ")"
     if structure.kind not in ("json", "json_object") or structure.whitespace_pattern is not None:
-        raise InvalidInput(f"{structure.where} cannot follow reasoning, only a JSON schema can: turn thinking off, for instance with "
-                           'chat_template_kwargs {"enable_thinking": false}', structure.where)
+        raise InvalidInput(f"{structure.where} cannot be combined with reasoning or tools, only a JSON schema or a choice can: "
+                           'send no tools, and turn thinking off, for instance with chat_template_kwargs {"enable_thinking": false}', structure.where)
     schema = closed(json.loads(str(structure.json))) if structure.kind == "json" else {"type": "object"}
     space = {"whitespace_flexible": False} if structure.disable_any_whitespace else {"whitespace_pattern": JSON_WHITESPACE}
-    return json.dumps({**schema, "x-guidance": space})
+    return "%json " + json.dumps({**schema, "x-guidance": space})
 
 
 class OutputParser:

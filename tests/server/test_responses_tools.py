@@ -190,6 +190,17 @@ def test_a_required_call_that_is_cut_leaves_no_message_and_what_is_returned_can_
                                           {"role": "user", "content": "y"}])
 
 
+def test_with_a_text_format_the_output_is_either_calls_or_text_of_that_format(tools: ScriptedChat) -> None:
+    form = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object", "properties": {"a": {"type": "string"}}}}}
+    text = '{"a": "<tool_call>"}'
+    call = ("function_call", "completed", "get_weather", '{"city": "Paris"}')
+    for written, wanted in ((text, ("message", "completed", text)), (CALL, call)):
+        tools.generate(written)
+        assert items_of(create(tools, tools=TOOLS, text=form)) == [wanted]
+        assert items_of(list(create(tools, tools=TOOLS, text=form, stream=True))[-1].response) == [wanted]
+        assert tools.engine.seen[-1].params.structured_outputs.kind == "grammar"
+
+
 def test_without_parallel_calls_only_one_call_is_returned(tools: ScriptedChat) -> None:
     tools.generate(f"{CALL}\n{TICK}")
     for response in (create(tools, tools=TOOLS, parallel_tool_calls=False),

@@ -290,7 +290,7 @@ def test_a_strict_schema_is_enforced_by_a_grammar_or_refused(tools: ScriptedChat
     assert calls_of(tools.chat(tools=[strict, CLOCK]).choices[0].message) == [("get_weather", PARIS)]
     assert tools.engine.seen[-1].params.structured_outputs.kind == "grammar"
     with scripted_chat(tokenizer_folder, BARE, tool_call_parser="pythonic") as made:
-        with pytest.raises(openai.BadRequestError, match="only in hermes") as refused:
+        with pytest.raises(openai.BadRequestError, match="not supported yet in the format pythonic") as refused:
             made.chat(tools=[CLOCK, strict])
         assert refused.value.param == "tools.1.function.strict"
 
@@ -308,14 +308,51 @@ def test_the_clients_parse_helper_which_needs_strict_tools_works(tools: Scripted
     assert parsed is not None and parsed[0].function.parsed_arguments == GetWeather(city="Paris")
 
 
-def test_response_format_and_tools_exclude_each_other(tools: ScriptedChat) -> None:
-    form: Any = {"type": "json_object"}
-    for choice in ("auto", "required"):
-        with pytest.raises(openai.BadRequestError, match="tools request different outputs") as refused:
-            tools.chat(tools=TOOLS, tool_choice=choice, response_format=form)
-        assert refused.value.param == "response_format"
-    tools.chat(tools=TOOLS, tool_choice="none", response_format=form)
-    assert tools.engine.seen[-1].params.structured_outputs.kind == "json_object"
+PERSON: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": {
+    "type": "object", "properties": {"name": {"type": "string"}, "note": {"type": "string"}}, "required": ["name"]}}}
+TAGGED = '{"name": "clock", "note": "<tool_call>{\\"name\\": \\"clock\\"}</tool_call> <|python_tag|>{} [clock()]"}'
+WRITTEN = {"hermes": f"{CALL}\n{TICK}", "pythonic": '[get_weather(city="Paris"), clock()]',
+           "llama3_json": '{"name": "get_weather", "parameters": {"city": "Paris"}}; {"name": "clock", "parameters": {}}'}
+
+
+@pytest.mark.parametrize("form", [PERSON, {"type": "json_object"}], ids=["schema", "object"])
+@pytest.mark.parametrize("call_format", WRITTEN)
+def test_with_a_response_format_the_output_is_either_calls_or_text_of_that_format(
+    tokenizer_folder: Path, call_format: str, form: Any,
+) -> None:
+    """Agent libraries send both with every request. The text may look like a call."""
+    with scripted_chat(tokenizer_folder, BARE, tool_call_parser=call_format) as made:
+        wanted = [("get_weather", PARIS), ("clock", "{}")]
+        for parallel in (True, False):
+            fields: Any = {"tools": TOOLS, "response_format": form, "parallel_tool_calls": parallel}
+            made.generate(WRITTEN[call_format])
+            choice = made.chat(**fields).choices[0]
+            assert (choice.message.content, calls_of(choice.message), choice.finish_reason) == (None, wanted[:1 + parallel], "tool_calls")
+            assert join(made.chat(**fields, stream=True)) == Joined("", "", wanted[:1 + parallel], "tool_calls")
+            made.generate(TAGGED)
+            choice = made.chat(**fields).choices[0]
+            assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (TAGGED, None, "stop")
+            assert join(made.chat(**fields, stream=True)) == Joined(TAGGED, "", [], "stop")
+            assert made.engine.seen[-1].params.structured_outputs.kind == "grammar"
+
+
+def test_with_required_calls_the_response_format_waits_for_a_turn_without(tools: ScriptedChat) -> None:
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    for choice, text in (("required", '[{"name": "get_weather", "parameters": {"city": "Paris"}}]'), (named, PARIS)):
+        tools.generate(text)
+        message = tools.chat(tools=TOOLS, tool_choice=choice, response_format=PERSON).choices[0].message
+        assert calls_of(message) == [("get_weather", PARIS)]
+        assert '"note"' not in str(tools.engine.seen[-1].params.structured_outputs.json)
+    tools.chat(tools=TOOLS, tool_choice="none", response_format=PERSON)
+    assert '"note"' in str(tools.engine.seen[-1].params.structured_outputs.json)
+
+
+def test_a_structure_that_cannot_stand_beside_calls_is_refused(tools: ScriptedChat) -> None:
+    with pytest.raises(openai.BadRequestError, match="send no tools") as refused:
+        tools.chat(tools=TOOLS, extra_body={"structured_outputs": {"regex": "a+"}})
+    assert refused.value.param == "structured_outputs.regex"
+    tools.generate("yes")
+    assert tools.chat(tools=TOOLS, extra_body={"guided_choice": ["yes", "no"]}).choices[0].message.content == "yes"
 
 
 def test_references_in_the_schemas_of_several_tools_refer_to_their_own_tool(tools: ScriptedChat) -> None:
@@ -534,7 +571,7 @@ def test_a_structure_applies_to_the_answer_and_not_to_the_reasoning(thinker: Scr
     thinker.chat(response_format=form, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     assert thinker.engine.seen[-1].params.structured_outputs.kind == "json_object"
     with pytest.raises(openai.BadRequestError, match="enable_thinking"):
-        thinker.chat(extra_body={"structured_outputs": {"choice": ["a", "b"]}})
+        thinker.chat(extra_body={"structured_outputs": {"regex": "a+"}})
 
 
 def test_reasoning_can_be_left_out(thinker: ScriptedChat) -> None:

@@ -210,6 +210,69 @@ def test_a_strict_tool_is_enforced_although_the_model_is_free_to_call(
     assert matcher.is_accepting() == (accepted is True) or not complete
 
 
+FORM = StructuredOutputsParams(json={"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]})
+FORMAT_CASES = {
+    "hermes": [(ON, True), (f"{ON}\n{ON}", True), ('{"city": "Rome"}', True), ("So: " + ON, False), ('{"city": "Oslo"}', False),
+               ('<tool_call>{"name": "switch", "arguments": {"off"', False),
+               ('<tool_call>{"name": "clock", "arguments": {"x": 1}}</tool_call>', True),
+               ('<think>hm</think>{"city": "Rome"}', True), (f"<think>hm</think>{ON}", True), ("<think>hm</think>no", False)],
+    "llama3_json": [('{"name": "switch", "parameters": {"on": true}}', True), ('{"city": "Rome"}', True), ("No.", False),
+                    ('{"name": "switch", "parameters": {"on": true}}; {"name": "clock", "parameters": {}}', True),
+                    ('{"name": "switch", "parameters": {"off', False), ('{"name": "other', False)],
+    "pythonic": [("[switch(on=true)]", True),
+                 ('[clock(), switch(a="x", b=[1, {"c": null}])]', True), ('{"city": "Rome"}', True), ("No.", False),
+                 ("[other(", False), ("[switch(on=tru]", False)],
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("call_format, text, accepted", [(name, *case) for name, cases in FORMAT_CASES.items() for case in cases])
+def test_the_grammar_of_calls_or_format(tmp_path: Path, call_format: str, special: bool, text: str, accepted: bool) -> None:
+    strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": call_format != "pythonic"}}
+    tools = tool_spec([Tool.model_validate(tool) for tool in (strict, TOOLS[2])], "auto", None)
+    start: Any = "undecided" if "<think>" in text else "answer"
+    matcher, complete = match(
+        tmp_path, special,
+        lambda ids: OutputSpec(start=start, splits_reasoning=True, tools=tools, call_format=call_format, special_ids=ids, formatted=True),
+        SamplingParams(structured_outputs=FORM), text)
+    assert complete == accepted and (not accepted or matcher.is_accepting())
+
+
+@pytest.mark.parametrize("text, accepted", [
+    ("No call {here}.", True), ('{"name": "switch", "parameters": {"on": true}}', True), ('{"name": "switch", "parameters": {"off"', False),
+    (' {"nam": 1}', False), ("So: <|python_tag|>{", False), ("", True),
+])
+def test_a_strict_tool_is_enforced_in_the_format_of_llama(tmp_path: Path, text: str, accepted: bool) -> None:
+    strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}
+    tools = tool_spec([Tool.model_validate(strict)], "auto", None)
+    matcher, complete = match(tmp_path, False, lambda ids: OutputSpec(tools=tools, call_format="llama3_json", special_ids=ids),
+                              SamplingParams(), text)
+    assert complete == accepted and (not accepted or matcher.is_accepting())
+
+
+@pytest.mark.parametrize("call_format", FORMAT_CASES)
+def test_a_random_model_writes_either_calls_or_the_format(tiny_llama: Callable[..., Path], call_format: str) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads(str(FORM.json))}}
+    strict = [{"type": "function", "function": {**t["function"], "strict": call_format != "pythonic"}} for t in TOOLS[1:]]
+    with server(tiny_llama(), tool_call_parser=call_format) as api:
+        fields: Any = {"tools": strict, "response_format": form, "n": 8, "max_tokens": 100}
+        whole = chat(api, **fields)
+        chunks = list(chat(api, **fields, stream=True))
+        kinds = set()
+        for i, answer in enumerate(whole.choices):
+            joined = join(chunks, i)
+            assert (joined.calls, joined.content or None) == (calls_of(answer.message), answer.message.content)
+            if answer.finish_reason == "length":
+                continue
+            kinds.add(answer.finish_reason)
+            if answer.message.tool_calls:
+                assert answer.message.content is None
+                assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls_of(answer.message))
+            else:
+                assert json.loads(answer.message.content) == {"city": "Rome"}
+        assert kinds
+
+
 def test_only_json_can_follow_reasoning() -> None:
     with pytest.raises(InvalidInput, match="enable_thinking") as refused:
         OutputSpec(start="reasoning", splits_reasoning=True).apply(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+")))
