@@ -116,8 +116,9 @@ def _structure_rule(structure: StructuredOutputsParams) -> str:
     if structure.kind == "choice":
         return "(" + " | ".join(map(json.dumps, structure.choice or ())) + ")"
     if structure.kind not in ("json", "json_object") or structure.whitespace_pattern is not None:
-        raise InvalidInput(f"{structure.where} cannot be combined with reasoning or tools, only a JSON schema or a choice can: "
-                           'send no tools, and turn thinking off, for instance with chat_template_kwargs {"enable_thinking": false}', structure.where)
+        raise InvalidInput(f"{structure.where} cannot be combined with reasoning or tools, only a JSON schema or a choice can: send "
+                           'no tools, and turn thinking off, for instance with chat_template_kwargs {"enable_thinking": false}',
+                           structure.where)
     schema = closed(json.loads(str(structure.json))) if structure.kind == "json" else {"type": "object"}
     space = {"whitespace_flexible": False} if structure.disable_any_whitespace else {"whitespace_pattern": JSON_WHITESPACE}
     return "%json " + json.dumps({**schema, "x-guidance": space})
