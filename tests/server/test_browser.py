@@ -495,29 +495,30 @@ STREAMED = [
 ]
 
 
-@pytest.mark.parametrize("text", STREAMED, ids=range(len(STREAMED)))
-def test_a_text_that_grows_is_shown_like_the_whole_text_and_its_settled_blocks_stay(
-    page: Any, served: tuple[LiveServer, Pace], text: str,
-) -> None:
-    page.goto(served[0].url)
-    grown, whole, kept = page.evaluate("""async (text) => {
-        const { MarkdownView } = await import("/static/markdown.js");
-        const [growing, whole] = [0, 1].map(() => new MarkdownView(document.createElement("div")));
-        let kept = true;
-        for (let end = 1; end <= text.length; end++) {
-            const settled = [...growing.root.childNodes].slice(0, growing.numSettled);
-            growing.text = text.slice(0, end);
-            growing.renderEnd();
-            kept &&= settled.every((node, i) => node === growing.root.childNodes[i]);
-        }
-        growing.text = text + "\\n";
+GROW = """async (text) => {
+    const { MarkdownView } = await import("/static/markdown.js");
+    const [growing, whole] = [0, 1].map(() => new MarkdownView(document.createElement("div")));
+    let kept = true;
+    for (let end = 1; end <= text.length; end++) {
+        const settled = [...growing.root.childNodes].slice(0, growing.numSettled);
+        growing.text = text.slice(0, end);
         growing.renderEnd();
-        whole.finish(text + "\\n");
-        return [growing.root.outerHTML, whole.root.outerHTML, kept];
-    }""", text)
-    assert kept
-    late_targets = "[x][1]" in text or "[l][ref]" in text  # known at the end only
-    assert late_targets or grown == whole
+        kept &&= settled.every((node, i) => node === growing.root.childNodes[i]);
+    }
+    growing.text = text + "\\n";
+    growing.renderEnd();
+    whole.finish(text + "\\n");
+    return [growing.root.outerHTML, whole.root.outerHTML, kept];
+}"""
+
+
+def test_a_text_that_grows_is_shown_like_the_whole_text_and_its_settled_blocks_stay(page: Any, served: tuple[LiveServer, Pace]) -> None:
+    page.goto(served[0].url)
+    for text in STREAMED:
+        grown, whole, kept = page.evaluate(GROW, text)
+        assert kept, text
+        late_targets = "[x][1]" in text or "[l][ref]" in text  # known at the end only
+        assert late_targets or grown == whole, text
 
 
 def test_an_answer_is_drawn_at_most_once_per_frame_and_only_its_end(page: Any, served: tuple[LiveServer, Pace]) -> None:
@@ -538,16 +539,16 @@ def test_an_answer_is_drawn_at_most_once_per_frame_and_only_its_end(page: Any, s
     assert longest < 20_000, "of 34,000 characters"
 
 
-@pytest.mark.parametrize("unit", ["**a *a", "*a **a ", "[", "> ", "- ", "![", "a_", "`", "| a ", "<a ", "a.", "&#1", "  * a\n"])
-def test_a_model_that_repeats_itself_does_not_stop_the_page(page: Any, served: tuple[LiveServer, Pace], unit: str) -> None:
+def test_a_model_that_repeats_itself_does_not_stop_the_page(page: Any, served: tuple[LiveServer, Pace]) -> None:
     """Some parsers need quadratic time or unlimited recursion for such a text."""
     page.goto(served[0].url)
-    assert page.evaluate("""async (text) => {
-        const { MarkdownView } = await import("/static/markdown.js");
-        const view = new MarkdownView(document.createElement("div"));
-        view.finish(text);
-        return view.root.textContent.length > 0 || view.root.children.length > 0;
-    }""", unit * 20_000)
+    for unit in ("**a *a", "*a **a ", "[", "> ", "- ", "![", "a_", "`", "| a ", "<a ", "a.", "&#1", "  * a\n"):
+        assert page.evaluate("""async (text) => {
+            const { MarkdownView } = await import("/static/markdown.js");
+            const view = new MarkdownView(document.createElement("div"));
+            view.finish(text);
+            return view.root.textContent.length > 0 || view.root.children.length > 0;
+        }""", unit * 20_000), unit
 
 
 # -- the live view ----------------------------------------------------------------------------------------------------
