@@ -59,13 +59,15 @@ class ChatTemplate:
     ) -> str:
         """The messages as text, exactly as they are given.
 
-        `add_generation_prompt` opens the assistant's answer; `continue_final_message` leaves the last message open instead.
+        `add_generation_prompt` opens the assistant's answer; `continue_final_message` leaves the last message open instead, in its
+        reasoning if it has nothing else.
         """
         from jinja2 import TemplateError
 
         chat = list(messages)
         if continue_final_message:
-            chat[-1] = {**chat[-1], "content": _with_tag(chat[-1].get("content"))}
+            field = "reasoning_content" if chat[-1].get("reasoning_content") and not chat[-1].get("content") else "content"
+            chat[-1] = {**chat[-1], field: _with_tag(chat[-1].get(field))}
         try:
             text: str = _compiled(self.source).render(
                 messages=chat, tools=plain(list(tools)) if tools else None, documents=None,

@@ -65,7 +65,7 @@ class ChatPreprocessor:
         call_format = None if tools is None or tools.mode != "auto" else self._auto_format(tools, tool_format)
         messages = body.conversation(ignored)
         if template is not None:
-            messages = _adapt(template, messages, ignored)
+            messages = _adapt(template, messages, ignored, bool(body.continue_final_message))
         variables = _variables(body, template, self._config.default_chat_template_kwargs or {}, ignored)
         opens_answer = body.add_generation_prompt if body.add_generation_prompt is not None else not body.continue_final_message
         if body.include_reasoning is False and self._config.reasoning_parser is None:
@@ -81,7 +81,8 @@ class ChatPreprocessor:
             assert isinstance(text, str)
             if tools is not None:
                 ignored.extend(tools.left_open())
-            continued = text_of(messages[-1]["content"]) if body.continue_final_message else ""
+            reasoning = messages[-1].get("reasoning_content")
+            continued = (text_of(messages[-1]["content"]) or (OPEN + reasoning if reasoning else "")) if body.continue_final_message else ""
             return tokenizer.encode(text, add_special_tokens=False), self._output_spec(body, tokenizer, tools, call_format, text, continued)
 
         size = sum(len(text_of(message["content"])) for message in messages)
@@ -154,14 +155,18 @@ def _special_id(tokenizer: Tokenizer, marker: str) -> int | None:
     return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
 
 
-def _adapt(template: ChatTemplate, messages: list[dict[str, Any]], ignored: list[str]) -> list[dict[str, Any]]:
-    """Messages without reasoning, if this template does not handle it."""
+def _adapt(template: ChatTemplate, messages: list[dict[str, Any]], ignored: list[str], continued: bool) -> list[dict[str, Any]]:
+    """Messages without reasoning, if this template does not handle it. If the output continues reasoning, it becomes content."""
     source = template.for_tools().source
     adapted = []
     for i, message in enumerate(messages):
         if "reasoning_content" in message and "reasoning_content" not in source:
-            message = {name: value for name, value in message.items() if name != "reasoning_content"}
-            ignored.append(f"messages.{i}.reasoning_content")
+            message = dict(message)
+            reasoning = message.pop("reasoning_content")
+            if continued and i == len(messages) - 1 and not message["content"]:
+                message["content"] = f"{OPEN}\n{reasoning}"
+            else:
+                ignored.append(f"messages.{i}.reasoning_content")
         adapted.append(message)
     return adapted
 

@@ -554,6 +554,22 @@ def test_with_a_template_that_opens_the_tag_the_output_starts_with_reasoning(thi
     assert (choice.message.content, choice.message.model_extra["reasoning"], choice.finish_reason) == (None, "Hm, cut", "length")
 
 
+@pytest.mark.parametrize("content", ["", None, "Pa"])
+@pytest.mark.parametrize("writes_reasoning", [True, False])
+def test_a_cut_answer_is_continued_where_it_ended_also_in_its_reasoning(
+    thinker: ScriptedChat, content: str | None, writes_reasoning: bool,
+) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]"
+    template += "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% endif %}" if writes_reasoning else ""
+    fields: Any = {"messages": [*HELLO, {"role": "assistant", "content": content, "reasoning": "Hm, cut"}],
+                   "extra_body": {"chat_template": template + "{{ m.content }}{% endfor %}", "continue_final_message": True}}
+    thinker.generate("ris." if content else " off.</think>Paris.")
+    message = thinker.chat(**fields).choices[0].message
+    assert (message.content, message.model_extra["reasoning"]) == (("ris.", None) if content else ("Paris.", " off."))
+    ends = "<think>\nHm, cut" if not content else "<think>\nHm, cut\n</think>\nPa" if writes_reasoning else "[assistant]Pa"
+    assert thinker.prompt.endswith(ends)
+
+
 @pytest.mark.parametrize("fields", [{"reasoning_effort": "none", "extra_body": {"chat_template": THINKING.replace("_effort", "")}},
                                     {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}], ids=["effort", "kwargs"])
 def test_with_thinking_turned_off_the_whole_output_is_the_answer(thinker: ScriptedChat, fields: Any) -> None:

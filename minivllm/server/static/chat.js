@@ -38,7 +38,6 @@ function request(view, isContinued) {
 
 // The message that the server continues. Earlier reasoning is not sent back, but this answer follows from its own.
 function unfinished({ role, content, reasoning }) {
-  if (!content) return { role, content: `<think>\n${reasoning}` };
   return reasoning ? { role, content, reasoning_content: reasoning } : { role, content };
 }
 
