@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 from minivllm.cli.flags import add_model_argument
-from minivllm.cli.local import LocalEngine, add_flags
+from minivllm.cli.local import LocalEngine, add_flags, start
+from minivllm.cli.remote import Reasoning, RemoteServer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.terminal import print_status
 
@@ -27,21 +28,17 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with LocalEngine.start(args) as local:
-        ChatSession(local, args.system).run()
+    with start(args) as model:
+        ChatSession(model, args.system).run()
     return 0
 
 
 class ChatSession:
     """A conversation and its commands."""
 
-    def __init__(self, local: LocalEngine, system: str | None) -> None:
-        tokenizer = local.engine.tokenizer
-        assert tokenizer is not None  # this command has no flag skip_tokenizer_init
-        if tokenizer.chat_template is None:
-            raise InvalidInput("this model has no chat template: use a chat model, or `minivllm complete`", "model")
-        self.local = local
-        self.tokenizer = tokenizer
+    def __init__(self, model: LocalEngine | RemoteServer, system: str | None) -> None:
+        model.check_chat()
+        self.model = model
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)
 
@@ -89,16 +86,15 @@ class ChatSession:
         self.messages.append({"role": "user", "content": line})
         pieces = []
         try:
-            prompt = self.tokenizer.apply_chat_template(self.messages)
-            assert isinstance(prompt, list)
-            for piece in self.local.stream(prompt):
-                pieces.append(piece)
+            for piece in self.model.chat(self.messages):
+                if not isinstance(piece, Reasoning):
+                    pieces.append(piece)
                 print(piece, end="", flush=True)
         except InvalidInput as error:  # usually the conversation has become longer than the context
             self.messages.pop()
             print_status(f"error: {error} (/reset starts a new conversation)")
             return
         print()
-        if self.local.interrupt.pressed:
+        if self.model.interrupt.pressed:
             print_status("(stopped)")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})

@@ -5,7 +5,7 @@ import argparse
 import sys
 from typing import Any
 
-from minivllm.cli.local import LocalEngine, add_flags
+from minivllm.cli.local import add_flags, start
 from minivllm.errors import InvalidInput
 
 DEFAULT_TOKENS = 128  # unlike a chat's answer, a text rarely ends by itself
@@ -22,10 +22,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise InvalidInput("the prompt is empty: give at least one character", "prompt")
-    with LocalEngine.start(args, max_tokens=DEFAULT_TOKENS) as local:
-        tokenizer = local.engine.tokenizer
-        assert tokenizer is not None  # this command has no flag skip_tokenizer_init
-        for piece in local.stream(tokenizer.encode(prompt)):
+    with start(args, max_tokens=DEFAULT_TOKENS) as model:
+        for piece in model.complete(prompt):
             print(piece, end="", flush=True)
         print()
-        return 130 if local.interrupt.pressed else 0
+        return 130 if model.interrupt.pressed else 0

@@ -1,21 +1,24 @@
-"""An engine in the command's own process, for `chat` and `complete`: one request at a time, streamed."""
+"""What answers `chat` and `complete`, one request at a time, streamed: an engine in the command's own process, or a server."""
 from __future__ import annotations
 
 import argparse
 import contextlib
 import itertools
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minivllm.cli import remote
 from minivllm.cli.flags import add_config_file, add_config_flags, build, given
+from minivllm.cli.interrupt import Interrupt
+from minivllm.cli.remote import RemoteServer, find_server
 from minivllm.config import LOG_LEVELS, MODEL_DEFAULTS, EngineConfig
-from minivllm.errors import EngineDead
+from minivllm.errors import EngineDead, InvalidInput
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.terminal import configure_logging, print_status
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import EngineCore
+    from minivllm.engine.tokenizer import Tokenizer
 
 # Flag, type, help. Defaults come from the model's generation_config.json.
 SAMPLING = (
@@ -29,31 +32,13 @@ SAMPLING = (
 UNUSED = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # engine settings without effect for one text request
 
 
-class Interrupt:
-    """Records Ctrl-C instead of raising, so that no step of the engine is interrupted."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        self.pressed = False
-        previous = signal.signal(signal.SIGINT, self._press)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def _press(self, signum: int, frame: object) -> None:
-        self.pressed = True
-
-
 def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = None) -> None:
     add_config_file(parser)
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING:
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is int else "X",
                            default=argparse.SUPPRESS, help=max_tokens_help if name == "max_tokens" and max_tokens_help else text)
+    remote.add_flags(parser)
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="lowest level of log messages (default: warning)")
     add_config_flags(parser, EngineConfig, "engine", skip=UNUSED)
 
@@ -69,25 +54,27 @@ class LocalEngine:
         own = {name: defaults[name] for name in MODEL_DEFAULTS if defaults.get(name) is not None}
         self.sampling = own | {"max_tokens": None} | dict(overrides)
 
-    @classmethod
-    @contextlib.contextmanager
-    def start(cls, args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[LocalEngine]:
-        """`max_tokens`: the default of that flag. None: as many as the context allows."""
-        overrides = {name: getattr(args, name) for name, _, _ in SAMPLING if name in vars(args)}
-        SamplingParams(**overrides)  # refuse wrong values before the model is loaded
-        config = build(EngineConfig, given(args, EngineConfig))
-        configure_logging(args.log_level)
-        print_status(f"loading {config.model or 'the default model'} ...")
-        from minivllm.engine import compose
+    def check_chat(self) -> None:
+        """Raise unless the model has a chat template."""
+        if self._tokenizer.chat_template is None:
+            raise InvalidInput("this model has no chat template: use a chat model, or `minivllm complete`", "model")
 
-        engine = compose.build_engine(config)
-        try:
-            yield cls(engine, {"max_tokens": max_tokens} | overrides)
-        finally:
-            engine.close()
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        assert self.engine.tokenizer is not None  # the commands have no flag skip_tokenizer_init
+        return self.engine.tokenizer
 
-    def stream(self, prompt_token_ids: Sequence[int]) -> Iterator[str]:
+    def chat(self, messages: list[dict[str, str]]) -> Iterator[str]:
         """The answer in pieces. Ctrl-C ends it early and sets `interrupt.pressed`."""
+        prompt = self._tokenizer.apply_chat_template(messages)
+        assert isinstance(prompt, list)
+        return self._stream(prompt)
+
+    def complete(self, text: str) -> Iterator[str]:
+        """The continuation in pieces."""
+        return self._stream(self._tokenizer.encode(text))
+
+    def _stream(self, prompt_token_ids: Sequence[int]) -> Iterator[str]:
         request_id = f"cli-{next(self._numbers)}"
         self.engine.add_request(request_id, {"prompt_token_ids": tuple(prompt_token_ids)}, SamplingParams(**self.sampling))
         with self.interrupt.recording():
@@ -100,3 +87,25 @@ class LocalEngine:
                 if self.interrupt.pressed:
                     self.engine.abort_request(request_id)
                     return
+
+
+@contextlib.contextmanager
+def start(args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[LocalEngine | RemoteServer]:
+    """The running server that `args` name or that is there, else an engine. max_tokens: the default of that flag; None: no limit."""
+    overrides = {name: getattr(args, name) for name, _, _ in SAMPLING if name in vars(args)}
+    SamplingParams(**overrides)  # refuse wrong values before the model is loaded
+    settings = given(args, EngineConfig)
+    config = build(EngineConfig, settings)
+    configure_logging(args.log_level)
+    if (server := find_server(args, settings)) is not None:
+        server.sampling |= ({} if max_tokens is None else {"max_tokens": max_tokens}) | overrides
+        yield server
+        return
+    print_status(f"loading {config.model or 'the default model'} ...")
+    from minivllm.engine import compose
+
+    engine = compose.build_engine(config)
+    try:
+        yield LocalEngine(engine, {"max_tokens": max_tokens} | overrides)
+    finally:
+        engine.close()

@@ -14,8 +14,16 @@ from typing import Any
 
 import pytest
 
+from minivllm.cli import remote
 from minivllm.cli.local import LocalEngine
 from minivllm.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing listens on the default address, whatever else runs on this machine."""
+    monkeypatch.setattr(remote, "DEFAULT_URL", "http://127.0.0.1:9")
+
 
 ENGINE_FLAGS = ["--dtype", "float32", "--device", "cpu", "--num-gpu-blocks-override", "64"]
 
