@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from minivllm.benchmarks.client import ServerAddress
+from minivllm.benchmarks.address import ServerAddress
 from minivllm.benchmarks.load import Load, TimedRequest, run_load
 from minivllm.benchmarks.statistics import percentile
 from minivllm.engine.messages import EngineInfo

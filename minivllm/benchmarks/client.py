@@ -24,38 +24,14 @@ import ssl
 import time
 from dataclasses import dataclass
 from typing import cast
-from urllib.parse import urlsplit
 
 import httptools
 
+from minivllm.benchmarks.address import ServerAddress
 from minivllm.benchmarks.outcome import RequestOutcome
-from minivllm.errors import InvalidInput
 
 _NOT_ONLY_TEXT = (b'""', b"[]", b"{}", b'_tokens"', b'"error"')  # an event with text and nothing else contains none of these
 _MAX_ERROR = 300  # characters of a server's error that are kept
-
-
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
-    """Scheme, host and port of a server, and the path in front of /v1."""
-
-    host: str
-    port: int
-    secure: bool = False
-    prefix: str = ""
-
-    @classmethod
-    def of(cls, url: str) -> ServerAddress:
-        """From a base URL, with or without /v1 at its end."""
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            port = parts.port
-        except ValueError as error:
-            raise InvalidInput(f"base_url {url!r} is not a URL ({error}): write it like http://127.0.0.1:8000", "base_url") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise InvalidInput(f"base_url {url!r} is not a server's address: write it like http://127.0.0.1:8000", "base_url")
-        secure = parts.scheme == "https"
-        return cls(parts.hostname, port or (443 if secure else 80), secure, parts.path.rstrip("/").removesuffix("/v1"))
 
 
 class HttpError(Exception):

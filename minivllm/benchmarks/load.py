@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from minivllm.benchmarks.client import LoadClient, ServerAddress
+from minivllm.benchmarks.address import ServerAddress
+from minivllm.benchmarks.client import LoadClient
 from minivllm.benchmarks.event_loop import run_fast
 from minivllm.benchmarks.outcome import RequestOutcome
 from minivllm.errors import InvalidInput

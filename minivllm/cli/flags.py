@@ -9,6 +9,7 @@ A flag that was not given is absent from the parsed arguments (`argparse.SUPPRES
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,6 +18,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from minivllm.cli.numbers import gibibytes, real_number, whole_number
+from minivllm.cli.spellings import FLAG_HINTS, FLAGS
 from minivllm.compat.settings import (
     ENGINE_ALIASES,
     ENGINE_SETTINGS,
@@ -33,8 +36,10 @@ from minivllm.errors import InvalidInput, nearest
 ConfigType = TypeVar("ConfigType")
 
 _PARSE: dict[str, Callable[[str], Any]] = {
-    "int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str, "tuple[str, ...]": str,
+    "int": whole_number, "int | None": whole_number, "float": real_number, "float | None": real_number, "str": str, "str | None": str,
+    "tuple[str, ...]": str,
 }
+_METAVARS: dict[Callable[[str], Any], str] = {whole_number: "N", real_number: "X", gibibytes: "GIB"}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -46,7 +51,20 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As in argparse; it calls this for the parser of a command too."""
-        return super().parse_known_args(None if args is None else [self._switch(arg) for arg in args], namespace)
+        return super().parse_known_args(None if args is None else [self._switch(self._spelled(arg)) for arg in args], namespace)
+
+    def _spelled(self, arg: str) -> str:
+        """Another program's flag by the name it has here. Exits with a hint for one without a counterpart."""
+        flag, equals, value = arg.partition("=")
+        own = self._option_string_actions.get(flag)
+        if self._subparsers is not None or (own is not None and own.help != argparse.SUPPRESS):
+            return arg
+        here = FLAGS.get(flag)
+        if here in self._option_string_actions:
+            return here + equals + value
+        if own is None and flag in FLAG_HINTS:
+            self.error(f"{flag} is not a flag of minivllm: {FLAG_HINTS[flag]}")
+        return arg
 
     def _switch(self, arg: str) -> str:
         """`--flag=True` as `--flag`, and `--flag=false` as `--no-flag`, for flags without a value."""
@@ -62,7 +80,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def refuse(self, extras: Sequence[str]) -> NoReturn:
         """Exit because of unknown arguments, with status 2 as for every wrong command line."""
-        flags = [arg.split("=", 1)[0] for arg in extras if arg.startswith("--")]
+        flags = [arg.split("=", 1)[0] for arg in extras if re.match(r"-[^\d]", arg)]
         if not flags:
             self.error(f"unexpected argument {extras[0]!r}")
         known = {option for action in self._actions if action.help != argparse.SUPPRESS for option in action.option_strings}
@@ -130,11 +148,29 @@ def add_config_flags(
         if (only is None or f.name in only) and f.name not in skip:
             _add_flag(group, f)
     if only is None:
-        engine = config is EngineConfig
-        for setting in ENGINE_SETTINGS if engine else SERVER_SETTINGS:
-            _add_hidden_flag(group, setting.name, isinstance(setting.default, bool))
-        for alias in ENGINE_ALIASES if engine else SERVER_ALIASES:
-            _add_hidden_flag(group, alias.name, alias.negated)
+        _add_hidden_flags(group, config)
+
+
+def add_grouped_flags(parser: argparse.ArgumentParser, configs: Sequence[type], groups: Mapping[str, Sequence[str]], rest: str) -> None:
+    """The flags of several configs under these titles; `rest` is the title of those that `groups` does not name."""
+    left = {f.name: f for config in configs for f in dataclasses.fields(config)}
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, left.pop(name))
+    group = parser.add_argument_group(rest)
+    for f in left.values():
+        _add_flag(group, f)
+    for config in configs:
+        _add_hidden_flags(group, config)
+
+
+def _add_hidden_flags(group: argparse._ArgumentGroup, config: type) -> None:
+    engine = config is EngineConfig
+    for setting in ENGINE_SETTINGS if engine else SERVER_SETTINGS:
+        _add_hidden_flag(group, setting.name, isinstance(setting.default, bool))
+    for alias in ENGINE_ALIASES if engine else SERVER_ALIASES:
+        _add_hidden_flag(group, alias.name, alias.negated)
 
 
 def _add_hidden_flag(group: argparse._ArgumentGroup, name: str, switch: bool) -> None:
@@ -156,14 +192,19 @@ def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None
     if kind in ("bool", "bool | None"):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         return
-    parse = _PARSE[kind]
-    metavar = f.metadata.get("metavar") or ("N" if parse is int else "X" if parse is float else f.name.split("_")[-1].upper())
+    parse = _parser_of(f)
+    metavar = f.metadata.get("metavar") or _METAVARS.get(parse, f.name.split("_")[-1].upper())
     if kind.startswith("tuple"):
         group.add_argument(flag, action="extend", nargs=f.metadata["nargs"], metavar=metavar, **common)
     elif f.metadata.get("choices"):
         group.add_argument(flag, choices=f.metadata["choices"], type=_spelled_here(f.name, parse), **common)
     else:
         group.add_argument(flag, type=_spelled_here(f.name, parse), metavar=metavar, **common)
+
+
+def _parser_of(f: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    """From a text to a value of the field."""
+    return gibibytes if f.name == "kv_offloading_size" else _PARSE.get(str(f.type), str)
 
 
 def _spelled_here(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -191,9 +232,9 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
                         help="folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct)")
 
 
-def add_config_file(parser: argparse.ArgumentParser) -> None:
+def add_config_file(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--config", metavar="FILE",
-                        help="JSON, TOML or YAML file with any of the flags below; flags on the command line override it")
+                        help="JSON, TOML or YAML file with any of these flags; flags on the command line override it")
 
 
 def given(args: argparse.Namespace, *configs: type) -> dict[str, Any]:
@@ -216,6 +257,10 @@ def build(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         if f.name in values:
             value = values[f.name]
+            parse = _parser_of(f)
+            if isinstance(value, str) and parse in _METAVARS:  # from a file, such as max-model-len: 32k
+                with contextlib.suppress(argparse.ArgumentTypeError):  # the config names the field
+                    value = _spelled_here(f.name, parse)(value)
             if str(f.type).startswith("tuple"):
                 value = tuple(value) if isinstance(value, list) else (value,)
             own[f.name] = value

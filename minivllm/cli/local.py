@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from minivllm.cli import remote
 from minivllm.cli.flags import add_config_file, add_config_flags, build, given
 from minivllm.cli.interrupt import Interrupt
+from minivllm.cli.numbers import real_number, whole_number
 from minivllm.cli.remote import RemoteServer, find_server
 from minivllm.config import LOG_LEVELS, MODEL_DEFAULTS, EngineConfig
 from minivllm.errors import EngineDead, InvalidInput
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
     from minivllm.engine.engine import EngineCore
     from minivllm.engine.tokenizer import Tokenizer
 
-# Flag, type, help. Defaults come from the model's generation_config.json.
+# Flag, type (how its value is written), help. Defaults come from the model's generation_config.json.
 SAMPLING = (
-    ("max_tokens", int, "maximum number of tokens of an answer (default: as many as the context allows)"),
-    ("temperature", float, "0: always choose the most probable token"),
-    ("top_p", float, "choose among the most probable tokens whose probabilities add up to this"),
-    ("top_k", int, "choose among this many most probable tokens"),
-    ("min_p", float, "choose among tokens with at least this fraction of the highest probability"),
-    ("repetition_penalty", float, "values above 1 reduce repetitions"),
+    ("max_tokens", whole_number, "maximum number of tokens of an answer (default: as many as the context allows)"),
+    ("temperature", real_number, "0: always choose the most probable token"),
+    ("top_p", real_number, "choose among the most probable tokens whose probabilities add up to this"),
+    ("top_k", whole_number, "choose among this many most probable tokens"),
+    ("min_p", real_number, "choose among tokens with at least this fraction of the highest probability"),
+    ("repetition_penalty", real_number, "values above 1 reduce repetitions"),
 )
 UNUSED = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # engine settings without effect for one text request
 
@@ -36,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = Non
     add_config_file(parser)
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING:
-        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is int else "X",
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is whole_number else "X",
                            default=argparse.SUPPRESS, help=max_tokens_help if name == "max_tokens" and max_tokens_help else text)
     remote.add_flags(parser)
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="lowest level of log messages (default: warning)")

@@ -8,14 +8,16 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn
 
 from minivllm import __version__
+from minivllm.cli import spellings
 from minivllm.cli.flags import CommandParser, normalize
-from minivllm.errors import EngineDead, InvalidInput
+from minivllm.errors import EngineDead, InvalidInput, nearest
 from minivllm.server.terminal import print_status
 
-COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "trace", "collect_env")  # modules of this package
+COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "list", "rm", "trace", "collect_env")  # modules of this package
 
 
 def build_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
@@ -34,12 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # generation many times slower as soon as another program uses a core. This must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parser, commands = build_parser()
-    args, extras = parser.parse_known_args(normalize(sys.argv[1:] if argv is None else argv))
+    args, extras = parser.parse_known_args(_spelled(normalize(sys.argv[1:] if argv is None else argv), parser, commands))
     if extras:
         command = getattr(args, "command_parser", commands[args.command])  # the parser of `bench serve`, not of `bench`
         (command if isinstance(command, CommandParser) else parser).refuse(extras)
     module = importlib.import_module(f"minivllm.cli.{args.command.replace('-', '_')}")
     return guarded(lambda: module.run(args))
+
+
+def _spelled(argv: list[str], parser: CommandParser, commands: Collection[str]) -> list[str]:
+    """The arguments with the command's own name. Exits with a hint for a command of another program."""
+    if not argv or argv[0].startswith("-") or argv[0] in commands:
+        return argv
+    name = argv[0]
+    if name not in spellings.COMMANDS:
+        _refuse_command(name, parser, commands)
+    return [spellings.COMMANDS[name], *argv[1:]]
+
+
+def _refuse_command(name: str, parser: CommandParser, commands: Collection[str]) -> NoReturn:
+    hint = f": {spellings.COMMAND_HINTS[name]}" if name in spellings.COMMAND_HINTS else nearest(name, [*commands, *spellings.COMMANDS])
+    parser.error(f"unknown command {name!r}{hint}")
 
 
 def guarded(run: Callable[[], int | None]) -> int:

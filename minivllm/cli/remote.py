@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minivllm.benchmarks.client import ServerAddress
+from minivllm.benchmarks.address import ServerAddress
 from minivllm.cli.interrupt import Interrupt
 from minivllm.config import ServerConfig
 from minivllm.errors import InvalidInput, shown

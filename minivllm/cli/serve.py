@@ -4,21 +4,34 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minivllm.cli.flags import CommandParser, add_config_file, add_config_flags, add_model_argument, build, given
+from minivllm.cli.flags import CommandParser, add_config_file, add_grouped_flags, add_model_argument, build, given
 from minivllm.config import EngineConfig, ServerConfig
+
+# Flags by what they are for; the first group is what an owner of one GPU needs. Fields that no group names are in the last one.
+GROUPS = {
+    "most used": ("host", "port", "api_key", "max_model_len", "gpu_memory_utilization", "served_model_name"),
+    "model": ("model", "revision", "tokenizer", "load_format", "dtype", "device", "generation_config", "seed"),
+    "chat and tools": ("chat_template", "enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "trust_request_chat_template"),
+    "memory": ("kv_cache_memory_bytes", "kv_offloading_size", "num_gpu_blocks_override", "block_size", "enable_prefix_caching"),
+    "scheduling": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy",
+                   "max_queue", "async_scheduling", "enforce_eager"),
+    "pages of other origins (CORS)": ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"),
+}
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible",
-                                 description="Serve a model over HTTP with OpenAI's API.")
+    parser = commands.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible", usage="minivllm serve [MODEL] [FLAGS]",
+                                 description="Serve a model over HTTP with OpenAI's API.", add_help=False)
     add_model_argument(parser)
     add_flags(parser)
 
 
 def add_flags(parser: CommandParser) -> None:
-    add_config_file(parser)
-    add_config_flags(parser, ServerConfig, "server")
-    add_config_flags(parser, EngineConfig, "engine")
+    add_grouped_flags(parser, (ServerConfig, EngineConfig), GROUPS, "more")
+    group = parser.add_argument_group("this command")
+    add_config_file(group)
+    if not parser.add_help:  # so that this flag is not the first
+        group.add_argument("-h", "--help", action="help", help="show this text and exit")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
     minivllm trace run.jsonl                                            batch over time, tokens by kind, block use, waste
     minivllm trace run.jsonl --replay                                   check that all plans are exactly the same
     minivllm trace run.jsonl --compare max_num_batched_tokens=256       the same requests under another setting
-    minivllm trace --synthetic 200 --rate 20 --compare policy=priority  generated requests
+    minivllm trace --synthetic 200 --rate 60 --compare num_blocks=300   generated requests, which a smaller cache preempts
 """
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if args.synthetic is not None:
         if args.replay:
             raise InvalidInput("--replay needs a trace file", "replay")
-        return _compare(SYNTHETIC, _synthetic(args.synthetic, args.rate, args.seed), _cost(args.step_cost, StepCost), args.compare or [])
+        work = _synthetic(args.synthetic, args.rate, args.seed)
+        return _compare(SYNTHETIC, work, _cost(args.step_cost, StepCost), args.compare or [], base="as it is")
     trace = read(args.file)
     if trace.cut_off:
         print("the last line is incomplete and ignored: the process was killed while writing it\n")
@@ -139,10 +140,11 @@ def _buckets(steps: Sequence[StepRecord]) -> Iterator[tuple[float, list[StepReco
 # -- comparison ------------------------------------------------------------------------------------------------------------
 
 
-def _compare(config: SchedulerConfig, work: Sequence[SimulatedRequest], cost: StepCost, changes: Sequence[Sequence[str]]) -> int:
+def _compare(config: SchedulerConfig, work: Sequence[SimulatedRequest], cost: StepCost, changes: Sequence[Sequence[str]],
+             base: str = "recorded") -> int:
     if not work:
         raise InvalidInput("no request in this trace has a token, so there is nothing to compare", "file")
-    columns = [("recorded", config)]
+    columns = [(base, config)]
     columns += [(" ".join(change), dataclasses.replace(config, **dict(map(_setting, change)))) for change in changes]
     print(f"simulated: {len(work)} requests; a step takes {cost.base * 1e3:.4g} ms + {cost.per_token * 1e6:.4g} us per token "
           f"+ {cost.per_context * 1e9:.4g} ns per key read, and {cost.host * 1e3:.4g} ms of the CPU\n")

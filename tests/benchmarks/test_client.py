@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from minivllm.benchmarks.client import HttpError, LoadClient, ServerAddress
+from minivllm.benchmarks.address import ServerAddress
+from minivllm.benchmarks.client import HttpError, LoadClient
 from minivllm.benchmarks.outcome import RequestOutcome
 from minivllm.errors import InvalidInput
 

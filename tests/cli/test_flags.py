@@ -103,12 +103,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["serve", "--enable_prefix_cacheing"], "did you mean '--enable-prefix-caching'?"),
     (["serve", "--no-such-log-requests"], "unknown flag --no-such-log-requests"),
     (["serve", "--tool_call_parser=hermse"], "argument --tool-call-parser: invalid choice: 'hermse'"),
-    (["serve", "--port", "many"], "argument --port: invalid int value: 'many'"),
+    (["serve", "--port", "many"], "argument --port: must be a whole number such as 32768, 32k (32,000) or 32K (32,768), got 'many'"),
     (["serve", "--dtype", "flot32"], "argument --dtype: invalid choice: 'flot32'"),
     (["serve", "--max-model", "5"], "unknown flag --max-model"),
     (["serve", "a", "b"], "unexpected argument 'b'"),
     (["chat", "--skip-tokenizer-init"], "unknown flag --skip-tokenizer-init"),
-    (["server"], "invalid choice: 'server'"),
+    (["server"], "unknown command 'server'; did you mean 'serve'?"),
     ([], "required: COMMAND"),
 ])
 def test_a_wrong_command_line_is_a_one_line_error_with_status_2(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:

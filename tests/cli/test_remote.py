@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -153,7 +154,7 @@ def other() -> Iterator[Callable[..., str]]:
                 for e in events:
                     if e == PRESS:
                         os.kill(os.getpid(), signal.SIGINT)
-                        ended.append(self.rfile.read(1))  # returns when the client has shut down the connection
+                        ended.put(self.rfile.read(1))  # returns when the client has shut down the connection
                         return
                     self.wfile.write(f"data: {e if isinstance(e, str) else json.dumps(e)}\r\n\r\n: a comment\r\n\r\n".encode())
 
@@ -165,7 +166,7 @@ def other() -> Iterator[Callable[..., str]]:
         return f"http://127.0.0.1:{servers[-1].server_port}"
 
     requests: list[dict[str, Any]] = []
-    ended: list[bytes] = []
+    ended: queue.Queue[bytes] = queue.Queue()
     start.requests, start.ended = requests, ended  # type: ignore[attr-defined]
     yield start
     for server in servers:
@@ -193,7 +194,8 @@ def test_ctrl_c_ends_the_answer_and_the_connection_but_not_a_chat(other: Any, mo
     typed(monkeypatch, "hello")
     assert main(["chat", "--url", other([delta(content="two"), PRESS])]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "one \ntwo\n" and "(stopped)" in captured.err and other.ended == [b"", b""]
+    assert captured.out == "one \ntwo\n" and "(stopped)" in captured.err
+    assert [other.ended.get(timeout=30) for _ in range(2)] == [b"", b""]
 
 
 @pytest.mark.parametrize(("events", "words"), [

@@ -10,8 +10,8 @@ from minivllm.cli.main import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandParser(prog="python -m minivllm.entrypoints.openai.api_server",
-                    description="The same as `minivllm serve`.")
+    prog = "python -m minivllm.entrypoints.openai.api_server"
+    parser = CommandParser(prog=prog, usage=f"{prog} [FLAGS]", add_help=False, description="The same as `minivllm serve`.")
     serve.add_flags(parser)
     args, extras = parser.parse_known_args(normalize(sys.argv[1:] if argv is None else argv))
     if extras:
