@@ -22,7 +22,6 @@ import asyncio
 import json
 import ssl
 import time
-from dataclasses import dataclass
 from typing import cast
 
 import httptools

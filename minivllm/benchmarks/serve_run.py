@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from minivllm.benchmarks.canned import CannedServers
 from minivllm.benchmarks.address import ServerAddress
+from minivllm.benchmarks.canned import CannedServers
 from minivllm.benchmarks.client import HttpError, LoadClient
 from minivllm.benchmarks.event_loop import run_fast
 from minivllm.benchmarks.load import Load, LoadProgress, TimedRequest, run_load
