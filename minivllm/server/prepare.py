@@ -124,7 +124,7 @@ class Preprocessor:
         requested, field = body.output_limit()
         prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
         if prompt_tokens == 0:
-            raise InvalidInput("the prompt is empty: send at least one token", "prompt")
+            raise InvalidInput("the prompt is empty: send at least one token", prompt)
         if requested is not None:
             if prompt_tokens + requested > context:
                 raise context_error(prompt_tokens, context, prompt, requested, field)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import FailFast, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
@@ -305,9 +305,12 @@ class ChatMessage(StrictModel):
                 **{name: value for name, value in more.items() if value is not None}}
 
 
-def message_content(content: Any, where: str, ignored: list[str], *, part_types: Collection[str] = ("text",),
-                    inert: Collection[str] = ("prompt_cache_breakpoint", "cache_control")) -> str | list[dict[str, str]]:
-    """A message's content: a string, or text parts. `part_types` and `inert`: what parts may be and hold."""
+_TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part with text, in chats and in responses
+_INERT_IN_PARTS = ("annotations", "logprobs", "parsed", "prompt_cache_breakpoint", "cache_control")
+
+
+def message_content(content: Any, where: str, ignored: list[str]) -> str | list[dict[str, str]]:
+    """A message's content: a string, or text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -317,12 +320,12 @@ def message_content(content: Any, where: str, ignored: list[str], *, part_types:
         here = f"{where}.{i}"
         if not isinstance(part, dict):
             raise InvalidInput(f"{here} must be an object such as {{\"type\": \"text\", \"text\": ...}}, got {part!r}", here)
-        if part.get("type") not in part_types:
+        if part.get("type") not in _TEXT_PARTS:
             raise NotSupportedYet(f"{here}: this model takes text only, and the part's type is {part.get('type')!r}", here + ".type")
         if not isinstance(part.get("text"), str):
             raise InvalidInput(f"{here}.text must be a string, got {part.get('text')!r}", here + ".text")
         for name in part.keys() - {"type", "text"}:
-            if name not in inert:
+            if name not in _INERT_IN_PARTS:
                 raise UnknownField(unknown_field(f"{here}.{name}", name, ("type", "text")), f"{here}.{name}")
             if part[name] not in (None, []):
                 ignored.append(f"{here}.{name}")
@@ -380,7 +383,7 @@ class ChatRequest(GenerationRequest):
             raise InvalidInput("messages is empty: send at least one message", "messages")
         for i, message in enumerate(self.messages):
             message.check(f"messages.{i}.")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidInput("top_logprobs needs logprobs: set logprobs to true, or leave top_logprobs out", "top_logprobs")
         for name in self.chat_template_kwargs or ():
             if name in self.TEMPLATE_NAMES:

@@ -209,8 +209,7 @@ class Conversation:
             self._drop_reasoning()
 
     def _text(self, item: dict[str, Any], where: str, name: str) -> str | list[dict[str, str]]:
-        return message_content(item[name], f"{where}.{name}", self.ignored, part_types=("input_text", "output_text", "text"),
-                               inert=("annotations", "logprobs", "parsed", "prompt_cache_breakpoint"))
+        return message_content(item[name], f"{where}.{name}", self.ignored)
 
     def _append(self, message: dict[str, Any]) -> None:
         if message["role"] != "assistant":

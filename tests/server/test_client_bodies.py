@@ -264,3 +264,21 @@ def test_a_call_of_a_tool_with_a_text_is_a_call_with_one_argument(chat: Scripted
     function = {"type": "function_call", "call_id": "c", "name": "patch", "arguments": json.dumps({"input": "a\n+b"})}
     send(chat, RESPONSES, input=[*HELLO, function, {**items[1], "type": "function_call_output"}])
     assert chat.prompt == custom
+
+
+def test_parts_of_either_api_are_accepted_in_both(chat: ScriptedChat) -> None:
+    send(chat, CHAT, messages=[{"role": "user", "content": [{"type": "text", "text": "yes"}]}])
+    plain = chat.prompt
+    for kind in ("text", "input_text", "output_text"):
+        for more in ({}, {"annotations": [], "logprobs": [], "parsed": None}):
+            message = {"role": "user", "content": [{"type": kind, "text": "yes", **more}]}
+            for path, field in ((CHAT, "messages"), (RESPONSES, "input")):
+                assert ignored(send(chat, path, **{field: [message]})) == set() and chat.prompt == plain
+    for path, field in ((CHAT, "messages"), (RESPONSES, "input")):
+        message = {"role": "user", "content": [{"type": "text", "text": "yes", "annotations": [{}], "cache_control": {"type": "e"}}]}
+        assert ignored(send(chat, path, **{field: [message]})) == {f"{field}.0.content.0.annotations", f"{field}.0.content.0.cache_control"}
+
+
+def test_no_alternatives_without_logprobs_request_nothing(chat: ScriptedChat) -> None:
+    assert ignored(send(chat, CHAT, top_logprobs=0, logprobs=False)) == set()
+    assert param(send(chat, CHAT, top_logprobs=1)) == "top_logprobs"

@@ -127,3 +127,11 @@ def test_errors_and_token_strings_are_one_line_too(http: httpx.Client) -> None:
     assert refused.status_code == 404 and len(refused.content.decode().splitlines()) == 1
     tokens = http.post("/tokenize", json={"prompt": "a\u2028b", "return_token_strs": True})
     assert tokens.status_code == 200 and len(tokens.content.decode().splitlines()) == 1
+
+
+def test_a_trace_of_requests_may_contain_them(tmp_path: Path) -> None:
+    from minivllm.benchmarks.serving import _lines
+
+    record = {"prompt": f"a{LINE_ENDS}b"}
+    (tmp_path / "trace.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert list(_lines(str(tmp_path / "trace.jsonl"))) == [(1, record)]
