@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from minivllm.config import EngineConfig as EngineConfig
     from minivllm.engine.async_llm import AsyncLLM as AsyncLLM
     from minivllm.engine.async_llm import AsyncLLMEngine as AsyncLLMEngine
-    from minivllm.engine.beam_search import BeamSearchParams as BeamSearchParams
     from minivllm.engine.llm import LLM as LLM
     from minivllm.engine.llm_engine import LLMEngine as LLMEngine
     from minivllm.engine.prompts import PromptType as PromptType
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from minivllm.errors import InvalidInput as InvalidInput
     from minivllm.outputs import CompletionOutput as CompletionOutput
     from minivllm.outputs import RequestOutput as RequestOutput
+    from minivllm.sampling_params import BeamSearchParams as BeamSearchParams
     from minivllm.sampling_params import SamplingParams as SamplingParams
     from minivllm.sampling_params import StructuredOutputs as StructuredOutputs
     from minivllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
@@ -41,7 +41,7 @@ _HOME = {
     "TextPrompt": "minivllm.engine.prompts",
     "TokensPrompt": "minivllm.engine.prompts",
     "AsyncLLM": "minivllm.engine.async_llm",
-    "BeamSearchParams": "minivllm.engine.beam_search",
+    "BeamSearchParams": "minivllm.sampling_params",
     "CompletionOutput": "minivllm.outputs",
     "EngineConfig": "minivllm.config",
     "InvalidInput": "minivllm.errors",

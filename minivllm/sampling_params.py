@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest, unknown_field
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest, refuse_unbuilt, unknown_field
 
 MAX_LOGPROBS = 20  # most alternatives per token (OpenAI's limit; in Python `max_logprobs` of the engine)
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy
@@ -101,8 +101,14 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False  # JSON on one line, without spaces
     whitespace_pattern: str | None = None  # a regex for the whitespace between the tokens of JSON
     origin: str = field(default="structured_outputs", repr=False, compare=False)  # its name in error messages: the server accepts several
+    # vLLM's fields that request nothing: llguidance compiles every grammar, and there is no other backend to fall back to.
+    backend: InitVar[str | None] = None
+    disable_fallback: InitVar[bool] = False
+    disable_additional_properties: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, backend: str | None, disable_fallback: bool, disable_additional_properties: bool) -> None:
+        if backend is not None and backend.partition(":")[0] not in BACKENDS:
+            raise InvalidInput(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}", f"{self.origin}.backend")
         given = [name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
             found = ", ".join(given) or "none"
@@ -148,6 +154,7 @@ class StructuredOutputsParams:
         return f"{self.origin}.{self.kind}" if self.origin == "structured_outputs" else self.origin
 
 
+BACKENDS = ("auto", "guidance", "xgrammar", "outlines", "lm-format-enforcer")
 STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 _MAX_LENGTH = {"regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "whitespace_pattern": 256}
 StructuredOutputs = StructuredOutputsParams
@@ -211,6 +218,24 @@ class RequestOutputKind(enum.Enum):
     CUMULATIVE = 0  # all of its output so far
     DELTA = 1  # what is new since the last one
     FINAL_ONLY = 2  # one output, at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """Settings of a beam search. Raises `InvalidInput` naming the field."""
+
+    beam_width: int  # number of sequences that are kept, and that are returned
+    max_tokens: int
+    ignore_eos: bool = False  # treat EOS like any other token
+    length_penalty: float = 1.0  # above 0 favors long outputs, below 0 short ones; 0 compares the sums
+    temperature: InitVar[float] = 0.0  # vLLM's; other values are refused
+    include_stop_str_in_output: InitVar[bool] = False
+
+    def __post_init__(self, temperature: float, include_stop_str_in_output: bool) -> None:
+        for name in ("beam_width", "max_tokens"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, None, "it counts sequences or tokens"))
+        object.__setattr__(self, "length_penalty", number("length_penalty", self.length_penalty, -math.inf, math.inf))
+        refuse_unbuilt(temperature=temperature, include_stop_str_in_output=include_stop_str_in_output)
 
 
 @dataclass(kw_only=True)
@@ -399,6 +424,11 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @classmethod
+    def from_optional(cls, **kwargs: Any) -> SamplingParams:
+        """Like the constructor; None stands for the default (vLLM's method)."""
+        return cls(**{name: value for name, value in kwargs.items() if value is not None})
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import uuid
 
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
@@ -11,6 +13,14 @@ def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def init_logger(name: str) -> logging.Logger:
+    return logging.getLogger(name)
+
+
+def random_uuid() -> str:
+    return uuid.uuid4().hex
 
 
 def destroy_model_parallel() -> None:

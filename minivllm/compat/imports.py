@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _ENGINE_ARGS = {"EngineArgs": "minivllm.compat.engine_args", "AsyncEngineArgs": "minivllm.compat.engine_args"}
-_PARSER = {"FlexibleArgumentParser": "minivllm.compat.engine_args"}
+_UTILS = {"FlexibleArgumentParser": "minivllm.compat.engine_args", "random_uuid": "minivllm.compat.functions"}
 _ASYNC = {"AsyncLLM": "minivllm.engine.async_llm"}
 _PROMPTS = dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "minivllm.engine.prompts")
 
@@ -21,10 +21,11 @@ _PROMPTS = dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "minivllm
 MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.inputs": _PROMPTS,
     "minivllm.inputs.data": _PROMPTS,
-    "minivllm.beam_search": {"BeamSearchParams": "minivllm.engine.beam_search"},
+    "minivllm.beam_search": {"BeamSearchParams": "minivllm.sampling_params"},
+    "minivllm.logger": {"init_logger": "minivllm.compat.functions"},
     "minivllm.logprobs": {"Logprob": "minivllm.outputs"},
-    "minivllm.utils": _PARSER,
-    "minivllm.utils.argparse_utils": _PARSER,
+    "minivllm.utils": _UTILS,
+    "minivllm.utils.argparse_utils": _UTILS,
     "minivllm.entrypoints.llm": {"LLM": "minivllm.engine.llm"},
     "minivllm.engine.arg_utils": _ENGINE_ARGS,
     "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm", **_ENGINE_ARGS},

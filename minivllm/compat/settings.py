@@ -98,6 +98,7 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
             interleave_mm_strings=False, skip_mm_profiling=False, language_model_only=False, disable_chunked_mm_input=False),
     *_inert("metrics are at /metrics and in LLM.get_metrics()", disable_log_stats=False, show_hidden_metrics_for_version=None,
             kv_cache_metrics=False, cudagraph_metrics=False, aggregate_engine_logging=False),
+    *_inert("the server logs one line per request with access_log", disable_log_requests=False, enable_log_requests=False),
     *_inert("one process computes on one device", distributed_executor_backend=(None, "mp", "uni", "ray"), worker_use_ray=False,
             engine_use_ray=False, ray_workers_use_nsight=False, max_parallel_loading_workers=None, disable_custom_all_reduce=False,
             data_parallel_backend="mp", data_parallel_address=None, data_parallel_rpc_port=None, distributed_timeout_seconds=None),
@@ -113,8 +114,8 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
 )
 
 SERVER_SETTINGS: tuple[VllmSetting, ...] = (
-    *_inert("one line per request is logged with access_log", disable_log_requests=False, enable_log_requests=False, max_log_len=None,
-            enable_log_outputs=False, enable_log_deltas=True, disable_frontend_multiprocessing=False),
+    *_inert("outputs are not logged", max_log_len=None, enable_log_outputs=False, enable_log_deltas=True),
+    *_inert("use engine_process", disable_frontend_multiprocessing=False),
     *_inert("one process serves HTTP", api_server_count=1),
     *_inert("the form that a chat template takes is found by rendering it", chat_template_content_format=("auto", "string", "openai")),
     *_inert("a model never sees the tools of a request with tool_choice none", exclude_tools_when_tool_choice_none=False),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,22 +26,7 @@ from minivllm.engine.prompts import Prompt, read_prompt
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.outputs import FinishReason, OutputDelta
-from minivllm.sampling_params import MAX_LOGPROBS, SamplingParams, number, whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class BeamSearchParams:
-    """Settings of a search. Raises `InvalidInput` naming the field."""
-
-    beam_width: int  # number of sequences that are kept, and that are returned
-    max_tokens: int
-    ignore_eos: bool = False  # treat EOS like any other token
-    length_penalty: float = 1.0  # above 0 favors long outputs, below 0 short ones; 0 compares the sums
-
-    def __post_init__(self) -> None:
-        for name in ("beam_width", "max_tokens"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1, None, "it counts sequences or tokens"))
-        object.__setattr__(self, "length_penalty", number("length_penalty", self.length_penalty, -math.inf, math.inf))
+from minivllm.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 
 
 @dataclass(slots=True)

@@ -124,6 +124,22 @@ def test_parameters_are_settable_and_checked_on_assignment() -> None:
         params.temprature = 1  # type: ignore[attr-defined]
 
 
+def test_names_and_fields_of_older_versions() -> None:
+    from minivllm.utils import random_uuid
+
+    from minivllm.sampling_params import BeamSearchParams, GuidedDecodingParams
+
+    assert SamplingParams.from_optional(n=None, top_k=3) == SamplingParams(top_k=3)
+    assert BeamSearchParams(beam_width=2, max_tokens=3, temperature=0.0) == BeamSearchParams(beam_width=2, max_tokens=3)
+    with pytest.raises(NotSupportedYet, match="temperature"):
+        BeamSearchParams(beam_width=2, max_tokens=3, temperature=0.7)
+    assert GuidedDecodingParams(choice=["a"], backend="xgrammar:no-fallback") == StructuredOutputsParams(choice=["a"])
+    with pytest.raises(InvalidInput, match="backend must be one of"):
+        GuidedDecodingParams(choice=["a"], backend="nonsense")
+    assert AsyncEngineArgs(model="m", disable_log_requests=True).create_engine_config() == EngineConfig(model="m")
+    assert len(random_uuid()) == 32
+
+
 def test_a_clone_is_not_changed_by_later_assignments() -> None:
     params = SamplingParams(max_tokens=8)
     copy = params.clone()
