@@ -113,6 +113,7 @@ class StepResult:
     finished_moves: tuple[int, ...] = ()
     drafts: tuple[tuple[int, ...], ...] = ()  # per sample: tokens proposed for the next step
     error: str | None = None  # the step failed: none of its tokens may be confirmed
+    failed: tuple[tuple[str, str], ...] = ()  # (sequence id, error): rows that could not be prepared; their tokens mean nothing
 
 
 @dataclass(frozen=True, slots=True)

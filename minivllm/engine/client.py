@@ -58,7 +58,7 @@ def build_engine(config: EngineConfig) -> Engine:
 class _DeltaStream:
     """The unread deltas of one request. Only its own event loop uses it, except for `unfinished` and `left`."""
 
-    __slots__ = ("deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
+    __slots__ = ("bug", "deltas", "error", "left", "loop", "open_children", "shortcut", "unfinished", "waiting", "wake")
 
     def __init__(self, n: int) -> None:
         self.loop = asyncio.get_running_loop()
@@ -66,14 +66,19 @@ class _DeltaStream:
         self.waiting = False  # the reader has handled everything so far
         self.wake = asyncio.Event()
         self.deltas: list[OutputDelta] = []
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # from the engine, which has ended the request
+        self.bug: Exception | None = None  # from the reader's shortcut
         self.open_children = n
         self.unfinished = n  # children whose end has not arrived; guarded by the client's lock
         self.left = False  # the reader has gone; guarded by the client's lock
 
     def notify(self) -> None:
         """Deltas were added to `deltas`, which was empty before."""
-        if self.shortcut is not None and self.waiting and self.shortcut(self.deltas):
+        try:
+            consumed = self.shortcut is not None and self.waiting and self.shortcut(self.deltas)
+        except Exception as bug:  # the other streams of the step must still be notified
+            consumed, self.bug, self.shortcut = False, bug, None
+        if consumed:
             self.deltas = []
         else:
             self.wake.set()
@@ -177,7 +182,8 @@ class EngineClient(ABC):
         Raises `InvalidInput` if the engine refused the request and `EngineDead` if the engine ended. Leaving early aborts the request.
 
         `shortcut` avoids waking a task for each token. While the reader waits, it is called on the event loop with the new deltas. Deltas
-        for which it returns True are consumed and not yielded. It must return False if a child ends, and must not raise.
+        for which it returns True are consumed and not yielded. It must return False if a child ends.
+        An exception from it fails this stream alone.
         """
         stream = self._streams[request_id]
         stream.shortcut = shortcut
@@ -187,6 +193,8 @@ class EngineClient(ABC):
                 await stream.wake.wait()
                 stream.waiting = False
                 stream.wake.clear()
+                if stream.bug is not None:
+                    raise stream.bug
                 if stream.deltas:
                     new, stream.deltas = stream.deltas, []
                     stream.open_children -= sum(delta.finish_reason is not None for delta in new)

@@ -233,25 +233,37 @@ class EngineCore:
             assert not self.scheduler.has_unfinished(), "requests are unfinished, but nothing can be planned"
             return []
         plan, result = self._pipeline.take()
-        if self._watch is not None:
-            self._watch.record(plan, begin)
+        self._record(plan, begin)
         failed, stops = ([], {}) if result.error is not None else self._read(plan, result)
         now = self._clock()
-        return failed + self._outputs.assemble(self.scheduler.update(plan, result, stops, now), result, now)
+        deltas = self._outputs.assemble(self.scheduler.update(plan, result, stops, now), result, now)
+        return failed + deltas + self._end_failed()
 
     def _read(self, plan: StepPlan, result: StepResult) -> tuple[list[OutputDelta], dict[int, Stop]]:
-        """Pass a result to grammars and texts. Returns the last deltas of requests that failed, and where samples end.
-
-        If the grammar of one child fails, the whole request ends: an answer has one status for all its children.
-        """
-        stops, failures = self._outputs.advance_grammars(plan, result)
-        deltas: list[OutputDelta] = []
-        for failure in failures:
-            self.scheduler.abort(failure.request_id)
-            deltas += self._outputs.end(failure.request_id, "error", self._clock(), failure.error, failure.param)
+        """Pass a result to grammars and texts. Returns the last deltas of requests that failed, and where samples end."""
+        if result.failed:
+            self._outputs.reject(plan, result)
+        stops = self._outputs.advance_grammars(plan, result)
+        deltas = self._end_failed()
         stops = self._outputs.push_text(plan, result, stops)
         self._outputs.collect_prompt_logprobs(plan, result)
-        return deltas, stops
+        return deltas + self._end_failed(), stops
+
+    def _end_failed(self) -> list[OutputDelta]:
+        """End the requests that failed alone. Returns their last deltas; all other requests continue."""
+        deltas: list[OutputDelta] = []
+        for failure in self._outputs.take_failures():
+            self.scheduler.abort(failure.request_id)
+            deltas += self._outputs.end(failure.request_id, "error", self._clock(), failure.error, failure.param)
+        return deltas
+
+    def _record(self, plan: StepPlan, begin: float) -> None:
+        if self._watch is not None:
+            try:
+                self._watch.record(plan, begin)
+            except Exception:  # the page shows less, and no request is affected
+                log.exception("recording steps for the page ended because of a bug")
+                self._watch = None
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
@@ -274,7 +286,12 @@ class EngineCore:
 
     def view(self) -> EngineView | None:
         """The latest steps and the scheduler's state; None if the next view is not due, or if nothing is recorded."""
-        return None if self._watch is None else self._watch.view(at_rest=not self.has_unfinished_requests())
+        try:
+            return None if self._watch is None else self._watch.view(at_rest=not self.has_unfinished_requests())
+        except Exception:
+            log.exception("views for the page ended because of a bug")
+            self._watch = None
+            return None
 
     def info(self) -> EngineInfo:
         return self._info

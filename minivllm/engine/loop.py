@@ -166,7 +166,11 @@ class EngineLoop:
 
     def _prepare(self, request: EngineRequest) -> None:
         """Add a request. If its grammar must be compiled first, a thread does that while steps continue."""
-        work = self.engine.preparation(request.params)
+        try:
+            work = self.engine.preparation(request.params)
+        except Exception as error:
+            self._add(request, error)
+            return
         if work is None:
             self._add(request)
             return

@@ -7,12 +7,15 @@ Times are readings of `time.monotonic`, which is one clock for all processes of 
 from __future__ import annotations
 
 import bisect
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minivllm.outputs import OutputDelta
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -112,8 +115,12 @@ class EngineMetrics:
             if last is not None and delta.finish_reason is None and len(delta.token_ids) == 1:
                 gaps[last] = gaps.get(last, 0) + 1
                 tracked.last[delta.index] = now
-            else:
+                continue
+            try:
                 self._delta(tracked, delta, now)
+            except Exception:  # the figures of one request are wrong then, and its deltas still arrive
+                log.exception("request %s is no longer measured because of a bug", delta.request_id)
+                self._tracked.pop(delta.request_id, None)
         for last, count in gaps.items():
             self.inter_token_latency.observe(now - last, count)
             self.generation_tokens += count

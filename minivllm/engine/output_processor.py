@@ -3,11 +3,14 @@
     masks(plan)                    before sampling: the tokens that grammars allow
     advance_grammars, push_text    after the result: the samples that end by a grammar or a stop string  ──▶ Scheduler.update
     assemble(updates)              after the update: one `OutputDelta` for each sequence that advanced or ended
+    take_failures                  after each of them: requests that must end, because something went wrong with them alone
 
+An exception in the work for one sequence ends its request and no other one: many requests share a step.
 `RequestState` is all that the engine remembers of a request. What the request needs for planning is the scheduler's.
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,6 +25,8 @@ from minivllm.engine_request import EngineRequest
 from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -48,12 +53,12 @@ class RequestState:
     sequences: dict[int, SequenceState] = field(default_factory=dict)  # by index
 
 
-class GrammarFailure(NamedTuple):
-    """A request whose grammar cannot be followed."""
+class RequestFailure(NamedTuple):
+    """A request that cannot go on."""
 
     request_id: str
     error: str
-    param: str
+    param: str | None = None  # the request's field that caused it
 
 
 def sequence_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
@@ -69,6 +74,7 @@ class OutputProcessor:
         self._requests: dict[str, RequestState] = {}
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._num_grammars = 0
+        self._failures: dict[str, RequestFailure] = {}  # by request id, until `take_failures`
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -114,20 +120,44 @@ class OutputProcessor:
         self, request_id: str, reason: FinishReason, now: float, error: str | None = None, param: str | None = None,
     ) -> list[OutputDelta]:
         """End a request without another token. Returns the last deltas of its children."""
-        return [
-            OutputDelta(request_id, sequence.index, (), self._finish(sequence), finish_reason=reason, error=error, error_param=param,
-                        metrics=_metrics(sequence, now))
-            for _, sequence in sorted(self._requests[request_id].sequences.items())
-        ]
+        deltas = []
+        for _, sequence in sorted(self._requests[request_id].sequences.items()):
+            text = ""
+            try:
+                text = "" if sequence.text is None else sequence.text.take(finished=True)
+            except Exception:
+                log.exception("the last text of %s is lost because of a bug", sequence.id)
+            deltas.append(OutputDelta(request_id, sequence.index, (), text, finish_reason=reason, error=error, error_param=param,
+                                      metrics=_metrics(sequence, now)))
+            self._forget(sequence)
+        return deltas
 
-    def _finish(self, sequence: SequenceState) -> str:
-        """Forget a sequence. Returns the rest of its text."""
+    def _forget(self, sequence: SequenceState) -> None:
         request = sequence.request
         del request.sequences[sequence.index], self._sequences[sequence.id]
         if not request.sequences:
             del self._requests[request.id]
         self._num_grammars -= sequence.grammar is not None
-        return "" if sequence.text is None else sequence.text.take(finished=True)
+
+    # -- failures of one request --------------------------------------------------------------------------------------
+
+    def _fail(self, sequence: SequenceState, bug: Exception) -> None:
+        """The work for this sequence raised an exception."""
+        request_id = sequence.request.id
+        log.error("request %s ends because of a bug", request_id, exc_info=bug)
+        self._failures.setdefault(request_id, RequestFailure(request_id, f"the request failed because of a bug ({type(bug).__name__})"))
+
+    def take_failures(self) -> list[RequestFailure]:
+        """The requests that must end now."""
+        failures, self._failures = self._failures, {}
+        return [failure for failure in failures.values() if failure.request_id in self._requests]
+
+    def reject(self, plan: StepPlan, result: StepResult) -> None:
+        """End the requests whose rows the worker could not prepare."""
+        for name, error in result.failed:
+            sequence = self._sequences.get(name)
+            if sequence is not None and plan.step_id >= sequence.request.first_step:
+                self._failures.setdefault(sequence.request.id, RequestFailure(sequence.request.id, error))
 
     def clear(self) -> None:
         """Forget all requests."""
@@ -141,37 +171,57 @@ class OutputProcessor:
         """The tokens that grammars allow; None if the plan samples for no sequence with a grammar."""
         if not self._num_grammars:
             return None
-        found: list[tuple[int, SequenceGrammar, tuple[int, ...]]] = []
+        found: list[tuple[SequenceState, tuple[int, SequenceGrammar, tuple[int, ...]]]] = []
         row = 0  # a sample has a logits row, and one more for each of its drafts
         for name, column in zip(plan.sample_ids, plan.sample_from, strict=True):
             sequence, drafts = self._sequences.get(name), plan.drafts[column]
             if sequence is not None and sequence.grammar is not None:
-                found.append((row, sequence.grammar, drafts))
+                found.append((sequence, (row, sequence.grammar, drafts)))
             row += 1 + len(drafts)
-        return self._masks.fill(found) if found else None
+        if not found:
+            return None
+        try:
+            return self._masks.fill([work for _, work in found])
+        except Exception:  # the masks of a step are computed together: now each on its own
+            masks = [mask for sequence, work in found if (mask := self._mask(sequence, work)) is not None]
+            return TokenMasks.join(masks) if masks else None
+
+    def _mask(self, sequence: SequenceState, work: tuple[int, SequenceGrammar, tuple[int, ...]]) -> TokenMasks | None:
+        try:
+            return self._masks.fill([work])
+        except Exception as bug:
+            self._fail(sequence, bug)
+            return None
 
     def _sampled(self, plan: StepPlan) -> list[SequenceState | None]:
         """The sequence of each sample; None if it has ended since the plan was made."""
         get, step_id = self._sequences.get, plan.step_id
         return [s if (s := get(name)) is not None and step_id >= s.request.first_step else None for name in plan.sample_ids]
 
-    def advance_grammars(self, plan: StepPlan, result: StepResult) -> tuple[dict[int, Stop], list[GrammarFailure]]:
-        """Pass the sampled tokens to the grammars. Returns stops by sample index, and the requests that must end."""
+    def advance_grammars(self, plan: StepPlan, result: StepResult) -> dict[int, Stop]:
+        """Pass the sampled tokens to the grammars. Returns stops by sample index.
+
+        If the grammar of one child fails, the whole request ends: an answer has one status for all its children.
+        """
         stops: dict[int, Stop] = {}
-        failures: dict[str, GrammarFailure] = {}
         if not self._num_grammars:
-            return {}, []
+            return stops
         for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
             if sequence is None or sequence.grammar is None:
                 continue
-            if (stop := sequence.grammar.advance(tokens)) is not None:
+            try:
+                stop = sequence.grammar.advance(tokens)
+            except Exception as bug:
+                self._fail(sequence, bug)
+                continue
+            if stop is not None:
                 stops[i] = stop
             if sequence.grammar.failure is not None:
                 request = sequence.request
                 assert request.params.structured_outputs is not None
                 where = request.params.structured_outputs.where
-                failures.setdefault(request.id, GrammarFailure(request.id, f"{where}: {sequence.grammar.failure}", where))
-        return stops, list(failures.values())
+                self._failures.setdefault(request.id, RequestFailure(request.id, f"{where}: {sequence.grammar.failure}", where))
+        return stops
 
     def push_text(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop]) -> dict[int, Stop]:
         """Detokenize the sampled tokens. `stops` by sample index are the ends that grammars set. Returns them with the stop strings.
@@ -184,7 +234,12 @@ class OutputProcessor:
                 continue
             if i in stops:
                 tokens = tokens[:stops[i].keep]
-            if (stop := sequence.text.push(tokens)) is not None:
+            try:
+                stop = sequence.text.push(tokens)
+            except Exception as bug:
+                self._fail(sequence, bug)
+                continue
+            if stop is not None:
                 found[i] = stop
         return found
 
@@ -194,12 +249,23 @@ class OutputProcessor:
             sequence = self._sequences.get(plan.request_ids[column])
             if sequence is None or plan.step_id < sequence.request.first_step:
                 continue
-            if sequence.request.prompt_logprobs is not None:
-                sequence.request.prompt_logprobs[first:first + len(entries)] = entries
+            try:
+                if sequence.request.prompt_logprobs is not None:
+                    sequence.request.prompt_logprobs[first:first + len(entries)] = entries
+            except Exception as bug:
+                self._fail(sequence, bug)
 
     def assemble(self, updates: Iterable[SequenceUpdate], result: StepResult, now: float) -> list[OutputDelta]:
         """The deltas of what the scheduler's update returned."""
-        return [self._delta(sequence, u, result, now) for u in updates if (sequence := self._sequences.get(u.sequence_id)) is not None]
+        deltas = []
+        for update in updates:
+            sequence = self._sequences.get(update.sequence_id)
+            if sequence is not None:
+                try:
+                    deltas.append(self._delta(sequence, update, result, now))
+                except Exception as bug:
+                    self._fail(sequence, bug)
+        return deltas
 
     def _delta(self, sequence: SequenceState, update: SequenceUpdate, result: StepResult, now: float) -> OutputDelta:
         request, tokens, reason = sequence.request, update.token_ids, update.finish_reason
@@ -209,16 +275,15 @@ class OutputProcessor:
         if request.params.logprobs is not None and update.sample_index is not None and result.logprobs:
             logprobs = (result.logprobs[update.sample_index] or ())[:len(tokens)]
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        if reason is None:
-            text = "" if sequence.text is None else sequence.text.take(finished=False)
-            metrics = None
-        else:
-            text = self._finish(sequence)
-            metrics = _metrics(sequence, now, update)
-        return OutputDelta(
+        text = "" if sequence.text is None else sequence.text.take(finished=reason is not None)
+        metrics = None if reason is None else _metrics(sequence, now, update)
+        delta = OutputDelta(
             update.request_id, update.index, tokens, text, logprobs, reason, update.stop_reason, update.num_cached_tokens,
             None if prompt_logprobs is None else tuple(prompt_logprobs), metrics, result.error if reason == "error" else None,
         )
+        if reason is not None:
+            self._forget(sequence)
+        return delta
 
 
 def _metrics(sequence: SequenceState, now: float, update: SequenceUpdate | None = None) -> RequestMetrics:

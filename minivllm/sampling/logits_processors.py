@@ -101,6 +101,11 @@ class TokenMasks:
     rows: Array  # [m] int64, ascending: logits rows of the step, in the plan's order
     words: Array  # [m, W] int32: bit t % 32 of word t // 32 is set if token t is allowed
 
+    @classmethod
+    def join(cls, masks: Sequence[TokenMasks]) -> TokenMasks:
+        """The masks of several parts of a step, in order."""
+        return cls(np.concatenate([mask.rows for mask in masks]), np.concatenate([mask.words for mask in masks]))
+
     def part(self, start: int, stop: int) -> TokenMasks | None:
         """The masks of logits rows [start, stop), with indices relative to start; None if there are none."""
         first, last = np.searchsorted(self.rows, (start, stop)).tolist()

@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minivllm.core.plan import StepPlan, StepResult, TokenLogprobs
+from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
 from minivllm.kernels.upload import upload
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling.sampler import LogprobColumns, Sampler
+from minivllm.sampling_params import SamplingParams
 from minivllm.worker.batch import Columns, Packed, RowTable
 from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs
 from minivllm.worker.kv_cache import KVCache
@@ -63,6 +64,7 @@ class LaunchedStep:
     finished_moves: tuple[int, ...]
     work: EagerStep | ReplayedStep | None = None
     error: str | None = None
+    failed: tuple[tuple[str, str], ...] = ()  # (sequence id, error): rows that could not be prepared
 
 
 class SampledStep:
@@ -102,7 +104,7 @@ class SampledStep:
         prompt = [e for columns in self._prompt_logprobs for e in columns.entries([next(host) for _ in columns.tensors()])]
         token_ids, logprobs = by_sample(plan, tokens, entries)
         return StepResult(step_id=plan.step_id, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=self._by_request(prompt),
-                          finished_moves=moves)
+                          finished_moves=moves, failed=self._step.failed)
 
     def _by_request(self, entries: list[TokenLogprobs]) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]:
         parts, at = [], 0
@@ -183,20 +185,31 @@ class ModelRunner:
         if plan.admitted or plan.copies or plan.moves_in or plan.moves_out:
             self._only_replays = False
         try:
-            for admission in plan.admitted:
-                self.sampler.admit(admission)
+            failed = tuple(failure for admission in plan.admitted if (failure := self._admit(admission)) is not None)
             if not plan.rows:
                 return LaunchedStep(plan, moves)
             columns = self.rows.columns(plan)
             replayed = None if self._graphs is None else self._replay(self._graphs, columns)
             if replayed is not None:
-                return LaunchedStep(plan, moves, replayed)
+                return LaunchedStep(plan, moves, replayed, failed=failed)
             self._only_replays = False
             packed = self.rows.send(columns)
             hidden = self.model.forward(packed.batch, self.kv.layers, self.kv.layout.block_size)
-            return LaunchedStep(plan, moves, EagerStep(packed, hidden))
+            return LaunchedStep(plan, moves, EagerStep(packed, hidden), failed=failed)
         except (RuntimeError, MemoryError) as error:
             return LaunchedStep(plan, moves, error=_failure(plan, error))
+
+    def _admit(self, admission: RowAdmission) -> tuple[str, str] | None:
+        """Prepare a row's sampling. A bug in it fails this sequence and not the step: returns its id and the error."""
+        try:
+            self.sampler.admit(admission)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as bug:
+            message = _failure_of(f"the sampling of {admission.request_id}", bug)
+            self.sampler.admit(replace(admission, params=SamplingParams(temperature=0)))
+            return admission.request_id, message
+        return None
 
     def _replay(self, graphs: StepGraphs, columns: Columns) -> ReplayedStep | None:
         """The step computed by a captured graph; None if no graph fits."""
@@ -292,10 +305,15 @@ def _parts(c: Columns) -> Iterator[slice]:
 
 
 def _failure(plan: StepPlan, error: Exception) -> str:
-    """The message for a failed step. A lost device cannot recover, so its error is raised again."""
+    """The message for a failed step."""
+    return _failure_of(f"step {plan.step_id}", error)
+
+
+def _failure_of(what: str, error: Exception) -> str:
+    """The message for something that failed. A lost device cannot recover, so its error is raised again."""
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
         raise error
-    log.error("step %d failed: %s", plan.step_id, error)
+    log.error("%s failed: %s", what, error, exc_info=error)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return f"{type(error).__name__}: {error}"
