@@ -1,11 +1,12 @@
-"""What text costs on the engine's thread: detokenization per token, and the search for stop strings per character.
+"""What text costs: detokenization per token, the search for stop strings per character, and bad words per step.
 
     python -m bench.text_cost [--model FOLDER] [--file TEXT]
 
 First table: this project's streams beside `DecodeStream` of the `tokenizers` package, over the tokens of a text. Second table: the
 automaton of `engine/stop_strings.py` beside one alternation of Python's `re` over a window, for 1, 16 and 1,024 stop strings of 16
-characters that never match. The text arrives in pieces of 4 characters, as from tokens. Times are processor time, the best of several
-rounds. The last line is JSON.
+characters that never match. The text arrives in pieces of 4 characters, as from tokens. Third table: bad words of 3 tokens in a step of
+256 sequences with 4,096 vocabulary entries, all with the same words or each with different ones. Times are processor time, the best of
+several rounds. The last line is JSON.
 """
 from __future__ import annotations
 
@@ -18,15 +19,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
 from tokenizers.decoders import DecodeStream
 
 from bench.machine import describe, one_line
 from minivllm.config import EngineConfig
+from minivllm.core.plan import RowAdmission
 from minivllm.engine.stop_strings import START, StopStrings
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.models.hub import find_model
+from minivllm.sampling.logits_processors import apply_constraints
+from minivllm.sampling.sampler import Sampler
+from minivllm.sampling_params import SamplingParams
 
 ROUNDS = 7
+BATCH, VOCAB = 256, 4096
 LENGTH, PIECE = 16, 4  # characters of a stop string, and of the text of one token
 
 
@@ -79,6 +87,19 @@ def stop_search(text: str, num_stops: int) -> dict[str, float]:
             "compile_ms": microseconds(lambda: StopStrings(stops), 1000)}
 
 
+def bad_words_step(num_words: int, distinct: bool) -> float:
+    """Microseconds for the bad words of one step."""
+    rng = np.random.default_rng(0)
+    rows, positions, sampler = np.arange(BATCH), np.full(BATCH, 100), Sampler(BATCH, VOCAB, torch.device("cpu"))
+    tokens = torch.from_numpy(rng.integers(0, VOCAB, (BATCH, 128), np.int32))
+    for row in range(BATCH):
+        words = tuple(map(tuple, np.random.default_rng(row if distinct else 0).integers(0, VOCAB, (num_words, 3)).tolist()))
+        params = SamplingParams(temperature=0, bad_words_token_ids=words)
+        sampler.admit(RowAdmission(row, str(row), (1,), 1, ((),), params, 0, 0))
+    logits = torch.zeros(BATCH, VOCAB)
+    return microseconds(lambda: apply_constraints(logits, sampler._constraints, rows, positions, tokens, sampler._bad_words), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a model folder; default: the default model")
@@ -94,9 +115,14 @@ def main() -> None:
     searches = {num_stops: stop_search(text, num_stops) for num_stops in (1, 16, 1024)}
     for num_stops, row in searches.items():
         print(f"{num_stops:6d} {row['automaton']:10.3f} {row['re']:8.3f} {row['compile_ms']:11.2f}")
+    print(f"\nbad words, microseconds a step of {BATCH} sequences\n{'words':>6} {'the same':>10} {'different':>10}")
+    steps = {count: {"same": bad_words_step(count, False), "different": bad_words_step(count, True)} for count in (1, 16, 1024)}
+    for count, row in steps.items():
+        print(f"{count:6d} {row['same']:10.0f} {row['different']:10.0f}")
     machine = describe("cpu", 1)
     print("\n" + one_line(machine))
-    print(json.dumps({"bench": "text_cost", "machine": machine, "detokenization_us": streams, "stop_search_us": searches}))
+    print(json.dumps({"bench": "text_cost", "machine": machine, "detokenization_us": streams, "stop_search_us": searches,
+                      "bad_words_us": steps}))
 
 
 if __name__ == "__main__":

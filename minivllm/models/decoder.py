@@ -79,16 +79,16 @@ class Decoder:
             self.head = Linear.load(build, take, linears["head"], norm=norm)
 
     def without_repetition(self) -> Decoder:
-        """A model with only the first two layers of each kind. It runs every kernel that the whole model runs."""
-        few, chosen, linears = copy(self), set[int](), linear_specs(self.spec)
-        seen: dict[object, int] = {}
-        for layer in self.layers:
+        """A model with few layers that runs every kernel that the whole model runs.
+
+        It has one layer of each kind that comes before other layers, and the last one: only that one may compute a part of the tokens.
+        """
+        few, linears = copy(self), linear_specs(self.spec)
+        chosen: dict[object, PreNormLayer | PostNormLayer] = {}
+        for layer in self.layers[:-1]:
             methods = tuple(self.build.method(linear) for name, linear in linears.items() if name.startswith(f"layers.{layer.index}."))
-            kind = self.spec.layers[layer.index], layer.attention.group, methods
-            seen[kind] = seen.get(kind, 0) + 1
-            if seen[kind] <= 2:
-                chosen.add(layer.index)
-        few.layers = [layer for layer in self.layers if layer.index in chosen]
+            chosen.setdefault((self.spec.layers[layer.index], layer.attention.group, methods), layer)
+        few.layers = [*chosen.values(), self.layers[-1]]
         return few
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minivllm.kernels.reference import sampling as ops
 from minivllm.kernels.upload import upload
+from minivllm.sampling.bad_words import BadWords, WordSet, word_set
 from minivllm.sampling_params import SamplingParams
 
 Array = np.ndarray[Any, Any]
@@ -29,7 +30,7 @@ class Constraints:
     num_prompt_tokens: int
     allowed: Array | None  # [n] the only ids that may be sampled
     banned: Array  # [n] ids that may not be sampled (bad words of one token)
-    bad_words: tuple[tuple[int, ...], ...]  # of two tokens or more
+    words: WordSet | None  # bad words of two tokens or more
     min_tokens: int
     ends: Array  # [n] ids that are banned while the output is shorter than min_tokens
     bias_ids: Array  # [n]
@@ -45,7 +46,7 @@ class Constraints:
             num_prompt_tokens=num_prompt_tokens,
             allowed=np.array(params.allowed_token_ids, np.int64) if params.allowed_token_ids else None,
             banned=np.array([w[0] for w in params.bad_words_token_ids if len(w) == 1], np.int64),
-            bad_words=tuple(w for w in params.bad_words_token_ids if len(w) > 1),
+            words=word_set(params.bad_words_token_ids),
             min_tokens=params.min_tokens,
             ends=np.array(sorted({*eos_token_ids, *(params.stop_token_ids or ())}), np.int64) if params.min_tokens else _NO_IDS,
             bias_ids=np.fromiter(bias.keys(), np.int64, len(bias)),
@@ -53,12 +54,14 @@ class Constraints:
         )
 
 
-def apply_constraints(logits: Tensor, constraints: Mapping[int, Constraints], rows: Array, positions: Array, tokens: Tensor) -> None:
+def apply_constraints(logits: Tensor, constraints: Mapping[int, Constraints], rows: Array, positions: Array, tokens: Tensor,
+                      bad_words: BadWords) -> None:
     """In place on logits [L, V]. constraints: index of a logits row -> its constraints; rows [L]: of the token table `tokens`
     [R, max_model_len]; positions [L]: of the tokens to be sampled."""
     vocab = logits.shape[-1]
     banned: list[Array] = []
     biased: list[tuple[Array, Array]] = []
+    worded: list[tuple[int, WordSet]] = []
     for i, c in constraints.items():
         num_outputs = int(positions[i]) - c.num_prompt_tokens
         if c.allowed is not None:
@@ -69,11 +72,14 @@ def apply_constraints(logits: Tensor, constraints: Mapping[int, Constraints], ro
         banned.append(c.banned + i * vocab)
         if num_outputs < c.min_tokens:
             banned.append(c.ends[c.ends < vocab] + i * vocab)
-        words = [w for w in c.bad_words if len(w) - 1 <= num_outputs]
-        if words:
-            _ban_last_tokens(logits[i], words, tokens[int(rows[i]), : int(positions[i])])
+        if c.words is not None:
+            worded.append((i, c.words))
         if len(c.bias_ids):
             biased.append((c.bias_ids + i * vocab, c.bias_values))
+    if worded:
+        index = [i for i, _ in worded]
+        starts, prompts = rows[index] * tokens.shape[1], np.array([constraints[i].num_prompt_tokens for i in index])
+        bad_words.apply(logits, worded, starts, starts + positions[index], positions[index] - prompts, tokens)
     flat = logits.view(-1)
     at = np.concatenate(banned) if banned else _NO_IDS
     if len(at):
@@ -81,17 +87,6 @@ def apply_constraints(logits: Tensor, constraints: Mapping[int, Constraints], ro
     if biased:
         ids, values = upload([np.concatenate([b[0] for b in biased]), np.concatenate([b[1] for b in biased])], logits.device)
         flat.index_add_(0, ids, values)
-
-
-def _ban_last_tokens(row: Tensor, words: Sequence[tuple[int, ...]], history: Tensor) -> None:
-    """Ban the last token of each word whose other tokens are the end of `history`: row [V], history [position]."""
-    longest = max(len(w) for w in words) - 1
-    prefix = np.full((len(words), longest), -1, np.int32)  # right-aligned; -1 matches anything
-    for j, word in enumerate(words):
-        prefix[j, longest - len(word) + 1 :] = word[:-1]
-    prefixes, last = upload([prefix, np.array([w[-1] for w in words], np.int64)], row.device)
-    matched = ((prefixes == history[-longest:]) | (prefixes < 0)).all(dim=-1)
-    row.index_add_(0, last, torch.where(matched, -math.inf, 0.0).to(row.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,52 +116,49 @@ class TokenMasks:
 
 
 class PenaltyCounts:
-    """How often each token occurred, for rows with penalties only: a slot takes 5 bytes per vocabulary entry.
+    """How often each token occurred, for rows with penalties. All memory is allocated at the start: 5 bytes per row and vocabulary entry.
 
-        slot of row:  -1  0 -1 -1  1     seen in prompt or output [slots, V] bool     counts in the output [slots, V] int32
+        seen     [R, V] bool: in prompt or output
+        counts   [R, V] int32: occurrences in the output
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self.slot = np.full(num_rows, -1, np.int64)
-        self._free: list[int] = []
-        self.seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self.counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self.penalized = np.zeros(num_rows, np.bool_)  # other rows of the tables mean nothing
+        self.seen = _zeros((num_rows, vocab_size), np.bool_, device)
+        self.counts = _zeros((num_rows, vocab_size), np.int32, device)
+
+    @staticmethod
+    def num_bytes(num_rows: int, vocab_size: int) -> int:
+        return num_rows * vocab_size * 5
 
     def admit(self, row: int, penalized: bool, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        """Reset a row: release its slot, or if it is `penalized`, count `token_ids` in one."""
-        slot = int(self.slot[row])
+        """Reset a row: count `token_ids` if it is `penalized`."""
+        self.penalized[row] = penalized
         if not penalized:
-            if slot >= 0:
-                self._free.append(slot)
-                self.slot[row] = -1
             return
-        if slot < 0:
-            slot = self.slot[row] = self._take()
-        self.seen[slot].fill_(False)
-        self.counts[slot].zero_()
+        self.seen[row].fill_(False)
+        self.counts[row].zero_()
         ids = upload([np.array(token_ids, np.int64)], self.counts.device)[0]
-        self.seen[slot].index_fill_(0, ids, True)
-        self.add(np.full(len(token_ids) - num_prompt_tokens, slot), ids[num_prompt_tokens:])
+        self.seen[row].index_fill_(0, ids, True)
+        self.add(np.full(len(token_ids) - num_prompt_tokens, row), ids[num_prompt_tokens:])
 
-    def _take(self) -> int:
-        if not self._free:
-            used = len(self.counts)
-            grown = max(4, used)  # doubles the number of slots
-            self._free = list(range(used + grown - 1, used - 1, -1))
-            self.seen = torch.cat([self.seen, self.seen.new_zeros((grown, self.seen.shape[1]))])
-            self.counts = torch.cat([self.counts, self.counts.new_zeros((grown, self.counts.shape[1]))])
-        return self._free.pop()
-
-    def add(self, slots: Array, token_ids: Tensor, accepted: Tensor | None = None) -> None:
-        """Count a token [n] for each slot [n], if accepted [n] bool; None: all are."""
+    def add(self, rows: Array, token_ids: Tensor, accepted: Tensor | None = None) -> None:
+        """Count a token [n] for each row [n], if accepted [n] bool; None: all are."""
         vocab = self.counts.shape[1]
-        at = upload([slots * vocab], token_ids.device)[0] + token_ids
+        at = upload([rows * vocab], token_ids.device)[0] + token_ids
         if accepted is None:
             accepted = torch.ones_like(at, dtype=torch.bool)
         else:
             at = torch.where(accepted, at, at[0])  # the first token is always accepted: it may be marked as seen twice
         self.seen.view(-1).index_fill_(0, at, True)
         self.counts.view(-1).index_add_(0, at, accepted.to(torch.int32))
+
+
+def _zeros(shape: tuple[int, int], dtype: Any, device: torch.device) -> Tensor:
+    """On a CPU, pages that are never written take no memory."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype))
+    return torch.zeros(shape, dtype=torch.bool if dtype is np.bool_ else torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +183,13 @@ class DraftRuns:
             return None
         return cls(rows, positions, np.maximum.accumulate(np.where(follows, 0, np.arange(len(rows)))))
 
-    def count(self, seen: Tensor, counts: Tensor, tokens: Tensor) -> None:
-        """Add the drafts before each logits row to its counts, in place: seen [n, V] bool, counts [n, V] int32."""
-        before = np.arange(len(self.rows)) - self.first  # number of drafts
-        target = np.repeat(np.arange(len(self.rows)), before)  # for each pair of a logits row and a draft before it: the logits row,
+    def count(self, start: int, seen: Tensor, counts: Tensor, tokens: Tensor) -> None:
+        """Add the drafts before each of the logits rows from `start` on to its counts, in place: seen [m, V] bool, counts [m, V] int32."""
+        part = np.arange(start, start + len(seen))
+        before = part - self.first[part]  # number of drafts
+        target = np.repeat(part, before)  # for each pair of a logits row and a draft before it: the logits row,
         draft = np.arange(len(target)) - np.repeat(before.cumsum() - before, before) + self.first[target]  # and the one at the draft
-        at, index = upload([target * seen.shape[1], self._table_index(tokens)[draft]], seen.device)
+        at, index = upload([(target - start) * seen.shape[1], self._table_index(tokens)[draft]], seen.device)
         at += tokens.view(-1)[index]
         seen.view(-1).index_fill_(0, at, True)
         counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))

@@ -26,12 +26,16 @@ from minivllm.core.plan import RowAdmission, TokenLogprobs
 from minivllm.kernels import Ops, select
 from minivllm.kernels.reference import sampling
 from minivllm.kernels.upload import upload
+from minivllm.sampling.bad_words import PAIR_BYTES, BadWords
 from minivllm.sampling.logits_processors import Constraints, DraftRuns, PenaltyCounts, TokenMasks, apply_constraints
 from minivllm.sampling.noise import row_keys, stream_key
+from minivllm.sampling_params import MAX_STRINGS
 
 Array = np.ndarray[Any, Any]
 # Temperatures and repetition penalties beyond these limits act as the limits do. They keep all products in float32's range.
 LEAST, MOST = 1e-20, 1e20
+MAX_LOGITS_ROWS = 256  # rows of logits that exist at a time
+PENALTY_ROWS = 32  # logits rows whose penalties are computed at a time: they need several copies of the logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Sampler:
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int] = (),
                  ops: Ops | None = None) -> None:
         """`ops`: the kernels of the model; by default the device's."""
-        self._device, self._ops = device, ops or select(device)
+        self._ops = ops or select(device)
         self._eos_token_ids = tuple(eos_token_ids)
         self._temperature = np.zeros(num_rows, np.float32)  # 0: greedy
         self._top_k = np.zeros(num_rows, np.int32)
@@ -88,8 +92,24 @@ class Sampler:
         self._streams = np.zeros(num_rows, np.uint64)
         self._plain = np.ones(num_rows, np.bool_)  # greedy or with a temperature, and no other parameter
         self._constraints: dict[int, Constraints] = {}
-        self._zeros = torch.zeros(num_rows, 2, dtype=torch.int32, device=device)
+        self._bad_words = BadWords(device)
+        self._zeros = torch.zeros(max(num_rows, MAX_LOGITS_ROWS), 2, dtype=torch.int32, device=device)
         self._penalties = PenaltyCounts(num_rows, vocab_size, device)
+
+    @staticmethod
+    def num_bytes(num_rows: int, vocab_size: int) -> int:
+        """Device memory that a sampler keeps, with all rows in use: nothing grows beyond it while requests are served."""
+        pairs = min(num_rows, MAX_LOGITS_ROWS) * 2 * MAX_STRINGS  # each bad word at the start of a text and after a space
+        return PenaltyCounts.num_bytes(num_rows, vocab_size) + pairs * PAIR_BYTES + max(num_rows, MAX_LOGITS_ROWS) * 8
+
+    def reset(self) -> None:
+        """Forget all rows; their memory stays."""
+        self._constraints.clear()
+        self._bad_words.reset()
+        self._penalties.penalized.fill(False)
+        self._logprobs.fill(-1)
+        self._plain.fill(True)
+        self._temperature.fill(0.0)
 
     def admit(self, admission: RowAdmission) -> None:
         """Overwrite a row's parameters, and count its tokens again if it has penalties."""
@@ -131,8 +151,7 @@ class Sampler:
         drafts before it were output. It is counted only if all of these drafts are accepted.
         """
         with_logprobs = np.flatnonzero(self._logprobs[rows] >= 0)
-        slots = self._penalties.slot[rows]
-        penalized = np.flatnonzero(slots >= 0)
+        penalized = np.flatnonzero(self._penalties.penalized[rows])
         constrained = {i: self._constraints[r] for i, r in enumerate(rows.tolist()) if r in self._constraints} if self._constraints else {}
 
         raw = None
@@ -145,29 +164,31 @@ class Sampler:
         if masks is not None:
             masks.apply(logits)
         if constrained:
-            apply_constraints(logits, constrained, rows, positions, tokens)
+            apply_constraints(logits, constrained, rows, positions, tokens, self._bad_words)
         if len(penalized):
             drafts = DraftRuns.of(rows[penalized], positions[penalized])
-            self._penalize(logits, rows, penalized, slots[penalized], drafts, tokens)
+            for start in range(0, len(penalized), PENALTY_ROWS):
+                self._penalize(logits, rows, penalized[start : start + PENALTY_ROWS], start, drafts, tokens)
 
         token_ids = self._choose(logits, rows, positions)
 
         if len(penalized):
             sampled = token_ids[upload([penalized], logits.device)[0]]
-            self._penalties.add(slots[penalized], sampled, None if drafts is None else drafts.accepted(sampled, tokens))
+            self._penalties.add(rows[penalized], sampled, None if drafts is None else drafts.accepted(sampled, tokens))
         if raw is None:
             return SampledTokens(token_ids, None)
         chosen = token_ids[upload([with_logprobs], logits.device)[0]]
         return SampledTokens(token_ids, LogprobColumns.of(raw, chosen, with_logprobs, self._logprobs[rows[with_logprobs]]))
 
-    def _penalize(self, logits: Tensor, rows: Array, index: Array, slots: Array, drafts: DraftRuns | None, tokens: Tensor) -> None:
+    def _penalize(self, logits: Tensor, rows: Array, index: Array, start: int, drafts: DraftRuns | None, tokens: Tensor) -> None:
+        """index: of some of the logits rows with penalties; the first one is number `start` of all of these."""
         at = rows[index]
-        where, slot, repetition, frequency, presence = upload(
-            [index, slots, self._repetition[at], self._frequency[at], self._presence[at]], logits.device)
+        where, row, repetition, frequency, presence = upload(
+            [index, at, self._repetition[at], self._frequency[at], self._presence[at]], logits.device)
         some = logits[where]
-        seen, counts = self._penalties.seen[slot], self._penalties.counts[slot]
+        seen, counts = self._penalties.seen[row], self._penalties.counts[row]
         if drafts is not None:
-            drafts.count(seen, counts, tokens)
+            drafts.count(start, seen, counts, tokens)
         sampling.apply_penalties(some, seen, counts, repetition, frequency, presence)
         logits[where] = some
 
@@ -186,6 +207,5 @@ class Sampler:
 
     def _greedy_columns(self, n: int) -> tuple[Tensor, Tensor]:
         """Temperatures and keys of a batch of greedy rows: all zeros, which are on the device already."""
-        if len(self._zeros) < n:
-            self._zeros = torch.zeros(n, 2, dtype=torch.int32, device=self._device)
+        assert n <= len(self._zeros), "the caller samples at most MAX_LOGITS_ROWS at a time"
         return self._zeros.view(torch.float32).view(-1)[:n], self._zeros[:n]

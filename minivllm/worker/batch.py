@@ -110,8 +110,9 @@ class RowTable:
                  sharing: Sequence[int] = ()) -> None:
         """sharing: KV groups checked for a prefix shared by all decodes. Empty: no check."""
         width = -(-max_model_len // block_size)
-        self.null_row, self.sharing = num_rows, tuple(sharing)
-        self.tokens = torch.zeros((num_rows + 1, max_model_len), dtype=torch.int32, device=device)
+        self.null_row, self.sharing, self.max_model_len = num_rows, tuple(sharing), max_model_len
+        self._stride = _stride(max_model_len)  # of the token table
+        self.tokens = torch.zeros((num_rows + 1, self._stride), dtype=torch.int32, device=device)
         self.block_tables = np.full((num_groups, num_rows + 1, width), NULL_BLOCK, np.int32)
         shared = torch.from_numpy(self.block_tables)
         self.device_tables = shared if device.type == "cpu" else shared.to(device)  # [G, R + 1, M]
@@ -123,7 +124,12 @@ class RowTable:
         self._prompt_k = np.zeros(num_rows, np.int64)
         self._num_with_logprobs = 0  # rows that need prompt logprobs; usually none, and then no row is checked
         self._flat_tokens = self.tokens.view(-1)
-        self._block_size, self._max_model_len, self._device = block_size, max_model_len, device
+        self._block_size, self._device = block_size, device
+
+    @staticmethod
+    def num_bytes(num_rows: int, num_groups: int, max_model_len: int, block_size: int) -> int:
+        """Memory on the device."""
+        return (num_rows + 1) * (_stride(max_model_len) + num_groups * -(-max_model_len // block_size)) * 4
 
     def reset(self) -> None:
         """Forget all rows; the tensors stay, since captured graphs hold their addresses."""
@@ -153,7 +159,7 @@ class RowTable:
 
     def _admit(self, admissions: Sequence[RowAdmission]) -> None:
         lens = [len(a.token_ids) for a in admissions]
-        assert max(lens) <= self._max_model_len
+        assert max(lens) <= self.max_model_len
         tokens = upload([np.concatenate([np.frombuffer(array("i", a.token_ids), np.int32) for a in admissions])], self._device)[0]
         for a, some in zip(admissions, tokens.split(lens), strict=True):
             row = a.row
@@ -249,22 +255,22 @@ class RowTable:
         if batch_index is not None:
             source = batch_index[source]
         sample_positions = ends[source] - back
-        assert not len(source) or sample_positions.max() < self._max_model_len
+        assert not len(source) or sample_positions.max() < self.max_model_len
         draft_index, drafts = (_NONE, _NONE) if num_drafts is None else self._drafts(plan, num_drafts)
         spans, span_rows, span_index = self._prompt_spans(plan, batch_index, query_start)
         checks_sharing = self.sharing and num_decodes == len(rows) >= tuning.MIN_SHARING_DECODES
         return Columns(
             rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_width=query_width, query_start=query_start,
-            token_index=token_rows * self._max_model_len + positions, positions=positions, slots=slots,
+            token_index=token_rows * self._stride + positions, positions=positions, slots=slots,
             draft_index=draft_index, drafts=drafts, source=source, logits_rows=query_start[source + 1] - 1 - back,
-            sample_rows=sample_rows, sample_positions=sample_positions, sample_index=sample_rows * self._max_model_len + sample_positions,
+            sample_rows=sample_rows, sample_positions=sample_positions, sample_index=sample_rows * self._stride + sample_positions,
             prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index,
             shared_keys=self._shared_keys(rows, int(starts.min())) if checks_sharing else 0)
 
     def _drafts(self, plan: StepPlan, num_drafts: Array) -> tuple[Array, Array]:
         """Where a plan's drafts go, and the drafts: the last tokens of what each request computes."""
         ends = np.array(plan.starts, np.int64) + plan.num_tokens
-        first = np.array(plan.rows, np.int64) * self._max_model_len + ends - num_drafts
+        first = np.array(plan.rows, np.int64) * self._stride + ends - num_drafts
         index = np.arange(num_drafts.sum()) + np.repeat(first - num_drafts.cumsum() + num_drafts, num_drafts)
         return index, np.array([token for drafts in plan.drafts for token in drafts], np.int64)
 
@@ -320,8 +326,13 @@ class RowTable:
             spans.append(PromptSpan(i, first, after - first, int(self._prompt_k[row])))
             targets = np.arange(first, after)
             batch_rows.append(query_start[i if batch_index is None else batch_index[i]] + targets - 1 - start)
-            index.append(row * self._max_model_len + targets)
+            index.append(row * self._stride + targets)
         return tuple(spans), np.concatenate(batch_rows), np.concatenate(index)
+
+
+def _stride(max_model_len: int) -> int:
+    """Columns of the token table: at least 2, because the samples of padding go to position 1 of the null row."""
+    return max(max_model_len, 2)
 
 
 def _query_width(counts: Array, num_drafts: Array) -> int:

@@ -38,14 +38,13 @@ from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
-from minivllm.sampling.sampler import Sampler
+from minivllm.sampling.sampler import MAX_LOGITS_ROWS, Sampler
 from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
-MAX_LOGITS_ROWS = 256  # rows of logits that exist at a time
 
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
@@ -271,7 +270,7 @@ def graph_shapes(
     spec: ModelSpec, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int, query_widths: Sequence[int],
 ) -> Iterator[GraphShape]:
     """The shapes to capture; mixed ones from the smallest to the largest. No shape has more than MAX_LOGITS_ROWS logits rows."""
-    most, whole = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), table.tokens.shape[1]
+    most, whole = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), table.max_model_len
     for width in query_widths:
         widest = min(most, MAX_LOGITS_ROWS // width)
         sizes = [size for size in tuning.DECODE_GRAPHS if size < widest] + [widest]

@@ -30,6 +30,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.batch import RowTable
 from minivllm.worker.cuda_graphs import sharing_sizes
 from minivllm.worker.kv_cache import KVLayout
 from minivllm.worker.model_runner import MAX_LOGITS_ROWS
@@ -85,14 +86,15 @@ class MemoryLedger:
     step: int  # peak of the largest step beyond the weights
     other: int  # the driver's context, compiled kernels, other programs
     graphs_planned: int
+    rows: int  # token table, block tables and what the sampler keeps: allocated with the cache, for max_num_seqs sequences
     cache: int = 0
     graphs_taken: int = 0  # known once they are captured
 
     def table(self) -> tuple[str, str]:
         """Two lines in GiB: the columns' names, and the figures. What is left stays unused: see gpu_memory_utilization."""
-        used = self.weights + self.step + self.graphs_taken + self.cache + self.other
+        used = self.weights + self.step + self.graphs_taken + self.rows + self.cache + self.other
         columns = {"weights": self.weights, "peak of a step": self.step, "CUDA graphs": self.graphs_taken,
-                   "(set aside)": self.graphs_planned, "KV cache": self.cache, "other use": self.other,
+                   "(set aside)": self.graphs_planned, "row tables": self.rows, "KV cache": self.cache, "other use": self.other,
                    "left": self.total - used, "total": self.total}
         widths = [max(len(name), 7) + 2 for name in columns]
         return ("GPU memory, GiB" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)),
@@ -163,17 +165,25 @@ def cuda_budget(
     """GPU memory for the cache, with the weights loaded already; measures the peak of one step. graph_bytes: set aside for CUDA graphs."""
     device = model.build.device
     peak = _peak_of_one_step(request.max_model_len, layout, model, max_num_seqs, max_num_batched_tokens, graphs=graph_bytes > 0)
-    peak += max_num_seqs * request.max_model_len * torch.int32.itemsize  # the token table, which comes with the cache
+    rows = row_bytes(layout, max_num_seqs, request.max_model_len, model.spec.vocab_size)
     free, total = torch.cuda.mem_get_info(device)
     in_use, weights = total - free, torch.cuda.memory_allocated(device)
     account = (f"{request.utilization:.2f} of {total / GIB:.2f} GiB, less {weights / GIB:.2f} weights, "
-               f"{(in_use - weights) / GIB:.2f} other use, {peak / GIB:.2f} peak of a step, {graph_bytes / GIB:.2f} CUDA graphs")
-    least = min(1.0, (in_use + peak + graph_bytes + request.bytes_of_one_sequence(layout)) / total)
+               f"{(in_use - weights) / GIB:.2f} other use, {peak / GIB:.2f} peak of a step, {graph_bytes / GIB:.2f} CUDA graphs, "
+               f"{rows / GIB:.2f} row tables")
+    least = min(1.0, (in_use + peak + rows + graph_bytes + request.bytes_of_one_sequence(layout)) / total)
     fix = f"raise it to {least + 0.005:.2f}" if least < 0.99 else "there is no room on this GPU; use a smaller model"
     if max_num_batched_tokens > 1024:
         fix += ", or lower max_num_batched_tokens, which sets the peak of a step"
-    ledger = MemoryLedger(total, weights, peak, in_use - weights, graph_bytes)
-    return MemoryBudget(int(request.utilization * total) - in_use - peak - graph_bytes, account, "gpu_memory_utilization", fix, ledger)
+    ledger = MemoryLedger(total, weights, peak, in_use - weights, graph_bytes, rows)
+    num_bytes = int(request.utilization * total) - in_use - peak - rows - graph_bytes
+    return MemoryBudget(num_bytes, account, "gpu_memory_utilization", fix, ledger)
+
+
+def row_bytes(layout: KVLayout, max_num_seqs: int, max_model_len: int, vocab_size: int) -> int:
+    """What a worker keeps on its device for the rows of sequences."""
+    return (RowTable.num_bytes(max_num_seqs, len(layout.groups), max_model_len, layout.block_size)
+            + Sampler.num_bytes(max_num_seqs, vocab_size))
 
 
 @torch.inference_mode()
@@ -185,7 +195,7 @@ def _peak_of_one_step(
     limit: of a sequence, in tokens. graphs: whether steps will be captured."""
     device = model.build.device
     kv = layout.views(layout.allocate(1, device))
-    prompt = [min(limit, max_num_batched_tokens)] * max(1, max_num_batched_tokens // limit)
+    prompt = [min(limit, max_num_batched_tokens)] * max(1, min(max_num_batched_tokens // limit, max_num_seqs))
     decodes = [min(limit, DUMMY_CONTEXT)] * max_num_seqs
     if model.build.ops.compiling is not None:
         few = model.without_repetition()
@@ -245,7 +255,8 @@ def _dummy_sampling(model: Decoder, hidden: Tensor) -> None:
     """The largest sampling call: MAX_LOGITS_ROWS rows with every filter."""
     logits = model.logits(hidden[torch.arange(MAX_LOGITS_ROWS, device=hidden.device) % len(hidden)], dtype=None)
     sampler = Sampler(1, logits.shape[-1], hidden.device, ops=model.build.ops)
-    params = SamplingParams(top_p=0.9, top_k=10, min_p=0.01, logprobs=20, logit_bias={0: 0.0})
+    params = SamplingParams(top_p=0.9, top_k=10, min_p=0.01, logprobs=20, logit_bias={0: 0.0}, repetition_penalty=1.1,
+                            bad_words_token_ids=((0, 0),))
     sampler.admit(RowAdmission(0, "dummy", (0,), 1, ((),), params, 0, 0))
     zeros = np.zeros(MAX_LOGITS_ROWS, np.int64)
     sampler.sample(logits, zeros, zeros, torch.zeros((1, 1), dtype=torch.int32, device=hidden.device))

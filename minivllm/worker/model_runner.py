@@ -154,12 +154,11 @@ class ModelRunner:
         """graph_tokens: capture CUDA graphs of decodes, and of mixed steps up to this many tokens; 0: none.
         query_widths: of the captured decodes, 1 plus their number of drafts."""
         self.model, self.kv = model, kv
-        self._sizes = max_num_seqs, tuple(eos_token_ids)
         groups = kv.layout.groups
         full_attention = [g for g, group in enumerate(groups) if group.window is None]
         self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.layout.block_size, model.build.device,
                              full_attention if graph_tokens else ())
-        self.sampler = self._new_sampler()
+        self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops)
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths) if graph_tokens else None
         self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 
@@ -168,14 +167,10 @@ class ModelRunner:
         """Memory that capturing graphs has taken."""
         return 0 if self._graphs is None else self._graphs.bytes_taken
 
-    def _new_sampler(self) -> Sampler:
-        max_num_seqs, eos_token_ids = self._sizes
-        return Sampler(max_num_seqs, self.model.spec.vocab_size, self.model.build.device, eos_token_ids, self.model.build.ops)
-
     def drop_rows(self) -> None:
         """Start with an empty row table. It is a cache of what plans said: every row must be admitted again."""
         self.rows.reset()
-        self.sampler = self._new_sampler()
+        self.sampler.reset()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:

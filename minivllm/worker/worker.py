@@ -31,7 +31,7 @@ from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
-from minivllm.worker.memory import GIB, CacheSettings, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget
+from minivllm.worker.memory import GIB, CacheSettings, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget, row_bytes
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
 
 CUDA_TOKEN_BUDGET, CPU_TOKEN_BUDGET = 8192, 2048  # default max_num_batched_tokens
@@ -101,7 +101,8 @@ class LoadedModel:
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0)
         if ledger is not None:
-            ledger = replace(ledger, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
+            rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size)
+            ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
         return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
                       weight_bytes=self._weight_bytes)
 

@@ -348,17 +348,17 @@ def test_repetition_equals_huggingfaces_processor_over_a_whole_generation(penalt
         history.append(expected)
 
 
-def test_only_rows_with_penalties_have_counts_and_their_memory_is_reused():
-    counts = PenaltyCounts(100, VOCAB, CPU)
-    for row in range(100):
-        counts.admit(row, False, (1, 2), 2)
-    assert len(counts.counts) == 0
-    for turn in range(50):
-        counts.admit(turn, True, (1, 2, 3, 3), 2)
-        assert counts.counts[counts.slot[turn]].nonzero().flatten().tolist() == [3]
-        assert counts.seen[counts.slot[turn]].nonzero().flatten().tolist() == [1, 2, 3]
-        counts.admit(turn, False, (), 0)
-    assert len(counts.counts) == 4
+def test_counts_are_allocated_once_and_a_row_starts_with_empty_ones():
+    counts = PenaltyCounts(4, VOCAB, CPU)
+    before = counts.counts.data_ptr(), counts.seen.data_ptr()
+    assert counts.counts.nbytes + counts.seen.nbytes == PenaltyCounts.num_bytes(4, VOCAB)
+    for turn in range(20):
+        counts.admit(turn % 4, True, (1, 2, 3, 3 + turn), 2)
+        assert counts.counts[turn % 4].nonzero().flatten().tolist() == sorted({3, 3 + turn})
+        assert counts.seen[turn % 4].nonzero().flatten().tolist() == sorted({1, 2, 3, 3 + turn})
+        counts.admit((turn + 1) % 4, False, (1, 2), 2)
+        assert counts.penalized[turn % 4] and not counts.penalized[(turn + 1) % 4]
+    assert (counts.counts.data_ptr(), counts.seen.data_ptr()) == before
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------

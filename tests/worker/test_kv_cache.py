@@ -162,13 +162,13 @@ def test_the_systems_free_memory_is_read():
 
 def test_the_ledger_of_a_gpu_is_a_table_of_two_lines_whose_figures_add_up_to_the_total():
     gib = 1 << 30
-    ledger = MemoryLedger(total=8 * gib, weights=gib, step=gib // 2, other=3 * gib // 4, graphs_planned=gib // 4, cache=5 * gib,
-                    graphs_taken=gib // 8)
+    ledger = MemoryLedger(total=8 * gib, weights=gib, step=gib // 2, other=3 * gib // 4, graphs_planned=gib // 4, rows=3 * gib // 8,
+                    cache=4 * gib, graphs_taken=gib // 8)
     names, figures = ledger.table()
     assert len(names) == len(figures)
     columns = [name.strip() for name in names.split("  ")[1:] if name]
-    assert columns == ["weights", "peak of a step", "CUDA graphs", "(set aside)", "KV cache", "other use", "left", "total"]
-    assert figures.split() == ["1.00", "0.50", "0.12", "0.25", "5.00", "0.75", "0.62", "8.00"]
+    assert columns == ["weights", "peak of a step", "CUDA graphs", "(set aside)", "row tables", "KV cache", "other use", "left", "total"]
+    assert figures.split() == ["1.00", "0.50", "0.12", "0.25", "0.38", "4.00", "0.75", "1.25", "8.00"]
     for name, figure in zip(columns, figures.split(), strict=True):  # right-aligned under its name
         assert names.index(name) + len(name) == figures.index(f" {figure}") + 1 + len(figure)
     many = replace(ledger, total=1000 * gib).table()
