@@ -90,12 +90,14 @@ class ProcessClient(EngineClient):
         self._receiver: threading.Thread | None = None
 
     def _start(self, build: Callable[[], Engine]) -> None:
-        self._process = self._context.Process(
+        process = self._context.Process(
             target=engine_process, args=(build, self._child_end), name="minivllm-engine", daemon=True)
-        _start_without_signals(self._process)
+        _start_without_signals(process)
+        self._process = process
         self._child_end.close()  # now only the child holds its end, so the pipe ends when the child does
-        self._receiver = threading.Thread(target=self._receive_all, name="minivllm-receiver", daemon=True)
-        self._receiver.start()
+        receiver = threading.Thread(target=self._receive_all, name="minivllm-receiver", daemon=True)
+        receiver.start()
+        self._receiver = receiver
 
     @property
     def pid(self) -> int | None:
@@ -121,7 +123,12 @@ class ProcessClient(EngineClient):
         self._die(DeadMessage(f"the engine process ended unexpectedly (exit code {self._process.exitcode})"))
 
     def close(self) -> None:
-        if self._receiver is None:  # the process was never started
+        if self._receiver is None:  # the start failed: nothing reads the pipe
+            if self._process is not None:
+                self._process.kill()
+                self._process.join()
+            self._child_end.close()
+            self._connection.close()
             return
         self._send(ShutdownCommand())
         self._receiver.join(CLOSE_SECONDS)  # only the receiver thread joins the process: two threads would race for its exit code

@@ -271,7 +271,7 @@ def graph_shapes(
 ) -> Iterator[GraphShape]:
     """The shapes to capture; mixed ones from the smallest to the largest. No shape has more than MAX_LOGITS_ROWS logits rows."""
     most, whole = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), table.max_model_len
-    for width in query_widths:
+    for width in (width for width in query_widths if width <= whole):  # no sequence is longer
         widest = min(most, MAX_LOGITS_ROWS // width)
         sizes = [size for size in tuning.DECODE_GRAPHS if size < widest] + [widest]
         for size in sizes:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from minivllm.core.plan import TokenLogprobs
+from minivllm.engine import process
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.loop import EngineLoop
@@ -532,3 +533,39 @@ def test_a_step_message_crosses_a_pipe_unchanged_and_takes_less_than_eighty_byte
         assert [type(delta) for delta in again.deltas] == [OutputDelta] * len(deltas)
     many = StepMessage(tuple(OutputDelta(f"cmpl-{i:032x}", 0, (i,), " word") for i in range(256)), EngineStats())
     assert len(pickle.dumps(many)) < 80 * 256
+
+
+# -- a start that fails early -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_children_left")
+@pytest.mark.parametrize("where", ["pickling", "process", "thread"])
+def test_a_start_that_fails_early_leaves_no_pipe_and_no_process(where: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("planted")
+
+    if where == "process":
+        monkeypatch.setattr(process, "_start_without_signals", fail)
+    if where == "thread":
+        monkeypatch.setattr(process.threading.Thread, "start", fail)
+    build = (lambda: None) if where == "pickling" else functools.partial(build_plain, folder)
+    clients, counts = [], []
+    for _ in range(3):  # the first attempt may start multiprocessing's resource tracker, which keeps a pipe
+        client = ProcessClient()
+        clients.append(client)  # otherwise garbage collection would close what `close` has left open
+        with pytest.raises(Exception, match=r"planted|pickle|local object"):
+            client._start(build)  # type: ignore[arg-type]
+        client.close()
+        client.close()
+        client._process = None
+        gc.collect()
+        counts.append(psutil.Process().num_fds())
+    assert counts[1] == counts[2]
+    assert all(client._connection.closed and client._child_end.closed for client in clients)
+
+
+@pytest.mark.usefixtures("no_children_left")
+def test_a_closed_client_leaves_no_pipe(folder: str) -> None:
+    before = psutil.Process().num_fds()
+    start("process", build_plain, folder).close()
+    assert psutil.Process().num_fds() <= before + 1  # the resource tracker's pipe, if this was its first use

@@ -94,12 +94,36 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def runner_of(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,)) -> ModelRunner:
+def runner_of(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,), length: int = LENGTH) -> ModelRunner:
     model = tiny.with_triton
     kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, eos_token_ids=(3,), graph_tokens=32, query_widths=query_widths)
+    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=length, eos_token_ids=(3,), graph_tokens=32, query_widths=query_widths)
+
+
+@pytest.mark.parametrize(("length", "block_size"), [(1, 1), (1, 4), (2, 1), (2, 4), (3, 4), (4, 4), (5, 4)])
+def test_a_capture_stays_inside_all_tables_however_short_sequences_are(
+    plain: Tiny, length: int, block_size: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Indices into the token table and the block tables are checked by PyTorch, those of attention here."""
+    monkeypatch.setattr(Repeated, "runs_first", True)
+    prepared = []
+    forward = plain.with_triton.forward
+
+    def checked(batch: Any, *caches: Any) -> Any:
+        longest = max(batch.seq_lens_host)
+        assert longest <= length <= batch.block_tables[0].shape[1] * block_size, "more keys than the block tables have entries for"
+        assert int(batch.seq_lens.max()) <= length
+        prepared.append(longest)
+        return forward(batch, *caches)
+
+    monkeypatch.setattr(plain.with_triton, "forward", checked)
+    runner = runner_of(plain, block_size, (1, 3), length)
+    assert set(prepared) == {length} and runner.rows.tokens.shape[1] == max(length, 2)
+    last = runner.rows.tokens.numel() - 1
+    for graph in (*runner._graphs._decodes, *runner._graphs._mixed, *runner._graphs._sharing):
+        assert max(int(column.max()) for column in (graph._padding.sample_index, graph._padding.token_index)) <= last
 
 
 @pytest.mark.parametrize(("block_size", "seed", "drop_after"), [(3, 1, -1), (4, 2, 3)])

@@ -92,3 +92,24 @@ def test_a_planted_tensor_is_found() -> None:
     before = kept(sampler)
     sampler._zeros = torch.zeros(10**5)
     assert len(kept(sampler).keys() - before.keys()) == 1
+
+
+def test_kernels_are_compiled_with_every_kind_of_layer_and_the_last_one_is_the_models_last() -> None:
+    """The last layer may compute last tokens only, which other layers never do."""
+    from minivllm.families import parse_config
+    from minivllm.kernels import select
+    from minivllm.layers.build import BuildContext
+    from minivllm.models.loader import load_model
+
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+              "num_hidden_layers": 9, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
+    spec = parse_config(config)
+    wide = dataclasses.replace(spec.layers[0], mlp=dataclasses.replace(spec.layers[0].mlp, intermediate_size=96))
+    device = torch.device("cpu")
+    for pattern in ("aaabbbbba", "ababababa", "aaaaaaaab", "aaaaaaaaa", "abbbbbbbb"):
+        layers = tuple(wide if kind == "b" else spec.layers[0] for kind in pattern)
+        model = load_model(dataclasses.replace(spec, layers=layers), Path(), "dummy",
+                           BuildContext(device, torch.float32, select(device)), 0)
+        few = [pattern[layer.index] for layer in model.without_repetition().layers]
+        assert few[-1] == pattern[-1] and sorted(few[:-1]) == sorted(set(pattern[:-1])), pattern
+        assert model.without_repetition().layers[-1] is model.layers[-1] and len(model.layers) == 9
