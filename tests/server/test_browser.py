@@ -23,7 +23,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or set CHROMIUM")]
 
 expect = playwright.expect
-expect.set_options(timeout=8_000)
+expect.set_options(timeout=60_000)
 ANSWER = """Two steps:
 
 1. Ask the **pool** for a block
@@ -66,7 +66,7 @@ def served(shared: tuple[LiveServer, Pace]) -> tuple[LiveServer, Pace]:
 def page(browser: Any) -> Iterator[Any]:
     """A browser page with fresh storage. Script errors and violations of the content security policy fail the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 800})
-    page.set_default_timeout(8_000)
+    page.set_default_timeout(60_000)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if "Content Security Policy" in message.text else None)
@@ -146,6 +146,37 @@ def test_reasoning_stands_above_the_answer_and_is_not_sent_back(page: Any, serve
     body = body_of(page, lambda: send(page, "more"))
     assert body["messages"][1] == {"role": "assistant", "content": ANSWER}
     finished(page, 2)
+
+
+def test_reasoning_stands_above_the_answer_also_without_a_reasoning_parser(page: Any, served: tuple[LiveServer, Pace]) -> None:
+    replies = [stream({"content": f"<think>\n{THOUGHT}\n</think>\n\nYes, <think> is a tag."}),
+               stream({"content": "<think>hm"}, finish="length")]
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=replies.pop(0)))
+    page.goto(served[0].url)
+    send(page, "go")
+    finished(page)
+    expect(page.locator(".turn.assistant .text")).to_have_text("Yes, <think> is a tag.")
+    page.get_by_text("Reasoning", exact=True).click()
+    expect(page.locator(".turn.assistant .reasoning .markdown")).to_have_text("The user wants steps.")
+    send(page, "go")
+    finished(page, 2)
+    expect(page.locator(".turn.assistant .note").last).to_contain_text("before the answer began")
+    expect(page.locator(".turn.assistant .reasoning .markdown").last).to_be_visible()
+
+
+def test_shown_turns_are_not_added_to_the_log_again(page: Any, served: tuple[LiveServer, Pace]) -> None:
+    """A screen reader reads out what is added."""
+    page.goto(served[0].url)
+    send(page, "steps")
+    finished(page)
+    page.evaluate("""() => {
+        window.added = [];
+        new MutationObserver((records) => window.added.push(...records.flatMap((r) => [...r.addedNodes].map((n) => n.className))))
+            .observe(document.getElementById("turns"), { childList: true });
+    }""")
+    send(page, "steps")
+    finished(page, 2)
+    assert page.evaluate("window.added") == ["turn user", "turn assistant"]
 
 
 def test_a_cut_answer_says_so_and_can_be_continued(page: Any, served: tuple[LiveServer, Pace]) -> None:
@@ -471,7 +502,7 @@ def test_hostile_output_neither_runs_nor_fetches_anything(page: Any, served: tup
         assert tags <= {"div", "details", "summary", "p", "span", "a", "br", "pre", "code", "button", "table", "thead", "tbody", "tr", "th",
                         "td", "h3"}
         attributes = {name for _, names in found for name in names.split()}
-        assert attributes <= {"id", "class", "href", "rel", "target", "title", "tabindex", "type", "open", "style", "hidden"}
+        assert attributes <= {"id", "class", "href", "rel", "target", "title", "tabindex", "type", "open", "style", "hidden", "aria-live"}
         links = page.evaluate("[...document.querySelectorAll('#log a')].map((a) => [a.href, a.rel, a.target])")
         assert {href for href, _, _ in links} == {
             "https://good.test/", "https://good.test/auto", "https://good.test/badge", "http://evil.test/b.png"}

@@ -2,7 +2,7 @@
 import { ServerError, call, events } from "./api.js";
 import { button, copy } from "./markdown.js";
 import * as storage from "./storage.js";
-import { TurnView, isEmpty, newTurn } from "./turn.js";
+import { TurnView, isEmpty, newTurn, parts } from "./turn.js";
 
 const $ = (id) => document.getElementById(id);
 const SETTINGS = { system: "system", temperature: "temperature", max_tokens: "max-tokens" }; // name -> field of the page
@@ -108,7 +108,7 @@ const isFull = ({ usage }) => Boolean(model && usage && usage.total_tokens >= mo
 
 function note(turn) {
   const { end, problem, usage } = turn;
-  const hasAnswer = turn.content || turn.calls.length;
+  const hasAnswer = parts(turn)[1] || turn.calls.length;
   const ending = {
     stop: hasAnswer ? "" : "The model ended without an answer.", tool_calls: "", stopped: "Stopped.", failed: `Broken off: ${problem}`,
     length: `Cut at ${turn.tokens} tokens${isFull(turn) ? ": the context is full" : ""}${hasAnswer ? "" : ", before the answer began"}.`,
@@ -124,7 +124,7 @@ function actions({ turn }, i) {
   const canContinue = !["stop", "tool_calls"].includes(turn.end) && !isEmpty(turn) && !turn.calls.length && !isFull(turn);
   return [
     ...(turn.role === "assistant" && isLast && canContinue ? [button("Continue", proceed)] : []),
-    ...(turn.content ? [button("Copy", (own) => copy(turn.content, own))] : []),
+    ...(parts(turn)[1] ? [button("Copy", (own) => copy(parts(turn)[1], own))] : []),
     ...(turn.role === "assistant" && isLast ? [button("Regenerate", regenerate)] : []),
     ...(turn.role === "user" && i === views.length - 2 ? [button("Edit", edit)] : []),
   ];
@@ -135,8 +135,12 @@ function refresh() {
   $("stop").hidden = running === null;
   $("log").setAttribute("aria-busy", running !== null);
   $("empty").hidden = views.length > 0;
-  $("turns").replaceChildren(...views.map((view) => view.element));
-  views.forEach((view, i) => view.setActions(running ? [] : actions(view, i)));
+  const shown = new Set(views.map((view) => view.element));
+  for (const turn of [...$("turns").children]) if (!shown.has(turn)) turn.remove();
+  views.forEach((view, i) => { // an element that stays is not added again, because a screen reader reads additions out
+    if ($("turns").children[i] !== view.element) $("turns").insertBefore(view.element, $("turns").children[i] ?? null);
+    view.setActions(running ? [] : actions(view, i));
+  });
   showContext();
 }
 
@@ -144,6 +148,7 @@ function showContext() {
   const size = model?.max_model_len ?? 0;
   const used = views.findLast(({ turn }) => turn.usage)?.turn.usage.total_tokens ?? 0;
   $("context").max = size || 1;
+  $("context").high = 0.9 * size; // above it the meter's color changes
   $("context").value = used;
   $("context-text").textContent = size ? `${used.toLocaleString("en")} of ${size.toLocaleString("en")} tokens` : "";
 }

@@ -9,6 +9,12 @@ export const newTurn = (role, content = "") => (
 
 export const isEmpty = (turn) => !turn.content && !turn.reasoning && !turn.calls.length;
 
+// [reasoning, answer] as they are shown. A server without a reasoning parser sends <think> as a part of the text.
+export function parts({ role, content, reasoning }) {
+  const found = role === "assistant" && !reasoning && /^\s*<think>([^]*?)(?:<\/think>\s*|$)/.exec(content);
+  return found ? [found[1].trim(), content.slice(found[0].length)] : [reasoning, content];
+}
+
 export class TurnView {
   constructor(turn) {
     this.turn = turn;
@@ -20,6 +26,7 @@ export class TurnView {
     this.summary.addEventListener("click", () => { this.chosen = true; }); // from now on the user opens and closes it
     const text = element("div", turn.role === "user" ? "text" : "text markdown");
     [this.calls, this.note, this.actions] = ["calls", "note", "actions"].map((name) => element("div", name));
+    this.actions.ariaLive = "off"; // the log's other additions are read out
     this.element.append(element("div", "author", turn.role === "user" ? "You" : "Model"), this.reasoning, text, this.calls, this.note,
       this.actions);
     if (turn.role === "user") text.textContent = turn.content;
@@ -31,12 +38,13 @@ export class TurnView {
   show(note) {
     const { turn } = this;
     this.note.textContent = note;
-    this.reasoning.hidden = !turn.reasoning;
+    const [reasoning, answer] = parts(turn);
+    this.reasoning.hidden = !reasoning;
     if (turn.role === "user") return;
-    const isThinking = !turn.end && !turn.content && !turn.calls.length;
-    this.summary.textContent = isThinking ? "Reasoning …" : "Reasoning";
-    if (!this.chosen) this.reasoning.open = !turn.content && !turn.calls.length;
-    for (const [view, text] of [[this.thoughtsView, turn.reasoning], [this.textView, turn.content]]) {
+    const hasAnswer = answer || turn.calls.length;
+    this.summary.textContent = turn.end || hasAnswer ? "Reasoning" : "Reasoning …";
+    if (!this.chosen) this.reasoning.open = !hasAnswer;
+    for (const [view, text] of [[this.thoughtsView, reasoning], [this.textView, answer]]) {
       if (turn.end) view.finish(text);
       else if (view.text !== text) view.update(text);
     }
