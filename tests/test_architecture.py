@@ -31,7 +31,7 @@ LAYERS = (*PARAMETERS, "layers")
 MODELS = (*LAYERS, "models")
 CHOICE = (*MODELS, "sampling", "speculative")
 WORKER = (*CHOICE, "worker")
-ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "engine", "compat.settings")
+ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "planning", "engine", "compat.settings")
 # what the server may import
 ENGINE_CLIENT = (*INPUT, "outputs", "engine_request", "core.plan", "core.admission", "engine", "output_parsers")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

@@ -20,6 +20,7 @@ from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
+from minivllm.engine.model_choice import BetterModels, check_weights_fit
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
@@ -42,7 +43,11 @@ _DEFAULTS = {
 def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONENTS) -> EngineCore:
     """Find the model, load it, size the KV cache, and connect all parts."""
     def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
-        return _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
+        spec = _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
+        check_weights_fit(config, spec, method_of(model_config, components.methods))
+        return spec
+
+    better = BetterModels(config)
 
     files = find_model(config, read_spec)
     spec = read_spec(files.config)
@@ -60,6 +65,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             max_logprobs=config.max_logprobs,
         )
         scheduler = _scheduler(config, worker, info)
+        if (line := better.line(worker.device)) is not None:
+            print(f"minivllm: {line}", file=sys.stderr, flush=True)
     except BaseException:
         worker.close()
         raise

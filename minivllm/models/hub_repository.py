@@ -136,6 +136,16 @@ def _how_to_name(name: HubName, files: Iterable[str]) -> str:
 
 # ---- the hub's client
 
+def hub_in_reach(timeout: float = 3.0) -> bool:
+    """Whether the hub answers. False without a network, and if HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        return not constants.HF_HUB_OFFLINE and get_session().head(constants.ENDPOINT, timeout=timeout).status_code < 500
+    except Exception:
+        return False
+
+
 def _about(name: HubName) -> tuple[list[str], str | None]:
     """-> (names of a repository's files, GGUF architecture if the hub knows it). Without a network: the files in the cache."""
     from huggingface_hub import HfApi, snapshot_download

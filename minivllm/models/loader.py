@@ -88,7 +88,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         spec, checkpoint = resolve_tied(spec, found)
         needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
-        num_bytes = sum(p.size * _dtype(p, build).itemsize for p in needed.values())
+        num_bytes = parameter_bytes(needed, build.dtype)
         disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
             return _build_decoder(spec, build, _Stored(needed, checkpoint, build, bar))
@@ -102,12 +102,17 @@ def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy)
 
 def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:
     """Bytes of all parameters once they are loaded."""
-    return sum(p.size * _dtype(p, build).itemsize for p in parameters(spec, build.method).values())
+    return parameter_bytes(parameters(spec, build.method), build.dtype)
 
 
-def _dtype(param: Parameter, build: BuildContext) -> torch.dtype:
+def parameter_bytes(params: Mapping[str, Parameter], dtype: torch.dtype) -> int:
+    """Bytes of these parameters in a model of this dtype."""
+    return sum(p.size * _dtype(p, dtype).itemsize for p in params.values())
+
+
+def _dtype(param: Parameter, model: torch.dtype) -> torch.dtype:
     if param.dtype is None:
-        return build.dtype
+        return model
     dtype = getattr(torch, param.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -121,7 +126,7 @@ class _Stored:
 
     def __call__(self, name: str) -> Tensor:
         param = self.needed.pop(name)
-        out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
+        out = torch.empty(param.shape, dtype=_dtype(param, self.build.dtype), device=self.build.device)
         start = 0
         for source in param.sources:
             size = source.shape[param.concat_dim] if source.shape else 1  # scalars are joined to a vector
@@ -141,7 +146,7 @@ class _Dummy:
 
     def __call__(self, name: str) -> Tensor:
         param = self.needed.pop(name)
-        out = torch.empty(param.shape, dtype=_dtype(param, self.build), device=self.build.device)
+        out = torch.empty(param.shape, dtype=_dtype(param, self.build.dtype), device=self.build.device)
         if isinstance(param.dummy, float):
             return out.fill_(param.dummy)
         if param.dummy == "bits":
