@@ -68,11 +68,15 @@ class ChatTemplate:
         if continue_final_message:
             field = "reasoning_content" if chat[-1].get("reasoning_content") and not chat[-1].get("content") else "content"
             chat[-1] = {**chat[-1], field: _with_tag(chat[-1].get(field))}
+        names = {"messages": chat, "add_generation_prompt": add_generation_prompt, **plain(dict(variables or {}))}
+        template = _compiled(self.source)
         try:
-            text: str = _compiled(self.source).render(
-                messages=chat, tools=plain(list(tools)) if tools else None, documents=None,
-                add_generation_prompt=add_generation_prompt, **plain(dict(variables or {})),
-            )
+            try:
+                text = template.render(tools=plain(list(tools)) if tools else None, documents=None, **names)  # None, as in Transformers
+            except TypeError:
+                if tools:
+                    raise
+                text = template.render(names)  # `tools is defined` was taken for a list
         except TemplateError as error:  # the template called raise_exception, since the model does not take such a conversation
             raise InvalidInput(f"the chat template refused the messages: {error}", "messages") from None
         except RecursionError:

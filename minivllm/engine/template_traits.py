@@ -132,7 +132,8 @@ def _probe_calls(render: Render, user: Message, answer_form: Form, user_form: Fo
 
     call, answer = _call(call_id, traits["arguments"]), content_in(answer_form, _ANSWER)
     kept = shows([calling(call, content=answer), *results], _VALUE, _ANSWER)
-    split = not kept and shows([{"role": "assistant", "content": answer}, calling(call), *results], _VALUE, _ANSWER)
+    rest = [*results, {"role": "assistant", "content": answer}, user]  # a template may count the messages
+    split = not kept and shows([{"role": "assistant", "content": answer}, calling(call), *rest], _VALUE, _ANSWER)
     return CallTraits(
         **traits, beside_text="kept" if kept else "split" if split else "dropped",
         several=shows([calling(call, _call(other_id, traits["arguments"], _SYSTEM)), *results, *others], _VALUE, _SYSTEM),

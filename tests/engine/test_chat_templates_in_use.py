@@ -64,7 +64,23 @@ GRANITE = """{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in m
 {%- for c in m.tool_calls %}<|tool_call|>{{ c.function.name }}{{ c.function.arguments }}{% endfor %}{% endif %}{% endfor %}"""
 # leaves out the roles that it does not know (Command-R's style of branches)
 COHERE = """{% for m in messages %}{% if m.role == 'user' %}<USER>{{ m.content }}{% elif m.role == 'assistant' %}<CHATBOT>{{ m.content }}{% endif %}{% endfor %}"""
-ALL = {"qwen": QWEN, "llama": LLAMA, "nemo": NEMO, "gemma": GEMMA, "deepseek": DEEPSEEK, "parts": PARTS, "mixed": MIXED, "either": EITHER,
+# alternation of the messages without calls and results; text beside calls is left out; ids of at least nine characters (Mistral Small)
+SMALL = """{%- if messages[0].role == 'system' %}[SYSTEM_PROMPT]{{ messages[0].content }}[/SYSTEM_PROMPT]{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}
+{%- set users = turns | selectattr('role', 'equalto', 'user') | list %}{% set ns = namespace(n=0) %}{% for m in turns %}
+{%- if m.role != 'tool' and not m.get('tool_calls') %}{% if (m.role == 'user') != (ns.n % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endif %}
+{%- if m.role == 'user' %}{% if tools is not none and m == users[-1] %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST]{{ m.content }}[/INST]
+{%- elif m.tool_calls is defined %}[TOOL_CALLS][{% for c in m.tool_calls %}{% if c.id | length < 9 %}{{ raise_exception('too short') }}{% endif %}{{ (c.function | tojson)[:-1] + ', "id": "' + c.id[-9:] + '"}' }}{% endfor %}]
+{%- elif m.role == 'assistant' %}{{ m.content + eos_token }}{% elif m.role == 'tool' %}{% if m.tool_call_id | length < 9 %}{{ raise_exception('too short') }}{% endif %}[TOOL_RESULTS]{{ m.content | string + m.tool_call_id[-9:] }}
+{%- endif %}{% endfor %}"""
+# `tools is defined` instead of `if tools`: it must be absent, not null (a Phi 4 mini template)
+PHI = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% elif tools is defined %}{% set system = '' %}{% endif %}
+{%- if system is defined %}<|system|>{{ system }}{% if tools is defined %}{% for t in tools %}<|tool|>{{ t.function | tojson }}<|/tool|>{% endfor %}{% endif %}<|end|>{% endif %}
+{%- for m in messages %}{% if m.role == 'tool' %}<|tool_response|>{{ m.content | tojson }}<|end|>{% elif m.role != 'system' %}<|{{ m.role }}|>{% if m.content %}{{ m.content }}{% endif %}
+{%- for c in m.tool_calls %}<|tool_call|>{{ c.function | tojson }}<|/tool_call|>{% endfor %}<|end|>{% endif %}{% endfor %}"""
+# tools, but no earlier calls; null content is iterated over (Kimi K2)
+KIMI = """{% if tools %}<|im_system|>{{ tools | tojson }}<|im_end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}
+{%- else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"""
+ALL = {"small": SMALL, "phi": PHI, "kimi": KIMI, "qwen": QWEN, "llama": LLAMA, "nemo": NEMO, "gemma": GEMMA, "deepseek": DEEPSEEK, "parts": PARTS, "mixed": MIXED, "either": EITHER,
        "chatml": CHATML, "xml": XML, "granite": GRANITE, "cohere": COHERE, "tool_chatml": built_in_template("tool_chatml")}
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
@@ -111,8 +127,8 @@ def test_every_template_writes_every_text_of_a_conversation_with_tools(name: str
 
 def test_what_is_found_out_about_each_template() -> None:
     traits = {name: template_traits(source, True) for name, source in ALL.items()}
-    assert {name for name, t in traits.items() if t.tools} == {"qwen", "llama", "nemo", "xml", "granite", "tool_chatml"}
-    assert {name for name, t in traits.items() if t.calls is None} == {"gemma", "parts", "mixed", "either", "chatml", "cohere"}
+    assert {name for name, t in traits.items() if t.tools} == {"qwen", "llama", "nemo", "small", "phi", "kimi", "xml", "granite", "tool_chatml"}
+    assert {name for name, t in traits.items() if t.calls is None} == {"gemma", "parts", "mixed", "either", "chatml", "cohere", "kimi"}
     assert {name for name, t in traits.items() if t.system is None} == {"gemma", "cohere"}
     assert {name for name, t in traits.items() if t.user == "parts"} == {"parts", "mixed"}
     assert (traits["mixed"].assistant, traits["mixed"].system, traits["parts"].system) == ("text", "text", "parts")
@@ -120,7 +136,8 @@ def test_what_is_found_out_about_each_template() -> None:
     assert {name for name, c in calls.items() if c.arguments == "text"} == {"deepseek", "granite"}
     assert {name for name, c in calls.items() if c.short_ids} == {"nemo"}
     assert {name for name, c in calls.items() if not c.several} == {"llama"}
-    assert {name for name, c in calls.items() if c.beside_text != "kept"} == {"deepseek", "llama", "nemo"}
+    assert {name: c.beside_text for name, c in calls.items() if c.beside_text != "kept"} == {
+        "deepseek": "split", "llama": "split", "nemo": "split", "small": "dropped"}
     assert {name for name, c in calls.items() if not c.raw_arguments} == {"xml"}
     assert not calls["granite"].null_content and calls["deepseek"].null_content
 
@@ -169,8 +186,10 @@ def test_null_content_stays_null_where_the_template_tests_for_it_and_is_empty_wh
 
 def test_text_beside_a_call_is_not_lost_and_neither_is_the_call() -> None:
     for name in ALL:
-        text = write(ALL[name], [USER, assistant(call(), content="Let me look."), result()])
-        assert text.index("Let me look.") < text.index("Paris") < text.index("sunny"), name
+        text = write(ALL[name], [USER, assistant(call(), content="Let me look."), result(), {"role": "assistant", "content": "Fine."}, USER])
+        assert text.index("Paris") < text.index("sunny"), name
+        if name != "small":  # it has no place for such a text, and refuses one more message
+            assert text.index("Let me look.") < text.index("Paris"), name
 
 
 def test_arguments_that_are_no_json_reach_the_template_as_their_text() -> None:
