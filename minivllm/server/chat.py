@@ -17,7 +17,7 @@ from minivllm.engine.chat_prompt import GENERIC_FORMAT, takes_tools
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.conversation import text_of
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.errors import InvalidInput, NotSupportedYet
+from minivllm.errors import InvalidInput
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, output_start
 from minivllm.output_parsers.tool_calls import PARSERS, guess_parser
 from minivllm.server.errors import context_error
@@ -62,7 +62,7 @@ class ChatPreprocessor:
         template = self._template(body, tokenizer)
         tools = body.tool_spec()
         tool_format = None if tools is None or template is None else self._tool_format(template)
-        call_format = None if tools is None or tools.mode != "auto" else self._auto_format(tools, tool_format)
+        call_format = None if tools is None or tools.forced else GENERIC_FORMAT if tool_format is None else tool_format.name
         messages = body.conversation(ignored)
         if template is not None:
             messages = _adapt(template, messages, ignored, bool(body.continue_final_message))
@@ -118,15 +118,6 @@ class ChatPreprocessor:
         if tools is not None and tools.mode == "auto" and self._config.enable_auto_tool_choice is False:
             field = "function_call" if tools.legacy else "tool_choice"
             raise InvalidInput(f"{field} 'auto' is turned off: start the server with --enable-auto-tool-choice, or choose another", field)
-
-    def _auto_format(self, tools: ToolSpec, tool_format: ToolFormat | None) -> str:
-        """The format of the calls that the model chooses to make."""
-        found = GENERIC_FORMAT if tool_format is None else tool_format.name
-        if tools.first_strict is not None and found == "pythonic":
-            where = f"functions.{tools.first_strict}.strict" if tools.legacy else f"tools.{tools.first_strict}.function.strict"
-            raise NotSupportedYet(f"{where} with {'function_call' if tools.legacy else 'tool_choice'} 'auto' is not supported yet in the "
-                                  f"format {found}: leave strict out, or require a call", where)
-        return found
 
     def _output_spec(
         self, body: ChatRequest, tokenizer: Tokenizer, tools: ToolSpec | None, call_format: str | None, prompt: str, continued: str,

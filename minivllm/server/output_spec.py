@@ -14,7 +14,7 @@ from minivllm.engine.json_schema import closed
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, OutputStart, ReasoningParser
-from minivllm.output_parsers.tool_calls import PARSERS, HermesParser, Llama3JsonParser, NamedCallParser, RequiredCallsParser, ToolParser
+from minivllm.output_parsers.tool_calls import PARSERS, HermesParser, NamedCallParser, RequiredCallsParser, ToolParser
 from minivllm.sampling_params import JSON_WHITESPACE, SamplingParams, StructuredOutputsParams
 from minivllm.server.tools import ToolSpec
 
@@ -75,16 +75,15 @@ class OutputSpec:
                 self._up_to("lead", HermesParser.OPEN),
                 "TEXT: /(.|\n)*/" + ("" if HermesParser.OPEN in self.special_ids else f" & ~/(.|\n)*{HermesParser.OPEN}(.|\n)*/"),
             ]
-        tag = Llama3JsonParser.OPEN.replace("|", r"\|")
-        return ["answer: calls | TEXT", *self._call_rules(tools), rf"TEXT: /(.|\n)*/ & ~/[ \t\r\n]*\{{(.|\n)*/ & ~/(.|\n)*{tag}(.|\n)*/"]
+        parser = PARSERS[self.call_format or ""]
+        tag, start = parser.OPEN.replace("|", r"\|"), "\\" + parser.UNMARKED
+        text = rf"TEXT: /(.|\n)*/ & ~/[ \t\r\n]*{start}(.|\n)*/ & ~/(.|\n)*{tag}(.|\n)*/"
+        return ["answer: calls | TEXT", *self._call_rules(tools), text]
 
     def _call_rules(self, tools: ToolSpec) -> list[str]:
         """Rules for calls in the model's format."""
-        if self.call_format == "pythonic":  # any arguments
-            name, more = " | ".join(json.dumps(f"{f.name}(") for f in tools.functions), "(\",\" GAP {})*"
-            calls = "call " + (more.format("call") if tools.parallel else "")
-            return [f'calls: "[" {calls} "]"', f"call: ({name}) (argument {more.format('argument')})? \")\"",
-                    "argument: NAME \"=\" %json {}", r"NAME: /[A-Za-z_][A-Za-z0-9_]*/"]
+        if self.call_format == "pythonic":
+            return _python_rules(tools)
         hermes = self.call_format == "hermes"
         schema = StructuredOutputsParams(json=tools.call_schema("arguments" if hermes else "parameters"), origin=tools.field)
         one, gap = ("open GAP call GAP close", "GAP") if hermes else ("call", '";" GAP')
@@ -109,6 +108,28 @@ class OutputSpec:
         if marker in self.special_ids:
             return rf"{rule}: /(.|\n)*/ {self._marker(marker)}"
         return rf"{rule}[lazy]: /(.|\n)*{marker.replace('/', chr(92) + '/')}/"
+
+
+def _python_rules(tools: ToolSpec) -> list[str]:
+    """Rules for a list of calls in Python's syntax. A strict function has its parameters in the order of its schema."""
+    names = [f"call{i}" for i in range(len(tools.functions))]
+    rules = ["calls: \"[\" call " + ('("," GAP call)* ' if tools.parallel else "") + '"]"', f"call: {' | '.join(names)}",
+             'argument: NAME "=" %json {}', r"NAME: /[A-Za-z_][A-Za-z0-9_]*/"]
+    for name, function, schema in zip(names, tools.functions, tools.enforced_schemas(), strict=True):
+        arguments = '(argument ("," GAP argument)*)?'
+        if function.strict:
+            shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+            properties = schema.get("properties", {})
+            required = [key in schema.get("required", ()) for key in properties]
+            schemas = [{**shared, **closed(part)} if isinstance(part, dict) else {} for part in properties.values()]
+            parts = [f"{json.dumps(key + '=')} %json {json.dumps(part)}" for key, part in zip(properties, schemas, strict=True)]
+            more = [f'("," GAP {name}_{j}){"" if required[j] else "?"}' for j in range(len(parts))]
+            first = required.index(True) if any(required) else len(parts) - 1  # the last parameter that can come first
+            starts = " | ".join(" ".join([f"{name}_{j}", *more[j + 1:]]) for j in range(first + 1))
+            arguments = f"({starts})" + ("" if any(required) else "?") if parts else ""
+            rules += [f"{name}_{j}: {part}" for j, part in enumerate(parts)]
+        rules.append(f"{name}: {json.dumps(function.name + '(')} {arguments} \")\"")
+    return rules
 
 
 def _structure_rule(structure: StructuredOutputsParams) -> str:

@@ -143,6 +143,10 @@ class ToolSpec:
         """For each function the schema that is enforced, and why it is not all of the function's own."""
         return [relaxed(_arguments(f)) if self._needs_schema(f) else ({"type": "object"}, None) for f in self.functions]
 
+    def enforced_schemas(self) -> list[dict[str, Any]]:
+        """For each function, the schema of its arguments: any object if they are not enforced."""
+        return [schema for schema, _ in self._enforced]
+
     def left_open(self) -> list[str]:
         """Names of schemas that are not enforced completely. Refuses one that is `strict`."""
         names = []

@@ -282,17 +282,18 @@ def test_the_output_for_a_named_function_is_its_arguments_and_finishes_with_stop
         assert join(tools.chat(**fields, stream=True)) == Joined("", "", [("get_weather", PARIS)], "stop")
 
 
-def test_a_strict_schema_is_enforced_by_a_grammar_or_refused(tools: ScriptedChat, tokenizer_folder: Path) -> None:
+def test_a_strict_schema_is_enforced_by_a_grammar_in_every_format(tools: ScriptedChat, tokenizer_folder: Path) -> None:
     strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     tools.generate('[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
     assert calls_of(tools.chat(tools=[strict], tool_choice="required").choices[0].message) == [("get_weather", PARIS)]
     tools.generate(CALL)
     assert calls_of(tools.chat(tools=[strict, CLOCK]).choices[0].message) == [("get_weather", PARIS)]
     assert tools.engine.seen[-1].params.structured_outputs.kind == "grammar"
-    with scripted_chat(tokenizer_folder, BARE, tool_call_parser="pythonic") as made:
-        with pytest.raises(openai.BadRequestError, match="not supported yet in the format pythonic") as refused:
-            made.chat(tools=[CLOCK, strict])
-        assert refused.value.param == "tools.1.function.strict"
+    for name, text in WRITTEN.items():
+        with scripted_chat(tokenizer_folder, BARE, tool_call_parser=name) as made:
+            made.generate(text)
+            assert calls_of(made.chat(tools=[CLOCK, strict]).choices[0].message) == [("get_weather", PARIS), ("clock", "{}")]
+            assert made.engine.seen[-1].params.structured_outputs.kind == "grammar"
 
 
 def test_the_clients_parse_helper_which_needs_strict_tools_works(tools: ScriptedChat) -> None:

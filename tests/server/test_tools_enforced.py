@@ -220,7 +220,8 @@ FORMAT_CASES = {
                     ('{"name": "switch", "parameters": {"on": true}}; {"name": "clock", "parameters": {}}', True),
                     ('{"name": "switch", "parameters": {"off', False), ('{"name": "other', False)],
     "pythonic": [("[switch(on=true)]", True),
-                 ('[clock(), switch(a="x", b=[1, {"c": null}])]', True), ('{"city": "Rome"}', True), ("No.", False),
+                 ('[clock(a="x", b=[1, {"c": null}]), switch(on=false)]', True), ("[switch()]", False),
+                 ("[switch(off=", False), ('{"city": "Rome"}', True), ("No.", False),
                  ("[other(", False), ("[switch(on=tru]", False)],
 }
 
@@ -228,7 +229,7 @@ FORMAT_CASES = {
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("call_format, text, accepted", [(name, *case) for name, cases in FORMAT_CASES.items() for case in cases])
 def test_the_grammar_of_calls_or_format(tmp_path: Path, call_format: str, special: bool, text: str, accepted: bool) -> None:
-    strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": call_format != "pythonic"}}
+    strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}
     tools = tool_spec([Tool.model_validate(tool) for tool in (strict, TOOLS[2])], "auto", None)
     start: Any = "undecided" if "<think>" in text else "answer"
     matcher, complete = match(
@@ -250,10 +251,26 @@ def test_a_strict_tool_is_enforced_in_the_format_of_llama(tmp_path: Path, text: 
     assert complete == accepted and (not accepted or matcher.is_accepting())
 
 
+@pytest.mark.parametrize("text, accepted", [
+    ("No call [here].", True), ("[f(b=1)]", True), ('[f(a="x", b=1, c={"d":1})]', True), ("[f(b=1, c={})]", True), ("[f(a=", True),
+    ("[f()]", False), ("[f(c=", False), ("[f(b=1, a=", False), ("[f(b=1, d=", False), ("[f(b=true", False), (" [1]", False), ("", True),
+    ("So: <|python_start|>[", False), ("[g(a=2)]", True), ("[g()]", True), ("[g(e=3)]", True), ("[g(a=2, e=3)]", True),
+    ("[h()]", True), ("[h(a", False),
+])
+def test_a_strict_tool_is_enforced_in_pythons_syntax(tmp_path: Path, text: str, accepted: bool) -> None:
+    schemas = {"f": {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"$ref": "#/$defs/x"}, "i": True}, "required": ["b"],
+                     "$defs": {"x": {"type": "object"}}}, "g": {"properties": {"a": {"const": 2}, "e": {"const": 3}}}, "h": {}}
+    sent = [{"type": "function", "function": {"name": name, "parameters": schema, "strict": True}} for name, schema in schemas.items()]
+    tools = tool_spec([Tool.model_validate(one) for one in sent], "auto", None)
+    matcher, complete = match(tmp_path, False, lambda ids: OutputSpec(tools=tools, call_format="pythonic", special_ids=ids),
+                              SamplingParams(), text)
+    assert complete == accepted and (not accepted or text == "[f(a=" or matcher.is_accepting())
+
+
 @pytest.mark.parametrize("call_format", FORMAT_CASES)
 def test_a_random_model_writes_either_calls_or_the_format(tiny_llama: Callable[..., Path], call_format: str) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads(str(FORM.json))}}
-    strict = [{"type": "function", "function": {**t["function"], "strict": call_format != "pythonic"}} for t in TOOLS[1:]]
+    strict = [{"type": "function", "function": {**t["function"], "strict": True}} for t in TOOLS[1:]]
     with server(tiny_llama(), tool_call_parser=call_format) as api:
         fields: Any = {"tools": strict, "response_format": form, "n": 8, "max_tokens": 100}
         whole = chat(api, **fields)
