@@ -259,7 +259,8 @@ def test_a_strict_tool_is_enforced_in_the_format_of_llama(tmp_path: Path, text: 
 ])
 def test_a_strict_tool_is_enforced_in_pythons_syntax(tmp_path: Path, text: str, accepted: bool) -> None:
     schemas = {"f": {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"$ref": "#/$defs/x"}, "i": True},
-                     "required": ["b"], "$defs": {"x": {"type": "object"}}}, "g": {"properties": {"a": {"const": 2}, "e": {"const": 3}}}, "h": {}}
+                     "required": ["b"], "$defs": {"x": {"type": "object"}}},
+               "g": {"properties": {"a": {"const": 2}, "e": {"const": 3}}}, "h": {}}
     sent = [{"type": "function", "function": {"name": name, "parameters": schema, "strict": True}} for name, schema in schemas.items()]
     tools = tool_spec([Tool.model_validate(one) for one in sent], "auto", None)
     matcher, complete = match(tmp_path, False, lambda ids: OutputSpec(tools=tools, call_format="pythonic", special_ids=ids),
