@@ -20,10 +20,10 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, output_start
 from minivllm.output_parsers.tool_calls import PARSERS, guess_parser
+from minivllm.server.chat_protocol import ChatRequest
 from minivllm.server.errors import context_error
 from minivllm.server.frontend import off_loop
 from minivllm.server.output_spec import OutputSpec
-from minivllm.server.protocol import ChatRequest
 from minivllm.server.tools import ToolSpec
 
 log = logging.getLogger(__name__)
