@@ -103,7 +103,7 @@ class ChatPreprocessor:
         has_place = takes_tools(template)
         name = parser or (guess_parser(source) if has_place else None)
         found = ToolFormat(name or GENERIC_FORMAT, has_place, known=name is not None)
-        if source not in self._explained:
+        if source not in self._explained and len(self._explained) < 32:  # requests may have their own templates
             self._explained.add(source)
             unknown = f"the chat template's own format is none of {', '.join(TOOL_CALL_PARSERS)}"
             log.info("tool calls: format %s, %s", found.name,
