@@ -104,7 +104,8 @@ function memory({ used_blocks: used, cached_blocks: cached }) {
   const counts = { used, cached, free: all - used - cached };
   for (const [name, count] of Object.entries(counts)) $(`memory-${name}`).style.flexGrow = count;
   const share = all ? ` (${Math.round((100 * used) / all)} %)` : "";
-  $("memory").textContent = `${used} in use${share}, ${cached} cached, ${counts.free} free, of ${all} blocks`
+  const [inUse, kept, free, total] = [used, cached, counts.free, all].map((count) => count.toLocaleString("en"));
+  $("memory").textContent = `${inUse} in use${share}, ${kept} cached, ${free} free, of ${total} blocks`
     + (cacheBytes ? `. KV cache ${size(cacheBytes)}` : "") + (weightBytes ? `, weights ${size(weightBytes)}` : "");
 }
 
