@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minivllm.engine.chat_prompt import ChatOptions, takes_tools, template_traits, write_chat
 from minivllm.engine.chat_template import ChatTemplate, built_in_template
@@ -251,3 +253,25 @@ def test_a_second_template_for_tools_is_used_for_tools_and_for_earlier_calls() -
 def test_the_generic_prompt_can_be_chosen_although_the_template_has_a_place_for_tools() -> None:
     text = write(NEMO, [USER, assistant(call()), result(), USER], TOOLS, generic_format="pythonic")
     assert "[the_function(argument='value')]" in text and "[weather(city='Paris')]" in text and "AVAILABLE_TOOLS" not in text
+
+
+TURNS = st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=4)
+
+
+@given(name=st.sampled_from(sorted(ALL)), turns=TURNS, system=st.booleans(), with_tools=st.booleans(), parts=st.booleans())
+def test_no_text_of_any_conversation_is_lost(name: str, turns: Any, system: bool, with_tools: bool, parts: bool) -> None:
+    """Turns of a question, 0 to 3 calls with or without text, their results, and mostly an answer."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "sys0"}] if system else []
+    for i, (calls, beside, answered, reordered) in enumerate(turns):
+        messages.append({"role": "user", "content": f"ask{i}."})
+        if calls:
+            sent = [call(f"call_{i}_{j}_0123456789", f"city{i}{j}.") for j in range(calls)]
+            results = [result(one["id"], f"res{i}{j}.") for j, one in enumerate(sent)]
+            messages += [assistant(*sent, content="beside" if beside else None), *(reversed(results) if reordered else results)]
+        if answered or i + 1 < len(turns):
+            messages.append({"role": "assistant", "content": f"say{i}."})
+    sent_messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} if parts and m["content"] else m for m in messages]
+    text = write(ALL[name], sent_messages, TOOLS if with_tools else None)
+    for i, message in enumerate(messages):
+        assert message["content"] in (None, "beside") or message["content"] in text, (i, message)
+        assert all(json.loads(one["function"]["arguments"])["city"] in text for one in message.get("tool_calls", ()))
