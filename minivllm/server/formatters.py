@@ -309,7 +309,9 @@ class CompletionFormatter(ChoicesFormatter):
 
     def format_logprobs(self, choice: ChoiceState, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Any:
         if choice.completion_logprobs is None:
-            choice.completion_logprobs = CompletionLogprobs(self.names, self.num_logprobs or 0, self.skip_special)
+            echo = self.request.echo
+            prompt = (0, "") if echo is None else (len(self.request.prompts[choice.prompt].prompt_token_ids), echo[choice.prompt])
+            choice.completion_logprobs = CompletionLogprobs(self.names, self.num_logprobs or 0, self.skip_special, prompt)
         return choice.completion_logprobs.add(token_ids, entries)
 
     def chunk_content(self, choice: ChoiceState, text: str) -> str:

@@ -56,24 +56,41 @@ def chat_entries(names: TokenNames, entries: Iterable[TokenLogprobs], top: int) 
 class CompletionLogprobs:
     """Completions' format for one choice, token by token. Keeps the offset in the text."""
 
-    def __init__(self, names: TokenNames, top: int, skip_special: bool) -> None:
+    def __init__(self, names: TokenNames, top: int, skip_special: bool, echo: tuple[int, str] = (0, "")) -> None:
+        """echo: number of the prompt's tokens, which come first, and the text that stands for them."""
         self._names = names
         self._top = top
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # characters of the text so far
+        self._prompt_left, self._echo = echo
 
     def add(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
         """The four lists for further tokens. A prompt's first token has the entry None, because nothing predicts it."""
         new: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(token_ids, entries, strict=True):
             new["text_offset"].append(self._offset)
-            if not (self._skip_special and self._names.is_special(token_id)):
-                self._offset += len(self._utf8.decode(self._names.token_bytes(token_id)))
+            self._advance(token_id)
             new["tokens"].append(self._name(token_id))
             new["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             new["top_logprobs"].append(None if entry is None else self._tops(entry))
         return new
+
+    def _advance(self, token_id: int) -> None:
+        """Move the offset to the end of a token."""
+        special, raw = self._skip_special and self._names.is_special(token_id), self._names.token_bytes(token_id)
+        if not self._prompt_left:
+            self._offset += 0 if special else len(self._utf8.decode(raw))
+            return
+        # The prompt's text may be as the user typed it: with special tokens, or without the space that a tokenizer puts in front.
+        piece = raw.decode("utf-8", "replace") if special else self._utf8.decode(raw)
+        if not self._echo.startswith(piece, self._offset):
+            piece = "" if special else piece.removeprefix(" ")
+        self._offset += len(piece)
+        self._prompt_left -= 1
+        if not self._prompt_left:  # the output starts behind the prompt's text, also if that ends inside a character
+            self._offset = len(self._echo)
+            self._utf8.reset()
 
     def _tops(self, entry: TokenLogprobs) -> dict[str, float]:
         """The most probable tokens and the sampled one: up to top + 1 entries."""

@@ -1,8 +1,9 @@
 """`/v1/completions` through the official client, over a real socket, with a scripted engine."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -213,3 +214,28 @@ def test_priority_and_salt_reach_the_engine_under_the_priority_policy(tokenizer_
     with scripted_server(engine) as live, openai.OpenAI(base_url=live.url + "/v1", api_key="unused") as api:
         api.completions.create(model=MODEL, prompt="x", extra_body={"priority": -3, "cache_salt": "mine"})
     assert engine.seen[-1].request.priority == -3 and engine.seen[-1].request.cache_salt == "mine"
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_offsets_agree_with_the_text_of_a_prompt_that_ends_inside_a_character(
+    api: openai.OpenAI, engine: ScriptedEngine, echo: bool,
+) -> None:
+    """Streamed and whole: each token's offset is where its text begins."""
+    of_byte = {engine.tokenizer.token_bytes(i): i for i in reversed(range(320))}
+    cat, a = engine.tokenizer.encode("the cat", add_special_tokens=False), of_byte[b"a"]
+    first, second = (of_byte[bytes([b])] for b in "é".encode())
+
+    def script(prompt: Sequence[int], *_: object) -> list[tuple[tuple[int, ...], str]]:
+        stream = engine.tokenizer.stream(prompt)
+        return [((t,), stream.push(t)) for t in (second, a, first, second, a)]
+
+    engine.script = script
+    request: dict[str, Any] = dict(model=MODEL, prompt=[*cat, first], logprobs=0, echo=echo, max_tokens=5)
+    whole = api.completions.create(**request).choices[0]
+    pieces = [chunk.choices[0] for chunk in api.completions.create(**request, stream=True)]
+    assert whole.text == "".join(piece.text for piece in pieces) == ("the cat\ufffd" if echo else "") + "\ufffdaéa"
+    assert whole.logprobs is not None and whole.logprobs.text_offset is not None
+    assert [offset for piece in pieces if piece.logprobs for offset in piece.logprobs.text_offset or ()] == whole.logprobs.text_offset
+    output = whole.logprobs.text_offset[len(cat) + 1 if echo else 0:]
+    start = len("the cat\ufffd") if echo else 0
+    assert output == [start, start + 1, start + 2, start + 2, start + 3] and whole.text[output[1]] == whole.text[output[4]] == "a"

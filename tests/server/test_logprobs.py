@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from minivllm.core.plan import TokenLogprobs
 from minivllm.server.logprobs import LOWEST, CompletionLogprobs, NumberedTokens, chat_entries, finite, prompt_logprobs
 
@@ -55,3 +57,33 @@ def test_prompt_logprobs_have_the_rank_of_a_token_that_is_not_among_the_most_pro
 
 def test_without_a_tokenizer_tokens_are_named_by_their_ids() -> None:
     assert CompletionLogprobs(NumberedTokens(), 0, True).add([7], [entry(7)])["tokens"] == ["token_id:7"]
+
+
+# -- an echoed prompt: offsets agree with the text --------------------------------------------------------------------
+
+
+class Spaces(Bytes):
+    """Tokens of a SentencePiece vocabulary, whose first one has a space in front: 5 is " Hi", 6 is " you"."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return {5: b" Hi", 6: b" you"}.get(token_id) or super().token_bytes(token_id)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 99])
+@pytest.mark.parametrize(("echo", "prompt", "output", "offsets"), [
+    ("!\ufffd", [4, 0], [1, 4], [0, 1, 2, 3]),  # the prompt ends inside a character, and the output completes it
+    ("!\ufffd", [4, 2], [3], [0, 1, 2]),
+    ("\ufffd", [0], [4], [0, 1]),
+    ("é", [0, 1], [2, 3, 4], [0, 0, 1, 1, 2]),
+    ("Hi you", [5, 6], [6], [0, 2, 6]),  # the tokenizer put a space in front
+    ("Hi</s> you", [9, 5, 9, 6], [4], [0, 0, 2, 6, 10]),  # BOS was added, the user typed the other one
+    ("Hi you", [9, 5, 6], [9, 4], [0, 0, 2, 6, 6]),
+])
+def test_offsets_of_an_echoed_prompt_and_its_output_agree_with_the_text(
+    echo: str, prompt: list[int], output: list[int], offsets: list[int], pieces: int,
+) -> None:
+    counter, found = CompletionLogprobs(Spaces(), 0, skip_special=True, echo=(len(prompt), echo)), []
+    tokens = prompt + output
+    for part in (tokens[:len(prompt) + pieces - 1], *([t] for t in tokens[len(prompt) + pieces - 1:])):
+        found += counter.add(part, [entry(t) for t in part])["text_offset"]
+    assert found == offsets
