@@ -61,7 +61,7 @@ def test_bad_words_of_a_sentencepiece_vocabulary_are_banned_with_and_without_a_l
 ) -> None:
     """Its tokenizer puts a space in front of every text, so the spelling inside a text was never seen."""
     tokenizer = Tokenizer(build.save(build.sentencepiece(metaspace=metaspace, merges=True), tmp_path / "t"))
-    words = check_params(SamplingParams(bad_words=[word]), tokenizer, 10**6).bad_words_token_ids
+    words = check_params(SamplingParams(bad_words=[word]), tokenizer, 10**6, 20).bad_words_token_ids
     spellings = {"".join(tokenizer.id_to_token(i) or "" for i in ids) for ids in words}
     assert spellings - {"▁▁the"} == ({"the", "▁the"} if word == "the" else {"▁the"})
 
