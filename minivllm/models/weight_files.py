@@ -21,7 +21,8 @@ SERIES = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 CONSOLIDATED = "consolidated*"
 OTHER_FORMATS = {
     "*.gguf": "GGUF", CONSOLIDATED: "the original format of Mistral or Meta", "*.pth": "a PyTorch file with other names",
-    "tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax", "*.onnx": "ONNX", "adapter_model.*": "a LoRA adapter, not a model",
+    "pytorch_model-*.bin": "a part, without pytorch_model.bin.index.json", "tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax",
+    "*.onnx": "ONNX", "adapter_model.*": "a LoRA adapter, not a model",
 }
 
 

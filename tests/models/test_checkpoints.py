@@ -230,6 +230,7 @@ def test_mistrals_own_file_beside_a_complete_one_is_not_read(folder: Path) -> No
 @pytest.mark.parametrize(("file", "what"), [
     ("consolidated.safetensors", "the original format of Mistral or Meta"), ("consolidated.00.pth", "the original format"),
     ("m.Q4_K_M.gguf", "GGUF"), ("tf_model.h5", "TensorFlow"), ("adapter_model.safetensors", "a LoRA adapter, not a model"),
+    ("pytorch_model-00001-of-00002.bin", "a part, without pytorch_model.bin.index.json"),
 ])
 def test_weights_in_another_format_are_named(folder: Path, file: str, what: str) -> None:
     (folder / "model.safetensors").rename(folder / file)
