@@ -8,6 +8,7 @@ A message whose text the template leaves out is refused by name, because the mod
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,8 @@ def _write(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions
         chat = _calls_for(traits.calls, chat)
     if traits.system is None or options.fold_system:
         chat = _without_system(chat)
+    elif not traits.several_systems:
+        chat = _with_one_system(chat)
     return chosen.render(
         [_with_content(message, traits) for message in chat], tools=plain(list(options.tools)) if traits.tools else None,
         add_generation_prompt=options.add_generation_prompt, continue_final_message=options.continue_final_message,
@@ -138,6 +141,13 @@ def _without_system(chat: Sequence[Message]) -> list[Message]:
         else:
             folded.append(message)
     return [*folded, {"role": "user", "content": "\n\n".join(system)}] if system else folded
+
+
+def _with_one_system(chat: Sequence[Message]) -> list[Message]:
+    """The system messages at the start as one. Agents send several, and some templates refuse all but the first message."""
+    rest = list(itertools.dropwhile(lambda message: message["role"] == "system", chat))
+    texts = [text_of(message["content"]) for message in chat[:len(chat) - len(rest)]]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *rest] if texts else rest
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class TemplateTraits:
     tool: Form
     tools: bool  # descriptions of functions
     calls: CallTraits | None  # None: no calls
+    several_systems: bool = True  # more than one system message at the start
 
     def form(self, role: str) -> Form:
         """The form of a message's content."""
@@ -78,8 +79,10 @@ def probe(render: Render, with_tools: bool) -> TemplateTraits:
     system_form = form("system", _SYSTEM, [], [user])
     answer_form = form("assistant", _ANSWER, [user], [user]) or form("assistant", _ANSWER, [user], []) or user_form
     calls, result_form = _probe_calls(render, user, answer_form, user_form)
-    starts = [[user], *([] if system_form is None else [[{"role": "system", "content": content_in(system_form, _SYSTEM)}, user]])]
+    systems: list[Message] = [{"role": "system", "content": content_in(system_form or "text", text)} for text in (_SYSTEM, _VALUE)]
+    starts = [[user], *([] if system_form is None else [[systems[0], user]])]
     return TemplateTraits(
+        several_systems=shows([*systems, user], _SYSTEM, _VALUE, _USER),
         user=user_form, assistant=answer_form, system=system_form, tool=result_form, calls=calls,
         tools=with_tools and any(shows(start, _NAME, _USER) for start in starts),
     )

@@ -53,7 +53,7 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
     @app.post("/ping", include_in_schema=False)
     async def ping() -> Response:
         frontend.check_alive()
-        return Response(status_code=200)
+        return Response(media_type="text/plain")
 
     @app.get("/is_sleeping")
     async def is_sleeping() -> Response:

@@ -219,6 +219,6 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
         f"model     {name}, {info.dtype} on {info.device}",
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
-        f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try:",
+        f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try{' (with MINIVLLM_API_KEY set to a key)' if config.api_key else ''}:",
         f"curl{socket_flag} {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))

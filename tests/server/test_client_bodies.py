@@ -282,3 +282,20 @@ def test_parts_of_either_api_are_accepted_in_both(chat: ScriptedChat) -> None:
 def test_no_alternatives_without_logprobs_request_nothing(chat: ScriptedChat) -> None:
     assert ignored(send(chat, CHAT, top_logprobs=0, logprobs=False)) == set()
     assert param(send(chat, CHAT, top_logprobs=1)) == "top_logprobs"
+
+
+STRICT = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}" \
+         "{{ raise_exception('System message must be at the beginning.') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+FIRST_ONLY = "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }}{% endif %}" \
+             "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [STRICT, FIRST_ONLY])
+def test_several_system_messages_at_the_start_are_one_for_a_template_that_takes_one(tokenizer_folder: Path, template: str) -> None:
+    with scripted_chat(tokenizer_folder, template) as chat:
+        chat.generate("fine")
+        more = [*CODEX["input"], {"role": "assistant", "content": "hi"}, {"role": "user", "content": "go on"}]
+        assert send(chat, RESPONSES, instructions=CODEX["instructions"], input=more).status_code == 200
+        assert chat.prompt.startswith("[system]You are an agent.\n\nrules\n\nmore rules[user]say hello[assistant]hi[user]go on")
+        send(chat, CHAT, messages=[{"role": "system", "content": "be brief"}, *HELLO])
+        assert chat.prompt.startswith("[system]be brief[user]hello")
