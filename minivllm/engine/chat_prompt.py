@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from minivllm.errors import InvalidInput
 
 GENERIC_FORMAT = "hermes"  # of calls in the generic tool prompt, if no other is requested
 MAX_CACHED_MESSAGES = 64  # of a conversation whose outline is cached
+log = logging.getLogger(__name__)
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
@@ -32,8 +34,8 @@ class ChatOptions:
     """What is written beside the messages."""
 
     tools: Sequence[Mapping[str, Any]] = ()
-    # Describe the tools by the generic prompt with this format of calls, even if the template has a place for tools.
-    generic_format: str | None = None
+    call_format: str = GENERIC_FORMAT  # of the generic tool prompt, and of earlier calls that the template cannot write
+    generic_tools: bool = False  # describe tools by the generic prompt even if the template has a place for them
     add_generation_prompt: bool = True  # open the assistant's answer
     continue_final_message: bool = False  # leave the last message open
     fold_system: bool = False  # system messages become a part of the user's
@@ -48,11 +50,20 @@ def write_chat(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], op
             "continue_final_message",
         )
     chat = conversation(messages)
+    try:
+        text = _write(template, chat, options)
+    except InvalidInput as error:  # some templates take only functions with a description, or only parameters with one type
+        if not options.tools or options.generic_tools:
+            raise
+        log.info("these tools are described by a generic prompt: %s", error.message)
+        try:
+            return write_chat(template, chat, replace(options, generic_tools=True))
+        except InvalidInput:
+            raise error from None
     lost = _lost(template, chat, options)
     if lost is not None and chat[lost]["role"] == "system":  # some templates have a place for it only while the last message is a user's
         options = replace(options, fold_system=True)
-        lost = _lost(template, chat, options)
-    text = _write(template, chat, options)
+        text, lost = _write(template, chat, options), _lost(template, chat, options)
     if lost is not None:
         where = f"messages.{lost}.content"
         raise InvalidInput(f"{where}: this model's chat template leaves this message (role {chat[lost]['role']!r}) out of the prompt: "
@@ -83,7 +94,7 @@ def template_traits(source: str, with_tools: bool) -> TemplateTraits:
 
 def _choose(template: ChatTemplate, has_calls: bool, options: ChatOptions) -> tuple[ChatTemplate, TemplateTraits]:
     """The template that is used. Its trait `tools` is whether it writes the request's tools itself."""
-    if options.tools and options.generic_format is None:
+    if options.tools and not options.generic_tools:
         traits = template_traits(template.for_tools().source, True)
         if traits.tools:
             return template.for_tools(), traits
@@ -96,7 +107,7 @@ def _choose(template: ChatTemplate, has_calls: bool, options: ChatOptions) -> tu
 
 def _write(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions) -> str:
     chosen, traits = _choose(template, any(message.get("tool_calls") for message in chat), options)
-    call_format = options.generic_format or GENERIC_FORMAT
+    call_format = options.call_format
     if "developer" not in chosen.source:
         chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
     if options.tools and not traits.tools:
@@ -228,12 +239,12 @@ def _lost(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions)
     outline = tuple((message["role"], parts(message), len(message.get("tool_calls", ()))) for message in chat)
     find = _lost_number if len(outline) <= MAX_CACHED_MESSAGES else _lost_number.__wrapped__
     tool_use = None if template.tool_use is None else template.tool_use.source
-    return find(template.source, tool_use, outline, bool(options.tools), options.generic_format, options.fold_system)
+    return find(template.source, tool_use, outline, bool(options.tools), options.generic_tools, options.fold_system)
 
 
 @lru_cache(maxsize=256)
 def _lost_number(
-    source: str, tool_use: str | None, outline: Outline, with_tools: bool, generic_format: str | None, fold_system: bool,
+    source: str, tool_use: str | None, outline: Outline, with_tools: bool, generic_tools: bool, fold_system: bool,
 ) -> int | None:
     """`_lost` by trying: a conversation of the same outline, whose texts are numbers, is rendered. A number that is missing was lost.
 
@@ -246,7 +257,7 @@ def _lost_number(
         call = {"type": "function", "function": {"name": "f", "arguments": {}}}
         chat.append({"role": role, "content": content, **({"tool_calls": [call] * calls} if calls else {})})
     tools = [PROBE_TOOL] if with_tools else ()
-    options = ChatOptions(tools=tools, generic_format=generic_format, fold_system=fold_system, variables=_TOKENS)
+    options = ChatOptions(tools=tools, generic_tools=generic_tools, fold_system=fold_system, variables=_TOKENS)
     try:
         text = _write(ChatTemplate(source, tool_use), conversation(chat), options)
     except InvalidInput:

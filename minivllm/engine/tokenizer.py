@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenizers.decoders import DecodeStream
 
-from minivllm.engine.chat_prompt import ChatOptions, write_chat
+from minivllm.engine.chat_prompt import GENERIC_FORMAT, ChatOptions, write_chat
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError
 
@@ -88,12 +88,13 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
         continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | ChatTemplate | None = None, generic_format: str | None = None, tokenize: bool = True, **kwargs: Any,
+        chat_template: str | ChatTemplate | None = None, call_format: str = GENERIC_FORMAT, generic_tools: bool = False,
+        tokenize: bool = True, **kwargs: Any,
     ) -> list[int] | str:
         """Write a conversation in the model's training format. The template writes the special tokens too.
 
         `chat_template` replaces the model's own: Jinja source, or the name of a built-in template.
-        `generic_format` describes tools by the generic prompt in this format. Without it, only templates without a place for tools do.
+        A template without a place for tools gets a generic prompt, with calls in `call_format`; `generic_tools`: any template does.
         """
         if isinstance(chat_template, str):
             chat_template = ChatTemplate(built_in_template(chat_template) if chat_template in BUILT_IN else chat_template)
@@ -103,7 +104,7 @@ class Tokenizer:
                 "this model has no chat template: use a chat model, pass chat_template, or send a plain prompt", "messages",
             )
         text = write_chat(template, messages, ChatOptions(
-            tools=tools or (), generic_format=generic_format, add_generation_prompt=add_generation_prompt,
+            tools=tools or (), call_format=call_format, generic_tools=generic_tools, add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message, variables={**self._special_tokens, **kwargs},
         ))
         return self.encode(text, add_special_tokens=False) if tokenize else text

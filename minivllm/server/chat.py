@@ -76,7 +76,8 @@ class ChatPreprocessor:
             text = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=opens_answer, continue_final_message=bool(body.continue_final_message),
                 tools=None if tools is None else tools.for_template(), chat_template=template, tokenize=False,
-                generic_format=tool_format.name if tool_format is not None and tool_format.is_generic(tools) else None, **variables,
+                call_format=GENERIC_FORMAT if tool_format is None else tool_format.name,
+                generic_tools=tool_format is not None and tool_format.is_generic(tools), **variables,
             )
             assert isinstance(text, str)
             if tools is not None:

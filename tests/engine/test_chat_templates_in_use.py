@@ -251,8 +251,24 @@ def test_a_second_template_for_tools_is_used_for_tools_and_for_earlier_calls() -
 
 
 def test_the_generic_prompt_can_be_chosen_although_the_template_has_a_place_for_tools() -> None:
-    text = write(NEMO, [USER, assistant(call()), result(), USER], TOOLS, generic_format="pythonic")
+    text = write(NEMO, [USER, assistant(call()), result(), USER], TOOLS, call_format="pythonic", generic_tools=True)
     assert "[the_function(argument='value')]" in text and "[weather(city='Paris')]" in text and "AVAILABLE_TOOLS" not in text
+
+
+def test_tools_that_the_template_cannot_write_are_described_by_the_generic_prompt_in_the_same_format() -> None:
+    """As templates do that write a signature: they need a description, and parameters with one type."""
+    signature = "{% for t in tools or [] %}{{ t.function.name + '(' }}{% for name, p in t.function.parameters.properties.items() %}" \
+                "{{ name + ': ' + p.type }}{% endfor %}{{ ') ' + t.function.description }}{% endfor %}" + KIMI.partition("{% endif %}")[2]
+    assert write(signature, [USER], TOOLS).startswith("weather(city: string) Weather of a city<|user|>")
+    odd: list[Any] = [{"type": "function", "function": {"name": "clock"}}, {"type": "function", "function": {
+        "name": "f", "description": "", "parameters": {"type": "object", "properties": {"x": {"anyOf": [{"type": "null"}]}}}}}]
+    for tool in odd:
+        text = write(signature, [USER], [*TOOLS, tool], call_format="llama3_json")
+        assert json.dumps(tool) in text and '{"name": "the_function", "parameters"' in text and "How is the weather?" in text
+    with pytest.raises(InvalidInput, match="must alternate"):
+        write(SMALL, [USER, USER], TOOLS)
+    text = write(KIMI, [USER, assistant(call()), result()], TOOLS, call_format="llama3_json")
+    assert '{"name": "weather", "parameters": {"city": "Paris"}}' in text, "earlier calls are in the format of the model's parser"
 
 
 TURNS = st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=4)
