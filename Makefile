@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench notebooks clean
+.PHONY: help serve test clients lint bench notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ serve: $(VENV)/.installed  ## install once, download the default model once, ser
 
 test: $(VENV)/.installed-test  ## install the test extra once, run the whole suite (or PYTEST="...")
 	$(VENV)/bin/pytest $(PYTEST)
+
+clients: $(VENV)-clients/.installed  ## install third-party clients once in a separate environment, test them against the server
+	$(VENV)-clients/bin/pytest tests/clients $(PYTEST)
 
 lint: $(VENV)/.installed-lint  ## ruff, and mypy (strict on the control plane)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
@@ -28,7 +31,7 @@ notebooks: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
 	$(VENV)/bin/jupyter lab notebooks
 
 clean:  ## remove the environment and the tools' caches (the model cache in ~/.cache/minivllm stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One environment. A stamp file is newer than pyproject.toml and constraints.txt if their packages are installed.
 $(VENV)/bin/python:
@@ -40,3 +43,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --editable ".[$*]" --constraint constraints.txt && touch $@
+
+# The clients need other versions of openai and of its dependencies than constraints.txt has.
+$(VENV)-clients/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-clients && $(VENV)-clients/bin/python -m pip install --editable ".[clients]" && touch $@
