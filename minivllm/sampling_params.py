@@ -88,7 +88,7 @@ def _boolean(name: str, value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """A constraint on the whole output: exactly one of the first five fields (vLLM's names). Raises `InvalidInput`.
+    """A constraint on the whole output: exactly one of the first six fields (vLLM's names). Raises `InvalidInput`.
 
     Type, size and nesting are checked here. The engine compiles the grammar when the request is added, and reports errors then.
     """
@@ -98,6 +98,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None  # the output is one of these strings
     grammar: str | None = None  # in llguidance's variant of Lark, or in GBNF
     json_object: bool | None = None  # any JSON object
+    structural_tag: str | Mapping[str, Any] | None = None  # text in which some tags enclose JSON (vLLM's form); stored as text
     disable_any_whitespace: bool = False  # JSON on one line, without spaces
     whitespace_pattern: str | None = None  # a regex for the whitespace between the tokens of JSON
     origin: str = field(default="structured_outputs", repr=False, compare=False)  # its name in error messages: the server accepts several
@@ -116,6 +117,8 @@ class StructuredOutputsParams:
         where = self.where
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json, where))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _structural_tag_text(self.structural_tag, where))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice, where))
         for name in ("regex", "grammar", "whitespace_pattern"):
@@ -155,7 +158,7 @@ class StructuredOutputsParams:
 
 
 BACKENDS = ("auto", "guidance", "xgrammar", "outlines", "lm-format-enforcer")
-STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _MAX_LENGTH = {"regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "whitespace_pattern": 256}
 StructuredOutputs = StructuredOutputsParams
 GuidedDecodingParams = StructuredOutputsParams  # vLLM's older name
@@ -218,6 +221,23 @@ class RequestOutputKind(enum.Enum):
     CUMULATIVE = 0  # all of its output so far
     DELTA = 1  # what is new since the last one
     FINAL_ONLY = 2  # one output, at the end
+
+
+def _structural_tag_text(value: Any, where: str) -> str:
+    """{"structures": [{"begin": ..., "schema": {...}, "end": ...}], "triggers": [...]} as JSON text."""
+    text = _schema_text(value, where)
+    tag = jsonlib.loads(text)
+    structures, triggers = tag.get("structures"), tag.get("triggers")
+    if not isinstance(structures, list) or not structures or not isinstance(triggers, list) or not triggers:
+        raise InvalidInput(f'{where} must have "structures" (each with "begin", "schema" and "end") and "triggers" (texts), both not '
+                           "empty; other forms are not supported", where)
+    for i, structure in enumerate(structures):
+        texts = [structure.get(name) for name in ("begin", "end")] if isinstance(structure, dict) else [None]
+        if not all(isinstance(part, str) for part in texts) or not isinstance(structure.get("schema"), dict):
+            raise InvalidInput(f'{where}.structures.{i} must be {{"begin": text, "schema": a JSON schema, "end": text}}', where)
+        if not any(isinstance(trigger, str) and trigger and structure["begin"].startswith(trigger) for trigger in triggers):
+            raise InvalidInput(f"{where}.structures.{i}.begin {structure['begin']!r} begins with none of the triggers: add one", where)
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,19 +208,16 @@ def _one_by_one(message: Message, calls: Sequence[dict[str, Any]]) -> list[Messa
 
 
 def _results_after_calls(chat: Sequence[Message]) -> list[Message]:
-    """The conversation with each result directly after its call."""
-    results: dict[Any, list[Message]] = {}
-    for message in chat:
-        if message["role"] == "tool":
-            results.setdefault(message.get("tool_call_id"), []).append(message)
+    """The conversation with each result directly after its call. Ids may occur again in later turns."""
     ordered: list[Message] = []
     for message in chat:
-        if message["role"] != "tool":
-            ordered.append(message)
-            for call in message.get("tool_calls", ()):
-                ordered += results.pop(call["id"], [])
-        elif message.get("tool_call_id") in results:  # a result without its call
-            ordered += results.pop(message.get("tool_call_id"))
+        at = i = len(ordered)
+        while message["role"] == "tool" and i and (ordered[i - 1]["role"] == "tool" or ordered[i - 1].get("tool_calls")):
+            i -= 1
+            if any(call["id"] == message.get("tool_call_id") for call in ordered[i].get("tool_calls", ())):
+                at = i + 1
+                break
+        ordered.insert(at, message)
     return ordered
 
 

@@ -94,7 +94,7 @@ def _compile(params: StructuredOutputsParams, vocabulary: Any, special: Sequence
 
     where = params.where
     try:
-        grammar = _grammar_text(params)
+        grammar = _grammar_text(params, special)
     except ValueError as error:
         raise InvalidInput(f"{where} is not a valid grammar ({_one_line(str(error))}): correct it", where) from None
     plain = grammar.replace("\\", "")  # escapes may hide the text of a special token
@@ -118,8 +118,18 @@ def _unforced(grammar: str) -> str:
     return '%llguidance {"no_forcing": true}\n' + grammar
 
 
-def _grammar_text(params: StructuredOutputsParams) -> str:
-    """The grammar in llguidance's own form."""
+def _structural_tag(text: str, special: Sequence[str]) -> str:
+    """Free text; where it contains a trigger, it goes on as one of the structures that begin with this trigger."""
+    from llguidance import StructTag
+
+    tag = json.loads(text)
+    found = [StructTag(trigger=trigger, begin=one["begin"], grammar=closed(one["schema"]), end=one["end"]) for one in tag["structures"]
+             for trigger in tag["triggers"] if one["begin"].startswith(trigger)]
+    return str(StructTag.to_grammar(found, assume_special=all(trigger in special for trigger in tag["triggers"])))
+
+
+def _grammar_text(params: StructuredOutputsParams, special: Sequence[str]) -> str:
+    """The grammar in llguidance's own form. special: texts of special tokens."""
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if params.kind in ("json", "json_object"):
@@ -131,6 +141,8 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
         return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex or '', use_ascii='d')}/"))
     if params.kind == "choice":
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, params.choice or ()))))
+    if params.kind == "structural_tag":
+        return _structural_tag(str(params.structural_tag), special)
     return str(grammar_from("grammar", params.grammar or ""))
 
 

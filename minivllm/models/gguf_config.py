@@ -163,10 +163,11 @@ def _rope_scaling(meta: Metadata, head_dim: int, tensors: Mapping[str, ReaderTen
         meta.fail(f"{prefix}.rope.scaling.factor", "must be at least 1 (a context is extended, not shortened)")
     if sharpened != 1.0 and kind != "yarn":
         meta.fail(f"{prefix}.rope.scaling.attn_factor", "is supported only with yarn")
-    if ROPE_FACTORS in tensors:
+    divisors = None if ROPE_FACTORS not in tensors else tensors[ROPE_FACTORS].data
+    if divisors is not None and not (divisors == 1.0).all():
         if factor != 1.0:
             meta.fail(f"{prefix}.rope.scaling.factor", f"and tensor {ROPE_FACTORS!r} both scale: together they are not supported")
-        return _llama3_rope(meta, head_dim, tensors[ROPE_FACTORS].data)
+        return _llama3_rope(meta, head_dim, divisors)
     if kind == "yarn":
         return _yarn(meta, factor, sharpened)
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
@@ -194,13 +195,11 @@ def llama3_factors(theta: float, head_dim: int, factor: float, original: int, lo
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-def _llama3_rope(meta: Metadata, head_dim: int, factors: np.ndarray) -> dict[str, Any] | None:
+def _llama3_rope(meta: Metadata, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
     """The parameters from which the divisors were computed. No metadata holds them. All Llama 3.x models share low and high."""
-    if (factors == 1.0).all():
-        return None
     factor, theta = float(factors.max()), meta.hparam("rope.freq_base", 10000.0)
-    for original in (8192, 4096, 16384, 32768):
-        if factors.shape == (head_dim // 2,) and np.allclose(factors, llama3_factors(theta, head_dim, factor, original), rtol=1e-4):
+    for original in (8192, 4096, 16384, 32768) if factors.shape == (head_dim // 2,) else ():
+        if np.allclose(factors, llama3_factors(theta, head_dim, factor, original), rtol=1e-4):
             return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                     "original_max_position_embeddings": original}
     raise ModelError(f"{meta.path}: tensor {ROPE_FACTORS!r} holds rotary factors that are not Llama 3's, which is not supported", "model")

@@ -205,19 +205,25 @@ def _byte_pairs(meta: Metadata, vocabulary: Vocabulary, rules: PreTokenizer) -> 
 
 
 def _merges(meta: Metadata, vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Pairs of tokens by rank. Each pair and its result must be tokens."""
+    """Pairs of tokens by rank. A pair that does not join two tokens to a third one can never be joined."""
     merges = meta.tokenizer("ggml.merges")
     if merges is None:
         raise ModelError(f"{meta.path}: metadata tokenizer.ggml.merges is missing, which tokenizer model 'gpt2' needs", "model")
     known = set(vocabulary.tokens)
     found: dict[tuple[str, str], None] = {}
+    useless = []
     for i, merge in enumerate(merges):
         at = merge.find(" ", 1)  # a token may begin with a space
         left, right = (merge[:at], merge[at + 1:]) if at > 0 else (merge, "")
-        if not right or not {left, right, left + right} <= known:
-            why = "is not two tokens" if not right else "joins or makes a token that is not in tokenizer.ggml.tokens"
-            raise ModelError(f"{meta.path}: metadata tokenizer.ggml.merges: entry {i}, {merge!r}, {why}", "model")
-        found[left, right] = None
+        if not right:
+            raise ModelError(f"{meta.path}: metadata tokenizer.ggml.merges: entry {i}, {merge!r}, is not two tokens", "model")
+        if {left, right, left + right} <= known:
+            found[left, right] = None
+        else:
+            useless.append(merge)
+    if useless:
+        meta.warn(f"metadata tokenizer.ggml.merges: {len(useless)} of {len(merges)} entries are not used: they join or make a token that "
+                  f"is not in tokenizer.ggml.tokens, such as {useless[0]!r}")
     return list(found)
 
 

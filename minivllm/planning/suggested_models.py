@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from minivllm.families import ModelSpec, linear_specs, parse_config, tensor_specs
 
 GIB = 1 << 30
-RESERVE = 3 * GIB // 2  # bytes for the peak of a step, CUDA graphs and the driver's context
+RESERVE = 2 * GIB  # bytes for the peak of a step, CUDA graphs and the driver; about what a start prints for these models
 CONTEXT = 8192  # tokens of KV cache that must fit
 UTILIZATION = 0.9  # the default of gpu_memory_utilization
 SIZE_OF_VALUE = 2  # bytes, in bfloat16

@@ -5,7 +5,7 @@
     app.py                    the application: which path does what
     authentication.py         API keys and request ids
     frontend.py               what all endpoints share
-    protocol.py, tools.py     the request models
+    protocol.py               the request models; chat_protocol.py, tools.py; parsing.py reads a body
     responses.py              /v1/responses: responses_protocol.py, responses_formatter.py; response_store.py keeps its responses
     prepare.py, chat.py       from a request model to engine requests
     generation.py             the response: engine requests out, deltas in, bytes to the client

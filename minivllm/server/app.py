@@ -18,6 +18,7 @@ from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.authentication import AuthenticationMiddleware
+from minivllm.server.chat_protocol import ChatRequest, TokenizeRequest
 from minivllm.server.control import add_control, not_built
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
 from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
@@ -28,15 +29,7 @@ from minivllm.server.openapi import body_of, describe
 from minivllm.server.page import FILES, add_page
 from minivllm.server.parsed_chat import ParsedChatFormatter
 from minivllm.server.prepare import Preprocessor
-from minivllm.server.protocol import (
-    IGNORED_HEADER,
-    AbortRequest,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    ignored_header,
-)
+from minivllm.server.protocol import IGNORED_HEADER, AbortRequest, CompletionRequest, DetokenizeRequest, ignored_header
 from minivllm.server.responses import add_responses
 from minivllm.server.responses_protocol import ResponsesRequest
 

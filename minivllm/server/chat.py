@@ -20,10 +20,10 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, output_start
 from minivllm.output_parsers.tool_calls import PARSERS, guess_parser
+from minivllm.server.chat_protocol import ChatRequest
 from minivllm.server.errors import context_error
 from minivllm.server.frontend import off_loop
 from minivllm.server.output_spec import OutputSpec
-from minivllm.server.protocol import ChatRequest
 from minivllm.server.tools import ToolSpec
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class ChatPreprocessor:
         has_place = takes_tools(template)
         name = parser or (guess_parser(source) if has_place else None)
         found = ToolFormat(name or GENERIC_FORMAT, has_place, known=name is not None)
-        if source not in self._explained:
+        if source not in self._explained and len(self._explained) < 32:  # requests may have their own templates
             self._explained.add(source)
             unknown = f"the chat template's own format is none of {', '.join(TOOL_CALL_PARSERS)}"
             log.info("tool calls: format %s, %s", found.name,

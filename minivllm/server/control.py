@@ -49,7 +49,8 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
             "kv_cache_usage": stats.kv_cache_usage,
         })
 
-    @app.api_route("/ping", methods=["GET", "POST"])
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
     async def ping() -> Response:
         frontend.check_alive()
         return Response(media_type="text/plain")

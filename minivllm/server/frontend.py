@@ -16,7 +16,7 @@ from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.server.errors import ApiError, engine_dead, shorten
-from minivllm.server.protocol import Model, parse
+from minivllm.server.parsing import Model, parse
 from minivllm.server.response_store import ResponseStore
 from minivllm.server.running import RunningRequests
 

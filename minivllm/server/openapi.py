@@ -81,11 +81,13 @@ RESPONSES: dict[str, JsonSchema] = {
                          "token_strs": {"anyOf": [array(STRING), {"type": "null"}]}}),
     "/detokenize": record({"prompt": STRING}),
     "/load": record({"server_load": INTEGER, "num_running": INTEGER, "num_waiting": INTEGER, "kv_cache_usage": NUMBER}),
+    "/is_sleeping": record({"is_sleeping": {"const": False}}),
+    "/server_info": record({"version": STRING, "models": array(STRING), "engine": {"type": "object"}}),
     "/reset_prefix_cache": record({"status": {"const": "ok"}}),
     "/abort_requests": record({"aborted": array(STRING)}),
 }
 STREAMS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
-OTHER_MEDIA = {"/metrics": "text/plain"}
+OTHER_MEDIA = {"/metrics": "text/plain", "/ping": "text/plain"}
 OPEN = frozenset({"/health"})
 
 # Status -> description: for every path, for paths that read a body, and for paths that generate.

@@ -12,11 +12,12 @@ from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.server.chat import ChatPreprocessor, check_length
+from minivllm.server.chat_protocol import ChatRequest
 from minivllm.server.errors import context_error
 from minivllm.server.formatters import PreparedRequest
 from minivllm.server.frontend import Frontend, off_loop
 from minivllm.server.output_spec import OutputSpec
-from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from minivllm.server.protocol import CompletionRequest, GenerationRequest
 
 DEFAULT_OUTPUT = 16  # tokens of a completion without max_tokens; a chat's answer may fill the context
 

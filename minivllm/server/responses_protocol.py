@@ -19,8 +19,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema
 
 from minivllm.errors import InvalidInput, NotSupportedYet, UnknownField, nearest, unknown_field
+from minivllm.server.chat_protocol import ChatRequest, message_content, refusals_as_text
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import NO_EFFECT, ChatRequest, SharedFields, Strings, convert, message_content, refusals_as_text
+from minivllm.server.parsing import convert
+from minivllm.server.protocol import NO_EFFECT, SharedFields, Strings
 from minivllm.server.strict import StrictModel
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that requests log-probabilities

@@ -1,6 +1,7 @@
 """Structured output: OpenAI's `response_format`, vLLM's `structured_outputs`, and vLLM's older `guided_*` fields.
 
-    response_format      {"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}
+    response_format      {"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}},
+                         {"type": "structural_tag", "structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}
     structured_outputs   {"json": schema} or regex, choice, grammar, json_object: the fields of `StructuredOutputsParams`
     guided_json ...      one field each
 
@@ -33,8 +34,10 @@ class JsonSchemaFormat(StrictModel):
 class ResponseFormat(StrictModel):
     """`response_format`."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    structures: Any = None
+    triggers: Any = None
 
     def structure(self, where: str) -> StructuredOutputsParams | None:
         """`where`: the name of the field in errors. `/v1/responses` has the schema in `text.format` itself."""
@@ -42,6 +45,12 @@ class ResponseFormat(StrictModel):
         if (self.json_schema is not None) != (self.type == "json_schema"):
             problem = "is required with" if self.json_schema is None else "is only for"
             raise InvalidInput(f"{inner} {problem} type json_schema", inner)
+        if self.type == "structural_tag":
+            tag = {"structures": self.structures, "triggers": self.triggers}
+            return StructuredOutputsParams(structural_tag=tag, origin=where)
+        for name in ("structures", "triggers"):
+            if getattr(self, name) is not None:
+                raise InvalidInput(f"{where}.{name} is only for type structural_tag: leave it out", f"{where}.{name}")
         if self.json_schema is not None:
             return StructuredOutputsParams(json=self.json_schema.json_schema, origin=f"{inner}.schema")
         return None if self.type == "text" else StructuredOutputsParams(json_object=True, origin=where)
@@ -55,10 +64,11 @@ class StructuredOutputsFields(StrictModel):
     choice: Any = None
     grammar: Any = None
     json_object: Any = None
+    structural_tag: Any = None
     disable_any_whitespace: Any = None
     whitespace_pattern: Any = None
     UNSUPPORTED = types.MappingProxyType({
-        "structural_tag": (), "disable_fallback": (), "disable_additional_properties": (), "backend": (),
+        "disable_fallback": (), "disable_additional_properties": (), "backend": (),
     })
 
     def structure(self) -> StructuredOutputsParams:

@@ -165,6 +165,9 @@ def enough_memory(what: str, field: str, fix: str) -> Iterator[None]:
     """Turns running out of memory into a user error: what did not fit, and what to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # PyTorch's allocator of host memory has no class of errors for this.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
         torch.cuda.empty_cache()
         raise InvalidInput(f"no memory for {what} ({str(error).split('. ')[0]}): for {field}: {fix}", field) from error

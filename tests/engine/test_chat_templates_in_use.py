@@ -223,6 +223,14 @@ def test_several_calls_are_written_one_by_one_where_the_template_takes_one_in_a_
     assert text.count("<assistant>") == 3, "the text is a message too"
 
 
+def test_ids_that_occur_again_in_a_later_turn_belong_to_that_turn() -> None:
+    turn = [USER, assistant(call("0"), call("1", "Rome"))]
+    messages = [*turn, result("1", "rain"), result("0", "sun"), *turn, result("0", "snow"), result("1", "fog"), result("9", "lost call")]
+    text = write(LLAMA, messages, TOOLS)
+    places = [text.index(f'"{content}"') for content in ("sun", "rain", "snow", "fog", "lost call")]
+    assert places == sorted(places) and text.count("Paris") == text.count("Rome") == 2
+
+
 def test_a_system_message_is_the_beginning_of_the_first_user_message_where_there_is_no_such_role() -> None:
     assert write(GEMMA, [SYSTEM, USER]) == "<s><start_of_turn>user\nBe brief.\n\nHow is the weather?<end_of_turn>\n"
     assert write(GEMMA, [SYSTEM]) == "<s><start_of_turn>user\nBe brief.<end_of_turn>\n"

@@ -53,7 +53,7 @@ def test_suggested_models_fit_and_are_the_best_that_do(gib: float) -> None:
     found = models_that_fit(int(gib * GIB))
     assert all(bytes_needed(m.spec) <= 0.9 * gib * GIB for m in found) and len(found) <= 3
     assert found == [m for m in MODELS if bytes_needed(m.spec) <= 0.9 * gib * GIB][:3]
-    assert bool(found) == (gib >= 3)
+    assert bool(found) == (gib >= 4)
 
 
 def test_the_line_on_an_8_gb_card_names_models_for_it(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,8 @@ def test_rope_scaling_that_is_not_supported_is_an_error(write_gguf: Callable[...
 def test_frequency_divisors_of_one_change_nothing_and_do_not_mix_with_a_factor(write_gguf: Callable[..., Path]) -> None:
     ones, twos = np.ones(HEAD_DIM // 2, np.float32), np.full(HEAD_DIM // 2, 2, np.float32)
     assert config_of(convert(write_gguf("llama", extra={"rope_freqs.weight": ones})))["rope_scaling"] is None
+    both = write_gguf("llama", meta={"rope.scaling.factor": 2.0}, extra={"rope_freqs.weight": ones})
+    assert config_of(convert(both))["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     refused(write_gguf("llama", meta={"rope.scaling.factor": 2.0}, extra={"rope_freqs.weight": twos}), "both scale")
 
 

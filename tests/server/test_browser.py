@@ -57,8 +57,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServe
 
 @pytest.fixture
 def served(shared: tuple[LiveServer, Pace]) -> tuple[LiveServer, Pace]:
-    pace = shared[1]
+    live, pace = shared
     pace.seconds, pace.failure, pace.replies = 0.0, None, {"steps": REASONED}
+    live.wait_until(lambda: not live.client._unseen and live.client.stats().num_running == 0)  # the last test's page is closed
     return shared
 
 
@@ -516,6 +517,7 @@ def test_hostile_output_neither_runs_nor_fetches_anything(page: Any, served: tup
 
 STREAMED = [
     ANSWER, HOSTILE, "1. a\n\n2. b\n\n   more\n\n- c\n  - d\n\n\n- e\n\ntext\n\n3) f\n",
+    "one\n\n1. a\n\n2. b\n\ntext\n\n- c\n\n- d\n\n  e\n",  # a line of "2" would end the list, "2. b" does not
     "a\n-\nb\n===\n\n---\n\n***\n> q\nlazy\n\n> r\n",
     "see [x][1] and [y][2]\n\ntext\n\n```\ncode\n\nmore\n```\nafter\n\n[1]: https://a.test\n[2]: https://b.test\n",
     "a\r\n\r\nb\rc\n\r\n~~~\r\nd\r\n~~~\r\n\r\ne", "| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 |\n", "    code\n\n    more\n\ntext",

@@ -23,8 +23,10 @@ from openai.types.shared_params import FunctionDefinition
 
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
+from minivllm.server.chat_protocol import ChatMessage, ChatRequest
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, StrictModel, parse
+from minivllm.server.parsing import parse
+from minivllm.server.protocol import CompletionRequest, StreamOptions, StrictModel
 from minivllm.server.tools import Function, Tool, ToolCall
 
 

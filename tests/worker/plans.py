@@ -19,7 +19,7 @@ class Sequence:
     row: int
     prompt: tuple[int, ...]
     max_tokens: int
-    params: SamplingParams = GREEDY
+    params: SamplingParams = field(default_factory=lambda: GREEDY)
     seed: int = 0
     child: int = 0
     outputs: list[int] = field(default_factory=list)  # known ones; planned ones may be ahead

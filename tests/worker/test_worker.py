@@ -188,3 +188,21 @@ def test_a_second_worker_with_the_same_plans_gives_the_same_tokens(tiny_llama: C
         engine.step()
     assert len(seen) == 6 * 30 and engine.scheduler.stats().num_preemptions > 0
     engine.close()
+
+
+def test_host_memory_that_runs_out_while_weights_load_is_a_user_error(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    from minivllm.worker import worker as module
+
+    def load(*args: Any) -> Any:
+        return torch.empty(2**59, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "load_model", load)
+    with pytest.raises(InvalidInput, match=r"no memory for the weights of 0.00 GiB .*for model: use a smaller model"):
+        build(tiny_llama())
+
+    def bug(*args: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(module, "load_model", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        build(tiny_llama())
