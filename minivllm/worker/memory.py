@@ -175,6 +175,8 @@ def cuda_budget(
     fix = f"raise it to {least + 0.005:.2f}" if least < 0.99 else "there is no room on this GPU; use a smaller model"
     if max_num_batched_tokens > 1024:
         fix += ", or lower max_num_batched_tokens, which sets the peak of a step"
+    if rows > GIB // 8:
+        fix += ", or lower max_num_seqs, which sets the row tables"
     ledger = MemoryLedger(total, weights, peak, in_use - weights, graph_bytes, rows)
     num_bytes = int(request.utilization * total) - in_use - peak - rows - graph_bytes
     return MemoryBudget(num_bytes, account, "gpu_memory_utilization", fix, ledger)
