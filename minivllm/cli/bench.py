@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minivllm.cli.flags import CommandParser, add_config_file, add_config_flags, add_model_argument, build, given
+from minivllm.cli.numbers import whole_number
 from minivllm.config import LOG_LEVELS, EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.server.terminal import configure_logging
@@ -14,12 +15,12 @@ from minivllm.server.terminal import configure_logging
 SET_BY_RUN = ("skip_tokenizer_init", "scheduling_policy", "max_queue")  # engine settings that the measurement sets itself
 
 
-def number(kind: type, low: float, what: str) -> Callable[[str], Any]:
+def number(kind: Callable[[str], Any], low: float, what: str) -> Callable[[str], Any]:
     """An argparse type: a number of at least `low`. `what` describes it in errors."""
     def read(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, argparse.ArgumentTypeError):
             value = None
         if value is None or not value >= low:
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
@@ -28,8 +29,8 @@ def number(kind: type, low: float, what: str) -> Callable[[str], Any]:
     return read
 
 
-COUNT = number(int, 1, "a whole number of at least 1")
-NATURAL = number(int, 0, "a whole number of at least 0")
+COUNT = number(whole_number, 1, "a whole number of at least 1")
+NATURAL = number(whole_number, 0, "a whole number of at least 0")
 POSITIVE = number(float, 1e-9, "a number above 0")
 NON_NEGATIVE = number(float, 0.0, "a number of at least 0")
 

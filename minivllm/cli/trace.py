@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from minivllm.cli.numbers import whole_number
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.core.simulate import (
     SimulatedRequest,
@@ -193,8 +194,9 @@ def _setting(text: str) -> tuple[str, Any]:
             return name, {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[value.lower()]
         if kind == "int | None" and value.lower() == "none":
             return name, None
-        return name, {"int": int, "int | None": int, "float": float, "str": str}[kind](value)
-    except (KeyError, ValueError):
+        parse: Callable[[str], Any] = whole_number if kind.startswith("int") else {"float": float, "str": str}[kind]
+        return name, parse(value)
+    except (KeyError, ValueError, argparse.ArgumentTypeError):
         raise InvalidInput(f"{name} is of type {kind}, got {value!r}", "compare") from None
 
 

@@ -44,6 +44,15 @@ def test_numbers_on_the_command_line_and_in_files(tmp_path: Path) -> None:
     assert (engine.max_model_len, engine.gpu_memory_utilization, engine.kv_offloading_size, engine.model) == (4096, 0.8, 2.0, "32k")
 
 
+def test_bench_and_trace_read_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = build_parser()[0]
+    args = parser.parse_args(["bench", "serve", "--num-prompts", "1k", "--random-input-len", "2K"])
+    assert (args.num_prompts, args.random_input_len) == (1000, 2048)
+    assert main(["trace", "--synthetic", "3", "--compare", "max_num_batched_tokens=1K"]) == 0
+    assert main(["trace", "--synthetic", "3", "--compare", "max_num_batched_tokens=1q"]) == 1
+    assert "max_num_batched_tokens is of type int, got '1q'" in capsys.readouterr().err
+
+
 # -- flags
 
 
