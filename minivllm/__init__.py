@@ -6,6 +6,7 @@ Names are imported on first use (PEP 562), so `import minivllm` is fast: torch i
 """
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,9 @@ __all__ = [*sorted(_HOME), "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
+        if not name.startswith("_"):
+            with contextlib.suppress(ModuleNotFoundError):
+                return importlib.import_module(f"minivllm.{name}")  # `minivllm.sampling_params` without an import of it
         raise AttributeError(f"module 'minivllm' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value

@@ -18,19 +18,29 @@ class Logprob:
     """One token's log-probability at one position (vLLM's class)."""
 
     logprob: float
-    rank: int
+    rank: int | None = None
     decoded_token: str | None = None
 
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times (seconds, from `time.monotonic`) and counts of one request."""
+    """Times and counts of one request, in seconds: of `time.monotonic` in deltas, of `time.time` in a `RequestOutput`, as in vLLM."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+
+    @property
+    def last_token_time(self) -> float | None:
+        """vLLM's name of `finished_time`."""
+        return self.finished_time
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """From the arrival to the first step."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
 
 class OutputDelta(NamedTuple):
@@ -50,7 +60,7 @@ class OutputDelta(NamedTuple):
     error_param: str | None = None  # the request's field that caused the error, if it is one field
 
 
-@dataclass(slots=True)
+@dataclass
 class CompletionOutput:
     """One completion of a prompt."""
 
@@ -61,13 +71,14 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    lora_request: None = None
 
     def finished(self) -> bool:
         """A method, as in vLLM."""
         return self.finish_reason is not None
 
 
-@dataclass(slots=True)
+@dataclass
 class RequestOutput:
     """All completions of one prompt, with vLLM's attribute names."""
 
@@ -79,3 +90,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     finished: bool = False  # all completions have ended
+    # vLLM's further attributes, for features that are not built
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    kv_transfer_params: None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import json as jsonlib
 import math
 import numbers
@@ -35,22 +36,29 @@ MAX_REGEX = 1 << 14  # characters
 JSON_WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
 MAX_NESTING = 64  # nested objects and arrays in a JSON schema
 
-_NOT_YET = {
-    "guided_decoding": "the older name of structured_outputs",
-    "best_of": "more candidates than completions; use n",
-    "use_beam_search": "beam search through SamplingParams (use LLM.beam_search)",
-    "logits_processors": "Python logits processors",
-    "extra_args": "arguments of plug-ins",
-    "spaces_between_special_tokens": "decoding without these spaces",
-    "thinking_token_budget": "a limit for the reasoning",
-    "flat_logprobs": "another class for logprobs",
+# vLLM's parameters that request nothing with these values. What others request is not built.
+NEUTRAL: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "best_of": ("more candidates than completions; use n", ()),  # equal to n
+    "use_beam_search": ("beam search through SamplingParams; use LLM.beam_search", (False,)),
+    "early_stopping": ("beam search through SamplingParams; use LLM.beam_search", (False,)),
+    "length_penalty": ("beam search through SamplingParams; use LLM.beam_search", (1.0,)),
+    "logits_processors": ("Python logits processors", ([],)),
+    "extra_args": ("arguments of plug-ins", ({},)),
+    "spaces_between_special_tokens": ("decoding without these spaces", (True,)),
+    "thinking_token_budget": ("a limit for the reasoning", (-1,)),
+    "repetition_detection": ("ending an output that repeats itself", ()),
+    "logprob_token_ids": ("logprobs of chosen tokens", ([],)),
+    "skip_reading_prefix_cache": ("a request that does not use the prefix cache; use cache_salt", (False,)),
+    "stream_interval": ("outputs for several tokens at a time", (1,)),
+    "skip_clone": ("parameters that are not copied", (False,)),
+    "flat_logprobs": ("another class for logprobs", (False,)),
 }
 
 
-def _refuse_unless_neutral(**values: Any) -> None:
-    for name, value in values.items():
-        if value:
-            raise NotSupportedYet(f"{name} ({_NOT_YET[name]}) is not supported yet: leave it out", name)
+def _refuse_unless_neutral(name: str, value: Any, n: int) -> None:
+    what, neutral = NEUTRAL[name]
+    if not (value is None or value in neutral or (name == "best_of" and value == n)):
+        raise NotSupportedYet(f"{name}={value!r} ({what}) is not supported yet: leave it out", name)
 
 
 def whole(name: str, value: Any, low: int, high: int | None, fix: str, field: str | None = None) -> int:
@@ -291,21 +299,12 @@ class SamplingParams:
     # Token sequences of `bad_words`, filled in by the engine, which has the tokenizer.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
-    # vLLM's parameters that are accepted only if they request nothing; `guided_decoding` is an older name of `structured_outputs`.
-    guided_decoding: InitVar[Any] = None
-    best_of: InitVar[int | None] = None
-    use_beam_search: InitVar[bool] = False
-    logits_processors: InitVar[Any] = None
-    extra_args: InitVar[Any] = None
-    spaces_between_special_tokens: InitVar[bool] = True
-    thinking_token_budget: InitVar[int | None] = None
-    skip_clone: InitVar[bool] = False
-    flat_logprobs: InitVar[bool] = False
+    guided_decoding: InitVar[Any] = None  # vLLM's older name of `structured_outputs`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Report an unknown name with the nearest known one. (The generated __init__ would raise an error without a hint.)"""
         for name in kwargs:
-            if name not in cls.__dataclass_fields__:
+            if name not in cls.__dataclass_fields__ and name not in NEUTRAL:
                 raise TypeError(f"SamplingParams has no parameter {name!r}{nearest(name, cls.__dataclass_fields__)}")
         return super().__new__(cls)
 
@@ -313,6 +312,9 @@ class SamplingParams:
         """Check the new value with all others, as the constructor does."""
         if "_checked" not in self.__dict__:  # while the constructor runs
             object.__setattr__(self, name, value)
+            return
+        if name in NEUTRAL:
+            _refuse_unless_neutral(name, value, self.n)
             return
         if name not in self.__dataclass_fields__:
             raise AttributeError(f"SamplingParams has no parameter {name!r}{nearest(name, self.__dataclass_fields__)}")
@@ -323,10 +325,7 @@ class SamplingParams:
         """A copy that later assignments do not change."""
         return copy.copy(self)
 
-    def __post_init__(
-        self, guided_decoding: Any, best_of: int | None, use_beam_search: bool, logits_processors: Any, extra_args: Any,
-        spaces_between_special_tokens: bool, thinking_token_budget: int | None, skip_clone: bool, flat_logprobs: bool,
-    ) -> None:
+    def __post_init__(self, guided_decoding: Any) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
@@ -334,11 +333,6 @@ class SamplingParams:
             if self.structured_outputs is not None:
                 raise InvalidInput("guided_decoding is an older name of structured_outputs: give one of them", "guided_decoding")
             put("structured_outputs", guided_decoding)
-        _refuse_unless_neutral(
-            best_of=best_of not in (None, self.n), use_beam_search=use_beam_search, logits_processors=logits_processors,
-            extra_args=extra_args, spaces_between_special_tokens=not spaces_between_special_tokens,
-            thinking_token_budget=thinking_token_budget is not None, flat_logprobs=flat_logprobs)
-
         put("n", whole("n", self.n, 1, MAX_N, "the number of completions"))
         for name, low, high in (
             ("temperature", 0.0, math.inf), ("min_p", 0.0, 1.0), ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0),
@@ -455,8 +449,23 @@ class SamplingParams:
         """Like the constructor, but an unknown name raises `InvalidInput`."""
         known = [f.name for f in dataclasses.fields(cls) if f.name != "bad_words_token_ids"]
         for name in kwargs:
-            if name in _NOT_YET:
-                raise NotSupportedYet(f"{name} ({_NOT_YET[name]}) is not supported yet: leave it out", name)
+            if name in NEUTRAL:
+                raise NotSupportedYet(f"{name} ({NEUTRAL[name][0]}) is not supported yet: leave it out", name)
             if name not in known:
                 raise InvalidInput(f"unknown sampling parameter {name!r}{nearest(name, known)}", name)
         return cls(**kwargs)
+
+
+def _accept_neutral(generated: Callable[..., None]) -> Callable[..., None]:
+    """The generated `__init__`, which also takes the names in `NEUTRAL`."""
+    @functools.wraps(generated)
+    def __init__(self: SamplingParams, **kwargs: Any) -> None:
+        others = {name: kwargs.pop(name) for name in NEUTRAL if name in kwargs}
+        generated(self, **kwargs)
+        for name, value in others.items():
+            _refuse_unless_neutral(name, value, self.n)
+
+    return __init__
+
+
+SamplingParams.__init__ = _accept_neutral(SamplingParams.__init__)  # type: ignore[method-assign]

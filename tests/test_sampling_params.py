@@ -105,7 +105,7 @@ def test_seed_minus_one_means_no_seed_as_in_vllm() -> None:
 
 def test_best_of_is_refused_with_the_setting_to_use() -> None:
     assert SamplingParams(n=2, best_of=2) == SamplingParams(n=2)
-    with pytest.raises(InvalidInput, match=r"best_of .*use n.* is not supported yet: leave it out"):
+    with pytest.raises(InvalidInput, match=r"best_of.*use n.* is not supported yet: leave it out"):
         SamplingParams(best_of=2)
 
 

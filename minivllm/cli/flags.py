@@ -51,7 +51,19 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As in argparse; it calls this for the parser of a command too."""
-        return super().parse_known_args(None if args is None else [self._switch(self._spelled(arg)) for arg in args], namespace)
+        return super().parse_known_args(
+            None if args is None else [self._switch(self._spelled(arg)) for arg in self._joined(args)], namespace)
+
+    def _joined(self, args: Sequence[str]) -> list[str]:
+        """`--flag true` as `--flag=true`, for flags without a value."""
+        joined: list[str] = []
+        for arg in args:
+            before = joined[-1] if joined else ""
+            if arg.lower() in ("true", "false") and isinstance(self._option_string_actions.get(before), argparse.BooleanOptionalAction):
+                joined[-1] = f"{before}={arg}"
+            else:
+                joined.append(arg)
+        return joined
 
     def _spelled(self, arg: str) -> str:
         """Another program's flag by the name it has here. Exits with a hint for one without a counterpart."""

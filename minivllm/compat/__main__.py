@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from minivllm.compat.environment import HONORED, INERT
-from minivllm.compat.imports import MODULES
+from minivllm.compat.imports import MODULES, UNBUILT
 from minivllm.compat.settings import (
     ENGINE_ALIASES,
     ENGINE_SETTINGS,
@@ -18,6 +18,7 @@ from minivllm.compat.settings import (
     VllmSetting,
 )
 from minivllm.config import EngineConfig, ServerConfig
+from minivllm.sampling_params import NEUTRAL
 
 INTRODUCTION = """# Programs and launch lines written for vLLM
 
@@ -30,7 +31,14 @@ A Python program changes one word, `vllm` to `minivllm`. A launch line changes `
 - **refused**: it would change the output or the use of the machine and is not built. The error names it.
 
 A value that requests nothing is accepted without a line: `None`, vLLM's default, and the values in the last column.
-Where a request or a setting is refused, nothing else is changed silently in its place.
+
+These differ from vLLM without a line:
+
+- Metrics have the prefix `minivllm:` in place of `vllm:`.
+- Web pages of other origins may not call the server unless `--allowed-origins` names them (vLLM's default is `*`).
+- `create_engine_config()` gives this project's `EngineConfig`. `model_config` has `max_model_len`, `dtype`, `vocab_size` and the other
+  constants of `EngineInfo`, and no Transformers configuration.
+- `stop`, `stop_token_ids` and `bad_words` of `SamplingParams` are tuples: assign a new list in place of `append`.
 
 ## What holds for greedy outputs
 
@@ -48,7 +56,7 @@ def render() -> str:
 
 
 def _sections() -> Iterator[tuple[str, str]]:
-    yield "Settings with the same name", "\n\n".join(
+    yield "Settings of this project", "Those that vLLM has too mean the same.\n\n" + "\n\n".join(
         f"{what}: {', '.join(f'`{f.name}`' for f in dataclasses.fields(config))}."
         for what, config in (("Keywords of `LLM(...)` and flags of `serve`", EngineConfig), ("Flags of `serve`", ServerConfig)))
     aliases = [(f"`{a.name}`", f"`{a.here}`" + (f', entry `{a.key}`' if a.key else ", negated" if a.negated else ""))
@@ -60,9 +68,13 @@ def _sections() -> Iterator[tuple[str, str]]:
     yield "Settings of the engine that only vLLM has", _settings(ENGINE_SETTINGS)
     yield "Settings of the server that only vLLM has", _settings(SERVER_SETTINGS)
     yield "Keywords of `LLM(...)` that are settings of the server", _settings(LLM_SETTINGS)
-    yield "Methods of `LLM` that are refused", _table(("method", "feature"), [(f"`{name}`", what) for name, what in LLM_METHODS.items()])
+    yield "Parameters of `SamplingParams` that must request nothing", _table(("parameter", "not built", "requests nothing"), [
+        (f"`{name}`", what, ", ".join(f"`{value!r}`" for value in neutral) or "`None`") for name, (what, neutral) in NEUTRAL.items()])
+    yield "Methods of `LLM`, `LLMEngine` and `AsyncLLM` that are refused", _table(("method", "feature"), [
+        (f"`{name}`", what) for name, what in LLM_METHODS.items()])
     yield "Module paths", _table(("module", "names"), [
         (f"`{module}`", ", ".join(f"`{name}`" for name in names)) for module, names in MODULES.items() if names])
+    yield "Modules that are refused", _table(("module", "feature"), [(f"`{module}`", what) for module, what in UNBUILT.items()])
     yield "Environment variables", _table(("variable", "behavior"), [
         *((f"`{name}`", f"same: {what}") for name, what in HONORED.items()),
         *((f"`{name}`", "inert, without a line") for name in sorted(INERT)),

@@ -1,9 +1,46 @@
 """Functions of vLLM's that scripts call and that have little to do here."""
 from __future__ import annotations
 
+import enum
 import gc
+import itertools
 import logging
+import socket
 import uuid
+
+from minivllm import __version__
+
+__version_tuple__ = tuple(int(part) for part in __version__.split("."))
+
+
+class UsageContext(enum.StrEnum):
+    """What vLLM reports its use as. Nothing is reported from here."""
+
+    UNKNOWN_CONTEXT = "UNKNOWN_CONTEXT"
+    LLM_CLASS = "LLM_CLASS"
+    API_SERVER = "API_SERVER"
+    OPENAI_API_SERVER = "OPENAI_API_SERVER"
+    ENGINE_CONTEXT = "ENGINE_CONTEXT"
+
+
+class RequestCounter:
+    """0, 1, 2 ... for request ids. vLLM's name is `Counter`."""
+
+    def __init__(self, start: int = 0) -> None:
+        self._numbers = itertools.count(start)
+
+    def __next__(self) -> int:
+        return next(self._numbers)
+
+
+Counter = RequestCounter
+
+
+def get_open_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
@@ -21,6 +58,10 @@ def init_logger(name: str) -> logging.Logger:
 
 def random_uuid() -> str:
     return uuid.uuid4().hex
+
+
+def destroy_distributed_environment() -> None:
+    """There is none: one process computes on one device."""
 
 
 def destroy_model_parallel() -> None:

@@ -13,8 +13,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _ENGINE_ARGS = {"EngineArgs": "minivllm.compat.engine_args", "AsyncEngineArgs": "minivllm.compat.engine_args"}
-_UTILS = {"FlexibleArgumentParser": "minivllm.compat.engine_args", "random_uuid": "minivllm.compat.functions"}
+_UTILS = {"FlexibleArgumentParser": "minivllm.compat.engine_args", "random_uuid": "minivllm.compat.functions",
+          "get_open_port": "minivllm.compat.functions", "Counter": "minivllm.compat.functions"}
 _ASYNC = {"AsyncLLM": "minivllm.engine.async_llm"}
+_DISTRIBUTED = dict.fromkeys(
+    ("cleanup_dist_env_and_memory", "destroy_distributed_environment", "destroy_model_parallel"), "minivllm.compat.functions")
 _PROMPTS = dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "minivllm.engine.prompts")
 
 # Module -> its names, each with the module that defines it. A package has further modules below it.
@@ -26,12 +29,18 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.logprobs": {"Logprob": "minivllm.outputs"},
     "minivllm.utils": _UTILS,
     "minivllm.utils.argparse_utils": _UTILS,
+    "minivllm.utils.network_utils": _UTILS,
     "minivllm.entrypoints.llm": {"LLM": "minivllm.engine.llm"},
     "minivllm.engine.arg_utils": _ENGINE_ARGS,
     "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm", **_ENGINE_ARGS},
     "minivllm.lora": {},
     "minivllm.lora.request": {"LoRARequest": "minivllm.engine_request"},
-    "minivllm.distributed": dict.fromkeys(("cleanup_dist_env_and_memory", "destroy_model_parallel"), "minivllm.compat.functions"),
+    "minivllm.distributed": _DISTRIBUTED,
+    "minivllm.distributed.parallel_state": _DISTRIBUTED,
+    "minivllm.sequence": {"Logprob": "minivllm.outputs", "RequestMetrics": "minivllm.outputs"},
+    "minivllm.usage": {},
+    "minivllm.usage.usage_lib": {"UsageContext": "minivllm.compat.functions"},
+    "minivllm.version": {"__version__": "minivllm", "__version_tuple__": "minivllm.compat.functions"},
     "minivllm.v1": {},
     "minivllm.v1.engine": {},
     "minivllm.v1.engine.async_llm": _ASYNC,
@@ -42,11 +51,26 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.transformers_utils.tokenizer": {"get_tokenizer": "minivllm.engine.hf_tokenizer"},
 }
 
+# Packages of vLLM for features that are not built. Importing one is an error that says so.
+UNBUILT: Mapping[str, str] = {
+    "minivllm.assets": "example images and sounds", "minivllm.multimodal": "images and audio", "minivllm.model_executor": "vLLM's models",
+    "minivllm.platforms": "plug-ins for devices", "minivllm.plugins": "plug-ins", "minivllm.pooling_params": "models for pooling",
+    "minivllm.tokenizers": "other tokenizers", "minivllm.envs": "settings from the environment", "minivllm.executor": "several workers",
+    "minivllm.v1.sample": "Python logits processors", "minivllm.v1.core": "vLLM's scheduler", "minivllm.v1.worker": "vLLM's workers",
+    "minivllm.attention": "other attention backends", "minivllm.spec_decode": "speculative decoding",
+    "minivllm.profiler": "vLLM's profiler",
+    "minivllm.entrypoints.chat_utils": "vLLM's own server", "minivllm.entrypoints.api_server": "the older demonstration server",
+    "minivllm.entrypoints.openai.protocol": "vLLM's own server", "minivllm.entrypoints.openai.cli_args": "vLLM's own server",
+    "minivllm.prompt_adapter": "prompt adapters",
+}
+
 
 class AliasFinder(MetaPathFinder, Loader):
     """Makes the modules of `MODULES`. It comes last, so a real file of the same name has precedence."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name in UNBUILT:
+            raise ModuleNotFoundError(f"{name} ({UNBUILT[name]}) is not supported yet: minivllm has no such module", name=name)
         if name not in MODULES:
             return None
         return ModuleSpec(name, self, is_package=any(other.startswith(f"{name}.") for other in MODULES))
@@ -55,6 +79,8 @@ class AliasFinder(MetaPathFinder, Loader):
         homes = MODULES[module.__name__]
 
         def find(name: str) -> object:
+            if f"{module.__name__}.{name}" in MODULES:
+                return importlib.import_module(f"{module.__name__}.{name}")
             if name not in homes:
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return getattr(importlib.import_module(homes[name]), name)

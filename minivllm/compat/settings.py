@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minivllm.errors import InvalidInput, NotSupportedYet
+from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,39 +61,51 @@ def _setting(name: str, built: bool, why: str, value: Any) -> VllmSetting:
 ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("quantized weights", quantization=None, quantization_param_path=None, load_in_4bit=False, load_in_8bit=False),
     *_refused("a quantized KV cache", kv_cache_dtype="auto", calculate_kv_scales=False, kv_cache_dtype_skip_layers=None),
-    *_refused("tensor parallelism", tensor_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, nnodes=1),
+    *_refused("tensor parallelism", tensor_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1),
+    *_refused("several machines", nnodes=1, node_rank=0, master_addr=(None, "127.0.0.1"), master_port=(None, 29501), headless=False),
     *_refused("pipeline parallelism", pipeline_parallel_size=1),
-    *_refused("data parallelism", data_parallel_size=1, data_parallel_size_local=(None, 1), data_parallel_rank=(None, 0)),
-    *_refused("mixture of experts", enable_expert_parallel=False, enable_eplb=False),
+    *_refused("data parallelism", data_parallel_size=1, data_parallel_size_local=(None, 1), data_parallel_rank=(None, 0),
+              data_parallel_start_rank=(None, 0), data_parallel_hybrid_lb=False, data_parallel_external_lb=False),
+    *_refused("mixture of experts", enable_expert_parallel=False, enable_eplb=False, eplb_config=None, num_redundant_experts=0,
+              all2all_backend=None, enable_dbo=False),
     *_refused("LoRA adapters", enable_lora=False, lora_modules=None, default_mm_loras=None),
     *_inert("it needs enable_lora", max_loras=1, max_lora_rank=16, max_cpu_loras=None, lora_dtype="auto", lora_extra_vocab_size=256,
             fully_sharded_loras=False, long_lora_scaling_factors=None),
-    *_refused("speculative decoding", speculative_config=None, speculative_model=None, num_speculative_tokens=(None, 0)),
-    *_refused("weights in host memory", cpu_offload_gb=0),
+    *_refused("speculative decoding", speculative_config=None, speculative_model=None, num_speculative_tokens=(None, 0),
+              ngram_prompt_lookup_max=None, ngram_prompt_lookup_min=None, speculative_draft_tensor_parallel_size=None,
+              speculative_max_model_len=None, speculative_disable_by_batch_size=None, use_v2_spec_decode=False),
+    *_refused("prompt adapters", enable_prompt_adapter=False, max_prompt_adapters=(1, 0), max_prompt_adapter_token=0,
+              qlora_adapter_name_or_path=None),
+    *_refused("state-space models", mamba_cache_dtype="auto", mamba_ssm_cache_dtype="auto", mamba_block_size=None, mamba_cache_mode=None),
+    *_refused("sharing of KV between layers", kv_sharing_fast_prefill=False),
+    *_refused("weights in host memory", cpu_offload_gb=0, offload_backend=(None, "auto"), offload_group_size=0, offload_params=None),
     *_refused("sleep mode", enable_sleep_mode=False),
     *_refused("prompts as embeddings", enable_prompt_embeds=False),
     *_refused("models for pooling and classification", pooler_config=None, override_pooler_config=None),
     *_refused("Python logits processors", logits_processors=None, logits_processor_pattern=None),
+    *_refused("weights that another program sends", weight_transfer_config=None),
     *_refused("KV transfer between engines", kv_transfer_config=None, kv_events_config=None, ec_transfer_config=None),
     *_refused("a scheduler or worker from a class name", scheduler_cls=(None, "vllm.v1.core.sched.scheduler.Scheduler"), worker_cls="auto",
               worker_extension_cls=None),
     *_refused("OpenTelemetry traces", otlp_traces_endpoint=None, collect_detailed_traces=None),
-    *_refused("computing a window of the context only", disable_sliding_window=False),
+    *_refused("full attention in place of a sliding window", disable_sliding_window=False),
     *_refused("other kinds of logprobs", logprobs_mode=("raw_logprobs", "default")),
     *_refused("another format of config.json", config_format=("auto", "hf"), hf_config_path=None),
     *_refused("tasks other than text generation", task=("auto", "generate"), runner=("auto", "generate"), convert=("auto", "none")),
     *_refused("another implementation of a model", model_impl=("auto", "vllm")),
     *_refused("another tokenizer", tokenizer_mode=("auto", "slow", "hf")),
     *_inert("model code of a checkpoint is never run; a model that needs it is refused by its architecture",
-            trust_remote_code=False, code_revision=None, allowed_local_media_path="", allowed_media_domains=None),
-    *_inert("host memory for KV blocks is set with kv_offloading_size", swap_space=(4, 0), preemption_mode=None,
-            kv_offloading_backend="native"),
+            trust_remote_code=False, code_revision=None),
+    *_inert("host memory for KV blocks is set with kv_offloading_size", swap_space=(4, 0), kv_offloading_backend="native"),
+    *_inert("a preempted request is swapped or recomputed, whichever is cheaper", preemption_mode=None),
     *_inert("nothing is compiled by torch.compile here", compilation_config=None, optimization_level=(2, 0), cudagraph_capture_sizes=None,
             max_cudagraph_capture_size=None, cuda_graph_sizes=None, max_seq_len_to_capture=8192, max_context_len_to_capture=None,
-            performance_mode="balanced", additional_config=None, kernel_config=None, enable_flashinfer_autotune=None),
-    *_inert("there is one attention backend for each device", attention_backend=None, attention_config=None, disable_cascade_attn=False,
-            use_v2_block_manager=True, disable_hybrid_kv_cache_manager=None),
-    *_inert("this engine takes text only", limit_mm_per_prompt=None, mm_processor_kwargs=None, disable_mm_preprocessor_cache=False,
+            performance_mode="balanced", additional_config=None, kernel_config=None, enable_flashinfer_autotune=False, moe_backend="auto"),
+    *_inert("there is one attention backend for each device", attention_backend=None, attention_config=None, disable_cascade_attn=False),
+    *_inert("one block manager serves every kind of layer", use_v2_block_manager=True, disable_hybrid_kv_cache_manager=False),
+    *_inert("this engine takes text only", limit_mm_per_prompt=None, mm_processor_kwargs=None, allowed_local_media_path="",
+            allowed_media_domains=None, mm_processor_cache_type=None, mm_encoder_attn_backend=None, video_pruning_rate=None,
+            image_input_type=None, io_processor_plugin=None, disable_mm_preprocessor_cache=False,
             mm_processor_cache_gb=4, mm_encoder_tp_mode="weights", media_io_kwargs=None, enable_mm_embeds=False,
             interleave_mm_strings=False, skip_mm_profiling=False, language_model_only=False, disable_chunked_mm_input=False),
     *_inert("metrics are at /metrics and in LLM.get_metrics()", disable_log_stats=False, show_hidden_metrics_for_version=None,
@@ -108,17 +120,24 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
             num_lookahead_slots=0, scheduler_delay_factor=0.0, max_num_partial_prefills=1, max_long_partial_prefills=1, stream_interval=1,
             disable_async_output_proc=False, prefix_caching_hash_algo=("sha256", "builtin"), max_paddings=None,
             tokenizer_pool_size=0, tokenizer_pool_type="ray", tokenizer_pool_extra_config=None),
-    *_inert("grammars are compiled by llguidance", guided_decoding_backend=("auto", "guidance"), structured_outputs_config=None,
-            guided_decoding_disable_fallback=False, guided_decoding_disable_any_whitespace=False,
+    *_inert("grammars are compiled by llguidance", guided_decoding_backend=("auto", "guidance"), guided_decoding_disable_fallback=False,
             guided_decoding_disable_additional_properties=False),
+    *_refused("JSON without whitespace for every request; a request can set disable_any_whitespace",
+              guided_decoding_disable_any_whitespace=False),
+    *_refused("settings of grammars for every request", structured_outputs_config=(
+        None, {"backend": "auto"}, {"backend": "guidance"}, {"backend": "xgrammar"}, {"backend": "outlines"})),
+    *_inert("LLM.start_profile writes into VLLM_TORCH_PROFILER_DIR", profiler_config=None),
+    *_inert("it is for other hardware", override_neuron_config=None, override_attention_dtype=None),
 )
 
 SERVER_SETTINGS: tuple[VllmSetting, ...] = (
-    *_inert("outputs are not logged", max_log_len=None, enable_log_outputs=False, enable_log_deltas=True),
+    *_inert("prompts and outputs are not logged", max_log_len=None, enable_log_outputs=False, enable_log_deltas=True),
     *_inert("use engine_process", disable_frontend_multiprocessing=False),
     *_inert("one process serves HTTP", api_server_count=1),
     *_inert("the form that a chat template takes is found by rendering it", chat_template_content_format=("auto", "string", "openai")),
     *_inert("a model never sees the tools of a request with tool_choice none", exclude_tools_when_tool_choice_none=False),
+    *_inert("use drain_timeout", shutdown_timeout=0),
+    *_refused("gRPC", grpc=False),
     *_inert("/docs shows no outside page", disable_fastapi_docs=False, enable_offline_docs=False),
     *_inert("the fingerprint names the version and the settings", fingerprint_mode="full", fingerprint_value=None),
     *_inert("each request is logged in one line", disable_access_log_for_endpoints=None, log_error_stack=False),
@@ -140,11 +159,14 @@ SERVER_SETTINGS: tuple[VllmSetting, ...] = (
 # Settings of the server that vLLM's `LLM` accepts too.
 LLM_SETTINGS: tuple[VllmSetting, ...] = tuple(_inert(
     "it is a setting of the server", served_model_name=None, reasoning_parser="", tool_call_parser=None, enable_auto_tool_choice=False))
-# Methods of vLLM's `LLM` for features that are not built.
+# Methods of vLLM's `LLM`, `LLMEngine` and `AsyncLLM` for features that are not built.
 LLM_METHODS: Mapping[str, str] = {
     "encode": "models for pooling", "embed": "embedding models", "classify": "classification models", "reward": "reward models",
     "score": "scoring models", "sleep": "sleep mode", "wake_up": "sleep mode", "collective_rpc": "calls to several workers",
     "apply_model": "functions that run inside a worker",
+    "add_lora": "LoRA adapters", "remove_lora": "LoRA adapters", "list_loras": "LoRA adapters", "pin_lora": "LoRA adapters",
+    "pause_generation": "pausing", "resume_generation": "pausing", "add_request": "streams that are not read with generate",
+    "set_tokenizer": "another tokenizer after the start; use the keyword tokenizer", "enqueue_chat": "chats that wait; use chat",
     "init_weight_transfer_engine": "weight updates", "update_weights": "weight updates",
 }
 
@@ -172,12 +194,28 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 SHORT_FLAGS: Mapping[str, tuple[str, ...]] = {
     "tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",), "quantization": ("-q",),
     "optimization_level": ("-O",), "compilation_config": ("-cc",), "nnodes": ("-n",), "attention_config": ("-ac",),
-    "api_server_count": ("-asc",),
+    "api_server_count": ("-asc",), "enable_expert_parallel": ("-ep",), "speculative_config": ("-sc",), "node_rank": ("-r",),
+    "data_parallel_size_local": ("-dpl",), "data_parallel_address": ("-dpa",), "data_parallel_rpc_port": ("-dpp",),
+    "data_parallel_backend": ("-dpb",), "data_parallel_rank": ("-dpn",), "data_parallel_start_rank": ("-dpr",),
+    "decode_context_parallel_size": ("-dcp",),
 }
 LIST_FLAGS = ("lora_modules", "middleware", "cudagraph_capture_sizes", "cuda_graph_sizes", "logits_processors")  # take several values
 _SETTINGS: Mapping[str, VllmSetting] = {setting.name: setting for setting in (*ENGINE_SETTINGS, *SERVER_SETTINGS, *LLM_SETTINGS)}
 _ALIASES: Mapping[str, Alias] = {alias.name: alias for alias in (*ENGINE_ALIASES, *SERVER_ALIASES)}
 VLLM_NAMES = frozenset(_SETTINGS) | frozenset(_ALIASES)
+
+
+class UnbuiltMethods:
+    """vLLM's methods for features that are not built: calling one raises `NotSupportedYet`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in LLM_METHODS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{nearest(name, vars(type(self)))}")
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise NotSupportedYet(f"{type(self).__name__}.{name} ({LLM_METHODS[name]}) is not supported yet", name)
+
+        return refuse
 
 
 def translate(values: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:

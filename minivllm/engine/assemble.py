@@ -1,6 +1,7 @@
 """Builds a `RequestOutput` (vLLM's shape) from the deltas of a request."""
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from minivllm.core.plan import TokenLogprobs
@@ -49,7 +50,7 @@ class OutputBuilder:
         completion.text = "".join(self._texts[delta.index])
         completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
         if delta.metrics is not None:
-            self.output.metrics = _of_request(self.output.metrics, delta.metrics)
+            self.output.metrics = _of_request(self.output.metrics, _by_wall_clock(delta.metrics))
         self._unfinished -= 1
         self.output.finished = self._unfinished == 0
         return self.output.finished
@@ -71,6 +72,14 @@ class OutputBuilder:
             completions.append(replace(
                 completion, text=parts[0][characters:], token_ids=completion.token_ids[tokens:], logprobs=logprobs))
         return replace(self.output, outputs=completions)
+
+
+def _by_wall_clock(metrics: RequestMetrics) -> RequestMetrics:
+    """The times as readings of `time.time`, which users compare with their own clocks."""
+    shift = time.time() - time.monotonic()
+    times = {name: value + shift for name in ("arrival_time", "first_scheduled_time", "first_token_time", "finished_time")
+             if (value := getattr(metrics, name)) is not None}
+    return replace(metrics, **times)
 
 
 def _of_request(before: RequestMetrics | None, child: RequestMetrics) -> RequestMetrics:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
+from minivllm.compat.settings import UnbuiltMethods
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.client import EngineClient
@@ -21,12 +22,12 @@ from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import start_client
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.errors import EngineDead, refuse_unbuilt
+from minivllm.errors import EngineDead, InvalidInput, refuse_unbuilt
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 
-class AsyncLLM:
+class AsyncLLM(UnbuiltMethods):
     """A model that streams. `process=True` runs the engine in a separate process."""
 
     def __init__(self, model: str | None = None, *, process: bool = False, **kwargs: Any) -> None:
@@ -38,11 +39,21 @@ class AsyncLLM:
         self._numbers = itertools.count()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, lora_request: Any = None,
-        trace_headers: Any = None, priority: int = 0,
+        self, prompt: Prompt | None = None, sampling_params: SamplingParams | None = None, request_id: str | None = None,
+        lora_request: Any = None, trace_headers: Any = None, prompt_adapter_request: Any = None, priority: int = 0, *,
+        inputs: Prompt | None = None, prompt_token_ids: Sequence[int] | None = None, tokenization_kwargs: Any = None,
+        data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield an output of the parameters' `output_kind` each time there is one. Leaving the loop early aborts the request."""
-        refuse_unbuilt(lora_request=lora_request, trace_headers=trace_headers)
+        """Yield an output of the parameters' `output_kind` each time there is one. Leaving the loop early aborts the request.
+
+        `inputs` and `prompt_token_ids` are older forms of `prompt`.
+        """
+        refuse_unbuilt(lora_request=lora_request, trace_headers=trace_headers, prompt_adapter_request=prompt_adapter_request,
+                       tokenization_kwargs=tokenization_kwargs, data_parallel_rank=data_parallel_rank)
+        forms: list[Prompt] = [form for form in (prompt_token_ids, prompt, inputs) if form is not None]
+        if not forms:
+            raise InvalidInput("give a prompt", "prompt")
+        prompt = forms[0]  # token ids have precedence: older programs give the text with them
         params = sampling_params or self.get_default_sampling_params()
         name = request_id if request_id is not None else f"async-{next(self._numbers)}"
         text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority)
@@ -88,8 +99,29 @@ class AsyncLLM:
         """End the engine and free all memory."""
         self.client.close()
 
-    def shutdown(self) -> None:
-        """vLLM's name of `close`."""
+    async def reset_prefix_cache(self, *unused: Any, **options: Any) -> bool:
+        """Forget all cached prefixes. vLLM's arguments change nothing."""
+        await self.client.reset_prefix_cache()
+        return True
+
+    @property
+    def model_config(self) -> EngineInfo:
+        return self.client.info
+
+    @property
+    def errored(self) -> bool:
+        return self.client.dead is not None
+
+    @property
+    def is_running(self) -> bool:
+        return not self.errored
+
+    @property
+    def dead_error(self) -> EngineDead:
+        return EngineDead(self.client.dead or "the engine is running")
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """vLLM's name of `close`, which waits as long as a step takes."""
         self.close()
 
     async def __aenter__(self) -> AsyncLLM:

@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import dataclasses
 import logging
 import numbers
 import os
@@ -16,16 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from minivllm.compat.settings import LLM_METHODS
+from minivllm.compat.settings import UnbuiltMethods
 from minivllm.config import EngineConfig
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.engine.compose import build_engine
 from minivllm.engine.llm_engine import LLMEngine
+from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineMetrics
 from minivllm.engine.metrics_reader import Metric, read_metrics
 from minivllm.engine.prompts import Prompt, prepare_request
-from minivllm.errors import InvalidInput, NotSupportedYet, nearest, refuse_unbuilt
+from minivllm.errors import InvalidInput, refuse_unbuilt
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 
@@ -35,7 +37,7 @@ _OfflineRequest: TypeAlias = tuple[Prompt, SamplingParams, int]  # with its prio
 Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": ...}
 
 
-class LLM:
+class LLM(UnbuiltMethods):
     """A model that answers lists of prompts. Its keywords are the fields of `EngineConfig`."""
 
     def __init__(
@@ -52,6 +54,17 @@ class LLM:
         self._num_requests = 0
         self._queued: list[_OfflineRequest] = []  # of `enqueue`
         self._profile: Any = None
+        self._profile_prefix = ""
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any) -> LLM:
+        """The model that an `EngineArgs` describes."""
+        return cls(**dataclasses.asdict(engine_args))
+
+    @property
+    def model_config(self) -> EngineInfo:
+        """The model's constants, such as `max_model_len`."""
+        return self.llm_engine.info()
 
     # -- vLLM's methods -------------------------------------------------------------------------------------------------
 
@@ -59,17 +72,23 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool | Callable[..., Any] = True,
         lora_request: Any = None, priority: Sequence[int] | None = None, tokenization_kwargs: Mapping[str, Any] | None = None, *,
-        prompt_token_ids: Sequence[Any] | None = None,
+        prompt_token_ids: Sequence[Any] | None = None, inputs: Prompt | Sequence[Prompt] | None = None, prompt_adapter_request: Any = None,
+        guided_options_request: Any = None,
     ) -> list[RequestOutput]:
         """Complete each prompt. The outputs have the order of the prompts.
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. `sampling_params` is one object for
         all prompts, or a list with one for each. `use_tqdm` may be a class to use in place of `tqdm`.
+        `prompt_token_ids` and `inputs` are older forms of `prompts`.
         """
-        refuse_unbuilt(tokenization_kwargs=tokenization_kwargs)
-        given = prompts if prompt_token_ids is None else prompt_token_ids
-        if given is None or (prompts is not None and prompt_token_ids is not None):
-            raise InvalidInput("give prompts, or prompt_token_ids, which is an older form: exactly one of them", "prompts")
+        refuse_unbuilt(tokenization_kwargs=tokenization_kwargs, prompt_adapter_request=prompt_adapter_request,
+                       guided_options_request=guided_options_request)
+        forms = [form for form in (prompts, prompt_token_ids, inputs) if form is not None]
+        if len(forms) != 1:
+            raise InvalidInput("give exactly one of prompts and its older forms prompt_token_ids and inputs", "prompts")
+        given = forms[0]
+        if isinstance(lora_request, bool):  # the fourth argument was use_tqdm in older versions
+            use_tqdm, lora_request = lora_request, None
         return self._run(self._requests(given, sampling_params, lora_request, priority), use_tqdm)
 
     def enqueue(
@@ -89,13 +108,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool | Callable[..., Any] = True,
         lora_request: Any = None, chat_template: str | None = None, chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True, continue_final_message: bool = False, tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None, mm_processor_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several (a list of such lists).
 
         `tools` are described to the model in the prompt. Its calls are part of the output's text, in the model's own format.
         """
-        refuse_unbuilt(mm_processor_kwargs=mm_processor_kwargs)
+        refuse_unbuilt(mm_processor_kwargs=mm_processor_kwargs, tokenization_kwargs=tokenization_kwargs)
         if chat_template_content_format not in ("auto", "string", "openai"):  # the form that a template takes is found by rendering it
             raise InvalidInput(f"chat_template_content_format must be auto, string or openai, got {chat_template_content_format!r}",
                                "chat_template_content_format")
@@ -115,8 +135,15 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm, lora_request)
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
-        """The `beam_width` most probable outputs of each prompt, best first."""
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, lora_request: Any = None, use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` most probable outputs of each prompt, best first.
+
+        `use_tqdm` and `concurrency_limit` are vLLM's: here all searches share the engine's batches, and there is no progress bar.
+        """
+        refuse_unbuilt(lora_request=lora_request)
         every = _as_list(prompts)
         request_ids = [f"beam-{self._new_id()}" for _ in every]
         return beam_search(self.llm_engine, request_ids, every, params)
@@ -131,8 +158,8 @@ class LLM:
             raise InvalidInput("get_metrics needs an LLM that collects metrics: LLM(..., disable_log_stats=False)", "disable_log_stats")
         return read_metrics(self._metrics)
 
-    def start_profile(self) -> None:
-        """Record a torch profiler trace until `stop_profile`."""
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Record a torch profiler trace until `stop_profile`. `profile_prefix` begins the name of its file."""
         import torch
 
         if self._profile is not None:
@@ -140,7 +167,7 @@ class LLM:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile = torch.profiler.profile(activities=activities)
+        self._profile, self._profile_prefix = torch.profiler.profile(activities=activities), profile_prefix or "minivllm"
         self._profile.start()
 
     def stop_profile(self) -> Path:
@@ -151,20 +178,10 @@ class LLM:
         profile.stop()
         folder = Path(os.environ.get("VLLM_TORCH_PROFILER_DIR", ".")).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"minivllm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
+        path = folder / f"{self._profile_prefix}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
         profile.export_chrome_trace(str(path))
         print(f"minivllm: wrote the profile {path}", file=sys.stderr, flush=True)
         return path
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """vLLM's methods for features that are not built: calling one raises `NotSupportedYet`."""
-        if name not in LLM_METHODS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{nearest(name, vars(type(self)))}")
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            raise NotSupportedYet(f"LLM.{name} ({LLM_METHODS[name]}) is not supported yet", name)
-
-        return refuse
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json). They are used where no `sampling_params` are given."""

@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minivllm.compat.settings import UnbuiltMethods
 from minivllm.engine.assemble import OutputBuilder
 from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import EngineCore
@@ -25,13 +26,14 @@ from minivllm.outputs import OutputDelta, RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 
-class LLMEngine:
+class LLMEngine(UnbuiltMethods):
     """Not thread-safe: one thread makes all calls."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self._builders: dict[str, OutputBuilder] = {}  # unfinished requests of `add_request`
         self._unreported: dict[str, OutputBuilder] = {}  # they advanced since the last `step`
+        self.model_executor = None  # vLLM's; scripts delete it to free memory, which is what `close` does
 
     @classmethod
     def from_engine_args(cls, engine_args: Any, **unused: Any) -> LLMEngine:
@@ -39,7 +41,7 @@ class LLMEngine:
         return cls(build_engine(engine_args.create_engine_config()))
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, arrival_time: float | None = None, lora_request: Any = None,
+        self, request_id: str, prompt: Prompt, params: SamplingParams, arrival_time: Any = None, lora_request: Any = None,
         tokenization_kwargs: Mapping[str, Any] | None = None, trace_headers: Mapping[str, str] | None = None, priority: int = 0,
     ) -> str:
         """Queue a request and return its id. `arrival_time` is a reading of `time.time()`, as in vLLM; None: now.
@@ -47,6 +49,8 @@ class LLMEngine:
         Raises `InvalidInput` for a request that this engine can never answer.
         """
         refuse_unbuilt(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, trace_headers=trace_headers)
+        if isinstance(arrival_time, Sequence):  # the fourth argument was prompt_token_ids in older versions
+            prompt, arrival_time = arrival_time, None
         arrival = None if arrival_time is None else arrival_time - time.time() + time.monotonic()
         text, request = prepare_request(
             request_id, prompt, params, self.core.tokenizer, self.core.max_model_len, arrival_time=arrival, priority=priority)
@@ -97,6 +101,16 @@ class LLMEngine:
     def get_tokenizer(self) -> Any:
         """The Transformers tokenizer where that package is installed, else the engine's own."""
         return public_tokenizer(self.core.info().tokenizer_folder, self.core.tokenizer)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.get_tokenizer()
+
+    def get_model_config(self) -> EngineInfo:
+        return self.core.info()
+
+    def do_log_stats(self) -> None:
+        """vLLM logs its metrics here. Here they are in `stats`."""
 
     @property
     def model_config(self) -> EngineInfo:

@@ -186,6 +186,8 @@ def read_chat_template(file: str | None) -> str | None:
         return None
     if file in BUILT_IN:
         return built_in_template(file)
+    if "{%" in file or "{{" in file:  # the template itself
+        return file
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

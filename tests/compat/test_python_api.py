@@ -5,6 +5,9 @@ import asyncio
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,13 @@ import pytest
 import minivllm
 from minivllm import LLM, SamplingParams
 from minivllm.compat.engine_args import AsyncEngineArgs, EngineArgs, FlexibleArgumentParser
-from minivllm.compat.imports import MODULES
+from minivllm.compat.imports import MODULES, UNBUILT
 from minivllm.compat.settings import LLM_METHODS
 from minivllm.config import EngineConfig
 from minivllm.engine.metrics_reader import Counter, Gauge, Histogram
 from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput, NotSupportedYet
-from minivllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from minivllm.sampling_params import NEUTRAL, RequestOutputKind, StructuredOutputsParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
@@ -56,6 +59,17 @@ def test_names_of_the_package() -> None:
         assert name in minivllm.__all__ and getattr(minivllm, name)
 
 
+@pytest.mark.parametrize("path", UNBUILT)
+def test_a_module_for_a_feature_that_is_not_built_is_refused_by_name(path: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match="is not supported yet"):
+        importlib.import_module(path)
+
+
+def test_modules_are_attributes_of_the_package() -> None:
+    program = "import minivllm; minivllm.sampling_params.SamplingParams(); minivllm.inputs.TextPrompt; minivllm.lora.request.LoRARequest"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
 # ---- EngineArgs
 
 def test_engine_args_from_a_command_line_are_keywords_of_llm() -> None:
@@ -72,8 +86,9 @@ def test_engine_args_from_a_command_line_are_keywords_of_llm() -> None:
     assert EngineArgs("m", max_model_len=64, enforce_eager=True, hf_overrides={"a": {"b": 1}}).create_engine_config() == config
     with pytest.raises(NotSupportedYet, match="tensor_parallel_size=2"):
         EngineArgs(model="m", tensor_parallel_size=2).create_engine_config()
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="EngineArgs has no setting 'max_modellen'; did you mean 'max_model_len'"):
         EngineArgs(max_modellen=3)
+    assert AsyncEngineArgs(model="m", max_log_len=10).create_engine_config(usage_context=None) == EngineConfig(model="m")
     with pytest.raises(SystemExit):
         parser.parse_args(["--max-model-length", "3"])
 
@@ -156,14 +171,14 @@ def test_a_request_keeps_the_parameters_it_was_added_with(llm: LLM) -> None:
     assert len(outputs[0].outputs[0].token_ids) == 4
 
 
-@pytest.mark.parametrize(("name", "neutral", "other"), [
-    ("best_of", 1, 2), ("use_beam_search", False, True), ("logits_processors", None, [print]), ("extra_args", {}, {"a": 1}),
-    ("spaces_between_special_tokens", True, False), ("thinking_token_budget", None, 5), ("flat_logprobs", False, True),
-])
-def test_neutral_values_are_accepted_and_others_refused_by_name(name: str, neutral: Any, other: Any) -> None:
-    assert SamplingParams(**{name: neutral}) == SamplingParams()
-    with pytest.raises(NotSupportedYet, match=f"{name} .* is not supported yet"):
-        SamplingParams(**{name: other})
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_parameters_are_accepted_and_others_refused_by_name(name: str) -> None:
+    for value in (None, *NEUTRAL[name][1]):
+        assert SamplingParams(**{name: value}) == SamplingParams()
+        setattr(SamplingParams(), name, value)
+    for refuse in (lambda: SamplingParams(**{name: 77}), lambda: setattr(SamplingParams(), name, 77)):
+        with pytest.raises(NotSupportedYet, match=f"{name}=77 .* is not supported yet"):
+            refuse()
 
 
 def test_all_logprobs(llm: LLM) -> None:
@@ -197,6 +212,28 @@ def test_positional_arguments_in_vllms_order(llm: LLM) -> None:
     assert llm.chat([{"role": "user", "content": "hi"}], GREEDY, False, None, None, "auto")[0].finished
 
 
+def test_older_call_forms(llm: LLM) -> None:
+    expected = llm.generate(["the cat"], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    for outputs in (llm.generate(inputs="the cat", sampling_params=GREEDY, use_tqdm=False, prompt_adapter_request=None),
+                    llm.generate(["the cat"], GREEDY, None, False)):
+        assert outputs[0].outputs[0].token_ids == expected
+    own = llm.llm_engine.core.tokenizer
+    assert own is not None
+    llm.llm_engine.add_request("old", None, GREEDY, own.encode("the cat"))
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
+    assert outputs[0].outputs[0].token_ids == expected
+    assert (outputs[0].lora_request, outputs[0].encoder_prompt, outputs[0].kv_transfer_params) == (None, None, None)
+    assert llm.model_config.max_model_len == llm.llm_engine.get_model_config().max_model_len == 256
+
+
+def test_times_of_an_output_are_those_of_the_wall_clock(llm: LLM) -> None:
+    before = time.time()
+    metrics = llm.generate("the cat", GREEDY, use_tqdm=False)[0].metrics
+    assert metrics is not None and metrics.time_in_queue is not None and metrics.last_token_time is not None
+    assert before - 1 < metrics.arrival_time <= metrics.last_token_time < time.time() + 1 and metrics.time_in_queue >= 0
+
+
 def test_requests_for_features_that_are_not_built_are_refused(llm: LLM) -> None:
     adapter = LoRARequest("sql", 1, "/adapter")
     for refused in (
@@ -208,8 +245,10 @@ def test_requests_for_features_that_are_not_built_are_refused(llm: LLM) -> None:
         with pytest.raises(NotSupportedYet, match="is not supported yet"):
             refused()
     for name in LLM_METHODS:
-        with pytest.raises(NotSupportedYet, match=name):
-            getattr(llm, name)("a")
+        for owner in (llm, llm.llm_engine):
+            if not hasattr(type(owner), name):
+                with pytest.raises(NotSupportedYet, match=f"{type(owner).__name__}.{name} "):
+                    getattr(owner, name)("a")
     with pytest.raises(AttributeError, match="did you mean 'generate'"):
         llm.genrate  # noqa: B018
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def flag(setting: VllmSetting, value: Any) -> list[str]:
     name = setting.name.replace("_", "-")
     if isinstance(setting.default, bool):
         return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", str(value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def test_no_name_is_a_setting_of_this_project_and_of_vllm_only() -> None:
@@ -113,6 +114,8 @@ def test_older_rope_keywords_become_entries_of_hf_overrides() -> None:
     (["--enforce-eager=True"], "enforce_eager", True),
     (["--enable-prefix-caching=false"], "enable_prefix_caching", False),
     (["--no-enable-prefix-caching=true"], "enable_prefix_caching", False),
+    (["--enable-prefix-caching", "False", "--dtype", "auto"], "enable_prefix_caching", False),
+    (["--disable-hybrid-kv-cache-manager", "--max-model-len", "64"], "max_model_len", 64),
     (["--max-model-len", "-1"], "max_model_len", None),
     (["--max-model-len", "auto"], "max_model_len", None),
     (["--hf-overrides.rope_scaling.factor", "2", "--hf-overrides.rope-theta=5"], "hf_overrides",
