@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def __getattr__(name: str) -> Any:
             with contextlib.suppress(ModuleNotFoundError):
                 return importlib.import_module(f"minivllm.{name}")  # `minivllm.sampling_params` without an import of it
         raise AttributeError(f"module 'minivllm' has no attribute {name!r}")
+    if "torch" not in sys.modules:  # GNU's OpenMP threads spin for milliseconds by default: many times slower if a core is busy
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

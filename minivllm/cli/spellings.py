@@ -47,6 +47,7 @@ FLAG_HINTS: Mapping[str, str] = {
     "--bf16": "use --dtype bfloat16", "--jinja": "chat templates are always Jinja templates", "--device-map": "use --device",
     "--keepalive": "the model stays loaded until the server stops", "--keep-alive": "the model stays loaded until the server stops",
     "--stream": "answers are always streamed", "--reload": "restart the server to load changed code",
+    "--stop": "stop strings are for requests to a server",
     "--workers": "one engine serves all requests; see --max-num-seqs",
 }
 # Another program's command -> the command here.

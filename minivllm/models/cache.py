@@ -9,15 +9,18 @@ interrupted or several start at once.
 """
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minivllm.errors import ModelError
+from minivllm.models import gguf
 
 DOWNLOADS, CONVERSIONS = "downloads", "models"
 
@@ -87,8 +90,23 @@ def entries() -> list[CacheEntry]:
     return sorted([*found, *_hub_entries()], key=lambda entry: (-entry.size, entry.name))
 
 
+def conversion_folder(path: Path) -> Path:
+    """Where the conversion of a `.gguf` file is kept. The name has a hash of the file's path, size and date."""
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{gguf.CONVERSION}".encode()).hexdigest()[:12]
+    return cache_dir() / CONVERSIONS / f"{path.stem}-{key}"
+
+
+def _remove_conversions(files: Iterable[Path]) -> None:
+    """A conversion is of no use without its file: the next download has another date, and so another conversion."""
+    for file in files:
+        if file.suffix.lower() == ".gguf" and file.is_file():
+            shutil.rmtree(conversion_folder(file), ignore_errors=True)
+
+
 def _own_entry(path: Path, kind: str) -> CacheEntry:
     def remove() -> None:
+        _remove_conversions([path])
         aside = path.with_name(f".{path.name}.removed")
         path.rename(aside)  # so that no process finds half an entry
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
@@ -106,9 +124,11 @@ def _hub_entries() -> list[CacheEntry]:
     except CacheNotFound:
         return []
 
-    def entry(repo: object) -> CacheEntry:
-        hashes = [revision.commit_hash for revision in repo.revisions]  # type: ignore[attr-defined]
-        return CacheEntry(repo.repo_id, "hub", repo.size_on_disk, repo.last_modified,  # type: ignore[attr-defined]
-                          lambda: cache.delete_revisions(*hashes).execute())
+    def entry(repo: Any) -> CacheEntry:
+        def remove() -> None:  # the folder: the hub's package removes by commit, and two repositories can have the same commit
+            _remove_conversions(repo.repo_path.rglob("*.gguf"))
+            shutil.rmtree(repo.repo_path)
+
+        return CacheEntry(repo.repo_id, "hub", repo.size_on_disk, repo.last_modified, remove)
 
     return [entry(repo) for repo in cache.repos if repo.repo_type == "model"]

@@ -5,7 +5,6 @@ config.json is read and checked first, so that a model that cannot run here is r
 """
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
 from minivllm.families import parse_config
 from minivllm.models import gguf
-from minivllm.models.cache import CONVERSIONS, DOWNLOADS, build_once, cache_dir
+from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
 from minivllm.models.gguf_config import ARCHITECTURES
 from minivllm.models.hub_repository import download_gguf, download_model, download_tokenizer, not_a_model, parse_name
 from minivllm.models.weight_files import find_weight_files
@@ -153,9 +152,7 @@ def _check_gguf_architecture(name: str) -> None:
 def _from_gguf(path: Path, param: str) -> Path:
     if not path.is_file():
         raise ModelError(f"{param} {str(path)!r}: no such file", param)
-    state = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{gguf.CONVERSION}".encode()).hexdigest()[:12]
-    target = cache_dir() / CONVERSIONS / f"{path.stem}-{key}"
+    target = conversion_folder(path)
     return build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out))
 
 

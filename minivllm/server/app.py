@@ -158,7 +158,8 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    paths = [route.path for route in app.routes if hasattr(route, "path")]
+    paths = [str(getattr(route, "path", "")) for route in app.routes]
+    named = [path for path in paths if path and not path.startswith("/static")]  # in hints
 
     async def known(request: Request, error: Exception) -> Response:
         return to_api_error(error).response()
@@ -171,7 +172,7 @@ def _add_errors(app: FastAPI) -> None:
             message, headers, code = f"{path} ({what}) is not supported yet", {"x-should-retry": "false"}, "not_supported"
             error.status_code = 404
         elif error.status_code == 404:
-            message = f"there is nothing at {path!r}{nearest(path, paths)}"
+            message = f"there is nothing at {path!r}{nearest(path, named)}"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed at {path!r}: use {(error.headers or {}).get('Allow', 'another method')}"
         return ApiError(error.status_code, message, headers=headers, code=code).response()

@@ -25,6 +25,8 @@ NOT_BUILT = {
     "/v2/rerank": "reranking", "/v1/messages": "Anthropic's messages", "/v1/load_lora_adapter": "LoRA adapters",
     "/v1/unload_lora_adapter": "LoRA adapters", "/v1/audio": "audio", "/v1/realtime": "audio", "/v1/images": "images",
     "/v1/videos": "videos", "/pooling": "pooling", "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping",
+    "/api": "Ollama's API (use /v1/chat/completions)", "/completion": "llama.cpp's API (use /v1/completions)",
+    "/props": "llama.cpp's API (use /server_info)", "/slots": "llama.cpp's API (use /load)", "/generate": "TGI's API (use /v1/completions)",
     "/pause": "pausing", "/resume": "pausing", "/is_paused": "pausing", "/start_profile": "profiles (use LLM.start_profile)",
     "/stop_profile": "profiles (use LLM.stop_profile)", "/tokenizer_info": "tokenizer settings (they are in the model's folder)",
     "/v1/chat/completions/batch": "several conversations in one request (send one request for each)", "/invocations": "SageMaker",

@@ -272,6 +272,11 @@ def _chat_tool_choice(choice: Any) -> Any:
         if not isinstance(name, str) or choice.keys() != {"type", "name"}:
             raise InvalidInput('tool_choice must be a word or {"type": "function", "name": ...}', "tool_choice")
         return {"type": "function", "function": {"name": name}}
+    if choice.get("type") == "allowed_tools":
+        entries = choice.get("tools")
+        tools = [{"type": e.get("type"), "function": {"name": e.get("name")}} if isinstance(e, dict) else e for e in entries] if isinstance(
+            entries, list) else entries
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
     raise NotSupportedYet(f"tool_choice.type {choice.get('type')!r} is not supported: name a function", "tool_choice.type")
 
 
@@ -279,6 +284,7 @@ def _chat_tool_choice(choice: Any) -> Any:
 _NAMES = (
     (r"max_completion_tokens", "max_output_tokens"), (r"response_format(\.json_schema)?", "text.format"), (r"logprobs", "include"),
     (r"reasoning_effort", "reasoning.effort"), (r"(tools\.\d+\.)function\.", r"\1"),
+    (r"tool_choice\.allowed_tools", "tool_choice"),
 )
 
 

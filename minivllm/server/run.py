@@ -217,7 +217,9 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
     path, body = "/v1/completions", '{"prompt": "The capital of France is", "max_tokens": 16}'
     if chat:
         path, body = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
+    open_to_all = config.uds is None and config.host not in ("127.0.0.1", "localhost", "::1") and not config.keys()
     return "\n".join((
+        *(["warning   all machines that reach this port may use the server: set --api-key, or --host 127.0.0.1"] if open_to_all else []),
         f"model     {name}, {info.dtype} on {info.device}",
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",

@@ -5,6 +5,7 @@
     auto          text, calls in the model's own format, or both   no grammar, except for `strict` tools; a parser finds the calls
     required      a JSON array of calls                            a grammar made of the schemas of all parameters
     a function    a JSON object, its arguments                     a grammar: the schema of its parameters
+    allowed_tools as auto or required, with some of the tools      as these
 
 `functions` and `function_call` are OpenAI's older names (2023) with at most one call. They are answered in their own form.
 """
@@ -217,6 +218,8 @@ def tool_spec(
     """The tools of a request; None if the model sees none."""
     legacy, kept = tools is None and choice is None, dict(enumerate(functions or ()))
     field, choice_field = ("functions", "function_call") if legacy else ("tools", "tool_choice")
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed_tools(tools or (), choice)
     if legacy:
         choice = function_call
     else:
@@ -241,6 +244,30 @@ def tool_spec(
         return None
     mode: Literal["auto", "required", "named"] = "named" if named is not None else "required" if choice == "required" else "auto"
     return ToolSpec(mode=mode, functions=tuple(functions), named=named, parallel=not legacy and parallel is not False, legacy=legacy)
+
+
+def _allowed_tools(tools: Sequence[Tool], choice: Mapping[str, Any]) -> tuple[list[Tool], str]:
+    """OpenAI's choice among some of the tools: these tools, and the mode. The model sees no others."""
+    where = "tool_choice.allowed_tools"
+    allowed = choice.get("allowed_tools")
+    listed: Any = allowed.get("tools") if isinstance(allowed, Mapping) else None
+    if not isinstance(allowed, Mapping) or not isinstance(listed, list) or choice.keys() | allowed.keys() != {
+            "type", "allowed_tools", "mode", "tools"}:
+        raise InvalidInput(f'{where} must be {{"mode": ..., "tools": [{{"type": "function", "function": {{"name": ...}}}}]}}', where)
+    mode = allowed["mode"]
+    if mode not in ("auto", "required"):
+        raise InvalidInput(f"{where}.mode must be auto or required, got {mode!r}", f"{where}.mode")
+    known = {tool.function.name for tool in tools if tool.function is not None}
+    names = set()
+    for i, entry in enumerate(listed):
+        function = entry.get("function") if isinstance(entry, Mapping) and _check_kind(entry, f"{where}.tools.{i}") == "function" else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if name not in known:
+            raise InvalidInput(f"{where}.tools.{i} names {name!r}, which is not in tools{nearest(str(name), known)}", f"{where}.tools.{i}")
+        names.add(name)
+    if not names:
+        raise InvalidInput(f"{where}.tools is empty: name a function, or set tool_choice to none", f"{where}.tools")
+    return [tool for tool in tools if tool.function is None or tool.function.name in names], mode
 
 
 def _check_functions(functions: Mapping[int, Function], field: str) -> set[str]:

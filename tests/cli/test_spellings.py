@@ -177,6 +177,24 @@ def test_rm_removes_what_list_names_and_nothing_else(cache: Path, capsys: pytest
         "cache/downloads/m.gguf"]
 
 
+def test_rm_of_a_gguf_file_removes_its_conversion(cache: Path) -> None:
+    from minivllm.models.cache import conversion_folder
+
+    folder = conversion_folder(cache / "cache" / "downloads" / "m.gguf")
+    folder.mkdir()
+    assert main(["rm", "-y", "m.gguf"]) == 0
+    assert not folder.exists() and (cache / "cache" / "models" / "m-1f0c").exists()
+
+
+def test_rm_spares_another_repository_with_the_same_commit(cache: Path) -> None:
+    import shutil
+
+    other = cache / "hub" / "models--owner--other"
+    shutil.copytree(cache / "hub" / "models--owner--name", other, symlinks=True)
+    assert main(["rm", "-y", "owner/other"]) == 0
+    assert not other.exists() and (cache / "hub" / "models--owner--name" / "blobs" / "b").exists()
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc", ".", "", "m", "downloads/m.gguf", "cache", "m-1f0c.lock", "~", "owner"])
 def test_rm_refuses_what_is_not_an_entry(cache: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     before = sorted(cache.rglob("*"))

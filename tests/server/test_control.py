@@ -168,3 +168,9 @@ def test_an_echo_is_the_truncated_prompt(engine: ScriptedEngine, live: LiveServe
 def test_an_invalid_truncation_is_400(live: LiveServer, value: Any) -> None:
     response = httpx.post(live.url + PATH, json={"prompt": [5], "truncate_prompt_tokens": value})
     assert response.status_code == 400 and json.loads(response.text)["error"]["param"] == "truncate_prompt_tokens"
+
+
+def test_hints_name_no_file_of_the_page_and_other_servers_apis_are_named(live: LiveServer) -> None:
+    for path, words in (("/api/chat", "Ollama's API"), ("/completion", "llama.cpp's API"), ("/chat", "there is nothing at")):
+        message = httpx.get(live.url + path).json()["error"]["message"]
+        assert words in message and "static" not in message

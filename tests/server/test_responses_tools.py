@@ -217,7 +217,7 @@ def test_without_parallel_calls_only_one_call_is_returned(tools: ScriptedChat) -
     ({"tool_choice": "required"}, "tool_choice"), ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "clok"}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
-    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.type"),
+    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.tools"),
     ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
     ({"input": [{"type": "function_call", "call_id": 5, "name": "clock", "arguments": "{}"}]}, "input.0.call_id"),
     ({"input": [{"type": "function_call", "call_id": "c", "name": "clock", "arguments": {}}]}, "input.0.arguments"),

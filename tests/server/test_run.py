@@ -77,3 +77,10 @@ def test_the_curl_line_fits_the_model_and_the_key(monkeypatch: pytest.MonkeyPatc
 
 def test_the_null_block_is_not_counted_as_cache() -> None:
     assert "128 blocks of 16 tokens = 2048 tokens" in readiness(INFO, ServerConfig(), 80, "m", True, 1.0)
+
+
+def test_a_server_that_all_machines_may_use_says_so() -> None:
+    warning = "all machines that reach this port may use the server"
+    assert warning in readiness(INFO, ServerConfig(host="0.0.0.0"), 80, "m", True, 1.0)
+    for config in (ServerConfig(), ServerConfig(host="0.0.0.0", api_key=("k",)), ServerConfig(host="0.0.0.0", uds="/s")):
+        assert warning not in readiness(INFO, config, 80, "m", True, 1.0)

@@ -229,6 +229,35 @@ def test_required_calls_are_enforced_by_a_grammar_of_all_parameters(tools: Scrip
     assert '"maxItems":1' in str(tools.engine.seen[-1].params.structured_outputs)
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_a_choice_among_some_of_the_tools_hides_the_others(tools: ScriptedChat) -> None:
+    tools.generate(f"So: {TICK}")
+    choice = tools.chat(tools=TOOLS, tool_choice=allowed("auto", "clock")).choices[0]
+    assert calls_of(choice.message) == [("clock", "{}")] and "clock" in tools.prompt and "get_weather" not in tools.prompt
+    tools.generate('[{"name": "clock", "parameters": {}}]')
+    assert calls_of(tools.chat(tools=TOOLS, tool_choice=allowed("required", "clock")).choices[0].message) == [("clock", "{}")]
+    assert "get_weather" not in str(tools.engine.seen[-1].params.structured_outputs)
+    response = tools.api.responses.create(model=MODEL, input="hi", tools=[{"type": "function", **tool["function"]} for tool in TOOLS],
+                                             tool_choice={"type": "allowed_tools", "mode": "required",
+                                                          "tools": [{"type": "function", "name": "clock"}]})
+    assert [item.name for item in response.output if item.type == "function_call"] == ["clock"]
+
+
+@pytest.mark.parametrize(("choice", "param"), [
+    (allowed("auto", "clok"), "tool_choice.allowed_tools.tools.0"), (allowed("auto"), "tool_choice.allowed_tools.tools"),
+    (allowed("none", "clock"), "tool_choice.allowed_tools.mode"), ({"type": "allowed_tools"}, "tool_choice.allowed_tools"),
+    ({**allowed("auto", "clock"), "x": 1}, "tool_choice.allowed_tools"),
+])
+def test_a_wrong_choice_among_some_of_the_tools_is_refused(tools: ScriptedChat, choice: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        tools.chat(tools=TOOLS, tool_choice=choice)
+    assert caught.value.param == param
+
+
 ARRAY = '[\n{\n "name": "get_weather", "parameters": {"city": "Paris"}},\n{"name": "clock", "parameters": {}}]'
 
 
