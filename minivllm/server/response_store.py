@@ -18,26 +18,35 @@ from typing import Any
 
 from minivllm.server.errors import ApiError, encode
 
-OVERHEAD = 256  # bytes that Python needs for an object and the references to it, rounded up
+OVERHEAD = 384  # bytes that Python needs for an object and the references to it, rounded up
+
+
+@dataclass(slots=True, eq=False)
+class StoredItem:
+    """An item of an input or output, as JSON: Python's objects would take many times as much memory."""
+
+    id: str
+    content: bytes
+    users: int = 0  # stored responses that have it: those that continue another share the other's items
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A complete response and its conversation, as JSON: Python's objects would take many times as much memory."""
+    """A complete response and its conversation."""
 
-    body: bytes
-    input: tuple[bytes, ...]  # the items that it answers; a response that continues another shares the other's
-    output: dict[str, bytes]  # its items, by id
+    body: bytes  # JSON
+    input: tuple[StoredItem, ...]  # the items that it answers
+    output: tuple[StoredItem, ...]
     expires: float
 
     @property
-    def conversation(self) -> tuple[bytes, ...]:
-        return (*self.input, *self.output.values())
+    def conversation(self) -> tuple[StoredItem, ...]:
+        return (*self.input, *self.output)
 
     @property
     def size(self) -> int:
         """Bytes of memory at most: shared items are counted for each response."""
-        return sum(len(part) + OVERHEAD for part in (self.body, *self.conversation))
+        return sum(len(part) + OVERHEAD for part in (self.body, *(item.content for item in self.conversation)))
 
 
 class ResponseStore:
@@ -48,35 +57,41 @@ class ResponseStore:
         self._seconds = seconds
         self._clock = clock
         self._kept: dict[bytes, OrderedDict[str, StoredResponse]] = {}  # owner (an API key's digest) -> responses by id, oldest first
-        self._items: dict[tuple[bytes, str], bytes] = {}  # owner and item id -> an item of an output
+        self._items: dict[tuple[bytes, str], list[StoredItem]] = {}  # by owner and id, which a client may give to several items
         self._sizes: Counter[bytes] = Counter()  # bytes by owner
 
     @property
     def size(self) -> int:
         return self._sizes.total()
 
-    def put(self, owner: bytes, body: dict[str, Any], earlier: Sequence[bytes], items: Sequence[dict[str, Any]]) -> None:
-        """Keep a response to `items`, which follow the items `earlier` of the response that it continues."""
-        output = {item["id"]: encode(item) for item in body["output"]}
-        stored = StoredResponse(encode(body), (*earlier, *map(encode, items)), output, self._clock() + self._seconds)
+    def put(self, owner: bytes, body: dict[str, Any], earlier: Sequence[StoredItem], items: Sequence[dict[str, Any]]) -> bool:
+        """Keep a response to `items`, which follow the items `earlier` of the response that it continues. False: it is too large."""
         self.delete(owner, body["id"])  # a client may choose the same id twice
+        new, output = (tuple(StoredItem(item["id"], encode(item)) for item in group) for group in (items, body["output"]))
+        stored = StoredResponse(encode(body), (*earlier, *new), output, self._clock() + self._seconds)
+        if stored.size > self.max_bytes:
+            return False
         self._kept.setdefault(owner, OrderedDict())[body["id"]] = stored
-        self._items |= {(owner, name): item for name, item in output.items()}
+        for item in stored.conversation:
+            if not item.users:
+                self._items.setdefault((owner, item.id), []).append(item)
+            item.users += 1
         self._sizes[owner] += stored.size
         self._make_room()
+        return True
 
     def get(self, owner: bytes, response_id: str) -> StoredResponse | None:
         self._make_room()
         return self._kept.get(owner, OrderedDict()).get(response_id)
 
     def item(self, owner: bytes, item_id: str) -> dict[str, Any]:
-        """An item of an earlier output."""
+        """An item of an earlier input or output."""
         self._make_room()
         found = self._items.get((owner, item_id))
         if found is None:
             raise ApiError(404, f"Item with id '{item_id}' not found. Items of a request with store set to false are not kept, and others "
                                 f"for {self._seconds:g} s at most: send the item itself", param="input")
-        return dict(json.loads(found))
+        return dict(json.loads(found[-1].content))
 
     def delete(self, owner: bytes, response_id: str) -> bool:
         responses = self._kept.get(owner, OrderedDict())
@@ -85,8 +100,12 @@ class ResponseStore:
             return False
         if not responses:
             del self._kept[owner]
-        for name in stored.output:
-            del self._items[owner, name]
+        for item in stored.conversation:
+            item.users -= 1
+            if not item.users:
+                self._items[owner, item.id].remove(item)
+                if not self._items[owner, item.id]:
+                    del self._items[owner, item.id]
         self._sizes[owner] -= stored.size
         return True
 

@@ -16,7 +16,7 @@ from minivllm.server.generation import GenerationResponse
 from minivllm.server.logprobs import NumberedTokens
 from minivllm.server.openapi import body_of
 from minivllm.server.prepare import Preprocessor
-from minivllm.server.response_store import StoredResponse
+from minivllm.server.response_store import StoredItem, StoredResponse
 from minivllm.server.responses_formatter import ResponsesFormatter
 from minivllm.server.responses_protocol import Conversation, ResponsesRequest, responses_names
 
@@ -34,7 +34,7 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
         body.check()
         if body.store and not store.max_bytes:
             ignored.append("store")
-        earlier: tuple[bytes, ...] = ()
+        earlier: tuple[StoredItem, ...] = ()
         if body.previous_response_id is not None:
             previous = store.get(owner, body.previous_response_id)
             if previous is None:
@@ -43,7 +43,7 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
                                param="previous_response_id", code="previous_response_not_found")
             earlier = previous.conversation
         conversation = Conversation(body.instructions, ignored, partial(store.item, owner))
-        conversation.read(map(json.loads, earlier), body.input)
+        conversation.read([json.loads(item.content) for item in earlier], body.input)
         with responses_names():
             prepared = await preprocessor.chat(body.as_chat(conversation), ignored, "resp_")
         prepared = dataclasses.replace(prepared, ignored=tuple(map(conversation.item_name, prepared.ignored)))
@@ -72,7 +72,7 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
     @app.get("/v1/responses/{response_id}/input_items")
     async def input_items(request: Request, response_id: str) -> Response:
         """The input of a stored response, in pages: order (asc, desc), limit (1 to 100), after (an item's id)."""
-        items = [json.loads(item) for item in find(request, response_id).input]
+        items = [json.loads(item.content) for item in find(request, response_id).input]
         query = request.query_params
         order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after", "")
         if order not in ("asc", "desc"):

@@ -101,9 +101,9 @@ class ResponsesFormatter(ResponseFormatter):
     """Reasoning, text and tool calls, each as an item."""
 
     def __init__(
-        self, request: PreparedRequest, names: TokenNames, body: ResponsesRequest, keep: Callable[[dict[str, Any]], None] | None,
+        self, request: PreparedRequest, names: TokenNames, body: ResponsesRequest, keep: Callable[[dict[str, Any]], bool] | None,
     ) -> None:
-        """`keep` stores the complete response; None: it is not stored."""
+        """`keep` stores the complete response, or returns False; None: it is not stored."""
         super().__init__(request, names)
         self._body = body
         self._keep = keep
@@ -123,7 +123,7 @@ class ResponsesFormatter(ResponseFormatter):
     def body(self) -> dict[str, Any]:
         response = self._response(self._status())
         if self._keep is not None:
-            self._keep(response)
+            response["store"] = self._keep(response)
         return response
 
     # -- streamed -----------------------------------------------------------------------------------------------------

@@ -143,8 +143,10 @@ class Conversation:
         self._sources: dict[int, str] = {}  # index of a message -> name of the item that its reasoning came from
 
     def read(self, earlier: Iterable[dict[str, Any]], value: Any) -> None:
-        """The items of an earlier response, and the `input` of a request: a text, or items."""
+        """The items of an earlier response, and the `input` of a request: a text, or items. An item that is there already is skipped."""
+        known: dict[str, dict[str, Any]] = {}  # by id
         for i, item in enumerate(earlier):
+            known[item["id"]] = item
             self._add(item, f"previous_response_id.{i}")
         if isinstance(value, str):
             value = [{"type": "message", "role": "user", "content": value}]
@@ -154,10 +156,19 @@ class Conversation:
             where = f"input.{i}"
             if not isinstance(item, dict):
                 raise InvalidInput(f"{where} must be an object such as {{\"role\": \"user\", \"content\": ...}}", where)
-            if isinstance(item.get("id"), str) and item.keys() <= {"type", "id"} and item.get("type") in ("item_reference", None):
-                item = self._find(item["id"])
+            is_reference = item.get("type") == "item_reference" or ("id" in item and item.keys() <= {"type", "id"} and item.get("type") is None)
+            if is_reference:
+                _check_fields(item, where, ("id",))
+            name = item.get("id")
+            if not isinstance(name, str) and (is_reference or name is not None):
+                raise InvalidInput(f"{where}.id must be a string, got {name!r}", where + ".id")
+            if name in known and (is_reference or all(known[name].get(key) == v for key, v in item.items() if v is not None)):
+                continue
+            item = self._find(name) if is_reference else item
             self._add(item, where)
-            self.items.append({"id": f"item_{uuid.uuid4().hex}", "type": "message", **item})
+            item = {"type": "message", **item, "id": name or f"item_{uuid.uuid4().hex}"}
+            known[item["id"]] = item
+            self.items.append(item)
         self._drop_reasoning()
 
     def _add(self, item: dict[str, Any], where: str) -> None:

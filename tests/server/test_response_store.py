@@ -161,6 +161,64 @@ def test_parallel_requests_continue_the_same_response(chat: ScriptedChat) -> Non
     assert all(httpx.get(f"{chat.live.url}{PATH}/{answer.json()['id']}").json() == answer.json() for answer in answers[:4])
 
 
+def test_an_item_that_the_conversation_has_is_not_written_twice(chat: ScriptedChat) -> None:
+    first = create(chat, "one")
+    call = create(chat, CALL, tools=[FLAT], previous_response_id=first.id).output[0]
+    earlier = create(chat, "two", previous_response_id=first.id, input="and?")
+    more = {"role": "user", "content": "more"}
+    create(chat, previous_response_id=earlier.id, input=[more])
+    wanted = chat.prompt
+    for again in ([{"type": "item_reference", "id": first.output[0].id}], [{"id": first.output[0].id}] * 2, [first.output[0]],
+                  [first.output[0].to_dict(), {"type": "item_reference", "id": earlier.output[0].id}]):
+        create(chat, previous_response_id=earlier.id, input=[*again, more])
+        assert chat.prompt == wanted, again
+    reference = {"type": "item_reference", "id": call.id}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "mild"}
+    create(chat, input=[more, call, result], tools=[FLAT])
+    wanted = chat.prompt
+    create(chat, input=[more, reference, reference, result], tools=[FLAT])
+    assert chat.prompt == wanted
+    twice = [{"id": "u", "role": "user", "content": "yes"}, {"id": "u", "role": "user", "content": "no"}]
+    create(chat, input=twice)
+    assert "yes" in chat.prompt and "no" in chat.prompt, "a client may give different items one id"
+
+
+def test_an_item_of_an_input_is_found_by_reference(chat: ScriptedChat) -> None:
+    first = create(chat, "one", input=[{"role": "user", "content": "remember 7"}, {"id": None, "role": "user", "content": "and 8"}])
+    second = create(chat, "two", input="more", previous_response_id=first.id)
+    httpx.delete(f"{chat.live.url}{PATH}/{first.id}")
+    listed = chat.api.responses.input_items.list(second.id, order="asc").data
+    assert len(listed) == 4 and len({item.id for item in listed}) == 4
+    create(chat, input=[{"type": "item_reference", "id": item.id} for item in listed])
+    assert chat.prompt.index("remember 7") < chat.prompt.index("and 8") < chat.prompt.index("one") < chat.prompt.index("more")
+    httpx.delete(f"{chat.live.url}{PATH}/{second.id}")
+
+
+@pytest.mark.parametrize("item, param, words", [
+    ({"type": "item_reference"}, "input.0.id", "required"), ({"type": "item_reference", "id": 5}, "input.0.id", "must be a string"),
+    ({"type": "item_reference", "id": None}, "input.0.id", "must be a string"), ({"id": 5}, "input.0.id", "must be a string"),
+    ({"type": "item_reference", "id": "a", "foo": 1}, "input.0.foo", "unknown"),
+    ({"role": "user", "content": "x", "id": 5}, "input.0.id", "string"),
+])
+def test_a_wrong_reference_is_refused_by_field(chat: ScriptedChat, item: dict[str, Any], param: str, words: str) -> None:
+    error = error_of(httpx.post(chat.live.url + PATH, json={"input": [item]}), 400)
+    assert error["param"] == param and words in error["message"], error
+
+
+def test_a_response_that_is_larger_than_the_store_is_not_stored_and_drops_no_other(tokenizer_folder: Path) -> None:
+    engine = ScriptedEngine(tokenizer_folder)
+    with scripted_server(engine, response_store_size=20_000) as live:
+        small = [httpx.post(live.url + PATH, json={"input": "x"}).json() for _ in range(3)]
+        engine.script = lambda prompt, params, child: [((7,), "x" * 25_000)]
+        large = httpx.post(live.url + PATH, json={"input": "x"}).json()
+        streamed = httpx.post(live.url + PATH, json={"input": "x", "stream": True}).text.strip().split("\n")[-1].removeprefix("data: ")
+        for body in (large, json.loads(streamed)["response"]):
+            assert body["store"] is False
+            error_of(httpx.get(f"{live.url}{PATH}/{body['id']}"), 404)
+        for body in small:
+            assert body["store"] is True and httpx.get(f"{live.url}{PATH}/{body['id']}").json() == body
+
+
 # -- the store alone -------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +254,8 @@ def test_the_key_with_the_most_bytes_loses_its_oldest_response() -> None:
     for i in range(100):
         store.put(b"busy", response(f"b{i}", "x" * 1000), (), [])
     assert store.get(b"quiet", "a") is not None and store.get(b"busy", "b0") is None and store.get(b"busy", "b99") is not None
-    store.put(b"busy", response("large", "x" * 50_000), (), [])
-    assert store.size <= 20_000 and store.get(b"busy", "large") is None and store.get(b"quiet", "a") is not None
+    assert not store.put(b"busy", response("large", "x" * 50_000), (), [])
+    assert store.get(b"busy", "large") is None and store.get(b"busy", "b99") is not None and store.get(b"quiet", "a") is not None
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"", b"k"]), st.integers(0, 5), st.integers(0, 3000), st.booleans()), max_size=40))
@@ -211,7 +269,8 @@ def test_the_bound_holds_and_nothing_is_left_behind(steps: list[tuple[bytes, int
             store.put(owner, response(f"r{number}", "x" * length), () if earlier is None else earlier.conversation, [{"id": "i"}])
         kept = [stored for responses in store._kept.values() for stored in responses.values()]
         assert store.size == sum(stored.size for stored in kept) <= 8_000
-        assert set(store._items) == {(owner, name) for owner, r in store._kept.items() for stored in r.values() for name in stored.output}
+        listed = {(owner, item.id) for owner, r in store._kept.items() for stored in r.values() for item in stored.conversation}
+        assert set(store._items) == listed
     for owner in (b"", b"k"):
         for number in range(6):
             store.delete(owner, f"r{number}")

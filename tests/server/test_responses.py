@@ -119,7 +119,7 @@ def test_fields_without_effect_are_accepted_and_named(live: LiveServer) -> None:
 @pytest.mark.parametrize("change, param", [
     ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": [5]}, "input.0"), ({"input": [{"role": "user"}]}, "input.0.content"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0.type"),
-    ({"input": [{"type": "item_reference", "id": 1}]}, "input.0.type"),
+    ({"input": [{"type": "item_reference", "id": 1}]}, "input.0.id"),
     ({"input": [{}]}, "input.0.role"), ({"input": [{"role": "usr", "content": "x"}]}, "input"),
     ({"input": [{"role": "user", "content": "x", "nam": 1}]}, "input.0.nam"), ({"input": None}, "input"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
