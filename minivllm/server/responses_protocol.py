@@ -156,7 +156,7 @@ class Conversation:
             where = f"input.{i}"
             if not isinstance(item, dict):
                 raise InvalidInput(f"{where} must be an object such as {{\"role\": \"user\", \"content\": ...}}", where)
-            is_reference = item.get("type") == "item_reference" or ("id" in item and item.keys() <= {"type", "id"} and item.get("type") is None)
+            is_reference = item.get("type") == "item_reference" or ("id" in item and not any(v for k, v in item.items() if k != "id"))
             if is_reference:
                 _check_fields(item, where, ("id",))
             name = item.get("id")

@@ -205,7 +205,8 @@ def test_a_tool_that_no_server_here_can_run_is_left_out_and_named(
     for choice in ({"type": kind}, {"type": kind, "name": "x"}):
         for tools in ([tool, function], [tool]):
             assert param(send(chat, path, tools=tools, tool_choice=choice)) == "tool_choice.type"
-    assert param(send(chat, path, tools=[tool], tool_choice="required")) == "tool_choice"
+    refused = send(chat, path, tools=[tool], tool_choice="required")
+    assert param(refused) == "tool_choice" and kind in refused.json()["error"]["message"] and "both" not in refused.text
 
 
 def test_a_wrong_function_beside_a_tool_that_is_left_out_keeps_its_index(chat: ScriptedChat) -> None:
@@ -299,3 +300,47 @@ def test_several_system_messages_at_the_start_are_one_for_a_template_that_takes_
         assert chat.prompt.startswith("[system]You are an agent.\n\nrules\n\nmore rules[user]say hello[assistant]hi[user]go on")
         send(chat, CHAT, messages=[{"role": "system", "content": "be brief"}, *HELLO])
         assert chat.prompt.startswith("[system]be brief[user]hello")
+
+
+# -- nulls that carry nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path, body, names", [
+    (CHAT, {"foo": None}, {"foo"}), (RESPONSES, {"foo": None}, {"foo"}), ("/v1/completions", {"prompt": "x", "foo": None}, {"foo"}),
+    (CHAT, {"messages": [{**HELLO[0], "foo": None}]}, {"messages.0.foo"}), (CHAT, {"stream": True, "stream_options": {"foo": None}},
+                                                                          {"stream_options.foo"}),
+    (CHAT, {"messages": [*HELLO, {**CALLED, "tool_calls": [{**CALLED["tool_calls"][0], "thought_signature": None}]}]},
+     {"messages.1.tool_calls.0.thought_signature"}),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "foo": None}]}]}, {"messages.0.content.0.foo"}),
+    (CHAT, {"tools": [{**WEATHER, "foo": None}]}, {"tools.0.foo"}), (RESPONSES, {"tools": [{**FLAT, "foo": None}]}, {"tools.0.foo"}),
+    (RESPONSES, {"input": [{**HELLO[0], "foo": None, "status": None}]}, {"input.0.foo"}),
+    (RESPONSES, {"input": [*HELLO, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "namespace": None}]},
+     {"input.1.namespace"}),
+])
+def test_an_unknown_field_with_null_is_accepted_and_named(chat: ScriptedChat, path: str, body: dict[str, Any], names: set[str]) -> None:
+    fields: dict[str, Any] = {"messages": HELLO} if path == CHAT else {} if "prompt" in body else {"input": "hello"}
+    assert ignored(httpx.post(chat.live.url + path, json={**fields, **body})) == names
+    assert httpx.post(chat.live.url + path, json=json.loads(json.dumps({**fields, **body}).replace("null", "1"))).status_code == 400
+
+
+def test_a_result_without_content_is_an_empty_text(chat: ScriptedChat) -> None:
+    prompts = set()
+    call = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": PARIS}
+    for content in ("", None, []):
+        assert ignored(send(chat, CHAT, messages=[*HELLO, CALLED, {"role": "tool", "tool_call_id": "c", "content": content}])) == set()
+        prompts.add(chat.prompt)
+        result = {"type": "function_call_output", "call_id": "c", "output": content}
+        assert ignored(send(chat, RESPONSES, input=[*HELLO, call, result])) == set()
+        prompts.add(chat.prompt)
+    assert ignored(send(chat, CHAT, messages=[*HELLO, CALLED, {"role": "tool", "tool_call_id": "c"}])) == set()
+    assert len({*prompts, chat.prompt}) == 1
+
+
+def test_an_answer_without_content_is_accepted_in_responses_too(chat: ScriptedChat) -> None:
+    send(chat, CHAT, messages=[*HELLO, {"role": "assistant", "content": None}, *HELLO])
+    plain = chat.prompt
+    for content in ({"content": None}, {"content": []}, {"content": ""}, {}):
+        assert ignored(send(chat, RESPONSES, input=[*HELLO, {"role": "assistant", "type": "message", **content}, *HELLO])) == set()
+        assert chat.prompt == plain
+    assert param(send(chat, RESPONSES, input=[{"role": "user", "content": None}])) == "input.0.content"
+    assert param(send(chat, RESPONSES, input=[{"role": "user"}])) == "input.0.content"
