@@ -13,6 +13,7 @@ from minivllm.server.strict import StrictModel
 from minivllm.server.tools import CalledFunction, Functions, ToolCalls, ToolChoice, Tools, ToolSpec, tool_spec
 
 _ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+_MAY_BE_EMPTY = ("assistant", "tool", "function")  # roles of messages without content: null, an empty list, or left out
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part with text, in chats and in responses
 _INERT_IN_PARTS = ("annotations", "logprobs", "parsed", "prompt_cache_breakpoint", "cache_control")
 _TEXT_PART = {"type": "object", "required": ["type", "text"],
@@ -79,8 +80,11 @@ class ChatMessage(StrictModel):
         ]
 
     def for_template(self, path: str, ignored: list[str]) -> dict[str, Any]:
-        """The message as `engine/conversation.py` takes it. An assistant's answer may have been empty."""
-        content = None if self.content is None and self.role == "assistant" else message_content(self.content, path + "content", ignored)
+        """The message as `engine/conversation.py` takes it. An assistant's answer may have been empty, and so may a result."""
+        if self.content in (None, []) and self.role in _MAY_BE_EMPTY:
+            content: Any = None if self.role == "assistant" else ""
+        else:
+            content = message_content(self.content, path + "content", ignored)
         more = {"name": self.name, "tool_calls": self.calls(path) or None, "tool_call_id": self.tool_call_id,
                 "reasoning_content": self.reasoning_content or self.reasoning or None}
         return {"role": "tool" if self.role == "function" else self.role, "content": content,
@@ -103,9 +107,9 @@ def message_content(content: Any, where: str, ignored: list[str]) -> str | list[
         if not isinstance(part.get("text"), str):
             raise InvalidInput(f"{here}.text must be a string, got {part.get('text')!r}", here + ".text")
         for name in part.keys() - {"type", "text"}:
-            if name not in _INERT_IN_PARTS:
+            if name not in _INERT_IN_PARTS and part[name] is not None:
                 raise UnknownField(unknown_field(f"{here}.{name}", name, ("type", "text")), f"{here}.{name}")
-            if part[name] not in (None, []):
+            if name not in _INERT_IN_PARTS or part[name] not in (None, []):
                 ignored.append(f"{here}.{name}")
         texts.append({"type": "text", "text": part["text"]})
     return texts

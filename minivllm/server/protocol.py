@@ -6,7 +6,7 @@ Fields fall into four classes:
     inert         `INERT`: cannot change the output (`user`, `metadata` ...); accepted, and named in a response header
     unsupported   `UNSUPPORTED`: fields of OpenAI or vLLM that are not built here; refused, except for null and for the listed
                   values, which request nothing
-    unknown       all others: refused with the nearest known name (with `--permissive`: treated as inert)
+    unknown       all others: refused with the nearest known name (null, or any value with `--permissive`: treated as inert)
 
 These classes check types. `SamplingParams` checks ranges, once for the server and for Python callers, unless the HTTP API's are narrower.
 """

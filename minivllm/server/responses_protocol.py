@@ -158,7 +158,7 @@ class Conversation:
                 raise InvalidInput(f"{where} must be an object such as {{\"role\": \"user\", \"content\": ...}}", where)
             is_reference = item.get("type") == "item_reference" or ("id" in item and not any(v for k, v in item.items() if k != "id"))
             if is_reference:
-                _check_fields(item, where, ("id",))
+                self._check_fields(item, where, ("id",))
             name = item.get("id")
             if not isinstance(name, str) and (is_reference or name is not None):
                 raise InvalidInput(f"{where}.id must be a string, got {name!r}", where + ".id")
@@ -178,9 +178,10 @@ class Conversation:
         elif kind == "function_call":
             self._add_call(item, where)
         elif kind == "function_call_output":
-            _check_fields(item, where, ("call_id", "output"), ("name",))
+            self._check_fields(item, where, ("call_id", "output"), ("name",))
             name = {"name": item["name"]} if item.get("name") is not None else {}
-            self._append({"role": "tool", "tool_call_id": item["call_id"], "content": self._text(item, where, "output"), **name})
+            content = "" if item["output"] in (None, []) else self._text(item, where, "output")
+            self._append({"role": "tool", "tool_call_id": item["call_id"], "content": content, **name})
         elif kind == "reasoning":
             self._add_reasoning(item, where)
         elif kind == "custom_tool_call":  # of a tool whose only argument is a text
@@ -192,15 +193,17 @@ class Conversation:
             raise NotSupportedYet(f"{where}: items of type {kind!r} are not supported yet", where + ".type")
 
     def _add_message(self, item: dict[str, Any], where: str) -> None:
-        _check_fields(item, where, ("role", "content"))
+        """An assistant's answer may have been empty."""
+        is_empty = item.get("role") == "assistant" and item.get("content") in (None, [])
+        self._check_fields(item, where, ("role",) if is_empty else ("role", "content"), ("content",))
         if not isinstance(item["role"], str):
             raise InvalidInput(f"{where}.role must be a string", where + ".role")
-        item = {**item, "content": refusals_as_text(item["content"])}
-        self._append({"role": item["role"], "content": self._text(item, where, "content")})
+        item = {**item, "content": refusals_as_text(item.get("content"))}
+        self._append({"role": item["role"], "content": None if is_empty else self._text(item, where, "content")})
 
     def _add_call(self, item: dict[str, Any], where: str) -> None:
         """A function call. Consecutive calls become one message of the assistant."""
-        _check_fields(item, where, ("call_id", "name", "arguments"), ("parsed_arguments",))
+        self._check_fields(item, where, ("call_id", "name", "arguments"), ("parsed_arguments",))
         for name in ("call_id", "name", "arguments"):
             if not isinstance(item[name], str):
                 raise InvalidInput(f"{where}.{name} must be a string", f"{where}.{name}")
@@ -212,7 +215,7 @@ class Conversation:
 
     def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
         """Reasoning of an earlier turn. It goes into the assistant's message that follows it, if the chat template takes it."""
-        _check_fields(item, where, (), ("summary", "content", "encrypted_content"))
+        self._check_fields(item, where, (), ("summary", "content", "encrypted_content"))
         self._drop_reasoning()
         parts = item.get("content") or []
         if not isinstance(parts, list) or not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
@@ -220,6 +223,17 @@ class Conversation:
         self._reasoning = "\n".join(part["text"] for part in parts), where
         if not self._reasoning[0]:
             self._drop_reasoning()
+
+    def _check_fields(self, item: dict[str, Any], where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+        """Refuse a missing or an unknown field. Null in an unknown one has no effect."""
+        known = (*required, *optional, "type", "id", "status", "phase")  # the last three are in items that this API returned
+        for name in required:
+            if name not in item:
+                raise InvalidInput(f"{where}.{name} is required", f"{where}.{name}")
+        for name in item.keys() - known:
+            if item[name] is not None:
+                raise UnknownField(unknown_field(f"{where}.{name}", name, known), f"{where}.{name}")
+            self.ignored.append(f"{where}.{name}")
 
     def _text(self, item: dict[str, Any], where: str, name: str) -> str | list[dict[str, str]]:
         return message_content(item[name], f"{where}.{name}", self.ignored)
@@ -241,16 +255,6 @@ class Conversation:
         """What an ignored part of the chat request came from."""
         found = re.fullmatch(r"messages\.(\d+)\.reasoning_content", name)
         return re.sub(r"^(tools\.\d+\.)function\.", r"\1", name) if found is None else self._sources[int(found[1])]
-
-
-def _check_fields(item: dict[str, Any], where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-    known = (*required, *optional, "type", "id", "status", "phase")  # the last three are in items that this API returned
-    for name in required:
-        if name not in item:
-            raise InvalidInput(f"{where}.{name} is required", f"{where}.{name}")
-    for name, value in item.items():
-        if name not in known and value is not None:
-            raise UnknownField(unknown_field(f"{where}.{name}", name, known), f"{where}.{name}")
 
 
 # -- other fields as a chat request has them --------------------------------------------------------------------------

@@ -20,14 +20,14 @@ class StrictModel(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The schema lists inert and unsupported fields too. Unknown fields are refused unless the server is permissive."""
+        """The schema lists inert and unsupported fields too. Unknown fields must be null unless the server is permissive."""
         schema = handler.resolve_ref_schema(handler(core))
         fields = schema.setdefault("properties", {})
         for name in sorted(cls.INERT):
             fields[name] = {"description": "accepted; has no effect"}
         for name, harmless in sorted(cls.UNSUPPORTED.items()):
             fields[name] = {"enum": [None, *harmless], "description": "not supported: only values that request nothing are accepted"}
-        schema["additionalProperties"] = False
+        schema["additionalProperties"] = {"type": "null"}
         return schema
 
     def ignored_fields(self, permissive: bool, path: str = "") -> list[str]:
@@ -41,7 +41,7 @@ class StrictModel(BaseModel):
             elif name in self.INERT:
                 if value is not None:
                     ignored.append(where)
-            elif permissive:
+            elif permissive or value is None:  # null requests nothing: SDKs write it for every field that is not set
                 ignored.append(where)
             else:
                 fields = [field.alias or name for name, field in type(self).model_fields.items()]

@@ -233,6 +233,9 @@ def tool_spec(
         if choice in (None, "none", "auto"):
             return None
         _check_kind(choice, choice_field)
+        if tools:  # all of them are of other types
+            raise InvalidInput(f"{choice_field} needs a function, and this server has no tool of type {tools[0].type!r}: send a function, "
+                               f"or leave {choice_field} out", choice_field)
         raise InvalidInput(f"{choice_field} needs {field}: send both, or leave {choice_field} out", choice_field)
     names = _check_functions(kept, field)
     words = ("none", "auto") if legacy else ("none", "auto", "required")

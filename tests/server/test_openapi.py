@@ -54,7 +54,8 @@ def test_every_path_except_health_requires_the_key(document: dict[str, Any]) -> 
 
 def test_a_requests_schema_lists_fields_of_all_classes(document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["ChatRequest"]
-    assert {"messages", "temperature", "user", "prediction"} <= set(schema["properties"]) and schema["additionalProperties"] == {"type": "null"}
+    assert {"messages", "temperature", "user", "prediction"} <= set(schema["properties"])
+    assert schema["additionalProperties"] == {"type": "null"}
     assert schema["properties"]["prediction"]["enum"] == [None]
 
 
