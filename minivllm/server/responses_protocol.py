@@ -159,7 +159,7 @@ class Conversation:
             is_reference = item.get("type") == "item_reference" or ("id" in item and not any(v for k, v in item.items() if k != "id"))
             if is_reference:
                 self._check_fields(item, where, ("id",))
-            name = item.get("id")
+            name: Any = item.get("id")
             if not isinstance(name, str) and (is_reference or name is not None):
                 raise InvalidInput(f"{where}.id must be a string, got {name!r}", where + ".id")
             if name in known and (is_reference or all(known[name].get(key) == v for key, v in item.items() if v is not None)):
