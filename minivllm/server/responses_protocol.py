@@ -159,12 +159,12 @@ class Conversation:
             is_reference = item.get("type") == "item_reference" or ("id" in item and not any(v for k, v in item.items() if k != "id"))
             if is_reference:
                 self._check_fields(item, where, ("id",))
-            name: Any = item.get("id")
+            name = item.get("id")
             if not isinstance(name, str) and (is_reference or name is not None):
                 raise InvalidInput(f"{where}.id must be a string, got {name!r}", where + ".id")
             if name in known and (is_reference or all(known[name].get(key) == v for key, v in item.items() if v is not None)):
                 continue
-            item = self._find(name) if is_reference else item
+            item = self._find(str(name)) if is_reference else item
             self._add(item, where)
             item = {"type": "message", **item, "id": name or f"item_{uuid.uuid4().hex}"}
             known[item["id"]] = item
