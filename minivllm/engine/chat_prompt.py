@@ -3,7 +3,8 @@
     conversation ─▶ tools: the template's own place, or the generic prompt
                  ─▶ calls, roles and content as the template's traits say ─▶ render ─▶ is the text of every message there?
 
-A message whose text the template leaves out is refused by name, because the model would answer something else than the client sent.
+If something is missing, or the template refuses the conversation, it is written in another way: system messages in the user's, or a generic
+prompt for tools and calls. What no way can write is refused by name: the model would answer something else than the client sent.
 """
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.conversation import Message, arguments_object, conversation, plain, text_of
@@ -24,7 +25,8 @@ from minivllm.engine.tool_prompt import results_as_user, tool_description, with_
 from minivllm.errors import InvalidInput
 
 GENERIC_FORMAT = "hermes"  # of calls in the generic tool prompt, if no other is requested
-MAX_CACHED_MESSAGES = 64  # of a conversation whose outline is cached
+MAX_CACHED_OUTLINE = 32_768  # characters
+SYSTEM_ROLES = ("system", "developer")
 log = logging.getLogger(__name__)
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -35,10 +37,11 @@ class ChatOptions:
 
     tools: Sequence[Mapping[str, Any]] = ()
     call_format: str = GENERIC_FORMAT  # of the generic tool prompt, and of earlier calls that the template cannot write
-    generic_tools: bool = False  # describe tools by the generic prompt even if the template has a place for them
+    generic_tools: bool = False  # generic prompt and calls as text even if the template has a place for them
     add_generation_prompt: bool = True  # open the assistant's answer
     continue_final_message: bool = False  # leave the last message open
-    fold_system: bool = False  # system messages become a part of the user's
+    fold: Literal["nothing", "later", "all"] = "nothing"  # these system messages become a part of the user's (later: not at the start)
+    developer_as_system: bool = False  # even if the template knows the role
     variables: Mapping[str, Any]
 
 
@@ -51,24 +54,37 @@ def write_chat(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], op
         )
     chat = conversation(messages)
     try:
-        text = _write(template, chat, options)
-    except InvalidInput as error:  # some templates take only functions with a description, or only parameters with one type
-        if not options.tools or options.generic_tools:
-            raise
-        log.info("these tools are described by a generic prompt: %s", error.message)
+        options = replace(options, tools=plain(list(options.tools)))
+    except RecursionError:
+        raise InvalidInput("tools are nested too deeply: make them flatter", "tools") from None
+    refusal: InvalidInput | None = None
+    for way in _ways(chat, options):
         try:
-            return write_chat(template, chat, replace(options, generic_tools=True))
-        except InvalidInput:
-            raise error from None
-    lost = _lost(template, chat, options)
-    if lost is not None and chat[lost]["role"] == "system":  # some templates have a place for it only while the last message is a user's
-        options = replace(options, fold_system=True)
-        text, lost = _write(template, chat, options), _lost(template, chat, options)
-    if lost is not None:
-        where = f"messages.{lost}.content"
-        raise InvalidInput(f"{where}: this model's chat template leaves this message (role {chat[lost]['role']!r}) out of the prompt: "
-                           "leave it out, or send it in another role", where)
-    return text
+            _check_complete(template, chat, way)
+            text = _write(template, chat, way)
+        except InvalidInput as error:
+            if error.param == "chat_template":  # not valid Jinja
+                raise
+            refusal = refusal or error
+        else:
+            if way.generic_tools and not options.generic_tools and refusal is not None:
+                log.info("a generic prompt for the tools and calls of a request, because: %s", refusal.message)
+            return text
+    assert refusal is not None
+    raise refusal
+
+
+def _ways(chat: Sequence[Message], options: ChatOptions) -> Iterator[ChatOptions]:
+    """Ways to write the conversation: first as it is, then with more and more changes, as far as they could change anything."""
+    roles = [message["role"] for message in chat]
+    has_tools = bool(options.tools) or any(message.get("tool_calls") for message in chat)
+    folds: list[Literal["nothing", "later", "all"]] = ["nothing"]
+    folds += ["later"] if any(role in SYSTEM_ROLES for role in roles[_leading(chat):]) else []
+    folds += ["all"] if options.tools or any(role in SYSTEM_ROLES for role in roles) else []
+    for generic in (False, True) if has_tools and not options.generic_tools else (options.generic_tools,):
+        for fold in folds:
+            for renamed in (False, True) if "developer" in roles else (False,):
+                yield replace(options, generic_tools=generic, fold=fold, developer_as_system=renamed)
 
 
 def takes_tools(template: ChatTemplate) -> bool:
@@ -98,7 +114,7 @@ def _choose(template: ChatTemplate, has_calls: bool, options: ChatOptions) -> tu
         traits = template_traits(template.for_tools().source, True)
         if traits.tools:
             return template.for_tools(), traits
-    if template.tool_use is not None and has_calls and not options.tools:  # earlier calls
+    if template.tool_use is not None and has_calls and not options.tools and not options.generic_tools:  # earlier calls
         traits = template_traits(template.tool_use.source, False)
         if traits.calls is not None:
             return template.tool_use, traits
@@ -108,20 +124,21 @@ def _choose(template: ChatTemplate, has_calls: bool, options: ChatOptions) -> tu
 def _write(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions) -> str:
     chosen, traits = _choose(template, any(message.get("tool_calls") for message in chat), options)
     call_format = options.call_format
-    if "developer" not in chosen.source:
+    if options.developer_as_system or "developer" not in chosen.source:
         chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
     if options.tools and not traits.tools:
         chat = without_tool_messages(with_system(chat, tool_description(options.tools, call_format)), call_format)
-    elif traits.calls is None:
+    elif traits.calls is None or options.generic_tools:
         chat = without_tool_messages(chat, call_format)
     else:
         chat = _calls_for(traits.calls, chat)
-    if traits.system is None or options.fold_system:
-        chat = _without_system(chat)
-    elif not traits.several_systems:
+    start = 0 if traits.system is None or options.fold == "all" else _leading(chat)
+    if start == 0 or options.fold == "later":
+        chat = [*chat[:start], *_without_system(chat[start:])]
+    if start and not traits.several_systems:
         chat = _with_one_system(chat)
     return chosen.render(
-        [_with_content(message, traits) for message in chat], tools=plain(list(options.tools)) if traits.tools else None,
+        [_with_content(message, traits) for message in chat], tools=options.tools if traits.tools else None,
         add_generation_prompt=options.add_generation_prompt, continue_final_message=options.continue_final_message,
         variables=options.variables,
     )
@@ -132,8 +149,11 @@ def _with_content(message: Message, traits: TemplateTraits) -> Message:
     content = message["content"]
     if content is None and traits.calls is not None and traits.calls.null_content and message.get("tool_calls"):
         return message
-    if traits.form(message["role"]) == "text":
+    form = traits.form(message["role"])
+    if form == "text":
         return {**message, "content": text_of(content)}
+    if form == "part" and content:
+        content = text_of(content)
     if isinstance(content, list) or (not content and message.get("tool_calls")):
         return message
     return {**message, "content": content_in("parts", content or "")}
@@ -151,14 +171,23 @@ def _without_system(chat: Sequence[Message]) -> list[Message]:
             system = []
         else:
             folded.append(message)
-    return [*folded, {"role": "user", "content": "\n\n".join(system)}] if system else folded
+    if system and folded and folded[-1]["role"] == "user":  # some templates demand alternation
+        folded[-1] = {**folded[-1], "content": "\n\n".join([text_of(folded[-1]["content"]), *system])}
+    elif system:
+        folded.append({"role": "user", "content": "\n\n".join(system)})
+    return folded
+
+
+def _leading(chat: Sequence[Message]) -> int:
+    """How many system messages are at the start."""
+    return next((i for i, message in enumerate(chat) if message["role"] not in SYSTEM_ROLES), len(chat))
 
 
 def _with_one_system(chat: Sequence[Message]) -> list[Message]:
     """The system messages at the start as one. Agents send several, and some templates refuse all but the first message."""
-    rest = list(itertools.dropwhile(lambda message: message["role"] == "system", chat))
-    texts = [text_of(message["content"]) for message in chat[:len(chat) - len(rest)]]
-    return [{"role": "system", "content": "\n\n".join(texts)}, *rest] if texts else rest
+    start = list(itertools.takewhile(lambda message: message["role"] == "system", chat))
+    texts = [text_of(message["content"]) for message in start]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *chat[len(start):]] if texts else list(chat)
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -221,45 +250,67 @@ def _results_after_calls(chat: Sequence[Message]) -> list[Message]:
     return ordered
 
 
-# -- lost messages ----------------------------------------------------------------------------------------------------
+# -- what the template leaves out --------------------------------------------------------------------------------------
 
 
-Outline: TypeAlias = tuple[tuple[str, int, int], ...]  # role, number of parts, and number of calls of each message
-
-
-def _lost(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions) -> int | None:
-    """Index of the first message whose text would not be in the prompt."""
-    def parts(message: Message) -> int:
-        """-1: a string. 0: no text that must be written."""
-        content = message["content"]
-        if message.get("tool_calls") or not text_of(content).strip():  # some templates leave out text beside calls, as in training
-            return 0
-        return len(content) if isinstance(content, list) else -1
-
-    outline = tuple((message["role"], parts(message), len(message.get("tool_calls", ()))) for message in chat)
-    find = _lost_number if len(outline) <= MAX_CACHED_MESSAGES else _lost_number.__wrapped__
-    tool_use = None if template.tool_use is None else template.tool_use.source
-    return find(template.source, tool_use, outline, bool(options.tools), options.generic_tools, options.fold_system)
-
-
-@lru_cache(maxsize=256)
-def _lost_number(
-    source: str, tool_use: str | None, outline: Outline, with_tools: bool, generic_tools: bool, fold_system: bool,
-) -> int | None:
-    """`_lost` by trying: a conversation of the same outline, whose texts are numbers, is rendered. A number that is missing was lost.
+def _check_complete(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions) -> None:
+    """Refuse what would not be in the prompt, by trying: the same conversation is rendered with numbers as texts and names of functions.
 
     (The real texts may be trimmed or shortened on purpose, as reasoning is, and may occur in the template too.)
     """
-    chat: list[Message] = []
-    for i, (role, parts, calls) in enumerate(outline):
-        numbers = [f"7{i:06d}{j:03d}9" for j in range(abs(parts))]
-        content: Any = [{"type": "text", "text": number} for number in numbers] if parts > 0 else "".join(numbers)
-        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-        chat.append({"role": role, "content": content, **({"tool_calls": [call] * calls} if calls else {})})
-    tools = [PROBE_TOOL] if with_tools else ()
-    options = ChatOptions(tools=tools, generic_tools=generic_tools, fold_system=fold_system, variables=_TOKENS)
+    wanted: dict[str, str] = {}  # the numbers, and what they stand for
+
+    def number(where: str) -> str:
+        new = f"7{len(wanted):09d}9"
+        wanted[new] = where
+        return new
+
+    outline = {
+        "chat": [_numbered(message, f"messages.{i}", number) for i, message in enumerate(chat)],
+        "tools": [_numbered_tool(tool, number) for tool in options.tools], "variables": plain(dict(options.variables)),
+        "fold": options.fold, "generic_tools": options.generic_tools, "developer_as_system": options.developer_as_system,
+        "add_generation_prompt": options.add_generation_prompt, "call_format": options.call_format,
+    }
+    key = json.dumps({"wanted": wanted, **outline})
+    find = _missing if len(key) <= MAX_CACHED_OUTLINE else _missing.__wrapped__
+    where = find(template.source, None if template.tool_use is None else template.tool_use.source, key)
+    if where == "tools":
+        raise InvalidInput("tools: this model's chat template leaves some of them out of the prompt: send other tools, or none", where)
+    if where is not None:
+        role = chat[int(where.split(".")[1])]["role"]
+        raise InvalidInput(f"{where}: this model's chat template leaves this message (role {role!r}) out of the prompt: "
+                           "leave it out, or send it in another role", where)
+
+
+def _numbered(message: Message, where: str, number: Callable[[str], str]) -> Message:
+    """A message of the same form whose text and calls are numbers. Its other keys are kept: a template may look at them."""
+    content = message["content"]
+    if not text_of(content).strip():
+        content = None if content is None else ""
+    elif isinstance(content, list):
+        content = [{"type": "text", "text": number(f"{where}.content")} for _ in content]
+    else:
+        content = number(f"{where}.content")
+    of_call = ("tool_call_id", "name") if message["role"] == "tool" else ()  # `conversation` fills them in
+    other = {name: "1" if isinstance(value, str) and len(value) > 32 else value for name, value in message.items() if name not in of_call}
+    at = f"{where}.tool_calls"
+    calls = [{"id": f"{at}.{j}", "function": {"name": f"f{number(at)}", "arguments": {"value": number(at)}}}
+             for j, _ in enumerate(message.get("tool_calls", ()))]
+    return {**other, "content": content, "tool_calls": calls}
+
+
+def _numbered_tool(tool: Any, number: Callable[[str], str]) -> Any:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return {**tool, "function": {**function, "name": f"f{number('tools')}"}} if isinstance(function, dict) and "name" in function else tool
+
+
+@lru_cache(maxsize=256)
+def _missing(source: str, tool_use: str | None, outline: str) -> str | None:
+    """What stands for the first number that is not written."""
+    options = json.loads(outline)
+    wanted, chat = options.pop("wanted"), conversation(options.pop("chat"))
     try:
-        text = _write(ChatTemplate(source, tool_use), conversation(chat), options)
+        text = _write(ChatTemplate(source, tool_use), chat, ChatOptions(**options))
     except InvalidInput:
-        return None  # the template looks at more than the outline
-    return next((i for i, (_, parts, _) in enumerate(outline) if any(f"7{i:06d}{j:03d}9" not in text for j in range(abs(parts)))), None)
+        return None  # the real conversation is refused too, or the template looks at its texts
+    return next((where for number, where in wanted.items() if number not in text), None)

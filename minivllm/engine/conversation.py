@@ -69,6 +69,9 @@ def arguments_object(arguments: dict[str, Any] | str) -> dict[str, Any] | str:
 def _normal(message: Message, where: str) -> Message:
     content, calls = message.get("content"), message.get("tool_calls")
     message = {**{name: value for name, value in message.items() if value is not None}, "content": content}
+    if not isinstance(content, (str, list, type(None))):
+        raise InvalidInput(f"{where}.content must be a string, a list of text parts or null, got {content!r}", f"{where}.content")
+    _check_id(message, "tool_call_id", where)
     if isinstance(content, list):
         for j, part in enumerate(content):
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -93,7 +96,14 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, (dict, str)):
         where += ".function.arguments"
         raise InvalidInput(f"{where} must be a JSON object or its text, got {arguments!r}", where)
+    _check_id(call, "id", where)
+    call = {name: value for name, value in call.items() if value is not None}
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _check_id(value: Mapping[str, Any], name: str, where: str) -> None:
+    if not isinstance(value.get(name), (str, type(None))):
+        raise InvalidInput(f"{where}.{name} must be a string, got {value[name]!r}", f"{where}.{name}")
 
 
 def _connect_results(chat: Sequence[Message]) -> None:

@@ -2,7 +2,8 @@
 
 A template is a program, and reading it does not show what it does. Trying shows it, whatever its style:
 
-    content      `{{ m.content }}` writes a string; `{% for part in m.content %}` writes nothing of it, and needs a list of parts
+    content      `{{ m.content }}` writes a string; `{% for part in m.content %}` writes nothing of it, and needs a list of parts;
+                 `{{ m.content[0].text }}` writes the first part only
     arguments    `{{ call.arguments | tojson }}` needs an object; `+ call.arguments +` needs its JSON text
     null         `{% if m.content is none %}` needs None beside calls; `+ m.content +` needs ""
     ids          some templates refuse ids of calls that are not nine letters or digits
@@ -19,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 from minivllm.engine.conversation import Message
 
-Form: TypeAlias = Literal["text", "parts"]
+Form: TypeAlias = Literal["text", "parts", "part"]  # a string, a list of parts, or a list of one part
 Render: TypeAlias = Callable[[Sequence[Message]], str | None]  # None: the template refuses the messages
 
 LONG_ID, SHORT_ID = "call_b7c1d09e4f2a48c6a3d58e10", "b7c1d09e4"
@@ -71,8 +72,10 @@ def probe(render: Render, with_tools: bool) -> TemplateTraits:
         return text is not None and all(part in text for part in texts)
 
     def form(role: str, text: str, before: list[Message], after: list[Message]) -> Form | None:
-        forms: tuple[Form, Form] = ("text", "parts")
-        return next((f for f in forms if shows([*before, {"role": role, "content": content_in(f, text)}, *after], text)), None)
+        one, other = content_in("part", text), content_in("part", _KEY)
+        variants: dict[Form, Any] = {"text": text, "parts": one + other, "part": one}
+        return next((form for form, content in variants.items()
+                     if shows([*before, {"role": role, "content": content}, *after], text, *([_KEY] if form == "parts" else []))), None)
 
     user_form = form("user", _USER, [], []) or form("user", _USER, [{"role": "system", "content": _SYSTEM}], []) or "text"
     user: Message = {"role": "user", "content": content_in(user_form, _USER)}
@@ -84,7 +87,7 @@ def probe(render: Render, with_tools: bool) -> TemplateTraits:
     return TemplateTraits(
         several_systems=shows([*systems, user], _SYSTEM, _VALUE, _USER),
         user=user_form, assistant=answer_form, system=system_form, tool=result_form, calls=calls,
-        tools=with_tools and any(shows(start, _NAME, _USER) for start in starts),
+        tools=with_tools and any(shows(start, _NAME, _KEY, _USER) for start in starts),
     )
 
 
@@ -126,7 +129,7 @@ def _probe_calls(render: Render, user: Message, answer_form: Form, user_form: Fo
     other_id = call_id[::-1]
     others = [_result(other_id, form)] if traits["results"] else []
 
-    def shows(messages: list[Message], *texts: str) -> bool:
+    def writes(messages: list[Message], *texts: str) -> bool:
         text = written(form, *messages)
         return all(part in text for part in texts)
 
@@ -134,11 +137,11 @@ def _probe_calls(render: Render, user: Message, answer_form: Form, user_form: Fo
         return {"role": "assistant", "content": content, "tool_calls": list(calls)}
 
     call, answer = _call(call_id, traits["arguments"]), content_in(answer_form, _ANSWER)
-    kept = shows([calling(call, content=answer), *results], _VALUE, _ANSWER)
+    kept = writes([calling(call, content=answer), *results], _VALUE, _ANSWER)
     rest = [*results, {"role": "assistant", "content": answer}, user]  # a template may count the messages
-    split = not kept and shows([{"role": "assistant", "content": answer}, calling(call), *rest], _VALUE, _ANSWER)
+    split = not kept and writes([{"role": "assistant", "content": answer}, calling(call), *rest], _VALUE, _ANSWER)
     return CallTraits(
         **traits, beside_text="kept" if kept else "split" if split else "dropped",
-        several=shows([calling(call, _call(other_id, traits["arguments"], _SYSTEM)), *results, *others], _VALUE, _SYSTEM),
-        raw_arguments=shows([calling(_call(call_id, f'{{"{_VALUE}')), *results], _VALUE),
+        several=writes([calling(call, _call(other_id, traits["arguments"], _SYSTEM)), *results, *others], _VALUE, _SYSTEM),
+        raw_arguments=writes([calling(_call(call_id, f'{{"{_VALUE}')), *results], _VALUE),
     ), form

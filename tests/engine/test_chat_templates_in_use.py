@@ -159,8 +159,6 @@ def test_user_text_in_parts_reaches_a_template_that_iterates_over_parts() -> Non
     ("{{ messages[-1].content }}", [USER, {"role": "assistant", "content": "Fine."}, USER], "messages.0.content"),
     ("always the same", [USER], "messages.0.content"),
     (QWEN, [USER, {"role": "critic", "content": "No."}], "messages.1.content"),
-    ("{% for m in messages %}{% for part in m.content[:1] %}{{ part.text }}{% endfor %}{% endfor %}",
-     [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "messages.0.content"),
 ])
 def test_a_text_that_the_template_leaves_out_is_refused_by_name(template: str, messages: Any, where: str) -> None:
     with pytest.raises(InvalidInput, match="leaves this message") as refused:
@@ -190,8 +188,7 @@ def test_text_beside_a_call_is_not_lost_and_neither_is_the_call() -> None:
     for name in ALL:
         text = write(ALL[name], [USER, assistant(call(), content="Let me look."), result(), {"role": "assistant", "content": "Fine."}, USER])
         assert text.index("Paris") < text.index("sunny"), name
-        if name != "small":  # it has no place for such a text, and refuses one more message
-            assert text.index("Let me look.") < text.index("Paris"), name
+        assert text.index("Let me look.") < text.index("Paris"), name
 
 
 def test_arguments_that_are_no_json_reach_the_template_as_their_text() -> None:
@@ -283,11 +280,132 @@ def test_no_text_of_any_conversation_is_lost(name: str, turns: Any, system: bool
         if calls:
             sent = [call(f"call_{i}_{j}_0123456789", f"city{i}{j}.") for j in range(calls)]
             results = [result(one["id"], f"res{i}{j}.") for j, one in enumerate(sent)]
-            messages += [assistant(*sent, content="beside" if beside else None), *(reversed(results) if reordered else results)]
+            messages += [assistant(*sent, content=f"beside{i}." if beside else None), *(reversed(results) if reordered else results)]
         if answered or i + 1 < len(turns):
             messages.append({"role": "assistant", "content": f"say{i}."})
     sent_messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} if parts and m["content"] else m for m in messages]
     text = write(ALL[name], sent_messages, TOOLS if with_tools else None)
     for i, message in enumerate(messages):
-        assert message["content"] in (None, "beside") or message["content"] in text, (i, message)
+        assert message["content"] is None or message["content"] in text, (i, message)
         assert all(json.loads(one["function"]["arguments"])["city"] in text for one in message.get("tool_calls", ()))
+
+
+# -- what is lost or refused in one conversation only -------------------------------------------------------------------
+
+
+TURN = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+START = "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+TWO_TOOLS = [*TOOLS, {"type": "function", "function": {"name": "clock", "description": "Time of day"}}]
+
+
+@pytest.mark.parametrize("source", [
+    START + "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}{% endif %}" + TURN,  # only beside a system message
+    "{% if tools and messages[-1].role == 'user' %}{{ tools | tojson }}{% endif %}" + START + "{% endif %}" + TURN,  # not in an agent's second step
+    "{% for t in tools or [] if t.function.parameters %}{{ t | tojson }}{% endfor %}" + START + "{% endif %}" + TURN,
+    "{% if tools %}{{ tools[0] | tojson }}{% endif %}" + START + "{% endif %}" + TURN,
+    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + START + "{% endif %}" + TURN,  # names only
+])
+@pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, assistant(call()), result()]])
+def test_tools_that_the_template_leaves_out_of_this_conversation_get_the_generic_prompt(source: str, messages: Any) -> None:
+    text = write(source, messages, TWO_TOOLS)
+    for wanted in ("Weather of a city", "Time of day", '"city"', *(m["content"] for m in messages if m["content"])):
+        assert wanted in text
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_text_beside_calls_is_kept_with_calls_as_text_where_the_template_drops_it(with_tools: bool) -> None:
+    chat = [USER, assistant(call(), content="IMPORTANT PLAN"), result(), {"role": "assistant", "content": "Fine."}, USER]
+    text = write(SMALL, chat, TOOLS if with_tools else None)
+    places = [text.index(part) for part in ("IMPORTANT PLAN", "Paris", "sunny", "Fine.")]
+    assert places == sorted(places)
+
+
+def test_calls_that_the_template_writes_only_in_the_last_turn_are_text() -> None:
+    source = TURN.replace("{% endfor %}", "{% if loop.last or loop.nextitem is defined and loop.nextitem.role == 'tool' and loop.length < 4 %}"
+                          "{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}{% endif %}{% endfor %}").replace("m.content", "m.content or ''")
+    assert "<tool_call>" not in write(source, [USER, assistant(call()), result()])
+    text = write(source, [USER, assistant(call()), result(), {"role": "assistant", "content": "Fine."}, USER])
+    assert "<tool_call>" in text and "Paris" in text
+
+
+FIRST_ONLY = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be at the beginning.') }}" \
+             "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+LATER = {"role": "system", "content": "Now be long."}
+ANSWER = {"role": "assistant", "content": "Fine."}
+
+
+def test_a_later_system_message_that_the_template_refuses_is_a_part_of_the_users() -> None:
+    assert write(FIRST_ONLY, [SYSTEM, USER, ANSWER, LATER, USER]) == \
+        "<system>Be brief.<user>How is the weather?<assistant>Fine.<user>Now be long.\n\nHow is the weather?"
+    assert write(FIRST_ONLY, [USER, LATER]) == "<user>How is the weather?\n\nNow be long."
+    for chat in ([USER, ANSWER, LATER, USER], [SYSTEM, USER, ANSWER, LATER, USER], [USER, ANSWER, USER, LATER], [USER, LATER, ANSWER, USER]):
+        for name, source in ALL.items():
+            assert "Now be long." in write(source, chat), name
+            assert "Now be long." in write(source, chat, TOOLS), name
+
+
+DEVELOPER = "{% if messages[0].role == 'developer' or messages[0].role == 'system' %}<developer>{{ messages[0].content }}{% set rest = messages[1:] %}" \
+            "{% else %}{% set rest = messages %}{% endif %}{% for m in rest if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("first, second", [("system", "developer"), ("developer", "system"), ("developer", "developer"), ("system", "system")])
+@pytest.mark.parametrize("refuses", [False, True])
+def test_system_and_developer_messages_are_one_where_the_template_takes_one(first: str, second: str, refuses: bool) -> None:
+    source = DEVELOPER + ("{% for m in messages[1:] if m.role in ('system', 'developer') %}{{ raise_exception('late') }}{% endfor %}" if refuses else "")
+    chat = [{"role": first, "content": "one"}, {"role": second, "content": "two"}, USER]
+    assert write(source, chat) == "<developer>one\n\ntwo<user>How is the weather?"
+    assert write(source, [chat[1], USER]) == "<developer>two<user>How is the weather?"
+    assert write(source, [chat[0], USER, ANSWER, chat[1], USER]).endswith("<user>two\n\nHow is the weather?")
+
+
+def test_what_is_lost_is_found_out_with_the_variables_and_keys_of_the_request() -> None:
+    def written(source: str, chat: Any, **variables: Any) -> str:
+        return write_chat(ChatTemplate(source), chat, ChatOptions(variables=variables))
+
+    chat, turn = [USER, ANSWER, USER], "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+    keeps = "{% for m in messages %}{% if keep_history or loop.last %}" + turn
+    assert "Fine." in written(keeps, chat, keep_history=True)
+    last_only = "{% for m in messages %}{% if not last_only or loop.last %}" + turn
+    assert "Fine." in written(last_only, chat)
+    named = "{% for m in messages %}{% if not m.name %}" + turn
+    assert "How" in written(named, [USER])
+    for source, messages, variables in (
+        (keeps, chat, {}), (last_only, chat, {"last_only": True}), (named, [{**USER, "name": "bob"}], {}),
+        (named.replace("not m.name", "m.name != 'bob'"), [{**USER, "name": "bob"}], {}),
+    ):
+        with pytest.raises(InvalidInput, match="leaves this message") as refused:
+            written(source, messages, **variables)
+        assert refused.value.param == "messages.0.content"
+
+
+@pytest.mark.parametrize("content", [5, True, {"a": 1}, 1.5, {"type": "text", "text": "x"}])
+def test_content_of_another_type_is_refused_by_name(content: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"messages\.0\.content must be a string, a list of text parts or null") as refused:
+        write(CHATML, [{"role": "user", "content": content}])
+    assert refused.value.param == "messages.0.content"
+
+
+def test_null_ids_are_made_and_ids_that_are_no_strings_are_refused() -> None:
+    assert "Paris" in write(NEMO, [USER, assistant({**call(), "id": None}), {**result(), "tool_call_id": None}])
+    for chat, where in (([USER, assistant({**call(), "id": 7}), result()], "messages.1.tool_calls.0.id"),
+                        ([USER, assistant(call()), {**result(), "tool_call_id": 7}], "messages.2.tool_call_id")):
+        with pytest.raises(InvalidInput, match="must be a string, got 7") as refused:
+            write(NEMO, chat)
+        assert refused.value.param == where
+
+
+def test_parts_are_joined_where_the_template_reads_one() -> None:
+    two = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text }}{% endfor %}"
+    assert write(source, [{"role": "system", "content": two}, {"role": "user", "content": two}]) == "<system>one\ntwo<user>one\ntwo"
+    mixed = "{% for m in messages %}{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"
+    assert write(mixed, [{"role": "system", "content": two}, {"role": "user", "content": two}]) == "one\ntwoonetwo"
+
+
+def test_only_a_request_that_was_written_is_logged_as_one_with_a_generic_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(InvalidInput, match="must alternate"):
+        write(SMALL, [USER, USER], TOOLS)
+    assert not caplog.records
+    write(SMALL, [USER, assistant(call(), content="Let me look."), result(), ANSWER, USER], TOOLS)
+    assert [r.getMessage() for r in caplog.records if "generic prompt" in r.getMessage() and "messages.1.content" in r.getMessage()]

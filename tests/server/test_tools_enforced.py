@@ -28,7 +28,8 @@ from tests.server.test_tools import calls_of, join
 pytest.importorskip("llguidance")
 
 HELLO: Any = [{"role": "user", "content": "the cat"}]
-TEMPLATE = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATE = ("{% for t in tools or [] %}{{ t.function.name }} {{ (t.function.parameters or {}).properties | join(' ') }}{% endfor %}"
+            "{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
 def tool(name: str, **properties: Any) -> Any:
