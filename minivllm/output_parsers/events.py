@@ -47,6 +47,7 @@ class IncrementalParser:
         self._state = start
         self._pending = ""  # text that no state has used yet
         self._ended = False
+        self._cut = False
         self._events: list[OutputEvent] = []
 
     def push(self, text: str) -> list[OutputEvent]:
@@ -57,9 +58,9 @@ class IncrementalParser:
         events, self._events = self._events, []
         return events
 
-    def finish(self) -> list[OutputEvent]:
-        """The remaining events, at the end of the text."""
-        self._ended = True
+    def finish(self, cut: bool = False) -> list[OutputEvent]:
+        """The remaining events, at the end of the text. `cut`: the text ends at the token limit, not where the model ended it."""
+        self._ended, self._cut = True, cut
         return self.push("")
 
     def _settled(self, marker: str) -> int:

@@ -8,7 +8,10 @@ out unchanged, and the usual slips of models are corrected on the way, since the
 
     a raw line break, tab or quote in a string     escaped              'single quotes'                   "double quotes"
     True False None NaN undefined                  true false null      {key: bare words}                 {"key": "bare words"}
-    a comma too many, or none                      one comma            an open bracket                   closed
+    a comma too many, or none                      one comma            an open bracket or string         closed
+
+Whether a quote ends its string depends on what follows: `",` and a key, `"}` and `"]` do, `"id" FROM` does not. So a quote is read once the
+text after it decides.
 
 `JsonCallParser` uses it to find the name and the arguments. Until both are known the text may still be an answer that only resembles a
 call, so it is kept and can be returned as content. (`pydantic_core.from_json(text, allow_partial=True)` would neither correct nor find the
@@ -22,10 +25,17 @@ import re
 from collections.abc import Container
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_SHORT_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)\.(?:[eE][+-]?[0-9]+)?|-?\.[0-9]+(?:[eE][+-]?[0-9]+)?")  # 1. and .5
 _WORDS = {"true": "true", "True": "true", "false": "false", "False": "false", "null": "null", "None": "null", "undefined": "null",
           "NaN": "null", "Infinity": "null", "-Infinity": "null"}  # the last three as JavaScript's JSON.stringify writes them
 _HEX_DIGITS = {"u": 4, "x": 2, "U": 8}  # of escapes; the last two are Python's
 _CLOSING = {"{": "}", "[": "]"}
+_OPENING = {"}": "{", "]": "["}
+_LOOK_AHEAD = 200  # characters. What they leave undecided is read as JSON has it
+_SPACE = re.compile(rf"\s{{0,{_LOOK_AHEAD}}}")
+_BEFORE_END = re.compile(rf"[}}\]\s]{{0,{_LOOK_AHEAD}}}")
+_KEY = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\w.-]++)\s*+(.)""", re.DOTALL)
+_ITEM = re.compile(r"""["'{}\[\],\d+-]|(?:true|True|false|False|null|None|undefined|NaN|Infinity)\b""")
 
 
 class JsonState(enum.Enum):
@@ -48,6 +58,7 @@ class JsonReader:
 
     def __init__(self) -> None:
         self.state = JsonState.VALUE
+        self.markers: tuple[str, ...] = ()  # the start and the end of a call, if both have one
         self._stack: list[str] = []  # the open brackets
         self._in_key = False
         self._quote = ""
@@ -69,7 +80,7 @@ class JsonReader:
             if char.isalnum() or char in "_.+-":
                 self._word += char
                 return True
-            self._end_word()
+            self._end_open()
             return self.push(char)
         if char.isspace():
             char = char if char in " \t\n\r" else " "
@@ -102,7 +113,7 @@ class JsonReader:
             self._held = ","
             self.state = JsonState.KEY if is_object else JsonState.ITEM
         self._in_key = self.state in (JsonState.KEY, JsonState.FIRST_KEY)
-        is_word = char.isalpha() or char == "_" if self._in_key else char.isalnum() or char in "_.+-"
+        is_word = char.isalpha() or char == "_" if self._in_key else char not in "\"'{[:"
         if not (char in "\"'" or is_word or (char in "{[" and not self._in_key)):
             return False
         if self._held:
@@ -138,6 +149,7 @@ class JsonReader:
 
     def close(self) -> None:
         """Complete the value where it broke."""
+        self._end_open()
         if self.state in (JsonState.COLON, JsonState.VALUE):
             self.write(": null" if self.state is JsonState.COLON else "null")
         while self._stack:
@@ -147,8 +159,19 @@ class JsonReader:
         self.state = JsonState.COLON if in_key else JsonState.NEXT if self._stack else JsonState.END
         self.token_ended(in_key)
 
+    def _end_open(self) -> None:
+        """End the open string or word, if there is one."""
+        if self.state is JsonState.STRING:
+            self._escape = ""
+            self.write('"')
+            self._end_token(self._in_key)
+        elif self.state is JsonState.WORD:
+            self._end_word()
+
     def _end_word(self) -> None:
-        word, self._word = self._word.removeprefix("+"), ""
+        word, self._word = self._word.removeprefix("+").strip("`"), ""
+        if _SHORT_NUMBER.fullmatch(word):
+            word = re.sub(r"\.(?!\d)", ".0", re.sub(r"^(-?)\.", r"\g<1>0.", word))
         is_json = not self._in_key and (word in _WORDS or _NUMBER.fullmatch(word))
         self.write(_WORDS.get(word, word) if is_json else json.dumps(word, ensure_ascii=False))
         self._end_token(self._in_key)
@@ -183,6 +206,112 @@ class JsonReader:
         else:
             self._escape = escape + char
 
+    # -- a text, with what follows each character ---------------------------------------------------------------------
+
+    def read(self, text: str, at: int, ended: bool, cut: bool) -> bool | None:
+        """Read the character at `at`. False: the text cannot become JSON. None: later text decides how the character is read."""
+        char, state = text[at], self.state
+        ends: bool | None = False
+        if state is JsonState.STRING:
+            if self._escape or (char not in self._quote + "}]<" and not char.isspace()):
+                return self.push(char)
+            ends = self._ends_before(text, at + 1, ended) if char == self._quote else self._lacks_quote(text, at, ended, cut)
+        elif state is JsonState.WORD and not self._in_key:
+            if char in ",}]<\"'" or char.isspace():
+                ends = self._ends_before(text, at, ended)
+        elif char == "<" and state in (JsonState.VALUE, JsonState.ITEM, JsonState.FIRST_ITEM):
+            marked = self._at_marker(text, at, ended)
+            return None if marked is None else not marked and self.push(char)
+        else:
+            return self.push(char)
+        if ends is None:
+            return None
+        if ends:
+            self._end_open()
+            return (state is JsonState.STRING and char == self._quote) or self.push(char)
+        if state is JsonState.WORD:
+            self._word += char
+        else:
+            self.write(json.dumps(char, ensure_ascii=False)[1:-1])
+        return True
+
+    def _at_marker(self, text: str, at: int, ended: bool) -> bool | None:
+        """Whether the start or end of a call is here."""
+        if any(text.startswith(marker, at) for marker in self.markers):
+            return True
+        return None if not ended and any(marker.startswith(text[at:at + len(marker)]) for marker in self.markers) else False
+
+    def _lacks_quote(self, text: str, at: int, ended: bool, cut: bool) -> bool | None:
+        """Whether a string ends here without its quote: only brackets follow, and the end of the call or of the text."""
+        end = _BEFORE_END.match(text, at).end()  # type: ignore[union-attr]
+        brackets = sum(not char.isspace() for char in text[at:end])
+        if end == at + _LOOK_AHEAD or brackets > self.depth:
+            return False
+        if end == len(text):
+            return (not cut and brackets > 0) if ended else None
+        if not self.markers or text[end] != "<":
+            return False
+        opening, closing = self.markers
+        if not text.startswith(closing, end):
+            return None if not ended and closing.startswith(text[end:end + len(closing)]) else False
+        after = _SPACE.match(text, end + len(closing)).end()  # type: ignore[union-attr]
+        if after == len(text) or text.startswith(opening, after):
+            return True if ended or after < len(text) else None
+        return None if not ended and opening.startswith(text[after:after + len(opening)]) else False
+
+    def _ends_before(self, text: str, at: int, ended: bool) -> bool | None:
+        """Whether a string or word ends before this text."""
+        window = text[at:at + _LOOK_AHEAD]
+        ends = self._fits_before(window, ended and len(text) - at <= _LOOK_AHEAD)
+        return True if ends is None and (ended or len(window) == _LOOK_AHEAD) else ends
+
+    def _fits_before(self, text: str, ended: bool) -> bool | None:
+        """The same for a part of the text, None at its end. Brackets first, as if they closed those that are open."""
+        stack, at, closed = list(self._stack), 0, False
+        while True:
+            start, at = at, _SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if at == len(text):
+                return None
+            char = text[at]
+            if self._in_key:
+                return char in ":,}]"
+            if char not in _OPENING or not stack:
+                break
+            if _OPENING[char] not in stack:
+                return False
+            while stack.pop() != _OPENING[char]:
+                pass
+            at, closed = at + 1, True
+        if char in "\"'" and closed and at == start:  # a value such as "{"a": "b"}"
+            following = text[at + 1:].lstrip()
+            return False if char != self._quote else following[0] not in "}]," if following else None
+        if not stack or (closed and (at > start or char in ",<;")):
+            return True
+        if closed:
+            return False
+        if char == ",":
+            return self._item_follows(text[at + 1:].lstrip(), stack[-1], ended)
+        if char in "\"'" and stack[-1] == "{":
+            return self._item_follows(text[at:], "{", ended)
+        if char in "\"'" and at > start:
+            return text[at + 1] not in "}], \n" if at + 1 < len(text) else None
+        return self._at_marker(text, at, ended)
+
+    def _item_follows(self, text: str, bracket: str, ended: bool) -> bool | None:
+        """Whether an array or object can go on with this text."""
+        if not text:
+            return None
+        if bracket == "[":
+            if text[0].isalpha() and len(text) < 10 and not ended and self.state is JsonState.STRING:
+                return None  # it may become a literal
+            return self.state is JsonState.WORD or bool(_ITEM.match(text))
+        if text[0] in "},":
+            return True
+        if not (text[0] in "\"'_" or text[0].isalpha()):
+            return False
+        key = _KEY.match(text)
+        return key[1] == ":" if key else None
+
     def write(self, text: str) -> None:
         """Take JSON text."""
 
@@ -197,7 +326,7 @@ class _JsonText(JsonReader):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.pieces: list[str] = []
-        self.valid = all(map(self.push, text)) and self.state is JsonState.END
+        self.valid = all(self.read(text, at, ended=True, cut=False) for at in range(len(text))) and self.state is JsonState.END
 
     def write(self, text: str) -> None:
         self.pieces.append(text)
@@ -225,9 +354,10 @@ class JsonCallParser(JsonReader):
 
     ARGUMENTS = ("arguments", "parameters")
 
-    def __init__(self, names: Container[str], *, exact: bool = False) -> None:
+    def __init__(self, names: Container[str], *, exact: bool = False, markers: tuple[str, ...] = ()) -> None:
         """`exact`: a call has a name and arguments and nothing else. Other objects are content."""
         super().__init__()
+        self.markers = markers
         self._exact = exact
         self.raw = ""  # the text read so far
         self.name: str | None = None
@@ -263,11 +393,12 @@ class JsonCallParser(JsonReader):
         """The number, word or escape of the arguments that the end of the text cut off."""
         return "" if self.complete else self._word or self._escape
 
-    def feed(self, text: str) -> int:
-        """Read on. Returns the number of characters used: fewer than given if the call is done or broken."""
-        for i, char in enumerate(text):
-            if self.done or self.broken or not self.push(char) or not self._fits:
-                self.broken = not self.done
+    def feed(self, text: str, ended: bool, cut: bool) -> int:
+        """Read on. Returns the number of characters used: fewer than given if the call is done or broken, or if later text decides."""
+        for i in range(len(text)):
+            read = None if self.done or self.broken else self.read(text, i, ended, cut)
+            if not read or not self._fits:
+                self.broken = self.broken or (not self.done and read is not None)
                 self.raw += text[:i]
                 return i
         self.raw += text
@@ -302,7 +433,9 @@ class JsonCallParser(JsonReader):
         if in_key:
             key = json.loads(text)
             self._key = "arguments" if key in self.ARGUMENTS else key
-            self._fits = self._key not in self._seen and (not self._exact or self._key in ("name", "arguments"))
+            if self.known and self.complete and self._key in self._seen:
+                self._key = ""  # repeated behind a complete call: skipped
+            self._fits = self._key not in self._seen and (not self._exact or self._key in ("", "name", "arguments"))
             if self._key in ("name", "arguments"):
                 self._seen.add(self._key)
         elif self._key == "name":

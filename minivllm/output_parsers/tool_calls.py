@@ -6,39 +6,46 @@
 
     push(text) ─▶ ContentDelta("Let me look.")  ToolCallStart(0, "weather")  ToolCallArguments(0, '{"city": ')  ...  ToolCallEnd(0)
 
-Text that is not a call of one of the request's tools is content. Nothing is dropped except white space next to a call, and nothing
-raises. A call whose JSON breaks after its start, beyond what `JsonReader` corrects, ends there: its open brackets are closed, and the rest
-is content. So arguments are valid JSON unless the text ends inside them, as at the token limit.
+Text that is not a call of one of the request's tools is content. Nothing is dropped except white space and surplus brackets next to a
+call, and nothing raises. A call whose JSON breaks after its start, beyond what `JsonReader` corrects, ends there: its open brackets are
+closed, and the rest is content. A call that the model itself leaves open is closed. So arguments are valid JSON unless the token limit cuts
+them off.
 """
 from __future__ import annotations
 
-from abc import abstractmethod
+import re
+from typing import ClassVar
 
 from minivllm.output_parsers.json_calls import JsonCallParser
 from minivllm.output_parsers.pythonic import PythonicParser
 from minivllm.output_parsers.tool_parser import MarkedParser, ToolParser
 
+_SURPLUS = re.compile(r"[\s}\],]*")  # between calls: white space, brackets too many, a comma
+
 
 class _JsonParser(MarkedParser):
     """Calls that are JSON objects."""
 
+    END: ClassVar[str] = ""  # behind a call
+
     def _open(self) -> None:
-        self._call_parser = JsonCallParser(self._names, exact=self._exclusive)
+        self._call_parser = JsonCallParser(self._names, exact=self._exclusive, markers=self.MARKERS)
         self._reported = False
         self._state = self._call
 
     def _call(self) -> bool:
         parser = self._call_parser
-        self._pending = self._pending[parser.feed(self._pending):]
-        cut_off = self._ended and not (parser.done or parser.broken)
+        self._pending = self._pending[parser.feed(self._pending, self._ended, self._cut):]
+        incomplete = self._ended and not (parser.done or parser.broken)
+        cut_off = incomplete and self._cut
         if not self._reported and (parser.started or (cut_off and parser.known)):
             self._reported = True
             self._start_call(parser.name or "")
         if self._reported:
-            if parser.broken and not parser.complete:
+            if not parser.complete and (parser.broken or (incomplete and not cut_off)):
                 parser.close()
             self._emit_arguments(parser.take() + (parser.unfinished() if cut_off else ""))
-        if not (parser.done or parser.broken or cut_off):
+        if not (parser.done or parser.broken or incomplete):
             return False
         if self._reported:
             self._raw = ""
@@ -49,9 +56,19 @@ class _JsonParser(MarkedParser):
             self._reject()
         return True
 
-    @abstractmethod
     def _close(self) -> bool:
-        """The state after a call."""
+        """The state after a call: its end, also after a bracket too many, or one more call."""
+        rest = self._pending[_SURPLUS.match(self._pending).end():]  # type: ignore[union-attr]
+        if not self._ended and rest != self.END and self.END.startswith(rest):
+            return False
+        if rest.startswith("{"):
+            self._raw, self._pending = self._pending[:-len(rest)], rest
+            self._open()
+            return True
+        if rest.startswith(self.END) or not rest:
+            self._pending = rest.removeprefix(self.END)
+        self._end_calls()
+        return True
 
 
 class HermesParser(_JsonParser):
@@ -59,29 +76,25 @@ class HermesParser(_JsonParser):
 
     OPEN = "<tool_call>"
     CLOSE = "</tool_call>"
+    END = CLOSE
     MARKERS = (OPEN, CLOSE)
 
     def _start(self) -> bool:
         return self._text()
-
-    def _close(self) -> bool:
-        return self._branch(self.CLOSE, self._end_calls, self._end_calls)
 
 
 class Llama3JsonParser(_JsonParser):
     """Llama 3's format: an output is either text or calls."""
 
     OPEN = "<|python_tag|>"
+    END = ";"
     UNMARKED = "{"
 
     def _start(self) -> bool:
         return self._start_unmarked()
 
-    def _close(self) -> bool:
-        return self._branch(";", self._next, self._next)
-
-    def _next(self) -> None:
-        self._end_calls()
+    def _end_calls(self) -> None:
+        super()._end_calls()
         self._state = self._start_unmarked
 
 

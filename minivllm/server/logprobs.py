@@ -69,12 +69,25 @@ class CompletionLogprobs:
         """The four lists for further tokens. A prompt's first token has the entry None, because nothing predicts it."""
         new: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(token_ids, entries, strict=True):
-            new["text_offset"].append(self._offset)
+            broken = self._broken_before(token_id)
+            new["text_offset"].append(self._offset + broken)
             self._advance(token_id)
             new["tokens"].append(self._name(token_id))
             new["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             new["top_logprobs"].append(None if entry is None else self._tops(entry))
         return new
+
+    def _broken_before(self, token_id: int) -> int:
+        """Length of the replacement that a token writes for an incomplete character before it."""
+        held, flag = self._utf8.getstate()
+        raw = self._names.token_bytes(token_id)
+        if not held or (self._skip_special and self._names.is_special(token_id)):
+            return 0
+        whole = len(self._utf8.decode(raw))
+        self._utf8.reset()
+        alone = len(self._utf8.decode(raw))
+        self._utf8.setstate((held, flag))
+        return int(whole > alone)
 
     def _advance(self, token_id: int) -> None:
         """Move the offset to the end of a token."""

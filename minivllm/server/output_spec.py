@@ -158,12 +158,13 @@ class OutputParser:
         """Whether reasoning has started and not ended."""
         return self._reasoning.in_reasoning
 
-    def push(self, text: str, ended: bool) -> list[OutputEvent]:
-        """The events of a further piece of text, the last one if the output has ended."""
+    def push(self, text: str, finish_reason: str | None) -> list[OutputEvent]:
+        """The events of a further piece of text, the last one if there is a finish reason."""
+        ended = finish_reason is not None
         events = self._reasoning.push(text) + (self._reasoning.finish() if ended else [])
         if self._tools is not None:
             pushed = (self._tools.push(event.text) if isinstance(event, ContentDelta) else [event] for event in events)
-            events = [event for group in pushed for event in group] + (self._tools.finish() if ended else [])
+            events = [event for group in pushed for event in group] + (self._tools.finish(cut=finish_reason != "stop") if ended else [])
         return [event for event in events if self._is_included(event)]
 
     def _is_included(self, event: OutputEvent) -> bool:

@@ -49,7 +49,7 @@ class ParsedChatFormatter(ChatFormatter):
         """Parse new text and return the delta of the message."""
         parsed = self._parsed[choice.index]
         delta: dict[str, Any] = {}
-        for event in parsed.parser.push(text, ended=choice.finish_reason is not None):
+        for event in parsed.parser.push(text, choice.finish_reason):
             self._add(parsed, event, delta)
         return delta
 

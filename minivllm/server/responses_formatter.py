@@ -165,7 +165,7 @@ class ResponsesFormatter(ResponseFormatter):
         if parser is None:
             return [ContentDelta(delta.text)] if delta.text else []
         was_in_reasoning = parser.in_reasoning
-        events = parser.push(delta.text, ended=delta.finish_reason is not None)
+        events = parser.push(delta.text, delta.finish_reason)
         if was_in_reasoning or parser.in_reasoning:
             self._reasoning_tokens = choice.num_tokens
             self._held_logprobs = logprobs if any(isinstance(event, ContentDelta) for event in events) else []

@@ -30,6 +30,12 @@ def test_offsets_count_whole_characters_of_the_text() -> None:
     assert CompletionLogprobs(Bytes(), 0, skip_special=False).add([9, 4], [entry(9), entry(4)])["text_offset"] == [0, 4]
 
 
+def test_a_token_after_an_incomplete_character_starts_behind_its_replacement() -> None:
+    counter = CompletionLogprobs(Bytes(), 0, skip_special=True)
+    found = [counter.add([t], [entry(t)])["text_offset"][0] for t in (0, 4, 2, 0, 1, 2, 9, 4, 0, 4)]
+    assert found == [0, 1, 2, 3, 3, 4, 4, 5, 6, 7], "of the text \ufffd!\ufffd\u00e9\ufffd!\ufffd!"
+
+
 def test_a_part_of_a_character_is_named_by_its_bytes_so_that_names_are_unique() -> None:
     tops = CompletionLogprobs(Bytes(), 2, skip_special=True).add([0], [entry(0, 0, 1)])
     assert tops["tokens"] == ["bytes:\\xc3"]
@@ -74,6 +80,7 @@ class Spaces(Bytes):
     ("!\ufffd", [4, 0], [1, 4], [0, 1, 2, 3]),  # the prompt ends inside a character, and the output completes it
     ("!\ufffd", [4, 2], [3], [0, 1, 2]),
     ("\ufffd", [0], [4], [0, 1]),
+    ("\ufffd!", [0, 4], [0, 4], [0, 1, 2, 3]),
     ("é", [0, 1], [2, 3, 4], [0, 0, 1, 1, 2]),
     ("Hi you", [5, 6], [6], [0, 2, 6]),  # the tokenizer put a space in front
     ("Hi</s> you", [9, 5, 9, 6], [4], [0, 0, 2, 6, 10]),  # BOS was added, the user typed the other one

@@ -31,12 +31,12 @@ NAMES = ("f", "get_weather")
 ParsedText = tuple[str, list[tuple[str, str]]]  # content, and the name and arguments of each call
 
 
-def parse(parser: ToolParser, pieces: Sequence[str]) -> ParsedText:
-    """Parse the pieces, and check the order of the events."""
+def parse(parser: ToolParser, pieces: Sequence[str], cut_off: bool = False) -> ParsedText:
+    """Parse the pieces, and check the order of the events. `cut_off`: by the token limit."""
     events: list[OutputEvent] = []
     for piece in pieces:
         events += parser.push(piece)
-    events += parser.finish()
+    events += parser.finish(cut=cut_off)
     assert parser.finish() == [], "no event is reported twice"
     content, calls, is_open = "", [], False
     for event in events:
@@ -57,8 +57,8 @@ def parse(parser: ToolParser, pieces: Sequence[str]) -> ParsedText:
     return content, calls
 
 
-def parse_whole(kind: Callable[[Any], ToolParser], text: str) -> ParsedText:
-    return parse(kind(NAMES), [text])
+def parse_whole(kind: Callable[[Any], ToolParser], text: str, cut_off: bool = False) -> ParsedText:
+    return parse(kind(NAMES), [text], cut_off)
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def test_text_that_is_not_a_call_of_a_known_tool_is_content_and_nothing_is_lost(
 
 
 def test_a_call_that_breaks_beyond_repair_ends_there_with_closed_brackets_and_the_rest_is_content() -> None:
-    text = '<tool_call>{"name": "f", "arguments": {"a": 1, "b": [2, <x>]}}</tool_call>'
-    assert parse_whole(HermesParser, text) == ("<x>]}}</tool_call>", [("f", '{"a": 1, "b": [2 ]}')])
+    text = '<tool_call>{"name": "f", "arguments": {"a": 1, "b": [2, {} <x>]}}</tool_call>'
+    assert parse_whole(HermesParser, text) == ("<x>]}}</tool_call>", [("f", '{"a": 1, "b": [2, {} ]}')])
     for cut_off in ('{"', '{"a"', '{"a": 1', '{"a": 1, "b": [2'):
         at = text.index('{"a"') + len(cut_off)
-        assert parse_whole(HermesParser, text[:at]) == ("", [("f", cut_off)]), "cut off by the length"
+        assert parse_whole(HermesParser, text[:at], cut_off=True) == ("", [("f", cut_off)]), "cut off by the length"
     assert parse_whole(HermesParser, '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>') == ("", ONE), "an end tag ends it"
     assert parse_whole(HermesParser, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>') == ("", ONE)
 
@@ -183,7 +183,8 @@ def test_a_call_can_follow_a_broken_one() -> None:
     ('{"a": 1 "b": [2 , {"c": 3} {}]}', {"a": 1, "b": [2, {"c": 3}, {}]}),
     ('{a: 1, b_c: Paris}', {"a": 1, "b_c": "Paris"}), ('{"a": NaN, "b": [-Infinity, undefined]}', {"a": None, "b": [None, None]}),
     ('{"a": [1, {"b": 2}', {"a": [1, {"b": 2}]}),
-    ('{"a": +5, "b": 01234, "c": .5, "d": 1.2.3}', {"a": 5, "b": "01234", "c": ".5", "d": "1.2.3"}),
+    ('{"a": +5, "b": 01234, "c": .5, "d": 1.2.3}', {"a": 5, "b": "01234", "c": 0.5, "d": "1.2.3"}),
+    ('{"a": 1., "b": -.5e3, "c": 0.}', {"a": 1.0, "b": -500.0, "c": 0.0}),
     ('{"a": "\\d \\x41 \\u00e9 \\u12g \\\n"}', {"a": "\\d A \u00e9 \\u12g \\\n"}),
     ('{"a": -1.5e-3, "b": "\\ud83d\\ude00"}', {"a": -1.5e-3, "b": "\U0001f600"}),
     ('{"a": {"b": {}}, "c": []}', {"a": {"b": {}}, "c": []}), ('{"a":\u00a01}', {"a": 1}), ('{"a": 1, "a": 2}', {"a": 2}),
@@ -198,6 +199,55 @@ def test_usual_slips_of_models_are_corrected_so_that_arguments_are_json(written:
         content, calls = parse_whole(kind, text)
         assert content == "" and [(name, json.loads(sent)) for name, sent in calls] == [("f", arguments)], text
         assert parse(kind(NAMES), list(text)) == (content, calls), "the same in a stream of single characters"
+
+
+@pytest.mark.parametrize("written, arguments", [
+    ('{"q":"SELECT "id" FROM t"}', {"q": 'SELECT "id" FROM t'}), ('{"q": "a "b", "c" d", "n": 1}', {"q": 'a "b", "c" d', "n": 1}),
+    ('{"a": "He said "hi", then left."}', {"a": 'He said "hi", then left.'}), ("{'a': 'it's', 'b': 1}", {"a": "it's", "b": 1}),
+    ('{"a": ["say "x" now", "y"], "b"c": 2}', {"a": ['say "x" now', "y"], 'b"c': 2}),
+    ('{"a": "{"b": {"c": "d"}}", "e": "{"f": []}"}', {"a": '{"b": {"c": "d"}}', "e": '{"f": []}'}),
+    ("""{"a": "curl -d '{"b": {"c": "d"}}' url"}""", {"a": """curl -d '{"b": {"c": "d"}}' url"""}),
+    ('"{"a": "Paris"}"', {"a": "Paris"}), ('{"a": "x" "b": ["y" "z"]}', {"a": "x", "b": ["y", "z"]}),
+    ("{city: New York, when: 12:30}", {"city": "New York", "when": "12:30"}),
+    ('{"a":`x`}', {"a": "x"}), ('{"a": f(1, 2)}', {"a": "f(1, 2)"}),
+    ("{a: [New York, Rome], b: <x>}", {"a": ["New York", "Rome"], "b": "<x>"}),
+    ('{"city":"Paris', {"city": "Paris"}), ('{"a": ["x}', {"a": ["x"]}), ('{"a": "x", "b": "{c}', {"a": "x", "b": "{c"}),
+    ('{"a": 1}}', {"a": 1}), ('{"a": 1}, "arguments": {"b": 2}', {"a": 1}),
+])
+def test_a_raw_or_missing_quote_never_cuts_off_a_call(written: str, arguments: Any) -> None:
+    for kind, text in ((HermesParser, f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'),
+                       (HermesParser, f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>' * 2),
+                       (HermesParser, f'<tool_call>{{"name": "f", "arguments": {written}}}'),
+                       (Llama3JsonParser, f'{{"name": "f", "parameters": {written}}}')):
+        content, calls = parse_whole(kind, text)
+        assert content == "" and [json.loads(sent) for _, sent in calls] == [arguments] * (1 + (text.count("</tool_call>") == 2)), text
+        assert parse(kind(NAMES), list(text)) == (content, calls), "the same in a stream of single characters"
+
+
+def test_only_the_token_limit_leaves_arguments_open() -> None:
+    text = '{"name": "f", "parameters": {"ab": [true, "c\\u00e9\\n"], "d": {"e": -1.5}}}'
+    for end in range(len(text)):
+        for kind, marked in ((HermesParser, "<tool_call>" + text[:end]), (Llama3JsonParser, text[:end])):
+            content, calls = parse_whole(kind, marked)
+            assert (content, calls) == (marked, []) or (content == "" and is_object(calls[0][1])), marked
+            assert parse(kind(NAMES), list(marked)) == (content, calls)
+            content, calls = parse_whole(kind, marked, cut_off=True)
+            assert (content, calls) == (marked, []) or (content == "" and calls[0][1] in text), marked
+    assert parse_whole(Llama3JsonParser, '{"name": "f", "arguments": {é') == ('{"name": "f", "arguments": {é', [])
+
+
+def test_a_marker_in_a_string_ends_a_call_only_if_nothing_of_it_follows() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"a": "write {} </tool_call> here"}}</tool_call>'
+    assert parse_whole(HermesParser, text) == ("", [("f", '{"a": "write {} </tool_call> here"}')])
+
+
+def test_surplus_brackets_and_a_second_call_without_its_marker_are_no_content() -> None:
+    one = '{"name": "f", "arguments": {"a": 1}}'
+    for kind, text in ((HermesParser, f"<tool_call>{one}\n{one}</tool_call>"),
+                       (HermesParser, f"<tool_call>{one}}}, {one}}}\n</tool_call>\n"),
+                       (Llama3JsonParser, f"{one}}}; {one}}}")):
+        assert parse_whole(kind, text) == parse(kind(NAMES), list(text)) == ("", ONE * 2)
+    assert parse_whole(HermesParser, f"<tool_call>{one}\n{{x}}</tool_call>") == ("{x}</tool_call>", ONE)
 
 
 @pytest.mark.parametrize("written, arguments", [
@@ -221,8 +271,8 @@ def test_arguments_are_reported_while_they_are_written() -> None:
     assert parser.push('Hm <tool_call>{"name": "f", "arguments": {"city": "Par') == [
         ContentDelta("Hm"), ToolCallStart(0, "f"), ToolCallArguments(0, '{"city": "Par'),
     ]
-    assert parser.push('is"') == [ToolCallArguments(0, 'is"')]
-    assert parser.push("}}</tool_") == [ToolCallArguments(0, "}"), ToolCallEnd(0)]
+    assert parser.push('is"') == [ToolCallArguments(0, "is")], "what follows decides whether the quote ends the string"
+    assert parser.push("}}</tool_") == [ToolCallArguments(0, '"}'), ToolCallEnd(0)]
     assert parser.push("call>") == parser.finish() == []
 
 
@@ -235,7 +285,7 @@ def test_text_is_held_back_only_while_it_may_become_a_call() -> None:
 def test_an_output_of_the_grammar_for_required_calls_is_parsed() -> None:
     text = '[{"name": "f", "parameters": {"a": 1}}, {"name":"get_weather","parameters":{}}]'
     assert parse_whole(RequiredCallsParser, text) == ("", [*ONE, ("get_weather", "{}")])
-    assert parse_whole(RequiredCallsParser, text[:35]) == ("", [("f", '{"a": ')])
+    assert parse_whole(RequiredCallsParser, text[:35], cut_off=True) == ("", [("f", '{"a": ')])
     assert parse_whole(RequiredCallsParser, text[:10]) == ("", []), "the array is never content"
     for end in range(len(text)):
         assert parse_whole(RequiredCallsParser, text[:end])[0] == ""
@@ -252,6 +302,7 @@ CALL = '{"name": "f", "arguments": {"a": [1, "x\\"}"]}}'
 FRAGMENTS = (
     "<tool_call>", "</tool_call>", "<|python_tag|>", "<|python_start|>", "<|python_end|>", "<tool", CALL, '{"name": "f"}', '{"name": "g"',
     '"name": "f", ', '"parameters": {"b": null}', "{", "}", "[", "]", "(", ")", ",", ";", " ", "\n", '"', "'", "\\", "f(a=1)", "f(",
+    f"<tool_call>{CALL[:-4]}", CALL[:-2], CALL[:-1], '"id", "name" FROM', "`x`", '"arguments": {', ', "b": ', "<",
     "get_weather(s='x,]')", "x", "=", ":", "-1", "1.5e3", "true", "nul", "é", "\u2028", "\U0001f389", "\x00",
 )
 TEXTS = st.one_of(
@@ -277,16 +328,19 @@ def cut(text: str, positions: Sequence[int]) -> list[str]:
 @example(text="<|python_start|> [f(a=1) , get_weather(s='x')]<|python_end|> x", positions=list(range(200)))
 @example(text=f"[ {CALL} ,{CALL}] ", positions=list(range(200)))
 def test_any_pieces_of_any_text_give_the_same_calls_and_content(make: Any, text: str, positions: list[int]) -> None:
-    content, calls = parse_whole(make, text)
-    assert parse(make(NAMES), cut(text, positions)) == (content, calls)
+    for cut_off in (True, False):
+        content, calls = parse_whole(make, text, cut_off)
+        assert parse(make(NAMES), cut(text, positions), cut_off) == (content, calls)
+        if make in (HermesParser, Llama3JsonParser):
+            assert all(is_object(arguments) for _, arguments in calls[:len(calls) - cut_off]), "only the token limit leaves a call open"
     if make is RequiredCallsParser:
         return
     if isinstance(make, partial):
-        assert not calls or not content.startswith("{"), "either calls or the format"
+        assert not (calls and content and text.startswith(content)), "either calls or the format"
     elif not calls:
         assert content == text, "nothing is lost"
-    if make in (HermesParser, Llama3JsonParser, PythonicParser):
-        assert all(is_object(arguments) for _, arguments in calls[:-1]), "only the last call can be cut off"
+    if make is PythonicParser:
+        assert all(is_object(arguments) for _, arguments in calls)
     rest = iter(text)
     assert all(char in rest for char in content), "content is the text without the calls"
 
@@ -348,6 +402,25 @@ def test_any_calls_in_any_pieces_are_found_with_their_arguments_as_json(
         content, found = parse(kind(NAMES), cut(text, positions))
         assert (content, found) == parse_whole(kind, text)
         assert content == "" and [(name, json.loads(sent)) for name, sent in found] == calls, text
+
+
+INSERTED = ("", '"', '"id" FROM', ",", "}", "]", "{", ":", "'", " so ", "`", "\\", "<")
+SLIPS = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), st.sampled_from(INSERTED)), min_size=1, max_size=3)
+
+
+@given(call=CALLS, slips=SLIPS, positions=st.lists(st.integers(0, 300), max_size=12), cut_off=st.booleans())
+def test_any_slips_in_any_pieces_give_complete_arguments_or_content(
+    call: list[tuple[str, dict[str, Any]]], slips: list[tuple[int, int, str]], positions: list[int], cut_off: bool,
+) -> None:
+    text = json.dumps({"name": call[0][0], "parameters": call[0][1]})
+    for at, deleted, inserted in slips:
+        at %= len(text) + 1
+        text = text[:at] + inserted + text[at + deleted:]
+    for kind, written in ((Llama3JsonParser, text), (HermesParser, f"<tool_call>{text}</tool_call>"), (HermesParser, f"<tool_call>{text}")):
+        content, calls = parse_whole(kind, written, cut_off)
+        assert parse(kind(NAMES), cut(written, positions), cut_off) == (content, calls)
+        assert all(is_object(arguments) for _, arguments in calls[:len(calls) - cut_off]), written
+        assert calls or content == written
 
 
 @given(value=st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(max_size=5), max_size=4))
