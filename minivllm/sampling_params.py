@@ -209,11 +209,7 @@ def _schema_text(value: Any, where: str) -> str:
             raise InvalidInput(f"{where} is not valid JSON: correct it", where) from None
     if not isinstance(value, Mapping):
         raise InvalidInput(f"{where} must be a JSON schema (an object), got {reprlib.repr(value)}", where)
-    level: list[Any] = [value]
-    for _ in range(MAX_NESTING):
-        level = [item for part in level for item in (part.values() if isinstance(part, Mapping) else part)
-                 if isinstance(item, (Mapping, list, tuple))]
-    if level:
+    if nested_deeper(value, MAX_NESTING):
         raise InvalidInput(f"{where} is nested deeper than {MAX_NESTING} levels: use $defs and $ref, or make it flatter", where)
     try:
         text = jsonlib.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -221,6 +217,15 @@ def _schema_text(value: Any, where: str) -> str:
         raise InvalidInput(f"{where} is not plain JSON ({error}): correct it", where) from None
     _pattern(text, where, MAX_GRAMMAR)
     return text
+
+
+def nested_deeper(value: Mapping[str, Any], levels: int) -> bool:
+    """Whether objects and lists are nested in more than so many levels, the value itself included."""
+    level: list[Any] = [value]
+    for _ in range(levels):
+        level = [item for part in level for item in (part.values() if isinstance(part, Mapping) else part)
+                 if isinstance(item, (Mapping, list, tuple))]
+    return bool(level)
 
 
 class RequestOutputKind(enum.Enum):

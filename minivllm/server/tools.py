@@ -22,9 +22,11 @@ from pydantic_core import PydanticCustomError
 
 from minivllm.engine.json_schema import map_parts, relaxed
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
+from minivllm.sampling_params import MAX_NESTING, nested_deeper
 from minivllm.server.strict import StrictModel
 
 MAX_TOOLS = 1024
+MAX_LEVELS = MAX_NESTING - 6  # of one function's parameters: the schema of all calls has 6 levels around them
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -132,7 +134,7 @@ class ToolSpec:
         """The tools in the form that chat templates expect."""
         return [{"type": "function", "function": {
             "name": f.name, **({} if f.description is None else {"description": f.description}),
-            "parameters": f.parameters or _NO_PARAMETERS,
+            "parameters": {**f.parameters, "type": "object"} if f.parameters and "type" in f.parameters else f.parameters or _NO_PARAMETERS,
         }} for f in self.functions]
 
     def _needs_schema(self, function: Function) -> bool:
@@ -142,7 +144,7 @@ class ToolSpec:
     @cached_property
     def _enforced(self) -> list[tuple[dict[str, Any], str | None]]:
         """For each function the schema that is enforced, and why it is not all of the function's own."""
-        return [relaxed(_arguments(f)) if self._needs_schema(f) else ({"type": "object"}, None) for f in self.functions]
+        return [_enforceable(_arguments(f)) if self._needs_schema(f) else ({"type": "object"}, None) for f in self.functions]
 
     def enforced_schemas(self) -> list[dict[str, Any]]:
         """For each function, the schema of its arguments: any object if they are not enforced."""
@@ -190,6 +192,18 @@ def _arguments(function: Function) -> dict[str, Any]:
     schema = {**(function.parameters or {}), "type": "object"}
     open_keys = ("properties", "patternProperties", "additionalProperties", "$ref", "allOf", "anyOf", "oneOf")
     return schema if any(name in schema for name in open_keys) else {**schema, "properties": {}}
+
+
+def _enforceable(schema: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What a grammar can enforce of a schema, and why that is not all of it."""
+    if not nested_deeper(schema, MAX_LEVELS):
+        return relaxed(schema)
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping):  # leave the properties open that are too deep
+        schema = {**schema, "properties": {name: {} if isinstance(part, Mapping) and nested_deeper(part, MAX_LEVELS - 2) else part
+                                           for name, part in properties.items()}}
+    slim = {"type": "object"} if nested_deeper(schema, MAX_LEVELS) else relaxed(schema)[0]
+    return slim, f"it is nested deeper than {MAX_LEVELS} levels"
 
 
 def _embed(schema: dict[str, Any], index: int, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -288,9 +302,10 @@ def _check_functions(functions: Mapping[int, Function], field: str) -> set[str]:
             raise InvalidInput(f"{where}: two functions have the name {function.name!r}: rename one", where)
         names.add(function.name)
         schema = function.parameters
-        if schema and schema.get("type", "object") != "object":
+        kind = schema.get("type") if schema else None
+        if kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind):  # arguments are never null: see _arguments
             where = where.removesuffix("name") + "parameters"
-            raise InvalidInput(f"{where} must be the schema of an object, got type {schema['type']!r}", where)
+            raise InvalidInput(f"{where} must be the schema of an object, got type {kind!r}", where)
     return names
 
 

@@ -13,6 +13,7 @@ import pytest
 from minivllm.config import EngineConfig
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.engine.grammar import GrammarCompiler
+from minivllm.engine.json_schema import closed, why_not
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.reasoning import CLOSE, OPEN
@@ -20,7 +21,7 @@ from minivllm.output_parsers.tool_calls import HermesParser
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.run import start_engine
-from minivllm.server.tools import Tool, tool_spec
+from minivllm.server.tools import Function, Tool, ToolSpec, tool_spec
 from tests.conftest import write_tiny_tokenizer
 from tests.server.scripted import serving
 from tests.server.test_tools import calls_of, join
@@ -341,3 +342,38 @@ def test_a_forced_call_may_have_other_keys_if_its_schema_says_so(api: openai.Ope
     one: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {}, "additionalProperties": {"enum": [1]}}}}
     answers = chat(api, tools=[one], tool_choice=named("f"), n=6, max_tokens=60).choices
     assert any(calls_of(answer.message)[0][1][:3] not in ("{}", "") for answer in answers)
+
+
+# -- odd schemas of parameters ---------------------------------------------------------------------------------------
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize("kind", [None, ["object", "null"], ["object"], "object"])
+def test_parameters_whose_type_includes_an_object_are_those_of_an_object(kind: Any) -> None:
+    function = Function(name="f", parameters={"type": kind, "properties": {"a": {"type": "string"}}})
+    spec = tool_spec([Tool(function=function)], "required", None)
+    assert spec is not None and spec.left_open() == []
+    assert spec.for_template()[0]["function"]["parameters"]["type"] == "object" == spec.enforced_schemas()[0]["type"]
+    with pytest.raises(InvalidInput, match="must be the schema of an object"):
+        tool_spec([Tool(function=Function(name="f", parameters={"type": ["string", "null"]}))], None, None)
+
+
+@pytest.mark.parametrize("levels", [26, 28, 29, 31, 70, 1000])
+def test_a_tool_that_is_nested_too_deep_is_left_open_beside_the_others(levels: int) -> None:
+    deep = Function(name="deep", parameters={"type": "object", "properties": {"q": {"type": "integer"}, "deep": nested(levels)}})
+    for functions in ((deep,), (deep, Function(name="f", parameters=nested(2)))):
+        for mode in ("required", "named"):
+            spec = ToolSpec(mode=mode, functions=functions, named="deep" if mode == "named" else None)  # type: ignore[arg-type]
+            opened = spec.left_open()
+            assert opened == ([] if levels < 28 else ["tools.0.function.parameters"])
+            StructuredOutputsParams(json=closed(spec.schema() or {}))
+            assert why_not(closed(spec.schema() or {})) is None
+    strict = ToolSpec(mode="auto", functions=(Function(name="f", strict=True, parameters=nested(200)),))
+    with pytest.raises(InvalidInput, match="nested deeper"):
+        strict.left_open()
