@@ -37,6 +37,11 @@ class EngineDead(RuntimeError):
     """The engine loop ended, so no request is answered any more. The message is the reason."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether it is an error rather than an interruption. A panic of a library in Rust is not an `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def shown(value: object, limit: int = 60) -> str:
     """A wrong value for an error message: its beginning, however long it is."""
     try:

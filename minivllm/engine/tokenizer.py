@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -24,11 +25,12 @@ from tokenizers.decoders import DecodeStream
 
 from minivllm.engine.chat_prompt import GENERIC_FORMAT, ChatOptions, write_chat
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
-from minivllm.errors import InvalidInput, ModelError
+from minivllm.errors import InvalidInput, ModelError, is_failure
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+log = logging.getLogger(__name__)
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -71,6 +73,10 @@ class Tokenizer:
         except TypeError:
             if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
                 raise InvalidInput("the text holds a lone surrogate, which is not Unicode text: correct it", "prompt") from None
+            raise
+        except BaseException as error:
+            if is_failure(error):
+                raise ModelError(f"the tokenizer in {self.folder} failed on a text ({error}): fetch it again", "tokenizer") from error
             raise
 
     def encode_inside(self, text: str) -> list[int]:
@@ -344,7 +350,9 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> Backend:
 
         try:
             backend = Backend.from_file(str(file))
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise ModelError(f"{file} cannot be read ({error}): fetch it again", "tokenizer") from None
     else:
         backend = _backend_of_transformers(folder, config)
@@ -411,16 +419,17 @@ def _add(backend: Backend, tokens: Iterable[Any], special: bool) -> None:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
-    """The model's template, with its second one for tools if it has one."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        other = folder / "additional_chat_templates" / "tool_use.jinja"
-        return ChatTemplate(file.read_text(encoding="utf-8"), other.read_text(encoding="utf-8") if other.is_file() else None)
+    """The model's template, with its second one for tools if it has one. A template for tools alone serves all chats."""
     template = config.get("chat_template")
-    if isinstance(template, str):
-        return ChatTemplate(template)
-    if isinstance(template, list):  # several named templates
-        named = {t["name"]: t["template"] for t in template}
-        if isinstance(named.get("default"), str):
-            return ChatTemplate(named["default"], named.get("tool_use"))
-    return None
+    named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates" / "tool_use.jinja"}
+    if any(file.is_file() for file in files.values()):
+        named = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    named = {name: source for name, source in named.items() if isinstance(source, str)}
+    if len(named) == 1:
+        return ChatTemplate(*named.values())
+    if "default" not in named and "tool_use" not in named:
+        if named:
+            log.warning("%s has the chat templates %s, and none is the default: choose one with --chat-template", folder, ", ".join(named))
+        return None
+    return ChatTemplate(named.get("default", named.get("tool_use", "")), named.get("tool_use"))

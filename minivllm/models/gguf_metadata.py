@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from minivllm.errors import ModelError, nearest
+from minivllm.errors import InvalidInput, ModelError, nearest
+from minivllm.sampling_params import SamplingParams
 
 REQUIRED = ...
 
@@ -202,10 +203,22 @@ def _check_sampling(meta: Metadata, key: str) -> None:
 
 
 def sampling_defaults(meta: Metadata) -> dict[str, Any]:
-    """The recommended sampling parameters, under the names of generation_config.json."""
-    found = {name: meta.get(f"general.sampling.{key}", NUMBER, None) for key, name in SAMPLING_KEYS.items()}
-    return {name: value if isinstance(value, int) else float(f"{value:.6g}")  # the file holds float32: 0.6 is 0.60000002
-            for name, value in found.items() if value is not None}
+    """The recommended sampling parameters, under the names of generation_config.json. Values out of range are not used."""
+    found: dict[str, Any] = {}
+    for name, ours in SAMPLING_KEYS.items():
+        key = f"general.sampling.{name}"
+        value = meta.get(key, NUMBER, None)
+        if value is None:
+            continue
+        if isinstance(value, float):
+            exact = float(f"{value:.6g}")  # the file holds float32: 0.6 is 0.60000002
+            value = int(exact) if ours == "top_k" and exact.is_integer() else exact
+        try:
+            SamplingParams(**{ours: value})
+            found[ours] = value
+        except InvalidInput as error:
+            meta.warn(f"metadata {key} = {value!r} is not used: {error}")
+    return found
 
 
 def _shortened(value: Any) -> str:

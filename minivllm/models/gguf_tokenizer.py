@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from minivllm.errors import ModelError
+from minivllm.errors import ModelError, is_failure
 from minivllm.models.gguf_metadata import TEXT, Metadata
 from minivllm.models.gguf_pre import DEFAULT, DEFAULT_IN_WORDS, PRE_TOKENIZERS, PreTokenizer
 
@@ -154,7 +154,11 @@ def _read_ids(meta: Metadata, num_tokens: int, defaults: Mapping[str, int]) -> d
 def _ends_by_id(meta: Metadata, special: Mapping[str, int], num_tokens: int) -> tuple[int, ...]:
     found = [special[name] for name in ("eos", "eot", "eom") if name in special]
     for name in ("eos", "eot"):  # lists, which other programs write
-        found += [i for i in meta.tokenizer(f"ggml.{name}_token_ids", ()) if 0 <= i < num_tokens]
+        ids = meta.tokenizer(f"ggml.{name}_token_ids", ())
+        found += [i for i in ids if 0 <= i < num_tokens]
+        if outside := [str(i) for i in ids if not 0 <= i < num_tokens]:
+            meta.warn(f"metadata tokenizer.ggml.{name}_token_ids: {', '.join(outside[:8])} are outside the vocabulary "
+                      f"(0 to {num_tokens - 1}), and not used")
     return tuple(dict.fromkeys(found))
 
 
@@ -231,8 +235,7 @@ def _sentencepiece(meta: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
     add_prefix = meta.tokenizer("ggml.add_space_prefix", True)
     normalizers: list[dict[str, Any]] = []
     if charsmap := meta.tokenizer("ggml.precompiled_charsmap"):
-        table = base64.b64encode(bytes(value & 0xFF for value in charsmap)).decode()
-        normalizers.append({"type": "Precompiled", "precompiled_charsmap": table})
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": _charsmap(meta, bytes(value & 0xFF for value in charsmap))})
     if meta.tokenizer("ggml.remove_extra_whitespaces", False):
         normalizers += [{"type": "Strip", "strip_left": True, "strip_right": True},
                         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
@@ -245,6 +248,19 @@ def _sentencepiece(meta: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
         "decoder": _text_decoder(add_prefix),
         "model": _model(vocabulary, _merges_from_scores(meta, vocabulary), byte_fallback=True),
     }
+
+
+def _charsmap(meta: Metadata, table: bytes) -> str:
+    """A table of characters to replace, tried on a text: the library panics on a damaged one."""
+    from tokenizers.normalizers import Precompiled
+
+    try:
+        Precompiled(table).normalize_str("a é ﬁ １\t")
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        meta.fail("tokenizer.ggml.precompiled_charsmap", f"cannot be read ({error}): download or convert the file again")
+    return base64.b64encode(table).decode()
 
 
 def _merges_from_scores(meta: Metadata, vocabulary: Vocabulary) -> list[tuple[str, str]]:

@@ -356,3 +356,44 @@ def test_tokenizing_does_not_import_transformers_or_torch(tmp_path: Path) -> Non
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("charsmap", ["AQID", ""])  # three bytes, and none
+def test_a_file_on_which_the_tokenizer_library_panics_is_a_model_error(tmp_path: Path, charsmap: str) -> None:
+    folder = build.save(build.byte_level(), tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(folder)
+
+
+def test_a_text_on_which_the_tokenizer_library_panics_is_a_model_error(tmp_path: Path) -> None:
+    folder = build.save(build.byte_level(), tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhYmM="}  # one unit, which points outside
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"the tokenizer in .* failed on a text"):
+        Tokenizer(folder).encode("abc")
+
+
+@pytest.mark.parametrize(("templates", "source"), [
+    ([("tool_use", "T")], "T"), ([("rag", "R")], "R"), ([("rag", "R"), ("tool_use", "T")], "T"), ([("a", "A"), ("b", "B")], None),
+    ([("a", "A"), ("b", "B"), ("default", "D")], "D"),
+])
+def test_named_templates_without_a_default(tmp_path: Path, templates: list[tuple[str, str]], source: str | None, caplog: Any) -> None:
+    folder = build.save(build.byte_level(), tmp_path)
+    named = [{"name": name, "template": template} for name, template in templates]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = Tokenizer(folder).chat_template
+    assert (None if template is None else template.source) == source
+    if source is None:
+        assert "a, b" in caplog.text and "--chat-template" in caplog.text
+
+
+def test_a_folder_with_a_template_for_tools_only_uses_it_for_all_chats(tmp_path: Path) -> None:
+    folder = build.save(build.byte_level(), tmp_path)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    template = Tokenizer(folder).chat_template
+    assert template is not None and template.source == template.for_tools().source == "T"

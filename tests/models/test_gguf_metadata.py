@@ -186,6 +186,26 @@ def test_recommended_sampling_parameters_become_the_models_defaults(write_gguf: 
     assert "general.sampling.xtc_probability is not supported" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("temp", -1.0), ("penalty_repeat", 0.0), ("top_p", 5.0), ("top_p", 0.0), ("min_p", 2.0), ("top_k", 20.5),
+])
+def test_a_recommended_sampling_parameter_out_of_range_is_a_warning_with_its_key(
+    write_gguf: Callable[..., Path], key: str, value: float, capsys: Any,
+) -> None:
+    folder = convert(write_gguf("llama", meta={f"general.sampling.{key}": value, "general.sampling.min_p": 0.25} if key != "min_p" else {
+        "general.sampling.min_p": value}))
+    kept = json.loads((folder / "generation_config.json").read_text())
+    assert kept == ({} if key == "min_p" else {"min_p": 0.25})
+    printed = capsys.readouterr().err
+    assert f"metadata general.sampling.{key} = {value!r} is not used" in printed and "must be" in printed
+
+
+def test_a_whole_number_of_recommended_candidates_may_be_written_as_a_fraction(write_gguf: Callable[..., Path]) -> None:
+    folder = convert(write_gguf("llama", meta={"general.sampling.top_k": 20.0}))
+    assert (folder / "generation_config.json").read_text().count("20.0") == 0
+    assert json.loads((folder / "generation_config.json").read_text()) == {"top_k": 20}
+
+
 def test_special_ids_of_a_file_without_a_token_list_are_checked_against_the_embedding(write_gguf: Callable[..., Path], capsys: Any) -> None:
     ids = {"tokenizer.ggml.bos_token_id": 7, "tokenizer.ggml.eos_token_id": 40, "tokenizer.ggml.padding_token_id": 4294967295}
     folder = convert(write_gguf("llama", meta=ids))

@@ -302,6 +302,8 @@ def test_an_empty_token_gets_a_name() -> None:
     ({"ggml.add_bos_token": 1}, "tokenizer.ggml.add_bos_token = 1 must be true or false"),
     ({"ggml.model": "llama", "ggml.scores": [0.0]}, "tokenizer.ggml.scores has 1 entries for 256 tokens"),
     ({"ggml.model": "llama", "ggml.scores": [float("nan")] * 256}, "must be a list of finite numbers"),
+    *((pieces({"a": 0.0}, **{"ggml.precompiled_charsmap": charsmap}), "precompiled_charsmap = [") for charsmap in (
+        [1, 2, 3], [1], [0] * 16, [4, *[0] * 7, 97, 98, 99], [255] * 16)),
     ({"chat_template": 5}, "tokenizer.chat_template = 5 must be text"),
     ({"chat_template.tool_use": ["a"]}, "tokenizer.chat_template.tool_use = ['a'] must be text"),
 ])
@@ -318,6 +320,13 @@ def test_a_special_id_outside_the_vocabulary_is_a_warning_and_not_used(name: str
     assert f"tokenizer.ggml.{name}_token_id = {wrong} is outside the vocabulary (0 to 255), and not used" in capsys.readouterr().err
     assert tokenizer.encode("a").tokens == ["a"]
     assert not any(key.endswith("_token") and isinstance(value, str) for key, value in config.items())
+
+
+@pytest.mark.parametrize("name", ["eos", "eot"])
+def test_an_end_outside_the_vocabulary_is_a_warning_and_not_used(name: str, capsys: Any) -> None:
+    found = ends(byte_pairs(**{f"ggml.{name}_token_ids": [3, 256, -1]}))
+    assert found == {ALPHABET[3]}
+    assert f"tokenizer.ggml.{name}_token_ids: 256, -1 are outside the vocabulary (0 to 255), and not used" in capsys.readouterr().err
 
 
 def test_a_default_id_replaces_one_outside_the_vocabulary(capsys: Any) -> None:
@@ -360,6 +369,14 @@ def test_named_templates_reach_the_engine(tmp_path: Path) -> None:
 
     theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
     assert theirs == {"default": "plain", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+
+
+def test_a_file_with_a_template_for_tools_only_uses_it_for_all_chats(tmp_path: Path) -> None:
+    tokenizer, config = converted(byte_pairs(**{"chat_template.tool_use": "{{ tools }}"}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = EngineTokenizer(tmp_path).chat_template
+    assert template is not None and template.source == "{{ tools }}"
 
 
 def test_a_single_template_stays_text_and_a_missing_one_is_a_warning(capsys: Any) -> None:
