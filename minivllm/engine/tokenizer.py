@@ -421,15 +421,15 @@ def _add(backend: Backend, tokens: Iterable[Any], special: bool) -> None:
 def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
     """The model's template, with its second one for tools if it has one. A template for tools alone serves all chats."""
     template = config.get("chat_template")
-    named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
+    listed: dict[str, Any] = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
     files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates" / "tool_use.jinja"}
     if any(file.is_file() for file in files.values()):
-        named = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-    named = {name: source for name, source in named.items() if isinstance(source, str)}
+        listed = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    named: dict[str, str] = {name: source for name, source in listed.items() if isinstance(source, str)}
     if len(named) == 1:
-        return ChatTemplate(*named.values())
+        return ChatTemplate(next(iter(named.values())))
     if "default" not in named and "tool_use" not in named:
         if named:
             log.warning("%s has the chat templates %s, and none is the default: choose one with --chat-template", folder, ", ".join(named))
         return None
-    return ChatTemplate(named.get("default", named.get("tool_use", "")), named.get("tool_use"))
+    return ChatTemplate(named.get("default") or named["tool_use"], named.get("tool_use"))
