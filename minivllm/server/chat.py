@@ -22,11 +22,12 @@ from minivllm.output_parsers.reasoning import CLOSE, OPEN, output_start
 from minivllm.output_parsers.tool_calls import PARSERS, guess_parser
 from minivllm.server.chat_protocol import ChatRequest
 from minivllm.server.errors import context_error
-from minivllm.server.frontend import off_loop
+from minivllm.server.frontend import LONG_TEXT, off_loop
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.tools import ToolSpec
 
 log = logging.getLogger(__name__)
+MESSAGE_WORK = 64  # a message takes as long to write as so many characters
 MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
 
 
@@ -50,6 +51,7 @@ class ChatPreprocessor:
         self._config = config
         self._max_model_len = max_model_len
         self._explained: set[str] = set()  # templates whose format of calls has been logged
+        self._tried: set[bool] = set()  # the model's template has been used without tools, with tools
         template = None if tokenizer is None else tokenizer.chat_template
         for name in config.default_chat_template_kwargs or ():
             if template is not None and name not in template.variables | template.for_tools().variables:
@@ -61,7 +63,9 @@ class ChatPreprocessor:
         """The prompt's token ids, and the specification of an output that is more than text. Appends to `ignored`."""
         template = self._template(body, tokenizer)
         tools = body.tool_spec()
-        tool_format = None if tools is None or template is None else self._tool_format(template)
+        known = body.chat_template is None and (tools is not None) in self._tried
+        work = 0 if known else LONG_TEXT + 1  # a template's first use tries many conversations
+        tool_format = None if tools is None or template is None else await off_loop(work, lambda: self._tool_format(template))
         call_format = None if tools is None or tools.forced else GENERIC_FORMAT if tool_format is None else tool_format.name
         messages = body.conversation(ignored)
         if template is not None:
@@ -88,7 +92,11 @@ class ChatPreprocessor:
 
         size = sum(len(text_of(message["content"])) for message in messages)
         check_length(size, self._max_model_len, "messages")
-        return await off_loop(size + (0 if tools is None else len(str(tools.functions))), write)
+        work += size + MESSAGE_WORK * len(messages) + (0 if tools is None else len(str(tools.functions)))
+        written = await off_loop(work, write)
+        if body.chat_template is None:
+            self._tried.add(tools is not None)
+        return written
 
     def _template(self, body: ChatRequest, tokenizer: Tokenizer) -> ChatTemplate | None:
         if body.chat_template is None:

@@ -409,3 +409,9 @@ def test_only_a_request_that_was_written_is_logged_as_one_with_a_generic_prompt(
     assert not caplog.records
     write(SMALL, [USER, assistant(call(), content="Let me look."), result(), ANSWER, USER], TOOLS)
     assert [r.getMessage() for r in caplog.records if "generic prompt" in r.getMessage() and "messages.1.content" in r.getMessage()]
+
+
+def test_a_refused_conversation_of_many_messages_is_refused_for_its_first_fault() -> None:
+    chat = [SYSTEM, USER, USER, LATER, {"role": "developer", "content": "x"}, *[USER] * 50]
+    with pytest.raises(InvalidInput, match="must alternate"):
+        write(SMALL, chat, TOOLS)

@@ -1,6 +1,7 @@
 """Tools and reasoning through the official client, with a scripted engine."""
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import httpx
 import openai
 import pytest
 
+from minivllm.engine import chat_prompt
 from minivllm.engine.chat_template import ChatTemplate, built_in_template
+from minivllm.engine.template_traits import probe
 from tests.server.scripted import EOS, LiveServer, ScriptedEngine, scripted_server
 
 MODEL = "org/fake-model"
@@ -663,3 +666,24 @@ def test_reasoning_and_calls_are_parsed_together_and_reasoning_contains_no_calls
         assert choice.message.model_extra["reasoning"] == f"I could {TICK}, but"
         assert (choice.message.content, calls_of(choice.message)) == ("So:", [("get_weather", PARIS)])
         assert join(made.chat(tools=TOOLS, stream=True)) == Joined("So:", f"I could {TICK}, but", [("get_weather", PARIS)], "tool_calls")
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_the_event_loop_does_not_wait_while_a_new_template_is_tried(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, with_tools: bool,
+) -> None:
+    on_loop: list[bool] = []
+
+    def spy(*args: Any) -> Any:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        return probe(*args)
+
+    monkeypatch.setattr(chat_prompt, "probe", spy)
+    new = f"{{# new {with_tools} #}}" + built_in_template("tool_chatml")
+    with scripted_chat(tokenizer_folder, new, trust_request_chat_template=True) as made:
+        made.generate("Hi.")
+        fields: Any = {"tools": TOOLS} if with_tools else {}
+        made.chat(**fields)
+        made.chat(**fields, extra_body={"chat_template": new + " "})
+        made.chat(tools=TOOLS)
+    assert len(on_loop) >= 2 and not any(on_loop)
