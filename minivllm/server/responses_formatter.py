@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallStart
-from minivllm.output_parsers.json_calls import is_object
+from minivllm.output_parsers.json_text import is_object
 from minivllm.outputs import OutputDelta
 from minivllm.server.errors import ApiError, encode
 from minivllm.server.formatters import ChoiceState, PreparedRequest, ResponseFormatter

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
+from minivllm.engine.chat_template import built_in_template
 from minivllm.output_parsers.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
-from minivllm.output_parsers.json_calls import JsonReader, is_object, object_text
+from minivllm.output_parsers.json_reader import JsonReader
+from minivllm.output_parsers.json_text import is_object, object_text
 from minivllm.output_parsers.pythonic import parse_python_call
 from minivllm.output_parsers.reasoning import OutputStart, ReasoningParser, output_start
 from minivllm.output_parsers.tool_calls import (
@@ -26,6 +29,7 @@ from minivllm.output_parsers.tool_calls import (
     ToolParser,
     guess_parser,
 )
+from tests.server.test_tools import HELLO, MODEL, TOOLS, WEATHER, calls_of, join, scripted_chat
 
 NAMES = ("f", "get_weather")
 ParsedText = tuple[str, list[tuple[str, str]]]  # content, and the name and arguments of each call
@@ -492,3 +496,22 @@ def test_any_pieces_of_any_text_give_the_same_reasoning(text: str, start: Output
 ])
 def test_the_prompt_determines_how_the_output_starts(parser: str, prompt: str, continued: str, wanted: str) -> None:
     assert output_start(parser, prompt, continued) == wanted
+
+
+# -- through the server -----------------------------------------------------------------------------------------------
+
+def test_a_client_gets_complete_arguments_unless_the_finish_reason_is_length(tokenizer_folder: Path) -> None:
+    open_string = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris}}\n</tool_call>'
+    raw_quotes = '<tool_call>{"name": "get_weather", "arguments": {"city": "a "b" c"}}\n</tool_call>'
+    flat: Any = [{"type": "function", **WEATHER["function"]}]
+    with scripted_chat(tokenizer_folder, built_in_template("tool_chatml")) as made:
+        for text, ends, city in ((open_string, True, "Paris"), (raw_quotes, True, 'a "b" c'), (open_string[:-14], False, None)):
+            made.generate(text, ends=ends)
+            arguments = json.dumps({"city": city}) if ends else '{"city": "Paris}'
+            reason, status = ("tool_calls", "completed") if ends else ("length", "incomplete")
+            choice = made.chat(tools=TOOLS).choices[0]
+            assert (calls_of(choice.message), choice.finish_reason) == ([("get_weather", arguments)], reason)
+            joined = join(made.chat(tools=TOOLS, stream=True))
+            assert (joined.calls, joined.content, joined.finish_reason) == ([("get_weather", arguments)], "", reason)
+            whole = made.api.responses.create(model=MODEL, input=HELLO, tools=flat)
+            assert [(whole.status, item.status, item.arguments) for item in whole.output] == [(status, status, arguments)]
