@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,9 +46,10 @@ class Buffer(NamedTuple):
 
 
 BUFFERS = (
-    Buffer(r"(rotary_emb|rotary_pos_emb|rope)\.(inv_freq|original_inv_freq|freqs|cos_cached|sin_cached|cos_sin_cache)",
+    Buffer(r"(original_)?inv_freq|freqs_(cis|cos|sin)|(rotary\w*|rope)\.(freqs|_?(cos|sin)(_cached|_cache)?|cos_sin_cache)",
            lambda shape: True, "rotary frequencies, or their cosines and sines"),
-    Buffer(r"(attn|self_attn|attention)\.bias|causal_mask", lambda shape: len(shape) >= 2 and shape[-1] == shape[-2], "causal mask"),
+    Buffer(r"(attn|self_attn|attention)\.(bias|mask|tril)|causal_mask|attention_mask",
+           lambda shape: len(shape) >= 2 and shape[-1] == shape[-2], "causal mask"),
     Buffer(r"(attn|self_attn|attention)\.masked_bias", lambda shape: shape in ((), (1,)), "score of masked keys"),
     Buffer(r"position_ids", lambda shape: True, "0, 1, 2, ..."),
     Buffer(r"version", lambda shape: shape in ((), (1,)), "version of the exporter, in old OPT checkpoints"),
@@ -163,11 +164,17 @@ class _Dummy:
 def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoint, folder: Path) -> None:
     """Raise `ModelError` unless the checkpoint has exactly the tensors that the model needs, in their shapes and dtypes."""
     sources: dict[str, tuple[Source, Parameter]] = {s.name: (s, param) for param in needed.values() for s in param.sources}
+    foreign = _foreign_prefix(checkpoint, sources)
+    renamed = {_without_prefix(name.removeprefix(foreign)): stored for name, stored in checkpoint.items()}
+    checkpoint = renamed if foreign else checkpoint
     absent = [source for source, _ in sources.values() if source.name not in checkpoint]
     problems = [f"missing: {_spelled(source.name, checkpoint, spec)} {list(source.shape)}" for source in absent]
     head = f"{spec.names['head'][0]}.weight"
     if [source.name for source in absent] == [head]:
         problems[0] += " (if the model uses its embedding table as output head, set tie_word_embeddings to true in config.json)"
+    if foreign:
+        example = next(stored.name for name, stored in checkpoint.items() if name in sources and foreign in stored.name)
+        problems.insert(0, f"unknown prefix: names begin with {foreign!r}, such as {example}: save the tensors without it")
     for name, stored in checkpoint.items():
         if name in sources:
             problems += _mismatches(stored, *sources[name])
@@ -191,6 +198,20 @@ def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Itera
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     """Whether config.json determines this tensor, so that a stored copy is skipped."""
     return any(re.fullmatch(rf"(.*\.)?({buffer.name})", name) is not None and buffer.shape(shape) for buffer in BUFFERS)
+
+
+def _foreign_prefix(checkpoint: Checkpoint, needed: Collection[str]) -> str:
+    """A prefix that no known exporter writes, in front of most tensors that are missing without it. Empty: there is none."""
+    absent, modules = set(needed) - checkpoint.keys(), {name.split(".")[0] for name in needed}
+    found: Counter[str] = Counter()
+    for name in checkpoint.keys() - needed:
+        parts = name.split(".")
+        for i in range(1, len(parts) if parts[0] not in modules else 0):
+            if _without_prefix(".".join(parts[i:])) in absent:
+                found[".".join(parts[:i]) + "."] += 1
+                break
+    prefix, count = max(found.items(), key=lambda item: item[1], default=("", 0))
+    return prefix if 2 * count > len(absent) else ""
 
 
 def _spelled(name: str, checkpoint: Checkpoint, spec: ModelSpec) -> str:
@@ -231,7 +252,8 @@ def open_checkpoint(folder: Path, safetensors_only: bool = False) -> Iterator[Ch
     checkpoint: dict[str, StoredTensor] = {}
     with ExitStack() as stack:
         for file in weights.files:
-            for stored in _open_safetensors(file, stack) if file.suffix == ".safetensors" else _open_torch(file):
+            shown = file.relative_to(folder).as_posix()  # as an index spells it
+            for stored in _open_safetensors(file, shown, stack) if file.suffix == ".safetensors" else _open_torch(file, shown):
                 name = _without_prefix(stored.name)
                 first = checkpoint.setdefault(name, stored)
                 if first is stored:
@@ -250,7 +272,7 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _open_safetensors(file: Path, stack: ExitStack) -> list[StoredTensor]:
+def _open_safetensors(file: Path, shown: str, stack: ExitStack) -> list[StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -259,13 +281,13 @@ def _open_safetensors(file: Path, stack: ExitStack) -> list[StoredTensor]:
         for name in handle.keys():  # noqa: SIM118 - not a dict
             part = handle.get_slice(name)
             dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-            found.append(StoredTensor(file.name, name, tuple(part.get_shape()), dtype, partial(handle.get_tensor, name)))
+            found.append(StoredTensor(shown, name, tuple(part.get_shape()), dtype, partial(handle.get_tensor, name)))
         return found
     except (SafetensorError, OSError, ValueError) as e:
         raise ModelError(f"{file} is damaged or not a safetensors file ({e}); download it again", "model") from e
 
 
-def _open_torch(file: Path) -> list[StoredTensor]:
+def _open_torch(file: Path, shown: str) -> list[StoredTensor]:
     """A pickle can contain code. With weights_only=True none of it runs: only tensors are read."""
     try:
         state = None
@@ -280,7 +302,7 @@ def _open_torch(file: Path) -> list[StoredTensor]:
     for name, t in state.items():
         if t.layout != torch.strided or t.device.type == "meta":
             raise ModelError(f"{name} in {file} has no plain values ({t.layout}, {t.device}): save it as a dense tensor", "model")
-    return [StoredTensor(file.name, name, tuple(t.shape), str(t.dtype).removeprefix("torch."), partial(_itself, t))
+    return [StoredTensor(shown, name, tuple(t.shape), str(t.dtype).removeprefix("torch."), partial(_itself, t))
             for name, t in state.items()]
 
 

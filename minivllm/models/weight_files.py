@@ -70,7 +70,11 @@ def _of_index(index: Path) -> WeightFiles:
     names = sorted(set(weight_map.values()))
     if not names:
         raise ModelError(f"{index} names no files (its weight_map is empty): download it again, or delete it", "model")
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    for name in names:  # files in folders below are fine
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ModelError(f"{index.name} names {name}, which is outside the model's folder: move the file there, and correct the index",
+                             "model")
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ModelError(f"{index.name} names {missing[0]}{more}, which is not in {index.parent}; is the download complete?", "model")

@@ -313,6 +313,7 @@ def responses_names() -> Iterator[None]:
         if param.startswith("messages"):
             error.param = "input"  # no index: messages and input items are numbered differently
             error.message = re.sub(r"messages\.\d+\.", "input: ", error.message).replace("messages", "input")
+        error.message = re.sub(r"\b(the|your) messages\b", r"\1 input", error.message)  # in errors of other fields, such as the limit
         for pattern, name in _NAMES:
             if re.match(pattern, param):
                 error.param, error.message = re.sub(pattern, name, param), re.sub(pattern, name, error.message)

@@ -65,6 +65,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ("model.causal_mask", (64, 64)),
     ("model.embeddings.position_ids", (1, 64)),
     ("model.decoder.version", (1,)),
+    ("freqs_cis", (64, 6)), ("model.layers.0.attention.rotary.inv_freq", (6,)), ("model.layers.0.rotary_embed.inv_freq", (6,)),
+    ("model.layers.0.self_attn.rotary_emb._cos_cached", (64, 12)), ("model.rotary_emb.sin", (64, 12)), ("model.inv_freq", (6,)),
+    ("model.layers.0.self_attn.mask", (64, 64)), ("model.layers.0.attn.tril", (1, 1, 64, 64)), ("model.attention_mask", (64, 64)),
 ])
 def test_a_stored_buffer_that_config_json_determines_is_skipped(folder: Path, name: str, shape: tuple[int, ...]) -> None:
     want = logits(load(folder))
@@ -79,6 +82,7 @@ def test_a_stored_buffer_that_config_json_determines_is_skipped(folder: Path, na
     ("model.layers.0.mlp.bias", (64, 64)),
     ("model.layers.0.self_attn.rotary_emb.scale", (6,)),
     ("model.layers.0.my_position_ids", (4,)),
+    ("model.layers.0.self_attn.mask", (64,)), ("model.layers.0.mlp.cos", (64, 12)), ("model.layers.0.mlp.mask", (64, 64)),
     ("model.version", (48,)),
 ])
 def test_a_tensor_that_only_looks_like_a_buffer_is_an_error(folder: Path, name: str, shape: tuple[int, ...]) -> None:
@@ -140,6 +144,20 @@ def test_a_missing_tensor_is_named_as_the_checkpoint_spells_it(folder: Path, pre
         load(folder)
     for name in (f"{prefix}layers.1.mlp.up_proj.weight", f"{prefix}norm.weight", f"{prefix}embed_tokens.weight", "lm_head.weight"):
         assert f"missing: {name} [" in error.value.message
+
+
+def test_an_unknown_prefix_is_named_once_and_missing_tensors_have_it(folder: Path) -> None:
+    def change(t: Tensors) -> None:
+        for name in list(t):
+            t["llm." + name] = t.pop(name)
+        del t["llm.model.layers.1.mlp.up_proj.weight"]
+
+    rewrite(folder, change)
+    with pytest.raises(ModelError) as error:
+        load(folder)
+    message = error.value.message
+    assert "missing: llm.model.layers.1.mlp.up_proj.weight [" in message and "unexpected" not in message, message
+    assert message.count("missing:") == 1 and "names begin with 'llm.', such as llm." in message, message
 
 
 # Files
@@ -278,3 +296,24 @@ def test_an_odd_pytorch_file_is_an_error_that_names_what_is_odd(hf: Any, folder:
     torch.save(state(dict(hf.state_dict())), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=message):
         load(folder)
+
+
+def test_an_index_may_name_files_in_folders_below(hf: Any, tmp_path: Path) -> None:
+    weight_map, names = shards(hf, tmp_path)
+    want = from_hf(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in names:
+        (tmp_path / name).rename(tmp_path / "sub" / name)
+    write_index(tmp_path, {tensor: f"sub/{file}" for tensor, file in weight_map.items()})
+    torch.testing.assert_close(logits(load(tmp_path)), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(from_hf(tmp_path), want, atol=1e-4, rtol=0)
+
+
+def test_an_index_must_not_name_files_outside_the_folder(hf: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    weight_map, names = shards(hf, folder)
+    (tmp_path / "other.safetensors").write_bytes((folder / names[0]).read_bytes())
+    for outside in ("../other.safetensors", str(tmp_path / "other.safetensors"), "x/../../other.safetensors"):
+        write_index(folder, {**weight_map, "x": outside})
+        with pytest.raises(ModelError, match="outside the model's folder"):
+            load(folder)

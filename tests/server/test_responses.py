@@ -159,3 +159,10 @@ def test_a_failure_in_the_middle_of_a_stream_is_a_failed_response(tokenizer_fold
         last = json.loads([line for line in lines if line.startswith("data: ")][-1].removeprefix("data: "))
     assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
     assert last["response"]["error"]["code"] == "server_error" and "secret" not in json.dumps(last)
+
+
+@pytest.mark.parametrize("more", [{"max_output_tokens": 9999}, {"input": "cat " * 3000}, {"input": "cat " * 3000, "max_output_tokens": 5}])
+def test_too_long_an_input_is_described_by_the_names_of_this_api(live: LiveServer, more: dict[str, Any]) -> None:
+    error = refused(live, **{"input": "x", **more})
+    assert error["code"] == "context_length_exceeded" and "input" in error["message"]
+    assert "messages" not in error["message"] and "max_completion_tokens" not in error["message"]
