@@ -50,7 +50,7 @@ class ChatPreprocessor:
     def __init__(self, config: ServerConfig, tokenizer: Tokenizer | None, max_model_len: int) -> None:
         self._config = config
         self._max_model_len = max_model_len
-        self._explained: set[str] = set()  # templates whose format of calls has been logged
+        self._explained: set[int] = set()  # hashes of templates whose format of calls has been logged
         self._tried: set[bool] = set()  # the model's template has been used without tools, with tools
         template = None if tokenizer is None else tokenizer.chat_template
         for name in config.default_chat_template_kwargs or ():
@@ -112,8 +112,8 @@ class ChatPreprocessor:
         has_place = takes_tools(template)
         name = parser or (guess_parser(source) if has_place else None)
         found = ToolFormat(name or GENERIC_FORMAT, has_place, known=name is not None)
-        if source not in self._explained and len(self._explained) < 32:  # requests may have their own templates
-            self._explained.add(source)
+        if hash(source) not in self._explained and len(self._explained) < 32:  # requests may have their own templates
+            self._explained.add(hash(source))
             unknown = f"the chat template's own format is none of {', '.join(TOOL_CALL_PARSERS)}"
             log.info("tool calls: format %s, %s", found.name,
                      "described by a generic prompt: the chat template has no place for tools" if not has_place else

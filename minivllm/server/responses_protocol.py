@@ -254,7 +254,9 @@ class Conversation:
     def item_name(self, name: str) -> str:
         """What an ignored part of the chat request came from."""
         found = re.fullmatch(r"messages\.(\d+)\.reasoning_content", name)
-        return re.sub(r"^(tools\.\d+\.)function\.", r"\1", name) if found is None else self._sources[int(found[1])]
+        if found is not None:
+            return self._sources[int(found[1])]
+        return next((re.sub(pattern, ours, name) for pattern, ours in _NAMES if "." in name and re.match(pattern, name)), name)
 
 
 # -- other fields as a chat request has them --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`/v1/chat/completions`, models and tokens through the official client, with a scripted engine."""
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import openai
 import pytest
 
+from minivllm.config import ServerConfig
 from minivllm.engine.chat_template import ChatTemplate
+from minivllm.server.chat import ChatPreprocessor
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 MODEL = "org/fake-model"
@@ -185,3 +188,10 @@ def test_messages_are_tokenized_to_the_same_prompt_as_in_the_chat_endpoint(token
         ):
             refused = httpx.post(live.url + "/tokenize", json=wrong)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_the_templates_of_requests_are_not_kept() -> None:
+    preprocessor = ChatPreprocessor(ServerConfig(trust_request_chat_template=True), None, 256)
+    for i in range(40):
+        preprocessor._tool_format(ChatTemplate(f"{{# {'x' * 1000}{i} #}}{{{{ tools }}}}{{{{ messages }}}}"))
+    assert len(pickle.dumps(preprocessor._explained)) < 1000

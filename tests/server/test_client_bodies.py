@@ -314,6 +314,9 @@ def test_several_system_messages_at_the_start_are_one_for_a_template_that_takes_
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "foo": None}]}]}, {"messages.0.content.0.foo"}),
     (CHAT, {"tools": [{**WEATHER, "foo": None}]}, {"tools.0.foo"}), (RESPONSES, {"tools": [{**FLAT, "foo": None}]}, {"tools.0.foo"}),
     (RESPONSES, {"input": [{**HELLO[0], "foo": None, "status": None}]}, {"input.0.foo"}),
+    (RESPONSES, {"text": {"format": {"type": "text", "foo": None}}}, {"text.format.foo"}),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "c", "schema": SCHEMA, "foo": None}}}, {"text.format.foo"}),
+    (CHAT, {"response_format": {"type": "text", "foo": None}}, {"response_format.foo"}),
     (RESPONSES, {"input": [*HELLO, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "namespace": None}]},
      {"input.1.namespace"}),
 ])
