@@ -7,7 +7,7 @@ were sent to a client cannot be taken back:
     True False None NaN undefined                  true false null      {key: bare words}                 {"key": "bare words"}
     a comma too many, or none                      one comma            an open bracket or string         closed
 
-Raw quotes and bare texts of several words need `json_text.py`: what follows them decides.
+Comments, raw quotes and bare texts of several words need `json_text.py`: what follows them decides.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class JsonReader:
             self._held = ","
             self.state = JsonState.KEY if is_object else JsonState.ITEM
         self._in_key = self.state in (JsonState.KEY, JsonState.FIRST_KEY)
-        is_word = char.isalpha() or char == "_" if self._in_key else char not in "\"'{[:"
+        is_word = char.isalnum() or char == "_" if self._in_key else char not in "\"'{[:"
         if not (char in "\"'" or is_word or (char in "{[" and not self._in_key)):
             return False
         if self._held:

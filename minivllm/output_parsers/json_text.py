@@ -14,19 +14,31 @@ from minivllm.output_parsers.json_reader import JsonReader, JsonState
 _OPENING = {"}": "{", "]": "["}
 _LOOK_AHEAD = 200  # characters. What they leave undecided is read as JSON has it
 _SPACE = re.compile(rf"\s{{0,{_LOOK_AHEAD}}}")
+_GAP = re.compile(r"(?:\s|//[^\n]*\n|/\*.*?\*/)*+", re.DOTALL)  # between tokens: white space and comments
 _BEFORE_END = re.compile(rf"[}}\]\s]{{0,{_LOOK_AHEAD}}}")
 _KEY = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\w.-]++)\s*+(.)""", re.DOTALL)
 _ITEM = re.compile(r"""["'{}\[\],\d+-]|(?:true|True|false|False|null|None|undefined|NaN|Infinity)\b""")
+
+
+def _gap_end(text: str, at: int) -> int:
+    """The end of white space and comments, which is the end of the text if a comment has no end."""
+    end = _GAP.match(text, at).end()  # type: ignore[union-attr]
+    return len(text) if text[end:end + 2] in ("/", "//", "/*") else end
 
 
 class JsonTextReader(JsonReader):
     """Reads each character with the text behind it."""
 
     markers: tuple[str, ...] = ()  # the start and the end of a call, if both have one
+    _comment = ""  # the first and the last characters of a comment, while it is read
 
     def read(self, text: str, at: int, ended: bool, cut: bool) -> bool | None:
         """Read the character at `at`. False: the text cannot become JSON. None: later text decides how the character is read."""
         char, state = text[at], self.state
+        if self._comment or (char == "/" and state not in (JsonState.STRING, JsonState.WORD, JsonState.END)):
+            is_comment = self._skip_comment(text, at, ended)
+            if is_comment is not False or self._comment:
+                return is_comment
         ends: bool | None = False
         if state is JsonState.STRING:
             if self._escape or (char not in self._quote + "}]<" and not char.isspace()):
@@ -50,6 +62,20 @@ class JsonTextReader(JsonReader):
         else:
             self.write(json.dumps(char, ensure_ascii=False)[1:-1])
         return True
+
+    def _skip_comment(self, text: str, at: int, ended: bool) -> bool | None:
+        """Skip a character of a comment. Only a marker of calls ends it early."""
+        if not self._comment:
+            if at + 1 == len(text):
+                return False if ended else None
+            self._comment = "/" if text[at + 1] in "/*" else ""
+            return bool(self._comment)
+        marked = self._at_marker(text, at, ended) if text[at] == "<" else False
+        if marked is False:
+            read = self._comment + text[at]
+            ends = read.endswith("\n") if read.startswith("//") else len(read) > 3 and read.endswith("*/")
+            self._comment = "" if ends else read[:2] + read[2:][-2:]
+        return None if marked is None else not marked
 
     def _at_marker(self, text: str, at: int, ended: bool) -> bool | None:
         """Whether the start or end of a call is here."""
@@ -85,7 +111,7 @@ class JsonTextReader(JsonReader):
         """The same for a part of the text, None at its end. Brackets first, as if they closed those that are open."""
         stack, at, closed = self._stack[-_LOOK_AHEAD:], 0, False
         while True:
-            start, at = at, _SPACE.match(text, at).end()  # type: ignore[union-attr]
+            start, at = at, _gap_end(text, at)
             if at == len(text):
                 return None
             char = text[at]
@@ -106,7 +132,7 @@ class JsonTextReader(JsonReader):
         if closed:
             return False
         if char == ",":
-            return self._item_follows(text[at + 1:].lstrip(), stack[-1], ended)
+            return self._item_follows(text[_gap_end(text, at + 1):], stack[-1], ended)
         if char in "\"'" and stack[-1] == "{":
             return self._item_follows(text[at:], "{", ended)
         if char in "\"'" and at > start:
@@ -123,7 +149,7 @@ class JsonTextReader(JsonReader):
             return self.state is JsonState.WORD or bool(_ITEM.match(text))
         if text[0] in "},":
             return True
-        if not (text[0] in "\"'_" or text[0].isalpha()):
+        if not (text[0] in "\"'_" or text[0].isalnum()):
             return False
         key = _KEY.match(text)
         return key[1] == ":" if key else None

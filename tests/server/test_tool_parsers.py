@@ -216,6 +216,8 @@ def test_usual_slips_of_models_are_corrected_so_that_arguments_are_json(written:
     ('{"a":`x`}', {"a": "x"}), ('{"a": f(1, 2)}', {"a": "f(1, 2)"}),
     ("{a: [New York, Rome], b: <x>}", {"a": ["New York", "Rome"], "b": "<x>"}),
     ('{"city":"Paris', {"city": "Paris"}), ('{"a": ["x}', {"a": ["x"]}), ('{"a": "x", "b": "{c}', {"a": "x", "b": "{c"}),
+    ('{"a": "x", // "b": "c\n"b": {"c": 1} /* d */ }', {"a": "x", "b": {"c": 1}}), ('{"a": [1, /**/ 2] // c\n}', {"a": [1, 2]}),
+    ("{'a': 1, 2: 'b'}", {"a": 1, "2": "b"}), ("{path: /tmp/x, url: http://y/z}", {"path": "/tmp/x", "url": "http://y/z"}),
     ('{"a": 1}}', {"a": 1}), ('{"a": 1}, "arguments": {"b": 2}', {"a": 1}),
 ])
 def test_a_raw_or_missing_quote_never_cuts_off_a_call(written: str, arguments: Any) -> None:
@@ -306,7 +308,7 @@ CALL = '{"name": "f", "arguments": {"a": [1, "x\\"}"]}}'
 FRAGMENTS = (
     "<tool_call>", "</tool_call>", "<|python_tag|>", "<|python_start|>", "<|python_end|>", "<tool", CALL, '{"name": "f"}', '{"name": "g"',
     '"name": "f", ', '"parameters": {"b": null}', "{", "}", "[", "]", "(", ")", ",", ";", " ", "\n", '"', "'", "\\", "f(a=1)", "f(",
-    f"<tool_call>{CALL[:-4]}", CALL[:-2], CALL[:-1], '"id", "name" FROM', "`x`", '"arguments": {', ', "b": ', "<",
+    f"<tool_call>{CALL[:-4]}", CALL[:-2], CALL[:-1], '"id", "name" FROM', "`x`", '"arguments": {', ', "b": ', "<", "/", "// c\n", "/* c */",
     "get_weather(s='x,]')", "x", "=", ":", "-1", "1.5e3", "true", "nul", "é", "\u2028", "\U0001f389", "\x00",
 )
 TEXTS = st.one_of(
@@ -408,7 +410,7 @@ def test_any_calls_in_any_pieces_are_found_with_their_arguments_as_json(
         assert content == "" and [(name, json.loads(sent)) for name, sent in found] == calls, text
 
 
-INSERTED = ("", '"', '"id" FROM', ",", "}", "]", "{", ":", "'", " so ", "`", "\\", "<")
+INSERTED = ("", '"', '"id" FROM', ",", "}", "]", "{", ":", "'", " so ", "`", "\\", "<", "/", " // c\n", "/*")
 SLIPS = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), st.sampled_from(INSERTED)), min_size=1, max_size=3)
 
 
