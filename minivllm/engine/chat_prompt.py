@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from minivllm.engine.chat_template import ChatTemplate
-from minivllm.engine.conversation import Message, arguments_object, conversation, plain, text_of
+from minivllm.engine.conversation import Message, arguments_object, checked_tools, conversation, plain, text_of
 from minivllm.engine.template_traits import PROBE_TOOL, CallTraits, TemplateTraits, content_in, probe
 from minivllm.engine.tool_prompt import results_as_user, tool_description, with_system, without_tool_messages
 from minivllm.errors import InvalidInput
@@ -53,10 +53,7 @@ def write_chat(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], op
             "continue_final_message",
         )
     chat = conversation(messages)
-    try:
-        options = replace(options, tools=plain(list(options.tools)))
-    except RecursionError:
-        raise InvalidInput("tools are nested too deeply: make them flatter", "tools") from None
+    options = replace(options, tools=checked_tools(options.tools))
     refusal: InvalidInput | None = None
     for way in _ways(chat, options):
         try:
@@ -165,7 +162,7 @@ def _without_system(chat: Sequence[Message]) -> list[Message]:
     system: list[str] = []
     for message in chat:
         if message["role"] == "system":
-            system.append(text_of(message["content"]))
+            system += _texts([message])
         elif system and message["role"] == "user":
             folded.append({**message, "content": "\n\n".join([*system, text_of(message["content"])])})
             system = []
@@ -186,8 +183,12 @@ def _leading(chat: Sequence[Message]) -> int:
 def _with_one_system(chat: Sequence[Message]) -> list[Message]:
     """The system messages at the start as one. Agents send several, and some templates refuse all but the first message."""
     start = list(itertools.takewhile(lambda message: message["role"] == "system", chat))
-    texts = [text_of(message["content"]) for message in start]
-    return [{"role": "system", "content": "\n\n".join(texts)}, *chat[len(start):]] if texts else list(chat)
+    return [{"role": "system", "content": "\n\n".join(_texts(start))}, *chat[len(start):]] if start else list(chat)
+
+
+def _texts(chat: Sequence[Message]) -> list[str]:
+    """The texts of messages that are not empty."""
+    return [text for message in chat if (text := text_of(message["content"])).strip()]
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def _results_after_calls(chat: Sequence[Message]) -> list[Message]:
 
 
 def _check_complete(template: ChatTemplate, chat: Sequence[Message], options: ChatOptions) -> None:
-    """Refuse what would not be in the prompt, by trying: the same conversation is rendered with numbers as texts and names of functions.
+    """Refuse what would not be in the prompt, by trying: the conversation is rendered with numbers as texts, arguments and names of tools.
 
     (The real texts may be trimmed or shortened on purpose, as reasoning is, and may occur in the template too.)
     """
@@ -294,14 +295,14 @@ def _numbered(message: Message, where: str, number: Callable[[str], str]) -> Mes
     of_call = ("tool_call_id", "name") if message["role"] == "tool" else ()  # `conversation` fills them in
     other = {name: "1" if isinstance(value, str) and len(value) > 32 else value for name, value in message.items() if name not in of_call}
     at = f"{where}.tool_calls"
-    calls = [{"id": f"{at}.{j}", "function": {"name": f"f{number(at)}", "arguments": {"value": number(at)}}}
+    calls = [{"id": f"{at}.{j}", "function": {"name": "f", "arguments": {"value": number(at)}}}
              for j, _ in enumerate(message.get("tool_calls", ()))]
     return {**other, "content": content, "tool_calls": calls}
 
 
-def _numbered_tool(tool: Any, number: Callable[[str], str]) -> Any:
-    function = tool.get("function") if isinstance(tool, dict) else None
-    return {**tool, "function": {**function, "name": f"f{number('tools')}"}} if isinstance(function, dict) and "name" in function else tool
+def _numbered_tool(tool: Mapping[str, Any], number: Callable[[str], str]) -> dict[str, Any]:
+    name = {"name": f"f{number('tools')}"}
+    return {**tool, "function": {**tool["function"], **name}} if "function" in tool else {**tool, **name}
 
 
 @lru_cache(maxsize=256)

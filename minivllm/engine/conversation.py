@@ -25,6 +25,7 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidInput(f'messages[{i}] must be an object with a "role", got {message!r}', f"messages.{i}")
+        _check_content(message.get("content"), f"messages.{i}.content")
     try:
         chat = [_normal(plain(dict(message)), f"messages.{i}") for i, message in enumerate(messages)]
     except RecursionError:
@@ -45,6 +46,20 @@ def plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     return f"<{type(value).__name__}>"
+
+
+def checked_tools(tools: Any) -> list[dict[str, Any]]:
+    """Copies of the tools, made of JSON types only."""
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
+        raise InvalidInput("tools must be a list of functions", "tools")
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None  # flat, or in OpenAI's form
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidInput(f'tools.{i} must be {{"type": "function", "function": {{"name": ...}}}}, got {tool!r}', f"tools.{i}")
+    try:
+        return [plain(tool) for tool in tools]
+    except RecursionError:
+        raise InvalidInput("tools are nested too deeply: make them flatter", "tools") from None
 
 
 def text_of(content: Any) -> str:
@@ -69,14 +84,7 @@ def arguments_object(arguments: dict[str, Any] | str) -> dict[str, Any] | str:
 def _normal(message: Message, where: str) -> Message:
     content, calls = message.get("content"), message.get("tool_calls")
     message = {**{name: value for name, value in message.items() if value is not None}, "content": content}
-    if not isinstance(content, (str, list, type(None))):
-        raise InvalidInput(f"{where}.content must be a string, a list of text parts or null, got {content!r}", f"{where}.content")
     _check_id(message, "tool_call_id", where)
-    if isinstance(content, list):
-        for j, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                here = f"{where}.content.{j}"
-                raise InvalidInput(f'{here} must be {{"type": "text", "text": ...}}: this model takes text only', here)
     if calls:
         if not isinstance(calls, list):
             raise InvalidInput(f"{where}.tool_calls must be a list of calls, got {calls!r}", f"{where}.tool_calls")
@@ -84,6 +92,14 @@ def _normal(message: Message, where: str) -> Message:
     else:
         message.pop("tool_calls", None)
     return message
+
+
+def _check_content(content: Any, where: str) -> None:
+    if not isinstance(content, (str, list, tuple, type(None))):
+        raise InvalidInput(f"{where} must be a string, a list of text parts or null, got {content!r}", where)
+    for j, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidInput(f'{where}.{j} must be {{"type": "text", "text": ...}}: this model takes text only', f"{where}.{j}")
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

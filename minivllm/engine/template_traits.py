@@ -87,7 +87,7 @@ def probe(render: Render, with_tools: bool) -> TemplateTraits:
     return TemplateTraits(
         several_systems=shows([*systems, user], _SYSTEM, _VALUE, _USER),
         user=user_form, assistant=answer_form, system=system_form, tool=result_form, calls=calls,
-        tools=with_tools and any(shows(start, _NAME, _KEY, _USER) for start in starts),
+        tools=with_tools and any(shows(start, _NAME, _USER) for start in starts),
     )
 
 

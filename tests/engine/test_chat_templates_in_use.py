@@ -303,7 +303,6 @@ TWO_TOOLS = [*TOOLS, {"type": "function", "function": {"name": "clock", "descrip
     "{% if tools and messages[-1].role == 'user' %}{{ tools | tojson }}{% endif %}" + START + "{% endif %}" + TURN,  # not in an agent's second step
     "{% for t in tools or [] if t.function.parameters %}{{ t | tojson }}{% endfor %}" + START + "{% endif %}" + TURN,
     "{% if tools %}{{ tools[0] | tojson }}{% endif %}" + START + "{% endif %}" + TURN,
-    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + START + "{% endif %}" + TURN,  # names only
 ])
 @pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, assistant(call()), result()]])
 def test_tools_that_the_template_leaves_out_of_this_conversation_get_the_generic_prompt(source: str, messages: Any) -> None:
@@ -415,3 +414,30 @@ def test_a_refused_conversation_of_many_messages_is_refused_for_its_first_fault(
     chat = [SYSTEM, USER, USER, LATER, {"role": "developer", "content": "x"}, *[USER] * 50]
     with pytest.raises(InvalidInput, match="must alternate"):
         write(SMALL, chat, TOOLS)
+
+
+@pytest.mark.parametrize("content", [b"x", [{"type": "text", "text": b"x"}], object()])
+def test_texts_that_are_no_strings_do_not_become_the_name_of_their_type(content: Any) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        write(CHATML, [USER, {"role": "user", "content": content}])
+    assert str(refused.value.param).startswith("messages.1.content")
+
+
+@pytest.mark.parametrize("tools", [[5], [{"type": "function"}], {"a": 1}, "weather", [{"function": {"name": 5}}], [TOOLS[0], {"name": None}]])
+@pytest.mark.parametrize("source", [QWEN, CHATML])
+def test_tools_of_another_form_are_refused_by_name(source: str, tools: Any) -> None:
+    with pytest.raises(InvalidInput, match="must be") as refused:
+        write(source, [USER], tools)
+    assert str(refused.value.param).startswith("tools")
+
+
+def test_a_flat_tool_is_written_or_gets_the_generic_prompt() -> None:
+    flat = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    assert '"clock"' in write(QWEN, [USER], [flat])
+    assert '"clock"' in write(NEMO, [USER], [flat, *TOOLS])
+
+
+def test_an_empty_system_message_adds_no_blank_lines() -> None:
+    for content in ("", None, "  "):
+        assert write(GEMMA, [{"role": "system", "content": content}, USER]) == write(GEMMA, [USER])
+    assert write(FIRST_ONLY, [SYSTEM, {"role": "system", "content": ""}, USER]) == write(FIRST_ONLY, [SYSTEM, USER])

@@ -687,3 +687,15 @@ def test_the_event_loop_does_not_wait_while_a_new_template_is_tried(
         made.chat(**fields, extra_body={"chat_template": new + " "})
         made.chat(tools=TOOLS)
     assert len(on_loop) >= 2 and not any(on_loop)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_tools_reach_the_model_where_the_template_writes_them_beside_a_system_message_only(tokenizer_folder: Path, choice: str) -> None:
+    source = ("{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+              "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}{% endif %}"
+              "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    with scripted_chat(tokenizer_folder, source) as made:
+        made.generate(CALL if choice == "auto" else '[{"name": "get_weather", "parameters": {"city": "Paris"}}]')
+        answer = made.chat(tools=TOOLS, tool_choice=choice).choices[0].message
+        assert "Weather of a city" in made.prompt and '"clock"' in made.prompt
+    assert [call.function.name for call in answer.tool_calls] == ["get_weather"]
