@@ -165,14 +165,14 @@ class Conversation:
             if name in known and (is_reference or all(known[name].get(key) == v for key, v in item.items() if v is not None)):
                 continue
             item = self._find(str(name)) if is_reference else item
+            item = {**item, "type": item.get("type") or "message", "id": name or f"item_{uuid.uuid4().hex}"}
             self._add(item, where)
-            item = {"type": "message", **item, "id": name or f"item_{uuid.uuid4().hex}"}
             known[item["id"]] = item
             self.items.append(item)
         self._drop_reasoning()
 
     def _add(self, item: dict[str, Any], where: str) -> None:
-        kind = item.get("type", "message")
+        kind = item["type"]
         if kind == "message":
             self._add_message(item, where)
         elif kind == "function_call":

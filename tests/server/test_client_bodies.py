@@ -347,3 +347,12 @@ def test_an_answer_without_content_is_accepted_in_responses_too(chat: ScriptedCh
         assert chat.prompt == plain
     assert param(send(chat, RESPONSES, input=[{"role": "user", "content": None}])) == "input.0.content"
     assert param(send(chat, RESPONSES, input=[{"role": "user"}])) == "input.0.content"
+
+
+def test_an_input_item_whose_type_is_null_is_a_message(chat: ScriptedChat) -> None:
+    send(chat, RESPONSES, input=HELLO)
+    plain = chat.prompt
+    response = send(chat, RESPONSES, input=[{"type": None, "id": None, **HELLO[0]}])
+    assert ignored(response) == set() and chat.prompt == plain
+    listed = chat.api.responses.input_items.list(response.json()["id"]).data
+    assert listed[0].type == "message" and listed[0].id
