@@ -13,6 +13,7 @@ them off.
 """
 from __future__ import annotations
 
+import json
 import re
 from typing import ClassVar
 
@@ -128,12 +129,21 @@ class NamedCallParser(ToolParser):
         if not self._pending:
             return False
         self._start_call(self._name)
+        self._call_parser = JsonCallParser(self._names)
+        self._call_parser.feed(f'{{"name": {json.dumps(self._name)}, "arguments":', ended=False, cut=False)
         self._state = self._arguments
         return True
 
     def _arguments(self) -> bool:
-        self._emit_arguments(self._pending)
-        self._pending = ""
+        """Pass the arguments on. If a stop string cut them off, they are closed."""
+        parser = self._call_parser
+        self._pending = self._pending[parser.feed(self._pending, self._ended, self._cut):]
+        if self._ended and not (self._cut or parser.complete or parser.broken):
+            parser.close()
+        self._emit_arguments(parser.take() + (parser.unfinished() if self._ended and self._cut else ""))
+        if parser.broken:  # no output of the grammar
+            self._emit_arguments(self._pending)
+            self._pending = ""
         if self._ended:
             self._end_call()
             self._state = self._emit_all

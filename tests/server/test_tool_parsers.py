@@ -300,6 +300,13 @@ def test_an_output_of_the_grammar_for_required_calls_is_parsed() -> None:
 def test_an_output_of_the_grammar_for_a_named_function_is_its_arguments() -> None:
     assert parse(NamedCallParser("f"), ['{"a"', ": 1}"]) == ("", ONE)
     assert parse(NamedCallParser("f"), [""]) == ("", [])
+    text = '{"a": {"b": [1.5, true, "c\\n\\u00e9 }"]}, "d": null}'
+    for end in range(1, len(text) + 1):
+        for pieces in ([text[:end]], list(text[:end])):
+            content, [(name, arguments)] = parse(NamedCallParser("f"), pieces)
+            assert (content, name) == ("", "f") and is_object(arguments), "a stop string may cut it off"
+            content, [(name, arguments)] = parse(NamedCallParser("f"), pieces, cut_off=True)
+            assert text.startswith(arguments) and len(arguments) >= end - 6, "the token limit leaves it open"
 
 
 # -- independence of the pieces ---------------------------------------------------------------------------------------
