@@ -172,7 +172,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function"}}, "tool_choice"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function", "function": {"name": "g"}}},
      "tool_choice"),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "custom", "name": "f"}}, "tool_choice.type"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
     (CHAT, {"functions": []}, "functions"),
     (CHAT, {"functions": [{"name": "f"}], "function_call": "required"}, "function_call"),
     (CHAT, {"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
