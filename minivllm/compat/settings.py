@@ -97,7 +97,7 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_inert("model code of a checkpoint is never run; a model that needs it is refused by its architecture",
             trust_remote_code=False, code_revision=None),
     *_inert("host memory for KV blocks is set with kv_offloading_size", swap_space=(4, 0), kv_offloading_backend="native"),
-    *_inert("a preempted request is swapped or recomputed, whichever is cheaper", preemption_mode=None),
+    *_inert("a preempted request is swapped out if host blocks are free, and else recomputed", preemption_mode=None),
     *_inert("nothing is compiled by torch.compile here", compilation_config=None, optimization_level=(2, 0), cudagraph_capture_sizes=None,
             max_cudagraph_capture_size=None, cuda_graph_sizes=None, max_seq_len_to_capture=8192, max_context_len_to_capture=None,
             performance_mode="balanced", additional_config=None, kernel_config=None, enable_flashinfer_autotune=False, moe_backend="auto"),

@@ -49,7 +49,7 @@ def test_every_line_gets_a_response_in_order_and_wrong_lines_get_errors(
         request("field", "/v1/completions", prompt="the hat", temprature=1),
         request("path", "/v1/embeddings", input="x"),
         request("stream", "/v1/completions", prompt="the hat", stream=True),
-        request("response", "/v1/responses", input="the cat", max_tokens=None, max_output_tokens=6),
+        request("response", "/v1/responses", input="the cat", max_output_tokens=6),  # and max_tokens, which is not its name there
         json.dumps({"custom_id": "\ud800", "url": "/v1/completions", "body": 5}),
         "[" * 100_000,
         request("last", "/v1/completions", prompt="the hat", model="another"),
