@@ -642,6 +642,7 @@ def test_steps_can_be_paused_scrolled_back_with_the_keyboard_and_resumed(page: A
     newest = step.text_content()
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    requests = page.locator("#requests").inner_text()
     pace.seconds = 0.02
     page.locator("#max-tokens").evaluate("(field) => { field.value = ''; }")
     send(page, "three")
@@ -653,11 +654,9 @@ def test_steps_can_be_paused_scrolled_back_with_the_keyboard_and_resumed(page: A
     expect(step).to_contain_text("prompt tokens (prefill)")
     expect(scroll).to_have_attribute("aria-valuetext", re.compile("prefill"))
     page.keyboard.press("Home")
-    name = page.locator("#requests tr td").first
-    first = int(name.inner_text())  # the request of the first question
+    assert page.locator("#requests").inner_text() == requests, "paused: the third request is not shown"
     page.get_by_role("button", name="Resume").click()
     expect(page.locator("#running")).to_have_text("1")
-    expect(name).to_have_text(str(first + 2))
     expect(page.get_by_role("button", name="Pause")).to_be_visible()
     pace.seconds = 0.0
     finished(page, 3)
