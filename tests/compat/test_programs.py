@@ -1,4 +1,4 @@
-"""Programs in the shape of vLLM's examples, each run as a script of its own: only the name of the package differs."""
+"""Programs in the shape of vLLM's examples, each run as a script: only the name of the package differs."""
 from __future__ import annotations
 
 import json
