@@ -15,6 +15,7 @@ from minivllm.server.run import bind_unix, check_certificate, readiness
 from tests.conftest import write_tiny_tokenizer
 from tests.server.scripted import ScriptedEngine, scripted_server
 from tests.server.test_run import INFO
+from tests.server.test_tools import scripted_chat
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,16 @@ def test_a_proxy_may_keep_or_remove_the_root_path(tokenizer_folder: Path) -> Non
         assert http.get(live.url + "/openapi.json").json()["servers"] == [{"url": "/llm"}]
     with pytest.raises(InvalidInput, match="must begin with /"):
         ServerConfig(root_path="llm")
+
+
+def test_default_chat_template_kwargs_reach_every_request_and_are_overridden_by_its_own(
+    tokenizer_folder: Path, caplog: pytest.LogCaptureFixture,
+) -> None:
+    template = "{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    defaults = {"mood": "calm", "unread": 1}
+    with scripted_chat(tokenizer_folder, template, default_chat_template_kwargs=defaults) as made:
+        assert "does not read unread" in caplog.text
+        made.chat()
+        assert made.prompt.startswith("calm")
+        made.chat(extra_body={"chat_template_kwargs": {"mood": "wild"}})
+        assert made.prompt.startswith("wild")
