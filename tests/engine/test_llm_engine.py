@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,19 @@ class _Async(AsyncLLM):
         self.client, self.tokenizer, self._numbers = client, None, iter(range(100))  # type: ignore[assignment]
 
 
+async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    return [output async for output in outputs][-1]
+
+
 def test_async_and_list_outputs_agree_under_truncation_and_past_the_limit(llm: LLM) -> None:
     params = greedy(max_tokens=5000, truncate_prompt_tokens=20, n=2)
     prompt = list(range(3, 60))
     expected_output, again = llm.generate([prompt, prompt], params, use_tqdm=False)
+    gate = threading.Event()
+    gate.set()
 
     async def main() -> None:
-        async with _Async(ThreadClient.start_with(make_engine)) as llm:
+        async with _Async(ThreadClient.start_with(lambda: make_engine(FakeExecutor(gate=gate)))) as llm:
             outputs = [output async for output in llm.generate(prompt, params)]
             assert all(output.prompt_token_ids == prompt[-20:] for output in outputs)
             assert [len(o.outputs[0].token_ids) for o in outputs] != [108] * len(outputs), "earlier outputs are not changed by later ones"
@@ -219,11 +226,13 @@ def test_async_and_list_outputs_agree_under_truncation_and_past_the_limit(llm: L
             cached = [output async for output in llm.generate(prompt, params)][-1]
             assert last.num_cached_tokens == 0 and cached.num_cached_tokens == again.num_cached_tokens == 16
             assert last.metrics is not None and last.metrics.first_token_time is not None
-            ends = []
-            async for output in llm.generate(prompt, params, request_id="gone"):
-                await llm.abort(["gone", "unknown"])
-                ends.append([c.finish_reason for c in output.outputs])
-            assert ends[-1] == ["abort", "abort"]
+            gate.clear()  # no step ends before the abort is sent
+            reader = asyncio.create_task(_last(llm.generate(prompt, params, request_id="gone")))
+            while not llm.client._streams:
+                await asyncio.sleep(0)
+            await llm.abort(["gone", "unknown"])
+            gate.set()
+            assert [c.finish_reason for c in (await reader).outputs] == ["abort", "abort"]
 
     asyncio.run(main())
     assert expected_output.prompt_token_ids == prompt[-20:]
