@@ -12,9 +12,8 @@ from minivllm.config import EngineConfig
 from minivllm.errors import ModelError
 from minivllm.families import ModelSpec
 from minivllm.models.hub_repository import hub_in_reach
-from minivllm.models.loader import parameter_bytes
 from minivllm.planning.suggested_models import described, models_that_fit
-from minivllm.quantization.methods import MethodOf, parameters
+from minivllm.quantization.methods import MethodOf, resident_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.memory import GIB
 
@@ -23,7 +22,7 @@ def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -
     """Raise `ModelError` if the weights alone exceed the memory. This runs before they are downloaded."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec.dtype, device)
-    needed = parameter_bytes(parameters(spec, method), dtype)
+    needed = resident_bytes(spec, method, dtype.itemsize)
     if device.type != "cuda":
         total = _host_memory()
         if needed > total:

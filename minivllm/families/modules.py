@@ -30,13 +30,17 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A parameter that is not the weight of a linear layer: a table that is looked up by row, or a norm's scale or bias."""
+    """A parameter that no method stores: the table of positions, or a norm's scale or bias."""
 
     name: str  # ours: layers.3.attn_norm.weight
     shape: tuple[int, ...]
     checkpoint_name: str
     kind: Literal["table", "scale", "bias"]
-    vocab_parallel: bool = False  # ranks split its rows
+
+
+def embedding_spec(spec: ModelSpec) -> LinearSpec:
+    """The embedding table. It is stored like the weight of a linear layer, and is one if the output head is tied to it."""
+    return LinearSpec("embed", (spec.vocab_size,), spec.embed_size, spec.names["embed"], bias=False, parallel="column")
 
 
 def linear_specs(spec: ModelSpec) -> dict[str, LinearSpec]:
@@ -80,7 +84,6 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
         if bias:
             yield TensorSpec(f"{ours}.bias", (size,), f"{theirs.format(i=layer)}.bias", "bias")
 
-    yield TensorSpec("embed.weight", (spec.vocab_size, spec.embed_size), f"{spec.names['embed'][0]}.weight", "table", vocab_parallel=True)
     if spec.learned_positions:
         yield TensorSpec("positions.weight", (spec.learned_positions + spec.position_offset, spec.hidden_size),
                          f"{spec.names['positions'][0]}.weight", "table")

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference import activation, kv_cache, linear, norm, rope, sampling
+from minivllm.kernels.grouped import GroupedWeight
+from minivllm.kernels.reference import activation, grouped, kv_cache, linear, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ class Ops:
     copy_blocks: Callable[..., None]
     pack_weight: Callable[[Tensor, torch.dtype], Any]
     fused_linear: Callable[..., Tensor]
+    pack_groups: Callable[[GroupedWeight], Any]  # a quantized weight in the layout of the next two
+    grouped_linear: Callable[..., Tensor]  # as fused_linear
+    grouped_rows: Callable[[Any, Tensor, torch.dtype], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
@@ -52,6 +56,9 @@ REFERENCE = Ops(
     copy_blocks=kv_cache.copy_blocks,
     pack_weight=linear.pack_weight,
     fused_linear=linear.fused_linear,
+    pack_groups=grouped.pack_groups,
+    grouped_linear=grouped.grouped_linear,
+    grouped_rows=grouped.grouped_rows,
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
     rope_angles=rope.rope_angles,

@@ -6,25 +6,32 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivllm.families import LinearSpec, ModelSpec
+from minivllm.families import LinearSpec, ModelSpec, embedding_spec
 from minivllm.kernels.layout import InputBatch
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.linear import Linear
+from minivllm.quantization.base import Matmul
+from minivllm.quantization.dense import DENSE
 
 
 class Embedding:
     """A table lookup. OPT adds a projection to the hidden size and a learned vector per position."""
 
-    __slots__ = ("positions", "project", "table")
+    __slots__ = ("_dtype", "positions", "project", "table")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec]) -> None:
-        self.table = take("embed.weight")  # [vocab, embed_size]
+        method, self._dtype = build.method(embedding_spec(spec)), build.dtype
+        rows = (spec.vocab_size,)
+        tensors = {suffix: take(f"embed.{suffix}") for suffix in method.parameters(rows, spec.embed_size)}
+        # A plain table stays [vocab, embed_size]. The output head may need the same weight in another layout.
+        self.table: Tensor | Matmul = tensors["weight"] if method is DENSE else method.build(tensors, rows, build.ops)
         self.project = Linear.load(build, take, linears["project_in"]) if spec.embed_size != spec.hidden_size else None
         self.positions = take("positions.weight")[spec.position_offset :] if spec.learned_positions else None
 
     def __call__(self, batch: InputBatch) -> Tensor:
         """-> [T, hidden], freshly allocated."""
-        x = F.embedding(batch.tokens, self.table)
+        table = self.table
+        x = F.embedding(batch.tokens, table) if isinstance(table, Tensor) else table.rows(batch.tokens, self._dtype)
         if self.project is not None:
             x = self.project(x)
         return x if self.positions is None else x + F.embedding(batch.positions, self.positions)

@@ -41,9 +41,10 @@ class Linear:
         return cls(build, method.build(tensors, spec.rows, build.ops), bias=bias, norm=norm, activation=activation)
 
     @classmethod
-    def of_table(cls, build: BuildContext, table: Tensor, *, norm: Norm | None = None) -> Linear:
+    def of_table(cls, build: BuildContext, table: Tensor | Matmul, *, norm: Norm | None = None) -> Linear:
         """A tied output head: the embedding table [vocab, K] as the weight."""
-        return cls(build, DENSE.build({"weight": table}, (len(table),), build.ops), norm=norm)
+        matmul = DENSE.build({"weight": table}, (len(table),), build.ops) if isinstance(table, Tensor) else table
+        return cls(build, matmul, norm=norm)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten."""

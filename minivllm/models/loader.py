@@ -28,7 +28,7 @@ from minivllm.families import ModelSpec
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.weight_files import find_weight_files
-from minivllm.quantization.methods import Parameter, Source, parameters
+from minivllm.quantization.methods import Parameter, Source, parameters, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy)
 
 def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:
     """Bytes of all parameters once they are loaded."""
-    return parameter_bytes(parameters(spec, build.method), build.dtype)
+    return resident_bytes(spec, build.method, build.dtype.itemsize)
 
 
 def parameter_bytes(params: Mapping[str, Parameter], dtype: torch.dtype) -> int:
@@ -190,8 +190,8 @@ def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Itera
     if stored.shape != source.shape:
         yield f"wrong shape: {stored.name} in {stored.file} is {list(stored.shape)}, not {list(source.shape)}"
     if param.dtype is None and stored.dtype not in CONVERTED:
-        yield f"wrong dtype: {stored.name} in {stored.file} has dtype {stored.dtype}: quantized weights are not supported yet"
-    if param.dtype is not None and stored.dtype != param.dtype:
+        yield f"wrong dtype: {stored.name} in {stored.file} has dtype {stored.dtype}, which its config.json does not announce"
+    if param.dtype is not None and stored.dtype != param.dtype and not {stored.dtype, param.dtype} <= set(CONVERTED):
         yield f"wrong dtype: {stored.name} in {stored.file} has dtype {stored.dtype}, but its method needs {param.dtype}"
 
 

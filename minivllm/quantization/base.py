@@ -10,14 +10,22 @@ A new method is one file with a `LinearMethod` and a subclass of `Matmul`. With 
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from minivllm.families import LinearSpec
 
 if TYPE_CHECKING:  # this module imports without torch, so that memory can be planned before anything is loaded
+    import torch
     from torch import Tensor
 
     from minivllm.kernels import Ops
+
+DTYPE_BYTES = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +38,14 @@ class ParamSpec:
 
     parts: tuple[tuple[int, ...], ...]
     concat_dim: int = 0
-    dtype: str | None = None  # a torch dtype's name; None: the model's own, converted while loading
+    # A torch dtype's name; None: the model's own. Checkpoints may store any other float dtype for a float one (converted while loading).
+    dtype: str | None = None
     # Tensor-parallel ranks split it along one of these dimensions; None: every rank holds all of it.
     output_dim: int | None = 0  # dimension of the layer's outputs, split by column parallelism
     input_dim: int | None = 1  # dimension of the layer's inputs, split by row parallelism
     dummy: Literal["normal", "bits"] | float = "normal"  # content for load_format "dummy": normal, random bits, or one value
+    suffix: str | None = None  # in checkpoints, if it differs from the name in `LinearMethod.parameters`
+    of_parts: tuple[int, ...] | None = None  # the parts of the layer that this tensor stores; None: all
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +80,11 @@ class Matmul(Protocol):
         return None
 
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, for methods that may store an embedding table: ids [T] -> [T, K]."""
+        raise TypeError(f"{type(self).__name__} stores no embedding tables")
+
+
 class LinearMethod(Protocol):
     """A storage format for the weights of linear layers, and how to multiply with it."""
 
@@ -77,3 +93,11 @@ class LinearMethod(Protocol):
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
         """The layer's product, from the tensors that `parameters` names: on the device, parts joined. rows: outputs of each part."""
+
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+        """Bytes of the built weight, without the bias. itemsize: of the model's dtype. By default those of the declared tensors."""
+        return sum(math.prod(param.shape) * (itemsize if param.dtype is None else DTYPE_BYTES[param.dtype])
+                   for param in self.parameters(rows, cols).values())
+
+
+MethodOf: TypeAlias = Callable[[LinearSpec], LinearMethod]  # linear layer -> its method

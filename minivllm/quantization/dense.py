@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from minivllm.quantization.base import Epilogue, Matmul, ParamSpec
+from minivllm.quantization.base import Epilogue, LinearMethod, Matmul, ParamSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class DenseMatmul(Matmul):
                                   residual=residual)
 
 
-class DenseMethod:
+class DenseMethod(LinearMethod):
     """See `LinearMethod`."""
 
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:

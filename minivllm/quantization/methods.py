@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from minivllm.families import LinearSpec, ModelSpec, TensorSpec, linear_specs, tensor_specs
-from minivllm.quantization.base import LinearMethod, ParamSpec
+from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, linear_specs, tensor_specs
+from minivllm.quantization import awq
+from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
-MethodOf: TypeAlias = Callable[[LinearSpec], LinearMethod]  # linear layer -> its method
 # quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
 Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
-METHODS: Methods = MappingProxyType({})
+METHODS: Methods = MappingProxyType({"awq": awq.method_of})
 
 
 def all_dense(linear: LinearSpec) -> LinearMethod:
@@ -55,14 +55,22 @@ class Parameter:
 def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Parameter]:
     """Every parameter of the model under our own name, e.g. `layers.3.qkv.weight`."""
     found = {name: _tensor(tensor) for name, tensor in tensor_specs(spec).items()}
-    for linear in linear_specs(spec).values():
+    for linear in (embedding_spec(spec), *linear_specs(spec).values()):
         found.update(_linear(linear, method(linear)))
     return found
 
 
+def resident_bytes(spec: ModelSpec, method: MethodOf, itemsize: int) -> int:
+    """Bytes of the loaded model's weights. itemsize: of its dtype. More than the checkpoint's if a method keeps its scales unpacked."""
+    total = sum(math.prod(tensor.shape) * itemsize for tensor in tensor_specs(spec).values())
+    for linear in (embedding_spec(spec), *linear_specs(spec).values()):
+        rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
+        total += method(linear).resident_bytes(rows, linear.cols, itemsize) + sum(linear.rows) * linear.bias * itemsize
+    return total
+
+
 def _tensor(tensor: TensorSpec) -> Parameter:
-    return Parameter(tensor.shape, (Source(tensor.checkpoint_name, tensor.shape),), dummy=1.0 if tensor.kind == "scale" else "normal",
-                     shard_dim=0 if tensor.vocab_parallel else None)
+    return Parameter(tensor.shape, (Source(tensor.checkpoint_name, tensor.shape),), dummy=1.0 if tensor.kind == "scale" else "normal")
 
 
 def _linear(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:
@@ -72,6 +80,7 @@ def _linear(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Par
     if linear.bias:  # split along the outputs. A row-parallel layer adds it once, after the sum over ranks
         tensors["bias"] = ParamSpec(tuple((n,) for n in rows), input_dim=None)
     for suffix, param in tensors.items():
-        sources = tuple(Source(f"{name}.{suffix}", shape) for name, shape in zip(linear.checkpoint_names, param.parts, strict=True))
+        names = linear.checkpoint_names if param.of_parts is None else tuple(linear.checkpoint_names[i] for i in param.of_parts)
+        sources = tuple(Source(f"{name}.{param.suffix or suffix}", shape) for name, shape in zip(names, param.parts, strict=True))
         shard_dim = {"column": param.output_dim, "row": param.input_dim, None: None}[linear.parallel]
         yield f"{linear.name}.{suffix}", Parameter(param.shape, sources, param.concat_dim, param.dtype, param.dummy, shard_dim)

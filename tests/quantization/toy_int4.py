@@ -15,14 +15,13 @@ from torch import Tensor
 
 from minivllm.families import LinearSpec
 from minivllm.kernels import Ops
-from minivllm.quantization.base import LinearMethod, Matmul, ParamSpec
+from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.methods import MethodOf
 
 GROUP = 16
 
 
-class ToyInt4:
+class ToyInt4(LinearMethod):
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         def tensor(shape: Any, dtype: str, dummy: Any) -> ParamSpec:
             return ParamSpec(tuple(shape(n) for n in rows), concat_dim=1, dtype=dtype, output_dim=1, input_dim=0, dummy=dummy)
@@ -51,7 +50,7 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     method = ToyInt4()
 
     def choose(linear: LinearSpec) -> LinearMethod:
-        return DENSE if linear.name == "head" else method
+        return DENSE if linear.name in ("embed", "head") else method
 
     return choose
 
