@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from minivllm.models.gguf_config import (
     vocabulary_rows,
 )
 from minivllm.models.gguf_metadata import Metadata
-from minivllm.models.gguf_tokenizer import convert_tokenizer, read_vocabulary, special_ids
+from minivllm.models.gguf_tokenizer import SpecialIds, Vocabulary, convert_tokenizer, read_vocabulary, special_ids
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -43,25 +43,66 @@ CONVERSION = 2  # increased whenever the output of `convert` changes, so that ca
 LARGE = 2_000_000_000  # parameters; larger models store quantized tensors as bfloat16, the dtype they run in
 
 
-def convert(path: Path, out: Path) -> None:
-    """Write the model in `path` into the folder `out`. Raises `ModelError` naming the file and what is wrong with it."""
+class Header(NamedTuple):
+    """What a file says before its weights: enough to refuse a model that cannot run here, and to plan its memory."""
+
+    meta: Metadata
+    arch: Architecture
+    tensors: Mapping[str, ReaderTensor]  # by llama.cpp's names
+    names: Mapping[str, str]  # llama.cpp's name -> Hugging Face's
+    vocabulary: Vocabulary | None
+    ids: SpecialIds
+    config: dict[str, Any]  # config.json
+
+
+def read_header(path: Path, shown: str | None = None) -> Header:
+    """Raises `ModelError` for a file that cannot run here: for its architecture first, then for the types of its tensors.
+
+    path: the file, or its beginning lengthened with zeros. shown: its name in messages, if that is not `path`.
+    """
     reader = _open(path)
-    meta = _read_metadata(path, reader)
+    meta = _read_metadata(Path(shown or path), reader)
     arch = find_architecture(meta)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = _checkpoint_names(path, meta.architecture, arch, tensors)
+    _check_types(meta.path, reader.tensors)
+    names = _checkpoint_names(meta.path, meta.architecture, arch, tensors)
     rows = vocabulary_rows(meta, tensors)
     vocabulary = read_vocabulary(meta, rows)
     ids = special_ids(meta, vocabulary, rows)
-    config = make_config(meta, arch, tensors, ids)
-    tokenizer = None if vocabulary is None else convert_tokenizer(meta, vocabulary)
+    return Header(meta, arch, tensors, names, vocabulary, ids, make_config(meta, arch, tensors, ids))
+
+
+def convert(path: Path, out: Path, check: Callable[[dict[str, Any]], object] = lambda config: None) -> None:
+    """Write the model in `path` into the folder `out`. Raises `ModelError` naming the file and what is wrong with it.
+
+    check: raises for a config.json that describes a model that cannot run here, before anything is written.
+    """
+    header = read_header(path)
+    check(header.config)
+    tokenizer = None if header.vocabulary is None else convert_tokenizer(header.meta, header.vocabulary)
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", config)
-    _write_json(out / "generation_config.json", make_generation_config(meta, ids))
-    _write_weights(path, out / "model.safetensors", config, arch, tensors, names)
+    _write_json(out / "config.json", header.config)
+    _write_json(out / "generation_config.json", make_generation_config(header.meta, header.ids))
+    _write_weights(path, out / "model.safetensors", header.config, header.arch, header.tensors, header.names)
     if tokenizer is not None:
         _write_json(out / "tokenizer.json", tokenizer[0])
         _write_json(out / "tokenizer_config.json", tokenizer[1])
+
+
+def _check_types(path: Path, tensors: Iterable[ReaderTensor]) -> None:
+    """Raise `ModelError` for a type that stores no weights, or that the gguf package cannot dequantize (tried with one block)."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():
+        if kind.name in ("F64", "I8", "I16", "I32", "I64"):
+            raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind.name}, which is not a type for weights", "model")
+        try:
+            if kind.name not in ("F32", "F16"):
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind.name}, which gguf cannot dequantize: {error}",
+                             "model") from error
 
 
 def _open(path: Path) -> GGUFReader:
@@ -128,7 +169,7 @@ def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architec
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, target in names.items():
-        dtype, size = _stored_as(path, tensors[name], large)
+        dtype, size = _stored_as(tensors[name], large)
         begin, end = end, end + tensors[name].n_elements * size
         shape = [int(n) for n in reversed(tensors[name].shape)]
         header[target] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -137,7 +178,7 @@ def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architec
     with out.open("wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=f"converting {path.name}", disable=None) as bar:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, target in names.items():
-            array = _dequantize(path, tensors[name], header[target]["dtype"])
+            array = _dequantize(tensors[name], header[target]["dtype"])
             if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", name)):
                 heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
                 if (rows := array.shape[0]) != heads * config["head_dim"]:
@@ -146,17 +187,15 @@ def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architec
             bar.update(file.write(np.ascontiguousarray(array).data))
 
 
-def _stored_as(path: Path, tensor: ReaderTensor, large: bool) -> tuple[str, int]:
+def _stored_as(tensor: ReaderTensor, large: bool) -> tuple[str, int]:
     """-> (safetensors dtype, bytes per number). Float types are kept. Quantized blocks become float32, which represents them exactly."""
     kind = tensor.tensor_type.name
-    if kind in ("F64", "I8", "I16", "I32", "I64"):
-        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which is not a type for weights", "model")
     if kind in ("F16", "BF16"):
         return kind, 2
     return ("BF16", 2) if large and kind != "F32" else ("F32", 4)
 
 
-def _dequantize(path: Path, tensor: ReaderTensor, dtype: str) -> np.ndarray:
+def _dequantize(tensor: ReaderTensor, dtype: str) -> np.ndarray:
     """The tensor's values. bfloat16 values are raw 16-bit words, because NumPy has no such type."""
     from gguf.quants import dequantize
 
@@ -165,10 +204,7 @@ def _dequantize(path: Path, tensor: ReaderTensor, dtype: str) -> np.ndarray:
         return tensor.data
     if kind == "BF16":
         return tensor.data.view(np.uint16)
-    try:
-        values = dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, which gguf cannot dequantize: {error}", "model") from error
+    values = dequantize(tensor.data, tensor.tensor_type)
     return to_bfloat16(values) if dtype == "BF16" else values
 
 

@@ -22,7 +22,6 @@ from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
 from minivllm.families import parse_config
 from minivllm.models import gguf
 from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
-from minivllm.models.gguf_config import ARCHITECTURES
 from minivllm.models.hub_repository import download_gguf, download_model, download_tokenizer, not_a_model, parse_name
 from minivllm.models.weight_files import find_weight_files
 
@@ -100,8 +99,8 @@ def default_gguf() -> Path:
 
 # ---- what `model` and `tokenizer` may name
 
-def _locate(param: str, name: str | None, config: EngineConfig, check: Check = parse_config) -> Path:
-    """The folder of the model or tokenizer that `name`, the value of the field `param`, refers to."""
+def _locate(param: str, name: str | None, config: EngineConfig, check: Check) -> Path:
+    """The folder of the model or tokenizer that `name`, the value of the field `param`, refers to. check: of a GGUF or hub model."""
     if name is not None and _is_remote(name):
         return _from_hub(param, name, config, check)
     path = default_gguf() if name is None else Path(os.path.expanduser(name))
@@ -111,7 +110,7 @@ def _locate(param: str, name: str | None, config: EngineConfig, check: Check = p
         if config.revision is not None:
             raise InvalidInput(f"revision {config.revision!r} needs a hub id, but model {str(path)!r} is local: leave it out", "revision")
     if is_gguf:
-        return _from_gguf(path, param)
+        return _from_gguf(path, param, _overridden(config, check))
     if path.is_dir():
         return _check_folder(path, param)
     raise ModelError(f"{param} {name!r} is a file, but not a .gguf file: name a folder, a .gguf file or a hub id", param)
@@ -138,22 +137,24 @@ def _from_hub(param: str, given: str, config: EngineConfig, check: Check) -> Pat
     if param == "model":
         _check_load_format(config.load_format, given, name.gguf is not None)
     if name.gguf is not None:
-        return _from_gguf(download_gguf(name, _check_gguf_architecture), param)
+        check = _overridden(config, check)
+        return _from_gguf(download_gguf(name, lambda head, shown: check(gguf.read_header(head, shown).config)), param, check)
     if param != "model":
         return download_tokenizer(name)
-    return download_model(name, config.load_format, lambda folder: _checked_config(folder, config, check))
+    return download_model(name, config.load_format, lambda folder: _checked_config(folder, config, check),
+                          lambda folder: _find_tokenizer(config, folder))
 
 
-def _check_gguf_architecture(name: str) -> None:
-    if name not in ARCHITECTURES:
-        raise ModelError(f"the GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}", "model")
+def _overridden(config: EngineConfig, check: Check) -> Check:
+    """`check` of a config.json with the entries of `hf_overrides`."""
+    return lambda found: check(with_overrides(found, config.hf_overrides or {}))
 
 
-def _from_gguf(path: Path, param: str) -> Path:
+def _from_gguf(path: Path, param: str, check: Check) -> Path:
     if not path.is_file():
         raise ModelError(f"{param} {str(path)!r}: no such file", param)
     target = conversion_folder(path)
-    return build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out))
+    return build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out, check))
 
 
 def _check_folder(folder: Path, param: str) -> Path:
@@ -189,7 +190,7 @@ def _find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
 def _locate_tokenizer(name: str, config: EngineConfig) -> Path:
     """As for a model, but a folder needs no config.json, and no weights are downloaded."""
     path = Path(os.path.expanduser(name))
-    return path if path.is_dir() else _locate("tokenizer", name, config)
+    return path if path.is_dir() else _locate("tokenizer", name, config, lambda found: None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Models on the Hugging Face hub: what a name means there, and downloads in an order that refuses early.
 
-    owner/name           config.json ─▶ checked ─▶ tokenizer and safetensors; pickles only if there are no safetensors
-    owner/name:Q4_K_M    one GGUF file of the repository, by its quantization or its name; owner/name/file.gguf names the same
+    owner/name           config.json ─▶ checked ─▶ tokenizer ─▶ checked ─▶ safetensors; pickles only if there are no safetensors
+    owner/name:Q4_K_M    one GGUF file of the repository, by its quantization or its name; owner/name/file.gguf names the same:
+                         its header, read with range requests ─▶ checked ─▶ the file
 
-A model that cannot run here is refused by its config.json, before its weights are downloaded.
+A model that cannot run here is refused by its config.json or its GGUF header, before its weights are downloaded.
 """
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ SAFETENSORS = "*.safetensors"
 PICKLES = "pytorch_model*.bin"  # read only through torch.load(weights_only=True)
 NOT_WANTED = ["*/*", "consolidated*", "*.index.fp*"]  # copies of the same weights in other formats
 LONGEST_ID = 96  # characters of an id on the hub
+MOST_LISTED = 6  # files in an error
+HEAD_BYTES, MOST_HEAD_BYTES = 16 << 20, 256 << 20  # of a GGUF file; a vocabulary of 152k tokens with its merges takes 6 MB
 
 _NAME = re.compile(r"(?:https?://)?(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)"
                    r"(?::(?P<tag>[^:/]+)|/(?:(?:resolve|blob)/[^/]+/)?(?P<file>[^:]+\.gguf))?/?", re.IGNORECASE)
@@ -59,23 +63,38 @@ def parse_name(param: str, name: str, **settings: str | None) -> HubName:
 
 # ---- downloads
 
-def download_model(name: HubName, load_format: str, check: Callable[[Path], object]) -> Path:
-    """The folder of a model. `check` raises if the config.json in the folder describes a model that cannot run here."""
+def download_model(name: HubName, load_format: str, check: Callable[[Path], object],
+                   check_tokenizer: Callable[[Path], object] = lambda folder: None) -> Path:
+    """The folder of a model. `check` raises if the config.json in the folder describes a model that cannot run here, and
+    `check_tokenizer` if the tokenizer is missing. Both run before weights are downloaded."""
     folder = _snapshot(name, CONFIGS)
     if not (folder / "config.json").is_file():
-        files, _ = _about(name)
+        files = _file_names(name)
         reason = "it holds only GGUF files" if _gguf_files(files) else not_a_model(files)
         raise ModelError(f"{name.param} {name.given!r} has no config.json on the hub: {reason}{_how_to_name(name, files)}", name.param)
     check(folder)
+    folder = _snapshot(name, SMALL_FILES)
+    try:
+        check_tokenizer(folder)
+    except ModelError:
+        _refuse_gguf_only(name)  # the better reason
+        raise
     if load_format == "dummy":
-        return _snapshot(name, SMALL_FILES)
+        return folder
     folder = _snapshot(name, [*SMALL_FILES, SAFETENSORS])
     if load_format == "auto" and not any(folder.glob(SAFETENSORS)):
         folder = _snapshot(name, [*SMALL_FILES, PICKLES])
-    if not any(folder.glob(SAFETENSORS)) and not any(folder.glob(PICKLES)) and _gguf_files(files := _about(name)[0]):
+    if not any(folder.glob(SAFETENSORS)) and not any(folder.glob(PICKLES)):
+        _refuse_gguf_only(name)
+    return folder
+
+
+def _refuse_gguf_only(name: HubName) -> None:
+    """Raise `ModelError` for a repository with a config.json whose weights are GGUF files."""
+    files = _file_names(name)
+    if _gguf_files(files) and not any(PurePosixPath(file).match(pattern) for file in files for pattern in (SAFETENSORS, PICKLES)):
         raise ModelError(f"{name.param} {name.given!r} has no safetensors on the hub, but GGUF files{_how_to_name(name, files)}",
                          name.param)
-    return folder
 
 
 def download_tokenizer(name: HubName) -> Path:
@@ -83,16 +102,47 @@ def download_tokenizer(name: HubName) -> Path:
     return _snapshot(name, SMALL_FILES)
 
 
-def download_gguf(name: HubName, check: Callable[[str], object]) -> Path:
-    """One GGUF file. `check` raises for the name of an architecture that cannot run here; the hub knows it before the download."""
-    from huggingface_hub import hf_hub_download
+def download_gguf(name: HubName, check: Callable[[Path, str], object]) -> Path:
+    """One GGUF file. `check` gets the beginning of the file and the file's name, and raises if it cannot run here."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    files, architecture = _about(name)
-    file = _choose_gguf(name, files)
-    if architecture is not None:
-        check(architecture)
+    file = _choose_gguf(name, _file_names(name))
+    if not isinstance(try_to_load_from_cache(name.repository, file, name.cache_dir, name.revision), str):
+        with gguf_head(name, file) as head:
+            check(head, f"{name.repository}/{file}")
     with _errors(name):
         return Path(hf_hub_download(name.repository, file, revision=name.revision, cache_dir=name.cache_dir, token=name.token))
+
+
+@contextmanager
+def gguf_head(name: HubName, file: str) -> Iterator[Path]:
+    """A file with the header of a GGUF file on the hub, and zeros instead of the weights. It takes only the header's space on disk."""
+    from gguf import GGUFReader
+
+    from minivllm.models.gguf_config import ROPE_FACTORS
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, size = Path(folder) / PurePosixPath(file).name, HEAD_BYTES
+        while True:
+            content, total = _read_range(name, file, 0, size)
+            with path.open("wb") as out:
+                out.write(content)
+                out.truncate(total)  # the rest is a hole
+            try:
+                reader = GGUFReader(path)
+                if reader.data_offset <= size:
+                    break
+            except (ValueError, KeyError, IndexError, OverflowError, MemoryError):  # the header is longer, or the file is damaged
+                pass
+            if size >= min(total, MOST_HEAD_BYTES):
+                break  # the reader of the header names the damage
+            size *= 4
+        for tensor in reader.tensors if size < total else ():
+            if tensor.name == ROPE_FACTORS:  # a few numbers that belong to the configuration
+                with path.open("r+b") as out:
+                    out.seek(tensor.data_offset)
+                    out.write(_read_range(name, file, tensor.data_offset, tensor.n_bytes)[0])
+        yield path
 
 
 def not_a_model(files: Iterable[str]) -> str:
@@ -124,14 +174,15 @@ def _choose_gguf(name: HubName, files: Iterable[str]) -> str:
 
 
 def _how_to_name(name: HubName, files: Iterable[str]) -> str:
-    """The GGUF files that there are, and how to name one."""
+    """The GGUF files that there are with their sizes, and how to name one."""
     found = _gguf_files(files)
     if not found:
         return ""
     best = next((file for file in found if "q4_k_m" in file.lower()), found[0])
-    tag = re.search(r"[-.]((?:UD-)?(?:I?Q\d\w*|BF16|F16|F32))\.gguf$", best, re.IGNORECASE)
-    example = f"{name.repository}:{tag[1] if tag else PurePosixPath(best).name}"
-    return f" ({', '.join(found[:6])}{f', and {len(found) - 6} more' if len(found) > 6 else ''}); name one, such as {example}"
+    sizes = _sizes(name, found[:MOST_LISTED])
+    listed = ", ".join(f"{file} {sizes[file] / 1e9:.1f} GB" if file in sizes else file for file in found[:MOST_LISTED])
+    more = f", and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else ""
+    return f" ({listed}{more}); name one, such as {name.repository}:{PurePosixPath(best).name}"
 
 
 # ---- the hub's client
@@ -146,22 +197,45 @@ def hub_in_reach(timeout: float = 3.0) -> bool:
         return False
 
 
-def _about(name: HubName) -> tuple[list[str], str | None]:
-    """-> (names of a repository's files, GGUF architecture if the hub knows it). Without a network: the files in the cache."""
+def _file_names(name: HubName) -> list[str]:
+    """Names of a repository's files. Without a network: the GGUF files in the cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         with _errors(name):
-            about = HfApi().model_info(name.repository, revision=name.revision, token=name.token, expand=["siblings", "gguf"])
+            about = HfApi().model_info(name.repository, revision=name.revision, token=name.token, expand=["siblings"])
     except ModelError:
         with suppress(Exception):  # not in the cache either: the first error counts
             folder = Path(snapshot_download(name.repository, revision=name.revision, cache_dir=name.cache_dir, local_files_only=True,
                                             allow_patterns=["*.gguf"]))
             if cached := [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]:
-                return cached, None
+                return cached
         raise
-    architecture = (about.gguf or {}).get("architecture")
-    return [file.rfilename for file in about.siblings or []], architecture if isinstance(architecture, str) else None
+    return [file.rfilename for file in about.siblings or []]
+
+
+def _sizes(name: HubName, files: list[str]) -> dict[str, int]:
+    """Bytes of some files; without a network, of none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with suppress(Exception):  # they only make an error more helpful
+        paths = HfApi().get_paths_info(name.repository, files, revision=name.revision, token=name.token)
+        return {path.path: path.size for path in paths if isinstance(path, RepoFile)}
+    return {}
+
+
+def _read_range(name: HubName, file: str, start: int, size: int) -> tuple[bytes, int]:
+    """-> (up to `size` bytes of a file from `start` on, bytes of the whole file)."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    headers = {**build_hf_headers(token=name.token), "Range": f"bytes={start}-{start + size - 1}"}
+    with _errors(name):
+        answer = get_session().get(hf_hub_url(name.repository, file, revision=name.revision), headers=headers)
+        hf_raise_for_status(answer)
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        return answer.content, int(total) if total.isdigit() else start + len(answer.content)
 
 
 def _snapshot(name: HubName, patterns: Sequence[str]) -> Path:

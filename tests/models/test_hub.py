@@ -1,6 +1,7 @@
 """Finding models: what a user may name, what is downloaded or converted once, and the error for each mistake."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,18 +10,24 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Q
 from huggingface_hub import errors as hub_errors
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import parse_config
-from minivllm.models import gguf, hub
+from minivllm.models import gguf, hub, hub_repository
 from minivllm.models.cache import build_once, cache_dir
+from minivllm.models.gguf_config import llama3_factors
 from minivllm.models.hub import ModelFiles, find_model
+from tests.models.gguf_files import HEAD_DIM
+from tests.models.hub_server import serve_hub
 
 
 @pytest.fixture
@@ -143,10 +150,10 @@ def test_a_folder_without_tokenizer_needs_tokenizer_or_skip_tokenizer_init(tmp_p
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     """Replaces the hub's client: it raises `error`, or returns a folder of those `files` that its patterns select.
 
-    contents: of some files. gguf_about: what the hub knows of a GGUF repository."""
+    contents: of some files."""
 
-    def install(files: tuple[str, ...] = (), error: Exception | None = None, contents: dict[str, str] | None = None,
-                gguf_about: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def install(files: tuple[str, ...] = (), error: Exception | None = None,
+                contents: dict[str, str] | None = None) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
         folder = tmp_path / "snapshot"
 
@@ -171,11 +178,15 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
         def model_info(self: Any, name: str, **kwargs: Any) -> Any:
             if error is not None:
                 raise error
-            return huggingface_hub.ModelInfo(id=name, siblings=[{"rfilename": file} for file in files], gguf=gguf_about)
+            return huggingface_hub.ModelInfo(id=name, siblings=[{"rfilename": file} for file in files])
+
+        def get_paths_info(self: Any, name: str, paths: list[str], **kwargs: Any) -> Any:
+            return [huggingface_hub.hf_api.RepoFile(path=path, size=4_900_000_000, oid="0") for path in paths]
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+        monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", get_paths_info)
         return calls
 
     return install
@@ -193,7 +204,14 @@ def test_a_hub_id_downloads_only_config_tokenizer_and_safetensors(fake_hub: Any)
 def test_pickled_weights_are_downloaded_only_if_there_are_no_safetensors(fake_hub: Any) -> None:
     calls = fake_hub(("config.json", "tokenizer.json", "pytorch_model.bin", "flax_model.msgpack"))
     assert (find("facebook/opt-125m").folder / "pytorch_model.bin").exists()
-    assert ["*.safetensors" in call["allow_patterns"] for call in calls] == [False, True, False]
+    assert ["*.safetensors" in call["allow_patterns"] for call in calls] == [False, False, True, False]
+
+
+def test_a_repository_without_tokenizer_is_refused_before_its_weights_are_downloaded(fake_hub: Any) -> None:
+    calls = fake_hub(("config.json", "model.safetensors"))
+    refused("owner/name", "has no tokenizer")
+    assert "*.safetensors" not in downloaded(calls)
+    assert find("owner/name", skip_tokenizer_init=True).tokenizer_folder is None
 
 
 def test_with_dummy_weights_no_weights_are_downloaded(fake_hub: Any) -> None:
@@ -267,11 +285,13 @@ def fake_convert(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A conversion that writes a small folder and records its calls."""
     calls: list[Path] = []
 
-    def convert(path: Path, out: Path) -> None:
+    def convert(path: Path, out: Path, check: Any = None) -> None:
         calls.append(path)
         make_folder(out, config=json.dumps({"from": path.read_text()}))
 
     monkeypatch.setattr(gguf, "convert", convert)
+    monkeypatch.setattr(hub_repository, "gguf_head", lambda name, file: contextlib.nullcontext(Path(file)))
+    monkeypatch.setattr(gguf, "read_header", lambda path, shown: SimpleNamespace(config={}))
     return calls
 
 
@@ -311,7 +331,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_succeeds(
     (tmp_path / "m.gguf").write_text("one")
     whole = gguf.convert
 
-    def half(path: Path, out: Path) -> None:
+    def half(path: Path, out: Path, check: Any) -> None:
         whole(path, out)
         raise error
 
@@ -435,7 +455,8 @@ print([m for m in ("gguf", "transformers", "torch", "huggingface_hub", "tokenize
 
 # ---- refused early: config.json, then the method, then the architecture, then files; no weights are downloaded before
 
-AWQ = json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq", "bits": 4}})
+HQQ = json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "hqq", "bits": 4}})
+BOTH = json.dumps({"architectures": ["Gemma2ForCausalLM"], "quantization_config": {"quant_method": "hqq"}})  # the method comes first
 GEMMA = json.dumps({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"})
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "m-Q4_K_M.gguf", "tokenizer.json")
 
@@ -446,7 +467,7 @@ def downloaded(calls: list[dict[str, Any]]) -> set[str]:
 
 
 @pytest.mark.parametrize(("contents", "says"), [
-    ({"config.json": AWQ}, "quant_method 'awq'"),
+    ({"config.json": HQQ}, "quant_method 'hqq'"), ({"config.json": BOTH}, "quant_method 'hqq'"),
     ({"config.json": GEMMA}, "the architecture Gemma2ForCausalLM is not supported"),
     ({"config.json": "{}", "quantize_config.json": '{"bits": 4}'}, "quantized weights are not supported yet"),
     ({"config.json": "{}", "quant_config.json": '{"w_bit": 4}'}, "quantized weights are not supported yet"),
@@ -461,7 +482,8 @@ def test_a_repository_that_cannot_run_is_refused_before_anything_large_is_downlo
     assert downloaded(calls) == {"config.json", "quantize_config.json", "quant_config.json"}
 
 
-@pytest.mark.parametrize(("config", "says"), [(AWQ, "quant_method 'awq'"), (GEMMA, "Gemma2ForCausalLM is not supported")])
+@pytest.mark.parametrize(("config", "says"), [
+    (HQQ, "quant_method 'hqq'"), (BOTH, "quant_method 'hqq'"), (GEMMA, "Gemma2ForCausalLM is not supported")])
 def test_a_folder_without_weights_is_refused_for_its_config_first(tmp_path: Path, config: str, says: str) -> None:
     refused(make_folder(tmp_path / "m", config=config, weights=None), says, check=parse_config)
 
@@ -472,14 +494,14 @@ GGUFS = ("README.md", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "m-BF16.ggu
 
 def test_a_gguf_repository_says_which_files_it_has_and_how_to_name_one(fake_hub: Any) -> None:
     calls = fake_hub(GGUFS)
-    error = refused("owner/name", "has no config.json on the hub: it holds only GGUF files", "m-Q2_K.gguf, m-Q4_K_M.gguf",
-                    "name one, such as owner/name:Q4_K_M")
+    error = refused("owner/name", "has no config.json on the hub: it holds only GGUF files", "m-Q2_K.gguf 4.9 GB, m-Q4_K_M.gguf 4.9 GB",
+                    "name one, such as owner/name:m-Q4_K_M.gguf")
     assert "mmproj" not in str(error) and "*.safetensors" not in downloaded(calls)
 
 
 def test_a_gguf_repository_with_a_config_says_the_same(fake_hub: Any) -> None:
     fake_hub(("config.json", *GGUFS))
-    refused("owner/name", "has no safetensors on the hub, but GGUF files", "name one, such as owner/name:Q4_K_M")
+    refused("owner/name", "has no safetensors on the hub, but GGUF files", "name one, such as owner/name:m-Q4_K_M.gguf")
 
 
 @pytest.mark.parametrize(("name", "file"), [
@@ -490,7 +512,7 @@ def test_a_gguf_repository_with_a_config_says_the_same(fake_hub: Any) -> None:
 ])
 def test_one_gguf_file_of_a_repository_is_downloaded_and_converted(cache: Path, fake_hub: Any, fake_convert: list[Path], name: str,
                                                                    file: str) -> None:
-    calls = fake_hub(GGUFS, gguf_about={"architecture": "llama"})
+    calls = fake_hub(GGUFS)
     files = find(name)
     assert [(call["name"], call.get("file")) for call in calls] == [("owner/name", file)]
     assert [path.name for path in fake_convert] == [file] and files.name == name and files.folder.parent == cache / "models"
@@ -506,10 +528,46 @@ def test_a_gguf_tag_must_fit_one_file(fake_hub: Any, name: str, says: str) -> No
     assert not calls
 
 
-def test_a_gguf_file_of_another_architecture_is_refused_before_its_download(fake_hub: Any) -> None:
-    calls = fake_hub(GGUFS, gguf_about={"architecture": "gemma2"})
-    refused("owner/name:Q4_K_M", "the GGUF architecture 'gemma2' is not supported; supported: llama")
-    assert not calls
+@pytest.mark.parametrize(("arch", "kind", "settings", "says"), [
+    ("gemma2", Q.F32, {}, "owner/name/m-Q4_K_M.gguf: architecture 'gemma2' is not supported; supported: llama"),
+    ("gemma2", Q.F64, {}, "architecture 'gemma2'"),  # before the types of its tensors
+    ("llama", Q.F64, {}, "has type F64, which is not a type for weights"),
+    ("llama", Q.F32, {"hf_overrides": {"hidden_act": "no_such_function"}}, "no_such_function"),  # its configuration
+])
+def test_a_gguf_file_that_cannot_run_is_refused_by_its_header(
+        write_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, arch: str, kind: Q,
+        settings: dict[str, Any], says: str) -> None:
+    """On the hub before the file is downloaded, and here before it is converted."""
+    extra = {"blk.0.attn_q.weight": np.zeros((8, 8))} if kind == Q.F64 else {}
+    path = write_gguf(arch, extra=extra, drop=tuple(extra))
+    monkeypatch.setattr(hub_repository, "HEAD_BYTES", 512)  # so that the header takes several requests
+    with serve_hub({"m-Q4_K_M.gguf": path.read_bytes()}, monkeypatch, tmp_path / "hub") as server:
+        refused("owner/name:Q4_K_M", says, check=parse_config, **settings)
+    assert 512 < server.bytes_sent(".gguf") < path.stat().st_size / 4
+    refused(path, says.replace("owner/name/m-Q4_K_M.gguf", str(path)), check=parse_config, **settings)
+    assert not [p for p in (cache / "models").iterdir() if p.is_dir()]
+
+
+def test_a_gguf_file_that_runs_is_downloaded_once(write_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  cache: Path) -> None:
+    """Its rotary factors are read with the header, wherever they are in the file."""
+    factors = llama3_factors(500000.0, HEAD_DIM, 8.0, 8192).astype(np.float32)
+    path = write_gguf("llama", Q.Q4_0, extra={"rope_freqs.weight": factors})
+    seen: list[dict[str, Any]] = []
+    with serve_hub({"m.gguf": path.read_bytes()}, monkeypatch, tmp_path / "hub") as server:
+        monkeypatch.setattr(hub_repository, "HEAD_BYTES", 4096)
+        files = find("owner/name:m.gguf", check=seen.append, skip_tokenizer_init=True)
+        assert server.bytes_sent(".gguf") < path.stat().st_size + 20_000
+        server.sent.clear()
+        assert find("owner/name:m.gguf", skip_tokenizer_init=True) == files and not server.sent
+    assert [config["rope_scaling"]["rope_type"] for config in seen] == ["llama3"] * 3  # of the header, the conversion, the result
+    assert seen[0] == seen[2]
+
+
+def test_a_damaged_gguf_file_is_named_before_its_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_hub({"m.gguf": b"GGUF" + bytes(10_000)}, monkeypatch, tmp_path / "hub"):
+        monkeypatch.setattr(hub_repository, "HEAD_BYTES", 512)
+        refused("owner/name:m.gguf", "not a GGUF file, or a truncated one")
 
 
 def test_a_gguf_name_on_the_hub_has_the_hubs_errors(fake_hub: Any) -> None:
