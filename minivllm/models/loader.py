@@ -150,8 +150,8 @@ class _Dummy:
         out = torch.empty(param.shape, dtype=_dtype(param, self.build.dtype), device=self.build.device)
         if isinstance(param.dummy, float):
             return out.fill_(param.dummy)
-        if param.dummy == "bits":
-            out.view(torch.uint8).random_(0, 256, generator=self.generator)
+        if param.dummy == "bits" or isinstance(param.dummy, int):
+            out.view(torch.uint8).random_(0, 256 if isinstance(param.dummy, str) else param.dummy, generator=self.generator)
             return out
         return out.normal_(0.0, DUMMY_STD, generator=self.generator)
 
