@@ -28,6 +28,11 @@ class AWQMethod(LinearMethod):
 
     group: int
 
+    @property
+    def type_name(self) -> str:
+        """See `LinearMethod`."""
+        return "AWQ int4"
+
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """See `LinearMethod`."""
         def tensor(k: int, per_word: int, dtype: str, dummy: str | float = "bits") -> ParamSpec:

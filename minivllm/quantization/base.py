@@ -100,5 +100,14 @@ class LinearMethod(Protocol):
         return sum(math.prod(param.shape) * (itemsize if param.dtype is None else DTYPE_BYTES[param.dtype])
                    for param in self.parameters(rows, cols).values())
 
+    @property
+    def type_name(self) -> str:
+        """The type of the stored numbers in plans, such as int4 or Q4_K. Empty: the model's dtype."""
+        return type(self).__name__.removesuffix("Method").lower()
+
+    def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int) -> dict[str, int]:
+        """`resident_bytes` by `type_name`."""
+        return {self.type_name: self.resident_bytes(rows, cols, itemsize)}
+
 
 MethodOf: TypeAlias = Callable[[LinearSpec], LinearMethod]  # linear layer -> its method

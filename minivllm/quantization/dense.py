@@ -37,6 +37,8 @@ class DenseMatmul(Matmul):
 class DenseMethod(LinearMethod):
     """See `LinearMethod`."""
 
+    type_name = ""
+
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """One matrix [sum of rows, cols]."""
         return {"weight": ParamSpec(tuple((n, cols) for n in rows))}

@@ -62,11 +62,27 @@ def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Param
 
 def resident_bytes(spec: ModelSpec, method: MethodOf, itemsize: int) -> int:
     """Bytes of the loaded model's weights. itemsize: of its dtype. More than the checkpoint's if a method keeps its scales unpacked."""
-    total = sum(math.prod(tensor.shape) * itemsize for tensor in tensor_specs(spec).values())
+    return sum(weight.num_bytes for weight in resident_weights(spec, method, itemsize))
+
+
+class ResidentWeight(NamedTuple):
+    """A part of the loaded model's weights."""
+
+    name: str  # of the module: layers.3.qkv
+    type_name: str  # see `LinearMethod`
+    num_bytes: int
+
+
+def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int) -> Iterator[ResidentWeight]:
+    """The weights of the loaded model, each module by type."""
+    for tensor in tensor_specs(spec).values():
+        yield ResidentWeight(tensor.name.rpartition(".")[0], "", math.prod(tensor.shape) * itemsize)
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
         rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
-        total += method(linear).resident_bytes(rows, linear.cols, itemsize) + sum(linear.rows) * linear.bias * itemsize
-    return total
+        for type_name, num_bytes in method(linear).bytes_by_type(rows, linear.cols, itemsize).items():
+            yield ResidentWeight(linear.name, type_name, num_bytes)
+        if linear.bias:
+            yield ResidentWeight(linear.name, "", sum(linear.rows) * itemsize)
 
 
 def _tensor(tensor: TensorSpec) -> Parameter:

@@ -1,6 +1,7 @@
 """A fused layer whose parts are stored by different methods, such as qkv of a GGUF file whose v has more bits than q and k."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -49,7 +50,14 @@ class PartsMethod(LinearMethod):
 
     def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
         """See `LinearMethod`."""
-        return sum(method.resident_bytes(tuple(rows[i] for i in indices), cols, itemsize) for indices, method in self.runs)
+        return sum(self.bytes_by_type(rows, cols, itemsize).values())
+
+    def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int) -> dict[str, int]:
+        """See `LinearMethod`."""
+        found = Counter[str]()
+        for indices, method in self.runs:
+            found.update(method.bytes_by_type(tuple(rows[i] for i in indices), cols, itemsize))
+        return found
 
 
 class PartsMatmul(Matmul):
