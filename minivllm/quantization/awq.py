@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minivllm.families import Key, read
 from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes
+from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes, spread
+from minivllm.quantization.modules import by_name, contains_any, group_size, in_block, names, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,7 @@ BITS = 4
 class AWQMethod(LinearMethod):
     """See `LinearMethod`."""
 
-    group: int
+    group: int  # -1: all inputs
 
     @property
     def type_name(self) -> str:
@@ -39,18 +41,19 @@ class AWQMethod(LinearMethod):
             return ParamSpec(tuple((k, n // per_word) for n in rows), concat_dim=1, dtype=dtype, output_dim=1, input_dim=0,
                              dummy=dummy)  # type: ignore[arg-type]
 
-        groups = cols // self.group
+        groups = 1 if self.group == -1 else -(-cols // self.group)
         return {"qweight": tensor(cols, 32 // BITS, "int32"), "qzeros": tensor(groups, 32 // BITS, "int32"),
-                "scales": tensor(groups, 1, "float16", 0.003)}
+                "scales": tensor(groups, 1, "float32", 0.003)}
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> GroupedMatmul:
         """See `LinearMethod`."""
-        from minivllm.kernels.grouped import GroupedWeight
+        from minivllm.kernels.grouped import GroupedWeight, smallest_exact
         from minivllm.quantization.packing import unpack_awq
 
-        return GroupedMatmul(GroupedWeight(
-            codes=unpack_awq(tensors["qweight"]).t(), bits=BITS, scales=tensors["scales"].t().contiguous(),
-            zeros=unpack_awq(tensors["qzeros"]).t().contiguous()), ops)
+        codes = unpack_awq(tensors["qweight"]).t()
+        scales, zeros = (spread(t.t().contiguous(), self.group, codes.shape[1])
+                         for t in (smallest_exact(tensors["scales"]), unpack_awq(tensors["qzeros"])))
+        return GroupedMatmul(GroupedWeight(codes=codes, bits=BITS, scales=scales, zeros=zeros), ops)
 
     def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
         """See `LinearMethod`."""
@@ -58,6 +61,12 @@ class AWQMethod(LinearMethod):
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
-    """From a quantization_config with quant_method "awq"."""
-    method = AWQMethod(config["group_size"])
-    return lambda linear: DENSE if linear.name in ("embed", "head") else method
+    """From a quantization_config with quant_method "awq". AutoAWQ's own file has other names for two fields."""
+    config = {**config, **{new: config[old] for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")) if old in config}}
+    one_of("awq", "bits", read(config, Key("bits", int, BITS)), (BITS,))
+    version = read(config, Key("version", str, None)) or read(config, Key("format", str, "gemm"))
+    one_of("awq", "version", version.lower(), ("gemm",))
+    one_of("awq", "pack_dtype", read(config, Key("pack_dtype", str, "int32")), ("int32",))
+    method = AWQMethod(group_size(config))
+    dense = names(config, "modules_to_not_convert")  # AutoAWQ leaves out each module whose name contains one of these
+    return by_name(lambda name: method if in_block(name) and not contains_any(name, dense) else DENSE)

@@ -29,6 +29,17 @@ DTYPE_BYTES = {
 
 
 @dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not read yet."""
+
+    file: str
+    name: str  # in the file, with its prefix
+    shape: tuple[int, ...]
+    dtype: str  # torch's name
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class ParamSpec:
     """One tensor of a linear layer's weight: its layout in checkpoints and here.
 
@@ -91,6 +102,17 @@ class LinearMethod(Protocol):
 
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """Checkpoint suffix -> tensor, for a layer with these outputs per part and these inputs."""
+
+    def of_part(self, part: int) -> LinearMethod:
+        """The method that stores this part of a fused layer."""
+        return self
+
+    def adapt(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+        """The tensors of one part in a checkpoint, by suffix -> those that `parameters` names, if writers of this format differ.
+
+        Nothing is read here. What cannot be adapted stays as it is, so that the loader reports it.
+        """
+        return tensors
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
         """The layer's product, from the tensors that `parameters` names: on the device, parts joined. rows: outputs of each part."""

@@ -1,6 +1,7 @@
 """The product of every method whose weight is a `GroupedWeight`, and the bytes that such a weight takes."""
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from minivllm.quantization.base import Epilogue, Matmul
@@ -42,8 +43,20 @@ class GroupedMatmul(Matmul):
         return self._rows(self.packed, ids, dtype)
 
 
+def spread(values: Tensor, group: int, count: int, dim: int = 1) -> Tensor:
+    """One value for each `group` of `count` elements -> one for each `even_group`, so that all groups are equally large."""
+    step = even_group(group, count)
+    return values if group in (-1, step) else values.repeat_interleave(group // step, dim).narrow(dim, 0, count // step).contiguous()
+
+
+def even_group(group: int, count: int) -> int:
+    """The largest size that divides `group` and `count`. 576 inputs in groups of 128 are 9 groups of 64. -1: one group."""
+    return count if group == -1 else math.gcd(group, count)
+
+
 def grouped_bytes(n: int, k: int, bits: int, group: int, *, scale_bytes: int = 2, zero_bytes: int = 0, min_bytes: int = 0,
                   super_group: int = 0, supers: int = 0) -> int:
     """Bytes of a packed weight [n, k]. supers: float16 numbers per super-group of inputs."""
+    group = even_group(group, k)
     per_row = k * bits // 8 + k // group * (scale_bytes + zero_bytes + min_bytes) + (k // super_group * supers * 2 if super_group else 0)
     return n * per_row

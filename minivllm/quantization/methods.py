@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, linear_specs, tensor_specs
-from minivllm.quantization import awq, gguf
+from minivllm.quantization import awq, gguf, gptq
 from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
 # quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
 Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
-METHODS: Methods = MappingProxyType({"awq": awq.method_of, "gguf": gguf.method_of})
+METHODS: Methods = MappingProxyType({"awq": awq.method_of, "gguf": gguf.method_of, "gptq": gptq.method_of})
 
 
 def all_dense(linear: LinearSpec) -> LinearMethod:
@@ -26,6 +26,11 @@ def method_of(config: Mapping[str, Any], methods: Methods = METHODS) -> MethodOf
     """The methods that a parsed config.json names. `parse_config` has already refused names that are not in `methods`."""
     quantization = config.get("quantization_config")
     return methods[quantization["quant_method"]](quantization) if quantization else all_dense
+
+
+def of_separate_file(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization_config in a file of its own, as AutoAWQ and AutoGPTQ once wrote it: quant_config.json or quantize_config.json."""
+    return {"quant_method": "awq" if "w_bit" in config or "zero_point" in config else "gptq", **config}
 
 
 class Source(NamedTuple):
@@ -58,6 +63,12 @@ def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Param
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
         found.update(_linear(linear, method(linear)))
     return found
+
+
+def stored_modules(spec: ModelSpec, method: MethodOf) -> dict[str, LinearMethod]:
+    """Every module of a checkpoint that stores a linear layer, or a part of a fused one -> its method."""
+    return {name: method(linear).of_part(i) for linear in (embedding_spec(spec), *linear_specs(spec).values())
+            for i, name in enumerate(linear.checkpoint_names)}
 
 
 def resident_bytes(spec: ModelSpec, method: MethodOf, itemsize: int) -> int:

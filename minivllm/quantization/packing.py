@@ -41,8 +41,10 @@ def pack_bits(codes: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def unpack_bits(words: Tensor, bits: int, dim: int) -> Tensor:
-    """The inverse of `pack_bits`. words: int32 [.., m, ..] -> uint8 [.., m * 32 / bits, ..]"""
+    """The inverse of `pack_bits`. words: int32 [.., m, ..] -> uint8 [.., m * 32 / bits, ..], or a few more: whole periods."""
     period = codes_per_period(bits)
+    if missing := -words.shape[dim] % (period * bits // 32):  # a vocabulary may end within a period
+        words = torch.cat([words, torch.zeros_like(words.narrow(dim, 0, missing))], dim)
     groups = words.unflatten(dim, (-1, period * bits // 32)).movedim(dim, 0).movedim(dim + 1, 1)
     codes = torch.empty(len(groups), period, *groups.shape[2:], dtype=torch.uint8, device=words.device)
     for j in range(period):
@@ -65,13 +67,24 @@ def unpack_gptq(qweight: Tensor, bits: int) -> Tensor:
 
 
 def pack_gptq_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """zeros: integers 1 .. 2^bits, [groups, N] -> qzeros int32 [groups, N * bits / 32]. The file holds zero - 1."""
-    return pack_bits((zeros - 1).to(torch.uint8), bits, 1)
+    """zeros: uint8 0 .. 2^bits - 1, [groups, N] -> qzeros int32 [groups, N * bits / 32], as checkpoint_format "gptq" (v1) has them.
+
+    The file holds zero - 1. Tools subtract from whole words, so a zero of 0 borrows from the next one. Other readers decode each
+    zero by itself. Both agree if no zero is 0.
+    """
+    return _add_to_zeros(pack_bits(zeros, bits, 1), bits, -1)
 
 
 def unpack_gptq_zeros(qzeros: Tensor, bits: int) -> Tensor:
-    """qzeros: int32 [groups, N * bits / 32] -> zeros int16 1 .. 2^bits, [groups, N]."""
-    return unpack_bits(qzeros, bits, 1).to(torch.int16) + 1
+    """The inverse of `pack_gptq_zeros`. qzeros: int32 [groups, N * bits / 32] -> uint8 0 .. 2^bits - 1, [groups, N]."""
+    return unpack_bits(_add_to_zeros(qzeros, bits, 1), bits, 1)
+
+
+def _add_to_zeros(words: Tensor, bits: int, step: int) -> Tensor:
+    """GPTQModel's `convert_gptq_v1_to_v2_format_module`: words of 3-bit zeros are shared, so there each zero is changed by itself."""
+    if bits == 3:
+        return pack_bits(unpack_bits(words, 3, 1) + step & 7, 3, 1)
+    return words + step * sum(1 << shift for shift in range(0, 32, bits))
 
 
 def pack_awq(codes: Tensor) -> Tensor:

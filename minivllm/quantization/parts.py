@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,10 @@ class PartsMethod(LinearMethod):
                 found[f"{r}.{suffix}"] = replace(param, suffix=param.suffix or suffix, of_parts=indices)
         return found
 
+    def of_part(self, part: int) -> LinearMethod:
+        """See `LinearMethod`."""
+        return next(method for indices, method in self.runs if part in indices)
+
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> PartsMatmul:
         """See `LinearMethod`."""
         built = []
@@ -65,7 +69,7 @@ class PartsMatmul(Matmul):
 
     __slots__ = ("_parts",)
 
-    def __init__(self, parts: list[tuple[Matmul, int]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Matmul, int]]) -> None:
         """parts: each product and its number of outputs."""
         self._parts = parts
 

@@ -274,8 +274,8 @@ def test_a_dtype_that_needs_scales_is_refused_by_name_before_any_weight_is_read(
     with pytest.raises(ModelError) as error:
         load(folder)
     for layer in (0, 1):
-        assert (f"wrong dtype: model.layers.{layer}.mlp.up_proj.weight in model.safetensors has dtype {str(dtype)[6:]}: "
-                "quantized weights") in error.value.message
+        assert (f"wrong dtype: model.layers.{layer}.mlp.up_proj.weight in model.safetensors has dtype {str(dtype)[6:]}, "
+                "which its config.json does not announce") in error.value.message
 
 
 def test_float64_is_converted_as_in_transformers(folder: Path) -> None:

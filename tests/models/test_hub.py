@@ -469,8 +469,8 @@ def downloaded(calls: list[dict[str, Any]]) -> set[str]:
 @pytest.mark.parametrize(("contents", "says"), [
     ({"config.json": HQQ}, "quant_method 'hqq'"), ({"config.json": BOTH}, "quant_method 'hqq'"),
     ({"config.json": GEMMA}, "the architecture Gemma2ForCausalLM is not supported"),
-    ({"config.json": "{}", "quantize_config.json": '{"bits": 4}'}, "quantized weights are not supported yet"),
-    ({"config.json": "{}", "quant_config.json": '{"w_bit": 4}'}, "quantized weights are not supported yet"),
+    ({"config.json": "{}", "quantize_config.json": '{"bits": 4}'}, "quant_method 'gptq'"),
+    ({"config.json": "{}", "quant_config.json": '{"w_bit": 4}'}, "quant_method 'awq'"),
     ({"config.json": "{"}, "not readable as JSON"),
     ({"config.json": "9" * 5000}, "not readable as JSON"),
     ({"config.json": "[" * 100_000}, "not readable as JSON"),

@@ -44,8 +44,8 @@ def test_awq_round_trip(seed: int, rows: int, words: int) -> None:
 
 
 @given(SEEDS, st.sampled_from(BITS))
-def test_gptq_zeros_round_trip_from_1_to_the_number_of_levels(seed: int, bits: int) -> None:
-    zeros = random_codes(seed, bits, 2, 2 * codes_per_period(bits)).to(torch.int16) + 1
+def test_gptq_zeros_round_trip(seed: int, bits: int) -> None:
+    zeros = random_codes(seed, bits, 2, 2 * codes_per_period(bits))
     assert torch.equal(unpack_gptq_zeros(pack_gptq_zeros(zeros, bits), bits), zeros)
 
 
@@ -83,7 +83,13 @@ def test_gptq_words_equal_those_of_autogptq(bits: int) -> None:
 
 
 def test_a_symmetric_4_bit_zero_is_stored_as_7() -> None:
-    assert pack_gptq_zeros(torch.full((1, 8), 8), 4).tolist() == [[0x77777777]]
+    assert pack_gptq_zeros(torch.full((1, 8), 8, dtype=torch.uint8), 4).tolist() == [[0x77777777]]
+
+
+def test_a_zero_of_0_borrows_from_the_next_one_as_in_gptqmodel() -> None:
+    zeros = torch.tensor([[0, 5, 1, 1, 1, 1, 1, 1]], dtype=torch.uint8)
+    assert pack_gptq_zeros(zeros, 4).tolist() == [[0x3F]]
+    assert torch.equal(unpack_gptq_zeros(torch.tensor([[0x3F]], dtype=torch.int32), 4), zeros)
 
 
 def test_awq_words_have_the_even_columns_in_the_lower_half() -> None:
