@@ -29,7 +29,7 @@ def method_of(config: Mapping[str, Any], methods: Methods = METHODS) -> MethodOf
 
 
 def of_separate_file(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization_config in a file of its own, as AutoAWQ and AutoGPTQ once wrote it: quant_config.json or quantize_config.json."""
+    """The quantization_config in a separate file, as AutoAWQ and AutoGPTQ once wrote it: quant_config.json or quantize_config.json."""
     return {"quant_method": "awq" if "w_bit" in config or "zero_point" in config else "gptq", **config}
 
 
