@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,8 @@ BUFFERS = (
     Buffer(r"position_ids", lambda shape: True, "0, 1, 2, ..."),
     Buffer(r"version", lambda shape: shape in ((), (1,)), "version of the exporter, in old OPT checkpoints"),
 )
+KV_SCALES = Buffer(r"(q|k|v|kv)_(scale|zero_point)|(q|k|v)_proj\.output_(scale|zero_point)", lambda shape: True,
+                   "scales of a quantized KV cache")
 # safetensors' names of dtypes, and torch's. A name that is not here is shown as it is.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -79,6 +82,8 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         checkpoint = adapted(checkpoint, spec, build.method)
         needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
+        if unused := sum(is_buffer(name, stored.shape, (KV_SCALES,)) for name, stored in checkpoint.items()):
+            print(f"minivllm: {unused} scales for a quantized KV cache in the checkpoint are not used", file=sys.stderr, flush=True)
         num_bytes = parameter_bytes(needed, build.dtype)
         disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
@@ -143,7 +148,10 @@ class _Dummy:
         if param.dummy == "bits" or isinstance(param.dummy, int):
             out.view(torch.uint8).random_(0, 256 if isinstance(param.dummy, str) else param.dummy, generator=self.generator)
             return out
-        return out.normal_(0.0, DUMMY_STD, generator=self.generator)
+        if not out.is_floating_point() or out.itemsize > 1:
+            return out.normal_(0.0, DUMMY_STD, generator=self.generator)
+        wide = torch.empty(out.shape, dtype=self.build.dtype, device=out.device)
+        return out.copy_(wide.normal_(0.0, DUMMY_STD, generator=self.generator))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,9 +210,9 @@ def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Itera
         yield f"wrong dtype: {stored.name} in {stored.file} has dtype {stored.dtype}, but its method needs {param.dtype}"
 
 
-def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether config.json determines this tensor, so that a stored copy is skipped."""
-    return any(re.fullmatch(rf"(.*\.)?({buffer.name})", name) is not None and buffer.shape(shape) for buffer in BUFFERS)
+def is_buffer(name: str, shape: tuple[int, ...], buffers: Collection[Buffer] = (*BUFFERS, KV_SCALES)) -> bool:
+    """Whether the model does not need this tensor: config.json determines it, or it is for a quantized KV cache."""
+    return any(re.fullmatch(rf"(.*\.)?({buffer.name})", name) is not None and buffer.shape(shape) for buffer in buffers)
 
 
 def _is_zero_bias(name: str, stored: StoredTensor, needed: Collection[str]) -> bool:

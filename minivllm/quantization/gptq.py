@@ -11,8 +11,6 @@ columns of the weight are sorted by group here, and the inputs are reordered at 
 """
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,18 +19,14 @@ from minivllm.errors import ModelError
 from minivllm.families import Key, read
 from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes, spread
+from minivllm.quantization.grouped import grouped_bytes, spread
 from minivllm.quantization.modules import by_name, contains_any, group_size, in_block, matched, one_of
-from minivllm.quantization.parts import PartsMatmul
+from minivllm.quantization.order import UNORDERED, order_bytes, ordered_matmul, unordered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from minivllm.kernels import Ops
-    from minivllm.kernels.grouped import GroupedWeight
-
-UNORDERED = -1  # every entry of a g_idx that a checkpoint lacks: groups are runs of neighboring inputs
-
 
 @dataclass(frozen=True)
 class GPTQMethod(LinearMethod):
@@ -66,8 +60,7 @@ class GPTQMethod(LinearMethod):
         if "g_idx" in tensors or "qweight" not in tensors or self.desc_act:
             return tensors
         like = tensors["qweight"]
-        shape = (like.shape[0] * 32 // self.bits,)
-        return {**tensors, "g_idx": StoredTensor(like.file, like.name, shape, "int32", lambda: _unordered(shape))}
+        return {**tensors, "g_idx": unordered(like, like.shape[0] * 32 // self.bits)}
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
         """See `LinearMethod`."""
@@ -82,53 +75,12 @@ class GPTQMethod(LinearMethod):
         weight = GroupedWeight(
             codes=codes, bits=max(self.bits, 4), zeros=middle if one_zero else spread(zeros, self.group, cols).contiguous(),
             scales=spread(smallest_exact(tensors["scales"]).t(), self.group, cols).contiguous())
-        orders = [self._order(g_idx) for g_idx in tensors["g_idx"].view(-1, cols)]
-        if all(_equal(order, orders[0]) for order in orders):
-            return _product(weight, orders[0], ops)
-        starts = itertools.accumulate(rows, initial=0)
-        return PartsMatmul([(_product(_some_rows(weight, start, n), order, ops), n)
-                            for start, n, order in zip(starts, rows, orders, strict=False)])
-
-    def _order(self, g_idx: Tensor) -> Tensor | None:
-        """g_idx: [K] -> the inputs sorted by group, int32 [K]; None: they are sorted already."""
-        import torch
-
-        group = len(g_idx) if self.group == -1 else self.group
-        sorted_groups = torch.arange(len(g_idx), device=g_idx.device) // group
-        if bool((g_idx == UNORDERED).all()) or torch.equal(g_idx.long(), sorted_groups):
-            return None
-        groups, order = torch.sort(g_idx.long(), stable=True)
-        if not torch.equal(groups, sorted_groups):
-            raise ModelError(f"a g_idx of the weights does not divide its {len(g_idx)} inputs into groups of {group} (group_size in "
-                             "quantization_config): correct group_size, or download the checkpoint again", "model")
-        return order.int()
+        return ordered_matmul(weight, tensors["g_idx"], self.group, rows, ops)
 
     def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
-        """See `LinearMethod`. Parts of a fused layer share one order, which is so in checkpoints of all known tools."""
-        order = 4 * cols if self.desc_act and 0 < self.group < cols else 0
-        return order + grouped_bytes(sum(rows), cols, max(self.bits, 4), self.group, zero_bytes=0 if self.sym else 1)
-
-
-def _unordered(shape: tuple[int, ...]) -> Tensor:
-    import torch
-
-    return torch.full(shape, UNORDERED, dtype=torch.int32)
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and a.equal(b))
-
-
-def _some_rows(weight: GroupedWeight, start: int, n: int) -> GroupedWeight:
-    zeros = weight.zeros if isinstance(weight.zeros, int) else weight.zeros[start : start + n].contiguous()
-    return dataclasses.replace(weight, codes=weight.codes[start : start + n], zeros=zeros,
-                               scales=weight.scales[start : start + n].contiguous())
-
-
-def _product(weight: GroupedWeight, order: Tensor | None, ops: Ops) -> GroupedMatmul:
-    if order is None:
-        return GroupedMatmul(weight, ops)
-    return GroupedMatmul(dataclasses.replace(weight, codes=weight.codes.index_select(1, order)), ops, order)
+        """See `LinearMethod`."""
+        packed = grouped_bytes(sum(rows), cols, max(self.bits, 4), self.group, zero_bytes=0 if self.sym else 1)
+        return packed + order_bytes(self.desc_act, self.group, cols)
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:

@@ -46,7 +46,7 @@ class GroupedMatmul(Matmul):
 def spread(values: Tensor, group: int, count: int, dim: int = 1) -> Tensor:
     """One value for each `group` of `count` elements -> one for each `even_group`, so that all groups are equally large."""
     step = even_group(group, count)
-    return values if group in (-1, step) else values.repeat_interleave(group // step, dim).narrow(dim, 0, count // step).contiguous()
+    return values if group in (-1, step) else values.repeat_interleave(group // step, dim).narrow(dim, 0, count // step).clone()
 
 
 def even_group(group: int, count: int) -> int:

@@ -8,13 +8,16 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, linear_specs, tensor_specs
-from minivllm.quantization import awq, gguf, gptq
+from minivllm.quantization import awq, compressed_tensors, fp8, gguf, gptq
 from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
 # quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
 Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
-METHODS: Methods = MappingProxyType({"awq": awq.method_of, "gguf": gguf.method_of, "gptq": gptq.method_of})
+METHODS: Methods = MappingProxyType({
+    "awq": awq.method_of, "compressed-tensors": compressed_tensors.method_of, "fp8": fp8.method_of, "gguf": gguf.method_of,
+    "gptq": gptq.method_of,
+})
 
 
 def all_dense(linear: LinearSpec) -> LinearMethod:

@@ -45,6 +45,18 @@ def matched(name: str, pattern: str, field: str) -> bool:
                          "model") from error
 
 
+def listed(name: str, patterns: list[str], field: str) -> bool:
+    """Whether a list of modules contains this one, by the rule of Transformers' `should_convert_module`.
+
+    An entry is the beginning of a name up to a dot or its end (a regular expression), or the end of a name. AutoFP8 marks regular
+    expressions with "re:", and these match the beginning of a name.
+    """
+    return any(
+        matched(name, pattern[3:], field) if pattern.startswith("re:") else
+        matched(name, rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", field) or any(full.endswith(pattern) for full in full_names(name))
+        for pattern in patterns)
+
+
 def names(config: Mapping[str, Any], key: str) -> list[str]:
     """A field with a list of names. A missing one is empty."""
     found = read(config, Key(key, list, []))

@@ -1,0 +1,177 @@
+"""compressed-tensors, the format of llm-compressor: groups of layers, each with a type of numbers and a layout.
+
+    float-quantized   weight float8 [N, K], as in fp8.py
+    int-quantized     weight int8 [N, K], weight_scale [N, K / group], weight_zero_point int8 [N, K / group] if not symmetric
+    naive-quantized   one of the two above
+    pack-quantized    weight_packed int32 [N, K * bits / 32], one stream of bits along each row, of codes = value + 2^(bits - 1)
+                      weight_scale [N, K / group], weight_zero_point int32 [N * bits / 32, K / group] packed down the columns
+                      weight_shape int64 [2], weight_g_idx int32 [K] with actorder "group"
+
+w = (value - zero) * scale. Integer weights are used with 16-bit inputs, also where the configuration quantizes inputs to int8.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minivllm.errors import ModelError, NotSupportedYet, shown
+from minivllm.families import Key, read
+from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
+from minivllm.quantization.dense import DENSE
+from minivllm.quantization.fp8 import FP8Method, block_shape, per_output
+from minivllm.quantization.grouped import grouped_bytes, spread
+from minivllm.quantization.modules import by_name, full_names, group_size, matched, names, one_of, unsupported
+from minivllm.quantization.order import UNORDERED, order_bytes, ordered_matmul, unordered
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minivllm.kernels import Ops
+
+NAME = "compressed-tensors"
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+
+
+@dataclass(frozen=True)
+class IntMethod(LinearMethod):
+    """Integers in `pack-quantized` or `int-quantized` layout. See `LinearMethod`."""
+
+    bits: int
+    group: int  # -1: all inputs
+    symmetric: bool
+    packed: bool
+    ordered: bool = False  # the checkpoint has a g_idx
+
+    @property
+    def type_name(self) -> str:
+        """See `LinearMethod`."""
+        return f"int{self.bits}"
+
+    def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
+        """See `LinearMethod`."""
+        def words(count: int) -> int:
+            return -(-count * self.bits // 32) if self.packed else count
+
+        def tensor(dtype: str, shape: Any, dummy: Any = "bits") -> ParamSpec:
+            return ParamSpec(tuple(shape(n) for n in rows), dtype=dtype, dummy=dummy)
+
+        groups, integer = 1 if self.group == -1 else -(-cols // self.group), "int32" if self.packed else "int8"
+        found = {"weight_packed" if self.packed else "weight": tensor(integer, lambda n: (n, words(cols))),
+                 "weight_scale": tensor("float32", lambda n: (n, groups), 0.003)}
+        if not self.symmetric:
+            found["weight_zero_point"] = tensor(integer, lambda n: (words(n), groups))
+        if self.packed:
+            found["weight_g_idx"] = ParamSpec(((cols,),) * len(rows), dtype="int32", output_dim=None, input_dim=0, dummy=float(UNORDERED))
+        return found
+
+    def adapt(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+        """See `LinearMethod`. Drops what describes inputs, and zeros of symmetric weights."""
+        unused = ("weight_shape", "input_scale", "input_zero_point", *(("weight_zero_point",) if self.symmetric else ()))
+        found = {suffix: stored for suffix, stored in tensors.items() if suffix not in unused}
+        weight, scale = found.get("weight_packed" if self.packed else "weight"), found.get("weight_scale")
+        if weight is not None and scale is not None:
+            found["weight_scale"] = per_output(scale, weight.shape[0])
+            if self.packed and not self.ordered and "weight_g_idx" not in found:
+                found["weight_g_idx"] = unordered(weight, _cols(tensors.get("weight_shape"), weight.shape[1] * 32 // self.bits))
+        return found
+
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
+        """See `LinearMethod`."""
+        import torch
+
+        from minivllm.kernels.grouped import GroupedWeight, smallest_exact
+        from minivllm.quantization.packing import unpack_bits
+
+        middle, zero_points = 1 << self.bits - 1, tensors.get("weight_zero_point")
+        if self.packed:
+            cols = len(tensors["weight_g_idx"]) // len(rows)
+            codes = unpack_bits(tensors["weight_packed"], self.bits, 1)[:, :cols]
+            if zero_points is not None:
+                parts = zero_points.split([-(-n * self.bits // 32) for n in rows])
+                zero_points = torch.cat([unpack_bits(part, self.bits, 0)[:n] for part, n in zip(parts, rows, strict=True)])
+        else:
+            codes, cols = _unsigned(tensors["weight"]), tensors["weight"].shape[1]
+            zero_points = None if zero_points is None else _unsigned(zero_points)
+        scales = smallest_exact(tensors["weight_scale"])
+        weight = GroupedWeight(
+            codes=codes, bits=max(self.bits, 4), scales=spread(scales, self.group, cols),
+            zeros=middle if zero_points is None else spread(zero_points, self.group, cols))
+        g_idx = tensors.get("weight_g_idx", torch.full((cols,), UNORDERED))
+        return ordered_matmul(weight, g_idx, self.group, rows, ops)
+
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+        """See `LinearMethod`."""
+        return order_bytes(self.ordered, self.group, cols) + grouped_bytes(
+            sum(rows), cols, max(self.bits, 4), self.group, zero_bytes=0 if self.symmetric else 1)
+
+
+def _unsigned(values: Tensor) -> Tensor:
+    """int8 -> uint8 with 128 added."""
+    import torch
+
+    return values.view(torch.uint8) ^ 128
+
+
+def _cols(weight_shape: StoredTensor | None, default: int) -> int:
+    """Inputs of a packed layer, whose last word may have unused bits."""
+    return default if weight_shape is None or weight_shape.shape != (2,) else int(weight_shape.read()[1])
+
+
+def method_of(config: Mapping[str, Any]) -> MethodOf:
+    """From a quantization_config with quant_method "compressed-tensors"."""
+    sparsity = read(config, Key("sparsity_config", dict, {}))
+    one_of(NAME, "sparsity_config.format", sparsity.get("format") or "dense", ("dense",))
+    if read(config, Key("transform_config", dict, {})).get("config_groups"):
+        raise NotSupportedYet("quantized weights (compressed-tensors with transform_config) are not supported yet: use a checkpoint "
+                              "without rotations, or the unquantized one", "model")
+    groups = []
+    for label, group in read(config, Key("config_groups", dict)).items():
+        if not isinstance(group, Mapping):
+            raise ModelError(f"quantization_config: config_groups.{label} must be an object, got {shown(group)}: correct it", "model")
+        groups.append((names(group, "targets"), _method(group, read(group, Key("format", str, None)) or read(config, Key("format", str)))))
+    ignored = names(config, "ignore")
+
+    def choose(name: str) -> LinearMethod:
+        if any(_matches(name, pattern) for pattern in ignored):
+            return DENSE
+        # Names come before patterns, and patterns before classes.
+        for rank in (0, 1, 2):
+            for targets, method in groups:
+                if any(_rank(target) == rank and _matches(name, target) for target in targets):
+                    return method
+        return DENSE
+    return by_name(choose)
+
+
+def _rank(target: str) -> int:
+    return 2 if target == "Linear" else int(target.startswith("re:"))
+
+
+def _matches(name: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return matched(name, target[3:], "targets or ignore")
+    return target == "Linear" or target in full_names(name)
+
+
+def _method(group: Mapping[str, Any], layout: str) -> LinearMethod:
+    """The method of one group of layers."""
+    if layout not in FORMATS:
+        raise unsupported(NAME, "format", layout, " or ".join(FORMATS))
+    one_of(NAME, "output_activations", group.get("output_activations") or None, (None,))
+    weights, inputs = read(group, Key("weights", dict)), read(group, Key("input_activations", dict, None))
+    kind, bits = read(weights, Key("type", str, "int")).lower(), read(weights, Key("num_bits", int, 8))
+    strategy = read(weights, Key("strategy", str, None)) or ("group" if weights.get("group_size") else "tensor")
+    one_of(NAME, "strategy", strategy, ("tensor", "channel", "group", *(("block",) if kind == "float" else ())))
+    if kind == "float":
+        one_of(NAME, "num_bits of float weights", bits, (8,))
+        one_of(NAME, "format of float weights", layout, FORMATS[2:])
+        one_of(NAME, "strategy of float weights", strategy, ("tensor", "channel", "block"))
+        block = block_shape(weights.get("block_structure"), "block_structure") if strategy == "block" else None
+        return FP8Method(block, quantize_input=inputs is not None, input_scale=inputs is not None and inputs.get("dynamic") is False)
+    one_of(NAME, "type", kind, ("int",))
+    packed = layout == "pack-quantized"
+    one_of(NAME, f"num_bits in format {layout}", bits, (2, 3, 4, 8) if packed else (8,))
+    order = weights.get("actorder")
+    return IntMethod(bits, group_size(weights) if strategy == "group" else -1, read(weights, Key("symmetric", bool, True)), packed,
+                     ordered=order is True or str(order).lower() in ("group", "dynamic"))
