@@ -20,6 +20,7 @@ from minivllm.errors import InvalidInput, nearest, shown
 from minivllm.sampling_params import MAX_LOGPROBS
 
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
+QUANTIZATIONS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "int8")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 # Sampling parameters whose defaults the server and the command line take from the model's generation_config.json.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -57,6 +58,9 @@ class EngineConfig:
     override_generation_config: dict[str, Any] | None = option(  # noqa: RUF009
         None, "entries that replace those of generation_config.json", metavar="JSON")
     load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
+    quantization: str | None = option(None,
+        "format of quantized weights, which is detected; fp8, int8 and bitsandbytes (nf4) also quantize an unquantized checkpoint "
+        "while it is loaded; awq, bitsandbytes, compressed-tensors, fp8, gguf, gptq, int8", metavar="METHOD")
     dtype: str = option("auto",
         "type of weights and activations; auto: the checkpoint's on a GPU, the faster one of bfloat16 and float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"))
@@ -99,6 +103,8 @@ class EngineConfig:
         self._between("kv_cache_memory_bytes", 1, 2**60)
         self._between("max_logprobs", -1, MOST)
         self._between("num_gpu_blocks_override", 2, MOST)  # one of them is the null block
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise InvalidInput(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {shown(self.quantization)}", "quantization")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             given = self.gpu_memory_utilization
             hint = f"; {given:g}% is {given / 100:g}" if 1 < given <= 100 else ""

@@ -196,22 +196,22 @@ def _add_hidden_flag(group: argparse._ArgumentGroup, name: str, switch: bool) ->
 
 
 def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None:
-    kind, flag = str(f.type), "--" + f.name.replace("_", "-")
+    kind, flags = str(f.type), ("--" + f.name.replace("_", "-"), *SHORT_FLAGS.get(f.name, ()))
     text = f.metadata["help"].replace("%", "%%")
     if f.default not in (None, (), ""):
         text += f" (default: {'on' if f.default is True else 'off' if f.default is False else f.default})"
     common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
     if kind in ("bool", "bool | None"):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
         return
     parse = _parser_of(f)
     metavar = f.metadata.get("metavar") or _METAVARS.get(parse, f.name.split("_")[-1].upper())
     if kind.startswith("tuple"):
-        group.add_argument(flag, action="extend", nargs=f.metadata["nargs"], metavar=metavar, **common)
+        group.add_argument(*flags, action="extend", nargs=f.metadata["nargs"], metavar=metavar, **common)
     elif f.metadata.get("choices"):
-        group.add_argument(flag, choices=f.metadata["choices"], type=_spelled_here(f.name, parse), **common)
+        group.add_argument(*flags, choices=f.metadata["choices"], type=_spelled_here(f.name, parse), **common)
     else:
-        group.add_argument(flag, type=_spelled_here(f.name, parse), metavar=metavar, **common)
+        group.add_argument(*flags, type=_spelled_here(f.name, parse), metavar=metavar, **common)
 
 
 def _parser_of(f: dataclasses.Field[Any]) -> Callable[[str], Any]:

@@ -59,8 +59,9 @@ def _setting(name: str, built: bool, why: str, value: Any) -> VllmSetting:
 
 
 ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
-    *_refused("quantized weights", quantization=None, quantization_param_path=None, load_in_4bit=False, load_in_8bit=False),
-    *_refused("a quantized KV cache", kv_cache_dtype="auto", calculate_kv_scales=False, kv_cache_dtype_skip_layers=None),
+    *_refused("quantization='bitsandbytes' quantizes to 4 bits, 'int8' to 8", load_in_4bit=False, load_in_8bit=False),
+    *_refused("a quantized KV cache", quantization_param_path=None, kv_cache_dtype="auto", calculate_kv_scales=False,
+              kv_cache_dtype_skip_layers=None),
     *_refused("tensor parallelism", tensor_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1),
     *_refused("several machines", nnodes=1, node_rank=0, master_addr=(None, "127.0.0.1"), master_port=(None, 29501), headless=False),
     *_refused("pipeline parallelism", pipeline_parallel_size=1),
@@ -188,7 +189,11 @@ SERVER_ALIASES = (Alias("uvicorn_log_level", "log_level"), Alias("disable_uvicor
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "dtype": {"half": "float16", "float": "float32"},
     "max_model_len": {-1: None, "-1": None, "auto": None},
-    "load_format": {"pt": "auto", "hf": "auto"},
+    "load_format": {"pt": "auto", "hf": "auto", "bitsandbytes": "auto"},
+    "quantization": {
+        "awq_marlin": "awq", "bitsandbytes-nf4": "bitsandbytes", "compressed_tensors": "compressed-tensors", "gptq_marlin": "gptq",
+        "none": None, "None": None, "ptpc_fp8": "fp8",
+    },
     "uvicorn_log_level": {"critical": "error", "trace": "debug"},
 }
 SHORT_FLAGS: Mapping[str, tuple[str, ...]] = {

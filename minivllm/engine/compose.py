@@ -44,7 +44,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     """Find the model, load it, size the KV cache, and connect all parts."""
     def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
         spec = _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
-        check_weights_fit(config, spec, method_of(model_config, components.methods))
+        check_weights_fit(config, spec, method_of(model_config, components.methods, config.quantization))
         return spec
 
     better = BetterModels(config)
@@ -79,7 +79,8 @@ def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eo
                  components: Components = DEFAULT_COMPONENTS) -> Worker:
     """Load the model, measure what is left, and allocate the KV cache. `spec.max_model_len` is the length to serve."""
     passed = _Stopwatch()
-    loaded = LoadedModel(config, spec, Path(files.folder), method=method_of(files.config, components.methods), components=components)
+    loaded = LoadedModel(config, spec, Path(files.folder), components=components,
+                         method=method_of(files.config, components.methods, config.quantization))
     passed("weights and kernels")
     budget = loaded.available_memory()
     size = size_cache(loaded.cache_settings, loaded.layout, budget)

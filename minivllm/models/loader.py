@@ -82,8 +82,11 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         checkpoint = adapted(checkpoint, spec, build.method)
         needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
+        lines = list(dict.fromkeys(method.notice for method in stored_modules(spec, build.method).values()))
         if unused := sum(is_buffer(name, stored.shape, (KV_SCALES,)) for name, stored in checkpoint.items()):
-            print(f"minivllm: {unused} scales for a quantized KV cache in the checkpoint are not used", file=sys.stderr, flush=True)
+            lines.append(f"{unused} scales for a quantized KV cache in the checkpoint are not used")
+        for line in filter(None, lines):
+            print(f"minivllm: {line}", file=sys.stderr, flush=True)
         num_bytes = parameter_bytes(needed, build.dtype)
         disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:

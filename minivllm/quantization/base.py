@@ -127,6 +127,11 @@ class LinearMethod(Protocol):
         """The type of the stored numbers in plans, such as int4 or Q4_K. Empty: the model's dtype."""
         return type(self).__name__.removesuffix("Method").lower()
 
+    @property
+    def notice(self) -> str | None:
+        """A line to print when a model with such layers is loaded."""
+        return None
+
     def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int) -> dict[str, int]:
         """`resident_bytes` by `type_name`."""
         return {self.type_name: self.resident_bytes(rows, cols, itemsize)}

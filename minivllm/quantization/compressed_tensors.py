@@ -42,6 +42,7 @@ class IntMethod(LinearMethod):
     symmetric: bool
     packed: bool
     ordered: bool = False  # the checkpoint has a g_idx
+    scale_bytes: int = 2  # 2: as in checkpoints of 16-bit models
 
     @property
     def type_name(self) -> str:
@@ -93,7 +94,7 @@ class IntMethod(LinearMethod):
         else:
             codes, cols = _unsigned(tensors["weight"]), tensors["weight"].shape[1]
             zero_points = None if zero_points is None else _unsigned(zero_points)
-        scales = smallest_exact(tensors["weight_scale"])
+        scales = smallest_exact(tensors["weight_scale"]) if self.scale_bytes == 2 else tensors["weight_scale"]
         weight = GroupedWeight(
             codes=codes, bits=max(self.bits, 4), scales=spread(scales, self.group, cols),
             zeros=middle if zero_points is None else spread(zero_points, self.group, cols))
@@ -103,7 +104,7 @@ class IntMethod(LinearMethod):
     def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
         """See `LinearMethod`."""
         return order_bytes(self.ordered, self.group, cols) + grouped_bytes(
-            sum(rows), cols, max(self.bits, 4), self.group, zero_bytes=0 if self.symmetric else 1)
+            sum(rows), cols, max(self.bits, 4), self.group, scale_bytes=self.scale_bytes, zero_bytes=0 if self.symmetric else 1)
 
 
 def _unsigned(values: Tensor) -> Tensor:

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+from minivllm.errors import InvalidInput
 from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, linear_specs, tensor_specs
-from minivllm.quantization import awq, compressed_tensors, fp8, gguf, gptq
+from minivllm.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, online
 from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
 # quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
 Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
 METHODS: Methods = MappingProxyType({
-    "awq": awq.method_of, "compressed-tensors": compressed_tensors.method_of, "fp8": fp8.method_of, "gguf": gguf.method_of,
-    "gptq": gptq.method_of,
+    "awq": awq.method_of, "bitsandbytes": bitsandbytes.method_of, "compressed-tensors": compressed_tensors.method_of,
+    "fp8": fp8.method_of, "gguf": gguf.method_of, "gptq": gptq.method_of,
+})
+# `EngineConfig.quantization` that quantizes an unquantized checkpoint -> the method of each layer
+ONLINE: Mapping[str, Callable[[], MethodOf]] = MappingProxyType({
+    "fp8": lambda: online.method_of("fp8"), "int8": lambda: online.method_of("int8"), "bitsandbytes": bitsandbytes.online,
 })
 
 
@@ -25,10 +30,23 @@ def all_dense(linear: LinearSpec) -> LinearMethod:
     return DENSE
 
 
-def method_of(config: Mapping[str, Any], methods: Methods = METHODS) -> MethodOf:
-    """The methods that a parsed config.json names. `parse_config` has already refused names that are not in `methods`."""
-    quantization = config.get("quantization_config")
-    return methods[quantization["quant_method"]](quantization) if quantization else all_dense
+def method_of(config: Mapping[str, Any], methods: Methods = METHODS, wanted: str | None = None) -> MethodOf:
+    """The methods that a parsed config.json names. `parse_config` has already refused names that are not in `methods`.
+
+    wanted: `EngineConfig.quantization`. It must be the checkpoint's method, or one that quantizes an unquantized checkpoint.
+    """
+    quantization = config.get("quantization_config") or {}
+    stored = quantization.get("quant_method")
+    if wanted not in (None, stored):
+        if stored is not None:
+            raise InvalidInput(f"quantization is {wanted!r}, but the checkpoint is stored as {stored!r}: leave quantization out",
+                               "quantization")
+        if wanted not in ONLINE:
+            raise InvalidInput(f"quantization is {wanted!r}, but the checkpoint is not quantized: leave quantization out, or name a "
+                               f"checkpoint in that format; {', '.join(ONLINE)} quantize an unquantized one while it is loaded",
+                               "quantization")
+        return ONLINE[wanted]()
+    return methods[stored](quantization) if stored is not None else all_dense
 
 
 def of_separate_file(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_settings_may_come_from_a_file_and_the_command_line_overrides_them(tmp_p
 
 @pytest.mark.parametrize("text, words", [
     ('{"prot": 1}', "unknown setting 'prot'; did you mean 'port'?"),
-    ('{"quantization": "awq"}', "not supported yet"),
+    ('{"quantization": "modelopt"}', "quantization must be one of awq, bitsandbytes,"),
     ("[1]", "got a list"),
     ("{", "not a valid config file"),
     ('{"port": "many"}', "port must be a whole number"),

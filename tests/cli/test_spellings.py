@@ -82,8 +82,7 @@ def test_a_flag_or_command_without_a_counterpart_gets_a_hint(capsys: pytest.Capt
 @pytest.mark.parametrize(("argv", "words"), [
     (["serve", "-tp", "2"], "tensor_parallel_size=2 (tensor parallelism) is not supported yet"),
     (["serve", "--tp-size", "2"], "tensor_parallel_size=2 (tensor parallelism) is not supported yet"),
-    (["serve", "--load-in-4bit"], "load_in_4bit=True (quantized weights) is not supported yet"),
-    (["serve", "--quantize", "awq"], "quantization='awq' (quantized weights) is not supported yet"),
+    (["serve", "--load-in-4bit"], "load_in_4bit=True (quantization='bitsandbytes' quantizes to 4 bits, 'int8' to 8) is not supported yet"),
     (["serve", "--gpu-memory-utilization", "90"], "gpu_memory_utilization must be in (0, 1], got 90.0; 90% is 0.9"),
 ])
 def test_what_is_not_built_is_refused_by_the_name_here(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:

@@ -120,7 +120,9 @@ def test_older_rope_keywords_become_entries_of_hf_overrides() -> None:
     (["--max-model-len", "auto"], "max_model_len", None),
     (["--hf-overrides.rope_scaling.factor", "2", "--hf-overrides.rope-theta=5"], "hf_overrides",
      {"rope_scaling": {"factor": 2}, "rope_theta": 5}),
-    (["-tp", "1", "-pp=1", "-O3", "-q", "none"], "dtype", "auto"),
+    (["-tp", "1", "-pp=1", "-O3", "-q", "none"], "quantization", None),
+    (["-q", "awq_marlin"], "quantization", "awq"),
+    (["--quantization", "None"], "quantization", None),
 ])
 def test_spellings_of_launch_lines(argv: list[str], name: str, expected: Any) -> None:
     assert getattr(parsed(*argv)[0], name) == expected

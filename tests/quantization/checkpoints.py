@@ -25,6 +25,7 @@ from tests.models.tiny import hf_logits, make_hf
 CPU = torch.device("cpu")
 OPS = dataclasses.replace(REFERENCE, pack_weight=lambda weight, dtype: weight)  # the specification, and tensors whose bytes can be counted
 TOKENS = [(7 * i) % 97 for i in range(29)]
+KEEPING = ("minivllm.models.decoder", "minivllm.layers", "minivllm.quantization", "minivllm.kernels", "bitsandbytes")
 Quantized = tuple[Mapping[str, Tensor], Tensor]  # suffix -> tensor of the checkpoint, and the dequantized weight [N, K]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "num_hidden_layers": 2}
 
@@ -89,7 +90,7 @@ def resident(model: Decoder) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
-        elif type(value).__module__.startswith(("minivllm.models.decoder", "minivllm.layers", "minivllm.quantization", "minivllm.kernels")):
+        elif type(value).__module__.startswith(KEEPING):
             slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
             for name in {*slots, *getattr(value, "__dict__", {})}:
                 visit(getattr(value, name, None))
