@@ -25,6 +25,10 @@ class ModelError(InvalidInput):
     """A model that cannot be found, read or built: a missing folder, a truncated file, a tensor that is missing or has a wrong shape."""
 
 
+class NotEnoughMemory(ModelError):
+    """Weights, a step or a KV cache that the device has no memory for. A start adds the plan of its memory."""
+
+
 class NotSupportedYet(InvalidInput):
     """A parameter of vLLM or OpenAI that this engine does not support yet. It is refused and never ignored."""
 

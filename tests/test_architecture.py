@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "output_parsers": (),
     # the control plane
     "core": (*INPUT, "outputs", "engine_request"),
-    "planning": (*INPUT, "planning"),
+    "planning": (*INPUT, "core.block_math", "quantization.methods"),  # no torch: plans are made before anything is loaded
     # the data plane: each layer may import the layers below it
     "kernels": BRIDGE,
     "parallel": KERNELS,

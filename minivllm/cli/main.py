@@ -17,7 +17,8 @@ from minivllm.cli.flags import CommandParser, normalize
 from minivllm.errors import EngineDead, InvalidInput, nearest
 from minivllm.server.terminal import print_status
 
-COMMANDS = ("serve", "chat", "complete", "run_batch", "bench", "pull", "list", "rm", "trace", "collect_env")  # modules of this package
+COMMANDS = (  # modules of this package
+    "serve", "chat", "complete", "run_batch", "bench", "plan", "pull", "list", "rm", "trace", "collect_env")
 
 
 def build_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:

@@ -20,7 +20,7 @@ from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
-from minivllm.engine.model_choice import BetterModels, check_weights_fit
+from minivllm.engine.model_choice import BetterModels, check_weights_fit, with_plan
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
@@ -44,7 +44,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     """Find the model, load it, size the KV cache, and connect all parts."""
     def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
         spec = _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
-        check_weights_fit(config, spec, method_of(model_config, components.methods, config.quantization))
+        with with_plan(config, model_config, components.methods):
+            check_weights_fit(config, spec, method_of(model_config, components.methods, config.quantization))
         return spec
 
     better = BetterModels(config)
@@ -54,7 +55,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
     eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
     defaults = sampling_defaults(files.generation_config)
-    worker = start_worker(config, spec, files, eos_token_ids=eos, components=components)
+    with with_plan(config, files.config, components.methods):
+        worker = start_worker(config, spec, files, eos_token_ids=eos, components=components)
     try:
         info = EngineInfo(
             model=files.name, model_folder=str(files.folder),

@@ -1,21 +1,22 @@
 """Advice about the choice of a model, from the machine's memory: refuse one that is too large, and name better ones than the default."""
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from minivllm.config import EngineConfig
-from minivllm.errors import ModelError
+from minivllm.engine.plan_model import gpu_here, plan_model
+from minivllm.errors import NotEnoughMemory
 from minivllm.families import ModelSpec
 from minivllm.models.hub_repository import hub_in_reach
 from minivllm.planning.suggested_models import described, models_that_fit
-from minivllm.quantization.methods import MethodOf, resident_bytes
+from minivllm.quantization.methods import MethodOf, Methods, resident_bytes
 from minivllm.worker.device import choose_device, choose_dtype
-from minivllm.worker.memory import GIB
+from minivllm.worker.memory import GIB, host_memory
 
 
 def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -> None:
@@ -24,26 +25,30 @@ def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -
     dtype = choose_dtype(config.dtype, spec.dtype, device)
     needed = resident_bytes(spec, method, dtype.itemsize)
     if device.type != "cuda":
-        total = _host_memory()
+        total = host_memory()
         if needed > total:
-            raise ModelError(f"the weights need {needed / GIB:.1f} GiB in {str(dtype)[6:]}, and this machine has {total / GIB:.1f} GiB of "
-                             "memory: use a smaller model, or a dtype of fewer bytes", "model")
+            raise NotEnoughMemory(f"the weights need {needed / GIB:.1f} GiB in {str(dtype)[6:]}, and this machine has {total / GIB:.1f} "
+                                  "GiB of memory: use a smaller model, or a dtype of fewer bytes", "model")
         return
     total = torch.cuda.mem_get_info(device)[1]
     usable = total if config.kv_cache_memory_bytes or config.num_gpu_blocks_override else int(config.gpu_memory_utilization * total)
     if needed > usable:
         others = models_that_fit(total)
         fix = f"use a smaller model{f', such as {described(others)}' if others else ''}"
-        raise ModelError(f"the weights need {needed / GIB:.1f} GiB in {str(dtype)[6:]}, and {usable / GIB:.1f} GiB of the "
-                         f"{total / GIB:.1f} GiB of {torch.cuda.get_device_name(device)} are usable: {fix}", "model")
+        raise NotEnoughMemory(f"the weights need {needed / GIB:.1f} GiB in {str(dtype)[6:]}, and {usable / GIB:.1f} GiB of the "
+                              f"{total / GIB:.1f} GiB of {torch.cuda.get_device_name(device)} are usable: {fix}", "model")
 
 
-def _host_memory() -> int:
-    """Bytes of memory that this process could ever have."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
+@contextmanager
+def with_plan(config: EngineConfig, model_config: Mapping[str, Any], methods: Methods) -> Iterator[None]:
+    """Adds the plan of a model to the error that there is not enough memory for it."""
+    try:
+        yield
+    except NotEnoughMemory as error:
+        gpu = gpu_here() if choose_device(config.device).type == "cuda" else None
+        plan = plan_model(config, model_config, gpu, methods=methods)
+        advice = "by its plan it fits if no other program uses this memory" if plan.memory.fits else plan.advice()
+        raise NotEnoughMemory(f"{error.message}. `minivllm plan`: {advice}", error.param) from error
 
 
 class BetterModels:

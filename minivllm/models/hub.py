@@ -5,6 +5,7 @@ config.json is read and checked first, so that a model that cannot run here is r
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,8 +23,17 @@ from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import parse_config
 from minivllm.models import gguf
 from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
-from minivllm.models.hub_repository import download_gguf, download_model, download_tokenizer, not_a_model, parse_name
-from minivllm.models.weight_files import find_weight_files
+from minivllm.models.hub_repository import (
+    download_config,
+    download_gguf,
+    download_model,
+    download_tokenizer,
+    not_a_model,
+    parse_name,
+    read_gguf_header,
+    read_tensors,
+)
+from minivllm.models.weight_files import find_weight_files, read_safetensors_header
 from minivllm.quantization.methods import of_separate_file
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
@@ -62,6 +72,44 @@ def find_model(config: EngineConfig, check: Check = parse_config) -> ModelFiles:
         generation_config=_generation_config(config, folder),
         tokenizer_folder=_find_tokenizer(config, folder),
     )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is known of a model without its weights."""
+
+    name: str
+    config: dict[str, Any]  # config.json
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]]  # name -> (dtype, shape, bytes) in safetensors files; {}: not known
+    size: int = 0  # bytes of the files with the weights; 0: not known
+    is_local: bool = True
+
+
+def describe_model(config: EngineConfig, check: Check = parse_config) -> ModelDescription:
+    """Read config.json and the headers of the weights, on the hub with range requests. Raises as `find_model`, in the same order."""
+    given, check = config.model, _overridden(config, check)
+    if given is not None and _is_remote(given):
+        name = parse_name("model", given, revision=config.revision, cache_dir=config.download_dir, token=config.hf_token)
+        if name.gguf is None:
+            found = _checked_config(download_config(name), config, check)
+            tensors = read_tensors(name)
+            return ModelDescription(given, found, tensors, sum(size for _, _, size in tensors.values()), is_local=False)
+        return read_gguf_header(name, lambda head, shown: _of_gguf(given, head, config, check, shown))
+    path = default_gguf() if given is None else Path(os.path.expanduser(given))
+    if path.suffix.lower() == ".gguf":
+        return _of_gguf(given or DEFAULT_NAME, path, config, check)
+    found = _checked_config(_check_folder(path, "model"), config, check)
+    tensors = {}
+    with contextlib.suppress(ModelError):  # a folder with a config.json alone is enough
+        for file in find_weight_files(path).files:
+            tensors.update(read_safetensors_header(file) if file.suffix == ".safetensors" else {})
+    return ModelDescription(str(given), found, tensors, sum(size for _, _, size in tensors.values()))
+
+
+def _of_gguf(name: str, path: Path, config: EngineConfig, check: Check, shown: str | None = None) -> ModelDescription:
+    found = with_overrides(gguf.read_header(path, shown).config, config.hf_overrides or {})
+    check(found)
+    return ModelDescription(name, found, {}, path.stat().st_size, is_local=shown is None)
 
 
 def with_overrides(model_config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

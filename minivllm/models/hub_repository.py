@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from minivllm.errors import ModelError, shown
+
+Result = TypeVar("Result")
 
 CONFIGS = ["config.json", "quantize_config.json", "quant_config.json"]
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
@@ -67,12 +70,7 @@ def download_model(name: HubName, load_format: str, check: Callable[[Path], obje
                    check_tokenizer: Callable[[Path], object] = lambda folder: None) -> Path:
     """The folder of a model. `check` raises if the config.json in the folder describes a model that cannot run here, and
     `check_tokenizer` if the tokenizer is missing. Both run before weights are downloaded."""
-    folder = _snapshot(name, CONFIGS)
-    if not (folder / "config.json").is_file():
-        files = _file_names(name)
-        reason = "it holds only GGUF files" if _gguf_files(files) else not_a_model(files)
-        raise ModelError(f"{name.param} {name.given!r} has no config.json on the hub: {reason}{_how_to_name(name, files)}", name.param)
-    check(folder)
+    check(download_config(name))
     folder = _snapshot(name, SMALL_FILES)
     try:
         check_tokenizer(folder)
@@ -87,6 +85,35 @@ def download_model(name: HubName, load_format: str, check: Callable[[Path], obje
     if not any(folder.glob(SAFETENSORS)) and not any(folder.glob(PICKLES)):
         _refuse_gguf_only(name)
     return folder
+
+
+def download_config(name: HubName) -> Path:
+    """The folder with a model's config.json."""
+    folder = _snapshot(name, CONFIGS)
+    if not (folder / "config.json").is_file():
+        files = _file_names(name)
+        reason = "it holds only GGUF files" if _gguf_files(files) else not_a_model(files)
+        raise ModelError(f"{name.param} {name.given!r} has no config.json on the hub: {reason}{_how_to_name(name, files)}", name.param)
+    return folder
+
+
+def read_tensors(name: HubName) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Name -> (dtype, shape, bytes) of each tensor in a model's safetensors, from their headers, read with range requests. {}: none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    with _errors(name), suppress(NotASafetensorsRepoError):
+        about = HfApi().get_safetensors_metadata(name.repository, revision=name.revision, token=name.token)
+        return {tensor: (found.dtype, tuple(found.shape), found.data_offsets[1] - found.data_offsets[0])
+                for file in about.files_metadata.values() for tensor, found in file.tensors.items()}
+    return {}
+
+
+def read_gguf_header(name: HubName, read: Callable[[Path, str], Result]) -> Result:
+    """What `read` gets from the beginning of a GGUF file; see `download_gguf`."""
+    file = _choose_gguf(name, _file_names(name))
+    with gguf_head(name, file) as head:
+        return read(head, f"{name.repository}/{file}")
 
 
 def _refuse_gguf_only(name: HubName) -> None:

@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minivllm.errors import ModelError
-from minivllm.families import ModelSpec
+from minivllm.families import ModelSpec, parse_config
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.weight_files import find_weight_files
 from minivllm.quantization.base import MethodOf, StoredTensor
-from minivllm.quantization.methods import Parameter, Source, parameters, resident_bytes, stored_modules
+from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes, stored_modules
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +201,18 @@ def adapted(checkpoint: Checkpoint, spec: ModelSpec, method: MethodOf) -> Checkp
     for module, tensors in of_module.items():
         others.update({f"{module}.{suffix}": stored for suffix, stored in modules[module].adapt(tensors).items()})
     return others
+
+
+def check_header(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], int]], where: str) -> None:
+    """`check` for a checkpoint of which only config.json and the headers were read.
+
+    tensors: name -> (dtype as safetensors spells it, shape, bytes)."""
+    spec, method = parse_config(config, methods=METHODS), method_of(config)
+    checkpoint: Checkpoint = {
+        _without_prefix(name): StoredTensor("a safetensors file", name, shape, DTYPES.get(dtype, dtype), partial(torch.zeros, ()))
+        for name, (dtype, shape, _) in tensors.items() if not name.endswith(".weight_shape")}  # compressed-tensors: numbers, not a weight
+    spec, checkpoint = resolve_tied(spec, checkpoint)  # two stored copies of a tied matrix count as equal
+    check(spec, parameters(spec, method), adapted(checkpoint, spec, method), Path(where))
 
 
 def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Iterator[str]:

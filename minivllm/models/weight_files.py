@@ -17,6 +17,7 @@ from pathlib import Path
 from minivllm.errors import ModelError
 
 SERIES = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+MOST_HEADER_BYTES = 100 << 20  # the format's limit
 # The same weights in Mistral's format. Names of a few other formats, for the error.
 CONSOLIDATED = "consolidated*"
 OTHER_FORMATS = {
@@ -54,6 +55,21 @@ def find_weight_files(folder: Path, safetensors_only: bool = False) -> WeightFil
         return _of_index(index)
     raise ModelError(f"no weights in {folder}{_other_formats(f.name for f in folder.glob('*'))}: expected one of model.safetensors, model."
                      "safetensors.index.json, pytorch_model.bin; download them, or use load_format 'dummy' for random weights", "model")
+
+
+def read_safetensors_header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Name -> (dtype as the format spells it, shape, bytes) of each tensor.
+
+        8 bytes: length of the header, little-endian | JSON {name: {"dtype", "shape", "data_offsets"}} | the tensors
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, MOST_HEADER_BYTES)))
+        return {name: (about["dtype"], tuple(about["shape"]), about["data_offsets"][1] - about["data_offsets"][0])
+                for name, about in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ModelError(f"{file} is damaged or not a safetensors file ({error}); download it again", "model") from error
 
 
 def _other_formats(names: Iterable[str]) -> str:

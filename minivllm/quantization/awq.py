@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minivllm.families import Key, read
-from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
+from minivllm.quantization.base import DUMMY_SCALE, LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes, spread
 from minivllm.quantization.modules import by_name, contains_any, group_size, in_block, names, one_of
@@ -43,7 +43,7 @@ class AWQMethod(LinearMethod):
 
         groups = 1 if self.group == -1 else -(-cols // self.group)
         return {"qweight": tensor(cols, 32 // BITS, "int32"), "qzeros": tensor(groups, 32 // BITS, "int32"),
-                "scales": tensor(groups, 1, "float32", 0.003)}
+                "scales": tensor(groups, 1, "float32", DUMMY_SCALE)}
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> GroupedMatmul:
         """See `LinearMethod`."""

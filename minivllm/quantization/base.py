@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # this module imports without torch, so that memory can be pl
 
     from minivllm.kernels import Ops
 
+DUMMY_SCALE = 2.0**-8  # of random weights: about as large as trained ones, and exact in 16 bits, as those of checkpoints
 DTYPE_BYTES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import ModelError, NotSupportedYet, shown
 from minivllm.families import Key, read
-from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
+from minivllm.quantization.base import DUMMY_SCALE, LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.fp8 import FP8Method, block_shape, per_output
 from minivllm.quantization.grouped import grouped_bytes, spread
@@ -59,7 +59,7 @@ class IntMethod(LinearMethod):
 
         groups, integer = 1 if self.group == -1 else -(-cols // self.group), "int32" if self.packed else "int8"
         found = {"weight_packed" if self.packed else "weight": tensor(integer, lambda n: (n, words(cols))),
-                 "weight_scale": tensor("float32", lambda n: (n, groups), 0.003)}
+                 "weight_scale": tensor("float32", lambda n: (n, groups), DUMMY_SCALE)}
         if not self.symmetric:
             found["weight_zero_point"] = tensor(integer, lambda n: (words(n), groups))
         if self.packed:

@@ -74,6 +74,11 @@ class GGUFMethod(LinearMethod):
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", BLOCKS[self.kind])
 
+    @property
+    def type_name(self) -> str:
+        """See `LinearMethod`."""
+        return self.kind
+
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """The blocks as bytes."""
         width = cols // self.block.weights * self.block.size

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import ModelError
 from minivllm.families import Key, read
-from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
+from minivllm.quantization.base import DUMMY_SCALE, LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.grouped import grouped_bytes, spread
 from minivllm.quantization.modules import by_name, contains_any, group_size, in_block, matched, one_of
@@ -52,7 +52,7 @@ class GPTQMethod(LinearMethod):
         columns = {"concat_dim": 1, "output_dim": 1, "input_dim": 0}
         return {"qweight": ParamSpec(tuple((words(cols), n) for n in rows), dtype="int32", dummy="bits", **columns),  # type: ignore[arg-type]
                 "qzeros": ParamSpec(tuple((groups, words(n)) for n in rows), dtype="int32", dummy="bits", **columns),  # type: ignore[arg-type]
-                "scales": ParamSpec(tuple((groups, n) for n in rows), dtype="float32", dummy=0.003, **columns),  # type: ignore[arg-type]
+                "scales": ParamSpec(tuple((groups, n) for n in rows), dtype="float32", dummy=DUMMY_SCALE, **columns),  # type: ignore[arg-type]
                 "g_idx": ParamSpec(((cols,),) * len(rows), dtype="int32", output_dim=None, input_dim=0, dummy=float(UNORDERED))}
 
     def adapt(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

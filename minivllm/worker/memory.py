@@ -12,6 +12,7 @@ On a GPU the peak is measured by running the largest step there can be, sampler 
 """
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.config import EngineConfig
 from minivllm.core.block_math import longest_sequence, max_blocks_held
 from minivllm.core.plan import NULL_BLOCK, RowAdmission
-from minivllm.errors import InvalidInput
+from minivllm.errors import InvalidInput, NotEnoughMemory
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
@@ -51,6 +53,14 @@ class CacheSettings:
     num_blocks: int | None = None
     cache_bytes: int | None = None
     utilization: float = 0.9
+
+    @classmethod
+    def of(cls, config: EngineConfig, max_model_len: int, max_num_batched_tokens: int) -> CacheSettings:
+        """From the configuration; max_model_len: the length to serve."""
+        return cls(max_model_len=max_model_len, length_is_explicit=config.max_model_len is not None,
+                   chunk=min(max_num_batched_tokens, config.long_prefill_token_threshold or max_num_batched_tokens),
+                   num_blocks=config.num_gpu_blocks_override, cache_bytes=config.kv_cache_memory_bytes,
+                   utilization=config.gpu_memory_utilization)
 
     def bytes_of_one_sequence(self, layout: KVLayout) -> int:
         """The smallest cache that holds one sequence of max_model_len tokens, the null block included."""
@@ -113,12 +123,12 @@ def size_cache(request: CacheSettings, layout: KVLayout, budget: MemoryBudget) -
     longest = longest_sequence(num_blocks, request.max_model_len, layout.block_size, layout.windows, request.chunk)
     size = f"{num_blocks:,} blocks of {layout.block_size} tokens, {num_blocks * layout.block_bytes / GIB:.2f} GiB"
     if longest < 1:
-        raise InvalidInput(f"the KV cache has room for {max(num_blocks, 0)} blocks of {layout.block_bytes / MIB:.2f} MiB, fewer than any "
-                           f"sequence needs ({account}): {fix}", field)
+        raise NotEnoughMemory(f"the KV cache has room for {max(num_blocks, 0)} blocks of {layout.block_bytes / MIB:.2f} MiB, fewer than "
+                              f"any sequence needs ({account}): {fix}", field)
     if longest < request.max_model_len and request.length_is_explicit:
         needed, room = request.bytes_of_one_sequence(layout) / GIB, num_blocks * layout.block_bytes / GIB
-        raise InvalidInput(f"max_model_len {request.max_model_len} needs {needed:.2f} GiB of KV cache and there is room for {room:.2f} GiB "
-                           f"({account}): lower max_model_len to {longest}, or for {field}: {fix}", "max_model_len")
+        raise NotEnoughMemory(f"max_model_len {request.max_model_len} needs {needed:.2f} GiB of KV cache and there is room for {room:.2f} "
+                              f"GiB ({account}): lower max_model_len to {longest}, or for {field}: {fix}", "max_model_len")
     return CacheSize(num_blocks, longest, f"KV cache: {size} ({account})")
 
 
@@ -135,12 +145,20 @@ def host_block_count(offloading_gib: float, layout: KVLayout) -> int:
 # --- CPU -----------------------------------------------------------------------------------------------------------
 
 
-def cpu_budget(request: CacheSettings, layout: KVLayout, weight_bytes: int) -> MemoryBudget:
-    """Host memory for the cache, with the weights loaded already."""
-    available = available_host_memory()
+def cpu_budget(request: CacheSettings, layout: KVLayout, weight_bytes: int, available: int | None = None) -> MemoryBudget:
+    """Host memory for the cache. available: with the weights loaded; None: they are, and this process can still get so much."""
+    available = available_host_memory() if available is None else available
     num_bytes = min(max(weight_bytes, CPU_MINIMUM, request.bytes_of_one_sequence(layout)), int(CPU_FRACTION * available))
     account = f"weights {weight_bytes / GIB:.2f} GiB, host memory available {available / GIB:.2f} GiB"
     return MemoryBudget(num_bytes, account, "kv_cache_memory_bytes", "set it, at the price of memory for other programs")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process could ever have."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def available_host_memory() -> int:

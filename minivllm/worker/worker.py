@@ -20,7 +20,7 @@ import torch
 
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult
-from minivllm.errors import InvalidInput
+from minivllm.errors import NotEnoughMemory
 from minivllm.families import ModelSpec
 from minivllm.kernels import Ops, select
 from minivllm.layers.build import BuildContext
@@ -70,11 +70,7 @@ class LoadedModel:
     @property
     def cache_settings(self) -> CacheSettings:
         """What the configuration says about the size of the cache."""
-        config, budget = self.config, self.max_num_batched_tokens
-        return CacheSettings(
-            max_model_len=self.spec.max_model_len, length_is_explicit=config.max_model_len is not None,
-            chunk=min(budget, config.long_prefill_token_threshold or budget), num_blocks=config.num_gpu_blocks_override,
-            cache_bytes=config.kv_cache_memory_bytes, utilization=config.gpu_memory_utilization)
+        return CacheSettings.of(self.config, self.spec.max_model_len, self.max_num_batched_tokens)
 
     @property
     def _captures_graphs(self) -> bool:
@@ -170,4 +166,4 @@ def enough_memory(what: str, field: str, fix: str) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         torch.cuda.empty_cache()
-        raise InvalidInput(f"no memory for {what} ({str(error).split('. ')[0]}): for {field}: {fix}", field) from error
+        raise NotEnoughMemory(f"no memory for {what} ({str(error).split('. ')[0]}): for {field}: {fix}", field) from error

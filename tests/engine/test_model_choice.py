@@ -12,10 +12,10 @@ import torch
 from minivllm.config import EngineConfig
 from minivllm.engine import compose, model_choice
 from minivllm.engine.model_choice import BetterModels
-from minivllm.errors import ModelError
+from minivllm.errors import InvalidInput, ModelError, NotEnoughMemory
 from minivllm.models.loader import parameter_bytes
 from minivllm.planning.suggested_models import GIB, MODELS, bytes_needed, models_that_fit, num_parameters
-from minivllm.quantization.methods import parameters
+from minivllm.quantization.methods import METHODS, parameters
 
 CUDA = torch.device("cuda", 0)
 
@@ -28,6 +28,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stubbed card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((gib - 0.4) * GIB), int(gib * GIB)))
 
     return install
@@ -101,7 +102,8 @@ def large(tmp_path: Path, repository: str = "Qwen/Qwen3-8B") -> str:
 def test_a_model_that_the_card_cannot_hold_is_refused_before_its_weights_are_looked_for(card: Any, tmp_path: Path) -> None:
     card(7.6)
     with pytest.raises(ModelError, match=r"the weights need 15.3 GiB in bfloat16, and 6.8 GiB of the 7.6 GiB of a stubbed card are usable: "
-                                         r"use a smaller model, such as Qwen/Qwen3-1.7B \(1.7B parameters, 3.2 GiB\)"):
+                                         r"use a smaller model, such as Qwen/Qwen3-1.7B \(1.7B parameters, 3.2 GiB\).*"
+                                         r"`minivllm plan`: does not fit: .* GiB are missing for one sequence of 2,000 tokens.*: .*Q4_K_M"):
         compose.build_engine(EngineConfig(model=large(tmp_path)))
     with pytest.raises(ModelError, match="no weights"):  # a card that can hold it
         card(24)
@@ -109,6 +111,17 @@ def test_a_model_that_the_card_cannot_hold_is_refused_before_its_weights_are_loo
 
 
 def test_a_model_larger_than_the_hosts_memory_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_choice, "_host_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(model_choice, "host_memory", lambda: 4 * GIB)
     with pytest.raises(ModelError, match=r"the weights need 30.5 GiB in float32, and this machine has 4.0 GiB of memory"):
         compose.build_engine(EngineConfig(model=large(tmp_path), device="cpu", dtype="float32", load_format="dummy"))
+
+
+def test_an_error_of_too_little_memory_has_the_plan_in_its_line() -> None:
+    model_config = next(m for m in MODELS if m.repository == "Qwen/Qwen3-0.6B").config
+    config = EngineConfig(device="cpu", dtype="bfloat16", max_model_len=8192, kv_cache_memory_bytes=8 << 20)
+    with pytest.raises(InvalidInput, match=r"too small\. `minivllm plan`: does not fit: .* for one sequence of 8,192 tokens") as error, \
+            model_choice.with_plan(config, model_config, METHODS):
+        raise NotEnoughMemory("the cache is too small", "max_model_len")
+    assert error.value.param == "max_model_len" and "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=r"wrong$"), model_choice.with_plan(config, model_config, METHODS):
+        raise ModelError("another thing is wrong")

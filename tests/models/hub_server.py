@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants as hub_constants
 
 COMMIT = "c" * 40
 
@@ -47,8 +48,13 @@ def serve_hub(files: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch, cache
         def answer_json(self, value: Any) -> None:
             self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
+        def tree(self) -> list[dict[str, Any]]:
+            return [{"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in hub.files.items()]
+
         def do_GET(self) -> None:
             match = re.search(r"/resolve/[^/]+/(.+)", self.path)
+            if match is None and "/tree/" in self.path:
+                return self.answer_json(self.tree())
             if match is None:
                 names = [{"rfilename": name} for name in hub.files]
                 return self.answer_json({"id": "owner/name", "sha": COMMIT, "siblings": names})
@@ -68,7 +74,7 @@ def serve_hub(files: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch, cache
 
         def do_POST(self) -> None:  # sizes of files
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer_json([{"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in hub.files.items()])
+            self.answer_json(self.tree())
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -78,7 +84,7 @@ def serve_hub(files: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch, cache
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    constants = huggingface_hub.constants
+    constants = hub_constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
