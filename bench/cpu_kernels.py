@@ -12,7 +12,8 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from bench import machine
 from minivllm.kernels import tuning
+from minivllm.kernels.grouped import GroupedWeight
 from minivllm.kernels.layout import InputBatch, KVLayer
-from minivllm.kernels.reference import activation, norm, rope
+from minivllm.kernels.reference import activation, linear, norm, rope
 from minivllm.kernels.reference import attention as paged
 
 try:
@@ -46,13 +48,15 @@ def main() -> None:
         for name in args.dtype or ("float32", "bfloat16"):
             dtype = getattr(torch, name)
             linears(dtype)
+            packed_linears(dtype)
             decodes(dtype)
             gathers(dtype)
             norms(dtype)
             gates(dtype)
 
 
-def show(what: str, variants: Variants, rounds: int = 15) -> None:
+def show(what: str, variants: Variants, rounds: int = 15, sizes: Mapping[str, float] = MappingProxyType({})) -> None:
+    """sizes: bytes that a variant reads, for GB/s."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds + 2):
         for name, f in variants.items():
@@ -60,7 +64,9 @@ def show(what: str, variants: Variants, rounds: int = 15) -> None:
             f()
             if i >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    print(f"{what:<54}" + "   ".join(f"{name} {statistics.median(t):.2f}" for name, t in times.items()), flush=True)
+    middle = {name: statistics.median(t) for name, t in times.items()}
+    speeds = {name: f" ({sizes[name] / ms / 1e6:.1f} GB/s)" if name in sizes else "" for name, ms in middle.items()}
+    print(f"{what:<54}" + "   ".join(f"{name} {ms:.2f}{speeds[name]}" for name, ms in middle.items()), flush=True)
 
 
 def linears(dtype: torch.dtype) -> None:
@@ -80,6 +86,35 @@ def linears(dtype: torch.dtype) -> None:
         for name, ws in packed.items():
             variants[name] = lambda x=x, ws=ws, part=part: [product(x[w.shape[1]], w, None, "none", [], "") for w in ws[part]]
         show(f"{dtype} products, {rows} rows", variants, 15 if rows < 1024 else 2)
+
+
+def packed_linears(dtype: torch.dtype) -> None:
+    """The same products with 4-bit weights (GGUF's Q4_1, the head in Q8_0). "direct": from the codes; "parts": dequantized part by part."""
+    if numba is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    shapes = SHAPES * LAYERS
+    packed = [numba.grouped.pack_groups(quantized(n, k, 4, generator)) for n, k in shapes]
+    packed.append(numba.grouped.pack_groups(quantized(VOCAB, HIDDEN, 8, generator)))
+    dense = [linear.pack_weight(torch.randn(n, k), dtype) for n, k in [*shapes, (VOCAB, HIDDEN)]]
+    sizes = {name: sum(n * k for n, k in shapes) * bits / 8 + VOCAB * HIDDEN * head_bits / 8
+             for name, bits, head_bits in (("direct", 5, 8.5), ("parts", 5, 8.5), ("dense", 8 * dtype.itemsize, 8 * dtype.itemsize))}
+    direct, parts = numba.grouped._product, numba.grouped._dense_product
+    for rows in (1, 4, 8, 16, 32, 64, 128, 256, 1024):
+        x = {k: torch.randn(rows, k).to(dtype) for k in (HIDDEN, 1536)}
+        part = slice(None) if rows < 1024 else slice(-1)
+        show(f"{dtype} products with packed weights, {rows} rows", {
+            **({"direct": lambda x=x: [direct(x[p.shape[1]], p, None, None, None) for p in packed]} if rows < 1024 else {}),
+            "parts": lambda x=x, part=part: [parts(x[p.shape[1]], p, None) for p in packed[part]],
+            "dense": lambda x=x, part=part: [linear.linear(x[w.shape[1]], w) for w in dense[part]],
+        }, 15 if rows < 1024 else 2, sizes if rows < 1024 else {})
+
+
+def quantized(n: int, k: int, bits: int, generator: torch.Generator) -> GroupedWeight:
+    """A weight of random codes in groups of 32: 4 bits with mins, or 8 bits."""
+    return GroupedWeight(
+        codes=torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, generator=generator), bits=bits, zeros=0 if bits == 4 else 128,
+        scales=torch.rand(n, k // 32, generator=generator).half(), mins=torch.rand(n, k // 32).half() if bits == 4 else None)
 
 
 def decodes(dtype: torch.dtype) -> None:

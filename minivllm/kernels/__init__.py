@@ -111,6 +111,9 @@ def _for_cpu() -> Ops:
         prepare_attention=numba.attention.prepare_attention,
         self_attention=numba.attention.self_attention,
         fused_linear=numba.rows.fused_linear,
+        pack_groups=numba.grouped.pack_groups,
+        grouped_linear=numba.grouped.grouped_linear,
+        grouped_rows=numba.grouped.grouped_rows,
         rms_norm=numba.rows.rms_norm,
         warm_up=numba.warm_up,
     )

@@ -201,6 +201,8 @@ CPU_TASK_FLOATS = 1024  # float32 numbers of a task's queries: with as many sums
 assert CPU_SPLIT_KEYS % CPU_TILE_KEYS == 0 and CPU_TILE_KEYS % 4 == 0, "keys are loaded in groups of four"
 
 CPU_MAX_ROWS = 256  # rows; PyTorch's norm and activation take no longer for more
+CPU_PACKED_ROWS = (128, 16)  # rows of float32, and of bfloat16 with a matrix unit; for more, packed weights are dequantized part by part
+CPU_DENSE_BYTES = 1 << 20  # bytes of such a part
 CPU_SERIAL_ELEMENTS = 1 << 13  # elements that one thread computes before a second thread has started
 
 PACKED_FOR_ROWS = {"bfloat16": 1, "float32": 32}  # rows of x that oneDNN's weight layout is chosen for; measured over 1 to 1,024 rows

@@ -3,6 +3,9 @@
     attention.py         divides the rows between the kernel (decodes) and PyTorch (prompt chunks)
     decode_attention.py  the kernel: one call for all decodes of a layer
     rows.py              RMSNorm and the middle of a gated MLP
+    grouped.py           packs quantized weights, and divides products between the kernels (few rows) and PyTorch (many rows)
+    grouped_kernels.py   the kernels for packed weights
+    grouped_tiles.py     the layout of packed weights, and the loops that read it
     vectors.py           vectors of float32 inside Numba functions
     threads.py           runs the kernels on the threads of PyTorch's own operations
 """
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from minivllm.kernels.numba import attention as attention
+from minivllm.kernels.numba import grouped as grouped
 from minivllm.kernels.numba import rows as rows
 
 

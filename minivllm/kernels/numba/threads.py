@@ -91,6 +91,12 @@ def vector_shape() -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
+def converts_float16() -> bool:
+    """Whether this CPU has instructions for float16. Without them LLVM calls a function that Numba's code is not linked with."""
+    return llvmlite.binding.get_host_cpu_features().get("f16c", True)  # a feature of x86; all 64-bit ARM CPUs have them
+
+
+@lru_cache(maxsize=1)
 def version() -> int:
     """A hash of the CPU and of all source files that a kernel may depend on. Numba's cache notices changes of one file only."""
     cpu = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"

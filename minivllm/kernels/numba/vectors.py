@@ -54,40 +54,48 @@ for _operation, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"),
 # --- emitting instructions -----------------------------------------------------------------------------------------
 
 
-def _pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+def emit_splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     kind = ir.VectorType(value.type, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-def _constant(value: Any, lanes: int, kind: ir.Type = F32) -> ir.Constant:
+def constant(value: Any, lanes: int, kind: ir.Type = F32) -> ir.Constant:
     return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, lanes: int, half: int) -> ir.Value:
+def emit_load(builder: ir.IRBuilder, address: ir.Value, lanes: int, half: int) -> ir.Value:
     """`lanes` numbers from memory; bfloat16 is widened by a shift."""
     if not half:
-        return builder.load(_pointer(builder, address, ir.VectorType(F32, lanes)), align=4)
-    narrow = builder.load(_pointer(builder, address, ir.VectorType(I16, lanes)), align=2)
+        return builder.load(pointer(builder, address, ir.VectorType(F32, lanes)), align=4)
+    narrow = builder.load(pointer(builder, address, ir.VectorType(I16, lanes)), align=2)
     wide = builder.zext(narrow, ir.VectorType(I32, lanes))
-    return builder.bitcast(builder.shl(wide, _constant(16, lanes, I32)), ir.VectorType(F32, lanes))
+    return builder.bitcast(builder.shl(wide, constant(16, lanes, I32)), ir.VectorType(F32, lanes))
 
 
-def _upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+def upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     """Round float32 to bfloat16, ties to even: -> 32 bits, of which the caller drops the lower half.
 
     A NaN from bfloat16 or from arithmetic has zeros in its lower half, so that it stays a NaN.
     """
     bits = builder.bitcast(value, ir.VectorType(I32, lanes))
-    odd = builder.and_(builder.lshr(bits, _constant(16, lanes, I32)), _constant(1, lanes, I32))
-    return builder.add(bits, builder.add(odd, _constant(0x7FFF, lanes, I32)))
+    odd = builder.and_(builder.lshr(bits, constant(16, lanes, I32)), constant(1, lanes, I32))
+    return builder.add(bits, builder.add(odd, constant(0x7FFF, lanes, I32)))
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def emit_store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, lanes: int, half: int) -> None:
+    """`lanes` float32 numbers to memory, rounded to bfloat16 if `half`."""
+    if half:
+        value = builder.lshr(upper_half(builder, value, lanes), constant(16, lanes, I32))
+        value = builder.trunc(value, ir.VectorType(I16, lanes))
+    builder.store(value, pointer(builder, address, value.type), align=2 if half else 4)
+
+
+def emit_fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(a.type, [a.type] * 3), f"llvm.fmuladd.v{a.type.count}f32")
     return builder.call(function, [a, b, c])
@@ -115,7 +123,7 @@ def _split_heads(heads: int, most: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def _at(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+def at(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
     return builder.add(address, ir.Constant(I64, offset)) if offset else address
 
 
@@ -125,7 +133,7 @@ def _prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
     for line in range(0, num_bytes, 64):
-        builder.call(function, [builder.inttoptr(_at(builder, row, line), byte), I32(0), I32(3), I32(1)])
+        builder.call(function, [builder.inttoptr(at(builder, row, line), byte), I32(0), I32(3), I32(1)])
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -135,7 +143,7 @@ def _prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
 def load(typingctx, address, lanes, half):
     """Vector of `lanes` at `address`."""
     n, narrow = lanes.literal_value, half.literal_value
-    return Vector(n)(types.int64, lanes, half), lambda context, builder, sig, args: _load(builder, args[0], n, narrow)
+    return Vector(n)(types.int64, lanes, half), lambda context, builder, sig, args: emit_load(builder, args[0], n, narrow)
 
 
 @intrinsic(prefer_literal=True)
@@ -144,11 +152,7 @@ def store(typingctx, address, value, half):
     n, narrow = value.lanes, half.literal_value
 
     def emit(context, builder, sig, args):
-        x = args[1]
-        if narrow:
-            x = builder.lshr(_upper_half(builder, x, n), _constant(16, n, I32))
-            x = builder.trunc(x, ir.VectorType(I16, n))
-        builder.store(x, _pointer(builder, args[0], x.type), align=2 if narrow else 4)
+        emit_store(builder, args[0], args[1], n, narrow)
         return context.get_dummy_value()
 
     return types.void(types.int64, value, half), emit
@@ -162,7 +166,7 @@ def rounded(typingctx, value, half):
     def emit(context, builder, sig, args):
         if not narrow:
             return args[0]
-        bits = builder.and_(_upper_half(builder, args[0], n), _constant(0xFFFF0000, n, I32))
+        bits = builder.and_(upper_half(builder, args[0], n), constant(0xFFFF0000, n, I32))
         return builder.bitcast(bits, args[0].type)
 
     return value(value, half), emit
@@ -171,12 +175,12 @@ def rounded(typingctx, value, half):
 def _scalar_access(kind: types.Type, bits: ir.Type) -> tuple[Any, Any]:
     @intrinsic
     def get(typingctx, address):
-        return kind(types.int64), lambda context, builder, sig, args: builder.load(_pointer(builder, args[0], bits))
+        return kind(types.int64), lambda context, builder, sig, args: builder.load(pointer(builder, args[0], bits))
 
     @intrinsic
     def put(typingctx, address, value):
         def emit(context, builder, sig, args):
-            builder.store(args[1], _pointer(builder, args[0], bits))
+            builder.store(args[1], pointer(builder, args[0], bits))
             return context.get_dummy_value()
 
         return types.void(types.int64, kind), emit
@@ -200,7 +204,7 @@ get_i64, put_i64 = _scalar_access(types.int64, I64)
 def fetch_add(typingctx, address, value):
     """Add to an int32 that threads share -> its value before. A thread that reads the sum sees everything written before the addition."""
     def emit(context, builder, sig, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0], I32), args[1], "acq_rel")
+        return builder.atomic_rmw("add", pointer(builder, args[0], I32), args[1], "acq_rel")
 
     return types.int32(types.int64, types.int32), emit
 
@@ -237,13 +241,13 @@ def prefetch(typingctx, address, size):
 def splat(typingctx, value, lanes):
     """A vector with `value` in every lane."""
     n = lanes.literal_value
-    return Vector(n)(types.float32, lanes), lambda context, builder, sig, args: _splat(builder, args[0], n)
+    return Vector(n)(types.float32, lanes), lambda context, builder, sig, args: emit_splat(builder, args[0], n)
 
 
 @intrinsic
 def fma(typingctx, a, b, c):
     """a * b + c."""
-    return a(a, a, a), lambda context, builder, sig, args: _fma(builder, *args)
+    return a(a, a, a), lambda context, builder, sig, args: emit_fma(builder, *args)
 
 
 @intrinsic
@@ -282,14 +286,14 @@ def exp2(typingctx, x):
         lanes = x.lanes
         v = args[0]
         for limit, sign in ((-126.0, "<"), (127.0, ">")):
-            v = builder.select(builder.fcmp_ordered(sign, v, _constant(limit, lanes)), _constant(limit, lanes), v)
-        shifted = builder.fadd(v, _constant(12582912.0, lanes))
-        f = builder.fsub(v, builder.fsub(shifted, _constant(12582912.0, lanes)))
-        series = _constant(math.log(2) ** 6 / math.factorial(6), lanes)
+            v = builder.select(builder.fcmp_ordered(sign, v, constant(limit, lanes)), constant(limit, lanes), v)
+        shifted = builder.fadd(v, constant(12582912.0, lanes))
+        f = builder.fsub(v, builder.fsub(shifted, constant(12582912.0, lanes)))
+        series = constant(math.log(2) ** 6 / math.factorial(6), lanes)
         for k in range(5, -1, -1):
-            series = _fma(builder, series, f, _constant(math.log(2) ** k / math.factorial(k), lanes))
-        bits = builder.add(builder.bitcast(shifted, ir.VectorType(I32, lanes)), _constant(127, lanes, I32))
-        return builder.fmul(series, builder.bitcast(builder.shl(bits, _constant(23, lanes, I32)), v.type))
+            series = emit_fma(builder, series, f, constant(math.log(2) ** k / math.factorial(k), lanes))
+        bits = builder.add(builder.bitcast(shifted, ir.VectorType(I32, lanes)), constant(127, lanes, I32))
+        return builder.fmul(series, builder.bitcast(builder.shl(bits, constant(23, lanes, I32)), v.type))
 
     return x(x), emit
 
@@ -309,24 +313,24 @@ def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, head
 
     def emit(context, builder, sig, args):
         out, q, where, following, base = args[:5]
-        rows = [builder.add(base, builder.load(_pointer(builder, _at(builder, where, 8 * j), I64))) for j in range(4)]
+        rows = [builder.add(base, builder.load(pointer(builder, at(builder, where, 8 * j), I64))) for j in range(4)]
         for j in range(4):
-            next_offset = builder.load(_pointer(builder, _at(builder, following, 8 * j), I64))
+            next_offset = builder.load(pointer(builder, at(builder, following, 8 * j), I64))
             _prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
         for group in _split_heads(h, most):
-            sums = {(g, j): _constant(0.0, n) for g in group for j in range(4)}
+            sums = {(g, j): constant(0.0, n) for g in group for j in range(4)}
             for c in range(0, d, n):
-                xs = {g: _load(builder, _at(builder, q, 4 * (g * d + c)), n, 0) for g in group}
+                xs = {g: emit_load(builder, at(builder, q, 4 * (g * d + c)), n, 0) for g in group}
                 for j, row in enumerate(rows):
-                    key = _load(builder, _at(builder, row, c * (2 if narrow else 4)), n, narrow)
+                    key = emit_load(builder, at(builder, row, c * (2 if narrow else 4)), n, narrow)
                     for g in group:
-                        sums[g, j] = _fma(builder, xs[g], key, sums[g, j])
+                        sums[g, j] = emit_fma(builder, xs[g], key, sums[g, j])
             for g in group:
                 x, y = (_add_pairs(builder, sums[g, j], sums[g, j + 1], n) for j in (0, 2))
                 v, size = _add_pairs(builder, x, y, n), n
                 while size > 4:
                     v, size = builder.fadd(*_halves(builder, v, size)), size // 2
-                builder.store(v, _pointer(builder, _at(builder, out, 4 * g * t), v.type), align=16)
+                builder.store(v, pointer(builder, at(builder, out, 4 * g * t), v.type), align=16)
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 5), head_dim, heads, tile, lanes, half, registers), emit
@@ -350,24 +354,24 @@ def add_weighted(typingctx, sums, shrink, weights, offsets, ahead, values, count
                 kind = ir.VectorType(F32, n)
                 cells = {}
                 for g in group:
-                    factor = _splat(builder, builder.load(_pointer(builder, _at(builder, factors, 4 * g), F32)), n)
+                    factor = emit_splat(builder, builder.load(pointer(builder, at(builder, factors, 4 * g), F32)), n)
                     for c in part:
                         cell = cells[g, c] = cgutils.alloca_once(builder, kind)
-                        builder.store(builder.fmul(_load(builder, _at(builder, out, 4 * (g * d + c * n)), n, 0), factor), cell)
+                        builder.store(builder.fmul(emit_load(builder, at(builder, out, 4 * (g * d + c * n)), n, 0), factor), cell)
                 with cgutils.for_range(builder, number) as loop:
-                    offset = builder.load(_pointer(builder, builder.add(where, builder.shl(loop.index, I64(3))), I64))
+                    offset = builder.load(pointer(builder, builder.add(where, builder.shl(loop.index, I64(3))), I64))
                     row = builder.add(base, offset)
                     if part.start == 0 and group.start == 0:
-                        next_offset = builder.load(_pointer(builder, builder.add(following, builder.shl(loop.index, I64(3))), I64))
+                        next_offset = builder.load(pointer(builder, builder.add(following, builder.shl(loop.index, I64(3))), I64))
                         _prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
                     weight = builder.add(w, builder.shl(loop.index, I64(2)))
-                    ps = {g: _splat(builder, builder.load(_pointer(builder, _at(builder, weight, 4 * g * t), F32)), n) for g in group}
+                    ps = {g: emit_splat(builder, builder.load(pointer(builder, at(builder, weight, 4 * g * t), F32)), n) for g in group}
                     for c in part:
-                        value = _load(builder, _at(builder, row, c * n * (2 if narrow else 4)), n, narrow)
+                        value = emit_load(builder, at(builder, row, c * n * (2 if narrow else 4)), n, narrow)
                         for g in group:
-                            builder.store(_fma(builder, ps[g], value, builder.load(cells[g, c])), cells[g, c])
+                            builder.store(emit_fma(builder, ps[g], value, builder.load(cells[g, c])), cells[g, c])
                 for (g, c), cell in cells.items():
-                    builder.store(builder.load(cell), _pointer(builder, _at(builder, out, 4 * (g * d + c * n)), kind), align=4)
+                    builder.store(builder.load(cell), pointer(builder, at(builder, out, 4 * (g * d + c * n)), kind), align=4)
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 7), head_dim, heads, tile, lanes, half, registers), emit
