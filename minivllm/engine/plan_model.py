@@ -16,12 +16,14 @@ import torch
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
-from minivllm.families import ModelSpec, parse_config
+from minivllm.families import ModelSpec, linear_specs, parse_config
 from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, smallest_change
 from minivllm.planning.gpus import GPU, card_here
 from minivllm.planning.memory_plan import MIB, MemoryPlan, step_peak, weights_by_kind
 from minivllm.planning.roofline import Roofline, bytes_per_step
 from minivllm.planning.what_if import quantization_config
+from minivllm.quantization.base import MethodOf
+from minivllm.quantization.dense import DENSE
 from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, method_of, resident_weights
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS
 from minivllm.worker.cuda_graphs import graph_bytes
@@ -34,6 +36,7 @@ from minivllm.worker.worker import token_budget
 # weights in the ledger.
 CONTEXT_BYTES = {80: 450 * MIB, 90: 600 * MIB}  # by architecture; others like 80
 WORKSPACE_BYTES = {90: 32 * MIB}  # others: 8 MiB
+UNPACKED_ELEMENTS = 64 << 20  # of a packed weight, which a prompt's products unpack at a time
 MOST_UTILIZATION = 0.95  # that is suggested, for a GPU that no other program uses
 
 
@@ -107,11 +110,12 @@ class _Planner:
 
     def weights(self, config: EngineConfig, quantization: str | None) -> list[ResidentWeight]:
         """The loaded weights, in the checkpoint's storage or in another one."""
+        return list(resident_weights(self.spec, self._method(config, quantization), self.dtype.itemsize))
+
+    def _method(self, config: EngineConfig, quantization: str | None) -> MethodOf:
         if quantization is None:
-            method = method_of(self.model_config, self.methods, config.quantization)
-        else:
-            method = method_of({"quantization_config": quantization_config(quantization, self.spec, self.methods)}, self.methods)
-        return list(resident_weights(self.spec, method, self.dtype.itemsize))
+            return method_of(self.model_config, self.methods, config.quantization)
+        return method_of({"quantization_config": quantization_config(quantization, self.spec, self.methods)}, self.methods)
 
     def evaluate(self, changes: Sequence[Change]) -> MemoryPlan:
         """The plan with these changes."""
@@ -130,7 +134,7 @@ class _Planner:
         else:
             total = self.gpu.memory
             usable = int(config.gpu_memory_utilization * total)
-            parts = self._parts(config, spec, layout, budget, weights)
+            parts = self._parts(config, spec, layout, budget, self._unpacked(config, quantization))
             num_bytes = usable - sum(weights.values()) - sum(parts.values())
         num_blocks = request.num_blocks or max(request.cache_bytes or num_bytes, 0) // layout.block_bytes
         return MemoryPlan(
@@ -139,12 +143,19 @@ class _Planner:
             num_blocks=num_blocks, windows=layout.windows, chunk=request.chunk, max_model_len=spec.max_model_len,
             length_is_explicit=config.max_model_len is not None)
 
-    def _parts(self, config: EngineConfig, spec: ModelSpec, layout: KVLayout, budget: int, weights: Mapping[Any, int]) -> dict[str, int]:
+    def _unpacked(self, config: EngineConfig, quantization: str | None) -> int:
+        """Bytes of the largest piece of a packed weight that a prompt's products unpack."""
+        method = self._method(config, quantization)
+        sizes = [sum(linear.rows) * linear.cols for linear in linear_specs(self.spec).values() if method(linear) is not DENSE]
+        return min(max(sizes, default=0), UNPACKED_ELEMENTS) * self.dtype.itemsize
+
+    def _parts(self, config: EngineConfig, spec: ModelSpec, layout: KVLayout, budget: int, unpacked: int) -> dict[str, int]:
         """Bytes on a GPU beside weights and cache."""
         assert self.gpu is not None
         arch = self.gpu.arch // 10 * 10
         return {
-            "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs, MAX_LOGITS_ROWS),
+            "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs, MAX_LOGITS_ROWS,
+                              unpacked),
             "graphs": 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget),
             "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),

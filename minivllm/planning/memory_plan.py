@@ -121,18 +121,19 @@ def step_peak(spec: ModelSpec, itemsize: int, max_num_batched_tokens: int, max_m
     """Estimated bytes that the largest step allocates beyond the weights: a model of what `worker/memory.py` measures on a GPU.
 
     The largest step is a prompt of as many tokens as the budget allows. Its peak is in the attention or the MLP of one layer, or, for a
-    large vocabulary, in the sampler. unpacked: bytes of the largest weight that products of many rows dequantize as a whole.
+    large vocabulary, in the sampler. unpacked: bytes of the largest piece of a packed weight that a prompt's products unpack.
     """
     length = min(max_model_len, max_num_batched_tokens)
     tokens = length * max(1, min(max_num_batched_tokens // max_model_len, max_num_seqs))
     hidden = tokens * spec.hidden_size * itemsize
-    numbers = max(max(_attention_numbers(spec, i), _mlp_numbers(spec, i)) for i in range(spec.num_layers))
+    layer = max(max(tokens * _attention_numbers(spec, i) * itemsize, tokens * _mlp_numbers(spec, i, True) * itemsize,
+                    tokens * _mlp_numbers(spec, i, False) * itemsize + unpacked) for i in range(spec.num_layers))
     rotations = len({(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers})
     inputs = tokens * (4 + 8 + 8 + 2 * rotations * spec.layers[0].attention.head_dim * itemsize)
     previous = hidden if tokens == length else 0  # the measurement holds the result of one more step
     # The logits, a copy in float32 that constraints change, the unchanged ones in float32 for log-probabilities, and their exponentials.
     sampling = logits_rows * spec.vocab_size * (itemsize + 12 if itemsize < 4 else 12)
-    return max(tokens * numbers * itemsize + unpacked + previous, hidden + sampling) + inputs
+    return max(layer + previous, hidden + sampling) + inputs
 
 
 def _attention_numbers(spec: ModelSpec, layer: int) -> int:
@@ -141,7 +142,7 @@ def _attention_numbers(spec: ModelSpec, layer: int) -> int:
     return spec.hidden_size + (a.q_size + 2 * a.kv_size) + (a.q_size + a.kv_size) + a.q_size
 
 
-def _mlp_numbers(spec: ModelSpec, layer: int) -> int:
-    """x, its norm, the first product and its activation."""
+def _mlp_numbers(spec: ModelSpec, layer: int, activated: bool) -> int:
+    """x, its norm, the first product, and its activation if that is computed already."""
     mlp = spec.layers[layer].mlp
-    return 2 * spec.hidden_size + (3 if mlp.gated else 2) * mlp.intermediate_size
+    return 2 * spec.hidden_size + (1 + mlp.gated + activated) * mlp.intermediate_size

@@ -32,7 +32,7 @@ def _model(repository: str, kind: str, hidden: int, mlp: int, layers: int, heads
     return SuggestedModel(repository, {
         "model_type": kind, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab, "max_position_embeddings": context,
-        "tie_word_embeddings": tied, "torch_dtype": "bfloat16"})
+        "tie_word_embeddings": tied, "torch_dtype": "bfloat16", "sliding_window": None})
 
 
 # Best first.
@@ -48,6 +48,20 @@ MODELS: tuple[SuggestedModel, ...] = (
     _model("Qwen/Qwen3-0.6B", "qwen3", 1024, 3072, 28, 16, 8, 151936, 40960, tied=True, head_dim=128),
     _model("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", 960, 2560, 32, 15, 5, 49152, 8192, tied=True),
 )
+
+# Other models that docs/8gb.md compares.
+COMPARED: tuple[SuggestedModel, ...] = (
+    _model("mistralai/Mistral-7B-Instruct-v0.3", "mistral", 4096, 14336, 32, 32, 8, 32768, 32768, tied=False),
+    _model("meta-llama/Llama-3.1-8B-Instruct", "llama", 4096, 14336, 32, 32, 8, 128256, 131072, tied=False),
+    _model("meta-llama/Llama-2-13b-chat-hf", "llama", 5120, 13824, 40, 40, 40, 32000, 4096, tied=False),
+    _model("Qwen/Qwen2.5-14B-Instruct", "qwen2", 5120, 13824, 48, 40, 8, 152064, 32768, tied=False),
+    _model("meta-llama/Llama-3.1-70B-Instruct", "llama", 8192, 28672, 80, 64, 8, 128256, 131072, tied=False),
+)
+
+
+def model_named(repository: str) -> SuggestedModel:
+    """The row of this model in either table."""
+    return next(model for model in (*MODELS, *COMPARED) if model.repository == repository)
 
 
 def num_parameters(spec: ModelSpec) -> int:

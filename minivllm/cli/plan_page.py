@@ -1,0 +1,107 @@
+"""`python -m minivllm.cli.plan_page`: print `docs/8gb.md`, made from plans."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from minivllm.config import EngineConfig
+from minivllm.engine.plan_model import ModelPlan, plan_model
+from minivllm.planning.gpus import GPUS
+from minivllm.planning.memory_plan import GIB, TYPICAL_REQUEST
+from minivllm.planning.suggested_models import model_named
+
+CARD = "rtx4060"
+SETTINGS = {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
+FLAGS = "--max-num-seqs 32 --max-num-batched-tokens 2048"
+SIZES = {  # of models -> those compared
+    "7B and 8B": ("mistralai/Mistral-7B-Instruct-v0.3", "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B"),
+    "13B and 14B": ("meta-llama/Llama-2-13b-chat-hf", "Qwen/Qwen2.5-14B-Instruct", "Qwen/Qwen3-14B"),
+}
+STORAGES = {"16 bits": None, "fp8": "fp8", "Q8_0": "Q8_0", "AWQ": "awq", "Q4_K_M": "Q4_K_M"}
+
+
+class Worth(NamedTuple):
+    """A model worth running on 8 GB."""
+
+    served: str  # what `minivllm serve` gets
+    model: str  # its row of sizes
+    storage: str | None = None
+
+
+WORTH_RUNNING = (  # best first
+    Worth("Qwen/Qwen3-8B-GGUF:Q4_K_M", "Qwen/Qwen3-8B", "Q4_K_M"),
+    Worth("bartowski/Meta-Llama-3.1-8B-Instruct-GGUF:Q4_K_M", "meta-llama/Llama-3.1-8B-Instruct", "Q4_K_M"),
+    Worth("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", "meta-llama/Llama-3.1-8B-Instruct", "awq"),
+    Worth("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct", "awq"),
+    Worth("solidrust/Mistral-7B-Instruct-v0.3-AWQ", "mistralai/Mistral-7B-Instruct-v0.3", "awq"),
+    Worth("Qwen/Qwen3-4B-Instruct-2507 --quantization fp8", "Qwen/Qwen3-4B-Instruct-2507", "fp8"),
+    Worth("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"),
+    Worth("HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    Worth("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+)
+
+
+def plan_of(model: str, storage: str | None) -> ModelPlan:
+    """The plan of a model in a storage on the page's card, with the page's settings."""
+    return plan_model(EngineConfig(**SETTINGS), model_named(model).config, GPUS[CARD], storage)  # type: ignore[arg-type]
+
+
+def render() -> str:
+    """The page."""
+    card = GPUS[CARD]
+    large = plan_model(EngineConfig(), model_named("meta-llama/Llama-3.1-70B-Instruct").config, GPUS["h200"]).memory
+    lines = [
+        "# Models on 8 GB", "",
+        "This page is printed by `python -m minivllm.cli.plan_page`. Its figures are those of `minivllm plan`, which reads only a model's "
+        "config.json and the headers of its files:", "",
+        "```bash", f"minivllm plan MODEL --gpu {CARD} {FLAGS} --quantization awq", "```", "",
+        f"They are calculated, not measured: for an {card.title} with {card.memory_gib:g} GiB that no other program uses, of which 0.9 may "
+        f"be used, {card.bandwidth:g} GB/s, and at most {SETTINGS['max_num_seqs']} sequences and {SETTINGS['max_num_batched_tokens']:,} "
+        "tokens in a step. Weights and the bytes of a token are exact. The peak of a step and the driver's context are estimates, and so "
+        "are times: weights and keys are read once per token, at the part of the card's bandwidth that the kernels reached on an H200.", "",
+        "- **weights**: GiB on the GPU. AWQ and fp8 leave the embedding table and the output head in 16 bits, so a large vocabulary costs "
+        "more; GGUF files pack both.",
+        "- **KV tokens**: that fit beside the weights, in 16 bits, for all sequences together.",
+        f"- **sequences**: of {TYPICAL_REQUEST:,} tokens that fit at a time.",
+        "- **ms per token**: expected for 1 and for 8 sequences with 1,000 tokens before the next one.", ""]
+    for title, models in SIZES.items():
+        lines += [f"## {title}", "", *_table(
+            ("model", "storage", "weights", "KiB per token", "KV tokens", "sequences", "verdict", "ms per token: 1", "8"),
+            (_row(model, storage, name) for model in models for name, storage in STORAGES.items())), ""]
+    lines += [
+        "A model of 13B or 14B parameters in 4 bits leaves no memory for a KV cache.", "",
+        "## Worth running", "", "The best first. Each command starts with the settings of this page.", "",
+        *_table(("command", "weights", "KV tokens", "ms per token: 1", "8"), (_worth(row) for row in WORTH_RUNNING)), "",
+        "A desktop on the same card takes some hundred MB. Lower `--gpu-memory-utilization` by as much, or `--max-num-batched-tokens`, "
+        "which sets the peak of a step.", "",
+        "## A 70B model", "",
+        f"Llama 3.1 70B stores {large.token_bytes // 1024} KiB of keys and values per token: {large.token_bytes * 2**17 / GIB:.0f} GiB for "
+        f"131,072 tokens, and {large.token_bytes * TYPICAL_REQUEST / 2**20:.0f} MiB for {TYPICAL_REQUEST:,}.", ""]
+    return "\n".join(lines)
+
+
+def _row(model: str, storage: str | None, name: str) -> Sequence[str]:
+    plan = plan_of(model, storage)
+    m = plan.memory
+    verdict = "fits" if m.fits else f"{m.missing / GIB:.1f} GiB missing"
+    return (model.split("/")[1], name, f"{m.weight_bytes / GIB:.2f}", f"{m.token_bytes / 1024:g}", f"{m.tokens:,}",
+            str(m.sequences(TYPICAL_REQUEST)), verdict, *(_times(plan) if m.fits else ("", "")))
+
+
+def _worth(row: Worth) -> Sequence[str]:
+    plan = plan_of(row.model, row.storage)
+    return f"`minivllm serve {row.served} {FLAGS}`", f"{plan.memory.weight_bytes / GIB:.2f}", f"{plan.memory.tokens:,}", *_times(plan)
+
+
+def _times(plan: ModelPlan) -> tuple[str, str]:
+    assert plan.roofline is not None
+    one, eight = (plan.roofline.tpot(batch).expected for batch in (1, 8))
+    return f"{one:.1f}", f"{eight:.1f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    return (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    print(render(), end="")
