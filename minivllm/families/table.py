@@ -32,8 +32,9 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES, meth
     if quantization := read(config, Key("quantization_config", dict, {})):
         method = quantization.get("quant_method")
         if not isinstance(method, str) or method not in methods:
+            known = f"; supported: {', '.join(methods)}" if methods else ""
             raise NotSupportedYet(f"quantized weights (quant_method {shown(method)}) are not supported yet: use the model's unquantized "
-                                  "checkpoint", "model")
+                                  f"checkpoint{known}", "model")
     architecture = _architecture(config, families)
     return families[architecture].parse(architecture, config)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minivllm.config import EngineConfig
 from minivllm.families import parse_config
-from minivllm.kernels import REFERENCE
+from minivllm.kernels import REFERENCE, Ops
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.hub import find_model
@@ -56,11 +56,11 @@ def write(
     return hf
 
 
-def load(folder: Path, load_format: str = "auto", **settings: Any) -> Decoder:
-    """The model in a folder, with the kernels that are the specification."""
-    config = EngineConfig(model=str(folder), skip_tokenizer_init=True, load_format=load_format, **settings)
+def load(folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32, ops: Ops = OPS) -> Decoder:
+    """The model in a folder."""
+    config = EngineConfig(model=str(folder), skip_tokenizer_init=True, load_format=load_format)
     described = find_model(config, lambda found: parse_config(found, methods=METHODS)).config
-    build = BuildContext(CPU, torch.float32, OPS, method_of(described))
+    build = BuildContext(CPU, dtype, ops, method_of(described))
     return load_model(parse_config(described, methods=METHODS), folder, load_format, build)
 
 

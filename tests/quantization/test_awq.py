@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from minivllm.cli.main import main
 from minivllm.errors import ModelError, NotSupportedYet
 from minivllm.quantization.awq import method_of
 from minivllm.quantization.packing import pack_awq
-from tests.quantization.checkpoints import Quantized, check, grouped, in_groups, load, logits, ungrouped, write
+from tests.models.tiny import hf_logits
+from tests.quantization.checkpoints import TOKENS, Quantized, check, grouped, in_groups, load, logits, ungrouped, write
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
 
@@ -61,6 +63,16 @@ def test_scales_of_16_bits_keep_their_values_and_their_size(tmp_path: Path) -> N
     assert packed.rest.scales.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float16_checkpoint_runs_in_both_16_bit_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    hf = write(tmp_path, CONFIG, quantizer(32), dtype="float16")
+    model = load(tmp_path, dtype=dtype)
+    assert model.spec.dtype == "float16" and model.layers[0].mlp.down._matmul.packed.rest.scales.dtype == torch.float16
+    want = hf_logits(hf.float(), TOKENS)
+    error = (logits(model).float() - want).abs().mean()
+    assert error < 1.5 * (hf_logits(hf.to(dtype), TOKENS).float() - want).abs().mean()
+
+
 def test_random_weights_run(tmp_path: Path) -> None:
     write(tmp_path, CONFIG, quantizer(32))
     assert bool(logits(load(tmp_path, "dummy")).isfinite().all())
@@ -74,6 +86,12 @@ def test_random_weights_run(tmp_path: Path) -> None:
 def test_another_layout_is_refused_by_name(change: dict[str, Any], says: str) -> None:
     with pytest.raises(NotSupportedYet, match=says):
         method_of({**CONFIG, **change})
+
+
+def test_another_layout_is_refused_before_anything_is_downloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, {**CONFIG, "version": "gemv"}, quantizer(32))
+    assert main(["pull", str(tmp_path)]) == 1
+    assert "quantized weights (awq with version 'gemv') are not supported yet: use a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("change", "says"), [

@@ -134,6 +134,19 @@ def test_weights_of_the_package_have_its_values(
     assert isinstance(check(tmp_path, hf, atol=1e-3).layers[0].mlp.down._matmul, Bnb4Matmul) == packed
 
 
+def test_a_checkpoint_that_transformers_wrote_has_its_logits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes"), pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    unquantized(tmp_path / "whole", hidden_size=128, intermediate_size=128)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    settings.bnb_4bit_compute_dtype = torch.float32
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", dtype=torch.float32, device_map="cpu", quantization_config=settings)
+    hf.save_pretrained(tmp_path / "packed")
+    check(tmp_path / "packed", hf)
+
+
 def test_int8_weights_of_the_package_have_its_values(tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
 

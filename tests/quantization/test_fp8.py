@@ -60,6 +60,16 @@ def test_logits_equal_those_of_the_dequantized_weights(config: Any, quantize: An
     check(tmp_path, write(tmp_path, config, quantize, **model))
 
 
+def test_transformers_dequantizes_the_blocks_to_the_same_weights(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    write(tmp_path, BLOCKS, quantizer((32, 32), "weight_scale_inv"))
+    settings = FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+    check(tmp_path, AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, device_map="cpu", quantization_config=settings))
+
+
 def test_products_know_how_their_inputs_are_quantized(tmp_path: Path) -> None:
     write(tmp_path, STATIC, quantizer(inputs="input_scale"))
     matmul = load(tmp_path).layers[0].attention.qkv._matmul
