@@ -51,6 +51,8 @@ def one_of(f: dataclasses.Field[Any]) -> tuple[list[str], Any]:
         return ["0.5"], 0.5
     if kind.startswith("dict"):
         return ['{"key": 1}'], {"key": 1}
+    if f.name == "quantization":
+        return ["fp8"], "fp8"
     return ["word"], ("word",) if kind.startswith("tuple") else "word"
 
 
