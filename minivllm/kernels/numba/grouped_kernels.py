@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from minivllm.kernels.numba.grouped_tiles import TILE, dequantize_tile, multiply_tile
 from minivllm.kernels.numba.threads import Kernel, vector_shape
@@ -18,12 +17,14 @@ from minivllm.kernels.numba.vectors import (
     get_f32,
     get_f64,
     load,
+    load_either,
     put_f32,
     put_i64,
-    rounded,
+    rounded_either,
     splat,
     stack,
     store,
+    store_either,
     total,
 )
 
@@ -63,8 +64,7 @@ def inputs_kernel() -> Kernel:
             for c in range(0, n, LANES):
                 x = zeros
                 if row < rows:
-                    source = p[X] + row * p[X_STRIDE] + c * item
-                    x = load(source, LANES, 1) if half else load(source, LANES, 0)
+                    x = load_either(p[X] + row * p[X_STRIDE] + c * item, LANES, half)
                 squares = fma(x, x, squares)
                 store(temporary + c * 4, x, 0)
             scale = splat(np.float32(1.0 / math.sqrt(total(squares) / np.float32(n) + np.float32(get_f64(args + 8 * EPS)))), LANES)
@@ -77,10 +77,7 @@ def inputs_kernel() -> Kernel:
                 for c in range(g * group, (g + 1) * group, LANES):
                     x = load(temporary + c * 4, LANES, 0)
                     if p[NORM] != 0:  # rounded where the reference rounds
-                        if half:
-                            x = rounded(rounded(x * scale, 1) * load(p[NORM] + c * 2, LANES, 1), 1)
-                        else:
-                            x = x * scale * load(p[NORM] + c * 4, LANES, 0)
+                        x = rounded_either(rounded_either(x * scale, half) * load_either(p[NORM] + c * item, LANES, half), half)
                     part = part + x
                     place = temporary if width > 1 else out
                     store(place + c * 4, x * factor, 0)
@@ -95,19 +92,6 @@ def inputs_kernel() -> Kernel:
     return Kernel(arrange, "the inputs of products with packed weights")
 
 
-@njit(inline="always")
-def finish_row(out, residual, bias, sums, lanes, half):
-    """A row's 16 sums, plus bias and residual, to memory."""
-    item = 2 if half else 4
-    for i in range(0, TILE, lanes):
-        y = load(sums + i * 4, lanes, 0)
-        if bias != 0:
-            y = y + load(bias + i * item, lanes, half)
-        if residual != 0:
-            y = y + load(residual + i * item, lanes, half)
-        store(out + i * item, y, half)
-
-
 @lru_cache(maxsize=32)
 def product_kernel(bits: int, number: int, offset: int) -> Kernel:
     """OUT = inputs times the weight, plus bias and residual; a task is a tile of 16 outputs."""
@@ -119,7 +103,8 @@ def product_kernel(bits: int, number: int, offset: int) -> Kernel:
         sums = stack(SUMS_BYTES)
         rows, supers, groups, words = p[ROWS], p[NUM_SUPERS], p[NUM_GROUPS], p[NUM_WORDS]
         n = supers * groups * words * p[CODES]
-        item = 2 if p[HALF] else 4
+        half = p[HALF]
+        item = 2 if half else 4
         while True:
             tile = fetch_add(args, 1)
             if tile >= p[END]:
@@ -134,15 +119,15 @@ def product_kernel(bits: int, number: int, offset: int) -> Kernel:
                     multiply_tile(sums, a, b, c, d, e, x, s, supers, groups, words, zero, BITS, NUMBER, OFFSET, LANES, 4)
                 else:
                     multiply_tile(sums, a, b, c, d, e, x, s, supers, groups, words, zero, BITS, NUMBER, OFFSET, LANES, 1)
-                column = tile * TILE * item
-                bias = 0 if p[BIAS] == 0 else p[BIAS] + column
                 for r in range(width):
-                    out = p[OUT] + (row + r) * p[OUT_STRIDE] + column
-                    residual = 0 if p[RESIDUAL] == 0 else p[RESIDUAL] + (row + r) * p[RESIDUAL_STRIDE] + column
-                    if item == 2:
-                        finish_row(out, residual, bias, sums + r * 4 * TILE, LANES, 1)
-                    else:
-                        finish_row(out, residual, bias, sums + r * 4 * TILE, LANES, 0)
+                    for i in range(0, TILE, LANES):
+                        column = (tile * TILE + i) * item
+                        y = load(sums + (r * TILE + i) * 4, LANES, 0)
+                        if p[BIAS] != 0:
+                            y = y + load_either(p[BIAS] + column, LANES, half)
+                        if p[RESIDUAL] != 0:
+                            y = y + load_either(p[RESIDUAL] + (row + r) * p[RESIDUAL_STRIDE] + column, LANES, half)
+                        store_either(p[OUT] + (row + r) * p[OUT_STRIDE] + column, y, half)
                 row += width
 
     return Kernel(multiply, f"products with packed weights of {bits} bits")

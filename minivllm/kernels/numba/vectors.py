@@ -87,6 +87,11 @@ def upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     return builder.add(bits, builder.add(odd, constant(0x7FFF, lanes, I32)))
 
 
+def emit_rounded(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """float32 numbers rounded to bfloat16, as float32."""
+    return builder.bitcast(builder.and_(upper_half(builder, value, lanes), constant(0xFFFF0000, lanes, I32)), value.type)
+
+
 def emit_store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, lanes: int, half: int) -> None:
     """`lanes` float32 numbers to memory, rounded to bfloat16 if `half`."""
     if half:
@@ -164,12 +169,47 @@ def rounded(typingctx, value, half):
     n, narrow = value.lanes, half.literal_value
 
     def emit(context, builder, sig, args):
-        if not narrow:
-            return args[0]
-        bits = builder.and_(upper_half(builder, args[0], n), constant(0xFFFF0000, n, I32))
-        return builder.bitcast(bits, args[0].type)
+        return emit_rounded(builder, args[0], n) if narrow else args[0]
 
     return value(value, half), emit
+
+
+@intrinsic(prefer_literal=True)
+def load_either(typingctx, address, lanes, half):
+    """As `load`, where `half` is known at run time only: nonzero for bfloat16."""
+    n = lanes.literal_value
+
+    def emit(context, builder, sig, args):
+        cell = cgutils.alloca_once(builder, ir.VectorType(F32, n))
+        with builder.if_else(cgutils.is_not_null(builder, args[2])) as (then, otherwise):
+            for narrow, branch in ((1, then), (0, otherwise)):
+                with branch:
+                    builder.store(emit_load(builder, args[0], n, narrow), cell)
+        return builder.load(cell)
+
+    return Vector(n)(types.int64, lanes, types.int64), emit
+
+
+@intrinsic
+def store_either(typingctx, address, value, half):
+    """As `store`, where `half` is known at run time only."""
+    def emit(context, builder, sig, args):
+        with builder.if_else(cgutils.is_not_null(builder, args[2])) as (then, otherwise):
+            for narrow, branch in ((1, then), (0, otherwise)):
+                with branch:
+                    emit_store(builder, args[0], args[1], value.lanes, narrow)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, types.int64), emit
+
+
+@intrinsic
+def rounded_either(typingctx, value, half):
+    """As `rounded`, where `half` is known at run time only."""
+    def emit(context, builder, sig, args):
+        return builder.select(cgutils.is_not_null(builder, args[1]), emit_rounded(builder, args[0], value.lanes), args[0])
+
+    return value(value, types.int64), emit
 
 
 def _scalar_access(kind: types.Type, bits: ir.Type) -> tuple[Any, Any]:
