@@ -1,6 +1,7 @@
 """Shared by all tests: Hypothesis profiles, the `gpu` marker, and models.
 
-    default_model    ModelFiles of the embedded default model, downloaded and converted once into the user's cache
+    default_model    ModelFiles of the embedded default model, downloaded once into the user's cache; its weights are packed
+    default_float32  a folder with its dequantized weights, for Transformers
     one_torch_thread PyTorch uses one thread while a module's tests run
     tiny_llama       (**config) -> folder of a tiny random Llama with a tokenizer; the same arguments give the same folder
 """
@@ -72,6 +73,17 @@ def default_model() -> ModelFiles:
         if IN_CI:
             raise
         pytest.skip(f"the default model is not available: {error}")
+
+
+@pytest.fixture(scope="session")
+def default_float32(default_model: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the default model's weights in float32, which represents the blocks' values exactly."""
+    from minivllm.models.gguf import convert
+    from minivllm.models.hub import default_gguf
+
+    folder = tmp_path_factory.mktemp("default") / "float32"
+    convert(default_gguf(), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from minivllm.families import parse_config
     from minivllm.models.hub import find_model
-    from minivllm.quantization.methods import METHODS, method_of
 
-    def check(found: dict[str, Any]) -> None:
-        parse_config(found, methods=METHODS)
-        method_of(found)
-
-    files = find_model(build(EngineConfig, given(args, EngineConfig)), check)
+    files = find_model(build(EngineConfig, given(args, EngineConfig)))
     print(files.folder)
     return 0

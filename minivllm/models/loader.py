@@ -27,7 +27,8 @@ from minivllm.errors import ModelError
 from minivllm.families import ModelSpec, parse_config
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
-from minivllm.models.weight_files import find_weight_files
+from minivllm.models.gguf_weights import open_index
+from minivllm.models.weight_files import GGUF_INDEX, find_weight_files
 from minivllm.quantization.base import MethodOf, StoredTensor
 from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes, stored_modules
 
@@ -289,7 +290,7 @@ def open_checkpoint(folder: Path, safetensors_only: bool = False) -> Iterator[Ch
     with ExitStack() as stack:
         for file in weights.files:
             shown = file.relative_to(folder).as_posix()  # as an index spells it
-            for stored in _open_safetensors(file, shown, stack) if file.suffix == ".safetensors" else _open_torch(file, shown):
+            for stored in _open(file, shown, stack):
                 name = _without_prefix(stored.name)
                 first = checkpoint.setdefault(name, stored)
                 if first is stored:
@@ -300,6 +301,12 @@ def open_checkpoint(folder: Path, safetensors_only: bool = False) -> Iterator[Ch
                 if weights.file_of.get(stored.name) != first.file:
                     checkpoint[name] = stored
         yield checkpoint
+
+
+def _open(file: Path, shown: str, stack: ExitStack) -> list[StoredTensor]:
+    if file.name == GGUF_INDEX:
+        return open_index(file)
+    return _open_safetensors(file, shown, stack) if file.suffix == ".safetensors" else _open_torch(file, shown)
 
 
 def _without_prefix(name: str) -> str:

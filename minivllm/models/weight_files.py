@@ -4,6 +4,7 @@
     model.safetensors.index.json                      the index of several files: {"weight_map": {tensor: file}}
     model-00001-of-00002.safetensors, ...             a complete series without an index
     one other *.safetensors
+    model.gguf.index.json                             tensors in .gguf files elsewhere (`gguf_weights`)
     pytorch_model.bin, pytorch_model.bin.index.json   only without any of the above
 """
 from __future__ import annotations
@@ -12,12 +13,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from minivllm.errors import ModelError
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)
+GGUF_INDEX = "model.gguf.index.json"
 SERIES = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 MOST_HEADER_BYTES = 100 << 20  # the format's limit
+GGUF_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 # The same weights in Mistral's format. Names of a few other formats, for the error.
 CONSOLIDATED = "consolidated*"
 OTHER_FORMATS = {
@@ -46,6 +51,8 @@ def find_weight_files(folder: Path, safetensors_only: bool = False) -> WeightFil
         return WeightFiles(others)
     if others:
         return _of_series(folder, others)
+    if (index := folder / GGUF_INDEX).is_file() and not safetensors_only:
+        return WeightFiles([index])
     single, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
     if safetensors_only and (single.is_file() or index.is_file()):
         raise ModelError(f"model folder {str(folder)!r} has only pytorch_model.bin weights: use load_format 'auto'", "load_format")
@@ -111,3 +118,12 @@ def _of_series(folder: Path, files: list[Path]) -> WeightFiles:
     if missing or not count:
         raise ModelError(f"{folder} has only {shown} of {count} weight files; is the download complete?", "model")
     return WeightFiles(files)
+
+
+def find_parts(path: AnyPath) -> list[AnyPath]:
+    """The files of the model that a .gguf file belongs to: itself, or all parts NAME-00001-of-00003.gguf, whether they exist or not."""
+    match = GGUF_PART.fullmatch(path.name)
+    if match is None or not int(match[3]):
+        return [path]
+    name, _, count, suffix = match.groups()
+    return [path.with_name(f"{name}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]

@@ -40,17 +40,25 @@ def shapes(arch: str, *, tied: bool = False, bias: bool = False, rows: int = VOC
 
 
 def block_bytes(values: np.ndarray, kind: Q, rng: np.random.Generator) -> np.ndarray:
-    """`values` quantized. For types that gguf can only read: random blocks whose float16 scales are finite."""
+    """`values` quantized. For types that gguf can only read: random blocks whose float16 scales are at most 0.0035."""
     try:
         return quantize(values, kind)
     except NotImplementedError:
         shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
-        return rng.integers(0, 0x3C, size=shape, dtype=np.uint8)
+        return rng.integers(0, 28, size=shape, dtype=np.uint8)
 
 
 def convert(path: Path) -> Path:
+    """A folder with dequantized weights."""
     out = path.with_suffix("")
     ours.convert(path, out)
+    return out
+
+
+def prepare(path: Path) -> Path:
+    """A folder whose weights are in the file."""
+    out = path.with_suffix(".packed")
+    ours.prepare(path, out)
     return out
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from minivllm.families import parse_config
 from minivllm.models import gguf as ours
+from minivllm.models import gguf_weights
 from minivllm.models.hub import ModelFiles, default_gguf
 from minivllm.quantization.methods import parameters
 from tests.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, config_of, convert, refused
@@ -49,28 +50,20 @@ def tensor_names(folder: Path) -> set[str]:
 
 # ---- the embedded default model
 
-@pytest.fixture(scope="module")
-def fresh(default_model: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model, converted by the current code. (The cache may hold the output of older code.)"""
-    out = tmp_path_factory.mktemp("fresh") / "model"
-    ours.convert(default_gguf(), out)
-    return out
+def test_default_model_tensors_equal_transformers_own_reading_bit_for_bit(default_float32: Path) -> None:
+    assert_same_tensors(default_float32, oracle(default_gguf(), default_float32))
 
 
-def test_default_model_tensors_equal_transformers_own_reading_bit_for_bit(fresh: Path) -> None:
-    assert_same_tensors(fresh, oracle(default_gguf(), fresh))
-
-
-def test_default_model_tokenizer_and_chat_template_equal_transformers_own_reading(fresh: Path) -> None:
+def test_default_model_tokenizer_and_chat_template_equal_transformers_own_reading(default_float32: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     path = default_gguf()
     theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    backend = Tokenizer.from_file(str(fresh / "tokenizer.json"))
+    backend = Tokenizer.from_file(str(default_float32 / "tokenizer.json"))
     for text in ("Hello, world!", "", " a  b\n\n\tc", "naïve 漢字 🎉", "x = 12345", "<|im_start|>user\nhi<|im_end|>", "I've 3.14"):
         assert backend.encode(text).ids == theirs.encode(text), text
-    again = AutoTokenizer.from_pretrained(fresh)
+    again = AutoTokenizer.from_pretrained(default_float32)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
     for prompt in (True, False):
         kwargs = {"tokenize": False, "add_generation_prompt": prompt}
@@ -78,19 +71,20 @@ def test_default_model_tokenizer_and_chat_template_equal_transformers_own_readin
     assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
 
 
-def test_default_model_splits_digits_one_by_one_as_its_vocabulary_requires(fresh: Path) -> None:
+def test_default_model_splits_digits_one_by_one_as_its_vocabulary_requires(default_float32: Path) -> None:
     """transformers' conversion splits as GPT-2 does: it would join the second space and the digit to one piece."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(fresh / "tokenizer.json"))
+    backend = Tokenizer.from_file(str(default_float32 / "tokenizer.json"))
     assert backend.encode("a  12").tokens == ["a", "ĠĠ", "1", "2"]
 
 
-def test_the_cached_conversion_equals_a_new_one(fresh: Path, default_model: ModelFiles) -> None:
-    """If this fails, the conversion has changed without an increase of CONVERSION, so users would keep the old output."""
-    names = sorted(path.name for path in fresh.iterdir())
+def test_the_cached_folder_equals_a_new_one(default_model: ModelFiles, tmp_path: Path) -> None:
+    """If this fails, `prepare` has changed without an increase of CONVERSION, so users would keep the old output."""
+    ours.prepare(default_gguf(), tmp_path / "new")
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert sorted(path.name for path in default_model.folder.iterdir()) == names
-    assert filecmp.cmpfiles(fresh, default_model.folder, names, shallow=False) == (names, [], [])
+    assert filecmp.cmpfiles(tmp_path / "new", default_model.folder, names, shallow=False) == (names, [], [])
 
 
 # ---- every architecture and many types
@@ -126,7 +120,7 @@ def test_quantized_tensors_of_a_large_model_are_stored_as_bfloat16(write_gguf: C
     import torch
 
     exact = {name: t.clone() for name, t in load_file(convert(write_gguf("llama", Q.Q4_1)) / "model.safetensors").items()}
-    monkeypatch.setattr(ours, "LARGE", 1000)
+    monkeypatch.setattr(gguf_weights, "LARGE", 1000)
     rounded = load_file(convert(write_gguf("llama", Q.Q4_1)) / "model.safetensors")
     for name, tensor in rounded.items():
         assert torch.equal(tensor, exact[name].to(tensor.dtype)), name

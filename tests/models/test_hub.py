@@ -25,7 +25,9 @@ from minivllm.families import parse_config
 from minivllm.models import gguf, hub, hub_repository
 from minivllm.models.cache import build_once, cache_dir
 from minivllm.models.gguf_config import llama3_factors
+from minivllm.models.gguf_weights import read_index
 from minivllm.models.hub import ModelFiles, find_model
+from minivllm.models.weight_files import GGUF_INDEX
 from tests.models.gguf_files import HEAD_DIM
 from tests.models.hub_server import serve_hub
 
@@ -281,34 +283,34 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def fake_convert(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A conversion that writes a small folder and records its calls."""
+def fake_prepare(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Writes a small folder and records its calls."""
     calls: list[Path] = []
 
-    def convert(path: Path, out: Path, check: Any = None) -> None:
+    def prepare(path: Path, out: Path, check: Any = None) -> None:
         calls.append(path)
         make_folder(out, config=json.dumps({"from": path.read_text()}))
 
-    monkeypatch.setattr(gguf, "convert", convert)
-    monkeypatch.setattr(hub_repository, "gguf_head", lambda name, file: contextlib.nullcontext(Path(file)))
+    monkeypatch.setattr(gguf, "prepare", prepare)
+    monkeypatch.setattr(hub_repository, "gguf_head", lambda name, files: contextlib.nullcontext(Path(files[0])))
     monkeypatch.setattr(gguf, "read_header", lambda path, shown: SimpleNamespace(config={}))
     return calls
 
 
-def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache: Path, tmp_path: Path, fake_convert: list[Path]) -> None:
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache: Path, tmp_path: Path, fake_prepare: list[Path]) -> None:
     path = tmp_path / "m.gguf"
     path.write_text("one")
     first = find(path)
     assert first.config == {"from": "one"}
     assert first.folder.parent == cache / "models"
     assert find(path) == first
-    assert len(fake_convert) == 1
+    assert len(fake_prepare) == 1
     path.write_text("other")
     assert find(path).config == {"from": "other"}
-    assert len(fake_convert) == 2
+    assert len(fake_prepare) == 2
 
 
-def test_two_files_with_the_same_name_have_different_conversions(cache: Path, tmp_path: Path, fake_convert: list[Path]) -> None:
+def test_two_files_with_the_same_name_have_different_conversions(cache: Path, tmp_path: Path, fake_prepare: list[Path]) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "m.gguf").write_text(name)
@@ -316,30 +318,30 @@ def test_two_files_with_the_same_name_have_different_conversions(cache: Path, tm
     assert [find(tmp_path / name / "m.gguf").config["from"] for name in ("a", "b")] == ["a", "b"]
 
 
-def test_a_new_version_of_the_conversion_converts_again(cache: Path, tmp_path: Path, fake_convert: list[Path],
+def test_a_new_version_of_the_conversion_converts_again(cache: Path, tmp_path: Path, fake_prepare: list[Path],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.gguf").write_text("one")
     find(tmp_path / "m.gguf")
     monkeypatch.setattr(gguf, "CONVERSION", gguf.CONVERSION + 1)
     find(tmp_path / "m.gguf")
-    assert len(fake_convert) == 2
+    assert len(fake_prepare) == 2
 
 
 @pytest.mark.parametrize("error", [ModelError("truncated"), KeyboardInterrupt()])
 def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_succeeds(
-        cache: Path, tmp_path: Path, fake_convert: list[Path], monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        cache: Path, tmp_path: Path, fake_prepare: list[Path], monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     (tmp_path / "m.gguf").write_text("one")
-    whole = gguf.convert
+    whole = gguf.prepare
 
     def half(path: Path, out: Path, check: Any) -> None:
         whole(path, out)
         raise error
 
-    monkeypatch.setattr(gguf, "convert", half)
+    monkeypatch.setattr(gguf, "prepare", half)
     with pytest.raises(type(error)):
         find(tmp_path / "m.gguf")
     assert [p.suffix for p in (cache / "models").iterdir()] == [".lock"]
-    monkeypatch.setattr(gguf, "convert", whole)
+    monkeypatch.setattr(gguf, "prepare", whole)
     assert find(tmp_path / "m.gguf").config == {"from": "one"}
 
 
@@ -489,7 +491,7 @@ def test_a_folder_without_weights_is_refused_for_its_config_first(tmp_path: Path
 
 
 GGUFS = ("README.md", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "m-BF16.gguf", "mmproj-m-F16.gguf", "big-F32-00001-of-00002.gguf",
-         "big-F32-00002-of-00002.gguf")
+         "big-F32-00002-of-00002.gguf", "cut-IQ2-00001-of-00002.gguf")
 
 
 def test_a_gguf_repository_says_which_files_it_has_and_how_to_name_one(fake_hub: Any) -> None:
@@ -510,17 +512,17 @@ def test_a_gguf_repository_with_a_config_says_the_same(fake_hub: Any) -> None:
     ("https://huggingface.co/owner/name/blob/main/m-Q8_0.gguf", "m-Q8_0.gguf"),
     ("https://huggingface.co/owner/name/resolve/main/m-Q8_0.gguf", "m-Q8_0.gguf"),
 ])
-def test_one_gguf_file_of_a_repository_is_downloaded_and_converted(cache: Path, fake_hub: Any, fake_convert: list[Path], name: str,
+def test_one_gguf_file_of_a_repository_is_downloaded(cache: Path, fake_hub: Any, fake_prepare: list[Path], name: str,
                                                                    file: str) -> None:
     calls = fake_hub(GGUFS)
     files = find(name)
     assert [(call["name"], call.get("file")) for call in calls] == [("owner/name", file)]
-    assert [path.name for path in fake_convert] == [file] and files.name == name and files.folder.parent == cache / "models"
+    assert [path.name for path in fake_prepare] == [file] and files.name == name and files.folder.parent == cache / "models"
 
 
 @pytest.mark.parametrize(("name", "says"), [
     ("owner/name:Q5_K_M", "no GGUF file of 'owner/name' on the hub matches 'Q5_K_M' (big-F32-00001"),
-    ("owner/name:F16", "no GGUF file"), ("owner/name:F32", "in several parts"), ("owner/name:K", "no GGUF file"),
+    ("owner/name:F16", "no GGUF file"), ("owner/name:IQ2", "lacks cut-IQ2-00002-of-00002.gguf"), ("owner/name:K", "no GGUF file"),
 ])
 def test_a_gguf_tag_must_fit_one_file(fake_hub: Any, name: str, says: str) -> None:
     calls = fake_hub(GGUFS)
@@ -537,7 +539,7 @@ def test_a_gguf_tag_must_fit_one_file(fake_hub: Any, name: str, says: str) -> No
 def test_a_gguf_file_that_cannot_run_is_refused_by_its_header(
         write_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, arch: str, kind: Q,
         settings: dict[str, Any], says: str) -> None:
-    """On the hub before the file is downloaded, and here before it is converted."""
+    """On the hub before the file is downloaded, and here before anything is written."""
     extra = {"blk.0.attn_q.weight": np.zeros((8, 8))} if kind == Q.F64 else {}
     path = write_gguf(arch, extra=extra, drop=tuple(extra))
     monkeypatch.setattr(hub_repository, "HEAD_BYTES", 512)  # so that the header takes several requests
@@ -564,6 +566,21 @@ def test_a_gguf_file_that_runs_is_downloaded_once(write_gguf: Callable[..., Path
     assert seen[0] == seen[2]
 
 
+@pytest.mark.parametrize("name", ["owner/name:Q4_K_M", "owner/name:m-Q4_K_M-00002-of-00003.gguf"])
+def test_all_parts_of_a_gguf_file_are_checked_and_downloaded(write_gguf: Callable[..., Path], tmp_path: Path, cache: Path,
+                                                             monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    parts = sorted(write_gguf("llama", Q.Q4_K, per_part=12).parent.glob("*.gguf"))
+    files = {f"m-Q4_K_M{part.name[-20:]}": part.read_bytes() for part in parts}
+    seen: list[dict[str, Any]] = []
+    with serve_hub(files, monkeypatch, tmp_path / "hub"):
+        monkeypatch.setattr(hub_repository, "HEAD_BYTES", 4096)
+        found = find(name, check=seen.append, skip_tokenizer_init=True)
+    assert len(parts) == 3 and seen[0] == seen[2]
+    tensors = read_index(found.folder / GGUF_INDEX).values()
+    assert {Path(tensor.file).name for tensor in tensors} == set(files) - {"m-Q4_K_M-00001-of-00003.gguf"}  # which has only metadata
+    assert all(len(tensor.rows()) == tensor.shape[0] for tensor in tensors)
+
+
 def test_a_damaged_gguf_file_is_named_before_its_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_hub({"m.gguf": b"GGUF" + bytes(10_000)}, monkeypatch, tmp_path / "hub"):
         monkeypatch.setattr(hub_repository, "HEAD_BYTES", 512)
@@ -576,7 +593,7 @@ def test_a_gguf_name_on_the_hub_has_the_hubs_errors(fake_hub: Any) -> None:
         assert "owner/name:Q4_K_M' is not a local folder" in str(refused("owner/name:Q4_K_M"))
 
 
-def test_without_a_network_a_downloaded_gguf_file_is_found_in_the_cache(cache: Path, fake_hub: Any, fake_convert: list[Path],
+def test_without_a_network_a_downloaded_gguf_file_is_found_in_the_cache(cache: Path, fake_hub: Any, fake_prepare: list[Path],
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(GGUFS)
 
