@@ -102,11 +102,11 @@ def find_model(name: str | None, scratch: Path, load_format: str) -> tuple[str, 
         return f"{name} shape with random weights", str(scratch)
     if name:
         return Path(name).name, name
-    from minivllm.config import EngineConfig
-    from minivllm.models.hub import find_model as find
+    from minivllm.models.gguf import convert
+    from minivllm.models.hub import DEFAULT_NAME, default_gguf
 
-    files = find(EngineConfig())
-    return files.name, str(files.folder)
+    convert(default_gguf(), scratch)  # dequantized, so that all engines compute with the same weights
+    return DEFAULT_NAME, str(scratch)
 
 
 def measure(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int) -> dict[str, Any]:
