@@ -544,9 +544,9 @@ def test_a_gguf_file_that_cannot_run_is_refused_by_its_header(
     path = write_gguf(arch, extra=extra, drop=tuple(extra))
     monkeypatch.setattr(hub_repository, "HEAD_BYTES", 512)  # so that the header takes several requests
     with serve_hub({"m-Q4_K_M.gguf": path.read_bytes()}, monkeypatch, tmp_path / "hub") as server:
-        refused("owner/name:Q4_K_M", says, check=parse_config, **settings)
+        refused("owner/name:Q4_K_M", says, check=hub.check_config, **settings)
     assert 512 < server.bytes_sent(".gguf") < path.stat().st_size / 4
-    refused(path, says.replace("owner/name/m-Q4_K_M.gguf", str(path)), check=parse_config, **settings)
+    refused(path, says.replace("owner/name/m-Q4_K_M.gguf", str(path)), check=hub.check_config, **settings)
     assert not [p for p in (cache / "models").iterdir() if p.is_dir()]
 
 
