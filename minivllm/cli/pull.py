@@ -1,4 +1,4 @@
-"""`minivllm pull [MODEL]`: download and convert a model now, so that later starts are fast."""
+"""`minivllm pull [MODEL]`: download a model now, so that later starts are fast."""
 from __future__ import annotations
 
 import argparse
@@ -12,7 +12,7 @@ FIELDS = ("model", "tokenizer", "revision", "load_format")
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("pull", help="download a model into the cache",
-                                 description="Download a model, convert it if necessary, and print its folder.")
+                                 description="Download a model, and print its folder.")
     add_model_argument(parser)
     add_config_flags(parser, EngineConfig, "model", only=FIELDS)
 
