@@ -196,7 +196,7 @@ def _on_gpu() -> bool:
 def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From a quantization_config with quant_method "bitsandbytes"."""
     skipped = "llm_int8_skip_modules"
-    dense = names(config, skipped) if config.get(skipped) is not None else ["lm_head"]
+    dense = listed(names(config, skipped) if config.get(skipped) is not None else ["lm_head"], skipped)
     if read(config, Key("load_in_8bit", bool, False)):
         method: LinearMethod = LLMInt8Method(8, -1, symmetric=True, packed=False, scale_bytes=4)
     else:
@@ -204,7 +204,7 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
         kind = one_of(PACKAGE, "bnb_4bit_quant_type", read(config, Key("bnb_4bit_quant_type", str, "fp4")), ("nf4", "fp4"))
         one_of(PACKAGE, "bnb_4bit_quant_storage", read(config, Key("bnb_4bit_quant_storage", str, "uint8")), ("uint8",))
         method = Bnb4Method(kind, packed=is_installed() and _on_gpu())
-    return by_name(lambda name: DENSE if listed(name, dense, skipped) else method)
+    return by_name(lambda name: DENSE if dense(name) else method)
 
 
 def online() -> MethodOf:

@@ -21,7 +21,7 @@ from minivllm.quantization.base import DUMMY_SCALE, LinearMethod, Matmul, Method
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.fp8 import FP8Method, block_shape, per_output
 from minivllm.quantization.grouped import grouped_bytes, spread
-from minivllm.quantization.modules import by_name, full_names, group_size, matched, names, one_of, unsupported
+from minivllm.quantization.modules import by_name, compiled, full_names, group_size, matched, names, one_of, unsupported
 from minivllm.quantization.order import UNORDERED, order_bytes, ordered_matmul, unordered
 
 if TYPE_CHECKING:
@@ -130,29 +130,32 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     for label, group in read(config, Key("config_groups", dict)).items():
         if not isinstance(group, Mapping):
             raise ModelError(f"quantization_config: config_groups.{label} must be an object, got {shown(group)}: correct it", "model")
-        groups.append((names(group, "targets"), _method(group, read(group, Key("format", str, None)) or read(config, Key("format", str)))))
-    ignored = names(config, "ignore")
+        method = _method(group, read(group, Key("format", str, None)) or read(config, Key("format", str)))
+        groups.append((_Targets(names(group, "targets"), "targets"), method))
+    ignored = _Targets(names(config, "ignore"), "ignore")
 
     def choose(name: str) -> LinearMethod:
-        if any(_matches(name, pattern) for pattern in ignored):
+        ranks = [targets.rank(name) for targets, _ in groups]
+        if ignored.rank(name) is not None or not any(ranks):
             return DENSE
-        # Names come before patterns, and patterns before classes.
-        for rank in (0, 1, 2):
-            for targets, method in groups:
-                if any(_rank(target) == rank and _matches(name, target) for target in targets):
-                    return method
-        return DENSE
+        return groups[ranks.index(min(filter(None, ranks)))][1]
     return by_name(choose)
 
 
-def _rank(target: str) -> int:
-    return 2 if target == "Linear" else int(target.startswith("re:"))
+class _Targets:
+    """A list of names, regular expressions ("re:..") and classes of modules, of which "Linear" is the only one here."""
 
+    def __init__(self, targets: list[str], field: str) -> None:
+        self._exact = set(targets)
+        self._patterns = [compiled(target[3:], field) for target in targets if target.startswith("re:")]
 
-def _matches(name: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return matched(name, target[3:], "targets or ignore")
-    return target == "Linear" or target in full_names(name)
+    def rank(self, name: str) -> int | None:
+        """1 if a name matches, 2 if a pattern does, 3 if the class does: names come before patterns, and patterns before classes."""
+        if not self._exact.isdisjoint(full_names(name)):
+            return 1
+        if any(matched(name, pattern) for pattern in self._patterns):
+            return 2
+        return 3 if "Linear" in self._exact else None
 
 
 def _method(group: Mapping[str, Any], layout: str) -> LinearMethod:

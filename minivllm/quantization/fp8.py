@@ -111,5 +111,5 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     block = config.get("weight_block_size")
     method = FP8Method(None if block is None else block_shape(block, "weight_block_size"), quantize_input=True,
                        input_scale=scheme == "static")
-    dense = [*names(config, "modules_to_not_convert"), *names(config, "ignored_layers"), "lm_head"]
-    return by_name(lambda name: DENSE if listed(name, dense, "modules_to_not_convert") else method)
+    dense = listed([*names(config, "modules_to_not_convert"), *names(config, "ignored_layers"), "lm_head"], "modules_to_not_convert")
+    return by_name(lambda name: DENSE if dense(name) else method)

@@ -20,7 +20,7 @@ from minivllm.families import Key, read
 from minivllm.quantization.base import DUMMY_SCALE, LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.grouped import grouped_bytes, spread
-from minivllm.quantization.modules import by_name, contains_any, group_size, in_block, matched, one_of
+from minivllm.quantization.modules import by_name, compiled, contains_any, group_size, in_block, matched, one_of
 from minivllm.quantization.order import UNORDERED, order_bytes, ordered_matmul, unordered
 
 if TYPE_CHECKING:
@@ -94,15 +94,16 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     only = [name for names in read(config, Key("modules_in_block_to_quantize", list, []))
             for name in (names if isinstance(names, list) else [names])]
     head = read(config, Key("lm_head", bool, False))
-    overridden = {pattern: None if pattern.startswith("-:") else _method({**config, **_overrides(pattern, values)})
-                  for pattern, values in dynamic.items()}
+    overridden = [(compiled(pattern.removeprefix("-:").removeprefix("+:"), "dynamic"),
+                   DENSE if pattern.startswith("-:") else _method({**config, **_overrides(pattern, values)}))
+                  for pattern, values in dynamic.items()]
 
     def choose(name: str) -> LinearMethod:
         if not (in_block(name) or (head and name == "lm_head")) or (only and in_block(name) and not contains_any(name, only)):
             return DENSE
-        for pattern, method in overridden.items():  # the first that matches counts
-            if matched(name, pattern.removeprefix("-:").removeprefix("+:"), "dynamic"):
-                return method or DENSE
+        for pattern, method in overridden:  # the first that matches counts
+            if matched(name, pattern):
+                return method
         return base
     return by_name(choose)
 

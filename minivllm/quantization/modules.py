@@ -1,6 +1,7 @@
 """Which modules of a checkpoint are quantized: lists of names and patterns in a quantization_config, and errors about its fields."""
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,8 +17,10 @@ PREFIXES = ("model.", "model.decoder.", "")  # in front of our name of a module 
 
 def by_name(choose: Callable[[str], LinearMethod]) -> MethodOf:
     """A method for each linear layer from the names of its parts in checkpoints. The embedding table is not quantized."""
+    chosen = functools.cache(choose)  # a list may have hundreds of patterns
+
     def method_of(linear: LinearSpec) -> LinearMethod:
-        return DENSE if linear.name == "embed" else PartsMethod.of(tuple(choose(name) for name in linear.checkpoint_names))
+        return DENSE if linear.name == "embed" else PartsMethod.of(tuple(chosen(name) for name in linear.checkpoint_names))
     return method_of
 
 
@@ -36,25 +39,35 @@ def contains_any(name: str, parts: list[str]) -> bool:
     return any(part in full for full in full_names(name) for part in parts)
 
 
-def matched(name: str, pattern: str, field: str) -> bool:
-    """Whether a regular expression matches the beginning of a name. Raises `ModelError` that names the field if it is none."""
+def compiled(pattern: str, field: str) -> re.Pattern[str]:
+    """A regular expression. Raises `ModelError` that names the field if it is none."""
     try:
-        return any(re.match(pattern, full) is not None for full in full_names(name))
+        return re.compile(pattern)
     except re.error as error:
         raise ModelError(f"quantization_config: {field} has {shown(pattern)}, which is no regular expression ({error}): correct it",
                          "model") from error
 
 
-def listed(name: str, patterns: list[str], field: str) -> bool:
-    """Whether a list of modules contains this one, by the rule of Transformers' `should_convert_module`.
+def matched(name: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a regular expression matches the beginning of a name."""
+    return any(pattern.match(full) is not None for full in full_names(name))
+
+
+def listed(patterns: list[str], field: str) -> Callable[[str], bool]:
+    """Whether a list of modules contains a name, by the rule of Transformers' `should_convert_module`.
 
     An entry is the beginning of a name up to a dot or its end (a regular expression), or the end of a name. AutoFP8 marks regular
     expressions with "re:", and these match the beginning of a name.
     """
-    return any(
-        matched(name, pattern[3:], field) if pattern.startswith("re:") else
-        matched(name, rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", field) or any(full.endswith(pattern) for full in full_names(name))
-        for pattern in patterns)
+    marked = [compiled(pattern[3:], field) for pattern in patterns if pattern.startswith("re:")]
+    plain = [compiled(pattern, field).pattern for pattern in patterns if not pattern.startswith("re:")]
+    # One expression for all entries: lists may have hundreds.
+    begins, ends = re.compile(rf"(?:{'|'.join(f'(?:{pattern})' for pattern in plain)})(?:(?<=\.)|(?=\.|$))"), tuple(plain)
+
+    def contains(name: str) -> bool:
+        return any(matched(name, pattern) for pattern in marked) or (
+            bool(plain) and (matched(name, begins) or any(full.endswith(ends) for full in full_names(name))))
+    return contains
 
 
 def names(config: Mapping[str, Any], key: str) -> list[str]:

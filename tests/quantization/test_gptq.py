@@ -164,7 +164,6 @@ def test_a_damaged_configuration_is_an_error(change: dict[str, Any], says: str) 
         method_of({**CONFIG, **change})
 
 
-def test_a_pattern_that_is_no_regular_expression_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path, CONFIG | {"dynamic": {"-:(": {}}}, quantizer())
+def test_a_pattern_that_is_no_regular_expression_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"dynamic has '\(', which is no regular expression"):
-        load(tmp_path)
+        method_of(CONFIG | {"dynamic": {"-:(": {}}})
