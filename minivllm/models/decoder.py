@@ -22,6 +22,7 @@ from minivllm.layers.linear import Linear
 from minivllm.layers.mlp import MLP
 from minivllm.layers.norm import Norm, load_norm
 from minivllm.layers.rope import RotaryEmbedding
+from minivllm.models.streaming import DecoderLayer, StreamedLayer, WeightStream
 
 
 class PreNormLayer:
@@ -53,21 +54,23 @@ class PostNormLayer:
 class Decoder:
     """A decoder-only transformer over a paged KV cache."""
 
-    def __init__(self, spec: ModelSpec, build: BuildContext, take: Take) -> None:
-        self.spec, self.build = spec, build
+    def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, stream: WeightStream | None = None) -> None:
+        """stream: of the layers whose weights stay in host memory."""
+        self.spec, self.build, self._stream = spec, build, stream
         self.groups = kv_groups(spec)
         group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         linears = linear_specs(spec)
         ropes: dict[tuple[RopeSpec | None, int], int] = {}  # each different rotary embedding -> its index
         self.embedding = Embedding(spec, build, take, linears)
-        self.layers: list[PreNormLayer | PostNormLayer] = []
+        self.layers: list[DecoderLayer] = []
         for i, layer in enumerate(spec.layers):
             rope = ropes.setdefault((layer.attention.rope, layer.attention.head_dim), len(ropes))
             attn_norm, mlp_norm = (load_norm(build, take, spec, f"layers.{i}.{name}") for name in ("attn_norm", "mlp_norm"))
             before = layer.block == "pre"
             attention = Attention(spec, build, take, linears, i, group_of[i], rope, attn_norm if before else None)
             mlp = MLP(layer.mlp, build, take, linears, i, mlp_norm if before else None)
-            self.layers.append(PreNormLayer(i, attention, mlp) if before else PostNormLayer(i, attention, mlp, attn_norm, mlp_norm))
+            built = PreNormLayer(i, attention, mlp) if before else PostNormLayer(i, attention, mlp, attn_norm, mlp_norm)
+            self.layers.append(built if stream is None else stream.add(built))
         self.ropes = [None if rope is None else RotaryEmbedding(build, rope, head_dim, spec.max_model_len) for rope, head_dim in ropes]
         norm = load_norm(build, take, spec, "norm") if spec.final_norm else None
         self.project_out: Linear | None = None
@@ -77,6 +80,8 @@ class Decoder:
             self.head = Linear.of_table(build, self.embedding.table, norm=norm)
         else:
             self.head = Linear.load(build, take, linears["head"], norm=norm)
+        if stream is not None:
+            stream.start((self.embedding, self.project_out, self.head, *(x for x in self.layers if not isinstance(x, StreamedLayer))))
 
     def without_repetition(self) -> Decoder:
         """A model with few layers that runs every kernel that the whole model runs.
@@ -84,7 +89,7 @@ class Decoder:
         It has one layer of each kind that comes before other layers, and the last one: only that one may compute a part of the tokens.
         """
         few, linears = copy(self), linear_specs(self.spec)
-        chosen: dict[object, PreNormLayer | PostNormLayer] = {}
+        chosen: dict[object, DecoderLayer] = {}
         for layer in self.layers[:-1]:
             methods = tuple(self.build.method(linear) for name, linear in linears.items() if name.startswith(f"layers.{layer.index}."))
             chosen.setdefault((self.spec.layers[layer.index], layer.attention.group, methods), layer)
@@ -106,6 +111,11 @@ class Decoder:
         for layer in self.layers[:-1]:
             x = layer(x, step, kv[layer.index])
         return self.layers[-1](x, step, kv[self.layers[-1].index], last)
+
+    def settle(self) -> None:
+        """Call this at the end of a step that is captured, and before a replay that follows other steps. See `models/streaming.py`."""
+        if self._stream is not None:
+            self._stream.settle()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:

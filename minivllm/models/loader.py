@@ -28,6 +28,7 @@ from minivllm.families import ModelSpec, parse_config
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.gguf_weights import open_index
+from minivllm.models.streaming import WeightStream
 from minivllm.models.weight_files import GGUF_INDEX, find_weight_files
 from minivllm.quantization.base import MethodOf, StoredTensor
 from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes, stored_modules
@@ -71,13 +72,15 @@ DUMMY_STD = 0.02
 Checkpoint = Mapping[str, StoredTensor]  # name without prefix -> tensor
 
 
-def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildContext, seed: int = 0) -> Decoder:
+def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildContext, seed: int = 0,
+               stream: WeightStream | None = None) -> Decoder:
     """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy".
 
+    stream: of the layers whose weights stay in host memory; the device never holds more than one of them while they are loaded.
     Raises `ModelError` naming the tensors that are missing, left over, or of another shape or dtype.
     """
     if load_format == "dummy":
-        return _build_decoder(spec, build, _Dummy(parameters(spec, build.method), build, seed))
+        return _build_decoder(spec, build, _Dummy(parameters(spec, build.method), build, seed), stream)
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
         spec, checkpoint = resolve_tied(spec, found)
         checkpoint = adapted(checkpoint, spec, build.method)
@@ -91,11 +94,11 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         num_bytes = parameter_bytes(needed, build.dtype)
         disable = None if num_bytes >= PROGRESS_FROM else True  # None: tqdm hides the bar unless the output is a terminal
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=disable) as bar:
-            return _build_decoder(spec, build, _Stored(needed, checkpoint, build, bar))
+            return _build_decoder(spec, build, _Stored(needed, checkpoint, build, bar), stream)
 
 
-def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy) -> Decoder:
-    model = Decoder(spec, build, take)
+def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy, stream: WeightStream | None) -> Decoder:
+    model = Decoder(spec, build, take, stream)
     assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
 

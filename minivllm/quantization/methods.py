@@ -117,6 +117,15 @@ def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int) -> Iterat
             yield ResidentWeight(linear.name, "", sum(linear.rows) * itemsize)
 
 
+def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int) -> list[int]:
+    """Bytes of each layer's weights, as `resident_bytes`."""
+    found = [0] * len(spec.layers)
+    for weight in resident_weights(spec, method, itemsize):
+        if weight.name.startswith("layers."):
+            found[int(weight.name.split(".")[1])] += weight.num_bytes
+    return found
+
+
 def _tensor(tensor: TensorSpec) -> Parameter:
     return Parameter(tensor.shape, (Source(tensor.checkpoint_name, tensor.shape),), dummy=1.0 if tensor.kind == "scale" else "normal")
 
