@@ -36,6 +36,7 @@ from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.tuning import SHARED_KEYS_MULTIPLE
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.models.streaming import WeightStream
 from minivllm.quantization.methods import parameters
 from minivllm.worker.kv_cache import KVLayout
 
@@ -60,6 +61,8 @@ def twin_with(model: Decoder, ops: Ops) -> Decoder:
     def replaced(thing: Any) -> Any:
         if isinstance(thing, Ops):
             return ops
+        if isinstance(thing, WeightStream):
+            return thing  # its buffers hold the weights of both
         if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
             return type(thing)(replaced(each) for each in thing)
         if callable(thing) and thing in names:

@@ -88,6 +88,9 @@ class EngineConfig:
     async_scheduling: bool | None = option(None,
         "plan and launch the next step while the current one runs (default: on for a GPU, off for a CPU)")
     kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that do not fit on the device")
+    cpu_offload_gb: float = option(0.0,
+        "GiB of GPU memory to save by keeping the weights of some layers in host memory; each step copies them to the GPU, so steps "
+        "become slower")
     max_queue: int | None = option(None, "maximum number of waiting requests; further ones are refused (default: no limit)")
     trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
@@ -98,6 +101,7 @@ class EngineConfig:
         self._between("seed", -(2**63), 2**63 - 1)
         self._between("long_prefill_token_threshold", 0, MOST)
         self._between("kv_offloading_size", 0, 2**20)
+        self._between("cpu_offload_gb", 0, 2**20)
         for name in ("max_model_len", "max_num_batched_tokens", "max_queue"):
             self._between(name, 1, MOST)
         self._between("kv_cache_memory_bytes", 1, 2**60)

@@ -30,7 +30,7 @@ PARAMETERS = (*PARALLEL, "quantization", "lora")
 LAYERS = (*PARAMETERS, "layers")
 MODELS = (*LAYERS, "models")
 CHOICE = (*MODELS, "sampling", "speculative")
-WORKER = (*CHOICE, "worker")
+WORKER = (*CHOICE, "planning.weight_offload", "worker")
 ENGINE = (*WORKER, "outputs", "engine_request", "splitmix64", "core", "planning", "engine", "compat.settings")
 # what the server may import
 ENGINE_CLIENT = (*INPUT, "outputs", "engine_request", "core.plan", "core.admission", "engine", "output_parsers")
@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": LAYERS,
     "sampling": (*MODELS, "splitmix64"),
     "speculative": MODELS,
-    "worker": CHOICE,
+    "worker": (*CHOICE, "planning.weight_offload"),
     # the engine, which connects both planes
     "engine": ENGINE,
     "server": ENGINE_CLIENT,

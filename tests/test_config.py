@@ -16,7 +16,8 @@ from minivllm.errors import InvalidInput
         ("dtype", "float8"), ("device", "gpu"), ("load_format", "pt"), ("scheduling_policy", "lifo"), ("block_size", 0),
         ("block_size", 257), ("block_size", "16"), ("max_num_seqs", 0), ("max_model_len", 0), ("max_num_batched_tokens", 0),
         ("num_gpu_blocks_override", 1), ("gpu_memory_utilization", 0.0), ("gpu_memory_utilization", 1.5), ("kv_offloading_size", -1.0),
-        ("kv_offloading_size", float("nan")), ("kv_offloading_size", float("inf")), ("gpu_memory_utilization", float("nan")),
+        ("cpu_offload_gb", -0.5), ("kv_offloading_size", float("nan")), ("kv_offloading_size", float("inf")),
+        ("gpu_memory_utilization", float("nan")),
         ("enable_prefix_caching", 1), ("async_scheduling", "yes"), ("max_queue", 0), ("seed", 1.5),
     ],
 )

@@ -106,6 +106,8 @@ def _announce(loaded: LoadedModel, size: CacheSize) -> None:
         fast = dtype == torch.bfloat16
         why = " (this CPU multiplies bfloat16 fast)" if fast else " (no AMX or AVX512-BF16 here, so bfloat16 would be slower)"
     print(f"minivllm: {loaded.spec.architecture} on {where}, {_name(dtype)}{why}", file=sys.stderr, flush=True)
+    if loaded.streaming is not None:
+        print(f"minivllm: {loaded.streaming}", file=sys.stderr, flush=True)
     if size.max_model_len < wanted:
         print(f"minivllm: max_model_len lowered from {wanted} to {size.max_model_len}, the capacity of the KV cache",
               file=sys.stderr, flush=True)

@@ -17,13 +17,15 @@ from minivllm.planning.suggested_models import described, models_that_fit
 from minivllm.quantization.methods import MethodOf, Methods, resident_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.memory import GIB, host_memory
+from minivllm.worker.weight_offload import plan_weight_offload
 
 
 def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -> None:
     """Raise `ModelError` if the weights alone exceed the memory. This runs before they are downloaded."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec.dtype, device)
-    needed = resident_bytes(spec, method, dtype.itemsize)
+    offload = plan_weight_offload(config.cpu_offload_gb, spec, method, dtype, device)
+    needed = resident_bytes(spec, method, dtype.itemsize) - offload.saved_bytes
     if device.type != "cuda":
         total = host_memory()
         if needed > total:

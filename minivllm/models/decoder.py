@@ -113,7 +113,7 @@ class Decoder:
         return self.layers[-1](x, step, kv[self.layers[-1].index], last)
 
     def settle(self) -> None:
-        """Call this at the end of a step that is captured, and before a replay that follows other steps. See `models/streaming.py`."""
+        """Call this at the end of a step that is captured, and before its replay. See `models/streaming.py`."""
         if self._stream is not None:
             self._stream.settle()
 

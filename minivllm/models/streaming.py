@@ -11,9 +11,9 @@ streamed layers again. A captured step relies on that: `settle` at its end, and 
 """
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -69,9 +69,9 @@ class SideStream:
 
 
 def tensors_of(part: object) -> Iterator[Tensor]:
-    """Every tensor that a part of a model holds, each once: in attributes, dataclass fields, tuples, lists and dictionaries.
+    """Every tensor that a part of a model holds, each once: in attributes, tuples, lists and dictionaries.
 
-    It looks into classes of this package, dataclasses and every `Matmul`. A tensor elsewhere stays on the device.
+    Functions, and other callable objects of libraries, are not looked into: a tensor that only they hold stays on the device.
     """
     seen: set[int] = set()
     todo = [part]
@@ -86,16 +86,11 @@ def tensors_of(part: object) -> Iterator[Tensor]:
             todo += found
         elif isinstance(found, dict):
             todo += found.values()
-        elif not isinstance(found, type):
-            todo += _attributes(found)
-
-
-def _attributes(part: object) -> Iterator[object]:
-    cls = type(part)
-    if cls.__module__.startswith("minivllm.") or Matmul in cls.__mro__ or dataclasses.is_dataclass(cls):
-        yield from getattr(part, "__dict__", {}).values()
-        for name in (name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())):
-            yield getattr(part, name, None)
+        elif type(found).__module__.startswith("minivllm.") or Matmul in type(found).__mro__ or not (
+                callable(found) or isinstance(found, ModuleType)):
+            todo += getattr(found, "__dict__", {}).values()
+            slots = (name for base in type(found).__mro__ for name in base.__dict__.get("__slots__", ()))
+            todo += [getattr(found, name, None) for name in slots]
 
 
 class HostWeights:

@@ -55,7 +55,7 @@ def choose_layers(layer_bytes: Sequence[int], gib: float) -> WeightOffload:
     if found is not None:
         return found
     most = max(choice.saved_bytes for choice in choices) / GIB
-    digits = next((n for n in range(2, 9) if most * 10**n >= 1), 0)  # a tiny model has tiny values
+    digits = next((n for n in range(2, 12) if most * 10**n >= 10), 0)  # two that count, also for a tiny model
     floor = int(most * 10**digits) / 10**digits
     raise InvalidInput(f"cpu_offload_gb is {gib:g}, and the layers of this model can save {floor:.{digits}f} GiB at most, since two of "
                        f"{len(layer_bytes)} must be on the GPU: {'lower it' if floor else 'leave it out'}", "cpu_offload_gb")

@@ -178,6 +178,7 @@ class Graph:
         logits = self._model.logits(hidden, dtype=None)
         sampled = self._model.build.ops.sample(logits, x.temperature, x.keys)
         tokens.index_copy_(0, x.sample_index, sampled.to(torch.int32))
+        self._model.settle()
         return logits, sampled
 
     def replay(self, c: Columns, changes: tuple[Array, Array], sampler: Sampler) -> tuple[Tensor, Tensor, Array | None]:

@@ -219,6 +219,7 @@ class ModelRunner:
         if not self._only_replays:
             self.model.build.ops.before_replays(self.model.build.device)
             self._only_replays = True
+        self.model.settle()
         logits, sampled, order = graph.replay(columns, changes, self.sampler)
         self.rows.changes_sent()
         return ReplayedStep(columns, logits, sampled, order)

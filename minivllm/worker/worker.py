@@ -25,6 +25,7 @@ from minivllm.families import ModelSpec
 from minivllm.kernels import Ops, select
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model, weight_bytes
+from minivllm.models.streaming import WeightStream
 from minivllm.quantization.kv_cache import DenseKV, KVFormat
 from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
@@ -33,6 +34,7 @@ from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.memory import GIB, CacheSettings, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget, row_bytes
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
+from minivllm.worker.weight_offload import describe, plan_weight_offload
 
 CUDA_TOKEN_BUDGET, CPU_TOKEN_BUDGET = 8192, 2048  # default max_num_batched_tokens
 
@@ -63,9 +65,12 @@ class LoadedModel:
         for shape in spec.attention_shapes:
             build.ops.warm_up(*shape, self.dtype)
         self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format)
-        self._weight_bytes = weight_bytes(spec, build)
+        offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
+        self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
-            self.model = load_model(spec, folder, config.load_format, build, config.seed)
+            stream = WeightStream(offload.layers, self.device) if offload.layers else None
+            self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)
+        self.streaming = None if stream is None else describe(offload, len(spec.layers), stream)  # for the user
 
     @property
     def cache_settings(self) -> CacheSettings:

@@ -16,6 +16,7 @@ from minivllm.errors import InvalidInput, ModelError, NotEnoughMemory
 from minivllm.models.loader import parameter_bytes
 from minivllm.planning.suggested_models import GIB, MODELS, bytes_needed, models_that_fit, num_parameters
 from minivllm.quantization.methods import METHODS, parameters
+from minivllm.worker import weight_offload
 
 CUDA = torch.device("cuda", 0)
 
@@ -108,6 +109,19 @@ def test_a_model_that_the_card_cannot_hold_is_refused_before_its_weights_are_loo
     with pytest.raises(ModelError, match="no weights"):  # a card that can hold it
         card(24)
         compose.build_engine(EngineConfig(model=large(tmp_path)))
+
+
+def test_weights_in_host_memory_are_not_counted(card: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_offload, "available_host_memory", lambda: 16 * GIB)
+    card(7.6)
+    with pytest.raises(ModelError, match=r"the weights need 7\.0 GiB"):
+        compose.build_engine(EngineConfig(model=large(tmp_path), cpu_offload_gb=8))
+    with pytest.raises(ModelError, match="no weights"):
+        compose.build_engine(EngineConfig(model=large(tmp_path), cpu_offload_gb=9))
+    with pytest.raises(InvalidInput, match="the device is a CPU"):
+        compose.build_engine(EngineConfig(model=large(tmp_path), device="cpu", cpu_offload_gb=1))
+    with pytest.raises(InvalidInput, match=r"can save 12\.21 GiB at most"):
+        compose.build_engine(EngineConfig(model=large(tmp_path), cpu_offload_gb=13))
 
 
 def test_a_model_larger_than_the_hosts_memory_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
