@@ -1,0 +1,153 @@
+"""Perplexity of a model on Python's documentation, computed by this engine.
+
+    python -m bench.perplexity --model FOLDER [--quantization fp8] [--kv-cache-dtype fp8]        one line
+    python -m bench.perplexity --table [--rows bf16,awq,gptq,rtn] [--work FOLDER]                the default model in all formats
+
+The text is `pydoc_data.topics`, the language reference that every Python brings: 110,000 tokens of SmolLM2, of which the first 51,200 are
+used, in windows of 1,024. `minivllm quantize` calibrates with other text (docstrings of the standard library). A window is a prompt with
+prompt_logprobs. It is computed in chunks of 512 tokens, so the second half reads keys and values from the KV cache, in the cache's dtype.
+
+The default model is a Q4_1 file. All rows of the table start from its dequantized weights, so `bf16` is as exact as that file. The rows
+Q4_K and Q8_0 are GGUF files (see `gguf_files.py`), nf4 is quantized while loading, and the last two rows quantize only the KV cache.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+
+CHUNK = 512  # tokens per step
+
+
+# ---- one model
+
+def read_ids(tokenizer: Path, count: int) -> list[int]:
+    """The first `count` tokens of the text."""
+    import pydoc_data.topics
+
+    from minivllm.engine.tokenizer import Tokenizer
+
+    topics = pydoc_data.topics.topics
+    return Tokenizer(str(tokenizer)).encode("\n\n".join(topics[name] for name in sorted(topics)), add_special_tokens=False)[:count]
+
+
+def measure(model: str | None, tokens: int, window: int, **options: Any) -> dict[str, Any]:
+    """The perplexity of one model, with these settings of the engine."""
+    from minivllm import LLM, SamplingParams
+
+    with LLM(model=model, max_model_len=window + 16, max_num_batched_tokens=CHUNK, enable_prefix_caching=False, **options) as llm:
+        info = llm.llm_engine.info()
+        ids = read_ids(Path(info.model_folder), tokens)
+        prompts = [{"prompt_token_ids": ids[i: i + window]} for i in range(0, len(ids) - window + 1, window)]
+        start = time.perf_counter()
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, prompt_logprobs=0)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+    values = [entry[token].logprob for prompt, output in zip(prompts, outputs, strict=True)
+              for token, entry in zip(prompt["prompt_token_ids"][1:], output.prompt_logprobs[1:], strict=True)]
+    return {"perplexity": math.exp(-math.fsum(values) / len(values)), "tokens": len(values), "weight_bytes": info.weight_bytes,
+            "dtype": info.dtype, "seconds": round(seconds, 1)}
+
+
+# ---- the table
+
+def _source(folder: Path) -> None:
+    from minivllm.models.gguf import convert
+    from minivllm.models.hub import default_gguf
+
+    convert(default_gguf(), folder)
+
+
+def _quantized(*flags: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "minivllm", "quantize", str(folder.parent / "bf16"), "-o", str(folder), *flags]
+        subprocess.run(command, check=True)
+
+    return make
+
+
+def _gguf(kind: str) -> Callable[[Path], None]:
+    def make(file: Path) -> None:
+        from bench.gguf_files import requantize
+        from minivllm.models.hub import default_gguf
+
+        requantize(default_gguf(), file, kind)
+
+    return make
+
+
+# Name of the row: what it runs, in the work folder; how that is made; settings of the engine.
+ROWS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
+    "bf16": ("bf16", _source, {}),
+    "fp8": ("fp8", _quantized("--method", "fp8"), {}),
+    "int8": ("int8", _quantized("--method", "int8"), {}),
+    "awq": ("awq", _quantized("--method", "awq"), {}),
+    "gptq": ("gptq", _quantized("--method", "gptq"), {}),
+    "rtn": ("rtn", _quantized("--method", "rtn"), {}),
+    "nf4": ("bf16", _source, {"quantization": "bitsandbytes"}),
+    "Q4_K": ("Q4_K.gguf", _gguf("Q4_K"), {}),
+    "Q8_0": ("Q8_0.gguf", _gguf("Q8_0"), {}),
+    "fp8 KV": ("bf16", _source, {"kv_cache_dtype": "fp8"}),
+    "int8 KV": ("bf16", _source, {"kv_cache_dtype": "int8"}),
+}
+
+
+def table(args: argparse.Namespace, common: dict[str, Any]) -> None:
+    """One process per row, because memory that PyTorch keeps would change later rows."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name in ["bf16", *(row for row in ROWS if row != "bf16")]:  # the first is the source of the others
+        path, make, options = ROWS[name]
+        if name not in args.rows:
+            continue
+        for file, maker in (("bf16", _source), (path, make)):
+            if not (args.work / file).exists():
+                maker(args.work / file)
+        job = {"model": str(args.work / path), "tokens": args.tokens, "window": args.window, **common, **options}
+        done = subprocess.run([sys.executable, "-m", "bench.perplexity", "--job", json.dumps(job)], stdout=subprocess.PIPE, text=True,
+                              check=False)
+        if done.returncode:
+            print(f"{name:10} failed, see above", flush=True)
+        else:
+            show(name, json.loads(done.stdout.splitlines()[-1]))
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    print(f"{name:10} perplexity {row['perplexity']:8.4f}   {row['tokens']:,} tokens   {row['weight_bytes'] / 1e6:7.1f} MB of weights   "
+          f"{row['dtype']}   {row['seconds']:.1f} s", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct)")
+    for flag in ("--quantization", "--kv-cache-dtype", "--dtype", "--device"):
+        parser.add_argument(flag, help="as for `minivllm serve`")
+    parser.add_argument("--tokens", type=int, default=51_200)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--table", action="store_true", help="the default model in all formats")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), help=f"rows of the table: {','.join(ROWS)}")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/minivllm-perplexity"), help="folder for the table's models, kept")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.job:
+        print(json.dumps(measure(**args.job)))
+        return
+    common = {name: getattr(args, name) for name in ("quantization", "kv_cache_dtype", "dtype", "device") if getattr(args, name)}
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    print(machine.one_line(machine.describe(args.device or "cpu", threads)))
+    if args.table:
+        table(args, common)
+    else:
+        show(args.model or "default", measure(args.model, args.tokens, args.window, **common))
+
+
+if __name__ == "__main__":
+    main()
