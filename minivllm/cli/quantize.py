@@ -31,7 +31,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     values = given(args, QuantizeConfig, EngineConfig)
-    config, engine = build(QuantizeConfig, values), build(EngineConfig, {name: values[name] for name in FIELDS if name in values})
+    config = build(QuantizeConfig, values)
+    engine = build(EngineConfig, {"skip_tokenizer_init": not config.calibrated, **{n: values[n] for n in FIELDS if n in values}})
     from minivllm.models.hub import find_model
     from minivllm.quantization.quantize.checkpoint import prepare
     from minivllm.quantization.quantize.run import quantize

@@ -230,3 +230,21 @@ def test_an_unknown_architecture_is_an_error_that_lists_the_supported_ones(tmp_p
     writer.close()
     refused(path, "'mamba'")
     refused(path, "llama, qwen2, qwen3")
+
+
+def test_minivllm_quantize_dequantizes_the_file_first(
+    write_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from minivllm.cli.main import main
+
+    monkeypatch.setenv("MINIVLLM_CACHE", str(tmp_path / "cache"))
+    source = write_gguf(kind=Q.Q8_0)
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--method", "fp8", "--device", "cpu"]) == 0
+    assert not list(tmp_path.glob(".out*"))
+    ours.convert(source, tmp_path / "dequantized")
+    wanted, found = load_file(tmp_path / "dequantized" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in wanted.items():
+        scale = found.get(f"{name}_scale", torch.ones(1))
+        assert (found[name].float() * scale - weight).norm() < 0.04 * weight.norm()

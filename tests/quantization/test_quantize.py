@@ -306,17 +306,6 @@ def test_only_an_empty_folder_is_written_to(tiny_llama: Callable[..., Path], tmp
     assert "is quantized already" in capsys.readouterr().err
 
 
-def test_a_gguf_file_is_dequantized_first(write_gguf: Callable[..., Path], tmp_path: Path) -> None:
-    source = write_gguf(kind=GGMLQuantizationType.Q8_0)
-    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--method", "fp8"]) == 0
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
-    assert not list(tmp_path.glob(".out*"))
-    wanted = load_file(tmp_path / "dequantized" / "model.safetensors")
-    found = dequantized(tmp_path / "out")
-    assert found.keys() == wanted.keys()
-    assert all(distance(found[name], wanted[name].float()) < 0.04 for name in found)
-
-
 @pytest.mark.parametrize(("settings", "says"), [
     ({"method": "awq", "bits": 8}, "bits must be 4 with method awq, got 8"),
     ({"method": "gptq", "bits": 5}, "bits must be one of 2, 3, 4, 8 with"),
