@@ -59,8 +59,8 @@ class EngineConfig:
         None, "entries that replace those of generation_config.json", metavar="JSON")
     load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
     quantization: str | None = option(None,
-        "format of quantized weights, which is detected; fp8, int8 and bitsandbytes (nf4) also quantize an unquantized checkpoint "
-        "while it is loaded; awq, bitsandbytes, compressed-tensors, fp8, gguf, gptq, int8", metavar="METHOD")
+        f"format of the weights: {', '.join(QUANTIZATIONS)} (default: as the checkpoint says); fp8, int8 and bitsandbytes (nf4) also "
+        "quantize an unquantized checkpoint while it is loaded", metavar="METHOD")
     dtype: str = option("auto",
         "type of weights and activations; auto: the checkpoint's on a GPU, the faster one of bfloat16 and float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"))

@@ -50,7 +50,7 @@ def quantizer(block: tuple[int, int] | None = None, scale: str = "weight_scale",
     (CONFIG, quantizer(), {}), (CONFIG, quantizer(shape=(1,)), {"family": "Qwen2"}),
     (STATIC, quantizer(inputs="input_scale"), {"tie_word_embeddings": True}),
     (STATIC | {"weight_block_size": None}, quantizer(scale="weight_scale_inv", inputs="activation_scale"), {"family": "Mistral"}),
-    (BLOCKS, quantizer((32, 32), "weight_scale_inv"), {}),
+    (CONFIG, quantizer((1, 64)), {"intermediate_size": 64}), (BLOCKS, quantizer((32, 32), "weight_scale_inv"), {}),
     (BLOCKS | {"weight_block_size": [128, 128]}, quantizer((128, 128), "weight_scale_inv"), {"hidden_size": 128, "intermediate_size": 256}),
     # Layers that end within a block: 96 outputs and 96 inputs, and keys with 16 outputs.
     (BLOCKS | {"weight_block_size": [64, 64]}, quantizer((64, 64), "weight_scale_inv"), {"num_key_value_heads": 1}),
