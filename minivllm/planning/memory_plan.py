@@ -10,7 +10,7 @@ from the code that allocates them; `engine/plan_model.py` asks it. This module i
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minivllm.core.block_math import longest_sequence, max_blocks_held
@@ -105,7 +105,7 @@ class MemoryPlan:
         return f"fits: {self.tokens:,} tokens of KV cache, and max_model_len is lowered from {self.max_model_len:,} to {self.served:,}"
 
 
-def weights_by_kind(weights: Iterable[ResidentWeight], dtype: str) -> dict[tuple[str, str], int]:
+def weights_by_kind(weights: Sequence[ResidentWeight], dtype: str) -> dict[tuple[str, str], int]:
     """(kind, type) -> bytes, in the order of the model. dtype: of the model."""
     found: dict[tuple[str, str], int] = {}
     for kind in (*dict.fromkeys(KINDS.values()), "norms"):

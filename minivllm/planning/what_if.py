@@ -6,6 +6,7 @@ from typing import Any
 
 from minivllm.errors import InvalidInput, nearest
 from minivllm.families import LinearSpec, ModelSpec, embedding_spec, linear_specs
+from minivllm.quantization.methods import ONLINE
 
 # As the tools that write such checkpoints do by default: quantization_config of config.json.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -26,7 +27,7 @@ def quantization_config(name: str, spec: ModelSpec, methods: Collection[str]) ->
         linears = (embedding_spec(spec), *linear_specs(spec).values())
         return {"quant_method": "gguf", "types": {part: _fitting(kind(spec, linear, part), linear) for linear in linears
                                                   for part in linear.checkpoint_names}}
-    known = [*(key for key in DEFAULTS if key in methods), *(GGUF_FILES if "gguf" in methods else ())]
+    known = [*ONLINE, *(key for key in DEFAULTS if key in methods), *(GGUF_FILES if "gguf" in methods else ())]
     raise InvalidInput(f"quantization {name!r} cannot be planned{nearest(name, known)}; known: {', '.join(known)}", "quantization")
 
 
