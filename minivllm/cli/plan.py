@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minivllm.planning.gpus import GPU
 
 FIELDS = ("model", "revision", "hf_overrides", "dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes",
-          "num_gpu_blocks_override", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
+          "num_gpu_blocks_override", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "cpu_offload_gb")
 GIB = 1 << 30
 
 
@@ -105,9 +105,10 @@ def lines(plan: ModelPlan, name: str, download: int) -> Iterator[str]:
 
 def _memory_table(plan: ModelPlan) -> Iterator[str]:
     m = plan.memory
-    rows = [("weights in all", m.weight_bytes, ""), ("of them in host memory", -m.offloaded, ""), ("peak of a step", m.step, "  estimate"),
-            ("CUDA graphs", m.graphs, "  set aside"), ("row tables", m.rows, ""), ("driver and libraries", m.other, "  estimate"),
-            ("KV cache", m.cache, ""), ("left", m.usable - m.beside_cache - m.cache, "")]
+    rows = [("weights in all", m.weight_bytes, ""), ("less what --cpu-offload-gb saves", -m.offloaded, ""),
+            ("peak of a step", m.step, "  estimate"), ("CUDA graphs", m.graphs, "  set aside"), ("row tables", m.rows, ""),
+            ("driver and libraries", m.other, "  estimate"), ("KV cache", m.cache, ""),
+            ("left", m.usable - m.beside_cache - m.cache, "")]
     yield from (f"{label:<36}{size / GIB:>7.2f}{note}" for label, size, note in rows if size)
 
 

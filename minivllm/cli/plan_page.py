@@ -69,7 +69,8 @@ def render() -> str:
             ("model", "storage", "weights", "KiB per token", "KV tokens", "sequences", "verdict", "ms per token: 1", "8"),
             (_row(model, storage, name) for model in models for name, storage in STORAGES.items())), ""]
     lines += [
-        "A model of 13B or 14B parameters in 4 bits leaves no memory for a KV cache.", "",
+        "A model of 13B or 14B parameters in 4 bits leaves no memory for a KV cache. With `--cpu-offload-gb` some of its layers can stay "
+        f"in host memory, and each step copies them to the GPU: {_offloaded()}", "",
         "## Worth running", "", "The best first. Each command starts with the settings of this page.", "",
         *_table(("command", "weights", "KV tokens", "ms per token: 1", "8"), (_worth(row) for row in WORTH_RUNNING)), "",
         "A desktop on the same card takes some hundred MB. Lower `--gpu-memory-utilization` by as much, or `--max-num-batched-tokens`, "
@@ -78,6 +79,14 @@ def render() -> str:
         f"Llama 3.1 70B stores {large.token_bytes // 1024} KiB of keys and values per token: {large.token_bytes * 2**17 / GIB:.0f} GiB for "
         f"131,072 tokens, and {large.token_bytes * TYPICAL_REQUEST / 2**20:.0f} MiB for {TYPICAL_REQUEST:,}.", ""]
     return "\n".join(lines)
+
+
+def _offloaded() -> str:
+    model, saved = "Qwen/Qwen3-14B", 4.0
+    plan = plan_model(EngineConfig(**SETTINGS, cpu_offload_gb=saved),  # type: ignore[arg-type]
+                      model_named(model).config, GPUS[CARD], "Q4_K_M")
+    return (f"with `--cpu-offload-gb {saved:g}`, {model.split('/')[1]} as Q4_K_M has {plan.memory.tokens:,} KV tokens, and a token takes "
+            f"{_times(plan)[0]} ms.")
 
 
 def _row(model: str, storage: str | None, name: str) -> Sequence[str]:

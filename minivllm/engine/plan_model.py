@@ -21,10 +21,11 @@ from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, 
 from minivllm.planning.gpus import GPU, card_here
 from minivllm.planning.memory_plan import MIB, MemoryPlan, step_peak, weights_by_kind
 from minivllm.planning.roofline import Roofline, bytes_per_step
+from minivllm.planning.weight_offload import WeightOffload, choose_layers
 from minivllm.planning.what_if import quantization_config
 from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, method_of, resident_weights
+from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, layer_bytes, method_of, resident_weights
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_dtype, dtype_of
@@ -127,21 +128,28 @@ class _Planner:
         budget = token_budget(config, spec.max_model_len, torch.device("cpu" if self.gpu is None else "cuda"))
         layout = KVLayout.of(spec, config.block_size, self.dtype)
         request = CacheSettings.of(config, spec.max_model_len, budget)
-        parts: dict[str, Any] = {}
+        parts: dict[str, int] = {}
+        offloaded = 0
         if self.gpu is None:
             total = usable = available_host_memory()
             num_bytes = cpu_budget(request, layout, sum(weights.values()), max(0, usable - sum(weights.values()))).num_bytes
         else:
             total = self.gpu.memory
             usable = int(config.gpu_memory_utilization * total)
+            offloaded = self._offload(config, quantization).saved_bytes
             parts = self._parts(config, spec, layout, budget, self._unpacked(config, quantization))
-            num_bytes = usable - sum(weights.values()) - sum(parts.values())
+            num_bytes = usable - sum(weights.values()) + offloaded - sum(parts.values())
         num_blocks = request.num_blocks or max(request.cache_bytes or num_bytes, 0) // layout.block_bytes
         return MemoryPlan(
-            device="CPU" if self.gpu is None else self.gpu.title, total=total, usable=usable, weights=weights, **parts,
+            device="CPU" if self.gpu is None else self.gpu.title, total=total, usable=usable, weights=weights, offloaded=offloaded,
+            **parts,
             dtype=str(self.dtype).removeprefix("torch."), block_bytes=layout.block_bytes, block_size=config.block_size,
             num_blocks=num_blocks, windows=layout.windows, chunk=request.chunk, max_model_len=spec.max_model_len,
             length_is_explicit=config.max_model_len is not None)
+
+    def _offload(self, config: EngineConfig, quantization: str | None) -> WeightOffload:
+        """The layers in host memory."""
+        return choose_layers(layer_bytes(self.spec, self._method(config, quantization), self.dtype.itemsize), config.cpu_offload_gb)
 
     def _unpacked(self, config: EngineConfig, quantization: str | None) -> int:
         """Bytes of the largest piece of a packed weight that a prompt's products unpack."""
@@ -187,7 +195,7 @@ class _Planner:
             smaller = [Change(f"--quantization {kind}", {"quantization": kind}),
                        Change("a 4-bit AWQ or GPTQ checkpoint of this model", quantization="awq"),
                        Change("a Q4_K_M GGUF file of this model", quantization="Q4_K_M")]
-        return smallest_change(lambda changes: self.evaluate([*given, *changes]), keeping, smaller, offload=False)
+        return smallest_change(lambda changes: self.evaluate([*given, *changes]), keeping, smaller, offload=gpu is not None)
 
     def roofline(self, quantization: str | None) -> Roofline | None:
         """Predictions for the model as it is, if the card's data sheet is known."""
@@ -197,4 +205,5 @@ class _Planner:
         stored = (self.model_config.get("quantization_config") or {}).get("quant_method")
         return Roofline(self.spec, self.gpu, bytes_per_step(self.spec, self.weights(self.config, quantization)), layout.token_bytes,
                         token_budget(self.config, self.spec.max_model_len, torch.device("cuda")),
-                        fp8="fp8" in (quantization, self.config.quantization, stored))
+                        fp8="fp8" in (quantization, self.config.quantization, stored),
+                        streamed=self._offload(self.config, quantization).step_bytes)

@@ -6,17 +6,19 @@ Changes that keep the weights come first, then smaller weights, then weights in 
     fp8 on loading ▸ a 4-bit checkpoint ▸ a GGUF file, whose table and head are packed too ▸ cpu_offload_gb
 
 Each of the first line is tried alone, then the first two of it, the first three and so on. Then each of the second line alone, then each
-of these with one of the first line, then with the first two, and so on.
+of these with one of the first line, then with the first two, and so on. cpu_offload_gb comes last, with the smallest weights.
 
 Of the changes that are found, those that are not needed are removed again.
 """
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minivllm.errors import InvalidInput
 from minivllm.planning.memory_plan import GIB, TYPICAL_REQUEST, MemoryPlan
 
 FEWER_SEQS, FEWER_TOKENS = 32, 2048
@@ -44,16 +46,15 @@ def smallest_change(
     may stay in host memory.
     """
     for changes in _candidates(keeping, smaller):
-        if evaluate(changes).fits:
+        if _fit(evaluate, changes):
             return _needed(evaluate, changes)
-    if not offload:
-        return None
-    missing = evaluate(keeping).missing
-    gib = math.ceil(10 * missing / GIB) / 10
-    for more in (gib, gib + 0.5, gib + 1.0):  # buffers for the layers that are read ahead
-        changes = (*keeping, Change(f"--cpu-offload-gb {more:g}", {"cpu_offload_gb": more}))
-        if evaluate(changes).fits:
-            return _needed(evaluate, changes)
+    smallest = tuple(smaller[-1:])  # what stays in host memory is copied in each step, so it should be small
+    for kept in (smallest, (*keeping, *smallest)) if offload else ():
+        with contextlib.suppress(InvalidInput):
+            gib = math.ceil(10 * evaluate(kept).missing / GIB) / 10
+            changes = (*kept, Change(f"--cpu-offload-gb {gib:g}", {"cpu_offload_gb": gib}))
+            if evaluate(changes).fits:
+                return changes
     return None
 
 
@@ -75,9 +76,15 @@ def _candidates(keeping: Sequence[Change], smaller: Sequence[Change]) -> Iterato
         yield from ((*changes, weights) for changes in several)
 
 
+def _fit(evaluate: Evaluate, changes: Sequence[Change]) -> bool:
+    with contextlib.suppress(InvalidInput):  # the layers do not have as many GiB as cpu_offload_gb
+        return evaluate(changes).fits
+    return False
+
+
 def _needed(evaluate: Evaluate, changes: tuple[Change, ...]) -> tuple[Change, ...]:
     for change in changes:
         fewer = tuple(other for other in changes if other is not change)
-        if evaluate(fewer).fits:
+        if _fit(evaluate, fewer):
             return _needed(evaluate, fewer)
     return changes

@@ -232,3 +232,22 @@ def test_the_plan_fits_a_terminal(tmp_path: Path, capsys: Any) -> None:
     assert shown[1] == "  bfloat16 on a GPU: 21.60 of 24.00 GiB may be used"
     assert main(["plan", str(tmp_path), "--gpu", "cpu", "--bandwidth", "900"]) == 1
     assert "bandwidth describes a GPU, and gpu is 'cpu'" in capsys.readouterr().err
+
+
+def test_weights_in_host_memory_are_saved_and_cost_their_copies() -> None:
+    found, whole = plan(cpu_offload_gb=9.0), plan()
+    assert 9 * GIB <= found.memory.offloaded < 9.5 * GIB and found.memory.weight_bytes == whole.memory.weight_bytes
+    assert found.memory.fits and found.roofline is not None and whole.roofline is not None
+    assert found.roofline.streamed > found.memory.offloaded  # the buffers on the GPU hold two of the layers
+    assert found.roofline.tpot(1).floor == pytest.approx(found.roofline.streamed / 16e6)  # ms at 16 GB/s
+    assert found.roofline.tpot(1).expected > 5 * whole.roofline.tpot(1).expected
+    with pytest.raises(InvalidInput, match="cpu_offload_gb is 20"):
+        plan(cpu_offload_gb=20.0)
+
+
+def test_a_70b_model_fits_a_large_card_only_with_weights_in_host_memory() -> None:
+    found = plan(LLAMA_70B, GPU("a card", 56.0, arch=80))
+    assert flags(found) is not None and "--cpu-offload-gb" not in str(flags(found))  # 4 bits are enough
+    small = plan(LLAMA_70B, GPU("a card", 24.0, arch=80))
+    assert small.change is not None and [c.quantization or list(c.settings) for c in small.change] == ["Q4_K_M", ["cpu_offload_gb"]]
+    assert plan(LLAMA_70B, GPU("a card", 24.0, arch=80), "Q4_K_M", **small.change[-1].settings).memory.fits
