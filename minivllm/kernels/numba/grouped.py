@@ -221,15 +221,15 @@ def _dense_product(x: Tensor, packed: PackedTiles, bias: Tensor | None) -> Tenso
     if dtype != torch.bfloat16 or not can_pack(dtype):
         x = x.float()
     y = x.new_empty(len(x), n)
-    step = max(1, CPU_DENSE_BYTES // (k * TILE * x.itemsize))
+    step = 2 * max(1, CPU_DENSE_BYTES // (2 * k * TILE * x.itemsize))
     args = _scratch.args
     for first in range(0, tiles, step):
         last = min(tiles, first + step)
         values = _scratch.take(k * (last - first) * TILE, x.dtype).view(k, -1)
         code.CALL_ARGS.pack_into(
-            args.memory, 0, first, last, values.data_ptr() - first * TILE * x.itemsize, values.stride(0) * x.itemsize,
+            args.memory, 0, first // 2, last, values.data_ptr() - first * TILE * x.itemsize, values.stride(0) * x.itemsize,
             x.dtype == torch.bfloat16, *(0 for _ in range(10)), 0.0, packed.args)
-        packed.values.run(args.address, last - first)
+        packed.values.run(args.address, (last - first) // 2)
         end = min(n, last * TILE)
         torch.mm(x, values[:, : end - first * TILE], out=y[:, first * TILE : end])
     y = y.to(dtype)

@@ -32,7 +32,7 @@ from minivllm.kernels.numba.vectors import (
 # arrays, each with its stride from tile to tile, three counts, the codes of a word, the group, and the zero.
 WEIGHT_ARGS = struct.Struct("15qd")
 CALL_ARGS = struct.Struct(f"15qd{WEIGHT_ARGS.size}s")
-(TILE_COUNTER, END, OUT, OUT_STRIDE, HALF, RESIDUAL, RESIDUAL_STRIDE, BIAS, X, X_STRIDE, ROWS, NORM, INPUTS, SUMS, FLAG, EPS,
+(COUNTER, END, OUT, OUT_STRIDE, HALF, RESIDUAL, RESIDUAL_STRIDE, BIAS, X, X_STRIDE, ROWS, NORM, INPUTS, SUMS, FLAG, EPS,
  WORDS, WORDS_STRIDE, HIGH, HIGH_STRIDE, SCALES, SCALES_STRIDE, OFFSETS, OFFSETS_STRIDE, SUPERS, SUPERS_STRIDE, NUM_SUPERS, NUM_GROUPS,
  NUM_WORDS, CODES, GROUP, ZERO, NUM_ARGS) = range(33)
 SUMS_BYTES = 4 * 4 * TILE  # of four rows
@@ -135,23 +135,24 @@ def product_kernel(bits: int, number: int, offset: int) -> Kernel:
 
 @lru_cache(maxsize=32)
 def values_kernel(bits: int, number: int, offset: int) -> Kernel:
-    """OUT = columns of the transposed weight: [K, 16 per tile]; a task is a tile."""
+    """OUT = columns of the transposed weight: [K, 16 per tile]. A task is two tiles, so that threads write to different cache lines."""
     BITS, NUMBER, OFFSET, LANES = bits, number, offset, vector_shape()[0]
 
     def unpack(p: Any) -> None:
         args = address_of(p)
         zero = np.float32(get_f64(args + 8 * ZERO))
         while True:
-            tile = fetch_add(args, 1)
-            if tile >= p[END]:
+            pair = fetch_add(args, 1)
+            if 2 * pair >= p[END]:
                 break
-            a, b, c = p[WORDS] + tile * p[WORDS_STRIDE], p[HIGH] + tile * p[HIGH_STRIDE], p[SCALES] + tile * p[SCALES_STRIDE]
-            d, e = p[OFFSETS] + tile * p[OFFSETS_STRIDE], p[SUPERS] + tile * p[SUPERS_STRIDE]
-            if p[HALF]:
-                dequantize_tile(p[OUT] + tile * TILE * 2, p[OUT_STRIDE], a, b, c, d, e, p[NUM_SUPERS], p[NUM_GROUPS], p[NUM_WORDS], zero,
-                                BITS, NUMBER, OFFSET, LANES, 1)
-            else:
-                dequantize_tile(p[OUT] + tile * TILE * 4, p[OUT_STRIDE], a, b, c, d, e, p[NUM_SUPERS], p[NUM_GROUPS], p[NUM_WORDS], zero,
-                                BITS, NUMBER, OFFSET, LANES, 0)
+            for tile in range(2 * pair, min(2 * pair + 2, p[END])):
+                a, b, c = p[WORDS] + tile * p[WORDS_STRIDE], p[HIGH] + tile * p[HIGH_STRIDE], p[SCALES] + tile * p[SCALES_STRIDE]
+                d, e = p[OFFSETS] + tile * p[OFFSETS_STRIDE], p[SUPERS] + tile * p[SUPERS_STRIDE]
+                if p[HALF]:
+                    dequantize_tile(p[OUT] + tile * TILE * 2, p[OUT_STRIDE], a, b, c, d, e, p[NUM_SUPERS], p[NUM_GROUPS], p[NUM_WORDS],
+                                    zero, BITS, NUMBER, OFFSET, LANES, 1)
+                else:
+                    dequantize_tile(p[OUT] + tile * TILE * 4, p[OUT_STRIDE], a, b, c, d, e, p[NUM_SUPERS], p[NUM_GROUPS], p[NUM_WORDS],
+                                    zero, BITS, NUMBER, OFFSET, LANES, 0)
 
     return Kernel(unpack, f"the values of packed weights of {bits} bits")

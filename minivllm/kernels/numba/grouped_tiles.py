@@ -24,7 +24,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minivllm.kernels.numba.vectors import F32, I32, I64, at, constant, emit_fma, emit_splat, emit_store, pointer
+from minivllm.kernels.numba.vectors import F32, I32, I64, at, constant, emit_fma, emit_prefetch, emit_splat, emit_store, pointer
+from minivllm.kernels.tuning import CPU_PREFETCH_BYTES
 
 I8, F16 = ir.IntType(8), ir.HalfType()
 TILE = 16  # outputs
@@ -77,6 +78,7 @@ class _Reader:
         """-> word `index` of the group; for codes of 5 or 6 bits also its high bits, in their places in codes 0 to 6 and in code 7."""
         b = self.builder
         words = self._load(self._words, I32)
+        emit_prefetch(b, at(b, self._words.get(), CPU_PREFETCH_BYTES), 4 * TILE)
         self._words.advance(4 * TILE)
         if self.bits not in (5, 6):
             return [words]

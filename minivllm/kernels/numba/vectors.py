@@ -132,7 +132,7 @@ def at(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
     return builder.add(address, ir.Constant(I64, offset)) if offset else address
 
 
-def _prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
+def emit_prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
     """Prefetch `num_bytes` from `row` on, in cache lines of 64 bytes."""
     byte = ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
@@ -268,7 +268,7 @@ def prefetch(typingctx, address, size):
     num_bytes = size.literal_value
 
     def emit(context, builder, sig, args):
-        _prefetch(builder, args[0], num_bytes)
+        emit_prefetch(builder, args[0], num_bytes)
         return context.get_dummy_value()
 
     return types.void(types.int64, size), emit
@@ -356,7 +356,7 @@ def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, head
         rows = [builder.add(base, builder.load(pointer(builder, at(builder, where, 8 * j), I64))) for j in range(4)]
         for j in range(4):
             next_offset = builder.load(pointer(builder, at(builder, following, 8 * j), I64))
-            _prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
+            emit_prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
         for group in _split_heads(h, most):
             sums = {(g, j): constant(0.0, n) for g in group for j in range(4)}
             for c in range(0, d, n):
@@ -403,7 +403,7 @@ def add_weighted(typingctx, sums, shrink, weights, offsets, ahead, values, count
                     row = builder.add(base, offset)
                     if part.start == 0 and group.start == 0:
                         next_offset = builder.load(pointer(builder, builder.add(following, builder.shl(loop.index, I64(3))), I64))
-                        _prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
+                        emit_prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
                     weight = builder.add(w, builder.shl(loop.index, I64(2)))
                     ps = {g: emit_splat(builder, builder.load(pointer(builder, at(builder, weight, 4 * g * t), F32)), n) for g in group}
                     for c in part:
