@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minivllm.cli.numbers import gibibytes, real_number, whole_number
-from minivllm.cli.spellings import FLAG_HINTS, FLAGS
+from minivllm.cli.spellings import FLAG_HINTS, FLAGS, PAIRS
 from minivllm.compat.settings import (
     ENGINE_ALIASES,
     ENGINE_SETTINGS,
@@ -52,7 +52,26 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As in argparse; it calls this for the parser of a command too."""
         return super().parse_known_args(
-            None if args is None else [self._switch(self._spelled(arg)) for arg in self._joined(args)], namespace)
+            None if args is None else [self._switch(self._spelled(arg)) for arg in self._joined(self._paired(args))], namespace)
+
+    def _paired(self, args: Sequence[str]) -> Sequence[str]:
+        """Two flags of another program that are one here, as that one. Exits with a hint if only one is given, or if they differ."""
+        for pair, here in PAIRS.items():
+            if here not in self._option_string_actions or not any(arg.partition("=")[0] in (*pair[0], *pair[1]) for arg in args):
+                continue
+            values, rest = [""] * len(pair), list[str]()
+            left = iter(args)
+            for arg in left:
+                flag, equals, value = arg.partition("=")
+                side = next((i for i, names in enumerate(pair) if flag in names), None)
+                if side is None:
+                    rest.append(arg)
+                else:
+                    values[side] = value if equals else next(left, "")
+            if len(set(values)) > 1:
+                self.error(f"{pair[0][0]} and {pair[1][0]} must have the same value here: give both, or use {here}")
+            args = [*rest, f"{here}={values[0]}"]
+        return args
 
     def _joined(self, args: Sequence[str]) -> list[str]:
         """`--flag true` as `--flag=true`, for flags without a value."""

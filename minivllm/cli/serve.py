@@ -12,7 +12,7 @@ GROUPS = {
     "most used": ("host", "port", "api_key", "max_model_len", "gpu_memory_utilization", "served_model_name"),
     "model": ("model", "revision", "tokenizer", "load_format", "dtype", "device", "generation_config", "seed"),
     "chat and tools": ("chat_template", "enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "trust_request_chat_template"),
-    "memory": ("kv_cache_memory_bytes", "kv_offloading_size", "cpu_offload_gb", "num_gpu_blocks_override", "block_size",
+    "memory": ("kv_cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size", "cpu_offload_gb", "num_gpu_blocks_override", "block_size",
                "enable_prefix_caching"),
     "scheduling": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy",
                    "max_queue", "async_scheduling", "enforce_eager"),

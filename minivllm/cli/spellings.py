@@ -24,7 +24,11 @@ FLAGS: Mapping[str, str] = {
     **dict.fromkeys(("--base-url", "--api-base", "--server"), "--url"),
     "--quantize": "--quantization", "--chat-template-file": "--chat-template", "--temp": "--temperature", "--token": "--hf-token",
     "--repeat-penalty": "--repetition-penalty", "--listen": "--host", "--hostname": "--host", "--verbosity": "--log-level",
-    "--loglevel": "--log-level", "--key": "--api-key",
+    "--loglevel": "--log-level", "--key": "--api-key", "--kv-cache-type": "--kv-cache-dtype",
+}
+# Two flags of another program whose values must be equal, because one flag here has both meanings: (names of each) -> the flag here.
+PAIRS: Mapping[tuple[tuple[str, ...], tuple[str, ...]], str] = {
+    (("-ctk", "--cache-type-k"), ("-ctv", "--cache-type-v")): "--kv-cache-dtype",
 }
 # Another program's flag without a counterpart -> what to do instead.
 FLAG_HINTS: Mapping[str, str] = {
@@ -42,7 +46,6 @@ FLAG_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("-md", "--model-draft", "--draft-model"), "speculative decoding is not supported yet"),
     **dict.fromkeys(("--lora", "--lora-adapters", "--adapter"), "LoRA adapters are not supported yet"),
     **dict.fromkeys(("--embedding", "--embeddings", "--rerank"), "embeddings are not supported yet"),
-    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v", "--kv-cache-type"), "a quantized KV cache is not supported yet"),
     **dict.fromkeys(("-p", "--prompt"), "give the prompt as the argument, as in `minivllm complete PROMPT`; a port is --port"),
     "--bf16": "use --dtype bfloat16", "--jinja": "chat templates are always Jinja templates", "--device-map": "use --device",
     "--keepalive": "the model stays loaded until the server stops", "--keep-alive": "the model stays loaded until the server stops",

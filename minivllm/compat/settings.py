@@ -60,8 +60,8 @@ def _setting(name: str, built: bool, why: str, value: Any) -> VllmSetting:
 
 ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("quantization='bitsandbytes' quantizes to 4 bits, 'int8' to 8", load_in_4bit=False, load_in_8bit=False),
-    *_refused("a quantized KV cache", quantization_param_path=None, kv_cache_dtype="auto", calculate_kv_scales=False,
-              kv_cache_dtype_skip_layers=None),
+    *_refused("KV scales from a file, and a KV cache with several dtypes", quantization_param_path=None, kv_cache_dtype_skip_layers=None),
+    *_inert("each token of a quantized KV cache has its own scales", calculate_kv_scales=False),
     *_refused("tensor parallelism", tensor_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1),
     *_refused("several machines", nnodes=1, node_rank=0, master_addr=(None, "127.0.0.1"), master_port=(None, 29501), headless=False),
     *_refused("pipeline parallelism", pipeline_parallel_size=1),
@@ -189,6 +189,7 @@ SERVER_ALIASES = (Alias("uvicorn_log_level", "log_level"), Alias("disable_uvicor
 # Other spellings of values of this project's settings.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "dtype": {"half": "float16", "float": "float32"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8", "q8_0": "int8", "f16": "float16", "bf16": "bfloat16", "f32": "float32"},  # also llama.cpp's
     "max_model_len": {-1: None, "-1": None, "auto": None},
     "load_format": {"pt": "auto", "hf": "auto", "bitsandbytes": "auto"},
     "quantization": {

@@ -28,6 +28,7 @@ from minivllm.families.config_json import token_ids
 from minivllm.models.hub import ModelFiles, find_model
 from minivllm.quantization.methods import method_of
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.device import check_kv_cache_dtype, choose_device, choose_dtype
 from minivllm.worker.memory import CacheSize, host_block_count, size_cache
 from minivllm.worker.worker import DEFAULT_COMPONENTS, Components, LoadedModel, Worker
 
@@ -44,6 +45,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     """Find the model, load it, size the KV cache, and connect all parts."""
     def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
         spec = _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
+        device = choose_device(config.device)
+        check_kv_cache_dtype(config.kv_cache_dtype, choose_dtype(config.dtype, spec.dtype, device), device)
         with with_plan(config, model_config, components.methods):
             check_weights_fit(config, spec, method_of(model_config, components.methods, config.quantization))
         return spec
@@ -64,7 +67,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             max_model_len=worker.max_model_len, vocab_size=spec.vocab_size, eos_token_ids=eos, device=str(worker.device),
             dtype=_name(worker.dtype), num_blocks=worker.num_blocks, block_size=config.block_size, generation_config=defaults,
             scheduling_policy=config.scheduling_policy, weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
-            max_logprobs=config.max_logprobs,
+            max_logprobs=config.max_logprobs, kv_cache_dtype=_name(worker.kv_cache_dtype),
         )
         scheduler = _scheduler(config, worker, info)
         if (line := better.line(worker.device)) is not None:
@@ -108,6 +111,10 @@ def _announce(loaded: LoadedModel, size: CacheSize) -> None:
     print(f"minivllm: {loaded.spec.architecture} on {where}, {_name(dtype)}{why}", file=sys.stderr, flush=True)
     if loaded.streaming is not None:
         print(f"minivllm: {loaded.streaming}", file=sys.stderr, flush=True)
+    layout = loaded.layout
+    tokens, each = (size.num_blocks - 1) * layout.block_size, layout.block_bytes / layout.block_size
+    print(f"minivllm: KV cache in {_name(layout.dtype)}: {each / 1024:.1f} KiB per token, room for {tokens:,} tokens",
+          file=sys.stderr, flush=True)
     if size.max_model_len < wanted:
         print(f"minivllm: max_model_len lowered from {wanted} to {size.max_model_len}, the capacity of the KV cache",
               file=sys.stderr, flush=True)

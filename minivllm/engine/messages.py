@@ -37,6 +37,7 @@ class EngineInfo:
     weight_bytes: int = 0  # memory of this rank's weights; 0: not known
     kv_cache_bytes: int = 0  # memory of its KV blocks; 0: not known
     max_logprobs: int = MAX_LOGPROBS  # per token; -1: no limit
+    kv_cache_dtype: str = ""  # of the cached keys and values; "": not known
 
     def get_vocab_size(self) -> int:
         """vLLM's name of `vocab_size`."""

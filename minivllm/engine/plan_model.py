@@ -25,6 +25,7 @@ from minivllm.planning.weight_offload import WeightOffload, choose_layers
 from minivllm.planning.what_if import quantization_config
 from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
+from minivllm.quantization.kv_cache import kv_format
 from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, layer_bytes, method_of, resident_weights
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS
 from minivllm.worker.cuda_graphs import graph_bytes
@@ -126,7 +127,7 @@ class _Planner:
         quantization = next((change.quantization for change in changes if change.quantization), None)
         weights = weights_by_kind(self.weights(config, quantization), str(self.dtype).removeprefix("torch."))
         budget = token_budget(config, spec.max_model_len, torch.device("cpu" if self.gpu is None else "cuda"))
-        layout = KVLayout.of(spec, config.block_size, self.dtype)
+        layout = KVLayout.of(spec, config.block_size, self.dtype, kv_format(config.kv_cache_dtype))
         request = CacheSettings.of(config, spec.max_model_len, budget)
         parts: dict[str, int] = {}
         offloaded = 0
@@ -175,7 +176,7 @@ class _Planner:
         given = [] if quantization is None else [Change("", quantization=quantization)]
         recent = gpu is None or gpu.arch >= 89  # it has fp8 units
         keeping: list[Change] = []
-        if getattr(config, "kv_cache_dtype", None) == "auto":
+        if config.kv_cache_dtype == "auto":
             kind = "fp8" if recent else "int8"
             keeping.append(Change(f"--kv-cache-dtype {kind}", {"kv_cache_dtype": kind}))
         if config.max_model_len is not None:
@@ -201,7 +202,7 @@ class _Planner:
         """Predictions for the model as it is, if the card's data sheet is known."""
         if self.gpu is None or self.gpu.bandwidth is None or self.gpu.tflops is None:
             return None
-        layout = KVLayout.of(self.spec, self.config.block_size, self.dtype)
+        layout = KVLayout.of(self.spec, self.config.block_size, self.dtype, kv_format(self.config.kv_cache_dtype))
         stored = (self.model_config.get("quantization_config") or {}).get("quant_method")
         return Roofline(self.spec, self.gpu, bytes_per_step(self.spec, self.weights(self.config, quantization)), layout.token_bytes,
                         token_budget(self.config, self.spec.max_model_len, torch.device("cuda")),

@@ -19,7 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's paged keys and values: [num_blocks, block_size, kv_heads, head_dim] each."""
+    """One layer's paged keys and values: [num_blocks, block_size, kv_heads, head_dim] each.
+
+    Quantized ones (fp8 or int8) are multiplied by a scale per token and KV head: [num_blocks, block_size, kv_heads] each.
+    """
 
     k: Tensor
     v: Tensor

@@ -103,10 +103,10 @@ class Decoder:
         kv[i]: the cache of layer i. With `last_only` the last layer stores the keys and values of all tokens, but computes queries,
         attention and MLP only for each sequence's last token: no later layer needs its other outputs.
         """
-        step, last = self._prepare(batch, block_size), None
+        step, last = self._prepare(batch, kv, block_size), None
         if batch.last_only:
             rows, tail = batch.last_tokens()
-            last = LastTokens(rows, self._prepare(tail, block_size, only=self.layers[-1].attention.group))
+            last = LastTokens(rows, self._prepare(tail, kv, block_size, only=self.layers[-1].attention.group))
         x = self.embedding(batch)
         for layer in self.layers[:-1]:
             x = layer(x, step, kv[layer.index])
@@ -123,12 +123,12 @@ class Decoder:
         logits = self.head(hidden if self.project_out is None else self.project_out(hidden))
         return logits if dtype is None else logits.to(dtype)
 
-    def _prepare(self, batch: InputBatch, block_size: int, only: int | None = None) -> StepContext:
+    def _prepare(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int, only: int | None = None) -> StepContext:
         """only: prepare attention for this KV group alone."""
         metas = tuple(
             None if only not in (None, g) else self.build.ops.prepare_attention(
                 batch, g, block_size=block_size, num_heads=group.num_heads, num_kv_heads=group.kv_heads, head_dim=group.head_dim,
-                window=group.window, dtype=self.build.dtype,
+                window=group.window, dtype=self.build.dtype, cache_dtype=kv[group.layers[0]].k.dtype,
             )
             for g, group in enumerate(self.groups)
         )

@@ -5,13 +5,15 @@ one tensor, so that kernels index keys with a single multiplication:
 
     piece 0, keys     | block 0 | block 1 | block 2 | ...      [num_blocks, bytes]
     piece 1, values   | block 0 | block 1 | block 2 | ...
+    piece 2, scales of keys, and piece 3, scales of values, if they are quantized
 
 Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and CPU KV offload get all sizes from here.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,10 +21,15 @@ from torch import Tensor
 
 from minivllm.families import KVGroup
 from minivllm.kernels.layout import KVLayer
+from minivllm.kernels.reference.kv_cache import SCALE_DTYPE
 
 
 class KVCacheSpec(Protocol):
     """The storage of one layer's keys and values."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys and values."""
 
     def piece_bytes(self, block_size: int) -> tuple[int, ...]:
         """Bytes of each piece of a page of `block_size` tokens."""
@@ -56,4 +63,34 @@ class DenseKV:
         return KVLayer(k, v)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedKV:
+    """Keys and values of 8 bits, as `DenseKV`, and one scale per token and KV head: [num_blocks, block_size, kv_heads] each."""
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype  # float8_e4m3fn or int8
+
+    def piece_bytes(self, block_size: int) -> tuple[int, int, int, int]:
+        """See `KVCacheSpec`."""
+        heads = block_size * self.kv_heads
+        return heads * self.head_dim, heads * self.head_dim, heads * SCALE_DTYPE.itemsize, heads * SCALE_DTYPE.itemsize
+
+    def view(self, pieces: Sequence[Tensor], block_size: int) -> KVLayer:
+        """See `KVCacheSpec`."""
+        shape = (len(pieces[0]), block_size, self.kv_heads)
+        k, v = (piece.view(self.dtype).view(*shape, self.head_dim) for piece in pieces[:2])
+        return KVLayer(k, v, *(piece.view(SCALE_DTYPE).view(shape) for piece in pieces[2:]))
+
+
 KVFormat: TypeAlias = Callable[[KVGroup, torch.dtype], KVCacheSpec]  # (KV group, the model's dtype) -> storage of its layers
+
+# kv_cache_dtype -> dtype of a quantized cache
+QUANTIZED: Mapping[str, torch.dtype] = MappingProxyType({"fp8": torch.float8_e4m3fn, "int8": torch.int8})
+
+
+def kv_format(kv_cache_dtype: str) -> KVFormat:
+    """The storage that a value of `kv_cache_dtype` names. A value that is not in `QUANTIZED` is the model's own dtype."""
+    if kv_cache_dtype not in QUANTIZED:
+        return DenseKV.of
+    return lambda group, dtype: QuantizedKV(group.kv_heads, group.head_dim, QUANTIZED[kv_cache_dtype])

@@ -40,7 +40,7 @@ class Frontend:
         self.names = config.served_model_name or (model_name,)
         self.aliases = frozenset() if config.served_model_name else frozenset({info.model})  # accepted, but not listed
         self.defaults = {name: info.generation_config[name] for name in MODEL_DEFAULTS if info.generation_config.get(name) is not None}
-        build = f"{__version__}|{model_name}|{info.dtype}|{info.device}|{info.vocab_size}"
+        build = f"{__version__}|{model_name}|{info.dtype}|{info.kv_cache_dtype}|{info.device}|{info.vocab_size}"
         self.fingerprint = "fp_" + hashlib.sha256(build.encode()).hexdigest()[:10]
 
     async def read(self, request: Request, kind: type[Model]) -> Model:

@@ -37,6 +37,18 @@ def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def check_kv_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `InvalidInput` for a KV cache that this model or GPU cannot have. dtype: the model's."""
+    name = str(dtype).removeprefix("torch.")
+    if wanted in ("float32", "bfloat16", "float16") and wanted != name:
+        raise InvalidInput(f"kv_cache_dtype {wanted!r} is not the model's dtype, {name}: use 'auto', or dtype={wanted!r} as well",
+                           "kv_cache_dtype")
+    if wanted == "fp8" and device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise InvalidInput(f"kv_cache_dtype 'fp8' needs a GPU of compute capability 8.9 or later (RTX 40, H100), and "
+                           f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}: use 'int8', which is as small",
+                           "kv_cache_dtype")
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has matrix (AMX) or vector (AVX512-BF16) units for bfloat16. Without them it is slower than float32."""
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):

@@ -55,6 +55,11 @@ class KVLayout:
         return tuple(group.window for group in self.groups)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the cached keys and values."""
+        return self.specs[0].dtype
+
+    @property
     def piece_bytes(self) -> tuple[int, ...]:
         """Bytes of each piece of one page."""
         return self.specs[0].piece_bytes(self.block_size)

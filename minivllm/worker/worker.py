@@ -26,7 +26,7 @@ from minivllm.kernels import Ops, select
 from minivllm.layers.build import BuildContext
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
-from minivllm.quantization.kv_cache import DenseKV, KVFormat
+from minivllm.quantization.kv_cache import KVFormat, kv_format
 from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.worker.cuda_graphs import graph_bytes
@@ -44,7 +44,7 @@ class Components:
     """The exchangeable parts of a worker. Tests and extensions pass their own."""
 
     methods: Methods = field(default_factory=lambda: METHODS)  # linear methods by the name in a checkpoint's quantization_config
-    kv_format: KVFormat = DenseKV.of  # how keys and values are stored
+    kv_format: KVFormat | None = None  # how keys and values are stored; None: as kv_cache_dtype says
     ops: Callable[[torch.device], Ops] = select  # kernels of a device
 
 
@@ -62,9 +62,9 @@ class LoadedModel:
         self.dtype = choose_dtype(config.dtype, spec.dtype, self.device)
         self.max_num_batched_tokens = token_budget(config, spec.max_model_len, self.device)
         build = BuildContext(self.device, self.dtype, components.ops(self.device), method)
+        self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype))
         for shape in spec.attention_shapes:
-            build.ops.warm_up(*shape, self.dtype)
-        self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format)
+            build.ops.warm_up(*shape, self.dtype, self.layout.dtype)
         offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
         self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
@@ -123,6 +123,7 @@ class Worker:
         self.kv_windows = runner.kv.layout.windows
         self.ledger = ledger  # where a GPU's memory went
         self.weight_bytes, self.kv_cache_bytes = weight_bytes, self.num_blocks * runner.kv.layout.block_bytes
+        self.kv_cache_dtype = runner.kv.layout.dtype
 
     @property
     def runner(self) -> ModelRunner:

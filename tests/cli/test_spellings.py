@@ -61,7 +61,9 @@ def test_bench_and_trace_read_the_same_numbers(capsys: pytest.CaptureFixture[str
     (["-c", "4096"], "max_model_len", 4096), (["--ctx-size", "4k"], "max_model_len", 4000), (["--num_ctx=8K"], "max_model_len", 8192),
     (["-np", "4"], "max_num_seqs", 4), (["--max-running-requests", "4"], "max_num_seqs", 4),
     (["--mem-fraction-static", "0.8"], "gpu_memory_utilization", 0.8), (["--torch-dtype", "bfloat16"], "dtype", "bfloat16"),
-    (["--cache-dir", "/x"], "download_dir", "/x"),
+    (["--cache-dir", "/x"], "download_dir", "/x"), (["-ctk", "q8_0", "--cache-type-v=q8_0"], "kv_cache_dtype", "int8"),
+    (["-ctv", "f16", "--dtype", "half", "-ctk", "f16"], "kv_cache_dtype", "float16"),
+    (["--kv-cache-dtype", "fp8_e4m3"], "kv_cache_dtype", "fp8"),
 ])
 def test_another_programs_flag_has_the_meaning_here(argv: list[str], field: str, value: Any) -> None:
     assert getattr(parsed(*argv)[0], field) == value
@@ -74,6 +76,9 @@ def test_another_programs_flag_has_the_meaning_here(argv: list[str], field: str,
     (["chat", "-v"], "use --log-level debug"), (["serve", "-xyz"], "unknown flag -xyz"),
     (["ps"], "curl http://127.0.0.1:8000/v1/models"), (["show", "x"], "config.json in the folder"), (["cht"], "did you mean 'chat'?"),
     (["run_batc"], "did you mean 'run_batch'?"),
+    (["serve", "-ctk", "q8_0"], "-ctk and -ctv must have the same value here: give both, or use --kv-cache-dtype"),
+    (["serve", "-ctk", "q8_0", "-ctv", "f16"], "-ctk and -ctv must have the same value here"),
+    (["serve", "-ctk", "q4_0", "-ctv", "q4_0"], "argument --kv-cache-dtype: invalid choice: 'q4_0'"),
 ])
 def test_a_flag_or_command_without_a_counterpart_gets_a_hint(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert words in refused(capsys, *argv)

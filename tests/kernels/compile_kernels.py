@@ -55,39 +55,48 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     numbers = dict(scale="fp32", softcap="fp32",
                    **dict.fromkeys(("num_seqs", "num_tokens", "num_parts", "table_stride", "splits", "shared_parts", "first"), "i32"))
     tensors = dict(out="*bf16", qk="*bf16", cache_k="*bf16", cache_v="*bf16", slots="*i64", seq_lens="*i32")
+    dense = Cache(k="*bf16", v="*bf16", k_scale="*bf16", v_scale="*bf16", block_table="*i32")
+    codes = Cache(k="*i8", v="*i8", k_scale="*bf16", v_scale="*bf16", block_table="*i32")
     types: dict[str, Any] = dict(parts=Parts(mean="*fp32", log_weight="*fp32", finished="*i32", shared_keys="*i32"),
-                                 projection=projection, cache=Cache(k="*bf16", v="*bf16", block_table="*i32"), **numbers, **tensors)
-    prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", "block_table": "*i32", **dict.fromkeys(
+                                 projection=projection, cache=dense, **numbers, **tensors)
+    prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", **dict.fromkeys(
         ("first_seq", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")}
-    for head_dim in (64, 128):
-        for group, widths in ((2, ((1, 0), (2, 0))), (3, ((1, 0), (5, 1000))), (8, ((8, 0),))):  # query width, window
-            name = f"attention, head_dim {head_dim}, {group} heads per KV head"
+    shapes = ((2, ((1, 0), (2, 0))), (3, ((1, 0), (5, 1000))), (8, ((8, 0),)))  # heads per KV head, (query width, window)
+    few = ((2, ((1, 0), (2, 0))),)
+    for head_dim, kv, variants in ((64, "bf16", shapes), (128, "bf16", shapes), (64, "fp8", few), (128, "fp8", few), (128, "int8", few)):
+        quantized, size = kv != "bf16", 2 if kv == "bf16" else 1
+        types, prompt = ({**t, "cache": codes if quantized else dense} for t in (types, prompt))
+        for group, widths in variants:
+            name = f"attention, head_dim {head_dim}, {group} heads per KV head, {kv} KV cache"
             shape = DecodeShape(
                 num_heads=group * 8, heads_per_kv=group, head_dim=head_dim, padded_dim=head_dim, block_size=16, query_width=1, block_q=1,
                 block_m=16, block_n=16, split=True, min_keys=tuning.MIN_KEYS_PER_SPLIT, shared=True,
-                shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=0, softcap=False, norm=True, rope=True)
+                shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=0, softcap=False, norm=True, rope=True,
+                quantized=quantized, fp8=kv == "fp8")
             tile: tuning.AttentionTile | None
             for width, window in widths:
-                tile = tuning.wide_decode_tile(width, head_dim, group, 2, ARCH)
+                tile = tuning.wide_decode_tile(width, head_dim, group, size, ARCH)
                 if width == 1:
-                    tile = tuning.decode_tile(8, 4096, head_dim, group, 2, ARCH)
+                    tile = tuning.decode_tile(8, 4096, head_dim, group, size, ARCH)
                 assert tile is not None
                 one = shape._replace(query_width=width, block_m=tile.block_m, block_n=tile.block_n, window=window, shared=window == 0)
                 yield measure(f"decode {name}, query width {width}", _decode_attention, types, dict(SHAPE=one, PDL=PDL),
                               num_warps=tile.num_warps, num_stages=tile.num_stages)
             if group == 8:
                 continue
-            tile = tuning.shared_tile(head_dim, group, 2, ARCH)
+            tile = tuning.shared_tile(head_dim, group, size, ARCH)
             one = shape._replace(block_q=tile.block_q, block_m=tile.block_m, block_n=tile.block_n)
             yield measure(f"decode shared {name}", _shared_attention, types, dict(SHAPE=one, PDL=PDL),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
             tile = tuning.prompt_tile(head_dim, group, 2, ARCH)
             yield measure(f"prefill {name}", _prompt_attention, prompt,
                           dict(NUM_HEADS=group * 8, HEADS_PER_KV=group, D=head_dim, PADDED_D=head_dim, BLOCK_SIZE=16, BLOCK_Q=tile.block_q,
-                               BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=0, SOFTCAP=False, DESCRIPTORS=False),
+                               BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=0, SOFTCAP=False, DESCRIPTORS=False,
+                               QUANTIZED=quantized, FP8=kv == "fp8"),
                           num_warps=tile.num_warps, num_stages=tile.num_stages)
-        yield measure(f"decode position and store, head_dim {head_dim}", _position_and_store, types,
-                      dict(NUM_HEADS=16, KV_HEADS=8, D=head_dim, PADDED_D=head_dim, HEADS=512 // head_dim, NORM=True, ROPE=True),
+        yield measure(f"decode position and store, head_dim {head_dim}, {kv} KV cache", _position_and_store, types,
+                      dict(NUM_HEADS=16, KV_HEADS=8, D=head_dim, PADDED_D=head_dim, HEADS=512 // head_dim, NORM=True, ROPE=True,
+                           QUANTIZED=quantized, FP8=kv == "fp8"),
                       num_warps=1)
 
 

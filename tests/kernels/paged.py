@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.reference.kv_cache import dequantize, quantize
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,17 @@ def fused(case: Case) -> Tensor:
 
 
 def forget_new(case: Case) -> KVLayer:
-    """A copy of the case's cache, with NaN in the slots of the new tokens."""
-    kv = KVLayer(case.kv.k.clone(), case.kv.v.clone())
-    for t in (kv.k, kv.v):
-        t.view(-1, *t.shape[2:])[case.batch.slots[0]] = torch.nan
+    """A copy of the case's cache, with NaN in the slots of the new tokens. (The largest number in int8, whose scale is NaN.)"""
+    kv = KVLayer(*(None if t is None else t.clone() for t in (case.kv.k, case.kv.v, case.kv.k_scale, case.kv.v_scale)))
+    for t in (kv.k, kv.v, kv.k_scale, kv.v_scale):
+        if t is not None:
+            bits = t.view(torch.int8) if t.itemsize == 1 else t
+            bits.view(-1, *t.shape[2:])[case.batch.slots[0]] = 127 if t.itemsize == 1 else torch.nan
     return kv
+
+
+def quantized(case: Case, dtype: torch.dtype) -> Case:
+    """The same case with a quantized cache; `keys` and `values` are what is stored there."""
+    (k, k_scale), (v, v_scale) = (quantize(t, dtype) for t in (case.kv.k, case.kv.v))
+    stored = ([dequantize(*quantize(t, dtype), torch.float32) for t in some] for some in (case.keys, case.values))
+    return Case(case.batch, KVLayer(k, v, k_scale, v_scale), case.q, *stored, case.block_size)

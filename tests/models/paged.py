@@ -17,6 +17,7 @@ from minivllm.kernels import Ops, select
 from minivllm.kernels.layout import InputBatch
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.quantization.kv_cache import kv_format
 from minivllm.worker.kv_cache import KVLayout
 
 
@@ -28,14 +29,16 @@ def make_build(dtype: torch.dtype = torch.float32, device: str = "cpu", ops: Ops
 class Paged:
     """A KV cache and the block tables of `num_seqs` sequences. `run` computes the next tokens of some of them."""
 
-    def __init__(self, model: Decoder, capacity: int, num_seqs: int = 1, block_size: int = 4, seed: int = 0) -> None:
-        layout = KVLayout.of(model.spec, block_size, model.build.dtype)
+    def __init__(self, model: Decoder, capacity: int, num_seqs: int = 1, block_size: int = 4, seed: int = 0,
+                 kv_cache_dtype: str = "auto") -> None:
+        layout = KVLayout.of(model.spec, block_size, model.build.dtype, kv_format(kv_cache_dtype))
         self.model, self.block_size, self.groups = model, block_size, layout.groups
         per_seq = -(-capacity // block_size)
         num_blocks = 1 + per_seq * num_seqs * len(self.groups)
         self.kv = layout.views(layout.allocate(num_blocks, model.build.device))
         for layer in self.kv:
-            layer.k.fill_(math.nan), layer.v.fill_(math.nan)
+            for t in (layer.k, layer.v) if layer.k_scale is None or layer.v_scale is None else (layer.k_scale, layer.v_scale):
+                t.fill_(math.nan)
         ids = random.Random(seed).sample(range(1, num_blocks), num_blocks - 1)
         self.tables = [[[ids.pop() for _ in range(per_seq)] for _ in range(num_seqs)] for _ in self.groups]  # [G][B][M]
         self.tokens: list[list[int]] = [[] for _ in range(num_seqs)]

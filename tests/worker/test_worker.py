@@ -71,9 +71,10 @@ def test_the_choices_made_for_the_user_are_printed_once(
 ):
     build(tiny_llama(), dtype="auto", num_gpu_blocks_override=9).close()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "CPU" in lines[0] and "bfloat16" in lines[0]  # chosen, or named as what this CPU lacks
-    assert "max_model_len lowered from 256 to 128" in lines[1]
+    assert "KV cache in " in lines[1] and "room for 128 tokens" in lines[1]
+    assert "max_model_len lowered from 256 to 128" in lines[2]
 
 
 def test_an_explicit_length_that_does_not_fit_is_refused_with_one_that_fits(tiny_llama: Callable[..., Path]):

@@ -20,10 +20,13 @@ from torch import Tensor
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.numba import decode_attention as code
 from minivllm.kernels.numba.threads import Arguments, Kernel
+from minivllm.kernels.numba.vectors import BFLOAT16, FLOAT32, FP8, INT8
 from minivllm.kernels.reference import attention as reference
+from minivllm.kernels.reference.kv_cache import SCALE_DTYPE
 
 Array = np.ndarray[Any, Any]
 NO_WINDOW = 1 << 40
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8, torch.float8_e4m3fn: FP8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class NumbaAttentionMeta:
     num_tasks: int
     num_tokens: int  # of all decodes
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     num_heads: int
     block: tuple[int, int, int]  # block size, KV heads, D
     finished: Array  # [decodes, KV] int32: splits that have finished; zero between layers
@@ -55,27 +59,30 @@ def covers(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim % 8 == 0 and dtype in (torch.float32, torch.bfloat16)
 
 
-def kernel_for(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, query_width: int = 1) -> Kernel:
+def kernel_for(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, query_width: int = 1,
+) -> Kernel:
     """The kernel of a shape, compiled at the first call."""
     group = num_heads // num_kv_heads
     at_once = code.heads_at_once(head_dim, group * query_width, num_kv_heads)
-    return code.kernel(head_dim, group, at_once, int(dtype == torch.bfloat16), query_width)
+    return code.kernel(head_dim, group, at_once, KINDS[dtype], KINDS[cache_dtype], query_width)
 
 
 def prepare_attention(
     batch: InputBatch, group: int, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, cache_dtype: torch.dtype | None = None,
 ) -> NumbaAttentionMeta | reference.ReferenceAttentionMeta:
     """Divide the decodes of KV group `group` into tasks. The reference prepares prompt chunks, and all sequences if there is no kernel."""
     shape: dict[str, Any] = dict(block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
-                                 dtype=dtype)
+                                 dtype=dtype, cache_dtype=cache_dtype)
+    cache_dtype = cache_dtype or dtype
     n, width, tokens = batch.num_decodes, batch.query_width, batch.num_decode_tokens
     if n == 0 or not covers(head_dim, dtype):
         return reference.prepare_attention(batch, group, **shape)
     rest = None
     if tokens < batch.num_tokens:
         rest = reference.prepare_attention(_without_decodes(batch), group, **shape)
-    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype, width)
+    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype, cache_dtype, width)
     window = NO_WINDOW if window is None else window
     first_splits = np.array(code.first_splits(batch.seq_lens_host[:n], window, width), np.int32)
     splits = int(first_splits[-1])
@@ -93,7 +100,7 @@ def prepare_attention(
         args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_splits.ctypes.data, tasks,
         partial.ctypes.data, finished.ctypes.data, window, num_heads, num_kv_heads, block_size)
     memory = first_splits, table, seq_lens, partial
-    return NumbaAttentionMeta(kernel, args, tasks, tokens, dtype, num_heads, block, finished, memory, rest)
+    return NumbaAttentionMeta(kernel, args, tasks, tokens, dtype, cache_dtype, num_heads, block, finished, memory, rest)
 
 
 def self_attention(
@@ -110,9 +117,10 @@ def self_attention(
     out = qkv.new_empty((len(qkv), meta.num_heads * meta.block[2]))
     cos, sin = (0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
     norm, eps = (0, 0.0) if qk_norm is None else (qk_norm[0].data_ptr(), qk_norm[1])
+    scales = (0, 0) if kv.k_scale is None or kv.v_scale is None else (kv.k_scale.data_ptr(), kv.v_scale.data_ptr())
     code.LAYER_ARGS.pack_into(
-        args.memory, 0, 0, out.data_ptr(), qkv.data_ptr(), qkv.stride(0) * qkv.itemsize, kv.k.data_ptr(), kv.v.data_ptr(), norm, cos, sin,
-        slots.data_ptr(), eps, scale, softcap or 0.0)
+        args.memory, 0, 0, out.data_ptr(), qkv.data_ptr(), qkv.stride(0) * qkv.itemsize, kv.k.data_ptr(), kv.v.data_ptr(), *scales, norm,
+        cos, sin, slots.data_ptr(), eps, scale, softcap or 0.0)
     meta.kernel.run(args.address, meta.num_tasks)
     if meta.rest is not None:
         some = None if rope is None else (rope[0][n:], rope[1][n:])
@@ -123,11 +131,13 @@ def self_attention(
 def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: NumbaAttentionMeta, *others: Tensor) -> None:
     """Assert what the kernel assumes, because it reads memory by address. others: cos, sin and norm weights, as far as they are used."""
     _, kv_heads, head_dim = meta.block
-    assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
     assert qkv.stride(1) == 1 and qkv.shape == (len(slots), (meta.num_heads + 2 * kv_heads) * head_dim) and len(slots) >= meta.num_tokens
     assert slots.dtype == torch.int64 and slots.is_contiguous() and kv.k.shape[1:] == kv.v.shape[1:] == meta.block
-    for t in (qkv, kv.k, kv.v, *others):
+    for t in (qkv, *others):
         assert t.dtype == meta.dtype and t.device.type == "cpu" and (t is qkv or t.is_contiguous())
+    for t, scales in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)):
+        assert t.dtype == meta.cache_dtype and t.is_contiguous() and (scales is not None) == (KINDS[t.dtype] >= INT8)
+        assert scales is None or (scales.shape == t.shape[:3] and scales.dtype == SCALE_DTYPE and scales.is_contiguous())
     for t in others:
         assert t.shape[0] in (len(slots), meta.num_heads + kv_heads) and t.shape[-1] == head_dim
 

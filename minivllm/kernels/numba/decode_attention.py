@@ -12,6 +12,9 @@ All queries that share a KV head use a key while it is loaded: the heads of its 
 Threads take tasks from a counter, so that a thread that starts late computes less. Splits begin at multiples of CPU_SPLIT_KEYS for
 every batch and every number of threads, so a sequence's output does not depend on them. With more than one split, each task stores its
 sums, and the task that finishes last adds them in the order of the splits.
+
+A quantized cache has one scale per key and head. Keys and values are converted to float32 while they are loaded, and the scales multiply
+scores and weights instead: one number per key.
 """
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ from numba import njit
 
 from minivllm.kernels.numba.threads import DTYPE_NAMES, Kernel, vector_shape
 from minivllm.kernels.numba.vectors import (
+    BFLOAT16,
+    INT8,
     LOWEST,
+    SIZES,
     add_weighted,
     address_of,
     exp2,
@@ -37,6 +43,7 @@ from minivllm.kernels.numba.vectors import (
     get_f64,
     get_i32,
     get_i64,
+    larger,
     largest,
     load,
     prefetch,
@@ -49,13 +56,14 @@ from minivllm.kernels.numba.vectors import (
     store,
     total,
 )
+from minivllm.kernels.reference.kv_cache import SMALLEST_SCALE
 from minivllm.kernels.tuning import CPU_SPLIT_KEYS, CPU_TASK_FLOATS, CPU_TILE_KEYS
 
 LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless stated otherwise, strides in bytes. First those that change with each layer.
-LAYER_ARGS = struct.Struct("10q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
-(COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
- TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(25)
+LAYER_ARGS = struct.Struct("12q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
+(COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
+ TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(27)
 STEP_ARGS = struct.Struct("11q")  # from TABLE on
 
 
@@ -104,6 +112,34 @@ def locate(offsets, table, start, n, block_size, slot_bytes):
 
 
 @njit(inline="always")
+def store_head(out, scale_at, source, kind, dim, lanes, cache):
+    """A head's numbers [dim] at `source` -> the cache; quantized as in the reference if `cache`, the kind there, has scales."""
+    factor = np.float32(1.0)
+    if cache >= INT8:
+        most = splat(np.float32(0.0), lanes)
+        for c in range(0, dim, lanes):
+            most = larger(most, load(source + c * SIZES[kind], lanes, kind))
+        per_unit = np.float32(1.0 / 127.0) if cache == INT8 else np.float32(1.0 / 448.0)
+        scale = splat(max(largest(most) * per_unit, np.float32(SMALLEST_SCALE)), 1)
+        store(scale_at, scale, BFLOAT16)
+        factor = np.float32(1.0) / largest(rounded(scale, BFLOAT16))
+    for c in range(0, dim, lanes):
+        x = load(source + c * SIZES[kind], lanes, kind)
+        if cache >= INT8:
+            x = x * splat(factor, lanes)
+        store(out + c * SIZES[cache], x, cache)
+
+
+@njit(inline="always")
+def load_scales(out, scales, offsets, first_head, heads, kv_heads, dim):
+    """The scales of a tile's keys for some heads: [heads, CPU_TILE_KEYS] float32. offsets: of the keys, one byte per number."""
+    for j in range(CPU_TILE_KEYS):
+        at = scales + (get_i64(offsets + j * 8) // dim + first_head) * 2
+        for h in range(heads):
+            put_f32(out + (h * CPU_TILE_KEYS + j) * 4, largest(load(at + h * 2, 1, BFLOAT16)))
+
+
+@njit(inline="always")
 def rotate(token, head, out, norm, eps, rope, cos, sin, dim, lanes, half):
     """Head `head` of a token's projection, normalized and rotated, in float32 at `out`: [dim]. Rounds where the reference rounds."""
     item = 2 if half else 4
@@ -132,7 +168,8 @@ def rotate(token, head, out, norm, eps, rope, cos, sin, dim, lanes, half):
 
 
 @njit(inline="always")
-def start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, num_new, eps, factor, dim, group, width, lanes, half):
+def start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, num_new, eps, factor, dim, group, width, lanes, half,
+               cache):
     """The task's queries [heads, width * group, dim] times `factor`, with averages that have seen no key; its new keys to the cache.
 
     first_new, num_new: the new tokens whose keys are in the task's split.
@@ -155,28 +192,30 @@ def start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_ne
         head = queries + min(i, rows) * dim * 4
         rotate(row, source, head, p[NORM], eps, p[COS], p[COS] + token * dim * item, p[SIN] + token * dim * item, dim, lanes, half)
         value = row + (num_heads + kv_heads + h) * dim * item
-        slot = (get_i64(p[SLOTS] + 8 * token) * kv_heads + h) * dim * item
-        for c in range(0, dim, lanes):
-            x = load(head + c * 4, lanes, 0)
-            if i < rows:
-                store(head + c * 4, x * scale, 0)
+        slot = get_i64(p[SLOTS] + 8 * token) * kv_heads + h
+        if i < rows:
+            for c in range(0, dim, lanes):
+                store(head + c * 4, load(head + c * 4, lanes, 0) * scale, 0)
                 store(sums + (i * dim + c) * 4, splat(np.float32(0.0), lanes), 0)
-            else:
-                store(p[CACHE_K] + slot + c * item, x, half)
-                store(p[CACHE_V] + slot + c * item, load(value + c * item, lanes, half), half)
+        else:
+            store_head(p[CACHE_K] + slot * dim * SIZES[cache], p[SCALES_K] + slot * 2, head, 0, dim, lanes, cache)
+            store_head(p[CACHE_V] + slot * dim * SIZES[cache], p[SCALES_V] + slot * 2, value, half, dim, lanes, cache)
     for i in range(rows):
         put_f32(peaks + i * 4, np.float32(LOWEST))
         put_f32(totals + i * 4, np.float32(0.0))
 
 
 @njit(inline="always")
-def weigh(scores, peaks, totals, shrink, n, softcap, start, context, window, group, width):
+def weigh(scores, k_scales, v_scales, peaks, totals, shrink, n, softcap, start, context, window, group, width, cache):
     """Softmax of a tile's scores [width * group, CPU_TILE_KEYS], n of them valid, into weights; `shrink`: factors of the sums so far.
 
-    The tile begins at position `start`; the query of new token w is at position context + w.
+    The tile begins at position `start`; the query of new token w is at position context + w. k_scales, v_scales: [CPU_TILE_KEYS] of a
+    quantized cache.
     """
     for r in range(width * group):
         s = scores + r * CPU_TILE_KEYS * 4
+        if cache >= INT8:
+            store(s, load(s, CPU_TILE_KEYS, 0) * load(k_scales, CPU_TILE_KEYS, 0), 0)
         if softcap != 0.0:
             store(s, capped(load(s, CPU_TILE_KEYS, 0), softcap), 0)
         for j in range(n, CPU_TILE_KEYS):
@@ -191,7 +230,7 @@ def weigh(scores, peaks, totals, shrink, n, softcap, start, context, window, gro
         old = get_f32(peaks + i)
         peak = max(old, largest(x))
         weights = exp2(x - splat(peak, CPU_TILE_KEYS))
-        store(s, weights, 0)
+        store(s, weights if cache < INT8 else weights * load(v_scales, CPU_TILE_KEYS, 0), 0)
         less = power(old - peak)
         put_f32(shrink + i, less)
         put_f32(peaks + i, peak)
@@ -235,10 +274,12 @@ def merge_parts(sums, part, splits, stride, dim, lanes):
 
 
 @lru_cache(maxsize=64)
-def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: int = 1) -> Kernel:
-    """The kernel for `group` query heads per KV head, up to `most_heads` KV heads in a task, and query_width new tokens per sequence."""
-    D, G, W, MOST_HEADS, HALF = head_dim, group, query_width, most_heads, half
-    ITEM = 2 if half else 4
+def kernel(head_dim: int, group: int, most_heads: int, half: int, cache: int, query_width: int = 1) -> Kernel:
+    """The kernel for `group` query heads per KV head, up to `most_heads` KV heads in a task, and query_width new tokens per sequence.
+
+    half, cache: kinds of numbers (see vectors.py), of the model and in its KV cache.
+    """
+    D, G, W, MOST_HEADS, HALF, CACHE = head_dim, group, query_width, most_heads, half, cache
     LANES, REGISTERS = vector_shape()
     while D % LANES:
         LANES //= 2
@@ -246,10 +287,11 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: i
     while (D // 2) % PAIR:
         PAIR //= 2
     ROWS = W * G  # queries of a KV head
-    ROW_BYTES, PART_BYTES = ITEM * D, 4 * (D + 2)  # of a head in the cache; of a query in PARTIAL: sums, peak, total
-    SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, OFFSETS_BYTES = (
+    ROW_BYTES, PART_BYTES = SIZES[cache] * D, 4 * (D + 2)  # of a head in the cache; of a query in PARTIAL: sums, peak, total
+    OUT_BYTES = SIZES[half] * D  # of a head in OUT
+    SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, OFFSETS_BYTES, SCALES_BYTES = (
         4 * most_heads * ROWS * D, 4 * most_heads * ROWS * D + 4 * D, 4 * most_heads * ROWS, 4 * ROWS, 4 * ROWS * CPU_TILE_KEYS,
-        8 * CPU_TILE_KEYS)
+        8 * CPU_TILE_KEYS, 4 * most_heads * CPU_TILE_KEYS if cache >= INT8 else 64)
 
     def decode(p: Any) -> None:
         queries = stack(QUERIES_BYTES)  # one more row: a new key
@@ -260,6 +302,8 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: i
         scores = stack(SCORES_BYTES)
         offsets = stack(OFFSETS_BYTES)
         ahead = stack(OFFSETS_BYTES)
+        k_scales = stack(SCALES_BYTES)
+        v_scales = stack(SCALES_BYTES)
         kv_heads, block_size, num_heads = p[KV_HEADS], p[BLOCK_SIZE], p[HEADS]
         args = address_of(p)
         eps, scale, softcap = (np.float32(get_f64(args + 8 * EPS)), np.float32(get_f64(args + 8 * SCALE)),
@@ -286,7 +330,7 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: i
             end = min(length, (split + 1) * CPU_SPLIT_KEYS)
             first_new = max(0, begin - context)
             start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, max(0, end - context - first_new), eps, factor,
-                       D, G, W, PAIR, HALF)
+                       D, G, W, PAIR, HALF, CACHE)
 
             # The next tile's keys are located and prefetched while a tile is computed. The iteration before the first tile only does that.
             table = p[TABLE] + seq * p[TABLE_STRIDE]
@@ -303,14 +347,19 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: i
                     continue
                 n = min(CPU_TILE_KEYS, end - start)
                 near = ahead if following > 0 else offsets
+                if CACHE >= INT8:
+                    load_scales(k_scales, p[SCALES_K], offsets, first_head, heads, kv_heads, D)
+                    load_scales(v_scales, p[SCALES_V], offsets, first_head, heads, kv_heads, D)
                 for h in range(heads):
                     keys, values = p[CACHE_K] + (first_head + h) * ROW_BYTES, p[CACHE_V] + (first_head + h) * ROW_BYTES
                     for j in range(0, n, 4):
                         four_scores(scores + j * 4, queries + h * ROWS * D * 4, offsets + j * 8, near + j * 8, keys,
-                                    D, ROWS, CPU_TILE_KEYS, LANES, HALF, REGISTERS)
-                    weigh(scores, peaks + h * ROWS * 4, totals + h * ROWS * 4, shrink, n, softcap, start, context, p[WINDOW], G, W)
+                                    D, ROWS, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
+                    tile_scales = h * CPU_TILE_KEYS * 4
+                    weigh(scores, k_scales + tile_scales, v_scales + tile_scales, peaks + h * ROWS * 4, totals + h * ROWS * 4, shrink, n,
+                          softcap, start, context, p[WINDOW], G, W, CACHE)
                     add_weighted(sums + h * ROWS * D * 4, shrink, scores, offsets, near, values, n,
-                                 D, ROWS, CPU_TILE_KEYS, LANES, HALF, REGISTERS)
+                                 D, ROWS, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
                 offsets, ahead = ahead, offsets
 
             parts = p[PARTIAL] + first_head * ROWS * PART_BYTES
@@ -328,7 +377,9 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, query_width: i
                     first_part = parts + first_row * stride + i * PART_BYTES
                     put_f32(totals + i * 4, merge_parts(sums + i * D * 4, first_part, splits, stride, D, PAIR))
                 head = (seq * W + i // G % W) * num_heads + (first_head + i // ROWS) * G + i % G
-                store_mean(p[OUT] + head * ROW_BYTES, sums + i * D * 4, get_f32(totals + i * 4), D, PAIR, HALF)
+                store_mean(p[OUT] + head * OUT_BYTES, sums + i * D * 4, get_f32(totals + i * 4), D, PAIR, HALF)
 
     name = f"decode attention in {DTYPE_NAMES[half]} (heads of {head_dim}, {group} per KV head)"
+    if cache != half:
+        name += f" with a KV cache in {DTYPE_NAMES[cache]}"
     return Kernel(decode, name if query_width == 1 else f"{name} of {query_width} queries")

@@ -27,7 +27,7 @@ from minivllm.kernels import tuning
 
 logger = logging.getLogger(__name__)
 SIGNATURE = types.void(types.CPointer(types.int64))
-DTYPE_NAMES = ("float32", "bfloat16")  # of the numbers in memory; index: `half`
+DTYPE_NAMES = ("float32", "bfloat16", "int8", "fp8")  # of the numbers in memory; index: `kind` in vectors.py
 
 
 class Kernel:

@@ -2,8 +2,8 @@
 
 Numba leaves the choice of vector instructions to LLVM, which has to guess it from scalar loops. Attention on a few query rows is fast
 only if sums stay in registers. So the vectors are explicit here: each function below emits a few LLVM instructions on vectors of `lanes`
-floats, and LLVM maps them to the registers of the CPU (AVX2, AVX-512, NEON ...). Memory is given by addresses (integers). `half` is 1 if
-memory holds bfloat16, which is the upper half of a float32.
+floats, and LLVM maps them to the registers of the CPU (AVX2, AVX-512, NEON ...). Memory is given by addresses (integers). `kind` says what
+memory holds: 0 float32, 1 bfloat16, 2 int8, 3 fp8 (e4m3). `half` is a kind too: 1 for bfloat16, which is the upper half of a float32.
 
 The functions use Numba's extension API (`numba.extending`) and llvmlite's IR builder. `tests/kernels/test_numba.py` names what would
 have to change with another version of Numba.
@@ -20,7 +20,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32, I8, I16, I32, I64 = ir.HalfType(), ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT32, BFLOAT16, INT8, FP8 = range(4)
+SIZES = (4, 2, 1, 1)  # bytes of a number of each kind
 LOWEST = -3.0e38  # less than any score, but finite: the difference of two such numbers is not NaN
 
 
@@ -68,13 +70,46 @@ def constant(value: Any, lanes: int, kind: ir.Type = F32) -> ir.Constant:
     return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
 
-def emit_load(builder: ir.IRBuilder, address: ir.Value, lanes: int, half: int) -> ir.Value:
-    """`lanes` numbers from memory; bfloat16 is widened by a shift."""
-    if not half:
+def emit_load(builder: ir.IRBuilder, address: ir.Value, lanes: int, kind: int) -> ir.Value:
+    """`lanes` numbers from memory. bfloat16 is widened by a shift."""
+    if kind == FLOAT32:
         return builder.load(pointer(builder, address, ir.VectorType(F32, lanes)), align=4)
-    narrow = builder.load(pointer(builder, address, ir.VectorType(I16, lanes)), align=2)
+    narrow = builder.load(pointer(builder, address, ir.VectorType(I16 if kind == BFLOAT16 else I8, lanes)), align=SIZES[kind])
+    if kind == INT8:
+        return builder.sitofp(builder.sext(narrow, ir.VectorType(I32, lanes)), ir.VectorType(F32, lanes))
+    if kind == FP8:
+        return _from_fp8(builder, narrow, lanes)
     wide = builder.zext(narrow, ir.VectorType(I32, lanes))
     return builder.bitcast(builder.shl(wide, constant(16, lanes, I32)), ir.VectorType(F32, lanes))
+
+
+def _from_fp8(builder: ir.IRBuilder, bits: ir.Value, lanes: int) -> ir.Value:
+    """e4m3 -> float32, through float16, whose exponent and mantissa are longer: the same bits there are a number 2^8 times smaller."""
+    wide = builder.shl(builder.sext(bits, ir.VectorType(I16, lanes)), constant(7, lanes, I16))  # two copies of the sign, then seven bits
+    half = builder.bitcast(builder.and_(wide, constant(0xBFFF, lanes, I16)), ir.VectorType(F16, lanes))
+    return builder.fmul(builder.fpext(half, ir.VectorType(F32, lanes)), constant(256.0, lanes))
+
+
+def _to_bytes(builder: ir.IRBuilder, x: ir.Value, lanes: int, kind: int) -> ir.Value:
+    """Round to int8 or e4m3, ties to even. x: of at most 127.5 or 464 in magnitude."""
+    ints = ir.VectorType(I32, lanes)
+
+    def of_multiple(x: ir.Value, magic: float) -> ir.Value:  # a sum with this number has the multiple in its lowest bits
+        return builder.bitcast(builder.fadd(x, constant(magic, lanes)), ints)
+
+    if kind == INT8:
+        code = of_multiple(x, 1.5 * 2**23)
+    else:
+        bits = builder.bitcast(x, ints)
+        sign = builder.and_(builder.lshr(bits, constant(24, lanes, I32)), constant(0x80, lanes, I32))
+        bits = builder.and_(bits, constant(0x7FFFFFFF, lanes, I32))
+        odd = builder.and_(builder.lshr(bits, constant(20, lanes, I32)), constant(1, lanes, I32))
+        rounded_bits = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFFF, lanes, I32))), constant(20, lanes, I32))
+        normal = builder.sub(rounded_bits, constant((127 - 7) << 3, lanes, I32))
+        small = of_multiple(builder.bitcast(bits, x.type), 1.5 * 2**14)  # below 2^-6, e4m3 has the multiples of 2^-9
+        is_small = builder.icmp_unsigned("<", bits, constant((127 - 6) << 23, lanes, I32))
+        code = builder.or_(builder.select(is_small, small, normal), sign)
+    return builder.trunc(code, ir.VectorType(I8, lanes))
 
 
 def upper_half(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
@@ -92,12 +127,14 @@ def emit_rounded(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value
     return builder.bitcast(builder.and_(upper_half(builder, value, lanes), constant(0xFFFF0000, lanes, I32)), value.type)
 
 
-def emit_store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, lanes: int, half: int) -> None:
-    """`lanes` float32 numbers to memory, rounded to bfloat16 if `half`."""
-    if half:
+def emit_store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, lanes: int, kind: int) -> None:
+    """`lanes` float32 numbers to memory, rounded to `kind`."""
+    if kind == BFLOAT16:
         value = builder.lshr(upper_half(builder, value, lanes), constant(16, lanes, I32))
         value = builder.trunc(value, ir.VectorType(I16, lanes))
-    builder.store(value, pointer(builder, address, value.type), align=2 if half else 4)
+    elif kind != FLOAT32:
+        value = _to_bytes(builder, value, lanes, kind)
+    builder.store(value, pointer(builder, address, value.type), align=SIZES[kind])
 
 
 def emit_fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -145,22 +182,22 @@ def emit_prefetch(builder: ir.IRBuilder, row: ir.Value, num_bytes: int) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def load(typingctx, address, lanes, half):
+def load(typingctx, address, lanes, kind):
     """Vector of `lanes` at `address`."""
-    n, narrow = lanes.literal_value, half.literal_value
-    return Vector(n)(types.int64, lanes, half), lambda context, builder, sig, args: emit_load(builder, args[0], n, narrow)
+    n, stored = lanes.literal_value, kind.literal_value
+    return Vector(n)(types.int64, lanes, kind), lambda context, builder, sig, args: emit_load(builder, args[0], n, stored)
 
 
 @intrinsic(prefer_literal=True)
-def store(typingctx, address, value, half):
+def store(typingctx, address, value, kind):
     """Vector -> memory."""
-    n, narrow = value.lanes, half.literal_value
+    n, stored = value.lanes, kind.literal_value
 
     def emit(context, builder, sig, args):
-        emit_store(builder, args[0], args[1], n, narrow)
+        emit_store(builder, args[0], args[1], n, stored)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value, half), emit
+    return types.void(types.int64, value, kind), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -316,6 +353,17 @@ def largest(typingctx, x):
 
 
 @intrinsic
+def larger(typingctx, a, x):
+    """The larger one of a and |x|, lane by lane."""
+    def emit(context, builder, sig, args):
+        bits = builder.and_(builder.bitcast(args[1], ir.VectorType(I32, x.lanes)), constant(0x7FFFFFFF, x.lanes, I32))
+        size = builder.bitcast(bits, args[1].type)
+        return builder.select(builder.fcmp_ordered(">", args[0], size), args[0], size)
+
+    return a(a, x), emit
+
+
+@intrinsic
 def exp2(typingctx, x):
     """2^x within a few ulp for x in [-126, 127]; 2^-126 or 2^127 outside; NaN for NaN.
 
@@ -342,13 +390,13 @@ def exp2(typingctx, x):
 
 
 @intrinsic(prefer_literal=True)
-def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, heads, tile, lanes, half, registers):
+def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, heads, tile, lanes, kind, registers):
     """scores[h, j] = queries[h] . keys[offsets[j]] for four keys j and all heads h.
 
     queries: [heads, head_dim] and scores: [heads, tile] in float32; offsets: [4] int64, in bytes from `keys`; ahead: likewise of the keys
     to prefetch. Up to `registers` pairs of a head and a key are summed together, so that each loaded key and query is used several times.
     """
-    d, h, t, n, narrow = (x.literal_value for x in (head_dim, heads, tile, lanes, half))
+    d, h, t, n, stored = (x.literal_value for x in (head_dim, heads, tile, lanes, kind))
     most = max(1, registers.literal_value // 4)
 
     def emit(context, builder, sig, args):
@@ -356,13 +404,13 @@ def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, head
         rows = [builder.add(base, builder.load(pointer(builder, at(builder, where, 8 * j), I64))) for j in range(4)]
         for j in range(4):
             next_offset = builder.load(pointer(builder, at(builder, following, 8 * j), I64))
-            emit_prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
+            emit_prefetch(builder, builder.add(base, next_offset), d * SIZES[stored])
         for group in _split_heads(h, most):
             sums = {(g, j): constant(0.0, n) for g in group for j in range(4)}
             for c in range(0, d, n):
                 xs = {g: emit_load(builder, at(builder, q, 4 * (g * d + c)), n, 0) for g in group}
                 for j, row in enumerate(rows):
-                    key = emit_load(builder, at(builder, row, c * (2 if narrow else 4)), n, narrow)
+                    key = emit_load(builder, at(builder, row, c * SIZES[stored]), n, stored)
                     for g in group:
                         sums[g, j] = emit_fma(builder, xs[g], key, sums[g, j])
             for g in group:
@@ -373,17 +421,17 @@ def four_scores(typingctx, scores, queries, offsets, ahead, keys, head_dim, head
                 builder.store(v, pointer(builder, at(builder, out, 4 * g * t), v.type), align=16)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 5), head_dim, heads, tile, lanes, half, registers), emit
+    return types.void(*([types.int64] * 5), head_dim, heads, tile, lanes, kind, registers), emit
 
 
 @intrinsic(prefer_literal=True)
-def add_weighted(typingctx, sums, shrink, weights, offsets, ahead, values, count, head_dim, heads, tile, lanes, half, registers):
+def add_weighted(typingctx, sums, shrink, weights, offsets, ahead, values, count, head_dim, heads, tile, lanes, kind, registers):
     """sums[h] = sums[h] * shrink[h] + sum over j < count of weights[h, j] * values[offsets[j]], for all heads h.
 
     sums: [heads, head_dim], shrink: [heads], weights: [heads, tile] in float32; offsets: int64, in bytes from `values`; ahead: likewise
     of the values to prefetch. As many dimensions as fit into `registers` are summed over all j before the next ones.
     """
-    d, h, t, n, narrow = (x.literal_value for x in (head_dim, heads, tile, lanes, half))
+    d, h, t, n, stored = (x.literal_value for x in (head_dim, heads, tile, lanes, kind))
     room = registers.literal_value
 
     def emit(context, builder, sig, args):
@@ -403,15 +451,15 @@ def add_weighted(typingctx, sums, shrink, weights, offsets, ahead, values, count
                     row = builder.add(base, offset)
                     if part.start == 0 and group.start == 0:
                         next_offset = builder.load(pointer(builder, builder.add(following, builder.shl(loop.index, I64(3))), I64))
-                        emit_prefetch(builder, builder.add(base, next_offset), d * (2 if narrow else 4))
+                        emit_prefetch(builder, builder.add(base, next_offset), d * SIZES[stored])
                     weight = builder.add(w, builder.shl(loop.index, I64(2)))
                     ps = {g: emit_splat(builder, builder.load(pointer(builder, at(builder, weight, 4 * g * t), F32)), n) for g in group}
                     for c in part:
-                        value = emit_load(builder, at(builder, row, c * n * (2 if narrow else 4)), n, narrow)
+                        value = emit_load(builder, at(builder, row, c * n * SIZES[stored]), n, stored)
                         for g in group:
                             builder.store(emit_fma(builder, ps[g], value, builder.load(cells[g, c])), cells[g, c])
                 for (g, c), cell in cells.items():
                     builder.store(builder.load(cell), pointer(builder, at(builder, out, 4 * (g * d + c * n)), kind), align=4)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 7), head_dim, heads, tile, lanes, half, registers), emit
+    return types.void(*([types.int64] * 7), head_dim, heads, tile, lanes, kind, registers), emit

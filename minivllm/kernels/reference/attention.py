@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
-from minivllm.kernels.reference.kv_cache import write_kv
+from minivllm.kernels.reference.kv_cache import dequantize, write_kv
 from minivllm.kernels.reference.norm import rms_norm
 from minivllm.kernels.reference.rope import apply_rope
 
@@ -118,8 +118,11 @@ def prepare_attention(
     head_dim: int,
     window: int | None,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> ReferenceAttentionMeta:
-    """Gather indices, grouping and masks for the layers of KV group `group`. Reads no device value on the host."""
+    """Gather indices, grouping and masks for the layers of KV group `group`. Reads no device value on the host.
+
+    cache_dtype: of the cached keys and values; None: `dtype`, the model's. (The reference needs only the latter.)"""
     table = batch.block_tables[group]  # [B, M]
     device = table.device
     kind = "cpu" if device.type == "cpu" else "cuda"
@@ -180,7 +183,6 @@ def store_kv(
 
 def attention(q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, *, scale: float, softcap: float | None = None) -> Tensor:
     """q: [T, num_heads, head_dim] -> the same shape; keys and values come from the cache `kv`."""
-    assert kv.k_scale is None and kv.v_scale is None, "this kernel reads unquantized caches only"
     h, hk, d, n = meta.num_heads, meta.num_kv_heads, meta.head_dim, meta.num_decode_tokens
     if 0 < n == q.shape[0] and meta.order is None:
         return _decode(q, kv, meta, scale, softcap).reshape(n, h, d)
@@ -193,12 +195,11 @@ def attention(q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, *, scale: fl
             grouped[:n].copy_(_decode(q[:n], kv, meta, scale, softcap))
         else:
             grouped.index_copy_(0, meta.order, _decode(q.index_select(0, meta.order), kv, meta, scale, softcap))
-    keys, values = kv.k.view(-1, hk, d), kv.v.view(-1, hk, d)  # [slots, kv_heads, head_dim]
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
-        ks = _take(keys, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
-        vs = _take(values, chunk.slots).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
+        ks, vs = (_take(x, scale, chunk.slots, q.dtype).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
+                  for x, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)))
         part = _attend(qs, ks, vs, chunk.mask, chunk.mask is None, scale, softcap)
         out[chunk.start : chunk.end].view(t, hk, h // hk, d).copy_(part.permute(2, 0, 1, 3))
     return out
@@ -212,20 +213,29 @@ def _decode(q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, scale: float, 
     parts, rest = [], iter(queries.split(meta.sizes))
     for gather in meta.gathers:
         if isinstance(gather, InPlace):
-            ks, vs = (x.view(-1, hk, d)[None, gather.slots].transpose(1, 2) for x in (kv.k, kv.v))
+            ks, vs = (_take(x, s, gather.slots, q.dtype)[None].transpose(1, 2) for x, s in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)))
             parts.append(_attend(next(rest), ks, vs, None, False, scale, softcap))
             continue
-        for source, target in ((kv.k, gather.keys), (kv.v, gather.values)):
-            torch.index_select(source.view(-1, target.shape[1]), 0, gather.pages, out=target)
+        for source, scales, target in ((kv.k, kv.k_scale, gather.keys), (kv.v, kv.v_scale, gather.values)):
+            pages = source.view(-1, target.shape[1])
+            if scales is None:
+                torch.index_select(pages, 0, gather.pages, out=target)
+            else:
+                some = scales.view(len(pages), -1)[gather.pages]  # [P, scales of a page]
+                target.view(*some.shape, d).copy_(dequantize(pages[gather.pages].view(*some.shape, d), some, target.dtype))
         if gather.hidden is not None:
             gather.rows.index_fill_(1, gather.hidden, 0)
         parts += [_attend(next(rest), b.keys, b.values, b.mask, False, scale, softcap) for b in gather.buckets]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _take(cache: Tensor, slots: Tensor | slice) -> Tensor:
-    """cache: [slots, kv_heads, head_dim] -> the rows `slots`: a view if they are consecutive, else a copy."""
-    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
+def _take(cache: Tensor, scales: Tensor | None, slots: Tensor | slice, dtype: torch.dtype) -> Tensor:
+    """Keys or values of `slots`: [slots, kv_heads, head_dim], dequantized to `dtype` if they have scales."""
+    def take(x: Tensor) -> Tensor:  # a view if they are consecutive, else a copy
+        return x[slots] if isinstance(slots, slice) else x.index_select(0, slots)
+
+    rows = take(cache.view(-1, *cache.shape[2:]))
+    return rows if scales is None else dequantize(rows, take(scales.view(-1, scales.shape[-1])), dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None) -> Tensor:

@@ -6,21 +6,52 @@
 
 A cache tensor is [num_blocks, block_size, kv_heads, head_dim]. Viewed as [num_blocks * block_size, kv_heads, head_dim], a slot is a
 row number.
+
+A quantized cache has 8 bits per number, fp8 (e4m3: 4 bits of exponent, 3 of mantissa) or int8. Each token and KV head has one scale for
+its key and one for its value, chosen from their largest magnitudes. So numbers of any size fit, and no calibration is needed.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from minivllm.kernels.layout import KVLayer
 
+SCALE_DTYPE = torch.bfloat16  # 2 bytes, and float32's range: numbers of any magnitude have a scale
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest number of a quantized cache
+SMALLEST_SCALE = 2.0**-100  # of a token whose numbers are all zero, or nearly
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x: [..., head_dim] -> x / scale rounded to `dtype`: [..., head_dim], and the scales: [...].
+
+    The scale is rounded first and then divided by, so its rounding is no error. It may be 2^-9 too small, and then the largest number
+    rounds to LARGEST. The error of a number is at most 1/16 of its magnitude plus scale / 1024 in fp8, and scale / 2 in int8 (for the
+    largest number up to 3/4 of the scale).
+    """
+    x = x.float()
+    scale = (x.abs().amax(-1) * (1.0 / LARGEST[dtype])).clamp_min(SMALLEST_SCALE).to(SCALE_DTYPE)
+    x = x * (1.0 / scale.float())[..., None]
+    return (x.round() if dtype == torch.int8 else x).to(dtype), scale
+
+
+def dequantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse: x * scale, rounded to `dtype`."""
+    return (x.float() * scale.float()[..., None]).to(dtype)
+
 
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     """Store one layer's new keys and values, k, v: [T, kv_heads, head_dim], at slots: [T] int64, in place."""
-    assert kv.k_scale is None and kv.v_scale is None, "this kernel writes unquantized caches only"
-    kv.k.view(-1, *kv.k.shape[2:]).index_copy_(0, slots, k.to(kv.k.dtype))
-    kv.v.view(-1, *kv.v.shape[2:]).index_copy_(0, slots, v.to(kv.v.dtype))
+    for new, cache, scales in ((k, kv.k, kv.k_scale), (v, kv.v, kv.v_scale)):
+        if scales is None:
+            new = new.to(cache.dtype)
+        else:
+            new, scale = quantize(new, cache.dtype)
+            scales.view(-1, scales.shape[-1]).index_copy_(0, slots, scale)
+            new, cache = new.view(torch.int8), cache.view(torch.int8)  # PyTorch indexes no fp8
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
 
 
 def copy_blocks(pages: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:

@@ -54,24 +54,25 @@ class TritonAttentionMeta:
 
 def prepare_attention(
     batch: InputBatch, group: int, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, cache_dtype: torch.dtype | None = None,
 ) -> TritonAttentionMeta:
-    """Choose the kernels' shapes for KV group `group` from host counts alone."""
+    """Choose the kernels' shapes for KV group `group` from host counts alone. See the reference."""
     device, decodes, width = batch.tokens.device, batch.num_decodes, batch.query_width
     heads_per_kv, arch, sms = num_heads // num_kv_heads, capability(device), num_sms(device)
-    wide_tile = tuning.wide_decode_tile(width, head_dim, heads_per_kv, dtype.itemsize, arch) if width > 1 else None
+    itemsize = (cache_dtype or dtype).itemsize
+    wide_tile = tuning.wide_decode_tile(width, head_dim, heads_per_kv, itemsize, arch) if width > 1 else None
     if width > 1 and wide_tile is None:  # computed like prompt chunks, which may have any number of queries
         decodes, width = 0, 1
     longest = max(batch.seq_lens_host[:decodes], default=0)
     keys = min(longest, window + width - 1 if window else longest)
     splits = tuning.num_splits(decodes * num_kv_heads, keys, sms) if decodes else 1
-    shared_tile = tuning.shared_tile(head_dim, heads_per_kv, dtype.itemsize, arch)
+    shared_tile = tuning.shared_tile(head_dim, heads_per_kv, itemsize, arch)
     shared_parts = 0
     if batch.shared is not None and window is None and decodes:
         shared_parts = tuning.num_shared_parts(num_kv_heads * triton.cdiv(decodes * width, shared_tile.block_q), sms)
     # Once the shared keys are read, one tile suits all numbers of decodes.
     programs = 512 if shared_parts else decodes * num_kv_heads
-    tile = wide_tile or tuning.decode_tile(programs, keys, head_dim, heads_per_kv, dtype.itemsize, arch)
+    tile = wide_tile or tuning.decode_tile(programs, keys, head_dim, heads_per_kv, itemsize, arch)
     parts = None
     if shared_parts or splits > 1:
         mean = torch.empty((shared_parts + splits, decodes * width, num_heads, head_dim), dtype=torch.float32, device=device)
@@ -93,7 +94,7 @@ def self_attention(
         _attend_decodes(out, qkv, kv, slots, meta, scale, softcap, rope, qk_norm)
     if meta.num_prompt_tokens:
         qk = _store(qkv, kv, slots, meta, meta.num_decode_tokens, rope, qk_norm)
-        _attend_prompts(out, qk, qkv, kv, meta, scale, softcap)
+        _attend_prompts(out, qk, qkv if kv.v_scale is None else qk, kv, meta, scale, softcap)
     return out
 
 
@@ -110,6 +111,13 @@ def _projection(qkv: Tensor, rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[
     return Projection(qkv, *(qk_norm or (qkv, 0.0)), *(rope or (qkv, qkv)), qkv.stride(0))
 
 
+def _cache(kv: KVLayer, meta: TritonAttentionMeta) -> Cache:
+    """Kernels get numbers of 8 bits as int8. Scales that do not exist are the keys: a kernel's pointers must not be None."""
+    if kv.k_scale is None or kv.v_scale is None:
+        return Cache(kv.k, kv.v, kv.k, kv.v, meta.block_table)
+    return Cache(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.k_scale, kv.v_scale, meta.block_table)
+
+
 def _attend_decodes(
     out: Tensor, qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, scale: float, softcap: float | None,
     rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[Tensor, float] | None,
@@ -120,8 +128,8 @@ def _attend_decodes(
         padded_dim=_padded(meta.head_dim), block_size=meta.block_size, query_width=meta.query_width, block_q=tile.block_q,
         block_m=tile.block_m, block_n=tile.block_n, split=parts is not None, min_keys=tuning.MIN_KEYS_PER_SPLIT,
         shared=meta.shared_parts > 0, shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=meta.window or 0, softcap=softcap is not None,
-        norm=qk_norm is not None, rope=rope is not None)
-    projection, cache, early = _projection(qkv, rope, qk_norm), Cache(kv.k, kv.v, meta.block_table), early_start(qkv.device)
+        norm=qk_norm is not None, rope=rope is not None, quantized=kv.k_scale is not None, fp8=kv.k.dtype == torch.float8_e4m3fn)
+    projection, cache, early = _projection(qkv, rope, qk_norm), _cache(kv, meta), early_start(qkv.device)
     parts = parts or Parts(out, out, out, out)  # unused
     if meta.shared_parts:
         wide = meta.shared_tile
@@ -140,37 +148,43 @@ def _store(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, first: int, rope: tuple[Tensor, Tensor] | None,
     qk_norm: tuple[Tensor, float] | None,
 ) -> Tensor:
-    """Write keys and values of the tokens from `first` on -> their normalized and rotated queries and keys: [T, H + KV, D]."""
-    h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
-    qk = torch.empty((qkv.shape[0], h + hk, d), dtype=qkv.dtype, device=qkv.device)
+    """Write keys and values of the tokens from `first` on -> their normalized and rotated queries and keys: [T, H + KV, D].
+
+    With a quantized cache also their values, [T, H + 2 KV, D], and keys and values as they are in the cache."""
+    h, hk, d, quantized = meta.num_heads, meta.num_kv_heads, meta.head_dim, kv.k_scale is not None
+    qk = torch.empty((qkv.shape[0], h + (1 + quantized) * hk, d), dtype=qkv.dtype, device=qkv.device)
     heads = max(1, 512 // _padded(d))  # as many as one warp loads at once
     launch(_position_and_store, (len(qkv) - first, triton.cdiv(h + 2 * hk, heads)),
-        qk, _projection(qkv, rope, qk_norm), kv.k, kv.v, slots, first,
-        NUM_HEADS=h, KV_HEADS=hk, D=d, PADDED_D=_padded(d), HEADS=heads, NORM=qk_norm is not None, ROPE=rope is not None, num_warps=1,
+        qk, _projection(qkv, rope, qk_norm), _cache(kv, meta), slots, first,
+        NUM_HEADS=h, KV_HEADS=hk, D=d, PADDED_D=_padded(d), HEADS=heads, NORM=qk_norm is not None, ROPE=rope is not None,
+        QUANTIZED=quantized, FP8=kv.k.dtype == torch.float8_e4m3fn, num_warps=1,
     )  # fmt: skip
     return qk
 
 
 def _attend_prompts(
-    out: Tensor, qk: Tensor, qkv: Tensor, kv: KVLayer, meta: TritonAttentionMeta, scale: float, softcap: float | None,
+    out: Tensor, qk: Tensor, with_values: Tensor, kv: KVLayer, meta: TritonAttentionMeta, scale: float, softcap: float | None,
 ) -> None:
-    """Prompt chunks; qk: normalized and rotated. From Hopper on, the tensor memory accelerator loads the chunk's own keys and values."""
+    """Prompt chunks. qk: of `_store`; with_values: [T, H + 2 KV, D], of which only the values are read.
+
+    From Hopper on, the tensor memory accelerator loads the chunk's own keys and values."""
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
-    arch, size = capability(qkv.device), qkv.element_size()
+    arch, size = capability(qk.device), qk.element_size()
     tile = tuning.prompt_tile(d, h // hk, size, arch)
     chunks = meta.num_seqs - meta.num_decodes
     tiles = meta.num_prompt_tokens // tile.block_q + chunks + 1
-    k, v = qk.view(-1, (h + hk) * d), qkv.view(-1, (h + 2 * hk) * d)
+    k, v = qk.flatten(1), with_values.view(len(qk), -1)
     strides = k.stride(0), v.stride(0)
     descriptors = arch >= 90 and size == 2 and d in (64, 128, 256)
     if descriptors:
         k, v = TensorDescriptor.from_tensor(k, [tile.block_n, d]), TensorDescriptor.from_tensor(v, [tile.block_n, d])
     launch(_prompt_attention, (tiles, hk),
-        out, qk, k, v, kv.k, kv.v, meta.query_start, meta.seq_lens, meta.block_table, scale, softcap or 0.0, meta.num_decodes,
-        meta.num_seqs, tiles, (h + hk) * d, *strides, h * d, (h + hk) * d, meta.block_table.stride(0),
+        out, qk, k, v, _cache(kv, meta), meta.query_start, meta.seq_lens, scale, softcap or 0.0, meta.num_decodes,
+        meta.num_seqs, tiles, strides[0], *strides, h * d, (h + hk) * d, meta.block_table.stride(0),
         NUM_HEADS=h, HEADS_PER_KV=h // hk, D=d, PADDED_D=_padded(d), BLOCK_SIZE=meta.block_size,
         BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=meta.window or 0, SOFTCAP=softcap is not None,
-        DESCRIPTORS=descriptors, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DESCRIPTORS=descriptors, QUANTIZED=kv.k_scale is not None, FP8=kv.k.dtype == torch.float8_e4m3fn,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

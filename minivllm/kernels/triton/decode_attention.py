@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from minivllm.kernels.triton.quantized_cache import load_scales, quantize, widen
+
 
 class DecodeShape(NamedTuple):
     """What the compiled code of a decode is specialized for."""
@@ -51,6 +53,8 @@ class DecodeShape(NamedTuple):
     softcap: bool
     norm: bool
     rope: bool
+    quantized: bool = False  # keys and values are codes of 8 bits
+    fp8: bool = False
 
 
 class Projection(NamedTuple):
@@ -69,6 +73,8 @@ class Cache(NamedTuple):
 
     k: Any  # [blocks, block_size, KV, D]
     v: Any
+    k_scale: Any  # [blocks, block_size, KV] if quantized
+    v_scale: Any
     block_table: Any  # [B, M]
 
 
@@ -118,36 +124,69 @@ def rotated_heads(
 
 
 @triton.jit
-def _fetch(cache, block, key, oldest, end, kv_head, dims, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE: tl.constexpr):
     """Keys and values [N, PADDED_D] at positions `key` in blocks `block`, and which of them lie in [oldest, end): [N] each.
 
+    -> (keys, values, live keys, scales of the keys and of the values: [N] each, and of any value if the cache is not quantized).
     The rest of a block may hold anything, NaN included, and is never loaded."""
-    row = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
+    head = (block.to(tl.int64) * SHAPE.block_size + key % SHAPE.block_size) * KV_HEADS + kv_head
+    row = head * SHAPE.head_dim
     live_key = (key >= oldest) & (key < end)
-    live = live_key[:, None] & (dims < D)[None, :]
+    live = live_key[:, None] & (dims < SHAPE.head_dim)[None, :]
     k = tl.load(cache.k + row[:, None] + dims[None, :], mask=live, other=0.0)
     v = tl.load(cache.v + row[:, None] + dims[None, :], mask=live, other=0.0)
-    return k, v, live_key
+    k_scale = live_key
+    v_scale = live_key
+    if SHAPE.quantized:
+        k_scale = load_scales(cache.k_scale, head, live_key)
+        v_scale = load_scales(cache.v_scale, head, live_key)
+    return k, v, live_key, k_scale, v_scale
 
 
 @triton.jit
-def _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SOFTCAP: tl.constexpr, SAFE: tl.constexpr = False):
+def _absorb_keys(
+    q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, SHAPE: tl.constexpr, SAFE: tl.constexpr = False,
+):  # fmt: skip
     """Add a tile of keys and values [N, D] to the running averages of queries [M, D]; scale includes log2(e).
 
     visible: [M or 1, N]. SAFE: a query may have seen no key yet.
     """
+    if SHAPE.quantized:
+        k = widen(k, q.dtype, SHAPE.fp8)
+        v = widen(v, q.dtype, SHAPE.fp8)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
-    if SOFTCAP:
+    if SHAPE.quantized:
+        scores = scores * k_scale[None, :]
+    if SHAPE.softcap:
         scores = _cap(scores, softcap)
     scores = tl.where(visible, scores, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    tops = scores
+    if SHAPE.quantized:
+        tops = scores + tl.log2(v_scale)[None, :]
+    new_peak = tl.maximum(peak, tl.max(tops, 1))
     base = new_peak
     if SAFE:
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     shrink = tl.exp2(peak - base)
     weights = tl.exp2(scores - base[:, None])
-    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    products = weights
+    if SHAPE.quantized:
+        products = weights * v_scale[None, :]
+    acc = acc * shrink[:, None] + tl.dot(products.to(v.dtype), v, input_precision="ieee")
     return acc, new_peak, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def _scaled_queries(q, scale, SHAPE: tl.constexpr):
+    """-> (queries as tensor cores multiply them with keys, factor of the scores). For a quantized cache in float16, which converts from
+    8 bits without loss: each row [M, D] is divided by its largest magnitude, so that it fits; the factor is then [M, 1]."""
+    if SHAPE.quantized:
+        DOT: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)[:, None]
+        q = (q.to(tl.float32) / largest).to(DOT)
+        scale = largest * scale
+    return q, scale
 
 
 @triton.jit
@@ -173,8 +212,7 @@ def _shared_attention(
     part = tl.program_id(1)
     G: tl.constexpr = SHAPE.heads_per_kv
     D: tl.constexpr = SHAPE.head_dim
-    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
-    DTYPE: tl.constexpr = cache.k.dtype.element_ty
+    DTYPE: tl.constexpr = projection.qkv.dtype.element_ty
     keys = tl.load(parts.shared_keys)
     run = _keys_per_part(keys, num_parts, SHAPE.shared_multiple)
     begin = part * run
@@ -191,20 +229,21 @@ def _shared_attention(
     live_q = live_row[:, None] & (dims < D)[None, :]
     key = begin + tl.arange(0, SHAPE.block_n)
     block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
-    k, v, live_key = _fetch(cache, block, key, 0, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+    k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
 
     source = tl.where(live_row, token, 0)[:, None]
     q = rotated_heads(projection, source, head, dims, live_q, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
     scale *= 1.4426950408889634  # log2(e)
+    q, scale = _scaled_queries(q, scale, SHAPE)
     peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
     total = tl.full([SHAPE.block_m], 0.0, tl.float32)
     acc = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
-    acc, peak, total = _absorb_keys(q, k, v, live_key[None, :], acc, peak, total, scale, softcap, SHAPE.softcap)
+    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, SHAPE)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tl.arange(0, SHAPE.block_n)
         block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
-        k, v, live_key = _fetch(cache, block, key, 0, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
-        acc, peak, total = _absorb_keys(q, k, v, live_key[None, :], acc, peak, total, scale, softcap, SHAPE.softcap)
+        k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
+        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, SHAPE)
     at = part * num_tokens * SHAPE.num_heads + token * SHAPE.num_heads + head
     tl.store(parts.mean + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
     tl.store(parts.log_weight + at, peak + tl.log2(total), mask=live_row)
@@ -236,7 +275,7 @@ def _divide_keys(context, splits, shared_parts, parts, SHAPE: tl.constexpr):
 def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, scale, softcap, SHAPE: tl.constexpr):
     """Start the averages with the one new token, if this split is the last one (`mine`): its key is a row of `q`.
 
-    Also writes its key and value to the cache, at element `row`."""
+    Also writes its key and value to the cache, to head `row`."""
     D: tl.constexpr = SHAPE.head_dim
     KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
     live_dim = dims < D
@@ -244,14 +283,31 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
     key = tl.sum(tl.where(is_key, q.to(tl.float32), 0.0), 0)  # [PADDED_D]; exact, since only one row is not zero
     source = projection.qkv + token * projection.stride + (SHAPE.num_heads + KV_HEADS + kv_head) * D
     value = tl.load(source + dims, mask=live_dim, other=0.0).to(tl.float32)
-    if mine:
-        tl.store(cache.k + row + dims, key.to(q.dtype), mask=live_dim)
-        tl.store(cache.v + row + dims, value.to(q.dtype), mask=live_dim)
+    once = 1.0  # the softmax weight of the new token
+    if SHAPE.quantized:
+        at = row * D + dims
+        k_codes, keys, k_scale = quantize(key[None, :], SHAPE.fp8)
+        v_codes, values, v_scale = quantize(value[None, :], SHAPE.fp8)
+        if mine:
+            one = tl.arange(0, 1)
+            tl.store(cache.k + at[None, :], k_codes, mask=live_dim[None, :])
+            tl.store(cache.v + at[None, :], v_codes, mask=live_dim[None, :])
+            tl.store(cache.k_scale + row + one, k_scale.to(tl.bfloat16))
+            tl.store(cache.v_scale + row + one, v_scale.to(tl.bfloat16))
+        key = tl.sum(keys * k_scale[:, None], 0)
+        value = tl.sum(values, 0)
+        v_scale = tl.sum(v_scale, 0)
+        once = 1.0 / v_scale
+    elif mine:
+        tl.store(cache.k + row * D + dims, key.to(q.dtype), mask=live_dim)
+        tl.store(cache.v + row * D + dims, value.to(q.dtype), mask=live_dim)
     score = tl.sum(q.to(tl.float32) * key[None, :], 1) * scale
     if SHAPE.softcap:
         score = _cap(score, softcap)
+    if SHAPE.quantized:
+        score = score + tl.log2(v_scale)
     peak = tl.where(mine, score, -float("inf"))
-    total = tl.where(mine, tl.full([SHAPE.block_m], 1.0, tl.float32), 0.0)
+    total = tl.where(mine, tl.full([SHAPE.block_m], once, tl.float32), 0.0)
     acc = tl.where(mine, tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32) + value[None, :], 0.0)
     return acc, peak, total
 
@@ -274,13 +330,23 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
         live = is_key[:, None] & (dims < D)[None, :]
         source = projection.qkv + token * projection.stride + (SHAPE.num_heads + KV_HEADS + kv_head) * D
         values = tl.load(source + dims[None, :], mask=live, other=0.0).to(q.dtype)
-        row = (tl.load(slots + query, mask=is_key, other=0) * KV_HEADS + kv_head) * D
-        tl.store(cache.k + row[:, None] + dims[None, :], q, mask=live)
-        tl.store(cache.v + row[:, None] + dims[None, :], values, mask=live)
+        row = tl.load(slots + query, mask=is_key, other=0) * KV_HEADS + kv_head
+        at = row[:, None] * D + dims[None, :]
+        k_scale = is_key
+        v_scale = is_key
+        keys = q
+        if SHAPE.quantized:
+            keys, _, k_scale = quantize(q.to(tl.float32), SHAPE.fp8)
+            values, _, v_scale = quantize(values.to(tl.float32), SHAPE.fp8)
+            tl.store(cache.k_scale + row, k_scale.to(tl.bfloat16), mask=is_key)
+            tl.store(cache.v_scale + row, v_scale.to(tl.bfloat16), mask=is_key)
+        tl.store(cache.k + at, keys, mask=live)
+        tl.store(cache.v + at, values, mask=live)
         visible = is_key[None, :] & (query[None, :] <= query[:, None])
         if SHAPE.window > 0:
             visible = visible & (query[None, :] > query[:, None] - SHAPE.window)
-        acc, peak, total = _absorb_keys(q, q, values, visible, acc, peak, total, scale, softcap, SHAPE.softcap)
+        queries, factor = _scaled_queries(q, scale, SHAPE)
+        acc, peak, total = _absorb_keys(queries, keys, values, k_scale, v_scale, visible, acc, peak, total, factor, softcap, SHAPE)
     return acc, peak, total
 
 
@@ -324,7 +390,7 @@ def _decode_attention(
     W: tl.constexpr = SHAPE.query_width
     D: tl.constexpr = SHAPE.head_dim
     KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
-    DTYPE: tl.constexpr = cache.k.dtype.element_ty
+    DTYPE: tl.constexpr = projection.qkv.dtype.element_ty
     # A window begins one key later for each query, so that a query may see no key of a tile.
     STAGGERED: tl.constexpr = SHAPE.window > 0 and SHAPE.query_width > 1
     # Lengths and block table are inputs of the step, older than its first kernel: they may be read before `gdc_wait`.
@@ -356,9 +422,9 @@ def _decode_attention(
     key = begin + tile
     block = tl.load(table + key // SHAPE.block_size, mask=(key >= oldest) & (key < end), other=0)
     next_block = tl.load(table + (key + SHAPE.block_n) // SHAPE.block_size, mask=key + SHAPE.block_n < end, other=0)
-    k, v, live_key = _fetch(cache, block, key, oldest, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+    k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE)
     if W == 1:
-        new_row = (tl.load(slots + seq) * KV_HEADS + kv_head) * D
+        new_row = tl.load(slots + seq) * KV_HEADS + kv_head
 
     live_head = (rows < W * G + W)[:, None] & (dims < D)[None, :]
     q = rotated_heads(projection, token, head, dims, live_head, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
@@ -369,18 +435,19 @@ def _decode_attention(
     else:
         acc, peak, total = _attend_to_new_tokens(q, projection, token, query, cache, slots + seq * W, mine, kv_head, dims, scale, softcap,
                                                  SHAPE)
+    q, scale = _scaled_queries(q, scale, SHAPE)
     visible = live_key[None, :]
     if STAGGERED:
         visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
-    acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SHAPE.softcap, STAGGERED)
+    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, SHAPE, STAGGERED)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tile
-        k, v, live_key = _fetch(cache, next_block, key, oldest, end, kv_head, dims, KV_HEADS, D, SHAPE.block_size)
+        k, v, live_key, k_scale, v_scale = _fetch(cache, next_block, key, oldest, end, kv_head, dims, SHAPE)
         next_block = tl.load(table + (key + SHAPE.block_n) // SHAPE.block_size, mask=key + SHAPE.block_n < end, other=0)
         visible = live_key[None, :]
         if STAGGERED:
             visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
-        acc, peak, total = _absorb_keys(q, k, v, visible, acc, peak, total, scale, softcap, SHAPE.softcap, STAGGERED)
+        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, SHAPE, STAGGERED)
 
     if STAGGERED:
         total = tl.where(total == 0.0, 1.0, total)  # a query that has seen no key: its weight is 0, since its peak is -inf

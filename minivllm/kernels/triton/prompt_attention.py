@@ -17,6 +17,9 @@ A program finds its sequence by binary search, so that the grid depends only on 
     query_start      0           10    15                31
     first tile       0 // 4 + 0  10//4 + 1 = 3  15//4 + 2 = 5    an upper bound: programs of empty tiles return at once
 
+With a quantized cache, `_position_and_store` also writes the new keys and values as they can be read back from the cache, and these are
+the chunk's own keys and values. So the result does not depend on how a prompt is cut into chunks.
+
 The softmax runs online (FlashAttention-2, Dao 2023), in base 2.
 """
 from __future__ import annotations
@@ -25,35 +28,55 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.triton.decode_attention import _cap, rotated_heads
+from minivllm.kernels.triton.quantized_cache import load_scales, quantize, widen
 
 
 @triton.jit(do_not_specialize=["first"])
 def _position_and_store(
-    qk, projection, cache_k, cache_v, slots, first,  # qk: [T, H + KV, D]; Projection
+    qk, projection, cache, slots, first,  # qk: [T, H + KV, D], or with a quantized cache [T, H + 2 KV, D]; Projection, Cache
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, HEADS: tl.constexpr,
-    NORM: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One program per HEADS heads of a token, from token `first` on: queries and keys to `qk`, keys and values to the cache."""
+    """One program per HEADS heads of a token, from token `first` on: queries and keys to `qk`, keys and values to the cache.
+
+    With a quantized cache `qk` gets the values too, and keys and values there are those that can be read back from the cache."""
     token = first + tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, PADDED_D)
     live_dim = (dims < D)[None, :]
-    DTYPE: tl.constexpr = cache_k.dtype.element_ty
+    DTYPE: tl.constexpr = projection.qkv.dtype.element_ty
     positioned = (head < NUM_HEADS + KV_HEADS)[:, None] & live_dim
     x = rotated_heads(projection, token, head, dims, positioned, D, NORM, ROPE, DTYPE, False)
-    tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
-    row = tl.load(slots + token) * KV_HEADS * D
     is_key = (head >= NUM_HEADS)[:, None] & positioned
-    tl.store(cache_k + row + (head - NUM_HEADS)[:, None] * D + dims[None, :], x, mask=is_key)
     is_value = ((head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS))[:, None] & live_dim
     value = tl.load(projection.qkv + token * projection.stride + head[:, None] * D + dims[None, :], mask=is_value, other=0.0)
-    tl.store(cache_v + row + (head - NUM_HEADS - KV_HEADS)[:, None] * D + dims[None, :], value.to(DTYPE), mask=is_value)
+    if QUANTIZED:
+        row = tl.load(slots + token) * KV_HEADS
+        codes, numbers, scale = quantize(tl.where(is_value, value.to(tl.float32), x.to(tl.float32)), FP8)
+        x = tl.where(is_key | is_value, (numbers * scale[:, None]).to(DTYPE), x)
+        tl.store(qk + (token * (NUM_HEADS + 2 * KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned | is_value)
+        k_row = row + head - NUM_HEADS
+        v_row = k_row - KV_HEADS
+        tl.store(cache.k + k_row[:, None] * D + dims[None, :], codes, mask=is_key)
+        tl.store(cache.v + v_row[:, None] * D + dims[None, :], codes, mask=is_value)
+        tl.store(cache.k_scale + k_row, scale.to(tl.bfloat16), mask=(head >= NUM_HEADS) & (head < NUM_HEADS + KV_HEADS))
+        tl.store(cache.v_scale + v_row, scale.to(tl.bfloat16), mask=(head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS))
+    else:
+        tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
+        row = tl.load(slots + token) * KV_HEADS * D
+        tl.store(cache.k + row + (head - NUM_HEADS)[:, None] * D + dims[None, :], x, mask=is_key)
+        tl.store(cache.v + row + (head - NUM_HEADS - KV_HEADS)[:, None] * D + dims[None, :], value.to(DTYPE), mask=is_value)
 
 
 @triton.jit
-def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Add a tile of keys [D, N] and values [N, D] to the running averages of queries [M, D]; scale includes log2(e)."""
+def _absorb(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+            QUANTIZED: tl.constexpr = False):
+    """Add a tile of keys [D, N] and values [N, D] to the running averages of queries [M, D]; scale includes log2(e).
+
+    k_scale, v_scale: [N] if QUANTIZED, else unused. See quantized_cache.py."""
     scores = tl.dot(q, k, input_precision="ieee")
+    if QUANTIZED:
+        scores = scores * k_scale[None, :]
     if SOFTCAP:
         scores = _cap(scores * scale, softcap)
         factor = 1.0
@@ -61,7 +84,10 @@ def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constex
         factor = scale  # multiplied below, in one instruction with the subtraction
     if MASK:
         scores = tl.where(visible, scores, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+    if QUANTIZED:
+        new_peak = tl.maximum(peak, tl.max(scores * factor + tl.log2(v_scale)[None, :], 1))
+    else:
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
     safe_peak = new_peak
     if MASK:
         safe_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # rows that have seen no key yet
@@ -69,6 +95,8 @@ def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constex
     shrink = tl.exp2(peak - safe_peak)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
+    if QUANTIZED:
+        weights = weights * v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return acc, new_peak, total
 
@@ -76,11 +104,11 @@ def _absorb(q, k, v, visible, acc, peak, total, scale, softcap, MASK: tl.constex
 @triton.jit(do_not_specialize=["first_seq", "num_seqs", "num_tiles", "table_stride"])
 def _prompt_attention(
     out, q, k, v,  # [T, H, D]; new queries, keys and values as pointers, or k, v as descriptors of [T, heads * D]
-    cache_k, cache_v, query_start, seq_lens, block_table,  # [blocks, BLOCK_SIZE, KV, D] twice; [B + 1], [B], [B, M]
+    cache, query_start, seq_lens,  # Cache; [B + 1], [B]
     scale, softcap, first_seq, num_seqs, num_tiles, q_stride, k_stride, v_stride, k_column, v_column, table_stride,
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     tile = num_tiles - 1 - tl.program_id(0)  # the last queries see the most keys, so they start first
     kv_head = tl.program_id(1)
@@ -120,18 +148,27 @@ def _prompt_attention(
     if WINDOW > 0:
         oldest = tl.maximum(context + first_in_tile - WINDOW + 1, 0)
 
-    table = block_table + seq.to(tl.int64) * table_stride
+    table = cache.block_table + seq.to(tl.int64) * table_stride
     for start in range(oldest // BLOCK_N * BLOCK_N, context, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         live_key = (key >= oldest) & (key < context)  # the rest of a block may hold anything, NaN included, and is never loaded
         block = tl.load(table + key // BLOCK_SIZE, mask=live_key, other=0).to(tl.int64)
-        row = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * D
-        k_tile = tl.load(cache_k + row[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
-        v_tile = tl.load(cache_v + row[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
+        at = (block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head
+        row = at * D
+        k_tile = tl.load(cache.k + row[None, :] + dims[:, None], mask=live_key[None, :] & live_dim[:, None], other=0.0)
+        v_tile = tl.load(cache.v + row[:, None] + dims[None, :], mask=live_key[:, None] & live_dim[None, :], other=0.0)
+        k_scale = live_key
+        v_scale = live_key
+        if QUANTIZED:
+            k_tile = widen(k_tile, q_tile.dtype, FP8)
+            v_tile = widen(v_tile, q_tile.dtype, FP8)
+            k_scale = load_scales(cache.k_scale, at, live_key)
+            v_scale = load_scales(cache.v_scale, at, live_key)
         visible = live_key[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > (context + query)[:, None] - WINDOW)
-        acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, k_scale, v_scale, visible, acc, peak, total, scale, softcap, True, SOFTCAP,
+                                   QUANTIZED)
 
     # The chunk's own keys, counted from the chunk's beginning.
     begin = 0
@@ -153,7 +190,7 @@ def _prompt_attention(
         visible = live_row[:, None]
         if WINDOW > 0:
             visible = key[None, :] > query[:, None] - WINDOW
-        acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, WINDOW > 0, SOFTCAP)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, WINDOW > 0, SOFTCAP)
     for start in range(diagonal, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         if DESCRIPTORS:
@@ -167,7 +204,7 @@ def _prompt_attention(
         visible = key[None, :] <= query[:, None]
         if WINDOW > 0:
             visible = visible & (key[None, :] > query[:, None] - WINDOW)
-        acc, peak, total = _absorb(q_tile, k_tile, v_tile, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
 
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + ((token * NUM_HEADS + head) * D)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)

@@ -1,0 +1,54 @@
+"""Keys and values of 8 bits in Triton: how new ones are stored, and how tiles of them become numbers that tensor cores multiply.
+
+A cache of fp8 or int8 is read and written as int8 *codes*. Stored codes and scales are computed with integers, so that all GPUs and
+the interpreter agree with the reference in every bit.
+
+Scales are not multiplied into tiles. Those of keys multiply the scores: one multiplication per score instead of one per element.
+Those of values multiply the softmax weights. These products may be too small or too large for 16 bits, so the online softmax keeps
+the largest of them at 1 (and not the largest weight): its running maximum is that of score + log2(scale of the value).
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from minivllm.kernels.reference.kv_cache import SMALLEST_SCALE
+
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+
+
+@triton.jit
+def quantize(x, FP8: tl.constexpr):
+    """x: [rows, N] float32 -> codes [rows, N] int8, the numbers that they stand for [rows, N] float32, and scales [rows] float32."""
+    scale = tl.max(tl.abs(x), 1) * ((1.0 / 448.0) if FP8 else (1.0 / 127.0))
+    bits = tl.maximum(scale, _SMALLEST_SCALE).to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000  # as bfloat16, ties to even
+    scale = bits.to(tl.float32, bitcast=True)
+    x = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+    if FP8:
+        bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - ((127 - 7) << 3)  # ties to even
+        multiple = (size.to(tl.float32, bitcast=True) + 24576.0).to(tl.int32, bitcast=True)  # of 2^-9: 1.5 * 2^14 ends there
+        code = tl.where(size < (127 - 6) << 23, multiple & 0xFF, normal) | ((bits >> 24) & 0x80)
+        half = ((code & 0x7F) << 7) | ((code & 0x80) << 8)  # the same bits in float16 are a number 2^8 times smaller
+        x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        codes = code.to(tl.int8)
+    else:
+        x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: to a whole number, ties to even
+        codes = x.to(tl.int8)
+    return codes, x, scale
+
+
+@triton.jit
+def widen(codes, DTYPE: tl.constexpr, FP8: tl.constexpr):
+    """The numbers that codes stand for, without their scales. Exact in float16 and float32, and in bfloat16."""
+    if FP8:
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    return codes.to(DTYPE)
+
+
+@triton.jit
+def load_scales(scales, row, live):
+    """Scales [N] float32 of the heads `row`: [N]; 1 where not live."""
+    return tl.load(scales + row, mask=live, other=1.0).to(tl.float32)
