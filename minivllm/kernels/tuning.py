@@ -44,6 +44,14 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
     """
     block_m = max(16, next_power_of_2(heads_per_kv + 1))
     row = head_dim * itemsize  # bytes of a key
+    if itemsize == 1:  # as many bytes at a time as with 16 bits. Not measured; compiled without spills for head_dim 64 and 128
+        if arch < 90:
+            return AttentionTile(1, block_m, 64 if row <= 64 else 32 if row <= 256 else 16, 4, 3 if row <= 128 else 2)
+        if programs <= 128 or row > 128:
+            return AttentionTile(1, block_m, 64 if row <= 128 else 32, 4, 2)
+        if programs <= (1024 if keys > LONG_KEYS else 256):
+            return AttentionTile(1, block_m, 64, 4, 3)
+        return AttentionTile(1, block_m, 32, 2, 3)
     if arch >= 90:
         if row == 256:
             if programs <= 128:
@@ -63,6 +71,7 @@ def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsiz
     Not measured. Compiled for sm_89 without spills if head_dim is a power of two. Other shapes, and some for sm_90, spill a few registers.
     """
     block_m = max(16, next_power_of_2(query_width * (heads_per_kv + 1)))
+    itemsize = max(itemsize, 2)  # 8 bits become 16 in registers
     row = next_power_of_2(head_dim) * itemsize
     size = block_m * row  # bytes of the queries
     most = 32768 if row == head_dim * itemsize <= 256 else 16384  # a padded head needs registers for masks
@@ -79,7 +88,7 @@ def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsiz
 def shared_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile:
     """The tile of a prefix that decodes share: its rows are the heads of several tokens. H200; sm_89."""
     block_m = max(64, next_power_of_2(heads_per_kv))
-    row = head_dim * itemsize
+    row = head_dim * max(itemsize, 2)  # 8 bits become 16 in registers
     if arch >= 90:
         return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 2)
     return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)

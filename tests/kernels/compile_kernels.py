@@ -63,7 +63,7 @@ def attention_variants() -> Iterator[dict[str, Any]]:
         ("first_seq", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")}
     shapes = ((2, ((1, 0), (2, 0))), (3, ((1, 0), (5, 1000))), (8, ((8, 0),)))  # heads per KV head, (query width, window)
     few = ((2, ((1, 0), (2, 0))),)
-    for head_dim, kv, variants in ((64, "bf16", shapes), (128, "bf16", shapes), (64, "fp8", few), (128, "fp8", few), (128, "int8", few)):
+    for head_dim, kv, variants in ((64, "bf16", shapes), (128, "bf16", shapes), (128, "fp8", few), (64, "int8", few)):
         quantized, size = kv != "bf16", 2 if kv == "bf16" else 1
         types, prompt = ({**t, "cache": codes if quantized else dense} for t in (types, prompt))
         for group, widths in variants:
