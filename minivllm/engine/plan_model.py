@@ -130,14 +130,13 @@ class _Planner:
         layout = KVLayout.of(spec, config.block_size, self.dtype, kv_format(config.kv_cache_dtype))
         request = CacheSettings.of(config, spec.max_model_len, budget)
         parts: dict[str, int] = {}
-        offloaded = 0
+        offloaded = self._offload(config, quantization).saved_bytes
         if self.gpu is None:
             total = usable = available_host_memory()
             num_bytes = cpu_budget(request, layout, sum(weights.values()), max(0, usable - sum(weights.values()))).num_bytes
         else:
             total = self.gpu.memory
             usable = int(config.gpu_memory_utilization * total)
-            offloaded = self._offload(config, quantization).saved_bytes
             parts = self._parts(config, spec, layout, budget, self._unpacked(config, quantization))
             num_bytes = usable - sum(weights.values()) + offloaded - sum(parts.values())
         num_blocks = request.num_blocks or max(request.cache_bytes or num_bytes, 0) // layout.block_bytes
@@ -149,7 +148,9 @@ class _Planner:
             length_is_explicit=config.max_model_len is not None)
 
     def _offload(self, config: EngineConfig, quantization: str | None) -> WeightOffload:
-        """The layers in host memory."""
+        """The layers in host memory. (A start also checks that this memory is large enough.)"""
+        if config.cpu_offload_gb and self.gpu is None:
+            raise InvalidInput(f"cpu_offload_gb is {config.cpu_offload_gb:g}, and the plan is for a CPU: leave it out", "cpu_offload_gb")
         return choose_layers(layer_bytes(self.spec, self._method(config, quantization), self.dtype.itemsize), config.cpu_offload_gb)
 
     def _unpacked(self, config: EngineConfig, quantization: str | None) -> int:

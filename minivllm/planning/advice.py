@@ -51,7 +51,8 @@ def smallest_change(
     smallest = tuple(smaller[-1:])  # what stays in host memory is copied in each step, so it should be small
     for kept in (smallest, (*keeping, *smallest)) if offload else ():
         with contextlib.suppress(InvalidInput):
-            gib = math.ceil(10 * evaluate(kept).missing / GIB) / 10
+            plan = evaluate(kept)
+            gib = math.ceil(10 * (plan.missing + plan.offloaded) / GIB) / 10
             changes = (*kept, Change(f"--cpu-offload-gb {gib:g}", {"cpu_offload_gb": gib}))
             if evaluate(changes).fits:
                 return changes

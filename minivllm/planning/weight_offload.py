@@ -17,7 +17,6 @@ from minivllm.errors import InvalidInput
 
 GIB = 1 << 30
 NUM_BUFFERS = 2
-PCIE_4_X8 = 13e9  # bytes/s that copies from pinned memory reach on an RTX 4060 (PCIe 4.0 x8; the standard allows 15.8e9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,8 @@ def test_weights_in_host_memory_are_saved_and_cost_their_copies() -> None:
     assert found.roofline.streamed > found.memory.offloaded  # the buffers on the GPU hold two of the layers
     assert found.roofline.tpot(1).floor == pytest.approx(found.roofline.streamed / 16e6)  # ms at 16 GB/s
     assert found.roofline.tpot(1).expected > 5 * whole.roofline.tpot(1).expected
+    with pytest.raises(InvalidInput, match="the plan is for a CPU: leave it out"):
+        plan(gpu=None, cpu_offload_gb=1.0)
     with pytest.raises(InvalidInput, match="cpu_offload_gb is 20"):
         plan(cpu_offload_gb=20.0)
 
@@ -250,4 +252,8 @@ def test_a_70b_model_fits_a_large_card_only_with_weights_in_host_memory() -> Non
     assert flags(found) is not None and "--cpu-offload-gb" not in str(flags(found))  # 4 bits are enough
     small = plan(LLAMA_70B, GPU("a card", 24.0, arch=80))
     assert small.change is not None and [c.quantization or list(c.settings) for c in small.change] == ["Q4_K_M", ["cpu_offload_gb"]]
+    again = plan(gpu=GPU("a card", 4.5, 272, 30.2, None, 16, 89), quantization="awq", cpu_offload_gb=0.1)  # too little
+    (more,) = [change.settings["cpu_offload_gb"] for change in again.change or () if "cpu_offload_gb" in change.settings]
+    assert more > 0.1 and plan(gpu=GPU("a card", 4.5, 272, 30.2, None, 16, 89), quantization="awq",
+                               **{k: v for change in again.change or () for k, v in change.settings.items()}).memory.fits
     assert plan(LLAMA_70B, GPU("a card", 24.0, arch=80), "Q4_K_M", **small.change[-1].settings).memory.fits
