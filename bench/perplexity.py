@@ -26,6 +26,7 @@ from typing import Any
 from bench import machine
 
 CHUNK = 512  # tokens per step
+CHARACTERS = 8  # of text per token that is needed; tokens have 4 on average
 
 
 # ---- one model
@@ -37,7 +38,8 @@ def read_ids(tokenizer: Path, count: int) -> list[int]:
     from minivllm.engine.tokenizer import Tokenizer
 
     topics = pydoc_data.topics.topics
-    return Tokenizer(str(tokenizer)).encode("\n\n".join(topics[name] for name in sorted(topics)), add_special_tokens=False)[:count]
+    text = "\n\n".join(topics[name] for name in sorted(topics))[: count * CHARACTERS]
+    return Tokenizer(str(tokenizer)).encode(text, add_special_tokens=False)[:count]
 
 
 def measure(model: str | None, tokens: int, window: int, **options: Any) -> dict[str, Any]:
