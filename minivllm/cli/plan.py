@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from minivllm.engine.plan_model import ModelPlan
     from minivllm.planning.gpus import GPU
 
-FIELDS = ("model", "revision", "hf_overrides", "dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes",
-          "num_gpu_blocks_override", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "cpu_offload_gb")
+FIELDS = ("model", "revision", "hf_overrides", "dtype", "kv_cache_dtype", "max_model_len", "block_size", "gpu_memory_utilization",
+          "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "cpu_offload_gb")
 GIB = 1 << 30
 
 
@@ -94,10 +94,10 @@ def lines(plan: ModelPlan, name: str, download: int) -> Iterator[str]:
     yield from (f"  {kind:<16}{stored:<18}{size / GIB:>7.2f}" for (kind, stored), size in m.weights.items())
     yield from _memory_table(plan)
     yield ""
-    yield (f"KV cache: {m.token_bytes / 1024:g} KiB a token, {m.num_blocks:,} blocks of {m.block_size} tokens ({m.block_bytes / 2**20:.2f} "
-           f"MiB): {m.tokens:,} tokens")
+    yield (f"KV cache in {m.kv_dtype}: {m.token_bytes / 1024:g} KiB a token, {m.num_blocks:,} blocks of {m.block_size} tokens "
+           f"({m.block_bytes / 2**20:.2f} MiB)")
     lengths = dict.fromkeys((m.max_model_len, min(TYPICAL_REQUEST, m.max_model_len)))
-    yield "          at a time " + ", or ".join(f"{m.sequences(n):,} x {n:,} tokens" for n in lengths)
+    yield f"          {m.tokens:,} tokens: at a time " + ", or ".join(f"{m.sequences(n):,} x {n:,}" for n in lengths)
     yield from _speed_table(plan)
     yield ""
     yield plan.advice()
@@ -133,7 +133,7 @@ def as_json(plan: ModelPlan) -> dict[str, Any]:
 
     m, speed = plan.memory, plan.roofline
     found: dict[str, Any] = {
-        "device": m.device, "total": m.total, "usable": m.usable, "dtype": m.dtype, "notes": list(plan.notes),
+        "device": m.device, "total": m.total, "usable": m.usable, "dtype": m.dtype, "kv_dtype": m.kv_dtype, "notes": list(plan.notes),
         "weights": [{"kind": kind, "type": stored, "bytes": size} for (kind, stored), size in m.weights.items()],
         "weight_bytes": m.weight_bytes, "offloaded": m.offloaded, "step": m.step, "graphs": m.graphs, "rows": m.rows, "other": m.other,
         "kv_cache_bytes": m.cache, "kv_bytes_per_token": m.token_bytes, "block_bytes": m.block_bytes, "block_size": m.block_size,

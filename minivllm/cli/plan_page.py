@@ -41,9 +41,9 @@ WORTH_RUNNING = (  # best first
 )
 
 
-def plan_of(model: str, storage: str | None) -> ModelPlan:
+def plan_of(model: str, storage: str | None, kv_cache_dtype: str = "auto") -> ModelPlan:
     """The plan of a model in a storage on the page's card, with the page's settings."""
-    return plan_model(EngineConfig(**SETTINGS), model_named(model).config, GPUS[CARD], storage)  # type: ignore[arg-type]
+    return plan_model(EngineConfig(**SETTINGS, kv_cache_dtype=kv_cache_dtype), model_named(model).config, GPUS[CARD], storage)  # type: ignore[arg-type]
 
 
 def render() -> str:
@@ -61,7 +61,8 @@ def render() -> str:
         "are times: weights and keys are read once per token, at the part of the card's bandwidth that the kernels reached on an H200.", "",
         "- **weights**: GiB on the GPU. AWQ and fp8 leave the embedding table and the output head in 16 bits, so a large vocabulary costs "
         "more; GGUF files pack both.",
-        "- **KV tokens**: that fit beside the weights, in 16 bits, for all sequences together.",
+        "- **KV tokens**: that fit beside the weights, for all sequences together. The first number is for keys and values in 16 bits, the "
+        "second for `--kv-cache-dtype fp8`.",
         f"- **sequences**: of {TYPICAL_REQUEST:,} tokens that fit at a time.",
         "- **ms per token**: expected for 1 and for 8 sequences with 1,000 tokens before the next one.", ""]
     for title, models in SIZES.items():
@@ -90,16 +91,17 @@ def _offloaded() -> str:
 
 
 def _row(model: str, storage: str | None, name: str) -> Sequence[str]:
-    plan = plan_of(model, storage)
+    plan, fp8 = plan_of(model, storage), plan_of(model, storage, "fp8")
     m = plan.memory
-    verdict = "fits" if m.fits else f"{m.missing / GIB:.1f} GiB missing"
-    return (model.split("/")[1], name, f"{m.weight_bytes / GIB:.2f}", f"{m.token_bytes / 1024:g}", f"{m.tokens:,}",
-            str(m.sequences(TYPICAL_REQUEST)), verdict, *(_times(plan) if m.fits else ("", "")))
+    verdict = "fits" if m.fits else "fits with fp8 keys" if fp8.memory.fits else f"{m.missing / GIB:.1f} GiB missing"
+    return (model.split("/")[1], name, f"{m.weight_bytes / GIB:.2f}", f"{m.token_bytes / 1024:g}", f"{m.tokens:,}; {fp8.memory.tokens:,}",
+            str(m.sequences(TYPICAL_REQUEST)), verdict, *(_times(plan if m.fits else fp8) if fp8.memory.fits else ("", "")))
 
 
 def _worth(row: Worth) -> Sequence[str]:
-    plan = plan_of(row.model, row.storage)
-    return f"`minivllm serve {row.served} {FLAGS}`", f"{plan.memory.weight_bytes / GIB:.2f}", f"{plan.memory.tokens:,}", *_times(plan)
+    plan, fp8 = plan_of(row.model, row.storage), plan_of(row.model, row.storage, "fp8")
+    return (f"`minivllm serve {row.served} {FLAGS}`", f"{plan.memory.weight_bytes / GIB:.2f}",
+            f"{plan.memory.tokens:,}; {fp8.memory.tokens:,}", *_times(plan))
 
 
 def _times(plan: ModelPlan) -> tuple[str, str]:

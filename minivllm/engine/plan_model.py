@@ -39,6 +39,7 @@ from minivllm.worker.worker import token_budget
 CONTEXT_BYTES = {80: 450 * MIB, 90: 600 * MIB}  # by architecture; others like 80
 WORKSPACE_BYTES = {90: 32 * MIB}  # others: 8 MiB
 UNPACKED_ELEMENTS = 64 << 20  # of a packed weight, which a prompt's products unpack at a time
+FP8_ARCH = 89  # from which on GPUs convert fp8 numbers
 MOST_UTILIZATION = 0.95  # that is suggested, for a GPU that no other program uses
 
 
@@ -101,6 +102,9 @@ class _Planner:
         if config.max_model_len is not None and config.max_model_len > self.spec.max_model_len:
             raise InvalidInput(f"max_model_len {config.max_model_len} exceeds the model's context length of {self.spec.max_model_len} "
                                "tokens: lower it", "max_model_len")
+        if config.kv_cache_dtype == "fp8" and gpu is not None and gpu.arch < FP8_ARCH:
+            raise InvalidInput(f"kv_cache_dtype 'fp8' needs a GPU of compute capability 8.9 or later, and {gpu.title} has "
+                               f"{gpu.arch / 10:g}: use 'int8', which is as small", "kv_cache_dtype")
 
     def _dtype(self) -> torch.dtype:
         """As `choose_dtype` on that device."""
@@ -142,9 +146,9 @@ class _Planner:
         num_blocks = request.num_blocks or max(request.cache_bytes or num_bytes, 0) // layout.block_bytes
         return MemoryPlan(
             device="CPU" if self.gpu is None else self.gpu.title, total=total, usable=usable, weights=weights, offloaded=offloaded,
-            **parts,
-            dtype=str(self.dtype).removeprefix("torch."), block_bytes=layout.block_bytes, block_size=config.block_size,
-            num_blocks=num_blocks, windows=layout.windows, chunk=request.chunk, max_model_len=spec.max_model_len,
+            **parts, dtype=str(self.dtype).removeprefix("torch."), kv_dtype=str(layout.dtype).removeprefix("torch."),
+            block_bytes=layout.block_bytes, block_size=config.block_size, num_blocks=num_blocks,
+            windows=layout.windows, chunk=request.chunk, max_model_len=spec.max_model_len,
             length_is_explicit=config.max_model_len is not None)
 
     def _offload(self, config: EngineConfig, quantization: str | None) -> WeightOffload:
@@ -175,7 +179,7 @@ class _Planner:
         """What makes a plan fit that does not."""
         config, gpu = self.config, self.gpu
         given = [] if quantization is None else [Change("", quantization=quantization)]
-        recent = gpu is None or gpu.arch >= 89  # it has fp8 units
+        recent = gpu is None or gpu.arch >= FP8_ARCH
         keeping: list[Change] = []
         if config.kv_cache_dtype == "auto":
             kind = "fp8" if recent else "int8"

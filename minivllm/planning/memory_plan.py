@@ -34,6 +34,7 @@ class MemoryPlan:
     total: int  # of the device; of a CPU, what is available
     usable: int  # the part of it that this engine may take
     dtype: str  # of weights and activations
+    kv_dtype: str  # of cached keys and values
     weights: Mapping[tuple[str, str], int]  # (kind, type) -> bytes
     offloaded: int = 0  # of the weights, in host memory
     step: int = 0

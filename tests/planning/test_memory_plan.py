@@ -76,6 +76,20 @@ def test_claims_about_memory() -> None:
     assert found.token_bytes * 2**17 == 40 * GIB and found.token_bytes * 2000 == 625 * 2**20
 
 
+def test_an_8_bit_cache_holds_nearly_twice_the_tokens() -> None:
+    wide, narrow = (plan(quantization="awq", kv_cache_dtype=kind).memory for kind in ("auto", "fp8"))
+    assert narrow.kv_dtype == "float8_e4m3fn" and 1.85 < narrow.tokens / wide.tokens < 2
+    assert narrow.token_bytes == 64 * 1024 + 32 * 8 * 2 * 2  # and a scale of 2 bytes per head of each key and value
+    with pytest.raises(InvalidInput, match=r"kv_cache_dtype 'fp8' needs .* RTX 3060 has 8.6: use 'int8'"):
+        plan(gpu=GPUS["rtx3060"], kv_cache_dtype="fp8")
+
+
+def test_a_smaller_cache_comes_before_smaller_weights() -> None:
+    card = GPU("a card", 18.0, arch=86)
+    assert flags(plan(gpu=card, max_model_len=12000)) == ["--kv-cache-dtype int8"]
+    assert flags(plan(gpu=GPU("a card", 18.0, arch=89), max_model_len=12000)) == ["--kv-cache-dtype fp8"]
+
+
 def test_windows_bound_what_a_sequence_holds() -> None:
     full, window = (plan(MISTRAL | {"sliding_window": size}, GPUS["rtx4090"]).memory for size in (None, 4096))
     assert window.sequences(32768) > full.sequences(32768) and window.token_bytes == full.token_bytes
