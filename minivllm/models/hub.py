@@ -1,6 +1,6 @@
 """Find a model's files. `model` is a folder, a `.gguf` file, a hub id, or nothing, which means the embedded default model.
 
-In each case the result is one folder in Hugging Face's layout. Downloads and converted GGUF files are made once and cached (`cache.py`).
+In each case the result is one folder in Hugging Face's layout. Downloads, and the folders of GGUF files, are made once and cached (`cache.py`).
 config.json is read and checked first, so that a model that cannot run here is refused before its weights are looked for.
 """
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _check_load_format(load_format: str, name: str, is_gguf: bool) -> None:
 
 
 def _from_hub(param: str, given: str, config: EngineConfig, check: Check) -> Path:
-    """A snapshot in huggingface_hub's cache, or the conversion of a GGUF file in it."""
+    """A snapshot in huggingface_hub's cache, or the folder of a GGUF file in it."""
     name = parse_name(param, given, revision=config.revision if param == "model" else config.tokenizer_revision,
                       cache_dir=config.download_dir, token=config.hf_token)
     if param == "model":
