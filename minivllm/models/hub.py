@@ -1,6 +1,6 @@
 """Find a model's files. `model` is a folder, a `.gguf` file, a hub id, or nothing, which means the embedded default model.
 
-In each case the result is one folder in Hugging Face's layout. Downloads, and the folders of GGUF files, are made once and cached (`cache.py`).
+In each case the result is one folder in Hugging Face's layout. Downloads and folders of GGUF files are made once (`cache.py`).
 config.json is read and checked first, so that a model that cannot run here is refused before its weights are looked for.
 """
 from __future__ import annotations
