@@ -44,17 +44,18 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, desc_act: bool = False,
     else:
         split = grid.split(weight)
         scales, zeros = grid.fit(*split.aminmax(dim=-1))
+    columns_in_order, groups_in_order = order.tolist(), groups[order].tolist()  # on the host: a GPU would wait for each of them
     for begin in range(0, k, BLOCK):
         end = min(begin + BLOCK, k)
         errors = torch.empty(n, end - begin, device=weight.device)
         for j in range(begin, end):
-            group = groups[order[j]]
+            group = groups_in_order[j]
             if desc_act and j % grid.group_size == 0:
                 columns = _current(work, errors, factor, begin, j, j + grid.group_size)
                 scales[:, group], zeros[:, group] = grid.fit(*columns.aminmax(dim=-1))
             column, scale, zero = work[:, j], scales[:, group], zeros[:, group]
             code = grid.round(column, scale, zero)
-            codes[:, order[j]] = code.to(torch.uint8)
+            codes[:, columns_in_order[j]] = code.to(torch.uint8)
             errors[:, j - begin] = (column - (code - zero) * scale) / factor[j, j]
             work[:, j + 1:end] -= errors[:, j - begin, None] * factor[j, j + 1:end]
         work[:, end:] -= errors @ factor[begin:end, end:]
