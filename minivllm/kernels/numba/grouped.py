@@ -136,7 +136,7 @@ def _high_bits(high: Tensor, width: int) -> Tensor:
     n, k = high.shape
     parts = 4 // width
     high = high.view(n, -1, parts, 4, 2)  # word, byte, code of the byte
-    packed = torch.zeros(n, high.shape[1], 4, dtype=torch.uint8)
+    packed = torch.zeros(n, high.shape[1], 4, dtype=torch.uint8, device=high.device)
     for j in range(parts):
         for i in range(2):
             packed |= high[:, :, j, :, i] << (width * j + 4 * i)
