@@ -190,6 +190,40 @@ def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:
     return weights <= MAX_WEIGHT and itemsize < 4
 
 
+# --- packed weights on a GPU ----------------------------------------------------------------------------------------
+
+PACKED_MAX_ROWS = 64  # rows; more are multiplied by cuBLAS with unpacked slices
+PACKED_NORM_ROWS = 8  # rows; with more, every program would compute the norms of too many rows again
+MAX_SMALL_PACKED = 32 << 20  # elements; smaller weights are read by more warps
+UNPACK_ELEMENTS = 64 << 20  # elements of such a slice
+UNPACK_ROWS, UNPACK_WORDS = 8, 256  # of a program that unpacks
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTile:
+    """The work of one program of a product with a packed weight."""
+
+    block_m: int  # rows of x
+    block_n: int  # columns of the output (of gate and up each)
+    words: int  # per warp and iteration, of each row of the weight
+    num_warps: int
+    parts: int  # into which a program splits the inputs of an iteration, at most num_warps
+    num_stages: int  # iterations that are loaded ahead, plus one
+    splits: int  # programs that share the inputs of an output
+
+
+def packed_tile(rows: int, n: int, k: int, bits: int, gated: bool, arch: int) -> PackedTile:
+    """For x [rows, k] and an output [rows, n] (of gate and up each). H200; compiled for sm_89 and not run there."""
+    if rows == 1:
+        return PackedTile(1, 16, 64, 8, 8, 3, 1) if n * k <= MAX_SMALL_PACKED and not gated else PackedTile(1, 16, 64, 4, 4, 3, 1)
+    splits = 1
+    while splits < 4 and n // 64 * splits < 256 and k >= 2048 * splits:
+        splits *= 2
+    if rows <= 16:
+        return PackedTile(next_power_of_2(rows), 64, 64, 4, 1, 3, splits)
+    return PackedTile(32, 64, 32, 4, 1, 3, splits)
+
+
 def norm_warps(width: int) -> int:
     """Warps of an RMSNorm of `width` elements. H200."""
     return min(8, max(1, next_power_of_2(width) // 256))

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minivllm.kernels import tuning
-from minivllm.kernels.triton import activation, linear, norm, sampling
+from minivllm.kernels.triton import activation, grouped, linear, norm, sampling
 from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -122,6 +122,30 @@ def linear_variants() -> Iterator[dict[str, Any]]:
                                   num_warps=tile.num_warps)
 
 
+def packed_variants() -> Iterator[dict[str, Any]]:
+    """Products with packed weights of a 7B model."""
+    types: dict[str, Any] = {**dict.fromkeys(("out", "x", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32", "num_rows": "i32",
+                             "partial": "*fp32", "finished": "*i32"}
+    base = grouped.Format(n=0, k=0, inputs=0, bits=4, per_word=4, fp8=False, group=128, rows=1, zero=-1, mins=False, super_group=0,
+                          half_scales=True, row_scale=False)
+    formats = {
+        "awq": (base, "*i32"), "q4_k": (base._replace(group=32, zero=0, mins=True, super_group=256), "*i16"),
+        "q6_k": (base._replace(bits=6, group=16, zero=32, super_group=256), "*i8"),
+        "fp8": (base._replace(bits=8, per_word=2, fp8=True, zero=0, row_scale=True), "*fp32"),
+    }
+    for name, (form, scales) in formats.items():
+        for layer, n, k, gated in (("o", 4096, 4096, False), ("gate_up", 28672, 4096, True)):
+            for rows in (1, 8, 32):
+                outputs = n // 2 if gated else n
+                tile, norms = tuning.packed_tile(rows, outputs, k, form.bits, gated, ARCH), gated and rows <= tuning.PACKED_NORM_ROWS
+                constants = dict(F=form._replace(n=n, k=k, inputs=k, group=k if form.row_scale else form.group), M=tile.block_m,
+                                 BN=tile.block_n, W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=norms, GATED=gated, BIAS=False,
+                                 ADD=not gated, PDL=PDL, ASM=True)
+                planes = grouped.Planes(words="*i16", high="*u8", scales=scales, supers="*i32")  # type: ignore[arg-type]
+                yield measure(f"decode {layer} in {name}, {rows} rows", grouped._few_rows, {**types, "p": planes}, constants,
+                              num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
 def small_variants() -> Iterator[dict[str, Any]]:
     types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "eps": "fp32"}
     for width in (576, 1024, 4096):
@@ -148,5 +172,5 @@ def sampling_variants() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *small_variants(), *sampling_variants()):
+    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *small_variants(), *sampling_variants()):
         print(json.dumps(row), flush=True)

@@ -61,6 +61,13 @@ def grouped_linear(
     return y if residual is None else residual.add_(y)
 
 
+def quantize_rows(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x: [T, K] -> (e4m3 [T, K], scales [T, 1] float32) with x = e4m3 * scale. input_scale: []; None: the largest value becomes 448."""
+    wide = x.float()
+    scales = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / 448 if input_scale is None else input_scale.expand(len(x), 1)
+    return (wide / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
 def grouped_rows(packed: PackedGroups, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table: ids [T] -> [T, K] in `dtype`."""
     def rows(t: Tensor | None) -> Tensor | None:
