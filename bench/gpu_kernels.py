@@ -1,6 +1,6 @@
 """Every Triton kernel alone, at a model's sizes: is its result right, and how close does it come to the GPU's limits?
 
-    python -m bench.gpu_kernels --shape qwen3-0.6b [--rows 1,8,32,128] [--only linear,decode,prompt,norm,sampler] [--save FILE]
+    python -m bench.gpu_kernels --shape qwen3-0.6b [--rows 1,8,32,128] [--only linear,decode,decode8,prompt,norm,sampler] [--save FILE]
 
 Each row compares the kernel with the reference on the same random inputs. If they differ, the row has no figure. `MB` is what must be
 moved at least once: weights, inputs, outputs, keys and values. `of copy` may exceed 100%, since reading alone is faster than copying.
@@ -9,6 +9,7 @@ The last column divides the bytes by the bandwidth of a small card. It is a pred
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from bench.gpu_timing import CARD, CARD_BYTES, CARD_FLOPS, Ceiling, copies_beyon
 from minivllm.families import ModelSpec, parse_config
 from minivllm.kernels import REFERENCE, Ops
 from minivllm.kernels.layout import InputBatch, KVLayer
+from minivllm.kernels.reference.kv_cache import quantize
 
 BLOCK_SIZE = 16
 RMS, WORST = 0.01, 0.05  # limits: rms of the error / rms of the reference, largest error / largest value of the reference
@@ -32,7 +34,8 @@ DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256
 SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # (keys of each decode, leading keys in the same blocks)
 PROMPTS = (2048, 8000)
 MIN_PREDICTED = 1 << 20  # bytes; for fewer the start and the end of a kernel take longer than the transfer
-KINDS = ("linear", "decode", "prompt", "norm", "sampler")
+KINDS = ("linear", "decode", "decode8", "prompt", "norm", "sampler")
+QUANTIZED_CACHES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,13 @@ class Maker:
 
     # -- attention ------------------------------------------------------------------------------------------------------
 
-    def decodes(self, sizes: dict[str, list[int]], sharing: dict[str, tuple[list[int], int]]) -> Iterator[Case]:
+    def decodes(self, sizes: dict[str, list[int]], sharing: dict[str, tuple[list[int], int]], kv: str = "") -> Iterator[Case]:
+        """kv: a key of `QUANTIZED_CACHES`; "": the model's dtype."""
+        cache_dtype, of = QUANTIZED_CACHES.get(kv), f", {kv} KV cache" if kv else ""
         for size, lens in sizes.items():
-            yield self._attention("decode attention", size, [1] * len(lens), lens)
+            yield self._attention(f"decode attention{of}", size, [1] * len(lens), lens, cache_dtype=cache_dtype)
         for size, (lens, shared) in sharing.items():
-            yield self._attention("decode attention, shared prefix", size, [1] * len(lens), lens, shared)
+            yield self._attention(f"decode attention, shared prefix{of}", size, [1] * len(lens), lens, shared, cache_dtype)
 
     def prompts(self, lengths: Sequence[int]) -> Iterator[Case]:
         for length in lengths:
@@ -104,21 +109,23 @@ class Maker:
                 yield self._position(length)
                 yield self._attention("position, store, prompt attention", str(length), [length], [length])
 
-    def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int], shared: int = 0) -> Case:
-        a, (batch, caches, args) = self.attention, self._step(query_lens, lens, shared)
-        metas = {ops: self._prepare(ops, batch) for ops in (self.ops, REFERENCE)}
+    def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int], shared: int = 0,
+                   cache_dtype: torch.dtype | None = None) -> Case:
+        a, (batch, caches, args) = self.attention, self._step(query_lens, lens, shared, cache_dtype)
+        metas = {ops: self._prepare(ops, batch, cache_dtype) for ops in (self.ops, REFERENCE)}
 
         def call(kv: KVLayer, ops: Ops = self.ops) -> Tensor:
             return ops.self_attention(args["qkv"], kv, batch.slots[0], metas[ops], **args["how"])
 
         def wrong() -> str:
-            pair = [KVLayer(caches[-1].k.clone(), caches[-1].v.clone()) for _ in range(2)]
+            pair = [copy.deepcopy(caches[-1]) for _ in range(2)]
             got, want = (call(kv, ops) for kv, ops in zip(pair, (self.ops, REFERENCE), strict=True))
             return compare(got, want) or compare(pair[0].k, pair[1].k) or compare(pair[0].v, pair[1].v)
 
         tokens, per_token = sum(query_lens), 2 * a.num_heads * a.head_dim + 2 * a.num_kv_heads * a.head_dim
         pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(query_lens, lens, strict=True))  # (query, visible key)
-        moved = 2 * (2 * (sum(lens) - shared * (len(lens) - 1)) * a.num_kv_heads * a.head_dim + tokens * per_token)
+        head_bytes = 2 * a.head_dim if cache_dtype is None else a.head_dim + 2  # of a key or a value, with its scale
+        moved = 2 * (sum(lens) - shared * (len(lens) - 1)) * a.num_kv_heads * head_bytes + 2 * tokens * per_token
         return Case(name, size, [lambda kv=kv: call(kv) for kv in caches], wrong, moved, 4 * pairs * a.num_heads * a.head_dim)
 
     def _position(self, length: int) -> Case:
@@ -143,18 +150,19 @@ class Maker:
         moved = 2 * length * a.head_dim * (2 * a.num_heads + 5 * a.num_kv_heads + 2)
         return Case("position and store", str(length), [lambda kv=kv: call(kv) for kv in caches], wrong, moved)
 
-    def _prepare(self, ops: Ops, batch: InputBatch) -> Any:
+    def _prepare(self, ops: Ops, batch: InputBatch, cache_dtype: torch.dtype | None = None) -> Any:
         a = self.attention
         return ops.prepare_attention(batch, 0, block_size=BLOCK_SIZE, num_heads=a.num_heads, num_kv_heads=a.num_kv_heads,
-                                     head_dim=a.head_dim, window=None, dtype=self.dtype)
+                                     head_dim=a.head_dim, window=None, dtype=self.dtype, cache_dtype=cache_dtype)
 
-    def _step(self, query_lens: list[int], lens: list[int], shared: int = 0) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
+    def _step(self, query_lens: list[int], lens: list[int], shared: int = 0,
+              cache_dtype: torch.dtype | None = None) -> tuple[InputBatch, list[KVLayer], dict[str, Any]]:
         """A batch over scattered blocks, caches for it, and the other arguments of `self_attention`."""
         a, device = self.attention, self.device
         batch = scattered(query_lens, lens, device, shared)
         shape = (sum(-(-n // BLOCK_SIZE) for n in lens) + 1, BLOCK_SIZE, a.num_kv_heads, a.head_dim)
-        num_bytes = 4 * shape[0] * BLOCK_SIZE * a.num_kv_heads * a.head_dim
-        caches = [KVLayer(self.random(*shape), self.random(*shape)) for _ in range(copies_beyond_l2(num_bytes, device))]
+        num_bytes = (4 if cache_dtype is None else 2) * shape[0] * BLOCK_SIZE * a.num_kv_heads * a.head_dim
+        caches = [self._cache(shape, cache_dtype) for _ in range(copies_beyond_l2(num_bytes, device))]
         heads = a.num_heads + a.num_kv_heads
         how: dict[str, Any] = {"scale": a.head_dim**-0.5}
         if a.rope is not None:
@@ -163,6 +171,13 @@ class Maker:
         if a.qk_norm:
             how["qk_norm"] = 1.0 + self.random(heads, a.head_dim, std=0.1), self.spec.norm_eps
         return batch, caches, {"qkv": self.random(sum(query_lens), (heads + a.num_kv_heads) * a.head_dim), "how": how}
+
+    def _cache(self, shape: tuple[int, ...], cache_dtype: torch.dtype | None) -> KVLayer:
+        k, v = self.random(*shape), self.random(*shape)
+        if cache_dtype is None:
+            return KVLayer(k, v)
+        (k, k_scale), (v, v_scale) = quantize(k, cache_dtype), quantize(v, cache_dtype)
+        return KVLayer(k, v, k_scale, v_scale)
 
     # -- the rest -------------------------------------------------------------------------------------------------------
 
@@ -234,6 +249,7 @@ def compare(got: Tensor, want: Tensor) -> str:
 def cases(maker: Maker, kinds: Sequence[str], rows: Sequence[int], decodes: dict[str, list[int]] = DECODES,
           sharing: dict[str, tuple[list[int], int]] = SHARING, prompts: Sequence[int] = PROMPTS) -> Iterator[Case]:
     makers = {"linear": lambda: maker.linears(rows), "decode": lambda: maker.decodes(decodes, sharing),
+              "decode8": lambda: (case for kv in QUANTIZED_CACHES for case in maker.decodes(decodes, sharing, kv)),
               "prompt": lambda: maker.prompts(prompts), "norm": lambda: maker.norms([*rows, *prompts]),
               "sampler": lambda: maker.samplers(rows)}
     for kind in kinds:

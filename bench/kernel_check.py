@@ -108,7 +108,8 @@ class Trial:
                 self.blocks[g, seq][: count // size] = self.blocks[g, source][: count // size]
         self.kv = layout.views(layout.allocate(num_blocks, model.build.device))
         for layer in self.kv:
-            layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
+            for t in (layer.k, layer.v) if layer.k_scale is None or layer.v_scale is None else (layer.k_scale, layer.v_scale):
+                t.fill_(torch.nan)
 
     def run(self) -> list[Tensor]:
         """-> per step, the logits of each sequence's last token: [B, V] float32."""
