@@ -51,7 +51,7 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
             return AttentionTile(1, block_m, 64 if row <= 128 else 32, 4, 2)
         if programs <= (1024 if keys > LONG_KEYS else 256):
             return AttentionTile(1, block_m, 64, 4, 3)
-        return AttentionTile(1, block_m, 32, 2, 3)
+        return AttentionTile(1, block_m, 32, 1, 3)
     if arch >= 90:
         if row == 256:
             if programs <= 128:

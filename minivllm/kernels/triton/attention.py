@@ -114,8 +114,8 @@ def _projection(qkv: Tensor, rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[
 def _cache(kv: KVLayer, meta: TritonAttentionMeta) -> Cache:
     """Kernels get numbers of 8 bits as int8. Scales that do not exist are the keys: a kernel's pointers must not be None."""
     if kv.k_scale is None or kv.v_scale is None:
-        return Cache(kv.k, kv.v, kv.k, kv.v, meta.block_table)
-    return Cache(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.k_scale, kv.v_scale, meta.block_table)
+        return Cache(kv.k, kv.v, kv.v, kv.k, kv.v, meta.block_table)
+    return Cache(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.v.view(torch.int16), kv.k_scale, kv.v_scale, meta.block_table)
 
 
 def _attend_decodes(
@@ -128,7 +128,8 @@ def _attend_decodes(
         padded_dim=_padded(meta.head_dim), block_size=meta.block_size, query_width=meta.query_width, block_q=tile.block_q,
         block_m=tile.block_m, block_n=tile.block_n, split=parts is not None, min_keys=tuning.MIN_KEYS_PER_SPLIT,
         shared=meta.shared_parts > 0, shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=meta.window or 0, softcap=softcap is not None,
-        norm=qk_norm is not None, rope=rope is not None, quantized=kv.k_scale is not None, fp8=kv.k.dtype == torch.float8_e4m3fn)
+        norm=qk_norm is not None, rope=rope is not None, quantized=kv.k_scale is not None, fp8=kv.k.dtype == torch.float8_e4m3fn,
+        native=capability(qkv.device) > 0 and qkv.dtype != torch.float32)
     projection, cache, early = _projection(qkv, rope, qk_norm), _cache(kv, meta), early_start(qkv.device)
     parts = parts or Parts(out, out, out, out)  # unused
     if meta.shared_parts:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from minivllm.kernels.triton.quantized_cache import load_scales, quantize, widen
+from minivllm.kernels.triton.quantized_cache import load_scales, quantize, widen, widen_pairs
 
 
 class DecodeShape(NamedTuple):
@@ -55,6 +55,7 @@ class DecodeShape(NamedTuple):
     rope: bool
     quantized: bool = False  # keys and values are codes of 8 bits
     fp8: bool = False
+    native: bool = False  # whether codes are converted by instructions of the GPU
 
 
 class Projection(NamedTuple):
@@ -73,6 +74,7 @@ class Cache(NamedTuple):
 
     k: Any  # [blocks, block_size, KV, D]
     v: Any
+    v_pairs: Any  # [blocks, block_size, KV, D / 2] int16 if quantized: the values, two codes each
     k_scale: Any  # [blocks, block_size, KV] if quantized
     v_scale: Any
     block_table: Any  # [B, M]
@@ -135,10 +137,14 @@ def _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE: tl.constexpr):
     live_key = (key >= oldest) & (key < end)
     live = live_key[:, None] & (dims < SHAPE.head_dim)[None, :]
     k = tl.load(cache.k + row[:, None] + dims[None, :], mask=live, other=0.0)
-    v = tl.load(cache.v + row[:, None] + dims[None, :], mask=live, other=0.0)
     k_scale = live_key
     v_scale = live_key
-    if SHAPE.quantized:
+    if not SHAPE.quantized:
+        v = tl.load(cache.v + row[:, None] + dims[None, :], mask=live, other=0.0)
+    else:
+        HALF: tl.constexpr = SHAPE.head_dim // 2
+        pairs = tl.arange(0, SHAPE.padded_dim // 2)
+        v = tl.load(cache.v_pairs + (head * HALF)[:, None] + pairs[None, :], mask=live_key[:, None] & (pairs < HALF)[None, :], other=0)
         k_scale = load_scales(cache.k_scale, head, live_key)
         v_scale = load_scales(cache.v_scale, head, live_key)
     return k, v, live_key, k_scale, v_scale
@@ -153,8 +159,7 @@ def _absorb_keys(
     visible: [M or 1, N]. SAFE: a query may have seen no key yet.
     """
     if SHAPE.quantized:
-        k = widen(k, q.dtype, SHAPE.fp8)
-        v = widen(v, q.dtype, SHAPE.fp8)
+        k = widen(k, q.dtype, SHAPE.fp8, SHAPE.native)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
     if SHAPE.quantized:
         scores = scores * k_scale[None, :]
@@ -170,11 +175,35 @@ def _absorb_keys(
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     shrink = tl.exp2(peak - base)
     weights = tl.exp2(scores - base[:, None])
-    products = weights
     if SHAPE.quantized:
-        products = weights * v_scale[None, :]
-    acc = acc * shrink[:, None] + tl.dot(products.to(v.dtype), v, input_precision="ieee")
+        products = (weights * v_scale[None, :]).to(q.dtype)
+        even, odd = acc
+        v_even, v_odd = widen_pairs(v, q.dtype, SHAPE.fp8, SHAPE.native)
+        acc = (even * shrink[:, None] + tl.dot(products, v_even, input_precision="ieee"),
+               odd * shrink[:, None] + tl.dot(products, v_odd, input_precision="ieee"))
+    else:
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return acc, new_peak, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def _empty_sums(SHAPE: tl.constexpr):
+    """Sums of no values: [M, D]; for a quantized cache those of even and of odd dimensions."""
+    if SHAPE.quantized:
+        zeros = tl.full([SHAPE.block_m, SHAPE.padded_dim // 2], 0.0, tl.float32)
+        sums = (zeros, zeros)
+    else:
+        sums = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
+    return sums
+
+
+@triton.jit
+def _whole(sums, SHAPE: tl.constexpr):
+    """Sums [M, D] of all dimensions."""
+    if SHAPE.quantized:
+        even, odd = sums
+        sums = tl.reshape(tl.join(even, odd), [SHAPE.block_m, SHAPE.padded_dim])
+    return sums
 
 
 @triton.jit
@@ -237,13 +266,14 @@ def _shared_attention(
     q, scale = _scaled_queries(q, scale, SHAPE)
     peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
     total = tl.full([SHAPE.block_m], 0.0, tl.float32)
-    acc = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
+    acc = _empty_sums(SHAPE)
     acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, SHAPE)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tl.arange(0, SHAPE.block_n)
         block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
         k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
         acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, SHAPE)
+    acc = _whole(acc, SHAPE)
     at = part * num_tokens * SHAPE.num_heads + token * SHAPE.num_heads + head
     tl.store(parts.mean + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
     tl.store(parts.log_weight + at, peak + tl.log2(total), mask=live_row)
@@ -295,7 +325,7 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
             tl.store(cache.k_scale + row + one, k_scale.to(tl.bfloat16))
             tl.store(cache.v_scale + row + one, v_scale.to(tl.bfloat16))
         key = tl.sum(keys * k_scale[:, None], 0)
-        value = tl.sum(values, 0)
+        even_value, odd_value = tl.split(tl.reshape(values, [SHAPE.padded_dim // 2, 2]))
         v_scale = tl.sum(v_scale, 0)
         once = 1.0 / v_scale
     elif mine:
@@ -308,7 +338,11 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
         score = score + tl.log2(v_scale)
     peak = tl.where(mine, score, -float("inf"))
     total = tl.where(mine, tl.full([SHAPE.block_m], once, tl.float32), 0.0)
-    acc = tl.where(mine, tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32) + value[None, :], 0.0)
+    if SHAPE.quantized:
+        zeros = tl.full([SHAPE.block_m, SHAPE.padded_dim // 2], 0.0, tl.float32)
+        acc = (tl.where(mine, zeros + even_value[None, :], 0.0), tl.where(mine, zeros + odd_value[None, :], 0.0))
+    else:
+        acc = tl.where(mine, tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32) + value[None, :], 0.0)
     return acc, peak, total
 
 
@@ -323,7 +357,7 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
     QUERY_ROWS: tl.constexpr = SHAPE.query_width * SHAPE.heads_per_kv
     peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
     total = tl.full([SHAPE.block_m], 0.0, tl.float32)
-    acc = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
+    acc = _empty_sums(SHAPE)
     if mine:
         rows = tl.arange(0, SHAPE.block_m)
         is_key = (rows >= QUERY_ROWS) & (rows < QUERY_ROWS + SHAPE.query_width)
@@ -342,6 +376,9 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
             tl.store(cache.v_scale + row, v_scale.to(tl.bfloat16), mask=is_key)
         tl.store(cache.k + at, keys, mask=live)
         tl.store(cache.v + at, values, mask=live)
+        if SHAPE.quantized:
+            even, odd = tl.split(tl.reshape(values, [SHAPE.block_m, SHAPE.padded_dim // 2, 2]))
+            values = (even.to(tl.int16) & 0xFF) | (odd.to(tl.int16) << 8)
         visible = is_key[None, :] & (query[None, :] <= query[:, None])
         if SHAPE.window > 0:
             visible = visible & (query[None, :] > query[:, None] - SHAPE.window)
@@ -451,7 +488,7 @@ def _decode_attention(
 
     if STAGGERED:
         total = tl.where(total == 0.0, 1.0, total)  # a query that has seen no key: its weight is 0, since its peak is -inf
-    mean = acc / total[:, None]
+    mean = _whole(acc, SHAPE) / total[:, None]
     live_q = live_row[:, None] & (dims < D)[None, :]
     row = (seq * W + query) * SHAPE.num_heads + head  # of [T, H]
     if SHAPE.split and used + before > 1:

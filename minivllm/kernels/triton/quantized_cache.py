@@ -41,11 +41,56 @@ def quantize(x, FP8: tl.constexpr):
 
 
 @triton.jit
-def widen(codes, DTYPE: tl.constexpr, FP8: tl.constexpr):
-    """The numbers that codes stand for, without their scales. Exact in float16 and float32, and in bfloat16."""
+def widen(codes, DTYPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr = False):
+    """The numbers that codes stand for, without their scales. Exact in float16 and float32, and in bfloat16. NATIVE: see `widen_pairs`."""
     if FP8:
-        codes = codes.to(tl.float8e4nv, bitcast=True)
-    return codes.to(DTYPE)
+        numbers = codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    elif NATIVE:  # the bits of the float16 number 1024 + n are 0x6400 + n, and n is the code + 128
+        ASM: tl.constexpr = """{
+            .reg .b32 t, low, high, shift;
+            mov.b32 shift, 0x64806480;
+            xor.b32 t, $2, 0x80808080;
+            prmt.b32 low, t, 0x64646464, 0x4140;
+            prmt.b32 high, t, 0x64646464, 0x4342;
+            sub.f16x2 $0, low, shift;
+            sub.f16x2 $1, high, shift;
+        }"""
+        numbers = tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        numbers = codes.to(DTYPE)
+    return numbers
+
+
+@triton.jit
+def widen_pairs(pairs, DTYPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):
+    """Two codes per int16, [N, D / 2] -> the numbers of the lower and of the upper codes: [N, D / 2] each.
+
+    Values are loaded in this way because shared memory is transposed for tensor cores in units of 16 bits. NATIVE: compiled for a GPU, to
+    float16: two neighbors in a register are converted together.
+    """
+    if NATIVE:
+        FROM_FP8: tl.constexpr = """{
+            .reg .b32 t; .reg .b16 low, high;
+            prmt.b32 t, $2, 0, 0x3120;
+            mov.b32 {low, high}, t;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+        }"""
+        FROM_INT8: tl.constexpr = """{
+            .reg .b32 t, low, high, shift;
+            mov.b32 shift, 0x64806480;
+            xor.b32 t, $2, 0x80808080;
+            prmt.b32 low, t, 0x64646464, 0x4240;
+            prmt.b32 high, t, 0x64646464, 0x4341;
+            sub.f16x2 $0, low, shift;
+                sub.f16x2 $1, high, shift;
+            }"""
+        low, high = tl.inline_asm_elementwise(
+            FROM_FP8 if FP8 else FROM_INT8, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        low = widen(pairs.to(tl.int8), DTYPE, FP8)
+        high = widen((pairs >> 8).to(tl.int8), DTYPE, FP8)
+    return low, high
 
 
 @triton.jit
