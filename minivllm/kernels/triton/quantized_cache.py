@@ -83,8 +83,8 @@ def widen_pairs(pairs, DTYPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.conste
             prmt.b32 low, t, 0x64646464, 0x4240;
             prmt.b32 high, t, 0x64646464, 0x4341;
             sub.f16x2 $0, low, shift;
-                sub.f16x2 $1, high, shift;
-            }"""
+            sub.f16x2 $1, high, shift;
+        }"""
         low, high = tl.inline_asm_elementwise(
             FROM_FP8 if FP8 else FROM_INT8, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
     else:
