@@ -1,6 +1,6 @@
 """Every Triton kernel alone, at a model's sizes: is its result right, and how close does it come to the GPU's limits?
 
-    python -m bench.gpu_kernels --shape qwen3-0.6b [--rows 1,8,32,128] [--only linear,decode,decode8,prompt,norm,sampler] [--save FILE]
+    python -m bench.gpu_kernels --shape qwen3-0.6b [--rows 1,8,32,128] [--only linear,packed,decode,decode8,..] [--save FILE]
 
 Each row compares the kernel with the reference on the same random inputs. If they differ, the row has no figure. `MB` is what must be
 moved at least once: weights, inputs, outputs, keys and values. `of copy` may exceed 100%, since reading alone is faster than copying.
@@ -13,7 +13,8 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from bench import gpu_timing, machine, models
 from bench.gpu_timing import CARD, CARD_BYTES, CARD_FLOPS, Ceiling, copies_beyond_l2, seconds
 from minivllm.families import ModelSpec, parse_config
 from minivllm.kernels import REFERENCE, Ops
+from minivllm.kernels.grouped import GroupedWeight
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference.kv_cache import quantize
 
@@ -35,7 +37,11 @@ DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256
 SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # (keys of each decode, leading keys in the same blocks)
 PROMPTS = (2048, 8000)
 MIN_PREDICTED = 1 << 20  # bytes; for fewer the start and the end of a kernel take longer than the transfer
-KINDS = ("linear", "decode", "decode8", "prompt", "norm", "sampler")
+KINDS = ("linear", "packed", "decode", "decode8", "prompt", "norm", "sampler")
+PACKED: dict[str, dict[str, Any]] = {  # codes of 4, 6 or 8 bits, and what belongs to each group of inputs
+    "awq": dict(bits=4, group=128, zeros=True), "q4_k": dict(bits=4, group=32, mins=True, super_group=256),
+    "q6_k": dict(bits=6, group=16, zero=32, super_group=256), "fp8": dict(bits=8),
+}
 QUANTIZED_CACHES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -93,6 +99,51 @@ class Maker:
 
             yield Case(name, f"{t} x {k} -> {n}", [lambda w=w, call=call: call(w) for w in weights], wrong,
                        2 * (height * k + t * (k + n + (n if add else 0))), 2 * t * height * k)
+
+    def packed(self, rows: Sequence[int]) -> Iterator[Case]:
+        """The largest layer and the one with the fewest outputs, in formats of quantized weights."""
+        s, m = self.spec, self.spec.layers[0].mlp
+        for kind in PACKED:
+            yield from self._packed(f"{kind}: norm + gate, up", kind, m.intermediate_size, s.hidden_size, rows, norm=True)
+            yield from self._packed(f"{kind}: down + residual", kind, s.hidden_size, m.intermediate_size, rows, norm=False)
+
+    def quantized(self, kind: str, n: int, k: int) -> GroupedWeight:
+        """Random codes, scales and zeros or minima. Groups that do not divide the inputs are replaced by groups of 32."""
+        form = dict(group=k, zeros=False, zero=0, mins=False, super_group=0) | PACKED[kind]
+        if k % max(form["group"], form["super_group"]):
+            form |= dict(group=32, super_group=0)
+        groups, integers = k // form["group"], partial(torch.randint, dtype=torch.uint8, device=self.device)
+        codes = self.random(n, k).to(torch.float8_e4m3fn) if kind == "fp8" else integers(0, 1 << form["bits"], (n, k))
+        scales = (torch.rand(n, groups, device=self.device) * k**-0.5 / (1 << form["bits"])).half()
+        supers = mins = None
+        if form["super_group"]:
+            supers, scales = scales[:, :: groups * form["super_group"] // k] / 32, integers(1, 64, (n, groups))
+            mins = integers(0, 64, (n, groups)) if form["mins"] else None
+        zeros = integers(0, 16, (n, groups)) if form["zeros"] else form["zero"]
+        return GroupedWeight(codes=codes, bits=form["bits"], scales=scales, zeros=zeros, mins=mins, super_scales=supers,
+                             super_mins=None if mins is None else supers)
+
+    def _packed(self, name: str, kind: str, n: int, k: int, rows: Sequence[int], norm: bool) -> Iterator[Case]:
+        height = 2 * n if norm else n  # the layer with a norm is gated
+        weight = self.quantized(kind, height, k)
+        size = sum(t.nbytes for f in fields(weight) if isinstance(t := getattr(weight, f.name), Tensor) and f.name != "codes")
+        size += height * k * weight.bits // 8
+        copies = [self.ops.pack_groups(weight) for _ in range(copies_beyond_l2(size, self.device))]
+        theirs = REFERENCE.pack_groups(weight)
+        before = (1.0 + self.random(k, std=0.1), self.spec.norm_eps) if norm else None
+        for t in rows:
+            x, residual = self.random(t, k), None if norm else self.random(t, n)
+
+            def call(packed: Any, ops: Ops = self.ops, x: Tensor = x, residual: Tensor | None = residual) -> Tensor:
+                return ops.grouped_linear(x, packed, norm=before, gated=norm, residual=residual)
+
+            def wrong(call: Callable[..., Tensor] = call, residual: Tensor | None = residual) -> str:
+                both = [call(packed, ops, residual=None if residual is None else residual.clone())
+                        for packed, ops in ((copies[-1], self.ops), (theirs, REFERENCE))]
+                return compare(*both)
+
+            yield Case(name, f"{t} x {k} -> {n}", [lambda w=w, call=call: call(w) for w in copies], wrong,
+                       size + 2 * t * (k + n + (0 if norm else n)), 2 * t * height * k)
 
     # -- attention ------------------------------------------------------------------------------------------------------
 
@@ -250,7 +301,8 @@ def compare(got: Tensor, want: Tensor, most: float = WORST) -> str:
 
 def cases(maker: Maker, kinds: Sequence[str], rows: Sequence[int], decodes: dict[str, list[int]] = DECODES,
           sharing: dict[str, tuple[list[int], int]] = SHARING, prompts: Sequence[int] = PROMPTS) -> Iterator[Case]:
-    makers = {"linear": lambda: maker.linears(rows), "decode": lambda: maker.decodes(decodes, sharing),
+    makers = {"linear": lambda: maker.linears(rows), "packed": lambda: maker.packed(rows),
+              "decode": lambda: maker.decodes(decodes, sharing),
               "decode8": lambda: (case for kv in QUANTIZED_CACHES for case in maker.decodes(decodes, sharing, kv)),
               "prompt": lambda: maker.prompts(prompts), "norm": lambda: maker.norms([*rows, *prompts]),
               "sampler": lambda: maker.samplers(rows)}

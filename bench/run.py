@@ -3,6 +3,7 @@
     python -m bench.run --engines minivllm,hf-bf16,hf-fp32 --rows c1,c8,c32,mixed32,ttft1024,memory,start --threads 2
     python -m bench.run --model smollm2-135m --device cuda --engines minivllm-bf16,hf-bf16 --rows bs1,bs32,ttft1024
     python -m bench.run --model mistral-7b --device cuda --load-format dummy --engines minivllm-bf16 --rows bs1,start,coldstart
+    python -m bench.run --model mistral-7b --stored awq --device cuda --load-format dummy --engines minivllm-bf16 --rows bs1,bs8,ttft8000
 
 An engine is a name (minivllm, hf, vllm) and a dtype (bf16, fp32, fp16). Without a dtype minivllm chooses its own; others use bf16. The
 model is the default one, a folder, or a shape of bench/models.py with random weights, which all engines read from one file. With
@@ -40,7 +41,7 @@ def main() -> None:
     args = parse()
     scratch = tempfile.TemporaryDirectory(prefix="bench-")
     with scratch:
-        shown, model = find_model(args.model, Path(scratch.name), args.load_format)
+        shown, model = find_model(args.model, Path(scratch.name), args.load_format, args.stored)
         max_len = json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"]
         names = args.engines.split(",")
         rows = args.rows.split(",")
@@ -75,6 +76,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="compare greedy tokens on a GPU too")
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: each engine makes its own random weights")
+    parser.add_argument("--stored", metavar="NAME", help="with --load-format dummy: storage of the weights, such as awq or Q4_K_M "
+                        "(fp8 and int8 are options: {\"quantization\": \"fp8\"})")
     parser.add_argument("--options", type=json.loads, default={}, help='more keywords for minivllm\'s LLM, as JSON: {"block_size": 32}')
     parser.add_argument("--save", help="file for the JSON record, such as bench/results/NAME.json")
     args = parser.parse_args()
@@ -85,16 +88,21 @@ def parse() -> argparse.Namespace:
             parser.error("hf reads its weights from a file: leave --load-format dummy out")
     if args.load_format == "dummy" and (args.device == "cpu" or args.check or args.model not in models.SHAPES):
         parser.error("--load-format dummy is for a shape of bench/models.py on --device cuda, without --check")
+    if args.stored and args.load_format != "dummy":
+        parser.error("--stored is for random weights: add --load-format dummy")
     for row in args.rows.split(","):
         if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|nano|nano8gb|prefix|memory|start|coldstart", row):
             parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, nano, nano8gb, prefix, memory, start, coldstart")
     return args
 
 
-def find_model(name: str | None, scratch: Path, load_format: str) -> tuple[str, str]:
+def find_model(name: str | None, scratch: Path, load_format: str, stored: str | None = None) -> tuple[str, str]:
     """-> (the name to print, the folder)."""
     if name in models.SHAPES and load_format == "dummy":
         models.write_config(name, scratch)
+        if stored is not None:
+            store_as(stored, scratch / "config.json")
+            name = f"{name} ({stored})"
         return f"{name} shape with each engine's own random weights", str(scratch)
     if name in models.SHAPES:
         code = f"from pathlib import Path; from bench.models import write_random_model as w; w({name!r}, Path({str(scratch)!r}))"
@@ -107,6 +115,17 @@ def find_model(name: str | None, scratch: Path, load_format: str) -> tuple[str, 
 
     convert(default_gguf(), scratch)  # dequantized, so that all engines compute with the same weights
     return DEFAULT_NAME, str(scratch)
+
+
+def store_as(stored: str, file: Path) -> None:
+    """Let a config.json announce weights in this storage."""
+    from minivllm.families import parse_config
+    from minivllm.planning.what_if import quantization_config
+    from minivllm.quantization.methods import METHODS
+
+    config = json.loads(file.read_text())
+    config["quantization_config"] = dict(quantization_config(stored, parse_config(config), METHODS))
+    file.write_text(json.dumps(config))
 
 
 def measure(name: str, model: str, args: argparse.Namespace, rows: list[str], max_len: int) -> dict[str, Any]:

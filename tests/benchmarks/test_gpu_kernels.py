@@ -26,7 +26,8 @@ SMALL: dict[str, Any] = {
 }
 TRITON = replace(
     REFERENCE, prepare_attention=fast.attention.prepare_attention, self_attention=fast.attention.self_attention,
-    fused_linear=fast.linear.fused_linear, rms_norm=fast.norm.rms_norm, rope_angles=fast.rope.rope_angles, sample=fast.sampling.sample)
+    fused_linear=fast.linear.fused_linear, pack_groups=fast.grouped.pack_groups, grouped_linear=fast.grouped.grouped_linear,
+    rms_norm=fast.norm.rms_norm, rope_angles=fast.rope.rope_angles, sample=fast.sampling.sample)
 
 
 def verdicts(ops: Ops, *kinds: str) -> dict[str, str]:
@@ -40,7 +41,7 @@ def verdicts(ops: Ops, *kinds: str) -> dict[str, str]:
 def test_the_triton_kernels_pass_at_a_small_shape() -> None:
     found = verdicts(TRITON, *gpu_kernels.KINDS)
     assert set(found.values()) == {""}, found
-    assert len(found) == 5 * 2 + 3 * 2 + 2 + 3 + 3 * 2
+    assert len(found) == 5 * 2 + 4 * 2 * 2 + 3 * 2 + 2 + 3 + 3 * 2
 
 
 def shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
