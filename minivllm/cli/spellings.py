@@ -65,5 +65,5 @@ COMMAND_HINTS: Mapping[str, str] = {
     "help": "minivllm --help, or minivllm COMMAND --help", "version": "minivllm --version",
     "create": "give a folder or a .gguf file as MODEL; --chat-template FILE replaces its template",
     "push": "use `hf upload`", "login": "use `hf auth login`", "search": "search at https://huggingface.co/models",
-    "embed": "embeddings are not supported yet", "quantize": "use `minivllm serve --quantization fp8`, which quantizes while it loads",
+    "embed": "embeddings are not supported yet",
 }
