@@ -2,10 +2,11 @@
 
 For a few rows a product takes as long as reading the weight, so that 4 bits are several times as fast as 16. For many rows arithmetic
 counts, and PyTorch's products are best at it: tiles of outputs are dequantized into a buffer that fits the caches, and multiplied there.
-Weights that the kernels do not cover stay in the reference's layout and are computed by it: fp8, and rare shapes.
+Weights that the kernels do not cover, such as rare shapes, stay in the reference's layout and are computed by it.
 """
 from __future__ import annotations
 
+import dataclasses
 import threading
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from minivllm.kernels.grouped import GroupedWeight, dequantize
 from minivllm.kernels.numba import grouped_kernels as code
 from minivllm.kernels.numba import rows
-from minivllm.kernels.numba.grouped_tiles import FLOAT16, FLOAT32, INT8, MINS, ONE_ZERO, TILE, UINT8, ZEROS
+from minivllm.kernels.numba.grouped_tiles import FLOAT16, FLOAT32, FP8, INT8, MINS, ONE_ZERO, TILE, UINT8, ZEROS
 from minivllm.kernels.numba.threads import Arguments, Kernel, converts_float16
 from minivllm.kernels.reference import grouped as reference
 from minivllm.kernels.reference.linear import can_pack
@@ -66,9 +67,12 @@ _scratch = _Scratch()
 
 def pack_groups(weight: GroupedWeight) -> PackedTiles | reference.PackedGroups:
     """Pack a weight for the kernels, or for the reference if they do not cover it. Compiles the kernels that it needs."""
+    original, weight = weight, _fp8_octets(weight) if weight.codes.dtype == torch.float8_e4m3fn else weight
     form = _form_of(weight)
     if form is None:
-        return reference.pack_groups(weight)
+        return reference.pack_groups(original)
+    if original is not weight:
+        form = *form[:2], FP8
     (n, k), bits = weight.shape, form[0]
     tiles = -(-n // TILE)
     words = torch.empty(tiles, k * (8 if bits == 8 else 4) // 32, TILE, dtype=torch.int32, device="cpu")
@@ -99,6 +103,14 @@ def pack_groups(weight: GroupedWeight) -> PackedTiles | reference.PackedGroups:
     code.inputs_kernel()
     return PackedTiles(weight.shape, form, zero, weight.group, words, high, scales, offsets, supers,
                        code.WEIGHT_ARGS.pack(*args, zero), code.product_kernel(*form), code.values_kernel(*form))
+
+
+def _fp8_octets(weight: GroupedWeight) -> GroupedWeight:
+    """An fp8 weight with its codes as bytes and a row of scales per output. Unchanged if it contains NaN: kernels would lose it."""
+    octets = weight.codes.view(torch.uint8)
+    if bool(((octets & 127) == 127).any()):
+        return weight
+    return dataclasses.replace(weight, codes=octets, scales=weight.scales.repeat_interleave(len(octets) // len(weight.scales), 0))
 
 
 def _form_of(weight: GroupedWeight) -> tuple[int, int, int] | None:
@@ -254,6 +266,8 @@ def grouped_rows(packed: PackedTiles | reference.PackedGroups, ids: Tensor, dtyp
     if packed.high is not None:
         codes |= _unpack_high_bits(some(packed.high), bits - 4) << 4
     supers = None if packed.supers is None else packed.supers[tiles, :, :, lanes]
+    if packed.form[2] == FP8:
+        codes = codes.view(torch.float8_e4m3fn)
     offsets = None if packed.offsets is None else some(packed.offsets)
     mins = offsets if packed.form[2] == MINS else None
     zeros = packed.zero if offsets is None or mins is not None else offsets

@@ -24,13 +24,26 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minivllm.kernels.numba.vectors import F32, I32, I64, at, constant, emit_fma, emit_prefetch, emit_splat, emit_store, pointer
+from minivllm.kernels.numba.vectors import (
+    F32,
+    I32,
+    I64,
+    at,
+    constant,
+    emit_fma,
+    emit_from_fp8,
+    emit_prefetch,
+    emit_splat,
+    emit_store,
+    pointer,
+)
 from minivllm.kernels.tuning import CPU_PREFETCH_BYTES
 
 I8, F16 = ir.IntType(8), ir.HalfType()
 TILE = 16  # outputs
 FLOAT16, FLOAT32, UINT8, INT8 = range(4)  # how scales are stored; integers are multiplied by super-scales
-ONE_ZERO, ZEROS, MINS = range(3)  # offsets: one zero for the whole weight, a uint8 zero per group, a min per group like the scales
+# Offsets: one zero for the whole weight, a uint8 zero per group, a min per group like the scales; or none, and codes are e4m3 numbers.
+ONE_ZERO, ZEROS, MINS, FP8 = range(4)
 
 
 class _Cursor:
@@ -69,7 +82,7 @@ class _Reader:
     def next_scales(self) -> tuple[list[ir.Value], list[ir.Value]]:
         """-> (scales, zeros or mins) of a group."""
         scales = self._numbers(self._scales, self.number, self._super_scales)
-        if self.offset == ONE_ZERO:
+        if self.offset in (ONE_ZERO, FP8):
             return scales, self._zero
         number, factors = (UINT8, []) if self.offset == ZEROS else (self.number, self._super_mins)
         return scales, self._numbers(self._offsets, number, factors)
@@ -93,6 +106,9 @@ class _Reader:
         """Code c of all words as float32. In place: times a power of two, see the module's description."""
         b, width = self.builder, 8 if self.bits == 8 else 4
         shift, is_last = c * width, c == 32 // width - 1
+        if self.offset == FP8:
+            octets = [b.trunc(b.lshr(w, constant(shift, self.lanes, I32)), ir.VectorType(I8, self.lanes)) for w in words[0]]
+            return [emit_from_fp8(b, octet, self.lanes, 2.0**shift if in_place and not is_last else 1.0) for octet in octets]
         codes = [b.lshr(w, constant(shift, self.lanes, I32)) if is_last or not in_place else w for w in words[0]]
         if not is_last:
             mask = ((1 << width) - 1) << (shift if in_place else 0)

@@ -78,16 +78,19 @@ def emit_load(builder: ir.IRBuilder, address: ir.Value, lanes: int, kind: int) -
     if kind == INT8:
         return builder.sitofp(builder.sext(narrow, ir.VectorType(I32, lanes)), ir.VectorType(F32, lanes))
     if kind == FP8:
-        return _from_fp8(builder, narrow, lanes)
+        return emit_from_fp8(builder, narrow, lanes)
     wide = builder.zext(narrow, ir.VectorType(I32, lanes))
     return builder.bitcast(builder.shl(wide, constant(16, lanes, I32)), ir.VectorType(F32, lanes))
 
 
-def _from_fp8(builder: ir.IRBuilder, bits: ir.Value, lanes: int) -> ir.Value:
-    """e4m3 -> float32, through float16, whose exponent and mantissa are longer: the same bits there are a number 2^8 times smaller."""
+def emit_from_fp8(builder: ir.IRBuilder, bits: ir.Value, lanes: int, factor: float = 1.0) -> ir.Value:
+    """e4m3 -> float32 times a power of two.
+
+    The way is through float16, whose exponent and mantissa are longer: the same bits there are a number 2^8 times smaller.
+    """
     wide = builder.shl(builder.sext(bits, ir.VectorType(I16, lanes)), constant(7, lanes, I16))  # two copies of the sign, then seven bits
     half = builder.bitcast(builder.and_(wide, constant(0xBFFF, lanes, I16)), ir.VectorType(F16, lanes))
-    return builder.fmul(builder.fpext(half, ir.VectorType(F32, lanes)), constant(256.0, lanes))
+    return builder.fmul(builder.fpext(half, ir.VectorType(F32, lanes)), constant(256.0 * factor, lanes))
 
 
 def _to_bytes(builder: ir.IRBuilder, x: ir.Value, lanes: int, kind: int) -> ir.Value:
