@@ -75,7 +75,8 @@ def _gpu(args: argparse.Namespace) -> GPU | None:
     if args.gpu == "auto" and args.memory_gib is not None:
         return GPU("a GPU", **described)
     if known is None:
-        raise InvalidInput(f"{next(iter(described))} describes a GPU, and gpu is {args.gpu!r}: give memory_gib too, or name a GPU", "gpu")
+        fix = "leave it out" if args.gpu == "cpu" else "give memory_gib too, or name a GPU"
+        raise InvalidInput(f"{next(iter(described))} describes a GPU, and gpu is {args.gpu!r}: {fix}", "gpu")
     return dataclasses.replace(known, **described)
 
 

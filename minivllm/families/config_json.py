@@ -41,6 +41,8 @@ def read(config: Config, key: Key) -> Any:
     value: Any = config.get(key.name)
     if value is None:
         if key.default is REQUIRED:
+            if key.name in config:
+                raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got null")
             raise model_error(f"config.json has no {key.name!r}{nearest(key.name, config)}")
         return key.default
     if not isinstance(value, (int, float) if key.type is float else key.type) or (isinstance(value, bool) and key.type is not bool):

@@ -12,14 +12,16 @@ With the package bitsandbytes and a GPU, 4-bit weights stay packed and its kerne
 """
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from minivllm.errors import NotSupportedYet
+from minivllm.errors import ModelError, NotSupportedYet, shown
 from minivllm.families import Key, read
 from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.compressed_tensors import IntMethod
@@ -88,7 +90,7 @@ class Bnb4Method(LinearMethod):
         state = next((tensor for suffix, tensor in stored.items() if suffix.startswith(STATE)), None)
         if state is None or not {"weight", "weight.absmax", "weight.quant_map"} <= stored.keys():
             return tensors
-        facts = json.loads(bytes(state.read().tolist()))
+        facts = read_state(state, stored)
         rows, cols = facts["shape"]
         others = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in stored}
         if not self._packs(cols):
@@ -155,6 +157,36 @@ class LLMInt8Method(IntMethod):
 def packed_bytes(rows: int, cols: int) -> int:
     """Bytes of a 4-bit weight: codes, an absmax per block, and the table of 16 numbers."""
     return rows * cols // 2 + 4 * -(-rows * cols // BLOCK) + 4 * 16
+
+
+def read_state(state: StoredTensor, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The JSON object in a state tensor. Raises `ModelError` if a field is not a size, or if the other tensors do not have these sizes."""
+    facts: Any = None
+    with contextlib.suppress(ValueError, TypeError):
+        facts = json.loads(bytes(state.read().tolist()))
+    nested = "weight.nested_absmax" in stored
+    sizes = {"blocksize": 1, "shape": 2} | ({"nested_blocksize": 1} if nested else {})
+    for field, count in sizes.items():
+        value = facts.get(field) if isinstance(facts, dict) else facts
+        values = value if isinstance(value, list) else [value]
+        if len(values) != count or any(type(size) is not int or size < 1 for size in values):
+            raise _damaged(state, f"{field} must be {count} size{'s' * (count > 1)} of at least 1, got {shown(value)}")
+    if nested and type(facts.get("nested_offset")) is not float:
+        raise _damaged(state, f"nested_offset must be a number with a point, got {shown(facts.get('nested_offset'))}")
+    size = math.prod(facts["shape"])
+    blocks = -(-size // facts["blocksize"])
+    counts = {"weight": -(-size // 2), "weight.absmax": blocks, "weight.quant_map": 16}
+    if nested:
+        counts |= {"weight.nested_absmax": -(-blocks // facts["nested_blocksize"]), "weight.nested_quant_map": 256}
+    for suffix, count in counts.items():
+        found = math.prod(stored[suffix].shape) if suffix in stored else 0
+        if found != count:
+            raise _damaged(state, f"by its shape and block sizes, {suffix} has {count} numbers, not {found}")
+    return dict(facts)
+
+
+def _damaged(state: StoredTensor, what: str) -> ModelError:
+    return ModelError(f"{state.name} in {state.file} does not describe its weight: {what}: download the checkpoint again", "model")
 
 
 def dequantize(stored: Mapping[str, StoredTensor], facts: Mapping[str, Any]) -> Tensor:

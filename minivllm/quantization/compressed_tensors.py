@@ -116,7 +116,9 @@ def _unsigned(values: Tensor) -> Tensor:
 
 def _cols(weight_shape: StoredTensor | None, default: int) -> int:
     """Inputs of a packed layer, whose last word may have unused bits."""
-    return default if weight_shape is None or weight_shape.shape != (2,) else int(weight_shape.read()[1])
+    if weight_shape is None or weight_shape.shape != (2,) or not weight_shape.dtype.startswith("int"):
+        return default
+    return int(weight_shape.read()[1])
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:

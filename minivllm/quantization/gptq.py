@@ -20,7 +20,7 @@ from minivllm.families import Key, read
 from minivllm.quantization.base import DUMMY_SCALE, LinearMethod, Matmul, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.grouped import grouped_bytes, spread
-from minivllm.quantization.modules import by_name, compiled, contains_any, group_size, in_block, matched, one_of
+from minivllm.quantization.modules import by_name, compiled, contains_any, group_size, in_block, matched, names, one_of
 from minivllm.quantization.order import UNORDERED, order_bytes, ordered_matmul, unordered
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     one_of("gptq", "checkpoint_format", written.lower(), ("gptq", "gptq_v2"))
     base = _method(config)
     dynamic: dict[str, Any] = read(config, Key("dynamic", dict, {}))
-    only = [name for names in read(config, Key("modules_in_block_to_quantize", list, []))
-            for name in (names if isinstance(names, list) else [names])]
+    key = "modules_in_block_to_quantize"  # a list of names, or of lists of names
+    only = names({key: [name for entry in read(config, Key(key, list, []))
+                        for name in (entry if isinstance(entry, list) else [entry])]}, key)
     head = read(config, Key("lm_head", bool, False))
     overridden = [(compiled(pattern.removeprefix("-:").removeprefix("+:"), "dynamic"),
                    DENSE if pattern.startswith("-:") else _method({**config, **_overrides(pattern, values)}))

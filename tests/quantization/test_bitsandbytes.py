@@ -94,6 +94,23 @@ def test_skipped_modules_are_unquantized(tmp_path: Path) -> None:
     check(tmp_path, hf)
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    ({"shape": "x"}, "shape must be 2 sizes of at least 1, got 'x'"), ({"blocksize": 0}, "blocksize must be 1 size of at least 1, got 0"),
+    ({"blocksize": 128}, "weight.absmax has 48 numbers, not 96"), ({"nested_offset": None}, "nested_offset must be a number"),
+    (None, "blocksize"),
+])
+def test_a_state_that_does_not_describe_its_weight_is_an_error(change: dict[str, Any] | None, says: str, tmp_path: Path) -> None:
+    write(tmp_path, NF4, quantizer(nested=True))
+    name = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        state = b"{" if change is None else json.dumps(json.loads(bytes(tensors[name].tolist())) | change).encode()
+        tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
+    rewrite(tmp_path, damage)
+    with pytest.raises(ModelError, match=f"{name} in model.safetensors .*{says}"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("missing", ["weight.absmax", "weight.quant_state.bitsandbytes__nf4"])
 def test_a_missing_part_is_an_error(missing: str, tmp_path: Path) -> None:
     write(tmp_path, NF4, quantizer())

@@ -135,9 +135,9 @@ def test_other_formats_are_refused_by_name(described: dict[str, Any], says: str)
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"config_groups": None}, "has no 'config_groups'"), ({"config_groups": {"g": 1}}, "config_groups.g must be an object"),
+    ({"config_groups": None}, "'config_groups' must be of type dict"), ({"config_groups": {"g": 1}}, "config_groups.g must be an object"),
     ({"config_groups": {"g": {"targets": ["Linear"]}}}, "has no 'weights'"), ({"ignore": [1]}, "ignore must be a list of names"),
-    ({"format": None}, "has no 'format'"),
+    ({"format": None}, "'format' must be of type str"),
 ])
 def test_a_damaged_configuration_is_an_error(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError, match=says):

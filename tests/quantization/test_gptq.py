@@ -156,7 +156,8 @@ def test_another_layout_is_refused_by_name(change: dict[str, Any], says: str) ->
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"bits": True}, "'bits' must be of type int"), ({"group_size": -2}, "group_size must be"),
-    ({"dynamic": []}, "'dynamic' must be of type"),
+    ({"dynamic": []}, "'dynamic' must be of type"), ({"bits": None}, "'bits' must be of type int, got null"),
+    ({"modules_in_block_to_quantize": [["q_proj"], [3]]}, "modules_in_block_to_quantize must be a list of names, and contains 3"),
     ({"dynamic": {"x": 1}}, "dynamic has no object of fields for 'x'"), ({"sym": "yes"}, "'sym' must be of type bool"),
 ])
 def test_a_damaged_configuration_is_an_error(change: dict[str, Any], says: str) -> None:

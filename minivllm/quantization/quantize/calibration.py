@@ -43,8 +43,8 @@ def read_text(file: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"calibration file {file!r} cannot be read ({error}): name a text file in UTF-8", "calibration") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"calibration file {file!r} has a line that is no JSON object with a field text ({error!r})", "calibration"
-                           ) from None
+        raise InvalidInput(f"calibration file {file!r} has a line that is no JSON object with a field text, which is a string ({error!r}): "
+                           "correct it", "calibration") from None
 
 
 def standard_library(characters: int) -> str:
