@@ -125,7 +125,7 @@ def test_the_first_supported_architecture_of_those_named_is_used() -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM"),
     ({"architectures": None, "model_type": None}, "names no model class"),
-    ({"hidden_size": None}, "no 'hidden_size'"),
+    ({"hidden_size": None}, "'hidden_size' must be of type int"),
     ({"num_hidden_layers": "32"}, "'num_hidden_layers' must be of type int, got '32'"),
     ({"rms_norm_eps": True}, "'rms_norm_eps' must be of type float"),
     ({"num_key_value_heads": 5}, "num_attention_heads 32 must be a multiple of num_key_value_heads 5"),
