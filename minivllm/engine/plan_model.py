@@ -17,6 +17,7 @@ import torch
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.families import ModelSpec, linear_specs, parse_config
+from minivllm.kernels import tuning
 from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, smallest_change
 from minivllm.planning.gpus import GPU, card_here
 from minivllm.planning.memory_plan import MIB, MemoryPlan, step_peak, weights_by_kind
@@ -38,7 +39,6 @@ from minivllm.worker.worker import token_budget
 # weights in the ledger.
 CONTEXT_BYTES = {80: 450 * MIB, 90: 600 * MIB}  # by architecture; others like 80
 WORKSPACE_BYTES = {90: 32 * MIB}  # others: 8 MiB
-UNPACKED_ELEMENTS = 64 << 20  # of a packed weight, which a prompt's products unpack at a time
 FP8_ARCH = 89  # from which on GPUs convert fp8 numbers
 MOST_UTILIZATION = 0.95  # that is suggested, for a GPU that no other program uses
 
@@ -161,7 +161,7 @@ class _Planner:
         """Bytes of the largest piece of a packed weight that a prompt's products unpack."""
         method = self._method(config, quantization)
         sizes = [sum(linear.rows) * linear.cols for linear in linear_specs(self.spec).values() if method(linear) is not DENSE]
-        return min(max(sizes, default=0), UNPACKED_ELEMENTS) * self.dtype.itemsize
+        return min(max(sizes, default=0), tuning.UNPACK_ELEMENTS) * self.dtype.itemsize
 
     def _parts(self, config: EngineConfig, spec: ModelSpec, layout: KVLayout, budget: int, unpacked: int) -> dict[str, int]:
         """Bytes on a GPU beside weights and cache."""

@@ -141,7 +141,8 @@ def packed_variants() -> Iterator[dict[str, Any]]:
                 constants = dict(F=form._replace(n=n, k=k, inputs=k, group=k if form.row_scale else form.group), M=tile.block_m,
                                  BN=tile.block_n, W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=norms, GATED=gated, BIAS=False,
                                  ADD=not gated, PDL=PDL, ASM=True)
-                planes = grouped.Planes(words="*i16", high="*u8", scales=scales, supers="*i32")  # type: ignore[arg-type]
+                supers = "*i16" if form.super_group and not form.mins else "*i32"
+                planes = grouped.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
                 yield measure(f"decode {layer} in {name}, {rows} rows", grouped._few_rows, {**types, "p": planes}, constants,
                               num_warps=tile.num_warps, num_stages=tile.num_stages)
 

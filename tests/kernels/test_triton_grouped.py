@@ -24,6 +24,13 @@ def on_device(weight: GroupedWeight) -> GroupedWeight:
     return dataclasses.replace(weight, **changed)
 
 
+def pack(weight: GroupedWeight) -> Any:
+    """For the kernels."""
+    packed = grouped.pack_groups(weight)
+    assert isinstance(packed, grouped.PackedWeight), "the kernels cover it"
+    return packed
+
+
 CASES = [*((kind, 1) for kind in KINDS), *((kind, rows) for kind in ("awq", "q5_k", "fp8 per output") for rows in ROWS[1:])]
 
 
@@ -32,7 +39,7 @@ def test_products_equal_the_reference(kind: str, rows: int) -> None:
     # The interpreter multiplies no bfloat16 matrices.
     dtype = torch.bfloat16 if DEVICE.type == "cuda" and rows != 5 else torch.float16
     weight = on_device(random_weight(kind))
-    packed, theirs = grouped.pack_groups(weight), reference.pack_groups(weight)
+    packed, theirs = pack(weight), reference.pack_groups(weight)
     x, norm, bias = (t.to(DEVICE, dtype) for t in (torch.randn(rows, 256), torch.rand(256) + 0.5, torch.randn(24)))
     before = {"norm": (norm, 1e-5)}
     for options in ([{}, before | {"bias": bias}] if rows == 1 else [before | {"gated": True}]):
@@ -45,7 +52,7 @@ def test_products_equal_the_reference(kind: str, rows: int) -> None:
 
 def test_inputs_are_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = on_device(random_weight("q4_1", n=48, k=256))
-    packed, theirs = grouped.pack_groups(weight), reference.pack_groups(weight)
+    packed, theirs = pack(weight), reference.pack_groups(weight)
     x, norm = torch.randn(3, 256, device=DEVICE).half(), (torch.ones(256, device=DEVICE).half(), 1e-5)
     for gated, splits in ((False, 3), (True, 2)):
         want = reference.grouped_linear(x.float(), theirs, norm=(norm[0].float(), norm[1]), gated=gated)
@@ -81,5 +88,52 @@ def _widened(options: dict[str, Any]) -> dict[str, Any]:
 def test_rows_of_a_table_are_exact(kind: str) -> None:
     weight = on_device(random_weight(kind, k=192 if "k" not in kind and "fp8" not in kind and "int8" not in kind else 256))
     ids = torch.tensor([3, 0, 3, 23], device=DEVICE)
-    got = grouped.grouped_rows(grouped.pack_groups(weight), ids, torch.float32)
+    got = grouped.grouped_rows(pack(weight), ids, torch.float32)
     torch.testing.assert_close(got, dequantize(weight)[ids], atol=1e-6, rtol=1e-5)
+
+
+def weight_of(bits: int, group: int, k: int, *, zeros: bool, n: int = 24) -> GroupedWeight:
+    """Integers with a scale per `group` inputs."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 1 << bits, (k, n), dtype=torch.uint8).t()  # not contiguous, as methods bring them
+    scales = torch.rand(n, k // group).half() * 0.02
+    zero = torch.randint(0, 1 << bits, scales.shape, dtype=torch.uint8) if zeros else 1 << bits - 1
+    return on_device(GroupedWeight(codes=codes, bits=bits, scales=scales, zeros=zero))
+
+
+UNUSUAL = [(4, 576, 576, True), (4, 192, 576, False), (8, 192, 384, True), (4, 96, 288, True), (4, 48, 144, False), (4, 192, 192, False),
+           (4, 1000, 1000, False), (8, 1056, 1056, False), (4, 1000, 1000, True), (4, 8, 64, False), (4, 24, 72, True)]
+
+
+@pytest.mark.parametrize(("bits", "group", "k", "zeros"), UNUSUAL)
+def test_groups_and_inputs_of_unusual_sizes(bits: int, group: int, k: int, zeros: bool) -> None:
+    weight = weight_of(bits, group, k, zeros=zeros)
+    packed, dense = grouped.pack_groups(weight), dequantize(weight)
+    assert isinstance(packed, reference.PackedGroups) == (group % 16 > 0 and (zeros or group < k)), "only these are left to the reference"
+    for rows in (0, 2):
+        x = torch.randn(rows, k, device=DEVICE).half()
+        want = x.float() @ dense.t()
+        torch.testing.assert_close(grouped.grouped_linear(x, packed).float(), want, atol=0.02, rtol=0.01)
+    ids = torch.tensor([23, 1], device=DEVICE)
+    for some in (ids, ids.int(), *([] if isinstance(packed, reference.PackedGroups) else [ids[:0]])):
+        torch.testing.assert_close(grouped.grouped_rows(packed, some, torch.float32), dense[some.long()], atol=1e-6, rtol=1e-5)
+
+
+def test_packing_in_slices_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("q4_0", "q5_0", "q6_k", "q8_0"):
+        weight = on_device(random_weight(kind))
+        whole = pack(weight)
+        with monkeypatch.context() as patch:
+            patch.setattr(grouped, "PACKED_CODES", 5 * 256)
+            again = pack(weight)
+        assert all(torch.equal(a, b) for a, b in zip(whole.planes, again.planes, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_those_of_the_reference(kind: str) -> None:
+    weight = on_device(random_weight(kind))
+    theirs = reference.pack_groups(weight)
+    rest = (theirs.rest.scales, theirs.rest.zeros, theirs.rest.mins, theirs.rest.super_scales, theirs.rest.super_mins)
+    want = sum(t.nbytes for t in (*theirs.planes, *rest) if isinstance(t, Tensor))
+    more = weight.zeros.numel() if isinstance(weight.zeros, Tensor) else 0  # a zero next to its scale takes 16 bits, not 8
+    assert sum({t.data_ptr(): t.nbytes for t in pack(weight).planes}.values()) == want + more

@@ -28,13 +28,15 @@ from torch import Tensor
 
 from minivllm.kernels import tuning
 from minivllm.kernels.grouped import GroupedWeight
+from minivllm.kernels.reference import grouped as reference
 from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
 from minivllm.kernels.triton.device import capability, early_start, launch
 from minivllm.kernels.triton.norm import rms_norm
-from minivllm.kernels.tuning import norm_warps
+from minivllm.kernels.tuning import next_power_of_2, norm_warps
 
 CHUNK = 64  # inputs; a weight's inputs are padded to a multiple
 PLANE = 16  # inputs of a chunk that are in the same bits of its words
+PACKED_CODES = 1 << 22  # codes that are packed at a time: bounds the memory of packing
 
 
 class Format(NamedTuple):
@@ -63,7 +65,7 @@ class Planes(NamedTuple):
     # [N / rows, K / group], in the order of `_group_order`: scales; or int32 with the scale in the low half and a zero or a min in the
     # high half; or, with super-scales, int16 with 8 bits of each
     scales: Tensor
-    supers: Tensor  # [N, K / super_group] int32: float16 factors of scales (low half) and mins
+    supers: Tensor  # [N, K / super_group] int32: float16 factors of scales (low half) and mins; int16 if there are no mins
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +344,7 @@ def _finished(y, p, bias, norm_scale, n, live_n, F: tl.constexpr, NORM: tl.const
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _unpack(out, p, ids, num_rows, F: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, GATHER: tl.constexpr, ASM: tl.constexpr):
     """Rows ids[0 .. num_rows) of the weight, or with GATHER off the rows from `ids` on, into out [num_rows, inputs]."""
     dtype: tl.constexpr = out.dtype.element_ty
@@ -362,33 +364,64 @@ def _unpack(out, p, ids, num_rows, F: tl.constexpr, W: tl.constexpr, BN: tl.cons
         tl.store(out + row[None, :, None].to(tl.int64) * F.inputs + k, tile, mask=live & (k < F.inputs))
 
 
-def pack_groups(weight: GroupedWeight) -> PackedWeight:
-    """In the layout that this file describes at its top. Raises ValueError for groups that are no multiple of 16 inputs."""
+def pack_groups(weight: GroupedWeight) -> PackedWeight | reference.PackedGroups:
+    """Pack a weight in the layout that this file describes at its top, or for the reference if the kernels do not cover it."""
+    per_word = 2 if weight.bits == 8 else 4
+    row_scale = weight.scales.shape[1] == 1 and isinstance(weight.zeros, int) and weight.mins is None and weight.super_scales is None
+    group = None if row_scale else _stored_group(weight.group, per_word)
+    if not _covers(weight) or (group is None and not row_scale):
+        return reference.pack_groups(weight)
     n, k = weight.shape
-    bits, fp8, per_word = weight.bits, weight.codes.is_floating_point(), 2 if weight.bits == 8 else 4
-    row_scale = weight.scales.shape[1] == 1 and isinstance(weight.zeros, int) and weight.mins is None
-    group = k if row_scale else weight.group
-    if group % PLANE or (group < CHUNK and CHUNK % group) or (group > CHUNK and group % CHUNK and not row_scale):
-        raise ValueError(f"groups of {group} inputs: 16, 32 and multiples of 64 can be packed")
     padded = triton.cdiv(k, CHUNK) * CHUNK
-    words, high = _pack_words(nnf.pad(weight.codes.view(torch.uint8), (0, padded - k)), bits)
-
-    super_group = 0 if weight.super_scales is None else k // weight.super_scales.shape[1]
+    words, high = _pack_words(weight.codes.view(torch.uint8), padded, weight.bits)
     scales, half_scales = _pack_scales(weight)
-    supers = None
-    if weight.super_scales is not None:
-        of_mins = torch.zeros_like(weight.super_scales) if weight.super_mins is None else weight.super_mins
-        supers = nnf.pad(torch.stack((weight.super_scales, of_mins), -1).view(torch.int32)[..., 0], (0, triton.cdiv(padded, super_group)
-                         - weight.super_scales.shape[1])).contiguous()
-    if not row_scale:
+    supers, super_group = _pack_supers(weight)
+    if group is None:
+        group = next_power_of_2(padded)  # the kernels do not use it, and compile only powers of two
+    else:
+        scales = scales.repeat_interleave(weight.group // group, 1)
         scales = _group_order(nnf.pad(scales, (0, triton.cdiv(padded, group) - scales.shape[1])), padded, group, per_word)
     form = Format(
-        n=n, k=padded, inputs=k, bits=bits, per_word=per_word, fp8=fp8, group=padded if row_scale else group, rows=n // len(scales),
-        zero=weight.zeros if isinstance(weight.zeros, int) else -1, mins=weight.mins is not None, super_group=super_group,
-        half_scales=half_scales, row_scale=row_scale)
+        n=n, k=padded, inputs=k, bits=weight.bits, per_word=per_word, fp8=weight.codes.is_floating_point(), group=group,
+        rows=n // len(scales), zero=weight.zeros if isinstance(weight.zeros, int) else -1, mins=weight.mins is not None,
+        super_group=super_group, half_scales=half_scales, row_scale=row_scale)
     planes = Planes(words, words if high is None else high, scales.contiguous(), words if supers is None else supers)
     finished = torch.zeros(triton.cdiv(n, 16) * tuning.PACKED_MAX_ROWS // 16, dtype=torch.int32, device=words.device)
     return PackedWeight(planes, form, finished, weight.quantize_input, weight.input_scale)
+
+
+def _stored_group(group: int, per_word: int) -> int | None:
+    """Inputs for which one scale is stored: at most `group`, so that a tile of words has whole groups, or is a part of one.
+
+    Tiles are powers of two of words, at most UNPACK_WORDS. None: not even 16 inputs, one plane of a chunk, share a scale.
+    """
+    if group % (per_word * tuning.UNPACK_WORDS) == 0:
+        return group
+    power = group & -group  # the largest power of two that divides it
+    return power if power >= PLANE else None
+
+
+def _covers(weight: GroupedWeight) -> bool:
+    """Whether the kernels know this combination of scales, zeros and mins. No format has others."""
+    n, k = weight.shape
+    others = [t for t in (weight.zeros, weight.mins) if isinstance(t, Tensor)]
+    if n == 0 or n % len(weight.scales) or len(others) > 1 or any(t.shape != weight.scales.shape for t in others):
+        return False
+    if weight.super_scales is None:
+        return True
+    size = k // weight.super_scales.shape[1]
+    if size % CHUNK or size & (size - 1) or len(weight.scales) != n or not isinstance(weight.zeros, int):
+        return False
+    return weight.super_mins is None if weight.mins is None else weight.super_mins is not None and weight.scales.dtype == torch.uint8
+
+
+def _pack_supers(weight: GroupedWeight) -> tuple[Tensor | None, int]:
+    """See `Planes.supers`. -> (them, inputs that share one)."""
+    if weight.super_scales is None:
+        return None, 0
+    supers = weight.super_scales if weight.super_mins is None else torch.stack((weight.super_scales, weight.super_mins), -1)
+    supers = supers.contiguous().view(torch.int16 if weight.super_mins is None else torch.int32).view(len(supers), -1)
+    return supers, weight.shape[1] // supers.shape[1]
 
 
 def _pack_scales(weight: GroupedWeight) -> tuple[Tensor, bool]:
@@ -412,8 +445,24 @@ def _group_order(scales: Tensor, k: int, group: int, per_word: int) -> Tensor:
     return scales if group >= chunk else scales.view(len(scales), k // chunk, chunk // group).transpose(1, 2).flatten(1)
 
 
-def _pack_words(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """codes: [N, K] uint8 -> words [N, K / 4 or K / 2] int16, and the bits from the fifth on of 5-bit and 6-bit codes: uint8."""
+def _pack_words(codes: Tensor, k: int, bits: int) -> tuple[Tensor, Tensor | None]:
+    """codes: [N, K] uint8 -> words [N, k / 4 or k / 2] int16, and the bits from the fifth on of 5-bit and 6-bit codes: uint8.
+
+    k: inputs, padded. Some rows at a time, because temporary tensors take up to ten bytes per code.
+    """
+    n, step = len(codes), max(1, PACKED_CODES // k)
+    words = torch.empty(n, k // (2 if bits == 8 else 4), dtype=torch.int16, device=codes.device)
+    high = torch.empty(n, k * (bits - 4) // 8, dtype=torch.uint8, device=codes.device) if 4 < bits < 8 else None
+    for first in range(0, n, step):
+        some = nnf.pad(codes[first : first + step], (0, k - codes.shape[1]))
+        words[first : first + step], rest = _pack_some(some, bits)
+        if high is not None and rest is not None:
+            high[first : first + step] = rest
+    return words, high
+
+
+def _pack_some(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """As `_pack_words`, of padded rows at once."""
     width = 8 if bits == 8 else 4
     planes = codes.view(len(codes), -1, 16 // width, PLANE)  # [N, chunks, planes, 16]
     words = torch.zeros_like(planes[:, :, 0], dtype=torch.int32)
@@ -429,10 +478,12 @@ def _pack_words(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def grouped_linear(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None, gated: bool = False,
-    residual: Tensor | None = None,
+    x: Tensor, packed: PackedWeight | reference.PackedGroups, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None,
+    gated: bool = False, residual: Tensor | None = None,
 ) -> Tensor:
     """x: [T, K] -> [T, N], or [T, N / 2] if gated (gate rows first). May overwrite `residual`."""
+    if isinstance(packed, reference.PackedGroups):
+        return reference.grouped_linear(x, packed, bias, norm=norm, gated=gated, residual=residual)
     rows, form = x.shape[0], packed.form
     if rows > tuning.PACKED_MAX_ROWS or x.dtype == torch.float32:
         return _many_rows(x, packed, bias, norm, gated, residual)
@@ -462,8 +513,10 @@ def _compiled(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def grouped_rows(packed: PackedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def grouped_rows(packed: PackedWeight | reference.PackedGroups, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table: ids [T] -> [T, K] in `dtype`."""
+    if isinstance(packed, reference.PackedGroups):
+        return reference.grouped_rows(packed, ids, dtype)
     out = torch.empty(len(ids), packed.form.inputs, dtype=dtype, device=ids.device)
     _launch_unpack(out, packed, ids)
     return out
@@ -506,7 +559,8 @@ def _unpacked_product(x: Tensor, packed: PackedWeight) -> Tensor:
 
 def _multiplies_fp8(x: Tensor, form: Format) -> bool:
     """Whether PyTorch multiplies fp8 matrices with a scale per row on this GPU: from sm_89 on, and only into bfloat16."""
-    return capability(x.device) >= 89 and x.dtype == torch.bfloat16 and form.fp8 and form.row_scale and form.n % 16 == 0 == form.inputs % 32
+    right = capability(x.device) >= 89 and x.dtype == torch.bfloat16
+    return right and form.fp8 and form.row_scale and form.n % 16 == 0 and form.inputs == form.k
 
 
 def _fp8_product(x: Tensor, packed: PackedWeight, norm: tuple[Tensor, float] | None) -> Tensor:
