@@ -133,18 +133,20 @@ def packed_variants() -> Iterator[dict[str, Any]]:
         "q6_k": (base._replace(bits=6, group=16, zero=32, super_group=256), "*i8"),
         "fp8": (base._replace(bits=8, per_word=2, fp8=True, zero=0, row_scale=True), "*fp32"),
     }
-    for name, (form, scales) in formats.items():
-        for layer, n, k, gated in (("o", 4096, 4096, False), ("gate_up", 28672, 4096, True)):
-            for rows in (1, 8, 32):
-                outputs = n // 2 if gated else n
-                tile, norms = tuning.packed_tile(rows, outputs, k, form.bits, gated, ARCH), gated and rows <= tuning.PACKED_NORM_ROWS
-                constants = dict(F=form._replace(n=n, k=k, inputs=k, group=k if form.row_scale else form.group), M=tile.block_m,
-                                 BN=tile.block_n, W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=norms, GATED=gated, BIAS=False,
-                                 ADD=not gated, PDL=PDL, ASM=True)
-                supers = "*i16" if form.super_group and not form.mins else "*i32"
-                planes = grouped.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
-                yield measure(f"decode {layer} in {name}, {rows} rows", grouped._few_rows, {**types, "p": planes}, constants,
-                              num_warps=tile.num_warps, num_stages=tile.num_stages)
+    # The layers with the largest tiles, and those that take the most registers.
+    cases = (("awq", "o", 8), ("awq", "gate_up", 1), ("awq", "gate_up", 32), ("q4_k", "gate_up", 8), ("q6_k", "gate_up", 8),
+             ("q6_k", "o", 1), ("fp8", "gate_up", 32))
+    for name, layer, rows in cases:
+        form, scales = formats[name]
+        gated, n, k = layer == "gate_up", {"o": 4096, "gate_up": 28672}[layer], 4096
+        tile = tuning.packed_tile(rows, n // 2 if gated else n, k, form.bits, gated, ARCH)
+        constants = dict(F=form._replace(n=n, k=k, inputs=k, group=k if form.row_scale else form.group), M=tile.block_m, BN=tile.block_n,
+                         W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=gated and rows <= tuning.PACKED_NORM_ROWS, GATED=gated,
+                         BIAS=False, ADD=not gated, PDL=PDL, ASM=True)
+        supers = "*i16" if form.super_group and not form.mins else "*i32"
+        planes = grouped.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
+        yield measure(f"decode {layer} in {name}, {rows} rows", grouped._few_rows, {**types, "p": planes}, constants,
+                      num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def small_variants() -> Iterator[dict[str, Any]]:
