@@ -152,7 +152,7 @@ def test_a_progress_bar_shows_tokens_per_second(llm: LLM, capsys: pytest.Capture
 def test_unknown_keywords_name_the_nearest_one_before_anything_is_loaded() -> None:
     with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
         LLM(max_modellen=5)
-    with pytest.raises(NotSupportedYet, match="a quantized KV cache"):
+    with pytest.raises(NotSupportedYet, match="KV scales from a file"):
         LLM("x", quantization_param_path="scales.json")
     with pytest.raises(InvalidInput, match="block_size must be at least 1"):
         LLM(block_size=0)
