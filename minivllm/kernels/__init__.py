@@ -92,7 +92,7 @@ def select(device: torch.device) -> Ops:
         self_attention=triton.attention.self_attention,
         store_kv=triton.attention.store_kv,
         fused_linear=triton.linear.fused_linear,
-        pack_groups=triton.grouped.pack_groups,
+        pack_groups=triton.packed_weight.pack_groups,
         grouped_linear=triton.grouped.grouped_linear,
         grouped_rows=triton.grouped.grouped_rows,
         silu_and_mul=triton.activation.silu_and_mul,

@@ -192,11 +192,11 @@ def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:
 
 # --- packed weights on a GPU ----------------------------------------------------------------------------------------
 
-PACKED_MAX_ROWS = 64  # rows; more are multiplied by cuBLAS with unpacked slices
-PACKED_NORM_ROWS = 8  # rows; with more, every program would compute the norms of too many rows again
-MAX_SMALL_PACKED = 32 << 20  # elements; smaller weights are read by more warps
-UNPACK_ELEMENTS = 64 << 20  # elements of such a slice
-UNPACK_ROWS, UNPACK_WORDS = 8, 256  # of a program that unpacks
+PACKED_MAX_ROWS = 64  # rows; more are multiplied by cuBLAS with unpacked slices. Not measured
+PACKED_NORM_ROWS = 8  # rows; with more, every program would compute the norms of too many rows again. Not measured
+MAX_SMALL_PACKED = 32 << 20  # elements; H200: smaller weights are read faster by more warps
+UNPACK_ELEMENTS = 64 << 20  # elements of an unpacked slice: bounds memory. Slices that are no multiple of 256 outputs were slow on an H200
+UNPACK_ROWS, UNPACK_WORDS = 8, 256  # of a program that unpacks. Not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,10 @@ class PackedTile:
 
 
 def packed_tile(rows: int, n: int, k: int, bits: int, gated: bool, arch: int) -> PackedTile:
-    """For x [rows, k] and an output [rows, n] (of gate and up each). H200; compiled for sm_89 and not run there."""
+    """For x [rows, k] and an output [rows, n] (of gate and up each).
+
+    H200 for one row. Tiles of more rows are not measured: they were chosen by registers and instructions. All are compiled for sm_89.
+    """
     if rows == 1:
         return PackedTile(1, 16, 64, 8, 8, 3, 1) if n * k <= MAX_SMALL_PACKED and not gated else PackedTile(1, 16, 64, 4, 4, 3, 1)
     splits = 1

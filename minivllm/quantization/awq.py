@@ -64,6 +64,7 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From a quantization_config with quant_method "awq". AutoAWQ's own file has other names for two fields."""
     config = {**config, **{new: config[old] for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")) if old in config}}
     one_of("awq", "bits", read(config, Key("bits", int, BITS)), (BITS,))
+    read(config, Key("zero_point", bool, True))  # qzeros are stored either way
     version = read(config, Key("version", str, None)) or read(config, Key("format", str, "gemm"))
     one_of("awq", "version", version.lower(), ("gemm",))
     one_of("awq", "pack_dtype", read(config, Key("pack_dtype", str, "int32")), ("int32",))

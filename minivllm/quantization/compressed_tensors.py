@@ -178,6 +178,7 @@ def _method(group: Mapping[str, Any], layout: str) -> LinearMethod:
     one_of(NAME, "type", kind, ("int",))
     packed = layout == "pack-quantized"
     one_of(NAME, f"num_bits in format {layout}", bits, (2, 3, 4, 8) if packed else (8,))
-    order = weights.get("actorder")
+    order = str(weights.get("actorder")).lower()
+    one_of(NAME, "actorder", order, ("none", "false", "true", "group", "dynamic", "weight", "static"))
     return IntMethod(bits, group_size(weights) if strategy == "group" else -1, read(weights, Key("symmetric", bool, True)), packed,
-                     ordered=order is True or str(order).lower() in ("group", "dynamic"))
+                     ordered=order in ("true", "group", "dynamic"))

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 }
 TRITON = replace(
     REFERENCE, prepare_attention=fast.attention.prepare_attention, self_attention=fast.attention.self_attention,
-    fused_linear=fast.linear.fused_linear, pack_groups=fast.grouped.pack_groups, grouped_linear=fast.grouped.grouped_linear,
+    fused_linear=fast.linear.fused_linear, pack_groups=fast.packed_weight.pack_groups, grouped_linear=fast.grouped.grouped_linear,
     rms_norm=fast.norm.rms_norm, rope_angles=fast.rope.rope_angles, sample=fast.sampling.sample)
 
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minivllm.kernels import tuning
-from minivllm.kernels.triton import activation, grouped, linear, norm, sampling
+from minivllm.kernels.triton import activation, grouped, linear, norm, packed_weight, sampling
 from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -126,7 +126,7 @@ def packed_variants() -> Iterator[dict[str, Any]]:
     """Products with packed weights of a 7B model."""
     types: dict[str, Any] = {**dict.fromkeys(("out", "x", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32", "num_rows": "i32",
                              "partial": "*fp32", "finished": "*i32"}
-    base = grouped.Format(n=0, k=0, inputs=0, bits=4, per_word=4, fp8=False, group=128, rows=1, zero=-1, mins=False, super_group=0,
+    base = packed_weight.Format(n=0, k=0, inputs=0, bits=4, per_word=4, fp8=False, group=128, rows=1, zero=-1, mins=False, super_group=0,
                           half_scales=True, row_scale=False)
     formats = {
         "awq": (base, "*i32"), "q4_k": (base._replace(group=32, zero=0, mins=True, super_group=256), "*i16"),
@@ -144,7 +144,7 @@ def packed_variants() -> Iterator[dict[str, Any]]:
                          W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=gated and rows <= tuning.PACKED_NORM_ROWS, GATED=gated,
                          BIAS=False, ADD=not gated, PDL=PDL, ASM=True)
         supers = "*i16" if form.super_group and not form.mins else "*i32"
-        planes = grouped.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
+        planes = packed_weight.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
         yield measure(f"decode {layer} in {name}, {rows} rows", grouped._few_rows, {**types, "p": planes}, constants,
                       num_warps=tile.num_warps, num_stages=tile.num_stages)
 

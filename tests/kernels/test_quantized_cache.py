@@ -23,15 +23,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(scope="module", params=["reference", "numba", "triton"])
-def backend(request: pytest.FixtureRequest) -> ModuleType:
-    if request.param == "numba" and DEVICE == "cuda":
-        pytest.skip("Numba's kernels run on a CPU")
-    if request.param != "reference":
-        pytest.importorskip(request.param)
-    return import_module(f"minivllm.kernels.{request.param}.attention")
-
-
 def attend(backend: ModuleType, plain: Case, dtype: torch.dtype, window: int | None = None, softcap: float | None = None,
            size: float = 1.0) -> None:
     """Compare outputs and the cache after one step. plain: the unquantized case; size: of the values."""

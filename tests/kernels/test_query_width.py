@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from types import ModuleType
 from unittest.mock import patch
 
@@ -17,15 +16,6 @@ from tests.kernels.paged import Case, forget_new, fused, make_case, naive_attent
 
 WIDTHS = (1, 2, 3, 5, 8)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(params=["reference", "numba", "triton"])
-def backend(request: pytest.FixtureRequest) -> ModuleType:
-    if request.param == "numba" and DEVICE == "cuda":
-        pytest.skip("Numba's kernels run on a CPU")
-    if request.param != "reference":
-        pytest.importorskip(request.param)
-    return import_module(f"minivllm.kernels.{request.param}.attention")
 
 
 def prepare(backend: ModuleType, case: Case, window: int | None = None) -> object:

@@ -15,6 +15,8 @@ from minivllm.kernels.reference.norm import rms_norm
 from tests.kernels.test_grouped import KINDS, random_weight
 
 grouped = pytest.importorskip("minivllm.kernels.triton.grouped")
+from minivllm.kernels.triton import fp8, packed_weight  # noqa: E402
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = (1, 5, 20, 70)
 
@@ -26,8 +28,8 @@ def on_device(weight: GroupedWeight) -> GroupedWeight:
 
 def pack(weight: GroupedWeight) -> Any:
     """For the kernels."""
-    packed = grouped.pack_groups(weight)
-    assert isinstance(packed, grouped.PackedWeight), "the kernels cover it"
+    packed = packed_weight.pack_groups(weight)
+    assert isinstance(packed, packed_weight.PackedWeight), "the kernels cover it"
     return packed
 
 
@@ -66,13 +68,13 @@ def test_inputs_are_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_are_quantized_after_the_norm(packed: bool) -> None:
     x, norm = torch.randn(3, 64, device=DEVICE) * 50, (torch.rand(64, device=DEVICE) + 0.5, 1e-5)
-    quantized, scales = grouped.quantize_rows(x, norm, packed=packed)
+    quantized, scales = fp8.quantize_rows(x, norm, packed=packed)
     want, want_scales = reference.quantize_rows(rms_norm(x, *norm))
     order = torch.arange(64).view(2, 2, 16).transpose(1, 2).flatten() if packed else torch.arange(64)
     torch.testing.assert_close(scales, want_scales)
     # Triton's interpreter loses the carry when a mantissa rounds up to the next power of two.
     assert (quantized.float() == want.float()[:, order]).float().mean() > 0.95
-    static, scales = grouped.quantize_rows(x, None, torch.tensor(2.0, device=DEVICE), packed=packed)
+    static, scales = fp8.quantize_rows(x, None, torch.tensor(2.0, device=DEVICE), packed=packed)
     assert bool((scales == 2).all())
     assert ((static.float() * 2 - x[:, order]).abs() <= 0.02 + 0.0625 * x[:, order].abs()).float().mean() > 0.95
 
@@ -108,7 +110,7 @@ UNUSUAL = [(4, 576, 576, True), (4, 192, 576, False), (8, 192, 384, True), (4, 9
 @pytest.mark.parametrize(("bits", "group", "k", "zeros"), UNUSUAL)
 def test_groups_and_inputs_of_unusual_sizes(bits: int, group: int, k: int, zeros: bool) -> None:
     weight = weight_of(bits, group, k, zeros=zeros)
-    packed, dense = grouped.pack_groups(weight), dequantize(weight)
+    packed, dense = packed_weight.pack_groups(weight), dequantize(weight)
     assert isinstance(packed, reference.PackedGroups) == (group % 16 > 0 and (zeros or group < k)), "only these are left to the reference"
     for rows in (0, 2):
         x = torch.randn(rows, k, device=DEVICE).half()
@@ -124,7 +126,7 @@ def test_packing_in_slices_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         weight = on_device(random_weight(kind))
         whole = pack(weight)
         with monkeypatch.context() as patch:
-            patch.setattr(grouped, "PACKED_CODES", 5 * 256)
+            patch.setattr(packed_weight, "PACKED_CODES", 5 * 256)
             again = pack(weight)
         assert all(torch.equal(a, b) for a, b in zip(whole.planes, again.planes, strict=True))
 

@@ -97,7 +97,7 @@ def test_another_layout_is_refused_before_anything_is_downloaded(tmp_path: Path,
 @pytest.mark.parametrize(("change", "says"), [
     ({"group_size": 0}, "group_size must be at least 1, or -1"), ({"group_size": "32"}, "'group_size' must be of type int"),
     ({"group_size": None}, "got null"), ({"modules_to_not_convert": [1]}, "modules_to_not_convert must be a list of names"),
-    ({"version": 1}, "'version' must be of type str"),
+    ({"version": 1}, "'version' must be of type str"), ({"zero_point": "yes"}, "'zero_point' must be of type bool"),
 ])
 def test_a_damaged_configuration_is_an_error(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError, match=says):

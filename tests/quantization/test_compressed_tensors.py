@@ -123,6 +123,7 @@ def test_random_weights_run(weights: dict[str, Any], tmp_path: Path) -> None:
     (config(group("pack-quantized", INT4), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config.format 'sparse-24"),
     (config(group("pack-quantized", INT4), transform_config={"config_groups": {"u": {}}}), "transform_config"),
     (config(group("pack-quantized", INT4 | {"num_bits": 5})), "num_bits in format pack-quantized 5"),
+    (config(group("pack-quantized", INT4 | {"actorder": "sideways"})), "actorder 'sideways'"),
     (config(group("int-quantized", INT4)), "num_bits in format int-quantized 4"),
     (config(group("float-quantized", FP8 | {"num_bits": 4})), "num_bits of float weights 4"),
     (config(group("float-quantized", FP8 | {"strategy": "group", "group_size": 16})), "strategy of float weights 'group'"),

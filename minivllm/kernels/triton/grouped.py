@@ -7,76 +7,22 @@ With few rows, reading the weight takes the time, so its codes are read packed a
 
 With many rows the product takes the time. Then slices of the weight are unpacked into a buffer (`_unpack`), and cuBLAS multiplies.
 
-How codes are packed. A word of 16 bits has four codes of four bits, or two of eight, whose inputs are 16 apart. Then a plane, the same
-bits of all words, is a tile of codes in the order in which x is stored, and both halves of a register are unpacked at once:
-
-    inputs of a chunk   0 .. 15        16 .. 31       32 .. 47       48 .. 63
-    word j = 0 .. 15    bits 0 .. 3    bits 4 .. 7    bits 8 .. 11   bits 12 .. 15
-
-The fifth and sixth bit of a code, if there are any, are in a second tensor with 4 or 8 bits for each word.
+`packed_weight` has the layout of the codes.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as nnf
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minivllm.kernels import tuning
-from minivllm.kernels.grouped import GroupedWeight
 from minivllm.kernels.reference import grouped as reference
 from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
 from minivllm.kernels.triton.device import capability, early_start, launch
+from minivllm.kernels.triton.fp8 import quantize_rows
 from minivllm.kernels.triton.norm import rms_norm
-from minivllm.kernels.tuning import next_power_of_2, norm_warps
-
-CHUNK = 64  # inputs; a weight's inputs are padded to a multiple
-PLANE = 16  # inputs of a chunk that are in the same bits of its words
-PACKED_CODES = 1 << 22  # codes that are packed at a time: bounds the memory of packing
-
-
-class Format(NamedTuple):
-    """What a kernel must know about a packed weight at compile time."""
-
-    n: int  # outputs
-    k: int  # inputs, padded
-    inputs: int  # of x
-    bits: int
-    per_word: int  # codes in a word: planes
-    fp8: bool
-    group: int  # inputs per scale
-    rows: int  # outputs per row of scales
-    zero: int  # of every group; -1: each has its own, next to its scale
-    mins: bool  # next to the scales
-    super_group: int  # inputs per super-scale; 0: there are none
-    half_scales: bool  # scales next to a zero or a min are float16, not bfloat16
-    row_scale: bool  # one scale per output, applied to the sums
-
-
-class Planes(NamedTuple):
-    """The tensors of a packed weight. `words` stands for those that it does not have."""
-
-    words: Tensor  # [N, K / 4 or K / 2] int16
-    high: Tensor  # [N, K / 8] or [N, K / 4] uint8: the rest of 5-bit and 6-bit codes
-    # [N / rows, K / group], in the order of `_group_order`: scales; or int32 with the scale in the low half and a zero or a min in the
-    # high half; or, with super-scales, int16 with 8 bits of each
-    scales: Tensor
-    supers: Tensor  # [N, K / super_group] int32: float16 factors of scales (low half) and mins; int16 if there are no mins
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight as these kernels read it."""
-
-    planes: Planes
-    form: Format
-    finished: Tensor  # int32: number of splits that have finished each tile; 0 between kernels
-    quantize_input: bool
-    input_scale: Tensor | None
+from minivllm.kernels.triton.packed_weight import Format, PackedWeight
 
 
 @triton.constexpr_function
@@ -99,7 +45,10 @@ def _unpack_asm(bits: int, i: int, magic: int) -> str:
 
 @triton.constexpr_function
 def _fp8_asm(i: int) -> str:
-    """PTX: e4m3 in byte i of both halves -> bfloat16 times 2^-120, because only the exponents' biases differ (7 and 127)."""
+    """PTX: e4m3 in byte i of both halves -> bfloat16 times 2^-120, because only the exponents' biases differ (7 and 127).
+
+    NaN becomes 480.
+    """
     first = "shl.b32 t, $1, 8;" if i == 0 else "mov.b32 t, $1;"
     return f"{{.reg .b32 t, u; {first} shr.b32 u, t, 4; and.b32 t, t, 0x80008000; lop3.b32 $0, u, 0x07f007f0, t, 0xea;}}"
 
@@ -224,7 +173,7 @@ def _norm_scale(x, m, live, eps, K: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_parts(y, partial, finished, n, live_n, m, M: tl.constexpr, N: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr):
+def _sum_of_parts(y, partial, finished, n, live_n, M: tl.constexpr, N: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr):
     """Store y [OUTPUTS, BN, M], and if this split is the last to finish, the sum over all splits -> (sum, whether it is the last).
 
     partial: [SPLIT, tiles, OUTPUTS, N, M]. The order of the sum does not depend on which split is last.
@@ -315,10 +264,10 @@ def _few_rows(
     up = acc_up if P == 1 else tl.sum(acc_up, 0)
     if SPLIT > 1:
         if GATED:
-            both, last = _sum_of_parts(tl.permute(tl.join(y, up), (2, 0, 1)), partial, finished, n, live_n, m, M, N, 2, SPLIT)
+            both, last = _sum_of_parts(tl.permute(tl.join(y, up), (2, 0, 1)), partial, finished, n, live_n, M, N, 2, SPLIT)
             y, up = tl.split(tl.permute(both, (1, 2, 0)))
         else:
-            one, last = _sum_of_parts(y[None, :, :], partial, finished, n, live_n, m, M, N, 1, SPLIT)
+            one, last = _sum_of_parts(y[None, :, :], partial, finished, n, live_n, M, N, 1, SPLIT)
             y = one.reshape(BN, M)
         if not last:
             return
@@ -362,119 +311,6 @@ def _unpack(out, p, ids, num_rows, F: tl.constexpr, W: tl.constexpr, BN: tl.cons
             tile = (tile.to(tl.float32) * scale).to(dtype)
         k = word // 16 * (16 * F.per_word) + i * 16 + word % 16
         tl.store(out + row[None, :, None].to(tl.int64) * F.inputs + k, tile, mask=live & (k < F.inputs))
-
-
-def pack_groups(weight: GroupedWeight) -> PackedWeight | reference.PackedGroups:
-    """Pack a weight in the layout that this file describes at its top, or for the reference if the kernels do not cover it."""
-    per_word = 2 if weight.bits == 8 else 4
-    row_scale = weight.scales.shape[1] == 1 and isinstance(weight.zeros, int) and weight.mins is None and weight.super_scales is None
-    group = None if row_scale else _stored_group(weight.group, per_word)
-    if not _covers(weight) or (group is None and not row_scale):
-        return reference.pack_groups(weight)
-    n, k = weight.shape
-    padded = triton.cdiv(k, CHUNK) * CHUNK
-    words, high = _pack_words(weight.codes.view(torch.uint8), padded, weight.bits)
-    scales, half_scales = _pack_scales(weight)
-    supers, super_group = _pack_supers(weight)
-    if group is None:
-        group = next_power_of_2(padded)  # the kernels do not use it, and compile only powers of two
-    else:
-        scales = scales.repeat_interleave(weight.group // group, 1)
-        scales = _group_order(nnf.pad(scales, (0, triton.cdiv(padded, group) - scales.shape[1])), padded, group, per_word)
-    form = Format(
-        n=n, k=padded, inputs=k, bits=weight.bits, per_word=per_word, fp8=weight.codes.is_floating_point(), group=group,
-        rows=n // len(scales), zero=weight.zeros if isinstance(weight.zeros, int) else -1, mins=weight.mins is not None,
-        super_group=super_group, half_scales=half_scales, row_scale=row_scale)
-    planes = Planes(words, words if high is None else high, scales.contiguous(), words if supers is None else supers)
-    finished = torch.zeros(triton.cdiv(n, 16) * tuning.PACKED_MAX_ROWS // 16, dtype=torch.int32, device=words.device)
-    return PackedWeight(planes, form, finished, weight.quantize_input, weight.input_scale)
-
-
-def _stored_group(group: int, per_word: int) -> int | None:
-    """Inputs for which one scale is stored: at most `group`, so that a tile of words has whole groups, or is a part of one.
-
-    Tiles are powers of two of words, at most UNPACK_WORDS. None: not even 16 inputs, one plane of a chunk, share a scale.
-    """
-    if group % (per_word * tuning.UNPACK_WORDS) == 0:
-        return group
-    power = group & -group  # the largest power of two that divides it
-    return power if power >= PLANE else None
-
-
-def _covers(weight: GroupedWeight) -> bool:
-    """Whether the kernels know this combination of scales, zeros and mins. No format has others."""
-    n, k = weight.shape
-    others = [t for t in (weight.zeros, weight.mins) if isinstance(t, Tensor)]
-    if n == 0 or n % len(weight.scales) or len(others) > 1 or any(t.shape != weight.scales.shape for t in others):
-        return False
-    if weight.super_scales is None:
-        return True
-    size = k // weight.super_scales.shape[1]
-    if size % CHUNK or size & (size - 1) or len(weight.scales) != n or not isinstance(weight.zeros, int):
-        return False
-    return weight.super_mins is None if weight.mins is None else weight.super_mins is not None and weight.scales.dtype == torch.uint8
-
-
-def _pack_supers(weight: GroupedWeight) -> tuple[Tensor | None, int]:
-    """See `Planes.supers`. -> (them, inputs that share one)."""
-    if weight.super_scales is None:
-        return None, 0
-    supers = weight.super_scales if weight.super_mins is None else torch.stack((weight.super_scales, weight.super_mins), -1)
-    supers = supers.contiguous().view(torch.int16 if weight.super_mins is None else torch.int32).view(len(supers), -1)
-    return supers, weight.shape[1] // supers.shape[1]
-
-
-def _pack_scales(weight: GroupedWeight) -> tuple[Tensor, bool]:
-    """Each group's numbers in one: see `Planes.scales`. -> (them, whether 16-bit scales are float16)."""
-    scales, other = weight.scales, weight.mins
-    if other is None and not isinstance(weight.zeros, int):
-        other = weight.zeros
-    if other is None:
-        return scales, False
-    if weight.super_scales is not None:
-        return (scales.view(torch.uint8).short() | other.view(torch.uint8).short() << 8), False
-    if scales.dtype == torch.float32:
-        scales = scales.bfloat16()
-    high = other.int() if other.dtype == torch.uint8 else other.to(scales.dtype).view(torch.int16).int()
-    return scales.view(torch.int16).int() & 0xFFFF | high << 16, scales.dtype == torch.float16
-
-
-def _group_order(scales: Tensor, k: int, group: int, per_word: int) -> Tensor:
-    """Groups of fewer inputs than a chunk: first those of plane 0 of all chunks, and so on. So a plane's scales are loaded together."""
-    chunk = PLANE * per_word
-    return scales if group >= chunk else scales.view(len(scales), k // chunk, chunk // group).transpose(1, 2).flatten(1)
-
-
-def _pack_words(codes: Tensor, k: int, bits: int) -> tuple[Tensor, Tensor | None]:
-    """codes: [N, K] uint8 -> words [N, k / 4 or k / 2] int16, and the bits from the fifth on of 5-bit and 6-bit codes: uint8.
-
-    k: inputs, padded. Some rows at a time, because temporary tensors take up to ten bytes per code.
-    """
-    n, step = len(codes), max(1, PACKED_CODES // k)
-    words = torch.empty(n, k // (2 if bits == 8 else 4), dtype=torch.int16, device=codes.device)
-    high = torch.empty(n, k * (bits - 4) // 8, dtype=torch.uint8, device=codes.device) if 4 < bits < 8 else None
-    for first in range(0, n, step):
-        some = nnf.pad(codes[first : first + step], (0, k - codes.shape[1]))
-        words[first : first + step], rest = _pack_some(some, bits)
-        if high is not None and rest is not None:
-            high[first : first + step] = rest
-    return words, high
-
-
-def _pack_some(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """As `_pack_words`, of padded rows at once."""
-    width = 8 if bits == 8 else 4
-    planes = codes.view(len(codes), -1, 16 // width, PLANE)  # [N, chunks, planes, 16]
-    words = torch.zeros_like(planes[:, :, 0], dtype=torch.int32)
-    high = torch.zeros_like(planes[:, :, 0]) if 4 < bits < 8 else None
-    for i in range(16 // width):
-        words |= (planes[:, :, i].int() & ((1 << width) - 1)) << width * i
-        if high is not None:
-            high |= (planes[:, :, i] >> 4) << (bits - 4) * i
-    words = words.to(torch.int16).flatten(1)
-    if high is None or bits == 6:
-        return words, None if high is None else high.flatten(1)
-    return words, (high[:, :, ::2] | high[:, :, 1::2] << 4).flatten(1)
 
 
 def grouped_linear(
@@ -570,36 +406,3 @@ def _fp8_product(x: Tensor, packed: PackedWeight, norm: tuple[Tensor, float] | N
     weight_scales = packed.planes.scales.float().repeat_interleave(form.rows, 0).view(1, -1)
     return torch._scaled_mm(quantized, packed.planes.words.view(torch.float8_e4m3fn).t(), scales, weight_scales,
                             out_dtype=x.dtype, use_fast_accum=True)
-
-
-@triton.jit
-def _quantize_rows(out, scales, x, norm_weight, input_scale, eps, K: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr,
-                   STATIC: tl.constexpr, PACKED: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, PADDED)
-    value = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    if NORM:
-        value = (value * tl.rsqrt(tl.sum(value * value, 0) / K + eps)).to(x.dtype.element_ty).to(tl.float32)
-        value = (value * tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
-    scale = tl.load(input_scale) if STATIC else tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
-    tl.store(scales + row, scale)
-    quantized = tl.minimum(tl.maximum(value / scale, -448.0), 448.0).to(tl.float8e4nv)
-    at = k // 32 * 32 + k % 16 * 2 + k // 16 % 2 if PACKED else k
-    tl.store(out + row * K + at, quantized, mask=k < K)
-
-
-def quantize_rows(
-    x: Tensor, norm: tuple[Tensor, float] | None = None, input_scale: Tensor | None = None, *, packed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """x: [T, K] -> (e4m3 [T, K], scales [T, 1] float32) with x or its RMSNorm = e4m3 * scale; the scale is the given one, or per row.
-
-    packed: inputs are in the order of the bytes of an fp8 weight that `pack_groups` packed.
-    """
-    x = x.contiguous()
-    rows, k = x.shape
-    out = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    norm_weight, eps = norm or (x, 0.0)
-    launch(_quantize_rows, (rows,), out, scales, x, norm_weight, scales if input_scale is None else input_scale, eps, K=k,
-           PADDED=triton.next_power_of_2(k), NORM=norm is not None, STATIC=input_scale is not None, PACKED=packed, num_warps=norm_warps(k))
-    return out, scales
