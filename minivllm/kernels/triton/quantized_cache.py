@@ -40,22 +40,30 @@ def quantize(x, FP8: tl.constexpr):
     return codes, x, scale
 
 
+@triton.constexpr_function
+def _int8_asm(first: str, second: str) -> str:
+    """PTX: four int8 codes in a register -> two registers of two float16 numbers, whose bytes the two selectors choose.
+
+    The bits of the float16 number 1024 + n are 0x6400 + n, and n is the code + 128.
+    """
+    return f"""{{
+        .reg .b32 t, low, high, shift;
+        mov.b32 shift, 0x64806480;
+        xor.b32 t, $2, 0x80808080;
+        prmt.b32 low, t, 0x64646464, {first};
+        prmt.b32 high, t, 0x64646464, {second};
+        sub.f16x2 $0, low, shift;
+        sub.f16x2 $1, high, shift;
+    }}"""
+
+
 @triton.jit
 def widen(codes, DTYPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr = False):
     """The numbers that codes stand for, without their scales. Exact in float16 and float32, and in bfloat16. NATIVE: see `widen_pairs`."""
     if FP8:
         numbers = codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    elif NATIVE:  # the bits of the float16 number 1024 + n are 0x6400 + n, and n is the code + 128
-        ASM: tl.constexpr = """{
-            .reg .b32 t, low, high, shift;
-            mov.b32 shift, 0x64806480;
-            xor.b32 t, $2, 0x80808080;
-            prmt.b32 low, t, 0x64646464, 0x4140;
-            prmt.b32 high, t, 0x64646464, 0x4342;
-            sub.f16x2 $0, low, shift;
-            sub.f16x2 $1, high, shift;
-        }"""
-        numbers = tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    elif NATIVE:
+        numbers = tl.inline_asm_elementwise(_int8_asm("0x4140", "0x4342"), "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
     else:
         numbers = codes.to(DTYPE)
     return numbers
@@ -76,17 +84,8 @@ def widen_pairs(pairs, DTYPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.conste
             cvt.rn.f16x2.e4m3x2 $0, low;
             cvt.rn.f16x2.e4m3x2 $1, high;
         }"""
-        FROM_INT8: tl.constexpr = """{
-            .reg .b32 t, low, high, shift;
-            mov.b32 shift, 0x64806480;
-            xor.b32 t, $2, 0x80808080;
-            prmt.b32 low, t, 0x64646464, 0x4240;
-            prmt.b32 high, t, 0x64646464, 0x4341;
-            sub.f16x2 $0, low, shift;
-            sub.f16x2 $1, high, shift;
-        }"""
         low, high = tl.inline_asm_elementwise(
-            FROM_FP8 if FP8 else FROM_INT8, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+            FROM_FP8 if FP8 else _int8_asm("0x4240", "0x4341"), "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
     else:
         low = widen(pairs.to(tl.int8), DTYPE, FP8)
         high = widen((pairs >> 8).to(tl.int8), DTYPE, FP8)
