@@ -1,0 +1,1 @@
+"""Speculative decoding: proposers of drafts. See docs/speculation.md."""

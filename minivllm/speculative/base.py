@@ -1,0 +1,62 @@
+"""The interface of a proposer that runs on the device: a draft model or a learned head.
+
+    target's step ─▶ tokens sampled, drafts verified ─▶ propose(ProposalInput) ─▶ DraftTokens ─▶ the token table, after the newest token
+
+Everything stays on the device: the host does not know yet how many drafts were accepted. So `propose` reads no value on the host, and all
+shapes follow from the shapes of its input. Then it can be captured into a CUDA graph.
+
+A draft's keys and values are extra layers of the target's KV cache, in the same blocks. Every step passes all its tokens, so these layers
+are filled wherever the target's are. Prefix cache, preemption, copy-on-write and offload then work without further code.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minivllm.core.plan import NULL_BLOCK
+from minivllm.kernels.layout import InputBatch, KVLayer
+
+
+@dataclass(frozen=True, slots=True)
+class ProposalInput:
+    """A step of the target after its tokens were sampled: B sequences, T tokens, in the batch's order."""
+
+    batch: InputBatch  # with exact positions, lengths and slots on the device. Its host integers are upper bounds
+    next_tokens: Tensor  # [T] int64: the token after each of the T tokens; undefined after a rejected draft
+    last: Tensor  # [B] int64: index among the T tokens of each sequence's last token that was kept
+    newest: Tensor  # [B] int64: the token after it, which this step sampled (or the prompt's next token, after a chunk)
+    lengths: Tensor  # [B] int64: number of known tokens, the newest included. The first draft has this position
+    hidden: Tensor | None  # [T, hidden] of the target before its final norm; None unless `needs_hidden`
+    kv: Sequence[KVLayer]  # all layers of the KV cache: the target's, then the draft's
+    block_size: int
+    temperature: Tensor  # [B] float32; 0: greedy
+    streams: Tensor  # [B] int64: of the noise
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokens:
+    """Proposals for the tokens after the newest one."""
+
+    tokens: Tensor  # [B, k] int64
+    probs: Tensor | None = None  # [B, k, V] float32: the distributions that they were sampled from. None: they are the most probable tokens
+
+
+class DeviceProposer(Protocol):
+    """Proposes drafts on the device. Proposals for a sequence whose prompt is not computed yet are ignored."""
+
+    num_drafts: int  # k
+    needs_hidden: bool  # whether it reads the target's hidden states
+
+    def propose(self, x: ProposalInput) -> DraftTokens: ...
+
+
+def slots_at(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Slots of one position per sequence: block_table [B, M], positions [B] -> [B] int64. Beyond the table: the null block."""
+    block = torch.div(positions, block_size, rounding_mode="floor")
+    inside = block < block_table.shape[1]
+    entry = block_table.gather(1, torch.where(inside, block, 0)[:, None])[:, 0].long()
+    return torch.where(inside, entry, NULL_BLOCK) * block_size + positions % block_size
