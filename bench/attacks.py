@@ -1,0 +1,118 @@
+"""The attacks of `bench.hostile`: one function each, bounded in bytes, connections and time."""
+from __future__ import annotations
+
+import asyncio
+import json
+
+from bench.hostile_client import Attack, Target, status_of, tally
+
+MIB = 2**20
+
+
+async def trailers(target: Target) -> str:
+    """60 MiB of trailers behind a chunked body, without a key."""
+    reader, writer = await target.connect()
+    sent = 0
+    try:
+        writer.write(target.head("/v1/completions", "transfer-encoding: chunked", key=None) + b"2\r\n{}\r\n0\r\n")
+        line = b"x: " + b"y" * 60_000 + b"\r\n"
+        while sent < 60 * MIB:
+            writer.write(line)
+            await writer.drain()
+            sent += len(line)
+    except ConnectionError:
+        pass
+    answer = b""
+    try:
+        answer = await asyncio.wait_for(reader.read(64), 1)
+    except (TimeoutError, ConnectionError):
+        pass
+    writer.close()
+    return f"{status_of(answer) or 'closed'} after {sent / 1024:.0f} KiB"
+
+
+async def silent_connections(target: Target) -> str:
+    """400 connections that send half a head, and then a byte a second."""
+    open_now = []
+    for _ in range(400):
+        try:
+            open_now.append(await target.connect())
+            open_now[-1][1].write(b"GET /health HTT")
+        except OSError:
+            break
+    for _ in range(12):
+        await asyncio.sleep(1)
+        for _, writer in open_now:
+            if not writer.is_closing():
+                writer.write(b"P")
+    closed = sum(reader.at_eof() or writer.is_closing() for reader, writer in open_now)
+    for _, writer in open_now:
+        writer.transport.abort()
+    return f"{len(open_now)} opened, {closed} closed by the server"
+
+
+async def many_children(target: Target) -> str:
+    """As many children as are allowed, with long outputs, in several requests."""
+    body = {"prompt": "x", "n": 128, "max_tokens": 900, "ignore_eos": True}
+    await asyncio.gather(*(target.leave("/v1/completions", body, 12) for _ in range(6)))
+    return "6 requests, left after 12 s"
+
+
+async def long_tokenize(target: Target) -> str:
+    """Six texts of almost 4 MB for /tokenize."""
+    body = json.dumps({"prompt": "ab " * 1_300_000}).encode()
+    return tally([status for status, _ in await asyncio.gather(*(target.post("/tokenize", body) for _ in range(6)))])
+
+
+async def many_messages(target: Target) -> str:
+    """60,000 empty messages, and one message with 3.9 MB of tool arguments."""
+    empty = {"messages": [{"role": "user", "content": ""}] * 60_000, "max_tokens": 1}
+    call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": json.dumps({"a": [1] * 1_200_000})}}
+    long = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "max_tokens": 1}
+    found = [await target.post("/v1/chat/completions", body) for body in (empty, long, empty, long)]
+    return tally(status for status, _ in found)
+
+
+async def many_logprobs(target: Target) -> str:
+    """20 alternatives for each token of many children."""
+    body = {"prompt": "x", "n": 128, "max_tokens": 500, "ignore_eos": True, "logprobs": 20}
+    return tally([status for status, _ in await asyncio.gather(*(target.post("/v1/completions", body) for _ in range(3)))])
+
+
+async def many_stop_tokens(target: Target) -> str:
+    """A long list of stop tokens for many children, five times."""
+    body = {"prompt": "x", "n": 128, "max_tokens": 50, "stop_token_ids": [*range(1, 320)] * 1500}
+    return tally([(await target.post("/v1/completions", body))[0] for _ in range(5)])
+
+
+async def long_names(target: Target) -> str:
+    """Unknown fields with a name of 4 MB."""
+    body = json.dumps({"prompt": "x", "temperatura" * 350_000: 1}).encode()
+    return tally([(await target.post("/v1/completions", body))[0] for _ in range(5)])
+
+
+async def administrate(target: Target) -> str:
+    """Everything that only an administrator may do, with an ordinary key."""
+    found = [await target.post("/abort_requests", {"all": True}), await target.post("/reset_prefix_cache", {})]
+    return tally(status for status, _ in found)
+
+
+async def flood(target: Target) -> str:
+    """Ordinary requests, far more than the queue takes, from one key."""
+    body = {"prompt": "x " * 400, "max_tokens": 400, "ignore_eos": True}
+    await asyncio.gather(*(target.leave("/v1/completions", body, 10) for _ in range(300)))
+    return "300 requests, left after 10 s"
+
+
+ATTACKS = (
+    Attack("trailers", "bytes of a request that are neither head nor body", trailers, expected=r"after \d{1,3} KiB"),
+    Attack("silent connections", "seconds for a head; connections", silent_connections, expected="([0-9]+) opened, \\1 closed"),
+    Attack("many children", "rows shared between keys", many_children),
+    Attack("long tokenize", "characters of a text", long_tokenize),
+    Attack("many messages", "messages, and characters in all fields", many_messages),
+    Attack("many logprobs", "choices x tokens x alternatives", many_logprobs),
+    Attack("many stop tokens", "entries of a list", many_stop_tokens),
+    Attack("long names", "characters of a name that is compared", long_names),
+    Attack("administrate", "a separate key for administrators", administrate),
+    Attack("flood", "queue and rows shared between keys", flood),
+)
