@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 from bench.hostile_client import Attack, Target, status_of, tally
@@ -23,10 +24,8 @@ async def trailers(target: Target) -> str:
     except ConnectionError:
         pass
     answer = b""
-    try:
+    with contextlib.suppress(TimeoutError, ConnectionError):
         answer = await asyncio.wait_for(reader.read(64), 1)
-    except (TimeoutError, ConnectionError):
-        pass
     writer.close()
     return f"{status_of(answer) or 'closed'} after {sent / 1024:.0f} KiB"
 

@@ -68,7 +68,8 @@ def hostile_server(model: str, flags: Sequence[str] = ()) -> Iterator[HostileSer
     """`minivllm serve` with two keys."""
     keys = ("--api-key", GOOD_KEY, "--api-key", HOSTILE_KEY)
     command = [sys.executable, "-m", "minivllm", "serve", model, "--port", "0", *SETTINGS, *keys, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         assert process.stdout is not None
         lines = []

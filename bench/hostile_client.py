@@ -20,7 +20,8 @@ class Target:
     def head(self, path: str, *lines: str, method: str = "POST", key: str | None = HOSTILE_KEY) -> bytes:
         """A request head, with JSON as its content type."""
         keyed = () if key is None else (f"authorization: Bearer {key}",)
-        return "\r\n".join([f"{method} {path} HTTP/1.1", "host: localhost", "content-type: application/json", *keyed, *lines, "", ""]).encode()
+        start = (f"{method} {path} HTTP/1.1", "host: localhost", "content-type: application/json")
+        return "\r\n".join((*start, *keyed, *lines, "", "")).encode()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port, limit=2**26)
