@@ -11,7 +11,8 @@ shape, the reference in bfloat16 differs from itself in float32 by 0.015 (standa
 deviation. Two correct computations in bfloat16 may differ by 1.4 times as much, and the tolerance is about twice that. So this check finds
 a kernel that is wrong at some shape, length or stride. Smaller errors are found by the kernels' tests and by `bench.gpu_kernels`: one
 missing key among hundreds, for example, or errors of attention that random weights hide, because with them attention is almost uniform.
-A wrong kernel can be fast, so no figures are printed for kernels that fail.
+A wrong kernel can be fast, so no figures are printed for kernels that fail. The reference unpacks quantized weights before each product
+(bench/unpacked.py), and quantizes the inputs of fp8 products where the kernels do.
 
     python -m bench.kernel_check --noise qwen3-0.6b        prints the difference of bfloat16 and float32
 """
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import models
+from bench.unpacked import reference_ops
 from minivllm.benchmarks.workloads import WorkloadRequest, check_requests
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import parse_config
@@ -171,7 +173,7 @@ def short_of_best(model: Decoder, layout: KVLayout, requests: Sequence[WorkloadR
 @torch.inference_mode()
 def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadRequest]], list[list[int]]] | None = None) -> dict[str, Any]:
     """-> the distances, and "refused" with the reason if they are too large. greedy: returns the engine's tokens."""
-    reference = twin_with(model, REFERENCE)
+    reference = twin_with(model, reference_ops())
     logits = [Trial(model, layout).run(), Trial(reference, layout, plain=True).run()]
     distance = max(apart(got, want) for got, want in zip(*logits, strict=True))
     result: dict[str, Any] = {"logits_apart": round(distance, 4), "tolerance": TOLERANCE}

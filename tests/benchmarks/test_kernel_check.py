@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +12,22 @@ import torch
 
 from bench import models
 from bench.kernel_check import TOKEN_TOLERANCE, TOLERANCE, Trial, apart, check, twin_with
+from bench.unpacked import quantizes_input, reference_ops, unpack
 from minivllm import LLM, SamplingParams
 from minivllm.benchmarks.workloads import WorkloadRequest, check_requests
+from minivllm.families import parse_config
 from minivllm.kernels import REFERENCE, Ops
+from minivllm.kernels.grouped import dequantize
+from minivllm.kernels.reference import grouped as reference
+from minivllm.layers.build import BuildContext
 from minivllm.models import loader
+from minivllm.planning.what_if import quantization_config
+from minivllm.quantization.methods import METHODS, ONLINE, method_of
+from minivllm.worker.kv_cache import KVLayout
+from tests.kernels.test_grouped import KINDS, random_weight
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 Greedy = Callable[[list[WorkloadRequest]], list[list[int]]]
 
@@ -97,3 +110,69 @@ def test_tokens_that_are_not_greedy_are_refused(llm: LLM) -> None:
 def test_the_distance_to_nan_is_infinite() -> None:
     want = torch.randn(2, 50)
     assert apart(want, want) == 0.0 and apart(want.index_fill(1, torch.tensor([3]), math.nan), want) == math.inf
+
+
+# --- packed weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def triton_ops() -> Ops:
+    fast = pytest.importorskip("minivllm.kernels.triton")
+    return dataclasses.replace(REFERENCE, pack_groups=fast.packed_weight.pack_groups, grouped_linear=fast.grouped.grouped_linear,
+                               grouped_rows=fast.grouped.grouped_rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [256, 1280])
+def test_unpacking_inverts_packing(triton_ops: Ops, kind: str, k: int) -> None:
+    weight = random_weight(kind, k=k)
+    packed = triton_ops.pack_groups(weight)
+    assert not isinstance(packed, reference.PackedGroups)
+    again = unpack(packed)
+    assert torch.equal(again.codes.float(), weight.codes.float()) and torch.equal(dequantize(again), dequantize(weight))
+
+
+def test_unpacking_inverts_packing_of_padded_inputs_and_divided_groups(triton_ops: Ops) -> None:
+    from tests.kernels.test_triton_grouped import UNUSUAL, weight_of
+
+    for bits, group, k, zeros in UNUSUAL:
+        weight = weight_of(bits, group, k, zeros=zeros)
+        packed = triton_ops.pack_groups(weight)
+        if not isinstance(packed, reference.PackedGroups):
+            assert torch.equal(dequantize(unpack(packed)), dequantize(weight)), (bits, group, k)
+
+
+SHAPE = {**models.config_of("tiny"), "num_hidden_layers": 1, "vocab_size": 64}
+FEW_STEPS = (((0, 70), (1, 9)), ((0, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("stored", ["awq", "Q8_0", "fp8"])
+def test_a_model_with_packed_weights_has_a_twin(triton_ops: Ops, stored: str) -> None:
+    spec = parse_config(SHAPE)
+    config = {"quantization_config": dict(quantization_config(stored, spec, METHODS))} if stored not in ONLINE else {}
+    # float16, because the interpreter multiplies no bfloat16 matrices.
+    build = BuildContext(torch.device("cpu"), torch.float16, triton_ops, method_of(config, wanted=stored if stored in ONLINE else None))
+    model = loader.load_model(spec, None, "dummy", build)  # type: ignore[arg-type]
+    layout = KVLayout.of(spec, 16, torch.float16)
+    twin = twin_with(model, reference_ops())
+    assert twin.layers[0].mlp.down._matmul is not model.layers[0].mlp.down._matmul
+    got, want = (Trial(each, layout, FEW_STEPS, forks={}).run() for each in (model, twin))
+    assert max(apart(*pair) for pair in zip(got, want, strict=True)) < 0.02
+    correct = reference_ops()
+    wrong = dataclasses.replace(correct, grouped_linear=lambda x, *args, **options: correct.grouped_linear(-x, *args, **options))
+    distance = max(apart(*pair) for pair in zip(Trial(twin_with(twin, wrong), layout, FEW_STEPS, forks={}).run(), want, strict=True))
+    assert distance > TOLERANCE
+
+
+def test_inputs_of_fp8_products_are_quantized_where_the_kernels_do_it(triton_ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minivllm.kernels.triton import grouped
+
+    monkeypatch.setattr(grouped, "_multiplies_fp8", lambda x, form: True)
+    weight = dataclasses.replace(random_weight("fp8 per output"), quantize_input=True)
+    packed, dense = triton_ops.pack_groups(weight), dequantize(weight)
+    x, norm = torch.randn(70, 256) * 3, (torch.rand(256) + 0.5, 1e-5)
+    assert quantizes_input(x, packed) and not quantizes_input(x[:8], packed)
+    codes, scales = reference.quantize_rows(REFERENCE.rms_norm(x, *norm))
+    want = codes.float() * scales @ dense.t()
+    torch.testing.assert_close(reference_ops().grouped_linear(x, packed, norm=norm), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reference_ops().grouped_linear(x[:8], packed), x[:8] @ dense.t(), atol=1e-4, rtol=1e-4)
