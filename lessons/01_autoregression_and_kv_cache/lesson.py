@@ -1,9 +1,7 @@
 """Lesson 1: a language model generates one token at a time, and keeps keys and values so that it need not compute them again.
 
-Run it:  python lessons/01_autoregression_and_kv_cache/lesson.py      (a few seconds on a CPU; needs torch, nothing else)
-
 A transformer with 2 layers memorizes a short text, then writes it twice: once it recomputes the whole text for every new letter, once
-it uses a KV cache. The letters are the same. The lesson counts the work of both.
+it uses a KV cache. The letters are the same. The lesson counts the work of both, and what the cache costs.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +18,6 @@ LETTERS = sorted(set(TEXT))
 
 class Shape(NamedTuple):
     """The sizes of a model. With fewer key/value heads than query heads, attention is grouped-query attention (GQA)."""
-
     vocab: int = len(LETTERS)
     width: int = 64  # numbers per token between layers
     layers: int = 2
@@ -33,7 +30,6 @@ class Shape(NamedTuple):
 @dataclass
 class Work:
     """The cost of a forward pass, counted while it runs. One multiply-add = 2 operations (FLOPs)."""
-
     rows: int = 0  # token rows computed by the layers
     flops: int = 0
 
@@ -43,16 +39,18 @@ class Work:
 
 class Cache:
     """Keys and values of every token seen so far: per layer, [tokens, kv_heads, head_dim] each."""
-
     def __init__(self, shape: Shape) -> None:
         empty = torch.empty(0, shape.kv_heads, shape.head_dim)
         self.k, self.v = [empty] * shape.layers, [empty] * shape.layers
+        self.copied = 0  # tokens whose key and value were copied to make room, in one layer
 
     def __len__(self) -> int:
         return len(self.k[0])
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k[layer] = torch.cat([self.k[layer], k])  # copies everything: simple and slow; paging (lesson 2) avoids it
+        """Append the new tokens' k and v -> those of all tokens."""
+        self.copied += len(self) if layer == 0 else 0
+        self.k[layer] = torch.cat([self.k[layer], k])  # copies everything: simple and slow
         self.v[layer] = torch.cat([self.v[layer], v])
         return self.k[layer], self.v[layer]
 
@@ -88,15 +86,17 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, work: Work) -> Tensor:
-    """Attention of the last t of s tokens: q [t, heads, d], k and v [s, kv_heads, d] -> [t, heads * d]."""
-    (t, heads, d), (s, kv_heads, _) = q.shape, k.shape
-    q = q.reshape(t, kv_heads, heads // kv_heads, d)  # query heads that share one kv head are adjacent
-    scores = torch.einsum("tkgd,skd->kgts", q, k) / d**0.5
-    visible = torch.arange(s)[None, :] <= torch.arange(s - t, s)[:, None]  # no token sees a later one
-    scores = scores.masked_fill(~visible, float("-inf"))
-    work.matmul(t * heads, d, s)
-    work.matmul(t * heads, s, d)
-    return torch.einsum("kgts,skd->tkgd", scores.softmax(-1), v).reshape(t, heads * d)
+    """Attention of the last `new` of `total` tokens: q [new, heads, d], k and v [total, kv_heads, d] -> [new, heads * d]."""
+    (new, heads, d), (total, kv_heads, _) = q.shape, k.shape
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1) for x in (k, v))  # [heads, total, d]: heads share k and v
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) / d**0.5  # [heads, new, total]
+    # TASK 2: visible [new, total]: True where the new token in that row may attend to the token in that column
+    visible = torch.arange(total)[None, :] <= torch.arange(total - new, total)[:, None]  # no token sees a later one
+    # END
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    work.matmul(new * heads, d, total)
+    work.matmul(new * heads, total, d)
+    return (weights @ v).transpose(0, 1).flatten(1)
 
 
 def forward(w: dict[str, Tensor], shape: Shape, tokens: Tensor, work: Work, cache: Cache | None = None) -> Tensor:
@@ -127,7 +127,7 @@ def train(w: dict[str, Tensor], shape: Shape, steps: int) -> float:
     for p in w.values():
         p.requires_grad_()
     ids = encode(TEXT)
-    adam = torch.optim.Adam(w.values(), lr=3e-3)
+    adam = torch.optim.Adam(w.values(), lr=5e-3)
     for _ in range(steps):
         adam.zero_grad()
         loss = torch.nn.functional.cross_entropy(forward(w, shape, ids[:-1], Work()), ids[1:])
@@ -142,35 +142,39 @@ def generate_without_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n
     """n times: run the model over the whole text, and keep only the best letter of the last row."""
     text, steps = prompt.tolist(), []
     for _ in range(n):
-        work = Work()
-        logits = forward(w, shape, torch.tensor(text), work)
+        steps.append(Work())
+        logits = forward(w, shape, torch.tensor(text), steps[-1])
         text.append(int(logits[-1].argmax()))
-        steps.append(work)
     return text[len(prompt):], steps
 
 
 def generate_with_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: int) -> tuple[list[int], list[Work], Cache]:
     """The first step computes the prompt (prefill). Every later step computes a single row (decode)."""
-    cache, fresh, out, steps = Cache(shape), prompt, [], []
+    cache, out, steps = Cache(shape), [], []
+    # TASK 3: n steps with the cache. Each appends a letter to `out` and a Work to `steps`
+    tokens = prompt
     for _ in range(n):
-        work = Work()
-        logits = forward(w, shape, fresh, work, cache)
+        steps.append(Work())
+        logits = forward(w, shape, tokens, steps[-1], cache)
         out.append(int(logits[-1].argmax()))
-        fresh = torch.tensor(out[-1:])
-        steps.append(work)
+        tokens = torch.tensor(out[-1:])
+    # END
     return out, steps, cache
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int = 1, bytes_per_number: int = 2) -> int:
     """Bytes of a KV cache: 2 (a key and a value) x layers x kv_heads x head_dim numbers per token."""
+    # TASK 1: return the number of bytes
     return 2 * layers * kv_heads * head_dim * bytes_per_number * tokens
+    # END
 
 
 def encode(text: str) -> Tensor:
     return torch.tensor([LETTERS.index(c) for c in text])
 
 
-def main(train_steps: int = 150, n: int = 96) -> None:
+def main(train_steps: int = 60, n: int = 96) -> None:
+    torch.set_num_threads(1)  # more threads would slow a model of this size down
     shape, prompt = Shape(), encode("the hen ")
     w = random_weights(shape)
     print(f"trained {train_steps} steps on {len(TEXT)} letters: loss {train(w, shape, train_steps):.3f} nats per letter")
@@ -179,19 +183,18 @@ def main(train_steps: int = 150, n: int = 96) -> None:
     assert slow == fast, "the cache changed the text"
     print("both ways write: the hen |", "".join(LETTERS[i] for i in fast), sep="", end="\n\n")
 
-    print("step  rows without  with   MFLOP without   with")
-    for i in [s for s in (0, 1, 2, 10, 50) if s < n - 1] + [n - 1]:
-        a, b = slow_steps[i], fast_steps[i]
-        print(f"{i:4d}  {a.rows:12d}  {b.rows:4d}   {a.flops / 1e6:13.3f}  {b.flops / 1e6:5.3f}")
-    a_rows, b_rows = (sum(s.rows for s in steps) for steps in (slow_steps, fast_steps))
-    a_flops, b_flops = (sum(s.flops for s in steps) for steps in (slow_steps, fast_steps))
-    print(f" all  {a_rows:12d}  {b_rows:4d}   {a_flops / 1e6:13.3f}  {b_flops / 1e6:5.3f}   ({a_flops / b_flops:.1f}x)\n")
+    print("step  rows without  with   MFLOP without   with    (without and with the cache)")
+    for name, steps in [(str(i), slice(i, i + 1)) for i in (0, 1, 2, 10, 50, n - 1)] + [("all", slice(None))]:
+        a_rows, b_rows = (sum(work.rows for work in ways[steps]) for ways in (slow_steps, fast_steps))
+        a_flops, b_flops = (sum(work.flops for work in ways[steps]) / 1e6 for ways in (slow_steps, fast_steps))
+        print(f"{name:>4s}  {a_rows:12d}  {b_rows:4d}   {a_flops:13.3f}  {b_flops:5.3f}")
 
     formula = kv_bytes(shape.layers, shape.kv_heads, shape.head_dim, len(cache), bytes_per_number=4)
-    print(f"the cache holds {len(cache)} tokens in {cache.nbytes():,} bytes (formula: {formula:,})\n")
+    print(f"\nthe cache holds {len(cache)} tokens in {cache.nbytes():,} bytes (formula: {formula:,})")
+    print(f"to make room for them one by one, it copied {cache.copied:,} tokens\n")
     print("the same formula, 2-byte numbers            per token      2,000 tokens   131,072 tokens")
-    for name, dims in {"SmolLM2-135M (30 layers, 3 kv heads of 64)": (30, 3, 64), "Llama-3-8B (32 layers, 8 of 128)": (32, 8, 128),
-                       "Llama-3-70B (80 layers, 8 of 128)": (80, 8, 128), "the same without GQA (80, 64 of 128)": (80, 64, 128)}.items():
+    for name, dims in (("SmolLM2-135M (30 layers, 3 kv heads of 64)", (30, 3, 64)), ("Llama-3-8B (32 layers, 8 of 128)", (32, 8, 128)),
+                       ("Llama-3-70B (80 layers, 8 of 128)", (80, 8, 128)), ("the same without GQA (80, 64 of 128)", (80, 64, 128))):
         one, some, many = kv_bytes(*dims) / 2**10, kv_bytes(*dims, 2000) / 2**20, kv_bytes(*dims, 2**17) / 2**30
         print(f"{name:43s} {one:6.1f} KiB  {some:9.1f} MiB  {many:10.1f} GiB")
 

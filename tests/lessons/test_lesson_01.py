@@ -1,8 +1,6 @@
-"""Lesson 1 runs, its claims and answers are correct, and its transformer computes the same function as minivllm's."""
+"""Lesson 1: its claims and answers are correct, and its transformer computes the same function as minivllm's."""
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -18,9 +16,21 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.loader import load_model
-from tests.lessons.loading import LESSONS, load_lesson, run_lesson_alone
+from tests.lessons.loading import Mistake, lesson_folder, load_lesson
 
-FOLDER = LESSONS / "01_autoregression_and_kv_cache"
+FOLDER = lesson_folder("01")
+DECODE = "        tokens = torch.tensor(out[-1:])"
+MISTAKES = [
+    Mistake(1, "return 2 * layers", "return layers", "a key AND a value"),
+    Mistake(1, "* bytes_per_number * tokens", "* bytes_per_number", "the cache of one token"),
+    Mistake(2, "<= torch.arange(total - new, total)[:, None]", "< total + torch.zeros(new, 1)", "EARLIER tokens"),
+    Mistake(2, "<= torch.arange(total - new, total)[:, None]", "< torch.arange(total - new, total)[:, None]", "at least itself"),
+    Mistake(2, "<= torch.arange(total - new, total)[:, None]", "<= torch.arange(new)[:, None]", "has position total - new, not 0"),
+    Mistake(3, DECODE, "        tokens = torch.cat([prompt, torch.tensor(out)])", "computes the whole text again"),
+    Mistake(3, DECODE, "        tokens = torch.tensor(out[:1])", "the input of the next step"),
+    Mistake(3, "out.append(int(logits[-1]", "out.append(int(logits[0]", "the LAST row of the logits"),
+    Mistake(4, "torch.cat([self.v[layer], v])", "v", "the keys and values of all tokens"),
+]
 NAMES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
          "up": "mlp.up_proj", "down": "mlp.down_proj", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
@@ -82,12 +92,6 @@ def paged_logits(model: Decoder, ids: torch.Tensor, chunks: list[int], block_siz
     return torch.cat(out)
 
 
-def test_the_lesson_runs_on_its_own_and_needs_only_torch() -> None:
-    printed = run_lesson_alone(FOLDER)
-    assert "5328   103" in printed and "52,736 bytes (formula: 52,736)" in printed
-    assert "320.0 KiB      625.0 MiB        40.0 GiB" in printed
-
-
 def test_both_ways_generate_the_same_letters(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:
     prompt = tokens(lesson, 7)
     slow, _ = lesson.generate_without_cache(weights, lesson.Shape(), prompt, 40)
@@ -114,27 +118,28 @@ def test_flops_are_two_per_weight_and_four_per_key_and_query_number(
     assert work.flops == 2 * matrices + 4 * shape.layers * shape.heads * shape.head_dim * 21
 
 
-def test_the_answers_of_the_exercises_are_correct(lesson: ModuleType) -> None:
-    assert 50 * 100 + 50 * 49 // 2 == 6225  # exercise 1
-    assert lesson.kv_bytes(30, 3, 64) == 23_040 and lesson.kv_bytes(30, 3, 64, 4096) == 90 * 2**20  # exercise 2
+def test_the_answers_of_the_questions_are_correct(lesson: ModuleType) -> None:
+    assert 50 * 100 + 50 * 49 // 2 == 6225  # question 1
+    assert lesson.kv_bytes(30, 3, 64) == 23_040 and lesson.kv_bytes(30, 3, 64, 4096) == 90 * 2**20  # task 1
     assert 4 * 2**30 // (90 * 2**20) == 45
-    assert len(lesson.LETTERS) == 19 and round(2 * 19 * 64 * (5328 - 96) / 1e6, 1) == 12.7  # exercise 5
+    assert len(lesson.LETTERS) == 19 and round(2 * 19 * 64 * (5328 - 96) / 1e6, 1) == 12.7  # question 3
     assert round(2 * 128_256 * 4096 * 5232 / 1e12, 1) == 5.5
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    ("<= torch.arange(s - t, s)[:, None]", "<= s + torch.zeros(t, 1)"),  # exercise 3
-    ("start = len(cache) if cache is not None else 0", "start = 0"),  # exercise 4
-])
-def test_the_changes_of_exercises_3_and_4_break_the_lesson(old: str, new: str) -> None:
+def test_a_start_at_zero_breaks_only_the_way_with_the_cache(lesson: ModuleType, weights: dict[str, torch.Tensor]) -> None:
+    """Question 2."""
     source = (FOLDER / "lesson.py").read_text(encoding="utf-8")
+    old = "start = len(cache) if cache is not None else 0"
     assert source.count(old) == 1
     broken = ModuleType("broken_lesson")
     sys.modules[broken.__name__] = broken
     try:
-        exec(compile(source.replace(old, new), "lesson.py", "exec"), broken.__dict__)
-        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(AssertionError, match="the cache changed the text"):
-            broken.main()
+        exec(compile(source.replace(old, "start = 0"), "lesson.py", "exec"), broken.__dict__)
+        prompt = tokens(lesson, 9)
+        right = lesson.generate_without_cache(weights, lesson.Shape(), prompt, 20)[0]
+        assert broken.generate_without_cache(weights, lesson.Shape(), prompt, 20)[0] == right
+        wrong = broken.generate_with_cache(weights, lesson.Shape(), prompt, 20)[0]
+        assert wrong[0] == right[0] and wrong != right
     finally:
         del sys.modules[broken.__name__]
 

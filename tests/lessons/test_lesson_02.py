@@ -19,7 +19,7 @@ from minivllm.planning.allocators import PagedAllocator, RequestLengths
 from minivllm.sampling_params import SamplingParams
 from tests.lessons.loading import LESSONS, load_lesson, run_lesson_alone
 
-FOLDER = LESSONS / "02_paging"
+FOLDER = LESSONS / "02_paged_blocks"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Lesson 2: keys and values in pages that are found through a table, as in the memory of an operating system.
 
-Run it:  python lessons/02_paging/lesson.py      (a second on a CPU; needs torch, nothing else)
+Run it:  python lessons/02_paged_blocks/lesson.py      (a second on a CPU; needs torch, nothing else)
 
 Sequences grow, and their final length is unknown. So memory is divided into blocks, each sequence has a list of block numbers (its block
 table), and attention follows the table. Three sequences grow in turn, and their attention equals that over plain tensors. Then one

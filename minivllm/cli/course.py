@@ -1,0 +1,90 @@
+"""`minivllm course`: the exercises of the lessons.
+
+    minivllm course status      all lessons, and how far you are
+    minivllm course start 01    write my_lessons/lesson_01.py: the lesson's code with the parts left out that are yours to write
+    minivllm course check 01    run your file against the lesson's checks; each failure is explained
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from minivllm.errors import InvalidInput
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("course", help="start and check the exercises of the lessons",
+                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (("start", "write the starter file of a lesson"), ("check", "check your file of a lesson"),
+                       ("status", "list all lessons and your progress")):
+        action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        action.set_defaults(command_parser=action)
+        if name != "status":
+            action.add_argument("lesson", metavar="NN", help="number of a lesson, such as 01")
+        if name == "start":
+            action.add_argument("--force", action="store_true", help="start again; your file is kept as lesson_NN.py.old")
+        if name == "check":
+            action.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="limit of one task (default: 60)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from minivllm.course.lesson_files import find_lesson, lessons_folder
+
+    folder = lessons_folder()
+    if args.action == "status":
+        return _status(folder)
+    lesson = find_lesson(folder, args.lesson)
+    return _start(lesson, args.force) if args.action == "start" else _check(lesson, args.timeout)
+
+
+def _status(folder: Path) -> int:
+    from minivllm.course.lesson_files import find_lessons
+    from minivllm.course.progress import state
+
+    lessons = find_lessons(folder)
+    width = max(len(lesson.title) for lesson in lessons)
+    for lesson in lessons:
+        print(f"{lesson.number}  {lesson.title:<{width}}  {state(lesson)}")
+    return 0
+
+
+def _start(lesson: Any, force: bool) -> int:
+    from minivllm.course.lesson_files import starter
+
+    path, shown = lesson.answer, os.path.relpath(lesson.answer)
+    if path.exists():
+        if not force:
+            raise InvalidInput(f"{shown} exists: continue there, or start again with --force (your file is then kept as {path.name}.old)")
+        path.replace(path.with_name(f"{path.name}.old"))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(starter(lesson), encoding="utf-8")
+    print(f"{shown} is your file. Lesson {lesson.number} has {len(lesson.tasks)} tasks:")
+    for task in lesson.tasks:
+        print(f"  task {task.number}  {task.title}" + (" (open: the check prints your figure)" if task.is_open else ""))
+    print(f"They are described in {os.path.relpath(lesson.folder / 'README.md')}. Then run: minivllm course check {lesson.number}")
+    return 0
+
+
+def _check(lesson: Any, timeout: float) -> int:
+    from minivllm.course.grading import run_checks
+    from minivllm.course.progress import save
+
+    if not lesson.answer.exists():
+        raise InvalidInput(f"{os.path.relpath(lesson.answer)} does not exist: run `minivllm course start {lesson.number}` first")
+    if not timeout > 0:
+        raise InvalidInput(f"--timeout must be above 0, got {timeout:g}", "timeout")
+    print(f"lesson {lesson.number}: {lesson.title}", flush=True)
+    outcomes = run_checks(lesson.folder / "check.py", lesson.answer, [task.number for task in lesson.tasks], timeout)
+    for task, outcome in zip(lesson.tasks, outcomes, strict=True):
+        print(f"  task {task.number}  {'passed ' if outcome.passed else 'not yet'}  {task.title}")
+        for line in outcome.message.splitlines():
+            print(textwrap.fill(line, 100, initial_indent=" " * 10, subsequent_indent=" " * 10))
+    save(lesson, outcomes)
+    passed = sum(outcome.passed for outcome in outcomes)
+    print(f"{passed} of {len(outcomes)} tasks passed" + ("" if passed < len(outcomes) else
+          f". To compare with the lesson's own code: lessons/{lesson.folder.name}/lesson.py"))
+    return 0 if passed == len(outcomes) else 1
