@@ -18,6 +18,7 @@ from minivllm.compat import environment
 from minivllm.compat.settings import VLLM_NAMES, translate
 from minivllm.errors import InvalidInput, nearest, shown
 from minivllm.sampling_params import MAX_LOGPROBS
+from minivllm.speculative_config import MAX_DRAFTS, SpeculativeConfig
 
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
 QUANTIZATIONS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "int8")
@@ -94,6 +95,9 @@ class EngineConfig:
     cpu_offload_gb: float = option(0.0,
         "GiB of GPU memory to save by keeping the weights of some layers in host memory; each step copies them to the GPU, so steps "
         "become slower")
+    speculative_config: dict[str, Any] | None = option(  # noqa: RUF009
+        None, f"speculative decoding: method (ngram) and num_speculative_tokens (1 to {MAX_DRAFTS} drafts per step); for ngram also "
+        "prompt_lookup_min and prompt_lookup_max (default: 5 each)", metavar="JSON")
     max_queue: int | None = option(None, "maximum number of waiting requests; further ones are refused (default: no limit)")
     trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
@@ -116,6 +120,12 @@ class EngineConfig:
             given = self.gpu_memory_utilization
             hint = f"; {given:g}% is {given / 100:g}" if 1 < given <= 100 else ""
             raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {given}{hint}", "gpu_memory_utilization")
+        _ = self.speculation
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, checked; None: no speculative decoding."""
+        return SpeculativeConfig.of(self.speculative_config) if self.speculative_config else None
 
     def _between(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

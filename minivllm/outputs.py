@@ -6,6 +6,7 @@ up to one `RequestOutput` per prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from minivllm.core.plan import TokenLogprobs
@@ -23,6 +24,33 @@ class Logprob:
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """Speculative decoding: drafts that were verified, and how many of them were accepted."""
+
+    num_steps: int = 0  # steps of a sequence with drafts
+    num_drafts: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)  # [i]: steps in which the first i + 1 drafts were accepted
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted_per_position)
+
+    def add(self, num_drafts: int, num_accepted: int) -> None:
+        """Count one step of a sequence."""
+        self.num_steps += 1
+        self.num_drafts += num_drafts
+        counts = self.accepted_per_position
+        counts.extend([0] * (num_drafts - len(counts)))
+        for position in range(num_accepted):
+            counts[position] += 1
+
+    def __add__(self, other: DraftCounts) -> DraftCounts:
+        """The counts of two sequences together."""
+        positions = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        return DraftCounts(self.num_steps + other.num_steps, self.num_drafts + other.num_drafts, [a + b for a, b in positions])
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """Times and counts of one request, in seconds: of `time.monotonic` in deltas, of `time.time` in a `RequestOutput`, as in vLLM."""
 
@@ -31,6 +59,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    drafts: DraftCounts | None = None  # None: no speculative decoding
 
     @property
     def last_token_time(self) -> float | None:

@@ -43,7 +43,7 @@ FLAG_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("-i", "--interactive", "-cnv", "--conversation"), "`minivllm chat` is a conversation"),
     **dict.fromkeys(("-f", "--file", "--prompt-file"), "use `minivllm complete - < FILE`"),
     **dict.fromkeys(("-d", "--detach", "--daemon"), "run it with nohup or under a service manager"),
-    **dict.fromkeys(("-md", "--model-draft", "--draft-model"), "speculative decoding is not supported yet"),
+    **dict.fromkeys(("-md", "--model-draft", "--draft-model"), "use --speculative-config with the entry model"),
     **dict.fromkeys(("--lora", "--lora-adapters", "--adapter"), "LoRA adapters are not supported yet"),
     **dict.fromkeys(("--embedding", "--embeddings", "--rerank"), "embeddings are not supported yet"),
     **dict.fromkeys(("-p", "--prompt"), "give the prompt as the argument, as in `minivllm complete PROMPT`; a port is --port"),

@@ -72,9 +72,9 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("LoRA adapters", enable_lora=False, lora_modules=None, default_mm_loras=None),
     *_inert("it needs enable_lora", max_loras=1, max_lora_rank=16, max_cpu_loras=None, lora_dtype="auto", lora_extra_vocab_size=256,
             fully_sharded_loras=False, long_lora_scaling_factors=None),
-    *_refused("speculative decoding", speculative_config=None, speculative_model=None, num_speculative_tokens=(None, 0),
-              ngram_prompt_lookup_max=None, ngram_prompt_lookup_min=None, speculative_draft_tensor_parallel_size=None,
-              speculative_max_model_len=None, speculative_disable_by_batch_size=None, use_v2_spec_decode=False),
+    *_refused("another length limit for the draft", speculative_max_model_len=None),
+    *_refused("tensor parallelism of a draft", speculative_draft_tensor_parallel_size=(None, 1)),
+    *_inert("there is one implementation of speculative decoding", use_v2_spec_decode=False),
     *_refused("prompt adapters", enable_prompt_adapter=False, max_prompt_adapters=(1, 0), max_prompt_adapter_token=0,
               qlora_adapter_name_or_path=None),
     *_refused("state-space models", mamba_cache_dtype="auto", mamba_ssm_cache_dtype="auto", mamba_block_size=None, mamba_cache_mode=None),
@@ -183,7 +183,13 @@ class Alias:
     key: str = ""  # the value is one entry of the setting `here`, which is a dict
 
 
-ENGINE_ALIASES = (Alias("rope_scaling", "hf_overrides", key="rope_scaling"), Alias("rope_theta", "hf_overrides", key="rope_theta"))
+ENGINE_ALIASES = (
+    Alias("rope_scaling", "hf_overrides", key="rope_scaling"), Alias("rope_theta", "hf_overrides", key="rope_theta"),
+    Alias("speculative_model", "speculative_config", key="model"),
+    Alias("num_speculative_tokens", "speculative_config", key="num_speculative_tokens"),
+    Alias("ngram_prompt_lookup_max", "speculative_config", key="prompt_lookup_max"),
+    Alias("ngram_prompt_lookup_min", "speculative_config", key="prompt_lookup_min"),
+    Alias("speculative_disable_by_batch_size", "speculative_config", key="disable_by_batch_size"))
 SERVER_ALIASES = (Alias("uvicorn_log_level", "log_level"), Alias("disable_uvicorn_access_log", "access_log", negated=True))
 
 # Other spellings of values of this project's settings.

@@ -112,7 +112,7 @@ def _check_fast_path(sequence: Sequence, leaving: bool) -> None:
     name = sequence.id
     if sequence.num_planned < sequence.fast_plan_limit:
         special = (sequence.drafts or sequence.must_readmit or sequence.dropped_entries or sequence.shares_last_block
-                   or sequence.waits_for_result)
+                   or sequence.needs_values)
         plain = sequence.num_left_to_plan == 1 and not special and not leaving
         assert plain and sequence.fast_plan_limit <= sequence.table.capacity, f"{name} must not be planned on the fast path"
     if sequence.num_computed < sequence.fast_confirm_limit:

@@ -111,7 +111,8 @@ class StepResult:
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()  # () if no sample needs any
     prompt_logprobs: tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...] = ()  # (column, position of the first, entries)
     finished_moves: tuple[int, ...] = ()
-    drafts: tuple[tuple[int, ...], ...] = ()  # per sample: tokens proposed for the next step
+    # Per sample: tokens proposed for the next step. None: the sequence continues without waiting for proposals. (): as before
+    drafts: tuple[tuple[int, ...] | None, ...] = ()
     error: str | None = None  # the step failed: none of its tokens may be confirmed
     failed: tuple[tuple[str, str], ...] = ()  # (sequence id, error): rows that could not be prepared; their tokens mean nothing
 

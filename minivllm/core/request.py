@@ -88,6 +88,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "awaits_drafts",
         "block_hashes",
         "cacheable",
         "compute_limit",
@@ -154,6 +155,7 @@ class Sequence:
         self.num_moves_out = 0  # pending moves out: it resumes after the last one
         self.must_readmit = False  # the worker's row is missing or wrong: the next plan carries the whole row
         self.waits_for_result = new.params.structured_outputs is not None or new.beam_search
+        self.awaits_drafts = False  # the newest result had proposals for it: the next step waits for those of the next result
         self.paused = False  # a beam that has its token and waits for `choose_beams`
         wants_logprobs = new.params.prompt_logprobs is not None and index == 0
         # First prompt position whose logprobs are still to be returned; None: not requested. Position 0 has no predecessor, so no logprob.
@@ -164,6 +166,11 @@ class Sequence:
         self.first_scheduled_time: float | None = None
         self.fast_plan_limit = 0
         self.fast_confirm_limit = 0
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether its next step must wait until the values of all its tokens are known."""
+        return self.waits_for_result or self.awaits_drafts
 
     @property
     def num_in_flight(self) -> int:

@@ -83,7 +83,7 @@ def _plan_decodes(state: SchedulerState, plan: PlanBuilder) -> tuple[list[Sequen
 def _can_be_planned(sequence: Sequence) -> bool:
     if sequence.status is not SequenceStatus.RUNNING or sequence.paused or sequence.num_left_to_plan <= 0:
         return False
-    return sequence.num_placeholders == 0 or not (sequence.waits_for_result or sequence.must_readmit or sequence.drafts)
+    return sequence.num_placeholders == 0 or not (sequence.needs_values or sequence.must_readmit or sequence.drafts)
 
 
 def _plan_decode(state: SchedulerState, plan: PlanBuilder, sequence: Sequence) -> None:
@@ -138,7 +138,7 @@ def _fork_children(state: SchedulerState, plan: PlanBuilder, column: int, parent
 
 def _set_fast_plan_limit(sequence: Sequence) -> None:
     """Positions below the limit need no check before they are planned; see `Sequence`."""
-    if sequence.waits_for_result or sequence.shares_last_block or sequence.drafts:
+    if sequence.needs_values or sequence.shares_last_block or sequence.drafts:
         sequence.fast_plan_limit = 0
     else:
         sequence.fast_plan_limit = min(sequence.table.capacity, sequence.compute_limit)

@@ -109,11 +109,13 @@ def _set_fast_confirm_limit(state: SchedulerState, sequence: Sequence) -> None:
     sequence.fast_confirm_limit = min(next_full_block, sequence.max_tokens_total - 1)
 
 
-def _set_drafts(sequence: Sequence, drafts: tuple[int, ...]) -> None:
+def _set_drafts(sequence: Sequence, drafts: tuple[int, ...] | None) -> None:
     """Take drafts for the next tokens. They are useless if a launched plan already samples the next token."""
+    sequence.awaits_drafts = drafts is not None
+    if drafts is not None:
+        sequence.fast_plan_limit = 0
     if drafts and sequence.status is SequenceStatus.RUNNING and not sequence.num_in_flight:
         sequence.drafts = drafts[:sequence.max_tokens_total - sequence.num_known - 1]
-        sequence.fast_plan_limit = 0
 
 
 # Ends.

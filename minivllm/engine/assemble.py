@@ -87,7 +87,9 @@ def _of_request(before: RequestMetrics | None, child: RequestMetrics) -> Request
     if before is None:
         return child
     first = [t for t in (before.first_token_time, child.first_token_time) if t is not None]
-    return replace(child, first_token_time=min(first, default=None), num_preemptions=before.num_preemptions + child.num_preemptions)
+    drafts = child.drafts if before.drafts is None or child.drafts is None else before.drafts + child.drafts
+    return replace(child, first_token_time=min(first, default=None), num_preemptions=before.num_preemptions + child.num_preemptions,
+                   drafts=drafts)
 
 
 def logprob_dict(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

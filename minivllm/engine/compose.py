@@ -21,6 +21,7 @@ from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.model_choice import BetterModels, check_weights_fit, with_plan
+from minivllm.engine.speculation import Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
@@ -75,8 +76,10 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     except BaseException:
         worker.close()
         raise
+    speculation = config.speculation
     return EngineCore(
         executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
+        speculation=None if speculation is None else Speculation(speculation, info.device, scheduler.config.planning_depth > 0),
     )
 
 

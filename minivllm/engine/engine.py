@@ -26,12 +26,12 @@ from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.prompts import Prompt, check_params, check_prompt, prepare_request
+from minivllm.engine.speculation import Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine.watch import EngineView, Watch
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput, NotSupportedYet
-from minivllm.outputs import OutputDelta
-from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.outputs import DraftCounts, OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.splitmix64 import MASK, output
 
@@ -52,9 +52,9 @@ class StepPipeline:
     """The launched plans whose results have not been taken, oldest first."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, masks: Callable[[StepPlan], TokenMasks | None], clock: Callable[[], float],
+        self, scheduler: Scheduler, executor: Executor, outputs: OutputProcessor, clock: Callable[[], float],
     ) -> None:
-        self._scheduler, self._executor, self._masks, self._clock = scheduler, executor, masks, clock
+        self._scheduler, self._executor, self._outputs, self._clock = scheduler, executor, outputs, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self.next_step_id = 0
         self.num_steps = 0  # results taken
@@ -72,6 +72,7 @@ class StepPipeline:
             self.next_step_id = plan.step_id + 1
             self._in_flight.append((plan, self._launch(plan)))
             self._scheduler.prepare()
+            self._outputs.prepare_drafts(plan)
 
     def _launch_failed(self) -> bool:
         """After a failed launch the worker's rows may be wrong: nothing is launched before the scheduler has the error."""
@@ -80,7 +81,7 @@ class StepPipeline:
     def _launch(self, plan: StepPlan) -> PendingStep:
         try:
             launched = self._executor.launch(plan)
-            masks = self._masks(plan)  # on a GPU the step runs meanwhile
+            masks = self._outputs.masks(plan)  # on a GPU the step runs meanwhile
             return self._executor.sample(launched, masks)
         except Exception as error:
             return FailedLaunch(error)
@@ -119,7 +120,7 @@ class EngineCore:
 
     def __init__(
         self, *, executor: Executor, scheduler: Scheduler, tokenizer: Tokenizer | None, info: EngineInfo, seed: int = 0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, speculation: Speculation | None = None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
@@ -131,8 +132,9 @@ class EngineCore:
         self._seed = seed
         self._clock = clock
         self._compiler = GrammarCompiler(tokenizer, info.eos_token_ids)
-        self._outputs = OutputProcessor(tokenizer, GrammarMasks(self._compiler))
-        self._pipeline = StepPipeline(scheduler, executor, self._outputs.masks, clock)
+        self._speculation = speculation
+        self._outputs = OutputProcessor(tokenizer, GrammarMasks(self._compiler), speculation)
+        self._pipeline = StepPipeline(scheduler, executor, self._outputs, clock)
         self._num_added = 0
         self._watch: Watch | None = None
         self._closed = False
@@ -235,6 +237,8 @@ class EngineCore:
         plan, result = self._pipeline.take()
         self._record(plan, begin)
         failed, stops = ([], {}) if result.error is not None else self._read(plan, result)
+        if result.error is None:
+            result = self._outputs.propose(plan, result, stops)
         now = self._clock()
         deltas = self._outputs.assemble(self.scheduler.update(plan, result, stops, now), result, now)
         return failed + deltas + self._end_failed()
@@ -278,6 +282,7 @@ class EngineCore:
             used_blocks=core.num_used_blocks, cached_blocks=core.num_cached_blocks, prefix_cache_queries=core.prefix_queries,
             prefix_cache_hits=core.prefix_hits, num_preemptions=core.num_preemptions, num_steps=self._pipeline.num_steps,
             num_failed_steps=self._pipeline.num_failed,
+            drafts=None if self._speculation is None else DraftCounts() + self._speculation.counts,
         )
 
     def watch(self, on: bool) -> None:

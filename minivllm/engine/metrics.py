@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minivllm.outputs import OutputDelta
+from minivllm.outputs import DraftCounts, OutputDelta
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class EngineStats:
     num_preemptions: int = 0
     num_steps: int = 0
     num_failed_steps: int = 0
+    drafts: DraftCounts | None = None  # None: no speculative decoding
 
     @property
     def kv_cache_usage(self) -> float:
@@ -45,6 +46,9 @@ _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
     40.0, 80.0, 160.0, 640.0,
 )
+
+
+PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
 
 
 class LatencyHistogram:
@@ -182,6 +186,8 @@ class EngineMetrics:
             yield "gauge", name, text, [({}, value)]
         for name, text, value in counters:
             yield "counter", name, text, [({}, value)]
+        if stats.drafts is not None:
+            yield from _of_drafts(stats.drafts)
         ends: list[tuple[dict[str, str], float | LatencyHistogram]] = [
             ({"finished_reason": reason}, count) for reason, count in self.finished.items()
         ]
@@ -196,6 +202,18 @@ class EngineMetrics:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_collector(self))
         return generate_latest(registry)
+
+
+def _of_drafts(counts: DraftCounts) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | LatencyHistogram]]]]:
+    """vLLM's metrics of speculative decoding; see `EngineMetrics.families`."""
+    for name, text, value in (
+        ("spec_decode_num_drafts", "Steps of a sequence that verified drafts.", counts.num_steps),
+        ("spec_decode_num_draft_tokens", "Drafts verified.", counts.num_drafts),
+        ("spec_decode_num_accepted_tokens", "Drafts accepted.", counts.num_accepted),
+    ):
+        yield "counter", name, text, [({}, value)]
+    positions = enumerate(counts.accepted_per_position or [0])
+    yield "counter", PER_POSITION, "Drafts accepted, by position.", [({"position": str(i)}, count) for i, count in positions]
 
 
 def _collector(metrics: EngineMetrics) -> Collector:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minivllm.engine.metrics import EngineMetrics, LatencyHistogram
+from minivllm.engine.metrics import PER_POSITION, EngineMetrics, LatencyHistogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,10 @@ def read_metrics(metrics: EngineMetrics) -> list[Metric]:
     """The current values of all metrics."""
     found: list[Metric] = []
     for kind, name, _, samples in metrics.families():
+        if name == PER_POSITION:
+            counts = [int(value) for _, value in samples if not isinstance(value, LatencyHistogram)]
+            found.append(Vector(f"minivllm:{name}", {"model_name": metrics.model}, counts))
+            continue
         for labels, value in samples:
             key, labels = f"minivllm:{name}", {"model_name": metrics.model, **labels}
             if isinstance(value, LatencyHistogram):

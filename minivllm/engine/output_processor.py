@@ -3,6 +3,7 @@
     masks(plan)                    before sampling: the tokens that grammars allow
     advance_grammars, push_text    after the result: the samples that end by a grammar or a stop string  ──▶ Scheduler.update
     assemble(updates)              after the update: one `OutputDelta` for each sequence that advanced or ended
+    propose(plan, result)          before the update: drafts for the next step (speculative decoding)
     take_failures                  after each of them: requests that must end, because something went wrong with them alone
 
 An exception in the work for one sequence ends its request and no other one: many requests share a step.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
@@ -20,6 +21,7 @@ from minivllm.core.request import SequenceUpdate, sequence_id
 from minivllm.core.stopping import StopRule
 from minivllm.engine.detokenizer import SequenceText
 from minivllm.engine.grammar import GrammarMasks, Matcher, SequenceGrammar
+from minivllm.engine.speculation import SequenceDrafts, Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
 from minivllm.outputs import FinishReason, OutputDelta, RequestMetrics
@@ -38,6 +40,7 @@ class SequenceState:
     index: int
     text: SequenceText | None = None  # None: no text is wanted
     grammar: SequenceGrammar | None = None
+    drafts: SequenceDrafts | None = None  # None: no speculative decoding
     first_token_time: float | None = None
 
 
@@ -68,9 +71,10 @@ def sequence_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
 class OutputProcessor:
     """The state of all unfinished requests. Without a tokenizer there is no text."""
 
-    def __init__(self, tokenizer: Tokenizer | None, masks: GrammarMasks) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, masks: GrammarMasks, speculation: Speculation | None = None) -> None:
         self._tokenizer = tokenizer
         self._masks = masks
+        self._speculation = speculation
         self._requests: dict[str, RequestState] = {}
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._num_grammars = 0
@@ -102,6 +106,8 @@ class OutputProcessor:
             if grammar is not None:
                 sequence.grammar = SequenceGrammar(grammar)
                 self._num_grammars += 1
+            if self._speculation is not None and not request.beam_search:
+                sequence.drafts = self._speculation.start(prompt)
             state.sequences[index] = self._sequences[name] = sequence
 
     def choose_beams(self, request_id: str, names: Sequence[str]) -> list[int]:
@@ -243,6 +249,36 @@ class OutputProcessor:
                 found[i] = stop
         return found
 
+    def prepare_drafts(self, plan: StepPlan) -> None:
+        """Index the prompts that this plan completes, while it runs."""
+        if self._speculation is None:
+            return
+        for name in plan.sample_ids:
+            sequence = self._sequences.get(name)
+            if sequence is not None and sequence.drafts is not None:
+                try:
+                    self._speculation.prepare(sequence.drafts)
+                except Exception as bug:
+                    self._fail(sequence, bug)
+
+    def propose(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop]) -> StepResult:
+        """Add drafts for the next step to a result. `stops`: samples whose sequences end."""
+        if self._speculation is None:
+            return result
+        found: list[tuple[int, ...] | None] = []
+        for i, (sequence, tokens) in enumerate(zip(self._sampled(plan), result.token_ids, strict=True)):
+            found.append(None)
+            if sequence is None or sequence.drafts is None:
+                continue
+            try:
+                if num_drafts := len(plan.drafts[plan.sample_from[i]]):
+                    self._speculation.count(sequence.drafts, num_drafts, len(tokens) - 1)
+                if i not in stops:
+                    found[i] = self._speculation.propose(sequence.drafts, tokens, len(plan.rows))
+            except Exception as bug:
+                self._fail(sequence, bug)
+        return replace(result, drafts=tuple(found))
+
     def collect_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
         """They arrive in chunks, each with its first position. A chunk that is recomputed after a preemption repeats its values."""
         for column, first, entries in result.prompt_logprobs:
@@ -287,7 +323,8 @@ class OutputProcessor:
 
 
 def _metrics(sequence: SequenceState, now: float, update: SequenceUpdate | None = None) -> RequestMetrics:
-    metrics = RequestMetrics(sequence.request.arrival_time, first_token_time=sequence.first_token_time, finished_time=now)
+    metrics = RequestMetrics(sequence.request.arrival_time, first_token_time=sequence.first_token_time, finished_time=now,
+                             drafts=None if sequence.drafts is None else sequence.drafts.counts)
     if update is not None:
         metrics.first_scheduled_time, metrics.num_preemptions = update.first_scheduled_time, update.num_preemptions
     return metrics

@@ -262,3 +262,16 @@ GATHER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # bytes of keys and values co
 FREE_PADDING = {"cpu": 256, "cuda": 16384}  # padded keys that cost about as much as one more batch of decodes
 PAGE_SLOTS = 16  # slots that are copied together: a whole block, or an equal part of each block
 MAX_SCORES = 16 << 20  # elements of a [queries, keys] mask; longer prompt chunks are computed in several pieces
+
+# --- speculative decoding ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationCost:
+    """What drafts cost; see `speculative/adaptive.py`."""
+
+    free_tokens: float  # a step of T tokens takes as long as reading the weights, times 1 + T / free_tokens
+    wait: float  # share of a step's time in which the device is idle if the next step must wait for the host
+
+
+SPECULATION = {"cpu": SpeculationCost(12.0, 0.0), "cuda": SpeculationCost(200.0, 0.25)}

@@ -306,15 +306,15 @@ class FakeExecutor:
         target.next_position = position + len(sampled)
         return tuple(sampled)
 
-    def _propose(self, plan: StepPlan) -> tuple[tuple[int, ...], ...]:
-        """Drafts: some right, some wrong."""
+    def _propose(self, plan: StepPlan) -> tuple[tuple[int, ...] | None, ...]:
+        """Drafts: some right, some wrong. None: the sequence does not wait for any."""
         assert self.chaos is not None
-        proposals = []
+        proposals: list[tuple[int, ...] | None] = []
         for row in (self.rows[r] for r in plan.sample_rows):
             tokens, guesses = list(row.tokens), []
             for _ in range(self.chaos.randint(0, 3)):
                 right = self.model.next_token(tokens, row.seed, row.child)
                 guesses.append(right if self.chaos.random() < 0.7 else (right + 1) % VOCABULARY)
                 tokens.append(guesses[-1])
-            proposals.append(tuple(guesses))
+            proposals.append(tuple(guesses) if self.chaos.random() < 0.7 else None)
         return tuple(proposals)

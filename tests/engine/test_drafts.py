@@ -137,9 +137,6 @@ def test_no_token_changes_with_drafts(
     assert got == plain[0]
     entries = [[round(e.logprob, 4) for delta in found["filtered#0"] for e in delta.logprobs or ()] for found in (deltas, plain[1])]
     assert entries[0] == pytest.approx(entries[1], abs=1e-3) and len(entries[0]) == 20
-    if way == "ahead":  # only the request with a grammar waits for results: the others' next tokens are planned before drafts arrive
-        assert 0 < executor.num_drafts < 20
-        return
     assert executor.num_drafts > 20
     assert {"all accepted": executor.num_accepted == executor.num_drafts, "all rejected": executor.num_accepted == 0,
             "half": 0 < executor.num_accepted < executor.num_drafts}[right]

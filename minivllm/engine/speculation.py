@@ -1,0 +1,80 @@
+"""Drafts of all requests: n-gram proposals, how many drafts each request verifies, and how many were accepted.
+
+    result of a step ─▶ observe: the newest tokens test the last guess ─▶ propose: a new guess, cut to the length that pays ─▶ the scheduler
+
+A guess is tested also if it was not verified: the next tokens show whether it would have been right. So drafts of a request stop while
+they do not pay, and start again when they would, without a step that is spent on the question.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from minivllm.kernels.tuning import SPECULATION, SpeculationCost
+from minivllm.outputs import DraftCounts
+from minivllm.speculative.adaptive import Acceptance
+from minivllm.speculative.ngram import NgramIndex
+from minivllm.speculative_config import SpeculativeConfig
+
+FIRST_RIGHT, FIRST_FOUND = 0.7, 0.1  # assumed shares of a request whose drafts were not tested yet
+
+
+@dataclass(slots=True)
+class SequenceDrafts:
+    """What is known for the drafts of one sequence."""
+
+    prompt: Sequence[int]
+    acceptance: Acceptance = field(default_factory=lambda: Acceptance(FIRST_RIGHT, FIRST_FOUND))
+    index: NgramIndex | None = None  # of prompt and output; None: not made yet, or not needed
+    guess: tuple[int, ...] = ()  # for the tokens after the newest one
+    counts: DraftCounts = field(default_factory=DraftCounts)
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Test the guess with the tokens that were sampled."""
+        guess = self.guess
+        for at, token in enumerate(tokens[:len(guess)]):
+            self.acceptance.tested(token == guess[at])
+            if token != guess[at]:
+                break
+
+
+class Speculation:
+    """The policy of one engine."""
+
+    def __init__(self, config: SpeculativeConfig, device: str, waits: bool) -> None:
+        """waits: whether a sequence with drafts must wait for results that others do not wait for (asynchronous scheduling)."""
+        cost = SPECULATION.get(device.partition(":")[0], SPECULATION["cpu"])
+        self._config, self._waits = config, waits
+        self._cost = cost if waits else SpeculationCost(cost.free_tokens, 0.0)
+        self.counts = DraftCounts()
+
+    def start(self, prompt: Sequence[int]) -> SequenceDrafts:
+        return SequenceDrafts(prompt)
+
+    def prepare(self, drafts: SequenceDrafts) -> None:
+        """Index the prompt. Call it while the device computes it."""
+        if drafts.index is None:
+            drafts.index = NgramIndex(*self._config.lookup)
+            drafts.index.extend(drafts.prompt)
+
+    def count(self, drafts: SequenceDrafts, num_drafts: int, num_accepted: int) -> None:
+        """One sequence's drafts were verified in a step."""
+        drafts.counts.add(num_drafts, num_accepted)
+        self.counts.add(num_drafts, num_accepted)
+
+    def propose(self, drafts: SequenceDrafts, tokens: Sequence[int], num_seqs: int) -> tuple[int, ...] | None:
+        """A step of `num_seqs` sequences sampled `tokens` for this one: drafts for its next step. None: it does not wait for any."""
+        self.prepare(drafts)
+        assert drafts.index is not None
+        drafts.observe(tokens)
+        drafts.index.extend(tokens)
+        most = self._config.num_speculative_tokens
+        drafts.guess = guess = drafts.index.propose(most)
+        acceptance = drafts.acceptance
+        acceptance.proposed(bool(guess))
+        limit = self._config.disable_by_batch_size
+        if limit is not None and num_seqs >= limit:
+            return None
+        if self._waits and not acceptance.pays(num_seqs, most, self._cost):
+            return None
+        return guess[:acceptance.length(num_seqs, most, self._cost)] if guess else () if self._waits else None

@@ -1,0 +1,56 @@
+"""How many drafts pay, for one sequence, from the measured share of its drafts that were right.
+
+With k drafts, each right with probability a if those before it are, a step gives 1 + a + a^2 + ... + a^k tokens (Leviathan et al.,
+2023). It computes 1 + k tokens of each sequence in place of one. The time of a step of T tokens is modelled as 1 + T / free_tokens, in
+units of the time in which the weights are read: a small step takes about that time, whatever it computes. The numbers are in
+`kernels/tuning.py`.
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+
+from minivllm.kernels.tuning import SpeculationCost
+
+MEMORY = 0.15  # weight of the newest observation in the running averages
+LEAST_GAIN = 1.05  # fewer drafts, or none, unless the model expects at least this
+_GRID = 50  # averages are rounded to 1 / 50, so that few different lengths are computed
+
+
+class Acceptance:
+    """What is known about the drafts of one sequence."""
+
+    __slots__ = ("found", "right")
+
+    def __init__(self, right: float, found: float) -> None:
+        self.right = right  # share of tested drafts that were right; a draft after a wrong one is not tested
+        self.found = found  # share of steps for which there were drafts
+
+    def tested(self, right: bool) -> None:
+        self.right += MEMORY * (right - self.right)
+
+    def proposed(self, found: bool) -> None:
+        self.found += MEMORY * (found - self.found)
+
+    def length(self, num_seqs: int, most: int, cost: SpeculationCost) -> int:
+        """The number of drafts to verify, at most `most`, in a step of so many sequences."""
+        return _best_length(round(self.right * _GRID), num_seqs, most, cost)[0]
+
+    def pays(self, num_seqs: int, most: int, cost: SpeculationCost) -> bool:
+        """Whether drafts still pay if each step must also wait for the host, and if some steps have none."""
+        length, gain = _best_length(round(self.right * _GRID), num_seqs, most, cost)
+        return length > 0 and 1 + self.found * (gain - 1) >= LEAST_GAIN * (1 + cost.wait)
+
+
+@lru_cache(maxsize=4096)
+def _best_length(right: int, num_seqs: int, most: int, cost: SpeculationCost) -> tuple[int, float]:
+    """(number of drafts, tokens per time in units of a step without drafts)"""
+    rate, tokens, run = min(right / _GRID, 0.98), 1.0, 1.0
+    alone = 1 + num_seqs / cost.free_tokens
+    best, best_gain = 0, LEAST_GAIN
+    for length in range(1, most + 1):
+        run *= rate
+        tokens += run
+        gain = tokens * alone / (1 + num_seqs * (1 + length) / cost.free_tokens)
+        if gain > best_gain:
+            best, best_gain = length, gain
+    return best, best_gain if best else 1.0
