@@ -50,7 +50,8 @@ def one_of(f: dataclasses.Field[Any]) -> tuple[list[str], Any]:
     if kind.startswith("float"):
         return ["0.5"], 0.5
     if kind.startswith("dict"):
-        return ['{"key": 1}'], {"key": 1}
+        value = {"method": "ngram", "num_speculative_tokens": 2} if f.name == "speculative_config" else {"key": 1}
+        return [json.dumps(value)], value
     if f.name == "quantization":
         return ["fp8"], "fp8"
     return ["word"], ("word",) if kind.startswith("tuple") else "word"
