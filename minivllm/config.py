@@ -191,6 +191,9 @@ class ServerConfig:
         "separate the reasoning from the answer; deepseek_r1: outputs start with reasoning, qwen3: only outputs that open <think> "
         "do", choices=REASONING_PARSERS)
     max_body_size: int = option(4 * 2**20, "largest request body in bytes; parsing JSON takes many times as much memory", metavar="BYTES")
+    max_connections: int = option(4096,
+        "maximum number of open connections; beyond it the connection that has been idle for the longest time is closed for a new one, and "
+        "without an idle one the new one gets 503")
     response_store_size: int = option(64 * 2**20,
         "bytes of memory for responses of /v1/responses, which a later request may continue by their id; 0: keep none", metavar="BYTES")
     response_store_seconds: float = option(3600.0, "how long such a response is kept at most", metavar="SECONDS")
@@ -222,6 +225,8 @@ class ServerConfig:
             raise InvalidInput(f"response_store_size must be at least 0 bytes, got {self.response_store_size}", "response_store_size")
         if self.response_store_seconds <= 0:
             raise InvalidInput(f"response_store_seconds must be above 0, got {self.response_store_seconds}", "response_store_seconds")
+        if self.max_connections < 1:
+            raise InvalidInput(f"max_connections must be at least 1, got {self.max_connections}", "max_connections")
         if self.max_choices < 1:
             raise InvalidInput(f"max_choices must be at least 1, got {self.max_choices}", "max_choices")
         if self.drain_timeout < 0:

@@ -6,9 +6,14 @@ It relies on internals of uvicorn's server and of its httptools protocol, so pyp
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -17,13 +22,20 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.config import ServerConfig
-from minivllm.server.errors import ApiError, encode
+from minivllm.server.errors import RETRY_AFTER, ApiError, encode
 from minivllm.server.running import ENDING_SECONDS, RunningRequests
 from minivllm.server.terminal import print_status
 
 ABORT_SECONDS = 5  # for aborted streams to send their last events; then uvicorn closes the connections
-MAX_HEAD = 65_536  # bytes of request line and headers together
+MAX_HEAD = 65_536  # bytes of request line and headers together; also of chunk headers, or of trailers, in a row
+HEAD_SECONDS = 20.0  # time limit for a head, from the connection or from its first byte
+DISCARDED_BYTES = 2**20  # that a client may still send after an early answer
+DISCARDING_SECONDS = 2.0  # and how long it may take to read that answer
+OTHER_FILES = 128  # files that the process needs beside its connections: the model's, the engine's pipe, logs
+WARNING_SECONDS = 10.0  # between two warnings about too many connections
 MAX_PIPELINED = 8  # requests of one connection that are read before the first is answered
+
+log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -33,9 +45,11 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
+        limit = ConnectionLimit(connections_possible(config.max_connections))
         super().__init__(uvicorn.Config(
             app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,
-            http=HttpProtocol, ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile,
+            http=partial(HttpProtocol, limit=limit, max_body_size=config.max_body_size),  # type: ignore[arg-type]
+            ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile,
         ))
         self.running: RunningRequests = app.state.frontend.running
         self._drain_timeout = config.drain_timeout
@@ -73,7 +87,63 @@ class Server(uvicorn.Server):
             self.running.stop()
 
 
-class Http10Cycle(RequestResponseCycle):
+class ConnectionLimit:
+    """All connections of a server. Beyond the limit, a new one takes the place of the one that has been idle for the longest time."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.idle: dict[HttpProtocol, None] = {}  # connections without a request in progress, the longest idle first
+        self.open = 0
+        self._next_warning = 0.0
+
+    def admit(self) -> bool:
+        """Count a new connection. False: all others have a request in progress, so it must be refused."""
+        self.open += 1
+        if self.open <= self.most:
+            return True
+        if (now := time.monotonic()) >= self._next_warning:
+            self._next_warning = now + WARNING_SECONDS
+            log.warning("%d connections are open, as many as --max-connections allows: idle ones are closed for new ones", self.most)
+        if not self.idle:
+            return False
+        next(iter(self.idle)).give_up()
+        return True
+
+
+def connections_possible(wanted: int) -> int:
+    """`wanted`, or as many connections as the process may have open files beside its other ones. Raises its soft limit first."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    needed = wanted + OTHER_FILES
+    if soft < needed:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = max(soft // 2, soft - OTHER_FILES)
+    if possible < wanted:
+        log.warning("max_connections is %d here instead of %d, because this process may open %d files: raise that limit (ulimit -n)",
+                    possible, wanted, soft)
+    return min(wanted, possible)
+
+
+class EarlyAnswerCycle(RequestResponseCycle):
+    """The response to a request. If it begins before the whole request has arrived, the connection is closed after it."""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start" and self.more_body:
+            headers = [*message.get("headers", ()), (b"connection", b"close")]
+            await super().send({**message, "headers": headers})
+            self.keep_alive = True  # the protocol closes the connection, once the client has had time to read
+            return
+        await super().send(message)
+
+
+class Http10Cycle(EarlyAnswerCycle):
     """The response to a request of HTTP/1.0, which has no chunks: without a length, the end of the connection is the end of the body."""
 
     async def send(self, message: Any) -> None:
@@ -87,34 +157,72 @@ class Http10Cycle(RequestResponseCycle):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection: errors of the HTTP parser in OpenAI's shape, a limit for headers, disconnects of pipelined requests, HTTP/1.0."""
+    """One connection. It has errors of the HTTP parser in OpenAI's shape, notices disconnects of pipelined requests, and serves HTTP/1.0.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    It limits the time of a head and all bytes of a request. The code that reads a body limits it. Here the bytes around it are limited:
+    the head, chunk headers with their extensions, trailers, and what is sent after an early answer.
+    """
+
+    def __init__(self, *args: Any, limit: ConnectionLimit, max_body_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0  # received of a head that is not complete
+        self._limit = limit
+        self._most_bytes = MAX_HEAD + 2 * max_body_size  # of one request; twice, because small chunks have headers
+        self._request_bytes = 0
+        self._other_bytes = 0  # received since the last part of a body
         self._in_body = False
+        self._discarding: int | None = None  # bytes left that are read and dropped before the connection is closed
+        self._timer: asyncio.TimerHandle | None = None  # ends the wait for a head, or the discarding
         self._unanswered: list[Any] = []  # uvicorn's cycles of requests; several if the client pipelines
 
-    def data_received(self, data: bytes) -> None:
-        if not self._in_body:
-            before, self._head_bytes = self._head_bytes, self._head_bytes + len(data)
-            if before > MAX_HEAD:
-                self.send_400_response(f"the request line and headers are longer than {MAX_HEAD} bytes")
-                return
-        super().data_received(data)
+    # Called by the event loop.
 
-    def send_400_response(self, msg: str) -> None:
-        """Send the error and close the connection. In the middle of a response the connection can only be closed."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or not cycle.response_started:
-            body = encode(ApiError(400, msg, code="invalid_http").body())
-            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
-        self.transport.close()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if self._limit.admit():
+            self._limit.idle[self] = None
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+        else:
+            self._end(ApiError(503, f"all {self._limit.most} connections are in use: try again later (--max-connections sets the limit)",
+                               code="too_many_connections", headers={"retry-after": RETRY_AFTER}))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._limit.open -= 1
+        self._limit.idle.pop(self, None)
+        self._stop_timer()
+        super().connection_lost(exc)  # notifies the newest request only
+        for cycle in self._unanswered:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
+
+    def data_received(self, data: bytes) -> None:
+        if self._discarding is not None:
+            self._discarding -= len(data)
+            if self._discarding < 0:
+                self.transport.abort()
+            return
+        if self._other_bytes > MAX_HEAD or self._request_bytes > self._most_bytes:
+            part = "chunk headers, extensions or trailers" if self._in_body else "request line and headers"
+            self.send_400_response(f"{part} are longer than {MAX_HEAD} bytes, or the request than {self._most_bytes}")
+            return
+        self._other_bytes += len(data)
+        self._request_bytes += len(data)
+        super().data_received(data)
+        if self._timer is None and self._other_bytes and not self._in_body:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    # Called by the HTTP parser.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # else it is a trailer: nothing here reads one, and it must not look like a header
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_body, self._head_bytes = True, 0
+        self._in_body, self._other_bytes, self._request_bytes = True, 0, 0
+        self._stop_timer()
+        self._limit.idle.pop(self, None)
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.__class__ = EarlyAnswerCycle
         if self.scope["http_version"] == "1.0" and self.cycle is not None:
             self.cycle.__class__ = Http10Cycle
             self.cycle.waiting_for_100_continue = False  # a status that HTTP/1.0 does not have
@@ -124,12 +232,64 @@ class HttpProtocol(HttpToolsProtocol):
         if 1 < len(self._unanswered) <= MAX_PIPELINED:
             self.flow.resume_reading()  # uvicorn paused it; without reading, a disconnect would go unnoticed
 
+    def on_body(self, body: bytes) -> None:
+        self._other_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._in_body = False
+        self._in_body, self._other_bytes, self._request_bytes = False, 0, 0
         super().on_message_complete()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)  # notifies the newest request only
-        for cycle in self._unanswered:
-            cycle.disconnected = cycle.disconnected or not cycle.response_complete
-            cycle.message_event.set()
+    # Ends.
+
+    def on_response_complete(self) -> None:
+        if self._in_body and self.cycle.response_complete:  # the rest of the request is not wanted
+            self.server_state.total_requests += 1
+            self._discard()
+            return
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._limit.idle[self] = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Send the error and close the connection. In the middle of a response the connection can only be closed."""
+        self._end(ApiError(400, msg, code="invalid_http"))
+
+    def give_up(self) -> None:
+        """Close an idle connection, because a new one needs its place."""
+        self._limit.idle.pop(self, None)
+        self.transport.close()
+
+    def _head_is_late(self) -> None:
+        self._timer = None
+        if self._other_bytes:
+            self._end(ApiError(408, f"the request line and headers were not complete after {HEAD_SECONDS:g} s: send them faster"))
+        else:
+            self.transport.close()
+
+    def _end(self, error: ApiError) -> None:
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()
+            return
+        body = encode(error.body())
+        more = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items())
+        head = (f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n{more}connection: close\r\n\r\n")
+        self.transport.write(head.encode() + body)
+        self._discard()
+
+    def _discard(self) -> None:
+        """Read and drop what the client still sends, for a short time: closing at once could destroy the response on its way."""
+        self._stop_timer()
+        self._discarding = DISCARDED_BYTES
+        self._timer = self.loop.call_later(DISCARDING_SECONDS, self.transport.abort)
+        self._limit.idle.pop(self, None)
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,8 +1,9 @@
-"""Connections: bytes that are not HTTP, endless headers, pages of other origins."""
+"""Connections: bytes that are not HTTP, requests without an end, too many connections, pages of other origins."""
 from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from minivllm.config import ServerConfig
 from minivllm.errors import InvalidInput
-from minivllm.server.listen import MAX_HEAD
+from minivllm.server import listen
+from minivllm.server.listen import DISCARDED_BYTES, MAX_HEAD, connections_possible
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 
@@ -54,6 +56,78 @@ def test_an_endless_head_is_refused(live: LiveServer, start: bytes, more: bytes)
     answer = exchange(live, start + more * (40 * MAX_HEAD // len(more)))
     assert b" 200 " not in answer
     assert httpx.get(live.url + "/health").status_code == 200
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("start, more", [
+    (b"2\r\n{}\r\n0\r\n", b"x: y\r\n"), (b"2\r\n{}\r\n0\r\nx: ", b"y"), (b"2;x=", b"y"), (b"", b"1;x=" + b"y" * 1000 + b"\r\n \r\n"),
+], ids=["trailers", "one trailer", "one chunk extension", "many chunk extensions"])
+def test_all_bytes_of_a_request_are_limited(tokenizer_folder: Path, start: bytes, more: bytes) -> None:
+    with scripted_server(ScriptedEngine(tokenizer_folder), max_body_size=100_000) as live:
+        head, _, body = exchange(live, CHUNKED + start + more * (20 * MAX_HEAD // len(more))).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["code"] == "invalid_http"
+        assert httpx.get(live.url + "/health").status_code == 200
+
+
+def test_after_an_early_answer_the_rest_is_dropped_and_the_connection_closed(tokenizer_folder: Path) -> None:
+    with scripted_server(ScriptedEngine(tokenizer_folder), api_key=("key",)) as live:
+        for request in (CHUNKED + b"9\r\nendless: \r\n", CHUNKED + b"2\r\n{}\r\n0\r\n" + b"x: y\r\n", CHUNKED):
+            head, _, body = exchange(live, request).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 401") and b"connection: close" in head.lower() and json.loads(body)["error"]
+        exchange(live, CHUNKED + b"9\r\nendless: \r\n" * (4 * DISCARDED_BYTES // 14))  # returns: the server closed it
+        smuggled = CHUNKED.replace(b"host: x", b"host: x\r\nconnection: close") + b"2\r\n{}\r\n0\r\nauthorization: Bearer key\r\n\r\n"
+        assert exchange(live, smuggled).startswith(b"HTTP/1.1 401"), "a trailer is no header"
+
+
+@pytest.mark.parametrize("raw, status", [
+    (b"", b""), (b"GET /health HTT", b"HTTP/1.1 408"), (b"GET /health HTTP/1.1\r\nx: y\r\n", b"HTTP/1.1 408"),
+], ids=["silent", "half a line", "half a head"])
+def test_a_head_that_does_not_arrive_times_out(live: LiveServer, monkeypatch: pytest.MonkeyPatch, raw: bytes, status: bytes) -> None:
+    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.05)
+    answer = exchange(live, raw)
+    assert answer.startswith(status) and (bool(answer) == bool(raw))
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:  # the time of a second head begins with its first byte
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_beyond_the_limit_idle_connections_are_closed_for_new_ones(
+    tokenizer_folder: Path, caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
+    with scripted_server(engine, max_connections=2) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        address = (host, int(port))
+        with socket.create_connection(address, timeout=30) as first, socket.create_connection(address, timeout=30) as second:
+            live.wait_until(lambda: len(live.server.server_state.connections) == 2)
+            assert httpx.get(live.url + "/health").status_code == 200
+            assert first.recv(1) == b"", "the connection that was idle for the longest time is closed"
+            raw = json.dumps({"prompt": [5], "stream": True}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+            second.sendall(head.encode() + raw)
+            live.wait_until(lambda: len(live.server.running) == 1)
+            with socket.create_connection(address, timeout=30) as third:
+                third.sendall(head.encode() + raw)
+                live.wait_until(lambda: len(live.server.running) == 2)
+                refused = httpx.get(live.url + "/health")
+                assert refused.status_code == 503 and "max-connections" in refused.json()["error"]["message"]
+                engine.gate.release(100)  # type: ignore[union-attr]
+                assert second.recv(12) == third.recv(12) == b"HTTP/1.1 200"
+        assert [record.levelname for record in caplog.records if "max-connections" in record.message] == ["WARNING"]
+
+
+def test_connections_leave_files_for_the_rest_of_the_process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    resource = pytest.importorskip("resource")
+    limits = [256, 1024]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.__setitem__(0, values[0]))
+    assert connections_possible(500) == 500 and limits[0] == 500 + listen.OTHER_FILES
+    assert connections_possible(4096) == 1024 - listen.OTHER_FILES and "ulimit" in caplog.text
 
 
 def test_a_body_does_not_count_toward_the_limit_for_heads(live: LiveServer) -> None:

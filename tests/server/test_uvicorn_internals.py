@@ -22,6 +22,10 @@ METHODS = [
     (HttpToolsProtocol, "on_headers_complete", "the limit for headers, and disconnects of pipelined requests"),
     (HttpToolsProtocol, "on_message_complete", "the limit for headers"),
     (HttpToolsProtocol, "data_received", "the limit for headers"),
+    (HttpToolsProtocol, "connection_made", "the limit for connections"),
+    (HttpToolsProtocol, "on_header", "trailers are no headers"),
+    (HttpToolsProtocol, "on_body", "the limit for chunk headers and trailers"),
+    (HttpToolsProtocol, "on_response_complete", "closing a connection after an early answer"),
     (HttpToolsProtocol, "connection_lost", "disconnects of pipelined requests"),
     (RequestResponseCycle, "send", "streams over HTTP/1.0"),
     (FlowControl, "resume_reading", "disconnects of pipelined requests"),
@@ -31,9 +35,10 @@ METHODS = [
 ATTRIBUTES = [
     (uvicorn.Server, ("should_exit", "force_exit", "config"), "draining, and the second signal that ends it"),
     (uvicorn.Config, ("timeout_graceful_shutdown",), "closing the connections of clients that do not read"),
-    (HttpToolsProtocol, ("cycle", "flow", "transport"), "all of HttpProtocol"),
+    (HttpToolsProtocol, ("cycle", "flow", "transport", "loop", "server_state"), "all of HttpProtocol"),
     (RequestResponseCycle, ("response_started", "response_complete", "disconnected", "message_event"),
      "errors of the HTTP parser, and disconnects of pipelined requests"),
+    (RequestResponseCycle, ("more_body", "keep_alive"), "closing a connection after an early answer"),
     (RequestResponseCycle, ("chunked_encoding", "expected_content_length", "waiting_for_100_continue"), "streams over HTTP/1.0"),
 ]
 
