@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.attacks import ATTACKS
-from bench.hostile_client import GOOD_KEY, HOSTILE_KEY, Attack, Target
+from bench.hostile_client import ADMIN_KEY, GOOD_KEY, HOSTILE_KEY, Attack, Target
 
 SETTINGS = ("--dtype", "float32", "--device", "cpu", "--max-model-len", "1024", "--num-gpu-blocks-override", "1024", "--max-num-seqs", "64",
             "--max-num-batched-tokens", "256", "--log-level", "warning", "--no-access-log", "--max-queue", "64")
@@ -66,7 +66,7 @@ class HostileServer:
 @contextmanager
 def hostile_server(model: str, flags: Sequence[str] = ()) -> Iterator[HostileServer]:
     """`minivllm serve` with two keys."""
-    keys = ("--api-key", GOOD_KEY, "--api-key", HOSTILE_KEY)
+    keys = ("--api-key", GOOD_KEY, "--api-key", HOSTILE_KEY, "--admin-key", ADMIN_KEY)
     command = [sys.executable, "-m", "minivllm", "serve", model, "--port", "0", *SETTINGS, *keys, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-GOOD_KEY, HOSTILE_KEY = "good", "hostile"
+GOOD_KEY, HOSTILE_KEY, ADMIN_KEY = "good", "hostile", "admin"
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,13 @@ class ServerConfig:
         "key that clients must send as a bearer token; may be given several times (default: MINIVLLM_API_KEY or VLLM_API_KEY in the "
         "environment)",
         metavar="KEY", nargs=1)
+    admin_key: tuple[str, ...] = repeatable(
+        "key of an administrator, who may also reset the prefix cache, end all requests and watch the engine; may be given several times "
+        "(default: if the server has no keys, clients on this machine may)",
+        metavar="KEY", nargs=1)
+    share_prefix_cache: bool = option(False,
+        "let requests of different API keys share cached prefixes; the time and `cached_tokens` of a request then tell whether another "
+        "key has sent the same beginning")
     served_model_name: tuple[str, ...] = repeatable(
         "model names that clients may use (default: the model's own)", metavar="NAME", nargs="+")
     chat_template: str | None = option(None,
@@ -198,6 +205,10 @@ class ServerConfig:
         "bytes of memory for responses of /v1/responses, which a later request may continue by their id; 0: keep none", metavar="BYTES")
     response_store_seconds: float = option(3600.0, "how long such a response is kept at most", metavar="SECONDS")
     max_choices: int = option(1024, "maximum number of completions (prompts times n) of one request")
+    allowed_hosts: tuple[str, ...] = repeatable(
+        "names of this server that a request's Host header may have; *: all (default: all; without keys on a loopback address: addresses "
+        "and names of the local network, because a web page could use its own name for this machine)",
+        metavar="NAME", nargs="+")
     allowed_origins: tuple[str, ...] = repeatable(
         "web origins whose pages may call this server (CORS), such as https://example.org; *: all (default: none)",
         metavar="ORIGIN", nargs="+")
@@ -239,11 +250,25 @@ class ServerConfig:
         for name in ("allowed_methods", "allowed_headers", "allow_credentials"):
             if getattr(self, name) and not self.allowed_origins:
                 raise InvalidInput(f"{name} has no effect without allowed_origins: give both", name)
-        for name in ("api_key", "served_model_name", "allowed_origins", "allowed_methods", "allowed_headers"):
+        for name in ("api_key", "admin_key", "allowed_hosts", "served_model_name", "allowed_origins", "allowed_methods", "allowed_headers"):
             if any(not value.strip() for value in getattr(self, name)):
                 raise InvalidInput(f"{name} must not be empty: give a value, or leave it out", name)
-        if not all(key.isascii() for key in self.api_key):
-            raise InvalidInput("api_key must be plain ASCII: HTTP headers allow nothing else", "api_key")
+        for name in ("api_key", "admin_key"):
+            if not all(key.isascii() for key in getattr(self, name)):
+                raise InvalidInput(f"{name} must be plain ASCII: HTTP headers allow nothing else", name)
+        if set(self.admin_key) & set(self.keys()):
+            raise InvalidInput("admin_key must differ from all of api_key, because an ordinary key is no administrator's", "admin_key")
+        object.__setattr__(self, "allowed_hosts", tuple(name.lower() for name in self.allowed_hosts))
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests need a key. With `admin_key` alone, only administrators use the server."""
+        return bool(self.keys() or self.admin_key)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return self.uds is not None or self.host in ("127.0.0.1", "localhost", "::1")
 
     def keys(self) -> tuple[str, ...]:
         """The valid API keys: the configured ones, else the environment's. Empty: requests need no key."""

@@ -26,6 +26,7 @@ class EngineRequest:
     priority: int = 0  # lower runs first, under the priority policy
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
     adapter: str | None = None
+    owner: str = ""  # label of the API key that pays for it: the queue and the rows are shared fairly between owners
     beam_search: bool = False  # after each token its sequences pause until `choose_beams`
 
 

@@ -9,6 +9,9 @@ import difflib
 from collections.abc import Iterable
 
 
+MAX_NAME = 128  # characters of a name that is compared with known ones
+
+
 class InvalidInput(ValueError):
     """Wrong input from a user. `param` is the dotted name of the wrong field; None if it is not one single field."""
 
@@ -64,6 +67,8 @@ def refuse_unbuilt(**values: object) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name, such as ``; did you mean 'temperature'?``. Empty if no known name is similar."""
+    if len(name) > MAX_NAME:  # comparing takes time in proportion to the square of the length, and no known name is that long
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -17,7 +17,7 @@ from minivllm.config import ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
-from minivllm.server.authentication import AuthenticationMiddleware
+from minivllm.server.authentication import OWNER, AccessRules, AuthenticationMiddleware
 from minivllm.server.chat_protocol import ChatRequest, TokenizeRequest
 from minivllm.server.control import add_control, not_built
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
@@ -44,7 +44,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     app = FastAPI(
         title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         # Open: load balancers send no key to /health, and the page's files hold no data.
-        middleware=[*_cors(config), Middleware(AuthenticationMiddleware, keys=config.keys(), open_paths={"/health", *FILES})],
+        middleware=[*_cors(config), Middleware(AuthenticationMiddleware, rules=AccessRules.of(config, {"/health", *FILES}))],
     )
     app.root_path = config.root_path  # a proxy may keep this prefix or remove it
     app.state.frontend = frontend
@@ -55,7 +55,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     add_control(app, frontend)
     add_page(app, frontend)
     _add_errors(app)
-    app.openapi = lambda: describe(app, BODIES, bool(config.keys()))  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app, BODIES, config.needs_key)  # type: ignore[method-assign]
     return app
 
 
@@ -79,12 +79,12 @@ def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor
     @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         body = await frontend.read(request, CompletionRequest)
-        return respond(CompletionFormatter(await preprocessor.completion(body), names))
+        return respond(CompletionFormatter(await preprocessor.completion(body, request.scope[OWNER]), names))
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await frontend.read(request, ChatRequest)
-        prepared = await preprocessor.chat(body, body.ignored_fields(frontend.config.permissive), "chatcmpl-")
+        prepared = await preprocessor.chat(body, body.ignored_fields(frontend.config.permissive), "chatcmpl-", request.scope[OWNER])
         formatter = ChatFormatter if prepared.output is None else ParsedChatFormatter
         return respond(formatter(prepared, names))
 

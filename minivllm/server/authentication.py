@@ -1,36 +1,120 @@
-"""The outermost middleware: request ids, API keys, HEAD, and a response for errors that no handler caught."""
+"""The outermost middleware: request ids, API keys, checks of `Host` and `Origin`, HEAD, and a response for errors that no handler caught.
+
+Each valid key is an *owner* with a label: "key1", "key2", ..., "admin1" for administrators, "" if the server has no keys. Requests, their
+ids, stored responses, cached prefixes, rows and queue positions belong to an owner.
+
+A web page that the user of a browser visits can send requests to this machine. Two checks keep it from changing anything here:
+
+    Origin, Sec-Fetch-Site   a request that another site's page sends, and that is more than a GET, is refused (`--allowed-origins`)
+    Host                     a page whose own name leads to this machine (DNS rebinding) sends that name (`--allowed-hosts`)
+"""
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import re
 import uuid
-from collections.abc import Container, Iterable
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minivllm.server.errors import ApiError, to_api_error
+from minivllm.config import ServerConfig
+from minivllm.server.errors import ApiError, shorten, to_api_error
 
-OWNER = "minivllm.owner"  # scope key of the digest of the request's API key; empty if the server has no keys
+OWNER = "minivllm.owner"  # scope key of the owner's label
+ADMIN = "minivllm.admin"  # scope key: whether the request may use the endpoints for administrators
 RAW_SEND = "minivllm.send"  # scope key of a `send` for body messages that skips the middleware, which only changes headers
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # names that no public DNS server gives an address
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_PORT = re.compile(r":\d*$")
+
+
+@dataclass(frozen=True)
+class AccessRules:
+    """Which requests are let in, from the server's settings."""
+
+    digests: Mapping[str, bytes]  # by owner: SHA-256 of the key. Empty: requests need no key
+    open_paths: Container[str] = ()  # need no key
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()  # "*": all
+    local_names_only: bool = False  # without `hosts`: refuse names that a public DNS server could give
+
+    @classmethod
+    def of(cls, config: ServerConfig, open_paths: Container[str] = ()) -> AccessRules:
+        digests = {f"key{i}": _digest(key) for i, key in enumerate(config.keys(), 1)}
+        digests |= {f"admin{i}": _digest(key) for i, key in enumerate(config.admin_key, 1)}
+        return cls(digests, open_paths, config.allowed_origins, config.allowed_hosts, not digests and config.is_local)
+
+    def owner(self, authorization: str) -> str | None:
+        """The owner of a bearer token. It is compared with every key, each in constant time, so that the duration reveals no key."""
+        scheme, _, token = authorization.partition(" ")
+        digest, found = _digest(token.strip()), None
+        for owner, known in self.digests.items():
+            if hmac.compare_digest(digest, known):
+                found = owner
+        return found if scheme.lower() == "bearer" else None
+
+    def is_admin(self, owner: str, client: tuple[str, int] | None) -> bool:
+        """Administrators have their own keys. Without keys, clients on this machine are administrators. No client address: a Unix socket."""
+        if self.digests:
+            return owner.startswith("admin")
+        return client is None or client[0] in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+
+    def check_host(self, host: str) -> None:
+        name = _PORT.sub("", host).strip("[]").lower()
+        if self.hosts:
+            allowed = "*" in self.hosts or name in self.hosts
+        else:
+            allowed = not self.local_names_only or "." not in name or name.endswith(LOCAL_SUFFIXES) or _is_address(name)
+        if not allowed:
+            raise ApiError(403, f"the host {shorten(name)!r} is not a name of this server: start it with --allowed-hosts {shorten(name)}",
+                           code="host_not_allowed")
+
+    def check_origin(self, headers: Headers) -> None:
+        """Refuse a request of another site's page."""
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if origin is None and site in (None, "same-origin", "none"):
+            return
+        if "*" in self.origins or origin in self.origins or site in ("same-origin", "none"):
+            return
+        if site is None and origin is not None and origin.partition("://")[2] == headers.get("host"):
+            return
+        raise ApiError(403, f"pages of {shorten(origin or 'another site')} may not send requests that change something here: start the "
+                            "server with --allowed-origins", code="origin_not_allowed")
+
+
+def require_admin(request: Request) -> None:
+    """Raise `ApiError` unless an administrator sends the request."""
+    if not request.scope[ADMIN]:
+        raise ApiError(403, "this endpoint is for administrators: send a key that the server was started with as --admin-key (without "
+                            "keys: from the same machine)", code="not_an_administrator")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class AuthenticationMiddleware:
-    """ASGI middleware that checks API keys. Every response carries `x-request-id`: the client's own if it sent one."""
+    """ASGI middleware that applies `AccessRules`. Every response carries `x-request-id`: the client's own if it sent one."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str] = (), open_paths: Container[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
-        self._open_paths = open_paths  # need no key
+        self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["method"] == "HEAD":  # the response to GET without its body
             scope, send = {**scope, "method": "GET"}, _head_only(send)
         given = headers.get("x-request-id", "")
@@ -45,15 +129,13 @@ class AuthenticationMiddleware:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if self._digests and path not in self._open_paths and not self._is_authorized(headers.get("authorization", "")):
-            refusal = ApiError(
-                401, "Incorrect API key provided: send a valid one as 'Authorization: Bearer KEY'", code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
+        try:
+            owner = self._let_in(scope, headers)
+        except ApiError as refusal:
             await refusal.response()(scope, receive, send_with_id)
             return
         scope[RAW_SEND] = send
-        scope[OWNER] = _digest(_bearer_token(headers.get("authorization", ""))) if self._digests else b""
+        scope[OWNER], scope[ADMIN] = owner, self._rules.is_admin(owner, scope.get("client"))
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
@@ -61,13 +143,19 @@ class AuthenticationMiddleware:
                 raise
             await to_api_error(error).response()(scope, receive, send_with_id)
 
-    def _is_authorized(self, authorization: str) -> bool:
-        """Compare with every key, each in constant time, so that the duration reveals nothing about the keys."""
-        digest = _digest(_bearer_token(authorization))
-        known = False
-        for key_digest in self._digests:
-            known |= hmac.compare_digest(digest, key_digest)
-        return known and authorization.partition(" ")[0].lower() == "bearer"
+    def _let_in(self, scope: Scope, headers: Headers) -> str:
+        """The owner of a request. Raises `ApiError` if it must not enter."""
+        rules = self._rules
+        rules.check_host(headers.get("host", ""))
+        if scope["method"] not in SAFE_METHODS:
+            rules.check_origin(headers)
+        if not rules.digests:
+            return ""
+        owner = rules.owner(headers.get("authorization", ""))
+        if owner is None and scope["path"].removeprefix(scope.get("root_path", "")) not in rules.open_paths:
+            raise ApiError(401, "Incorrect API key provided: send a valid one as 'Authorization: Bearer KEY'", code="invalid_api_key",
+                           headers={"www-authenticate": "Bearer"})
+        return owner or ""
 
 
 def _head_only(send: Send) -> Send:
@@ -78,10 +166,6 @@ def _head_only(send: Send) -> Send:
             await send({"type": "http.response.body", "body": b""})
 
     return send_head
-
-
-def _bearer_token(authorization: str) -> str:
-    return authorization.partition(" ")[2].strip()
 
 
 def _digest(key: str) -> bytes:

@@ -1,10 +1,11 @@
 """Endpoints for operators, under vLLM's paths, and the paths that only other servers have.
 
     GET  /load                  {"server_load": requests being answered}, and the engine's queue and block use
-    POST /reset_prefix_cache    drop all cached prefixes
+    POST /reset_prefix_cache    drop all cached prefixes (administrators)
     GET  /ping, /is_sleeping    for load balancers and clients of vLLM: the server's health, and that it never sleeps
     GET  /server_info           version and the engine's constants
-    POST /abort_requests        {"request_ids": [...]} or {"all": true}: end running requests with finish reason "abort"
+    POST /abort_requests        {"request_ids": [...]} or {"all": true}: end the key's running requests with finish reason "abort"; an
+                                administrator ends those of all keys
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from minivllm import __version__
+from minivllm.server.authentication import ADMIN, OWNER, require_admin
 from minivllm.server.errors import json_response
 from minivllm.server.frontend import Frontend
 from minivllm.server.openapi import body_of
@@ -68,19 +70,21 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
         return json_response({"version": __version__, "models": frontend.names, "engine": shown})
 
     @app.post("/reset_prefix_cache")
-    async def reset_prefix_cache() -> Response:
-        """Drop all cached prefixes."""
+    async def reset_prefix_cache(request: Request) -> Response:
+        """Drop all cached prefixes. For administrators."""
+        require_admin(request)
         frontend.check_alive()
         await frontend.client.reset_prefix_cache()
         return json_response({"status": "ok"})
 
     @app.post("/abort_requests", openapi_extra=body_of(AbortRequest))
     async def abort_requests(request: Request) -> Response:
-        """End running requests, which get the finish reason "abort"."""
+        """End running requests of this key, or of all keys for an administrator. They get the finish reason "abort"."""
         body = await frontend.read(request, AbortRequest)
         body.ignored_fields(frontend.config.permissive)
         body.check()
-        return json_response({"aborted": frontend.running.abort(None if body.all else body.request_ids or [])})
+        owner = None if request.scope[ADMIN] else request.scope[OWNER]
+        return json_response({"aborted": frontend.running.abort(None if body.all else body.request_ids or [], owner)})
 
 
 def not_built(path: str) -> str | None:

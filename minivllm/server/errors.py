@@ -2,7 +2,7 @@
 
     InvalidInput   400   the request is wrong: the message names the field, the value and the fix; `param` is the dotted field
     QueueFull      429   with Retry-After
-    ApiError       ...   its own status: 401, 404, 405, 413, 415
+    ApiError       ...   its own status: 401, 403, 404, 405, 413, 415
     EngineDead     503   no request can be answered until a restart
     anything else  500   a bug in minivllm: its traceback goes to the log and never to a client
 
@@ -32,7 +32,7 @@ MAX_QUOTE = 80
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # legal in JSON, but many clients cut server-sent events there, as `str.splitlines` does
 
 _TYPES = {
-    400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError", 408: "RequestTimeoutError",
+    400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError", 405: "MethodNotAllowedError", 408: "RequestTimeoutError",
     413: "PayloadTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
     500: "InternalServerError", 503: "ServiceUnavailableError",
 }

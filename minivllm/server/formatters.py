@@ -33,6 +33,7 @@ class PreparedRequest:
     """One HTTP request, ready for the engine: an engine request for each prompt, and the form of the response."""
 
     id: str
+    owner: str = ""  # label of the API key
     created: int  # Unix time
     model: str
     fingerprint: str

@@ -53,7 +53,7 @@ class GenerationResponse(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._request
         try:
-            with self._running.track(request.id, tuple(prompt.request_id for prompt in request.prompts)):
+            with self._running.track(request.owner, request.id, tuple(prompt.request_id for prompt in request.prompts)):
                 callback = self._send_text if request.stream else None
                 async with aclosing(merge_streams(self._client, request.prompts, callback)) as stream:
                     if request.stream:

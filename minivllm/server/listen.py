@@ -136,8 +136,8 @@ class EarlyAnswerCycle(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start" and self.more_body:
-            headers = [*message.get("headers", ()), (b"connection", b"close")]
-            await super().send({**message, "headers": headers})
+            closing: Any = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await super().send(closing)
             self.keep_alive = True  # the protocol closes the connection, once the client has had time to read
             return
         await super().send(message)

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
 from minivllm.engine.watch import EngineView
+from minivllm.server.authentication import require_admin
 from minivllm.server.errors import ApiError
 from minivllm.server.formatters import event
 from minivllm.server.frontend import Frontend
@@ -47,7 +48,9 @@ def add_page(app: FastAPI, frontend: Frontend) -> None:
     open_views: set[object] = set()
 
     @app.get("/v1/engine/live", include_in_schema=False)  # OpenAPI cannot describe an endless stream: docs/page.md does
-    async def live() -> Response:
+    async def live(request: Request) -> Response:
+        if len(frontend.config.keys()) > 1:
+            require_admin(request)  # it shows the sequences of all keys
         frontend.check_alive()
         if len(open_views) >= MAX_VIEWS:
             raise ApiError(429, f"{MAX_VIEWS} live views are open already: close one", headers={"retry-after": "5"})

@@ -1,7 +1,9 @@
 """From the bytes of a body to a request model, with types checked. Errors name the first wrong field."""
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,9 +22,26 @@ def parse(kind: type[Model], raw: bytes) -> Model:
     """The body of a request, with types checked. Raises `ApiError` naming the first wrong field."""
     _limit_containers(raw)
     try:
-        return kind.model_validate_json(raw)
+        model = kind.model_validate_json(raw)
     except ValidationError as error:
         raise _describe(error.errors(include_url=False, include_context=False)[0]) from None
+    _refuse_duplicates(raw)
+    return model
+
+
+def _refuse_duplicates(raw: bytes) -> None:
+    """Refuse an object that has a key twice: pydantic would ignore all but the last value. `raw` is valid JSON of moderate depth."""
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if len(pairs) > 1 and len(dict(pairs)) != len(pairs):
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise ApiError(400, f"the key {shorten(name)!r} occurs more than once in an object: send it once", param=shorten(name),
+                           code="duplicate_key")
+
+    try:
+        json.loads(raw, object_pairs_hook=check)
+    except (ValueError, RecursionError):  # Python's limits for the digits of a number and for nesting are lower than pydantic's
+        raise ApiError(400, "the body has a number of thousands of digits, or is nested too deeply: send a simpler one",
+                       code="invalid_json") from None
 
 
 def convert(kind: type[Model], fields: Mapping[str, Any]) -> Model:

@@ -30,23 +30,23 @@ class Preprocessor:
         self._max_model_len = frontend.client.info.max_model_len
         self._chat = ChatPreprocessor(frontend.config, frontend.tokenizer, self._max_model_len)
 
-    async def completion(self, body: CompletionRequest) -> PreparedRequest:
+    async def completion(self, body: CompletionRequest, owner: str) -> PreparedRequest:
         ignored = body.ignored_fields(self._frontend.config.permissive)
         body.check()
         self._frontend.check_model(body.model)
         self._check_choices(len(body.prompt), body.n or 1)
         prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body)]
         echo = self._echo(body, prompts) if body.echo else None
-        return self._prepared("cmpl-", body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
+        return self._prepared("cmpl-", owner, body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
 
-    async def chat(self, body: ChatRequest, ignored: list[str], prefix: str) -> PreparedRequest:
+    async def chat(self, body: ChatRequest, ignored: list[str], prefix: str, owner: str) -> PreparedRequest:
         """`prefix`: of the response's id. Appends to `ignored`."""
         body.check()
         self._frontend.check_model(body.model)
         self._check_choices(1, body.n or 1)
         self._chat.check_choice(body)
         prompt, output = await self.chat_prompt(body, ignored)
-        return self._prepared(prefix, body, [self._truncated(body, prompt, None)], ignored, default_output=None, output=output)
+        return self._prepared(prefix, owner, body, [self._truncated(body, prompt, None)], ignored, default_output=None, output=output)
 
     async def chat_prompt(self, body: ChatRequest, ignored: list[str]) -> tuple[list[int], OutputSpec | None]:
         return await self._chat.prompt(body, self._frontend.need_tokenizer("messages"), ignored)
@@ -81,7 +81,7 @@ class Preprocessor:
         return truncate(prompt, body.truncate_prompt_tokens, self._max_model_len, default_output if limit is None else limit)
 
     def _prepared(
-        self, prefix: str, body: GenerationRequest, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
+        self, prefix: str, owner: str, body: GenerationRequest, prompts: Sequence[Sequence[int]], ignored: Sequence[str], *,
         default_output: int | None, echo: tuple[str, ...] | None = None, output: OutputSpec | None = None,
     ) -> PreparedRequest:
         frontend = self._frontend
@@ -90,6 +90,8 @@ class Preprocessor:
             raise InvalidInput("priority has no effect on this server: leave it out, or start the server with --scheduling-policy priority",
                                "priority")
         request_id = prefix + (body.request_id or uuid.uuid4().hex)
+        engine_id = f"{owner}:{request_id}" if owner else request_id  # ids belong to an owner
+        salt = f"{owner}:{body.cache_salt or ''}" if owner and not frontend.config.share_prefix_cache else body.cache_salt
         now = time.monotonic()
         self._check_logprobs(body)
         structure = body.structure()
@@ -98,13 +100,13 @@ class Preprocessor:
         for i, prompt in enumerate(prompts):
             params = body.sampling(defaults, self._max_tokens(body, len(prompt), default_output))
             requests.append(EngineRequest(
-                request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}", prompt_token_ids=tuple(prompt),
+                request_id=engine_id if len(prompts) == 1 else f"{engine_id}-{i}", prompt_token_ids=tuple(prompt),
                 params=params if output is None else output.apply(params),
-                priority=body.priority or 0, cache_salt=body.cache_salt, arrival_time=now,
+                priority=body.priority or 0, cache_salt=salt, arrival_time=now, owner=owner,
             ))
         options = body.stream_options
         return PreparedRequest(
-            id=request_id, created=int(time.time()), model=frontend.check_model(body.model), fingerprint=frontend.fingerprint,
+            id=request_id, owner=owner, created=int(time.time()), model=frontend.check_model(body.model), fingerprint=frontend.fingerprint,
             prompts=tuple(requests), stream=bool(body.stream), include_usage=options is not None and bool(options.include_usage),
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
             return_token_ids=bool(body.return_token_ids), return_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,

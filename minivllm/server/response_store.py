@@ -56,15 +56,15 @@ class ResponseStore:
         self.max_bytes = max_bytes
         self._seconds = seconds
         self._clock = clock
-        self._kept: dict[bytes, OrderedDict[str, StoredResponse]] = {}  # owner (an API key's digest) -> responses by id, oldest first
-        self._items: dict[tuple[bytes, str], list[StoredItem]] = {}  # by owner and id, which a client may give to several items
-        self._sizes: Counter[bytes] = Counter()  # bytes by owner
+        self._kept: dict[str, OrderedDict[str, StoredResponse]] = {}  # owner (an API key's label) -> responses by id, oldest first
+        self._items: dict[tuple[str, str], list[StoredItem]] = {}  # by owner and id, which a client may give to several items
+        self._sizes: Counter[str] = Counter()  # bytes by owner
 
     @property
     def size(self) -> int:
         return self._sizes.total()
 
-    def put(self, owner: bytes, body: dict[str, Any], earlier: Sequence[StoredItem], items: Sequence[dict[str, Any]]) -> bool:
+    def put(self, owner: str, body: dict[str, Any], earlier: Sequence[StoredItem], items: Sequence[dict[str, Any]]) -> bool:
         """Keep a response to `items`, which follow the items `earlier` of the response that it continues. False: it is too large."""
         self.delete(owner, body["id"])  # a client may choose the same id twice
         new, output = (tuple(StoredItem(item["id"], encode(item)) for item in group) for group in (items, body["output"]))
@@ -80,11 +80,11 @@ class ResponseStore:
         self._make_room()
         return True
 
-    def get(self, owner: bytes, response_id: str) -> StoredResponse | None:
+    def get(self, owner: str, response_id: str) -> StoredResponse | None:
         self._make_room()
         return self._kept.get(owner, OrderedDict()).get(response_id)
 
-    def item(self, owner: bytes, item_id: str) -> dict[str, Any]:
+    def item(self, owner: str, item_id: str) -> dict[str, Any]:
         """An item of an earlier input or output."""
         self._make_room()
         found = self._items.get((owner, item_id))
@@ -93,7 +93,7 @@ class ResponseStore:
                                 f"for {self._seconds:g} s at most: send the item itself", param="input")
         return dict(json.loads(found[-1].content))
 
-    def delete(self, owner: bytes, response_id: str) -> bool:
+    def delete(self, owner: str, response_id: str) -> bool:
         responses = self._kept.get(owner, OrderedDict())
         stored = responses.pop(response_id, None)
         if stored is None:

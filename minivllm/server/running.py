@@ -17,11 +17,11 @@ ENDING_SECONDS = 2.0  # the same once the server is shutting down
 
 
 class RunningRequests:
-    """The HTTP requests that are being answered, by the id of their response."""
+    """The HTTP requests that are being answered, by their owner and the id of their response."""
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._engine_ids: dict[str, tuple[str, ...]] = {}  # response id -> ids of its prompts in the engine
+        self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
         self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
         self.ending = False  # the server is shutting down: streams that would never end stop now
         self.stopping = False  # no further request may start
@@ -30,17 +30,17 @@ class RunningRequests:
         return len(self._engine_ids)
 
     @contextmanager
-    def track(self, response_id: str, engine_ids: tuple[str, ...]) -> Iterator[None]:
+    def track(self, owner: str, response_id: str, engine_ids: tuple[str, ...]) -> Iterator[None]:
         """Keep a request in the table while it is being answered."""
         if self.stopping:
             raise _shutting_down()
-        if response_id in self._engine_ids:
+        if (owner, response_id) in self._engine_ids:
             raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
-        self._engine_ids[response_id] = engine_ids
+        self._engine_ids[owner, response_id] = engine_ids
         try:
             yield
         finally:
-            del self._engine_ids[response_id]
+            del self._engine_ids[owner, response_id]
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:
@@ -64,13 +64,16 @@ class RunningRequests:
             end = asyncio.get_running_loop().time() + seconds
             limit.reschedule(min(end, limit.when() or end))
 
-    def abort(self, ids: Collection[str] | None) -> list[str]:
-        """End the requests with these ids, or all. An id is a response's, with or without its prefix. Returns the responses' ids."""
-        aborted = [i for i in self._engine_ids if ids is None or i in ids or _PREFIX.sub("", i) in ids]
-        for response_id in aborted:
-            for engine_id in self._engine_ids[response_id]:
+    def abort(self, ids: Collection[str] | None, owner: str | None = None) -> list[str]:
+        """End the requests with these ids, or all: those of one owner, or of all. Returns the responses' ids.
+
+        An id is a response's, with or without its prefix.
+        """
+        aborted = [(o, i) for o, i in self._engine_ids if owner in (None, o) and (ids is None or i in ids or _PREFIX.sub("", i) in ids)]
+        for key in aborted:
+            for engine_id in self._engine_ids[key]:
                 self._client.abort(engine_id)
-        return aborted
+        return [response_id for _, response_id in aborted]
 
     def stop(self) -> None:
         """End every request now, with finish reason "abort", and let no other start."""

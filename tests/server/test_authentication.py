@@ -1,14 +1,20 @@
 """Every path except /health and the page needs an API key, and every response has a request id."""
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from minivllm.config import ServerConfig
+from minivllm.core.prefix_cache import root_hash
+from minivllm.errors import InvalidInput
+from minivllm.server.authentication import AccessRules
 from minivllm.server.page import FILES
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
@@ -76,6 +82,82 @@ def test_a_request_id_is_returned_and_generated_if_missing_or_invalid(live: Live
     assert len(generated) == 32 and generated != httpx.get(url).headers["x-request-id"]
     assert len(httpx.get(url, headers={"x-request-id": "y" * 500}).headers["x-request-id"]) == 32
     assert len(httpx.get(live.url + "/v1/models").headers["x-request-id"]) == 32, "errors have one too"
+
+
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+
+
+@pytest.mark.parametrize("headers, allowed", [
+    ({}, True), ({"sec-fetch-site": "same-origin", "origin": "https://proxied.example"}, True), ({"origin": "null"}, False),
+    ({"origin": "https://evil.example"}, False), ({"origin": "https://evil.example", "sec-fetch-site": "cross-site"}, False),
+    ({"sec-fetch-site": "cross-site"}, False), ({"origin": "https://evil.example", **FORM}, False),
+    ({"origin": "http://localhost:8000", "host": "localhost:8000"}, True), ({"origin": "https://friend.example"}, True),
+    ({"host": "evil.example"}, False), ({"host": "evil.example:8000"}, False), ({"host": "machine:8000"}, True), ({"host": "[::1]:80"}, True),
+    ({"host": "192.168.0.7:8000"}, True), ({"host": "host.docker.internal:8000"}, True),
+])
+def test_a_web_page_cannot_change_anything(tokenizer_folder: Path, headers: dict[str, str], allowed: bool) -> None:
+    with scripted_server(ScriptedEngine(tokenizer_folder), allowed_origins=("https://friend.example",)) as live:
+        for method, path in (("POST", "/reset_prefix_cache"), ("POST", "/v1/completions"), ("DELETE", "/v1/responses/x")):
+            response = httpx.request(method, live.url + path, headers={"content-type": "application/json", **headers}, content=b"{}")
+            assert (response.status_code == 403) is not allowed, (path, response.text)
+        if "host" not in headers:
+            assert httpx.get(live.url + "/health", headers=headers).status_code == 200
+
+
+def test_allowed_hosts_are_the_only_names_of_the_server(tokenizer_folder: Path) -> None:
+    with scripted_server(ScriptedEngine(tokenizer_folder), allowed_hosts=("LLM.example",)) as live:
+        assert httpx.get(live.url + "/health", headers={"host": "llm.example:80"}).status_code == 200
+        error = httpx.get(live.url + "/health")
+        assert error.status_code == 403 and "--allowed-hosts 127.0.0.1" in error.json()["error"]["message"]
+    keyed = AccessRules.of(ServerConfig(api_key=("k",)))
+    keyed.check_host("any.example")  # the page does not know the key
+    AccessRules.of(ServerConfig(host="0.0.0.0")).check_host("gpu.corp.example")
+
+
+def test_only_administrators_use_their_endpoints(tokenizer_folder: Path) -> None:
+    engine = ScriptedEngine(tokenizer_folder)
+    with scripted_server(engine, api_key=("a", "b"), admin_key=("root",)) as live, httpx.Client(base_url=live.url) as http:
+        for key, status in (("a", 403), ("b", 403), ("root", 200)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert http.post("/reset_prefix_cache", headers=headers).status_code == status
+            with http.stream("GET", "/v1/engine/live", headers=headers) as view:
+                assert view.status_code == status
+    rules = AccessRules.of(ServerConfig())
+    assert rules.is_admin("", ("127.0.0.1", 5)) and rules.is_admin("", None) and not rules.is_admin("", ("192.168.0.7", 5))
+    for wrong in ({"api_key": ("x",), "admin_key": ("x",)}, {"api_key": ("x",), "admin_key": ("",)}):
+        with pytest.raises(InvalidInput):
+            ServerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_ids_belong_to_their_key(tokenizer_folder: Path) -> None:
+    engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
+    engine.script = lambda prompt, params, child: [((5,), "x")] * 40
+    with scripted_server(engine, api_key=("a", "b"), admin_key=("root",)) as live, ThreadPoolExecutor(3) as pool:
+        def post(key: str, path: str, body: dict[str, Any]) -> Any:
+            return httpx.post(live.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=60).json()
+
+        body = {"prompt": [5], "request_id": "same", "max_tokens": 40}
+        answers = {}
+        for count, key in enumerate("ab", 1):
+            answers[key] = pool.submit(post, key, "/v1/completions", body)
+            live.wait_until(lambda count=count: len(live.server.running) == count)  # type: ignore[misc]
+        assert post("a", "/v1/completions", body)["error"]["param"] == "request_id", "in use by the same key"
+        assert post("b", "/abort_requests", {"all": True}) == {"aborted": ["cmpl-same"]}, "only its own"
+        engine.gate.release(3)  # type: ignore[union-attr]
+        assert answers["b"].result(60)["choices"][0]["finish_reason"] == "abort" and engine.aborted == ["key2:cmpl-same"]
+        assert post("root", "/abort_requests", {"all": True}) == {"aborted": ["cmpl-same"]}
+        engine.gate.release(100)  # type: ignore[union-attr]
+        assert answers["a"].result(60)["choices"][0]["finish_reason"] == "abort"
+
+
+def test_cached_prefixes_belong_to_their_key_unless_they_are_shared(tokenizer_folder: Path) -> None:
+    for settings, different in (({}, 3), ({"share_prefix_cache": True}, 1)):
+        engine = ScriptedEngine(tokenizer_folder)
+        with scripted_server(engine, api_key=("a", "b", "c"), **settings) as live:
+            for key in "aabc":
+                httpx.post(live.url + "/v1/completions", json={"prompt": [5]}, headers={"authorization": f"Bearer {key}"})
+        assert len({root_hash(None, seen.request.cache_salt) for seen in engine.seen}) == different
+        assert [seen.request.owner for seen in engine.seen] == ["key1", "key1", "key2", "key3"]
 
 
 def test_the_key_may_come_from_the_environment_and_a_configured_one_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:

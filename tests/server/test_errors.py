@@ -1,6 +1,7 @@
 """Every failure has its status and OpenAI's shape, for any input, and reveals nothing about the machine."""
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import threading
@@ -220,6 +221,20 @@ def test_max_completion_tokens_overrides_max_tokens_and_a_header_says_so(http: h
     response = http.post(CHAT, json={"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 3})
     assert response.json()["usage"]["completion_tokens"] == 3 and response.headers["x-minivllm-ignored"] == "max_tokens"
     assert "x-minivllm-ignored" not in http.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 3}).headers
+
+
+@pytest.mark.parametrize("body", [
+    b'{"prompt": "x", "prompt": "y"}', b'{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}', b'{"prompt": "x", "user": {"a": [{"b": 1, "b": 1}]}}',
+])
+def test_a_key_that_occurs_twice_is_400(http: httpx.Client, body: bytes) -> None:
+    error = http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
+    assert error.status_code == 400 and error.json()["error"]["code"] == "duplicate_key", error.text
+
+
+def test_a_long_unknown_name_is_compared_with_nothing(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *_, **__: pytest.fail("it would take seconds"))
+    error = http.post(COMPLETIONS, json={"prompt": "x", "temperatura" * 500: 1})
+    assert error.status_code == 400 and len(error.text) < 1000
 
 
 def test_a_missing_prompt_is_named(http: httpx.Client) -> None:

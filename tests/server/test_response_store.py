@@ -236,29 +236,29 @@ class Clock:
 def test_responses_expire() -> None:
     clock = Clock()
     store = ResponseStore(10**6, 60, clock)
-    store.put(b"", response("a"), (), [])
+    store.put("", response("a"), (), [])
     clock.now = 59
-    store.put(b"", response("b"), (), [])
-    assert store.get(b"", "a") is not None
+    store.put("", response("b"), (), [])
+    assert store.get("", "a") is not None
     clock.now = 60
-    assert store.get(b"", "a") is None and store.get(b"", "b") is not None and store.item(b"", "msg_b")["text"] == "x"
+    assert store.get("", "a") is None and store.get("", "b") is not None and store.item("", "msg_b")["text"] == "x"
     with pytest.raises(ApiError):
-        store.item(b"", "msg_a")
+        store.item("", "msg_a")
     clock.now = 200
-    assert store.get(b"", "b") is None and store.size == 0
+    assert store.get("", "b") is None and store.size == 0
 
 
 def test_the_key_with_the_most_bytes_loses_its_oldest_response() -> None:
     store = ResponseStore(20_000, 60)
-    store.put(b"quiet", response("a"), (), [])
+    store.put("quiet", response("a"), (), [])
     for i in range(100):
-        store.put(b"busy", response(f"b{i}", "x" * 1000), (), [])
-    assert store.get(b"quiet", "a") is not None and store.get(b"busy", "b0") is None and store.get(b"busy", "b99") is not None
-    assert not store.put(b"busy", response("large", "x" * 50_000), (), [])
-    assert store.get(b"busy", "large") is None and store.get(b"busy", "b99") is not None and store.get(b"quiet", "a") is not None
+        store.put("busy", response(f"b{i}", "x" * 1000), (), [])
+    assert store.get("quiet", "a") is not None and store.get("busy", "b0") is None and store.get("busy", "b99") is not None
+    assert not store.put("busy", response("large", "x" * 50_000), (), [])
+    assert store.get("busy", "large") is None and store.get("busy", "b99") is not None and store.get("quiet", "a") is not None
 
 
-@given(st.lists(st.tuples(st.sampled_from([b"", b"k"]), st.integers(0, 5), st.integers(0, 3000), st.booleans()), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from(["", "k"]), st.integers(0, 5), st.integers(0, 3000), st.booleans()), max_size=40))
 def test_the_bound_holds_and_nothing_is_left_behind(steps: list[tuple[bytes, int, int, bool]]) -> None:
     store = ResponseStore(8_000, 60)
     for owner, number, length, deletes in steps:
@@ -271,7 +271,7 @@ def test_the_bound_holds_and_nothing_is_left_behind(steps: list[tuple[bytes, int
         assert store.size == sum(stored.size for stored in kept) <= 8_000
         listed = {(owner, item.id) for owner, r in store._kept.items() for stored in r.values() for item in stored.conversation}
         assert set(store._items) == listed
-    for owner in (b"", b"k"):
+    for owner in ("", "k"):
         for number in range(6):
             store.delete(owner, f"r{number}")
     assert store.size == 0 and not store._kept and not store._items
@@ -283,11 +283,11 @@ def test_the_memory_of_long_conversations_stays_below_the_bound() -> None:
     tracemalloc.start()
     try:
         for turn in range(3000):
-            earlier = store.get(b"", f"r{turn - 1}")
-            store.put(b"", response(f"r{turn}", str(turn) * 20), () if earlier is None or turn % 50 == 0 else earlier.conversation,
+            earlier = store.get("", f"r{turn - 1}")
+            store.put("", response(f"r{turn}", str(turn) * 20), () if earlier is None or turn % 50 == 0 else earlier.conversation,
                       [{"id": f"i{turn}", "content": str(turn) * 20}])
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert limit / 2 < store.size <= limit and used <= limit, (used, store.size)
-    assert json.loads(store.get(b"", "r2999").body)["id"] == "r2999"  # type: ignore[union-attr]
+    assert json.loads(store.get("", "r2999").body)["id"] == "r2999"  # type: ignore[union-attr]
