@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 MAX_NAME = 128  # characters of a name that is compared with known ones
 
 

@@ -60,7 +60,7 @@ class AccessRules:
         return found if scheme.lower() == "bearer" else None
 
     def is_admin(self, owner: str, client: tuple[str, int] | None) -> bool:
-        """Administrators have their own keys. Without keys, clients on this machine are administrators. No client address: a Unix socket."""
+        """Administrators have their own keys. Without keys, clients on this machine are administrators. No address: a Unix socket."""
         if self.digests:
             return owner.startswith("admin")
         return client is None or client[0] in ("127.0.0.1", "::1", "::ffff:127.0.0.1")

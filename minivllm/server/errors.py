@@ -32,7 +32,8 @@ MAX_QUOTE = 80
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # legal in JSON, but many clients cut server-sent events there, as `str.splitlines` does
 
 _TYPES = {
-    400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError", 405: "MethodNotAllowedError", 408: "RequestTimeoutError",
+    400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError", 405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
     500: "InternalServerError", 503: "ServiceUnavailableError",
 }

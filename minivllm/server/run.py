@@ -218,11 +218,12 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
     if chat:
         path, body = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
     open_to_all = not config.is_local and not config.needs_key
+    hint = " (with MINIVLLM_API_KEY set to a key)" if config.needs_key else ""
     return "\n".join((
         *(["warning   all machines that reach this port may use the server: set --api-key, or --host 127.0.0.1"] if open_to_all else []),
         f"model     {name}, {info.dtype} on {info.device}",
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
-        f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try{' (with MINIVLLM_API_KEY set to a key)' if config.needs_key else ''}:",
+        f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try{hint}:",
         f"curl{socket_flag} {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))

@@ -224,7 +224,8 @@ def test_max_completion_tokens_overrides_max_tokens_and_a_header_says_so(http: h
 
 
 @pytest.mark.parametrize("body", [
-    b'{"prompt": "x", "prompt": "y"}', b'{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}', b'{"prompt": "x", "user": {"a": [{"b": 1, "b": 1}]}}',
+    b'{"prompt": "x", "prompt": "y"}', b'{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}',
+    b'{"prompt": "x", "user": {"a": [{"b": 1, "b": 1}]}}',
 ])
 def test_a_key_that_occurs_twice_is_400(http: httpx.Client, body: bytes) -> None:
     error = http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
