@@ -26,9 +26,11 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
 from minivllm.families.config_json import token_ids
+from minivllm.models.decoder import Decoder
 from minivllm.models.hub import ModelFiles, find_model
-from minivllm.quantization.methods import method_of
+from minivllm.quantization.methods import METHODS, method_of
 from minivllm.sampling_params import SamplingParams
+from minivllm.speculative.load import Draft, find_draft
 from minivllm.worker.device import check_kv_cache_dtype, choose_device, choose_dtype
 from minivllm.worker.memory import CacheSize, host_block_count, size_cache
 from minivllm.worker.worker import DEFAULT_COMPONENTS, Components, LoadedModel, Worker
@@ -56,11 +58,12 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
 
     files = find_model(config, read_spec)
     spec = read_spec(files.config)
+    draft = find_draft(config, spec, files.tokenizer_folder)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
     eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
     defaults = sampling_defaults(files.generation_config)
     with with_plan(config, files.config, components.methods):
-        worker = start_worker(config, spec, files, eos_token_ids=eos, components=components)
+        worker = start_worker(config, spec, files, eos_token_ids=eos, draft=draft, components=components)
     try:
         info = EngineInfo(
             model=files.name, model_folder=str(files.folder),
@@ -83,11 +86,21 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     )
 
 
+def load_target(config: EngineConfig) -> tuple[ModelFiles, Decoder, Tokenizer, tuple[int, ...]]:
+    """A model without a KV cache, to train a draft for it: its files, weights, tokenizer and EOS ids."""
+    files = find_model(config)
+    spec = parse_config(files.config, methods=METHODS)
+    assert files.tokenizer_folder is not None
+    tokenizer = Tokenizer(files.tokenizer_folder)
+    loaded = LoadedModel(config, spec, files.folder, method=method_of(files.config, wanted=config.quantization))
+    return files, loaded.model, tokenizer, _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
+
+
 def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eos_token_ids: Sequence[int] = (),
-                 components: Components = DEFAULT_COMPONENTS) -> Worker:
+                 draft: Draft | None = None, components: Components = DEFAULT_COMPONENTS) -> Worker:
     """Load the model, measure what is left, and allocate the KV cache. `spec.max_model_len` is the length to serve."""
     passed = _Stopwatch()
-    loaded = LoadedModel(config, spec, Path(files.folder), components=components,
+    loaded = LoadedModel(config, spec, Path(files.folder), components=components, draft=draft,
                          method=method_of(files.config, components.methods, config.quantization))
     passed("weights and kernels")
     budget = loaded.available_memory()

@@ -29,6 +29,7 @@ from minivllm.quantization.dense import DENSE
 from minivllm.quantization.kv_cache import kv_format
 from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, layer_bytes, method_of, resident_weights
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS
+from minivllm.speculative.load import describe_draft
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_dtype, dtype_of
 from minivllm.worker.kv_cache import KVLayout
@@ -99,6 +100,7 @@ class _Planner:
         self.config, self.model_config, self.gpu, self.methods = config, model_config, gpu, methods
         self.spec = parse_config(model_config, methods=methods)
         self.dtype = self._dtype()
+        self.draft = describe_draft(config, self.spec)
         if config.max_model_len is not None and config.max_model_len > self.spec.max_model_len:
             raise InvalidInput(f"max_model_len {config.max_model_len} exceeds the model's context length of {self.spec.max_model_len} "
                                "tokens: lower it", "max_model_len")
@@ -131,7 +133,10 @@ class _Planner:
         quantization = next((change.quantization for change in changes if change.quantization), None)
         weights = weights_by_kind(self.weights(config, quantization), str(self.dtype).removeprefix("torch."))
         budget = token_budget(config, spec.max_model_len, torch.device("cpu" if self.gpu is None else "cuda"))
-        layout = KVLayout.of(spec, config.block_size, self.dtype, kv_format(config.kv_cache_dtype))
+        if self.draft is not None:
+            weights["draft", str(self.dtype).removeprefix("torch.")] = self.draft.weight_bytes(self.dtype.itemsize)
+        layout = KVLayout.of(spec, config.block_size, self.dtype, kv_format(config.kv_cache_dtype),
+                             None if self.draft is None else self.draft.spec)
         request = CacheSettings.of(config, spec.max_model_len, budget)
         parts: dict[str, int] = {}
         offloaded = self._offload(config, quantization).saved_bytes

@@ -30,8 +30,12 @@ class Embedding:
 
     def __call__(self, batch: InputBatch) -> Tensor:
         """-> [T, hidden], freshly allocated."""
-        table = self.table
-        x = F.embedding(batch.tokens, table) if isinstance(table, Tensor) else table.rows(batch.tokens, self._dtype)
+        x = self.rows(batch.tokens)
         if self.project is not None:
             x = self.project(x)
         return x if self.positions is None else x + F.embedding(batch.positions, self.positions)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Rows of the table: tokens [T] -> [T, embed_size], freshly allocated."""
+        table = self.table
+        return F.embedding(tokens, table) if isinstance(table, Tensor) else table.rows(tokens, self._dtype)

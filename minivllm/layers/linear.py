@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from minivllm.families import LinearSpec
@@ -16,6 +17,8 @@ from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.norm import Norm, RMSNorm
 from minivllm.quantization.base import Epilogue, Matmul
 from minivllm.quantization.dense import DENSE
+
+_ROWS_AT_ONCE = 64  # of the identity matrix
 
 
 class Linear:
@@ -45,6 +48,20 @@ class Linear:
         """A tied output head: the embedding table [vocab, K] as the weight."""
         matmul = DENSE.build({"weight": table}, (len(table),), build.ops) if isinstance(table, Tensor) else table
         return cls(build, matmul, norm=norm)
+
+    def without_norm(self, build: BuildContext) -> Linear:
+        """The same weight without the norm of its input."""
+        return Linear(build, self._matmul, bias=self._epilogue.bias)
+
+    @property
+    def norm(self) -> Norm | None:
+        """The norm of the input."""
+        return self._norm
+
+    def dense_weight(self, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The weight as one matrix [N, K = cols], whatever its method stores: the products with the rows of the identity matrix."""
+        identity = torch.eye(cols, dtype=dtype, device=device)
+        return torch.cat([self._matmul(rows, None).T for rows in identity.split(_ROWS_AT_ONCE)], dim=1)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten."""

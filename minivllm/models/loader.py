@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minivllm.errors import ModelError
 from minivllm.families import ModelSpec, parse_config
-from minivllm.layers.build import BuildContext
+from minivllm.layers.build import BuildContext, Take
 from minivllm.models.decoder import Decoder
 from minivllm.models.gguf_weights import open_index
 from minivllm.models.streaming import WeightStream
@@ -101,6 +101,11 @@ def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy,
     model = Decoder(spec, build, take, stream)
     assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
+
+
+def take_from(needed: Mapping[str, Parameter], checkpoint: Checkpoint, build: BuildContext) -> Take:
+    """Gives each of these parameters, which `check` has found in the checkpoint."""
+    return _Stored(needed, checkpoint, build, tqdm(disable=True))
 
 
 def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:

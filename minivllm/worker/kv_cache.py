@@ -5,6 +5,8 @@
     of the group that owns    |  block    | layer j    | layer j    |
     the block
 
+A draft model for speculative decoding has one more tensor per layer, with pages of its own size, under the same block ids.
+
 A block belongs to one group at a time. In tensor j it holds that group's j-th layer. So a model with alternating windows needs half
 as many tensors as layers, and blocks go to the group that needs them. Only the group's `KVCacheSpec` knows what a page contains:
 copies and moves here work on raw bytes.
@@ -37,6 +39,7 @@ class KVLayout:
     groups: tuple[KVGroup, ...]
     specs: tuple[KVCacheSpec, ...]  # one per group
     block_size: int  # tokens
+    drafts: tuple[KVCacheSpec, ...] = ()  # one per layer of the draft
 
     def __post_init__(self) -> None:
         sizes = {spec.piece_bytes(self.block_size) for spec in self.specs}
@@ -44,10 +47,14 @@ class KVLayout:
             raise ModelError(f"layers with KV pages of different sizes ({sorted(map(sum, sizes))} bytes) are not supported yet", "model")
 
     @classmethod
-    def of(cls, spec: ModelSpec, block_size: int, dtype: torch.dtype, kv_format: KVFormat = DenseKV.of) -> KVLayout:
-        """The layout of a model whose activations have this dtype."""
+    def of(cls, spec: ModelSpec, block_size: int, dtype: torch.dtype, kv_format: KVFormat = DenseKV.of,
+           draft: ModelSpec | None = None) -> KVLayout:
+        """The layout of a model whose activations have this dtype, and of its draft."""
         groups = kv_groups(spec)
-        return cls(groups, tuple(kv_format(group, dtype) for group in groups), block_size)
+        drafts = () if draft is None else tuple(
+            kv_format(KVGroup(a.num_heads, a.num_kv_heads, a.head_dim, None, (i,)), dtype)
+            for i, a in enumerate(layer.attention for layer in draft.layers))
+        return cls(groups, tuple(kv_format(group, dtype) for group in groups), block_size, drafts)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -60,14 +67,15 @@ class KVLayout:
         return self.specs[0].dtype
 
     @property
-    def piece_bytes(self) -> tuple[int, ...]:
-        """Bytes of each piece of one page."""
-        return self.specs[0].piece_bytes(self.block_size)
+    def page_bytes(self) -> tuple[tuple[int, ...], ...]:
+        """Bytes of each piece of one page, by tensor."""
+        shared = self.specs[0].piece_bytes(self.block_size)
+        return (shared,) * num_kv_tensors(self.groups) + tuple(spec.piece_bytes(self.block_size) for spec in self.drafts)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all tensors."""
-        return num_kv_tensors(self.groups) * sum(self.piece_bytes)
+        return sum(map(sum, self.page_bytes))
 
     @property
     def token_bytes(self) -> int:
@@ -76,13 +84,14 @@ class KVLayout:
 
     def allocate(self, num_blocks: int, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
         """Zeroed pages of every tensor, by piece: [num_blocks, bytes of the piece] uint8 each."""
-        return tuple(tuple(_zeros((num_blocks, size), device) for size in self.piece_bytes) for _ in range(num_kv_tensors(self.groups)))
+        return tuple(tuple(_zeros((num_blocks, size), device) for size in sizes) for sizes in self.page_bytes)
 
     def views(self, pages: Sequence[Sequence[Tensor]]) -> tuple[KVLayer, ...]:
-        """Each layer's keys and values in the pages of `allocate`: one entry per layer of the model."""
+        """Each layer's keys and values in the pages of `allocate`: one entry per layer of the model, then those of the draft."""
         of_layer = {layer: spec.view(pages[j], self.block_size)
                     for group, spec in zip(self.groups, self.specs, strict=True) for j, layer in enumerate(group.layers)}
-        return tuple(of_layer[layer] for layer in sorted(of_layer))
+        drafts = (spec.view(page, self.block_size) for spec, page in zip(self.drafts, pages[len(pages) - len(self.drafts) :], strict=True))
+        return (*(of_layer[layer] for layer in sorted(of_layer)), *drafts)
 
 
 class KVCache:

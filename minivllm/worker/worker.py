@@ -29,6 +29,7 @@ from minivllm.models.streaming import WeightStream
 from minivllm.quantization.kv_cache import KVFormat, kv_format
 from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.speculative.load import Draft, load_draft
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
@@ -54,22 +55,27 @@ DEFAULT_COMPONENTS = Components()
 class LoadedModel:
     """A model on a device, before its KV cache exists."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, method: MethodOf = all_dense,
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, method: MethodOf = all_dense, draft: Draft | None = None,
                  components: Components = DEFAULT_COMPONENTS) -> None:
-        """Load the weights in `folder`. `spec.max_model_len` is the length to serve. Raises `InvalidInput` if they do not fit."""
+        """Load the weights in `folder`, and those of the draft. `spec.max_model_len` is the length to serve.
+
+        Raises `InvalidInput` if they do not fit."""
         self.config, self.spec = config, spec
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, spec.dtype, self.device)
         self.max_num_batched_tokens = token_budget(config, spec.max_model_len, self.device)
         build = BuildContext(self.device, self.dtype, components.ops(self.device), method)
-        self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype))
-        for shape in spec.attention_shapes:
+        self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype),
+                                  None if draft is None else draft.spec)
+        for shape in dict.fromkeys((*spec.attention_shapes, *(() if draft is None else draft.spec.attention_shapes))):
             build.ops.warm_up(*shape, self.dtype, self.layout.dtype)
         offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
         self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
+        self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize)
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
             stream = WeightStream(offload.layers, self.device) if offload.layers else None
             self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)
+            self.proposer = None if draft is None else load_draft(draft, self.model)
         self.streaming = None if stream is None else describe(offload, len(spec.layers), stream)  # for the user
 
     @property

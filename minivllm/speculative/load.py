@@ -1,0 +1,225 @@
+"""From `speculative_config` to a proposer on the device: find the draft, check that it fits the target, load it.
+
+    find_draft ─▶ Draft (config.json and names of tensors only)  ─▶ memory plan, KV layout
+    load_draft(Draft, target) ─▶ DraftModel or EagleHead
+
+A draft that does not fit is refused before any weights are loaded: its tokens must mean the same as the target's.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivllm.config import EngineConfig
+from minivllm.errors import InvalidInput, ModelError
+from minivllm.families import ModelSpec, linear_specs, parse_config
+from minivllm.layers.attention import Attention
+from minivllm.layers.build import BuildContext
+from minivllm.layers.linear import Linear
+from minivllm.layers.mlp import MLP
+from minivllm.layers.norm import load_norm
+from minivllm.layers.rope import RotaryEmbedding
+from minivllm.models.decoder import Decoder, PreNormLayer
+from minivllm.models.hub import describe_model, find_model
+from minivllm.models.loader import check, load_model, open_checkpoint, take_from
+from minivllm.quantization.base import MethodOf
+from minivllm.quantization.dense import DENSE
+from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes
+from minivllm.speculative.base import DeviceProposer
+from minivllm.speculative.draft_model import DraftModel
+from minivllm.speculative.eagle import EagleHead
+from minivllm.speculative.shared import final_norm, output_rows
+from minivllm.speculative.steps import draft_group
+from minivllm.speculative_config import FIELD, SpeculativeConfig
+
+VOCABULARY = "d2t"  # as in EAGLE-3's files: row i of the draft's output is token i + d2t[i]
+FUSION = "fc.weight"
+SHARED = "embed_tokens.weight"  # some heads store a copy of the target's embedding table, which is used instead
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft whose config.json fits the target. `spec` has the target's length."""
+
+    settings: SpeculativeConfig
+    folder: Path
+    spec: ModelSpec
+    method: MethodOf
+    group: int  # the target's KV group whose blocks the draft uses
+    vocabulary: int | None = None  # tokens that a head with a reduced vocabulary can propose; None: all
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of its weights on the device. itemsize: of the target's dtype."""
+        if self.settings.method != "eagle":
+            return resident_bytes(self.spec, self.method, itemsize)
+        hidden = self.spec.hidden_size
+        one_layer = replace(self.spec, vocab_size=1, tied=True)
+        return resident_bytes(one_layer, self.method, itemsize) + (2 * hidden + (self.vocabulary or 0)) * hidden * itemsize
+
+
+def find_draft(config: EngineConfig, target: ModelSpec, tokenizer: Path | None = None) -> Draft | None:
+    """The draft that `speculative_config` names, downloaded if necessary. None: it names none. tokenizer: the target's folder.
+
+    Raises `InvalidInput` naming what does not fit.
+    """
+    if (named := _named(config, target)) is None:
+        return None
+    settings, own, group = named
+    try:
+        files = find_model(own, lambda found: check_draft(settings, found, target))
+        with open_checkpoint(files.folder) as found:
+            shapes = {name: stored.shape for name, stored in found.items()}
+        draft = _draft(settings, files.folder, files.config, shapes, target, group)
+    except ModelError as error:
+        raise _wrong(f"model {settings.model!r}: {error}") from None
+    if settings.method != "eagle" and tokenizer is not None:
+        _check_tokenizer(settings, files.folder, tokenizer)
+    return draft
+
+
+def describe_draft(config: EngineConfig, target: ModelSpec) -> Draft | None:
+    """The same from config.json and the headers of the weights alone, to plan its memory. It cannot be loaded."""
+    if (named := _named(config, target)) is None:
+        return None
+    settings, own, group = named
+    try:
+        found = describe_model(own, lambda found: check_draft(settings, found, target))
+        shapes = {name: shape for name, (_, shape, _) in found.tensors.items()}
+        return _draft(settings, Path(found.name), found.config, shapes, target, group)
+    except ModelError as error:
+        raise _wrong(f"model {settings.model!r}: {error}") from None
+
+
+def _named(config: EngineConfig, target: ModelSpec) -> tuple[SpeculativeConfig, EngineConfig, int] | None:
+    """The settings, those of the draft as a model of its own, and the target's KV group whose blocks the draft uses."""
+    settings = config.speculation
+    if settings is None or settings.model is None:
+        return None
+    group = draft_group(target)
+    if group is None:
+        raise _wrong(f"method {settings.method!r} needs a target with full attention in at least one layer, and all layers of "
+                     f"{target.architecture} have sliding windows here: use method ngram")
+    own = replace(config, model=settings.model, revision=settings.revision, quantization=settings.quantization, tokenizer=None,
+                  hf_overrides=None, generation_config="vllm", override_generation_config=None, load_format="auto",
+                  skip_tokenizer_init=True, speculative_config=None)
+    return settings, own, group
+
+
+def _draft(settings: SpeculativeConfig, folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
+           target: ModelSpec, group: int) -> Draft:
+    """shapes: of its tensors; {}: not known."""
+    spec, method = check_draft(settings, config, target), method_of(config, wanted=settings.quantization)
+    is_head = settings.method == "eagle"
+    if shapes and is_head != (FUSION in shapes):
+        raise ModelError(f"it has no {FUSION}, so it is no head in EAGLE's layout: set method to draft_model" if is_head else
+                         f"it has {FUSION}, so it is a learned head and no whole model: set method to eagle", FIELD)
+    return Draft(settings, folder, spec, method, group, shapes[VOCABULARY][0] if is_head and VOCABULARY in shapes else None)
+
+
+def check_draft(settings: SpeculativeConfig, found: Mapping[str, Any], target: ModelSpec) -> ModelSpec:
+    """The draft's specification, from its config.json, if it fits the target. Raises `InvalidInput` naming the field."""
+    spec = parse_config(found, methods=METHODS)
+    if spec.vocab_size != target.vocab_size:
+        raise _wrong(f"model {settings.model!r} has vocab_size {spec.vocab_size} and the target {target.vocab_size}, so its tokens mean "
+                     "something else: use a draft made for this target")
+    if spec.learned_positions and spec.max_model_len < target.max_model_len:
+        raise _wrong(f"model {settings.model!r} has learned positions for {spec.max_model_len} tokens and the target serves "
+                     f"{target.max_model_len}: set max_model_len to {spec.max_model_len}")
+    if settings.method == "eagle":
+        _check_head(settings, spec, target)
+    return replace(spec, max_model_len=target.max_model_len)
+
+
+def _check_head(settings: SpeculativeConfig, spec: ModelSpec, target: ModelSpec) -> None:
+    layer = spec.layers[0]
+    if spec.hidden_size != target.hidden_size:
+        raise _wrong(f"model {settings.model!r} has hidden_size {spec.hidden_size} and the target {target.hidden_size}: a head reads the "
+                     "hidden states of the target that it was trained with; use a head made for this target")
+    if spec.num_layers != 1:
+        raise _wrong(f"model {settings.model!r} has num_hidden_layers {spec.num_layers}, and method eagle needs a head of 1 layer: use "
+                     "method draft_model for a whole model")
+    if layer.block != "pre" or spec.norm != "rms" or layer.attention.rope is None or layer.attention.window is not None:
+        raise _wrong(f"model {settings.model!r} has the architecture {spec.architecture}, and the layer of a head must be Llama's: use a "
+                     "head in EAGLE's layout")
+
+
+def _check_tokenizer(settings: SpeculativeConfig, draft: Path, target: Path) -> None:
+    """Raise unless both folders have the same tokens. Folders without a tokenizer.json are not compared."""
+    ours, theirs = (_tokens(folder / "tokenizer.json") for folder in (draft, target))
+    if ours is None or theirs is None or ours == theirs:
+        return
+    token = min((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=lambda t: theirs.get(t, ours.get(t, 0)))
+    raise _wrong(f"model {settings.model!r} has another tokenizer than the target: {token!r} is token {ours.get(token)} there and "
+                 f"{theirs.get(token)} here. Use a draft of the target's own family")
+
+
+def _tokens(file: Path) -> dict[str, int] | None:
+    """Text of each token -> its id."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    vocab = found.get("model", {}).get("vocab", {})
+    tokens = vocab if isinstance(vocab, dict) else {text: i for i, (text, _) in enumerate(vocab)}
+    return {**tokens, **{t["content"]: t["id"] for t in found.get("added_tokens", ())}}
+
+
+def _wrong(message: str) -> InvalidInput:
+    return InvalidInput(f"{FIELD}: {message}", FIELD)
+
+
+# ---- loading
+
+def load_draft(draft: Draft, target: Decoder) -> DeviceProposer:
+    """The proposer, on the target's device and in its dtype. Raises `ModelError` for tensors that are missing, left over or wrong."""
+    settings, build = draft.settings, replace(target.build, method=draft.method)
+    options: dict[str, Any] = dict(num_drafts=settings.num_speculative_tokens, group=draft.group,
+                                   probabilistic=settings.draft_sample_method == "probabilistic")
+    if settings.method == "eagle":
+        return load_head(draft.folder, draft.spec, build, target, **options)
+    model = load_model(draft.spec, draft.folder, "auto", build)
+    return DraftModel(model, num_target_layers=len(target.spec.layers), **options)
+
+
+def load_head(folder: Path, spec: ModelSpec, build: BuildContext, target: Decoder, **options: Any) -> EagleHead:
+    """A head in EAGLE's layout: fc, one decoder layer, which may have no norm before attention, and perhaps a reduced vocabulary."""
+    final_norm(target)  # raises for a target that no head fits
+    with open_checkpoint(folder) as found:
+        d2t = found.get(VOCABULARY)
+        stored = {name: tensor for name, tensor in found.items() if name not in (VOCABULARY, SHARED)}
+        needed = _head_parameters(spec, build.method, stored.keys())
+        check(spec, needed, stored, folder)
+        take = take_from(needed, stored, build)
+        linears = linear_specs(spec)
+        before = load_norm(build, take, spec, "layers.0.attn_norm") if "layers.0.attn_norm.weight" in needed else None
+        attention = Attention(spec, build, take, linears, 0, 0, 0, before)
+        mlp = MLP(spec.layers[0].mlp, build, take, linears, 0, load_norm(build, take, spec, "layers.0.mlp_norm"))
+        fc = Linear(build, DENSE.build({"weight": take(FUSION)}, (spec.hidden_size,), build.ops),
+                    bias=take("fc.bias") if "fc.bias" in needed else None)
+        offsets = None if d2t is None else d2t.read().to(build.device, torch.int64)
+    head, vocabulary = target.head.without_norm(build), None
+    if offsets is not None:
+        vocabulary = offsets + torch.arange(len(offsets), device=build.device)
+        if not (int(vocabulary.min()) >= 0 and int(vocabulary.max()) < spec.vocab_size):
+            raise ModelError(f"{folder}: {VOCABULARY} names tokens outside the vocabulary of {spec.vocab_size}: the head is damaged", FIELD)
+        with torch.inference_mode():
+            head = Linear(build, DENSE.build({"weight": output_rows(target, vocabulary)}, (len(vocabulary),), build.ops))
+    a = spec.layers[0].attention
+    rope = None if a.rope is None else RotaryEmbedding(build, a.rope, a.head_dim, spec.max_model_len)
+    return EagleHead(target, fc, PreNormLayer(0, attention, mlp), a, head, rope=rope, vocabulary=vocabulary, **options)
+
+
+def _head_parameters(spec: ModelSpec, method: MethodOf, stored: Any) -> dict[str, Parameter]:
+    hidden = spec.hidden_size
+    needed = {name: p for name, p in parameters(spec, method).items() if name.startswith("layers.")}
+    norm = needed["layers.0.attn_norm.weight"].sources[0].name
+    if norm not in stored:
+        del needed["layers.0.attn_norm.weight"]
+    needed[FUSION] = Parameter((hidden, 2 * hidden), (Source(FUSION, (hidden, 2 * hidden)),))
+    if "fc.bias" in stored:
+        needed["fc.bias"] = Parameter((hidden,), (Source("fc.bias", (hidden,)),))
+    return needed
