@@ -18,7 +18,8 @@ from minivllm.errors import EngineDead, InvalidInput, nearest
 from minivllm.server.terminal import print_status
 
 COMMANDS = (  # modules of this package
-    "serve", "chat", "complete", "run_batch", "bench", "plan", "quantize", "train_draft", "pull", "list", "rm", "trace", "course", "collect_env")
+    "serve", "chat", "complete", "run_batch", "bench", "plan", "quantize", "train_draft", "pull", "list", "rm", "trace", "course",
+    "collect_env")
 
 
 def build_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
