@@ -96,7 +96,7 @@ def describe_draft(config: EngineConfig, target: ModelSpec) -> Draft | None:
 
 
 def _named(config: EngineConfig, target: ModelSpec) -> tuple[SpeculativeConfig, EngineConfig, int] | None:
-    """The settings, those of the draft as a model of its own, and the target's KV group whose blocks the draft uses."""
+    """The settings, those of an engine for the draft alone, and the target's KV group whose blocks the draft uses."""
     settings = config.speculation
     if settings is None or settings.model is None:
         return None

@@ -19,7 +19,7 @@ def draft_group(target: ModelSpec) -> int | None:
 
 
 def in_group(batch: InputBatch, group: int, count: int, tokens: Tensor | None = None) -> InputBatch:
-    """The same step for a model of `count` KV groups that all use the blocks of the target's `group`. tokens: instead of its own."""
+    """The same step for a model of `count` KV groups that all use the blocks of the target's `group`. tokens: they replace its tokens."""
     return replace(batch, tokens=batch.tokens if tokens is None else tokens.to(torch.int32), slots=(batch.slots[group],) * count,
                    block_tables=(batch.block_tables[group],) * count, last_only=False, shared=None)
 

@@ -5,7 +5,7 @@
     of the group that owns    |  block    | layer j    | layer j    |
     the block
 
-A draft model for speculative decoding has one more tensor per layer, with pages of its own size, under the same block ids.
+A draft model for speculative decoding has one more tensor per layer, whose pages may have another size, under the same block ids.
 
 A block belongs to one group at a time. In tensor j it holds that group's j-th layer. So a model with alternating windows needs half
 as many tensors as layers, and blocks go to the group that needs them. Only the group's `KVCacheSpec` knows what a page contains:
