@@ -1,175 +1,194 @@
-"""Lesson 2: keys and values in pages that are found through a table, as in the memory of an operating system.
+"""Lesson 2: memory for sequences that grow to an unknown length. Reserve the longest possible sequence, or give out small blocks?
 
-Run it:  python lessons/02_paged_blocks/lesson.py      (a second on a CPU; needs torch, nothing else)
-
-Sequences grow, and their final length is unknown. So memory is divided into blocks, each sequence has a list of block numbers (its block
-table), and attention follows the table. Three sequences grow in turn, and their attention equals that over plain tensors. Then one
-sequence is forked.
+Two memories behind one interface serve the same requests. Only bookkeeping happens here: a *slot* is the memory of one token's keys and
+values, and nothing is stored in it. First a small memory is drawn step by step, then 300 requests are served.
 """
+import math
 import random
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from collections import deque
+from dataclasses import dataclass
 
 
 @dataclass
-class Sequence:
-    """A growing sequence: the part that the memory manager needs."""
+class Request:
+    """Lengths in tokens. The memory does not know `output` in advance: only the model decides when generation stops."""
 
-    table: list[int] = field(default_factory=list)  # entry i: the block that holds tokens i * size ... i * size + size - 1
-    length: int = 0
+    prompt: int
+    output: int
 
 
-class Memory:
-    """`blocks` x `size` slots for one layer's keys and values, each of `heads` heads with `dim` numbers."""
+class ReservedMemory:
+    """Every sequence gets `limit` adjacent slots when it starts, enough for the longest possible sequence."""
 
-    def __init__(self, blocks: int, size: int, heads: int, dim: int) -> None:
-        self.size = size
-        self.k = torch.full((blocks, size, heads, dim), float("nan"))  # nan: a read of an unwritten slot changes the result
-        self.v = torch.full((blocks, size, heads, dim), float("nan"))
-        self.free = list(range(blocks))
-        self.owners = [0] * blocks  # reference counts: the number of tables that contain the block
-        self.copies = 0
+    def __init__(self, capacity: int, limit: int) -> None:
+        self.limit = limit
+        self.free = list(range(0, capacity - limit + 1, limit))  # first slots of the unused intervals
+        self.start: dict[str, int] = {}  # sequence -> its first slot
+        self.lengths: dict[str, int] = {}  # sequence -> tokens that it has
+
+    def try_admit(self, name: str, prompt: int) -> bool:
+        if not self.free:
+            return False
+        self.start[name] = self.free.pop(0)
+        self.lengths[name] = prompt
+        return True
+
+    def try_grow(self, name: str) -> bool:
+        self.lengths[name] += 1  # the slot is reserved already
+        return True
+
+    def release(self, name: str) -> None:
+        self.free.append(self.start.pop(name))
+        del self.lengths[name]
+
+    def slot(self, name: str, position: int) -> int:
+        return self.start[name] + position
+
+    def reserved(self) -> int:
+        return len(self.start) * self.limit
+
+
+class PagedMemory:
+    """Blocks of `block_size` slots. Each sequence has a block table: entry i is the block of tokens i * block_size and following."""
+
+    def __init__(self, capacity: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.free = list(range(capacity // block_size))  # the free list: numbers of unused blocks
+        self.tables: dict[str, list[int]] = {}  # sequence -> block table
+        self.lengths: dict[str, int] = {}  # sequence -> tokens that it has
 
     def allocate(self) -> int:
-        block = self.free.pop(0)
-        self.owners[block] = 1
-        return block
+        """Take the first block of the free list."""
+        return self.free.pop(0)
 
-    def free_block(self, block: int) -> None:
-        self.owners[block] -= 1
-        if self.owners[block] == 0:
-            self.free.append(block)
+    def try_admit(self, name: str, prompt: int) -> bool:
+        """Blocks for a new sequence of `prompt` tokens. Without room: False, and nothing changes."""
+        # TASK 3: check first whether there are enough blocks; then fill tables[name] and lengths[name]
+        needed = math.ceil(prompt / self.block_size)
+        if needed > len(self.free):
+            return False
+        self.tables[name] = [self.allocate() for _ in range(needed)]
+        self.lengths[name] = prompt
+        return True
+        # END
 
-    def append(self, sequence: Sequence, k: Tensor, v: Tensor) -> None:
-        """Write one token's key and value [heads, dim] at the end of `sequence`."""
-        index, offset = divmod(sequence.length, self.size)
-        if index == len(sequence.table):  # the last block is full (or there is none yet)
-            sequence.table.append(self.allocate())
-        elif self.owners[sequence.table[index]] > 1:  # the block has another owner: copy-on-write
-            sequence.table[index] = self.copy(sequence.table[index])
-        self.k[sequence.table[index], offset] = k
-        self.v[sequence.table[index], offset] = v
-        sequence.length += 1
+    def try_grow(self, name: str) -> bool:
+        """Room for one more token. Without room: False, and nothing changes."""
+        # TASK 2: does the next token need a new block? Update the table and the length
+        table = self.tables[name]
+        if self.lengths[name] == len(table) * self.block_size:  # every slot of the last block is used
+            if not self.free:
+                return False
+            table.append(self.allocate())
+        self.lengths[name] += 1
+        return True
+        # END
 
-    def copy(self, shared: int) -> int:
-        own = self.allocate()
-        self.k[own], self.v[own] = self.k[shared], self.v[shared]
-        self.free_block(shared)
-        self.copies += 1
-        return own
+    def release(self, name: str) -> None:
+        self.free.extend(self.tables.pop(name))
+        del self.lengths[name]
 
-    def fork(self, sequence: Sequence) -> Sequence:
-        """A second sequence with the same tokens. No block is copied: both tables contain the same blocks."""
-        for block in sequence.table:
-            self.owners[block] += 1
-        return Sequence(sequence.table.copy(), sequence.length)
+    def slot(self, name: str, position: int) -> int:
+        """The slot of the token at this position: which block, and where in it."""
+        # TASK 1: find the block in the sequence's table, then the slot
+        block = self.tables[name][position // self.block_size]
+        return block * self.block_size + position % self.block_size
+        # END
 
-    def release(self, sequence: Sequence) -> None:
-        for block in sequence.table:
-            self.free_block(block)
-
-
-def attend_gathered(q: Tensor, memory: Memory, sequence: Sequence) -> Tensor:
-    """First way: collect the scattered keys and values, then attend as usual. q [heads, dim] -> [heads, dim]."""
-    k = memory.k[sequence.table].flatten(0, 1)[:sequence.length]  # [length, heads, dim]: indexing with the table copies
-    v = memory.v[sequence.table].flatten(0, 1)[:sequence.length]
-    weights = torch.einsum("hd,shd->hs", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
-    return torch.einsum("hs,shd->hd", weights, v)
+    def reserved(self) -> int:
+        return sum(map(len, self.tables.values())) * self.block_size
 
 
-def attend_by_block(q: Tensor, memory: Memory, sequence: Sequence) -> Tensor:
-    """Second way, that of a kernel: one block after another, without a copy and without a list of all scores ("online softmax").
+@dataclass
+class Usage:
+    """What `serve` reports. All means are over steps."""
 
-    The result is a mean of values with weights exp(score). The loop keeps the sum of weights and the sum of weighted values. If a block has
-    a larger score, both sums are scaled down to it. Blocks may come in any order, and processors may divide them.
+    steps: int
+    running: float  # sequences at the same time
+    waste: float  # fraction of the reserved slots that hold no token
+    preempted: int  # times a sequence lost its memory and had to wait again
+
+
+def serve(memory: ReservedMemory | PagedMemory, requests: list[Request]) -> Usage:
+    """Serve requests first come, first served. In each step every running sequence grows by one token.
+
+    If one cannot grow, the youngest sequence loses its memory and waits again, with the tokens it has (lesson 6 is about this).
     """
-    best = torch.full((q.shape[0], 1), -torch.inf)  # largest score so far, [heads, 1]
-    total = torch.zeros(q.shape[0], 1)
-    weighted = torch.zeros_like(q)
-    for i, block in enumerate(sequence.table):
-        n = min(memory.size, sequence.length - i * memory.size)  # the last block may be partly filled
-        k, v = memory.k[block, :n], memory.v[block, :n]
-        scores = torch.einsum("hd,shd->hs", q, k) * q.shape[-1] ** -0.5
-        higher = torch.maximum(best, scores.amax(-1, keepdim=True))
-        shrink, weights = (best - higher).exp(), (scores - higher).exp()
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        weighted = weighted * shrink + torch.einsum("hs,shd->hd", weights, v)
-        best = higher
-    return weighted / total
+    waiting = deque((f"r{i}", request.prompt, request.prompt + request.output) for i, request in enumerate(requests))
+    running: dict[str, int] = {}  # sequence -> its final length, oldest first
+    steps = preempted = 0
+    sum_running = sum_waste = 0.0
+    while waiting or running:
+        while waiting and memory.try_admit(waiting[0][0], waiting[0][1]):
+            name, _, final = waiting.popleft()
+            running[name] = final
+        for name in list(running):
+            while name in running and not memory.try_grow(name):
+                youngest, final = running.popitem()
+                waiting.appendleft((youngest, memory.lengths[youngest], final))
+                memory.release(youngest)
+                preempted += 1
+        steps += 1
+        sum_running += len(running)
+        sum_waste += 1 - sum(memory.lengths.values()) / memory.reserved()
+        for name in [name for name, final in running.items() if memory.lengths[name] == final]:
+            memory.release(name)
+            del running[name]
+    return Usage(steps, sum_running / steps, sum_waste / steps, preempted)
 
 
-def waste(lengths: list[int], size: int) -> float:
-    """Sequences grow to these lengths in blocks of `size` -> the fraction of reserved slots that are empty, over all their steps."""
-    empty = held = 0
-    for length in lengths:
-        for tokens in range(1, length + 1):
-            slots = -(-tokens // size) * size
-            empty, held = empty + slots - tokens, held + slots
-    return empty / held
+def chat_requests(count: int, limit: int, seed: int = 0) -> list[Request]:
+    """Log-normal lengths: most are short, a few are very long. Means as in ShareGPT: prompts 161, outputs 338 tokens."""
+    dice = random.Random(seed)
+
+    def length(mean: float, longest: int) -> int:
+        return max(1, min(longest, round(dice.lognormvariate(math.log(mean) - 0.9**2 / 2, 0.9))))
+
+    requests = []
+    for _ in range(count):
+        prompt = length(161, limit - 1)
+        requests.append(Request(prompt, length(338, limit - prompt)))
+    return requests
 
 
-def waste_reserved(lengths: list[int], limit: int) -> float:
-    """The same if each sequence reserves `limit` slots from its first step on."""
-    used = sum(length * (length + 1) // 2 for length in lengths)
-    return 1 - used / (sum(lengths) * limit)
+def draw(memory: PagedMemory, num_blocks: int) -> str:
+    """One line: each block with the name of its sequence once per token, and a dot per empty slot."""
+    content = {}
+    for name, table in memory.tables.items():
+        for i, block in enumerate(table):
+            used = min(memory.block_size, memory.lengths[name] - i * memory.block_size)
+            content[block] = name * used + "." * (memory.block_size - used)
+    return " ".join(f"[{content.get(block, ' ' * memory.block_size)}]" for block in range(num_blocks))
 
 
-def some_lengths(n: int, limit: int = 2048, seed: int = 0) -> list[int]:
-    """Log-normal: most sequences are short, a few are very long. The mean is about 500 tokens."""
-    generator = random.Random(seed)
-    return [min(limit, max(1, round(generator.lognormvariate(5.8, 0.9)))) for _ in range(n)]
+def film() -> None:
+    memory = PagedMemory(capacity=32, block_size=4)
+    for name, prompt in (("a", 3), ("b", 6), ("c", 2)):
+        memory.try_admit(name, prompt)
+    print("8 blocks of 4 slots. Three sequences grow, b ends, d takes its place:")
+    for step in range(7):
+        if step == 3:
+            memory.release("b")
+            memory.try_admit("d", 5)
+        print(f"  step {step}  {draw(memory, 8)}   a: {memory.tables['a']}")
+        for name in memory.tables:
+            memory.try_grow(name)
+    print(f"token 6 of a is in slot {memory.slot('a', 6)}\n")
 
 
-def agrees(memory: Memory, sequence: Sequence, plain: list[Tensor]) -> bool:
-    """Whether attention over the paged sequence equals attention over the same keys and values in one tensor."""
-    k, v = torch.stack(plain).unbind(1)  # [length, heads, dim]
-    q = torch.randn(k.shape[1:], generator=torch.Generator().manual_seed(sequence.length))
-    weights = torch.einsum("hd,shd->hs", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
-    expected = torch.einsum("hs,shd->hd", weights, v)
-    return all(torch.allclose(attend(q, memory, sequence), expected, atol=1e-6) for attend in (attend_gathered, attend_by_block))
-
-
-def part_one() -> None:
-    memory, generator = Memory(blocks=12, size=4, heads=2, dim=8), torch.Generator().manual_seed(0)
-    sequences = {name: Sequence() for name in "abc"}
-    plain: dict[str, list[Tensor]] = {name: [] for name in "abc"}
-
-    def write(name: str) -> None:
-        kv = torch.randn(2, 2, 8, generator=generator)  # key and value of one token
-        memory.append(sequences[name], *kv)
-        plain[name].append(kv)
-
-    for turn in range(11):
-        for name in "abc"[: 1 + turn % 3]:  # a grows in each turn, b in two of three turns, c in one of three
-            write(name)
-    print("three sequences grew in turn, in blocks of 4:")
-    for name, sequence in sequences.items():
-        assert agrees(memory, sequence, plain[name])
-        print(f"  {name}: {sequence.length:2d} tokens, table {sequence.table}, attention equal to that over plain tensors")
-
-    sequences["d"], plain["d"] = memory.fork(sequences["a"]), plain["a"].copy()
-    owners = [memory.owners[block] for block in sequences["d"].table]
-    print(f"\nd is a fork of a: table {sequences['d'].table}, owners {owners}, {memory.copies} copies")
-    for _ in range(2):
-        for name in "ad":
-            write(name)
-            print(f"  {name} writes token {sequences[name].length - 1}: table {sequences[name].table}, copies so far: {memory.copies}")
-    assert all(agrees(memory, sequences[name], plain[name]) for name in sequences), "a fork changed its origin, or the other way round"
-    for sequence in sequences.values():
-        memory.release(sequence)
-    assert sorted(memory.free) == list(range(12)), "a block was lost"
-
-
-def part_two() -> None:
-    lengths = some_lengths(300)
-    print(f"\n300 sequences, mean length {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}. Slots reserved and empty, on average:")
-    print(f"  reserved for the longest (2048)  {waste_reserved(lengths, 2048):6.1%}")
-    for size in (1, 4, 16, 64, 256):
-        print(f"  blocks of {size:3d}                    {waste(lengths, size):6.1%}")
+def main(count: int = 300, capacity: int = 16384, limit: int = 2048) -> None:
+    film()
+    requests = chat_requests(count, limit)
+    mean = sum(request.prompt + request.output for request in requests) / count
+    print(f"{count} requests of {mean:.0f} tokens on average (at most {limit}), in a memory of {capacity} slots:")
+    print("                        at the same time   empty slots    steps   preempted")
+    memories = {f"reserve {limit} slots": ReservedMemory(capacity, limit)}
+    memories |= {f"blocks of {size:3d} slots": PagedMemory(capacity, size) for size in (1, 16, 64, 256)}
+    for name, memory in memories.items():
+        usage = serve(memory, requests)
+        print(f"  {name:20s}  {usage.running:16.1f}  {usage.waste:12.1%}  {usage.steps:7d}  {usage.preempted:10d}")
+    print(f"\na sequence of 2,000 tokens is now in {math.ceil(2000 / 16)} blocks of 16, anywhere in memory")
 
 
 if __name__ == "__main__":
-    part_one()
-    part_two()
+    main()
