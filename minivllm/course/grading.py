@@ -52,8 +52,8 @@ def run_checks(checks: Path, answer: Path, tasks: list[int], seconds: float) -> 
     return [done.get(task) or Outcome(task, False, lost) for task in tasks]
 
 
-def grade(checks: Path, answer: Path, begin: Callable[[int], None] = lambda task: None) -> Iterator[Outcome]:
-    """The outcomes, task by task, in this process. `begin` is called before each task; 0 is loading the files."""
+def grade(checks: Path, answer: Path, begin: Callable[[int], None] = lambda task: None, only: int | None = None) -> Iterator[Outcome]:
+    """The outcomes, task by task, in this process: of all tasks, or of one. `begin` is called before each task; 0 is loading the files."""
     begin(0)
     try:
         lesson = load(answer, "learner")
@@ -62,6 +62,8 @@ def grade(checks: Path, answer: Path, begin: Callable[[int], None] = lambda task
         return
     functions = _by_task(load(checks, "checks"))
     for task, group in functions.items():
+        if only not in (None, task):
+            continue
         begin(task)
         figures = []
         try:

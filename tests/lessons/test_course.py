@@ -37,10 +37,10 @@ def mistakes(lesson: Lesson) -> list[Mistake]:
     return list(importlib.import_module(f"tests.lessons.test_lesson_{lesson.number}").MISTAKES)
 
 
-def outcomes(lesson: Lesson, text: str, folder: Path) -> dict[int, Outcome]:
+def outcomes(lesson: Lesson, text: str, folder: Path, only: int | None = None) -> dict[int, Outcome]:
     answer = folder / "answer.py"
     answer.write_text(text, encoding="utf-8")
-    return {outcome.task: outcome for outcome in grade(lesson.folder / "check.py", answer)}
+    return {outcome.task: outcome for outcome in grade(lesson.folder / "check.py", answer, only=only)}
 
 
 # ---- the form of a lesson
@@ -183,7 +183,7 @@ def test_typical_mistakes_are_explained(lesson: Lesson, tmp_path: Path) -> None:
     assert {mistake.task for mistake in known} == {task.number for task in lesson.tasks}, "each task needs a typical mistake"
     for mistake in known:
         assert source(lesson).count(mistake.old) == 1, mistake
-        found = outcomes(lesson, source(lesson).replace(mistake.old, mistake.new), tmp_path)[mistake.task]
+        found = outcomes(lesson, source(lesson).replace(mistake.old, mistake.new), tmp_path, mistake.task)[mistake.task]
         assert not found.passed and mistake.says in found.message, (mistake, found)
 
 
