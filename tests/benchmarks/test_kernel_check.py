@@ -151,7 +151,8 @@ def test_a_model_with_packed_weights_has_a_twin(triton_ops: Ops, stored: str) ->
     spec = parse_config(SHAPE)
     config = {"quantization_config": dict(quantization_config(stored, spec, METHODS))} if stored not in ONLINE else {}
     # float16, because the interpreter multiplies no bfloat16 matrices.
-    build = BuildContext(torch.device("cpu"), torch.float16, triton_ops, method_of(config, wanted=stored if stored in ONLINE else None))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    build = BuildContext(device, torch.float16, triton_ops, method_of(config, wanted=stored if stored in ONLINE else None))
     model = loader.load_model(spec, None, "dummy", build)  # type: ignore[arg-type]
     layout = KVLayout.of(spec, 16, torch.float16)
     twin = twin_with(model, reference_ops())
