@@ -25,7 +25,7 @@ def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec.dtype, device)
     offload = plan_weight_offload(config.cpu_offload_gb, spec, method, dtype, device)
-    needed = resident_bytes(spec, method, dtype.itemsize) - offload.saved_bytes
+    needed = resident_bytes(spec, method, dtype.itemsize, device.type == "cuda") - offload.saved_bytes
     if device.type != "cuda":
         total = host_memory()
         if needed > total:

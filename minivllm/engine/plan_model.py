@@ -118,7 +118,7 @@ class _Planner:
 
     def weights(self, config: EngineConfig, quantization: str | None) -> list[ResidentWeight]:
         """The loaded weights, in the checkpoint's storage or in another one."""
-        return list(resident_weights(self.spec, self._method(config, quantization), self.dtype.itemsize))
+        return list(resident_weights(self.spec, self._method(config, quantization), self.dtype.itemsize, self.gpu is not None))
 
     def _method(self, config: EngineConfig, quantization: str | None) -> MethodOf:
         if quantization is None:
@@ -160,7 +160,8 @@ class _Planner:
         """The layers in host memory. (A start also checks that this memory is large enough.)"""
         if config.cpu_offload_gb and self.gpu is None:
             raise InvalidInput(f"cpu_offload_gb is {config.cpu_offload_gb:g}, and the plan is for a CPU: leave it out", "cpu_offload_gb")
-        return choose_layers(layer_bytes(self.spec, self._method(config, quantization), self.dtype.itemsize), config.cpu_offload_gb)
+        sizes = layer_bytes(self.spec, self._method(config, quantization), self.dtype.itemsize, self.gpu is not None)
+        return choose_layers(sizes, config.cpu_offload_gb)
 
     def _unpacked(self, config: EngineConfig, quantization: str | None) -> int:
         """Bytes of the largest piece of a packed weight that a prompt's products unpack."""

@@ -110,7 +110,7 @@ def take_from(needed: Mapping[str, Parameter], checkpoint: Checkpoint, build: Bu
 
 def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:
     """Bytes of all parameters once they are loaded."""
-    return resident_bytes(spec, build.method, build.dtype.itemsize)
+    return resident_bytes(spec, build.method, build.dtype.itemsize, build.device.type == "cuda")
 
 
 def parameter_bytes(params: Mapping[str, Parameter], dtype: torch.dtype) -> int:

@@ -55,9 +55,9 @@ class AWQMethod(LinearMethod):
                          for t in (smallest_exact(tensors["scales"]), unpack_awq(tensors["qzeros"])))
         return GroupedMatmul(GroupedWeight(codes=codes, bits=BITS, scales=scales, zeros=zeros), ops)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
-        return grouped_bytes(sum(rows), cols, BITS, self.group, zero_bytes=1)
+        return grouped_bytes(sum(rows), cols, BITS, self.group, on_gpu, zeros=True)
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:

@@ -118,8 +118,11 @@ class LinearMethod(Protocol):
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
         """The layer's product, from the tensors that `parameters` names: on the device, parts joined. rows: outputs of each part."""
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
-        """Bytes of the built weight, without the bias. itemsize: of the model's dtype. By default those of the declared tensors."""
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
+        """Bytes of the built weight, without the bias. By default those of the declared tensors.
+
+        itemsize: of the model's dtype. on_gpu: packed for a GPU, whose kernels pad inputs and store a zero next to its scale.
+        """
         return sum(math.prod(param.shape) * (itemsize if param.dtype is None else DTYPE_BYTES[param.dtype])
                    for param in self.parameters(rows, cols).values())
 
@@ -133,9 +136,9 @@ class LinearMethod(Protocol):
         """A line to print when a model with such layers is loaded."""
         return None
 
-    def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int) -> dict[str, int]:
+    def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> dict[str, int]:
         """`resident_bytes` by `type_name`."""
-        return {self.type_name: self.resident_bytes(rows, cols, itemsize)}
+        return {self.type_name: self.resident_bytes(rows, cols, itemsize, on_gpu)}
 
 
 MethodOf: TypeAlias = Callable[[LinearSpec], LinearMethod]  # linear layer -> its method

@@ -111,7 +111,7 @@ class Bnb4Method(LinearMethod):
             code=functional.get_4bit_type(self.kind, device=codes.device))
         return Bnb4Matmul(codes.view(-1, 1), state)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
         return packed_bytes(sum(rows), cols) if self._packs(cols) else sum(rows) * cols * itemsize
 
@@ -134,7 +134,7 @@ class OnlineBnb4Method(LinearMethod):
         functional = importlib.import_module(f"{PACKAGE}.functional")
         return Bnb4Matmul(*functional.quantize_4bit(tensors["weight"], blocksize=BLOCK, quant_type="nf4"))
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
         return packed_bytes(sum(rows), cols)
 

@@ -101,10 +101,11 @@ class IntMethod(LinearMethod):
         g_idx = tensors.get("weight_g_idx", torch.full((cols,), UNORDERED))
         return ordered_matmul(weight, g_idx, self.group, rows, ops)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
         return order_bytes(self.ordered, self.group, cols) + grouped_bytes(
-            sum(rows), cols, max(self.bits, 4), self.group, scale_bytes=self.scale_bytes, zero_bytes=0 if self.symmetric else 1)
+            sum(rows), cols, max(self.bits, 4), self.group, on_gpu, scale_bytes=self.scale_bytes,
+            zeros=not self.symmetric)
 
 
 def _unsigned(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from minivllm.errors import ModelError, shown
 from minivllm.families import Key, read
 from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.grouped import GroupedMatmul, even_group, spread
+from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes, spread
 from minivllm.quantization.modules import by_name, listed, names, one_of
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ class FP8Method(LinearMethod):
             codes=tensors["weight"], bits=8, scales=scales.contiguous(), quantize_input=self.quantize_input,
             input_scale=tensors["input_scale"].amax() if self.input_scale else None), ops)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
         height, width = self.block or (1, -1)
-        scales = sum(rows) // math.gcd(height, *rows) * (cols // even_group(width, cols))
-        return sum(rows) * cols + 4 * scales + 4 * self.input_scale
+        packed = grouped_bytes(sum(rows), cols, 8, width, on_gpu, scale_bytes=4, rows_per_scale=math.gcd(height, *rows))
+        return packed + 4 * self.input_scale
 
 
 def reshaped(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:

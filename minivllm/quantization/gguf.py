@@ -88,12 +88,12 @@ class GGUFMethod(LinearMethod):
         """See `LinearMethod`."""
         return GroupedMatmul(unpack(tensors["weight"], self.block), ops)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
         fields, super_group = self.block.fields, 256 if self.block.weights == 256 else 0
         each = 1 if super_group else 2  # bytes of a scale
-        return grouped_bytes(sum(rows), cols, self.block.bits, self.block.group, scale_bytes=each, min_bytes=each * ("min" in fields),
-                             super_group=super_group, supers=1 + ("min" in fields))
+        return grouped_bytes(sum(rows), cols, self.block.bits, self.block.group, on_gpu, scale_bytes=each,
+                             mins="min" in fields, super_group=super_group)
 
 
 def unpack(raw: Tensor, block: Block) -> GroupedWeight:

@@ -77,9 +77,9 @@ class GPTQMethod(LinearMethod):
             scales=spread(smallest_exact(tensors["scales"]).t(), self.group, cols).contiguous())
         return ordered_matmul(weight, tensors["g_idx"], self.group, rows, ops)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
-        packed = grouped_bytes(sum(rows), cols, max(self.bits, 4), self.group, zero_bytes=0 if self.sym else 1)
+        packed = grouped_bytes(sum(rows), cols, max(self.bits, 4), self.group, on_gpu, zeros=not self.sym)
         return packed + order_bytes(self.desc_act, self.group, cols)
 
 

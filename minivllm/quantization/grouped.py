@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from minivllm.kernels.grouped import GroupedWeight
 
 
+CHUNK = 64  # inputs: on a GPU, a weight's are padded to a multiple
+
+
 class GroupedMatmul(Matmul):
     """Integers or fp8 numbers with scales per group, packed for the device."""
 
@@ -54,9 +57,32 @@ def even_group(group: int, count: int) -> int:
     return count if group == -1 else math.gcd(group, count)
 
 
-def grouped_bytes(n: int, k: int, bits: int, group: int, *, scale_bytes: int = 2, zero_bytes: int = 0, min_bytes: int = 0,
-                  super_group: int = 0, supers: int = 0) -> int:
-    """Bytes of a packed weight [n, k]. supers: float16 numbers per super-group of inputs."""
+def grouped_bytes(n: int, k: int, bits: int, group: int, on_gpu: bool, *, scale_bytes: int = 2, rows_per_scale: int = 1,
+                  zeros: bool = False, mins: bool = False, super_group: int = 0) -> int:
+    """Bytes of a packed weight [n, k]. The keywords describe a `GroupedWeight`: zeros of one byte, mins as large as scales, float16 supers.
+
+    on_gpu: as `kernels/triton/packed_weight.py` packs it.
+    """
+    from minivllm.kernels import tuning
+
     group = even_group(group, k)
-    per_row = k * bits // 8 + k // group * (scale_bytes + zero_bytes + min_bytes) + (k // super_group * supers * 2 if super_group else 0)
-    return n * per_row
+    supers = n * (k // super_group) * 2 * (1 + mins) if super_group else 0
+    row_scale = group == k and not (zeros or mins or super_group)
+    stored = stored_group(group, bits)
+    if not on_gpu or (stored is None and not row_scale):
+        return n * k * bits // 8 + n // rows_per_scale * (k // group) * (scale_bytes * (1 + mins) + zeros) + supers
+    padded = -(-k // CHUNK) * CHUNK
+    groups = 1 if row_scale or stored is None else -(-padded // stored)
+    each = scale_bytes if not (zeros or mins) else 2 if super_group else 4
+    counters = -(-n // 16) * tuning.PACKED_MAX_ROWS // 16 * 4
+    return n * padded * bits // 8 + n // rows_per_scale * groups * each + supers + counters
+
+
+def stored_group(group: int, bits: int) -> int | None:
+    """Inputs for which a GPU stores one scale. None: not even 16 inputs share one, so that the reference multiplies."""
+    from minivllm.kernels import tuning
+
+    if group % ((2 if bits == 8 else 4) * tuning.UNPACK_WORDS) == 0:
+        return group
+    power = group & -group  # the largest power of two that divides it
+    return power if power >= CHUNK // 4 else None

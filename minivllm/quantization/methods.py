@@ -92,9 +92,9 @@ def stored_modules(spec: ModelSpec, method: MethodOf) -> dict[str, LinearMethod]
             for i, name in enumerate(linear.checkpoint_names)}
 
 
-def resident_bytes(spec: ModelSpec, method: MethodOf, itemsize: int) -> int:
+def resident_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> int:
     """Bytes of the loaded model's weights. itemsize: of its dtype. More than the checkpoint's if a method keeps its scales unpacked."""
-    return sum(weight.num_bytes for weight in resident_weights(spec, method, itemsize))
+    return sum(weight.num_bytes for weight in resident_weights(spec, method, itemsize, on_gpu))
 
 
 class ResidentWeight(NamedTuple):
@@ -105,22 +105,22 @@ class ResidentWeight(NamedTuple):
     num_bytes: int
 
 
-def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int) -> Iterator[ResidentWeight]:
+def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> Iterator[ResidentWeight]:
     """The weights of the loaded model, each module by type."""
     for tensor in tensor_specs(spec).values():
         yield ResidentWeight(tensor.name.rpartition(".")[0], "", math.prod(tensor.shape) * itemsize)
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
         rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
-        for type_name, num_bytes in method(linear).bytes_by_type(rows, linear.cols, itemsize).items():
+        for type_name, num_bytes in method(linear).bytes_by_type(rows, linear.cols, itemsize, on_gpu).items():
             yield ResidentWeight(linear.name, type_name, num_bytes)
         if linear.bias:
             yield ResidentWeight(linear.name, "", sum(linear.rows) * itemsize)
 
 
-def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int) -> list[int]:
+def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> list[int]:
     """Bytes of each layer's weights, as `resident_bytes`."""
     found = [0] * len(spec.layers)
-    for weight in resident_weights(spec, method, itemsize):
+    for weight in resident_weights(spec, method, itemsize, on_gpu):
         if weight.name.startswith("layers."):
             found[int(weight.name.split(".")[1])] += weight.num_bytes
     return found

@@ -45,9 +45,9 @@ class OnlineMethod(LinearMethod):
         """See `LinearMethod`."""
         return GroupedMatmul(quantize(tensors["weight"], self.kind), ops)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
-        return grouped_bytes(sum(rows), cols, 8, -1, scale_bytes=4)
+        return grouped_bytes(sum(rows), cols, 8, -1, on_gpu, scale_bytes=4)
 
 
 def quantize(weight: Tensor, kind: Literal["fp8", "int8"]) -> GroupedWeight:

@@ -52,15 +52,15 @@ class PartsMethod(LinearMethod):
             built.append((method.build(own, some, ops), sum(some)))
         return PartsMatmul(built)
 
-    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int) -> int:
+    def resident_bytes(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> int:
         """See `LinearMethod`."""
-        return sum(self.bytes_by_type(rows, cols, itemsize).values())
+        return sum(self.bytes_by_type(rows, cols, itemsize, on_gpu).values())
 
-    def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int) -> dict[str, int]:
+    def bytes_by_type(self, rows: tuple[int, ...], cols: int, itemsize: int, on_gpu: bool = False) -> dict[str, int]:
         """See `LinearMethod`."""
         found = Counter[str]()
         for indices, method in self.runs:
-            found.update(method.bytes_by_type(tuple(rows[i] for i in indices), cols, itemsize))
+            found.update(method.bytes_by_type(tuple(rows[i] for i in indices), cols, itemsize, on_gpu))
         return found
 
 

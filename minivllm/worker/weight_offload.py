@@ -18,7 +18,7 @@ def plan_weight_offload(gib: float, spec: ModelSpec, method: MethodOf, dtype: to
     if device.type != "cuda":
         raise InvalidInput(f"cpu_offload_gb is {gib:g}, and the device is a {device.type.upper()}, whose weights are in host memory "
                            "anyway: leave it out", "cpu_offload_gb")
-    sizes = layer_bytes(spec, method, dtype.itemsize)
+    sizes = layer_bytes(spec, method, dtype.itemsize, on_gpu=True)
     offload, available = choose_layers(sizes, gib), available_host_memory()
     if offload.host_bytes > available:
         raise InvalidInput(f"cpu_offload_gb {gib:g} keeps {offload.host_bytes / GIB:.2f} GiB of weights in host memory, of which "
