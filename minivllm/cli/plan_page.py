@@ -57,10 +57,9 @@ def render() -> str:
         "```bash", f"minivllm plan MODEL --gpu {CARD} {FLAGS} --quantization awq", "```", "",
         f"They are calculated, not measured: for an {card.title} with {card.memory_gib:g} GiB that no other program uses, of which 0.9 may "
         f"be used, {card.bandwidth:g} GB/s, and at most {SETTINGS['max_num_seqs']} sequences and {SETTINGS['max_num_batched_tokens']:,} "
-        "tokens in a step. Weights and the bytes of a token are exact, except that AWQ takes one byte more per group on a GPU, 1.5% of its "
-        "weights. The peak of a step and the driver's context are estimates, and so are times: weights and keys are read once per token, "
-        "at the part of the card's bandwidth that the kernels for 16 bits reached on an H200. Whole models with packed weights have not "
-        "been timed there yet.", "",
+        "tokens in a step. Weights and the bytes of a token are exact. The peak of a step and the driver's context are estimates, and so "
+        "are times: weights and keys are read once per token, at the part of the card's bandwidth that the kernels for 16 bits reached on "
+        "an H200. Whole models with packed weights have not been timed there yet.", "",
         "- **weights**: GiB on the GPU. AWQ and fp8 leave the embedding table and the output head in 16 bits, so a large vocabulary costs "
         "more; GGUF files pack both.",
         "- **KV tokens**: that fit beside the weights, for all sequences together. The first number is for keys and values in 16 bits, the "

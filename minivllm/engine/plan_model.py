@@ -28,7 +28,7 @@ from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.kv_cache import kv_format
 from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, layer_bytes, method_of, resident_weights
-from minivllm.sampling.sampler import MAX_LOGITS_ROWS
+from minivllm.sampling.sampler import Sampler
 from minivllm.speculative.load import describe_draft
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_dtype, dtype_of
@@ -134,7 +134,7 @@ class _Planner:
         weights = weights_by_kind(self.weights(config, quantization), str(self.dtype).removeprefix("torch."))
         budget = token_budget(config, spec.max_model_len, torch.device("cpu" if self.gpu is None else "cuda"))
         if self.draft is not None:
-            weights["draft", str(self.dtype).removeprefix("torch.")] = self.draft.weight_bytes(self.dtype.itemsize)
+            weights["draft", str(self.dtype).removeprefix("torch.")] = self.draft.weight_bytes(self.dtype.itemsize, self.gpu is not None)
         layout = KVLayout.of(spec, config.block_size, self.dtype, kv_format(config.kv_cache_dtype),
                              None if self.draft is None else self.draft.spec)
         request = CacheSettings.of(config, spec.max_model_len, budget)
@@ -174,8 +174,8 @@ class _Planner:
         assert self.gpu is not None
         arch = self.gpu.arch // 10 * 10
         return {
-            "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs, MAX_LOGITS_ROWS,
-                              unpacked),
+            "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
+                              Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked),
             "graphs": 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget),
             "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),

@@ -118,11 +118,12 @@ def weights_by_kind(weights: Sequence[ResidentWeight], dtype: str) -> dict[tuple
 
 
 def step_peak(spec: ModelSpec, itemsize: int, max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int,
-              logits_rows: int, unpacked: int = 0) -> int:
+              sampling: int, unpacked: int = 0) -> int:
     """Estimated bytes that the largest step allocates beyond the weights: a model of what `worker/memory.py` measures on a GPU.
 
     The largest step is a prompt of as many tokens as the budget allows. Its peak is in the attention or the MLP of one layer, or, for a
-    large vocabulary, in the sampler. unpacked: bytes of the largest piece of a packed weight that a prompt's products unpack.
+    large vocabulary, in the sampler. sampling: bytes of logits and their copies. unpacked: bytes of the largest piece of a packed weight
+    that a prompt's products unpack.
     """
     length = min(max_model_len, max_num_batched_tokens)
     tokens = length * max(1, min(max_num_batched_tokens // max_model_len, max_num_seqs))
@@ -132,8 +133,6 @@ def step_peak(spec: ModelSpec, itemsize: int, max_num_batched_tokens: int, max_m
     rotations = len({(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers})
     inputs = tokens * (4 + 8 + 8 + 2 * rotations * spec.layers[0].attention.head_dim * itemsize)
     previous = hidden if tokens == length else 0  # the measurement holds the result of one more step
-    # The logits, a copy in float32 that constraints change, the unchanged ones in float32 for log-probabilities, and their exponentials.
-    sampling = logits_rows * spec.vocab_size * (itemsize + 12 if itemsize < 4 else 12)
     return max(layer + previous, hidden + sampling) + inputs
 
 

@@ -14,8 +14,8 @@ verification simple: a draft is accepted if it equals the token that is sampled 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ Array = np.ndarray[Any, Any]
 # Temperatures and repetition penalties beyond these limits act as the limits do. They keep all products in float32's range.
 LEAST, MOST = 1e-20, 1e20
 MAX_LOGITS_ROWS = 256  # rows of logits that exist at a time
-PENALTY_ROWS = 32  # logits rows whose penalties are computed at a time: they need several copies of the logits
+WIDE_LOGITS = 1 << 22  # logits that are copied to float32 at a time, for penalties, bias and log-probabilities: 27 rows of 151,936 tokens
+PENALTY_PARTS = 2  # in which the penalties of these rows are computed, because they need several more copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,17 @@ class LogprobColumns:
     top_logprobs: Tensor  # [m, max k]
 
     @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, index: Array, k: Array) -> LogprobColumns:
-        """From raw logits [m, V] float32 and tokens [m]."""
-        return cls(index, k, token_ids, *sampling.token_logprobs(logits, token_ids, int(k.max())))
+    def of(cls, logits: Tensor, token_ids: Tensor, index: Array, k: Array, most: int | None = None) -> LogprobColumns:
+        """From raw logits [m, V] float32 and tokens [m]. most: columns of alternatives, by default the largest k."""
+        return cls(index, k, token_ids, *sampling.token_logprobs(logits, token_ids, int(k.max()) if most is None else most))
+
+    @classmethod
+    def join(cls, parts: Sequence[LogprobColumns]) -> LogprobColumns:
+        """Parts with the same number of columns of alternatives, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(np.concatenate([part.index for part in parts]), np.concatenate([part.k for part in parts]),
+                   *(torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.token_ids, self.logprob, self.rank, self.top_ids, self.top_logprobs
@@ -80,6 +89,7 @@ class Sampler:
                  ops: Ops | None = None) -> None:
         """`ops`: the kernels of the model; by default the device's."""
         self._ops = ops or select(device)
+        self.wide_rows = wide_rows(vocab_size)
         self._eos_token_ids = tuple(eos_token_ids)
         self._temperature = np.zeros(num_rows, np.float32)  # 0: greedy
         self._top_k = np.zeros(num_rows, np.int32)
@@ -101,6 +111,16 @@ class Sampler:
         """Device memory that a sampler keeps, with all rows in use: nothing grows beyond it while requests are served."""
         pairs = min(num_rows, MAX_LOGITS_ROWS) * 2 * MAX_STRINGS  # each bad word at the start of a text and after a space
         return PenaltyCounts.num_bytes(num_rows, vocab_size) + pairs * PAIR_BYTES + max(num_rows, MAX_LOGITS_ROWS) * 8
+
+    @staticmethod
+    def peak_bytes(vocab_size: int, itemsize: int) -> int:
+        """Estimated device memory of the largest sampling call, in which all rows have penalties and log-probabilities.
+
+        The logits; of `wide_rows` rows, the raw ones in float32 and those that penalties change; and for a part of these, 26 bytes per
+        token at a time: their own copy, the tokens' counts, factors and products.
+        """
+        wide = min(wide_rows(vocab_size), MAX_LOGITS_ROWS)
+        return vocab_size * (MAX_LOGITS_ROWS * itemsize + wide * 8 + -(-wide // PENALTY_PARTS) * 26)
 
     def reset(self) -> None:
         """Forget all rows; their memory stays."""
@@ -150,6 +170,23 @@ class Sampler:
         the drafts to the token table: a draft is at the position of the token that it is compared with. Each token is sampled as if the
         drafts before it were output. It is counted only if all of these drafts are accepted.
         """
+        logprobs = self._logprobs[rows]
+        all_wide = self._penalties.penalized[rows].any() or self._biased(rows)  # logits of one step have one dtype
+        if (len(rows) if all_wide else (logprobs >= 0).sum()) <= self.wide_rows:
+            return self._sample(logits, rows, positions, tokens, masks)
+        parts = [(part.start, self._sample(logits[part], rows[part], positions[part], tokens,
+                                           None if masks is None else masks.part(part.start, part.stop), int(logprobs.max())))
+                 for part in parts_of(rows, positions, self.wide_rows)]
+        columns = [replace(found.logprobs, index=found.logprobs.index + start) for start, found in parts if found.logprobs is not None]
+        return SampledTokens(torch.cat([found.token_ids for _, found in parts]), LogprobColumns.join(columns) if columns else None)
+
+    def _biased(self, rows: Array) -> bool:
+        """Whether a row has a bias."""
+        return bool(self._constraints) and any(len(c.bias_ids) for c in map(self._constraints.get, rows.tolist()) if c is not None)
+
+    def _sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None,
+                most: int | None = None) -> SampledTokens:
+        """As `sample`, of rows that may all be copied to float32. most: columns of alternatives in the log-probabilities."""
         with_logprobs = np.flatnonzero(self._logprobs[rows] >= 0)
         penalized = np.flatnonzero(self._penalties.penalized[rows])
         constrained = {i: self._constraints[r] for i, r in enumerate(rows.tolist()) if r in self._constraints} if self._constraints else {}
@@ -167,8 +204,9 @@ class Sampler:
             apply_constraints(logits, constrained, rows, positions, tokens, self._bad_words)
         if len(penalized):
             drafts = DraftRuns.of(rows[penalized], positions[penalized])
-            for start in range(0, len(penalized), PENALTY_ROWS):
-                self._penalize(logits, rows, penalized[start : start + PENALTY_ROWS], start, drafts, tokens)
+            step = -(-self.wide_rows // PENALTY_PARTS)
+            for start in range(0, len(penalized), step):
+                self._penalize(logits, rows, penalized[start : start + step], start, drafts, tokens)
 
         token_ids = self._choose(logits, rows, positions)
 
@@ -178,7 +216,7 @@ class Sampler:
         if raw is None:
             return SampledTokens(token_ids, None)
         chosen = token_ids[upload([with_logprobs], logits.device)[0]]
-        return SampledTokens(token_ids, LogprobColumns.of(raw, chosen, with_logprobs, self._logprobs[rows[with_logprobs]]))
+        return SampledTokens(token_ids, LogprobColumns.of(raw, chosen, with_logprobs, self._logprobs[rows[with_logprobs]], most))
 
     def _penalize(self, logits: Tensor, rows: Array, index: Array, start: int, drafts: DraftRuns | None, tokens: Tensor) -> None:
         """index: of some of the logits rows with penalties; the first one is number `start` of all of these."""
@@ -209,3 +247,20 @@ class Sampler:
         """Temperatures and keys of a batch of greedy rows: all zeros, which are on the device already."""
         assert n <= len(self._zeros), "the caller samples at most MAX_LOGITS_ROWS at a time"
         return self._zeros.view(torch.float32).view(-1)[:n], self._zeros[:n]
+
+
+def wide_rows(vocab_size: int) -> int:
+    """Logits rows that are copied to float32 at a time."""
+    return max(1, WIDE_LOGITS // vocab_size)
+
+
+def parts_of(rows: Array, positions: Array, limit: int) -> Iterator[slice]:
+    """Logits rows, at most `limit` at a time; rows of one sequence with drafts, at consecutive positions, stay together."""
+    total, start, last = len(rows), 0, 0
+    follows = (rows[1:] == rows[:-1]) & (positions[1:] == positions[:-1] + 1)
+    for end in [*(np.flatnonzero(~follows) + 1).tolist(), total]:  # of samples
+        if end - start > limit and last > start:
+            yield slice(start, last)
+            start = last
+        last = end
+    yield slice(start, total)

@@ -53,13 +53,13 @@ class Draft:
     group: int  # the target's KV group whose blocks the draft uses
     vocabulary: int | None = None  # tokens that a head with a reduced vocabulary can propose; None: all
 
-    def weight_bytes(self, itemsize: int) -> int:
+    def weight_bytes(self, itemsize: int, on_gpu: bool) -> int:
         """Bytes of its weights on the device. itemsize: of the target's dtype."""
         if self.settings.method != "eagle":
-            return resident_bytes(self.spec, self.method, itemsize)
+            return resident_bytes(self.spec, self.method, itemsize, on_gpu)
         hidden = self.spec.hidden_size
         one_layer = replace(self.spec, vocab_size=1, tied=True)
-        return resident_bytes(one_layer, self.method, itemsize) + (2 * hidden + (self.vocabulary or 0)) * hidden * itemsize
+        return resident_bytes(one_layer, self.method, itemsize, on_gpu) + (2 * hidden + (self.vocabulary or 0)) * hidden * itemsize
 
 
 def find_draft(config: EngineConfig, target: ModelSpec, tokenizer: Path | None = None) -> Draft | None:

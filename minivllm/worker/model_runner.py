@@ -15,7 +15,7 @@ prompt of 8,000 tokens would take 5 GB.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
 from minivllm.kernels.upload import upload
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.logits_processors import TokenMasks
-from minivllm.sampling.sampler import LogprobColumns, Sampler
+from minivllm.sampling.sampler import LogprobColumns, Sampler, parts_of
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.batch import Columns, Packed, RowTable
 from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs
@@ -259,7 +259,7 @@ class ModelRunner:
         tokens: list[Tensor] = []
         logprobs: list[tuple[int, LogprobColumns]] = []
         c = packed.columns
-        for part in _parts(c):
+        for part in parts_of(c.sample_rows, c.sample_positions, MAX_LOGITS_ROWS):
             logits = self.model.logits(hidden[packed.batch.logit_rows[part]], dtype=None)  # [n, V]
             some_masks = None if masks is None else masks.part(part.start, part.stop)
             choice = self.sampler.sample(logits, c.sample_rows[part], c.sample_positions[part], self.rows.tokens, some_masks)
@@ -278,26 +278,11 @@ class ModelRunner:
         for start in range(0, len(logit_rows), MAX_LOGITS_ROWS):
             part = slice(start, start + MAX_LOGITS_ROWS)
             targets = self.rows.tokens.view(-1)[packed.prompt_index[part]].long()
-            logits = self.model.logits(hidden[logit_rows[part]])
-            columns.append(LogprobColumns.of(logits, targets, np.arange(len(targets)), k[part]))
+            logits = self.model.logits(hidden[logit_rows[part]], dtype=None)
+            for some in range(0, len(targets), self.sampler.wide_rows):
+                wide = slice(some, some + self.sampler.wide_rows)
+                columns.append(LogprobColumns.of(logits[wide].float(), targets[wide], np.arange(len(targets[wide])), k[part][wide]))
         return columns
-
-
-def _parts(c: Columns) -> Iterator[slice]:
-    """Logits rows, MAX_LOGITS_ROWS at a time; rows of one sample stay together."""
-    total = len(c.sample_rows)
-    if not len(c.drafts):
-        yield from (slice(start, min(start + MAX_LOGITS_ROWS, total)) for start in range(0, total, MAX_LOGITS_ROWS))
-        return
-    follows = (c.sample_rows[1:] == c.sample_rows[:-1]) & (c.sample_positions[1:] == c.sample_positions[:-1] + 1)
-    ends = [*(np.flatnonzero(~follows) + 1).tolist(), total]  # of samples
-    start = last = 0
-    for end in ends:
-        if end - start > MAX_LOGITS_ROWS and last > start:
-            yield slice(start, last)
-            start = last
-        last = end
-    yield slice(start, total)
 
 
 def _failure(plan: StepPlan, error: Exception) -> str:

