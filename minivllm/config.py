@@ -98,7 +98,8 @@ class EngineConfig:
     speculative_config: dict[str, Any] | None = option(  # noqa: RUF009
         None, f"speculative decoding: method (ngram) and num_speculative_tokens (1 to {MAX_DRAFTS} drafts per step); for ngram also "
         "prompt_lookup_min and prompt_lookup_max (default: 5 each)", metavar="JSON")
-    max_queue: int | None = option(None, "maximum number of waiting requests; further ones are refused (default: no limit)")
+    max_queue: int | None = option(None,
+        "maximum number of waiting requests, of which each API key keeps an equal share; further ones are refused (default: no limit)")
     trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
     def __post_init__(self) -> None:

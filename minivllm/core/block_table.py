@@ -32,6 +32,11 @@ class BlockTable:
         """Number of tokens for which the table has slots."""
         return len(self.groups[0]) * self.block_size
 
+    @property
+    def num_blocks(self) -> int:
+        """Entries of all groups that are not outside a window."""
+        return len(self.groups) * len(self.groups[0]) - sum(self._num_dropped)
+
     def blocks(self) -> Iterator[BlockId]:
         return (block for group in self.groups for block in group if block != NULL_BLOCK)
 

@@ -10,11 +10,11 @@ from minivllm.core.scheduler_state import SchedulerState
 def fork(state: SchedulerState, parent: Sequence, index: int, tokens: list[int]) -> Sequence:
     """A sequence that shares the parent's blocks.
 
-    If no row is free, or the parent is not running, the fork waits in the queue and later reuses the blocks that are in the prefix cache.
+    If it gets no row now, or the parent is not running, the fork waits in the queue. Later it reuses blocks that are in the prefix cache.
     """
     child = state.new_sequence(parent.request, index, tokens, parent.max_tokens_total)
     child.block_hashes = parent.block_hashes.copy()
-    if parent.status is not SequenceStatus.RUNNING or not state.free_rows:
+    if parent.status is not SequenceStatus.RUNNING or not state.may_fork(parent.request):
         state.waiting.push(child)
         return child
     state.kv.fork(parent, child)

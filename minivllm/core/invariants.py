@@ -1,7 +1,7 @@
 """What is true of a scheduler between any two calls, as assertions. It specifies which part of the scheduler owns what."""
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from minivllm.core.plan import NULL_BLOCK
 from minivllm.core.prefix_cache import chain_hashes
@@ -21,6 +21,7 @@ def check_state(state: SchedulerState) -> None:
         assert hashes == sequence.block_hashes, f"{sequence.id} has block hashes that do not belong to its tokens"
     for sequence in running:
         _check_running(state, sequence)
+    _check_shares(state, running)
     for sequence in waiting:
         _check_waiting(sequence)
 
@@ -62,6 +63,19 @@ def _check_sequences(state: SchedulerState, running: list[Sequence], waiting: li
     assert {id(s) for s in unfinished} == {id(s) for s in listed if s.status is not SequenceStatus.FINISHED}, "a sequence is in no list"
     for request in state.requests.values():
         assert not request.finished, f"{request.new.request_id} is finished and was not removed"
+
+
+def _check_shares(state: SchedulerState, running: list[Sequence]) -> None:
+    """Counts of rows and of waiting sequences by owner and by request."""
+    counted = [s for s in running if s.status is SequenceStatus.RUNNING]
+    rows = Counter(s.request.new.owner for s in counted)
+    assert rows == +Counter(state.share.rows), f"rows by owner are {dict(rows)}, and {state.share.rows} were counted"
+    waiting = Counter(id(s.request) for s in state.waiting.sequences())
+    for request in state.requests.values():
+        assert request.num_rows == sum(s.request is request for s in counted), f"{request.new.request_id} has another number of rows"
+        assert request.num_waiting == waiting[id(request)], f"{request.new.request_id} has another number of waiting sequences"
+    assert len(state.waiting) == waiting.total()
+    assert state.waiting.num_requests == len(waiting)
 
 
 def _check_in_flight(state: SchedulerState, running: list[Sequence]) -> None:

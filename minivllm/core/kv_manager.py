@@ -65,6 +65,10 @@ class KVManager:
         self.cache.extend_hashes(sequence.block_hashes, sequence.request.root_hash, sequence.tokens, limit, stop_at_miss=True)
         return self.cache.match(sequence.block_hashes[:limit // self._size])
 
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks of all groups that hold this many tokens."""
+        return -(-num_tokens // self._size) * self._num_groups
+
     def fits(self, match: PrefixMatch, num_tokens: int, reserve: int) -> bool:
         """Whether the pool has blocks for this many tokens, given the match, and `reserve` blocks more."""
         leave_free_list = sum(self.pool.ref_counts[block] == 0 for block in match.device_blocks)

@@ -61,7 +61,10 @@ def sequence_id(request_id: str, index: int, n: int) -> str:
 class Request:
     """An unfinished request: its sequences, and how many of its n children are not forked yet."""
 
-    __slots__ = ("new", "next_index", "num_unforked", "order", "root_hash", "seed", "sequences", "stop_rule")
+    __slots__ = (
+        "is_queued", "new", "next_index", "num_rows", "num_unforked", "num_waiting", "order", "root_hash", "seed", "sequences", "stop_rule",
+        "waiting",
+    )
 
     def __init__(self, new: EngineRequest, seed: int, stop_rule: StopRule, order: tuple[int, int], root_hash: bytes) -> None:
         self.new = new
@@ -72,6 +75,10 @@ class Request:
         self.sequences: list[Sequence] = []
         self.num_unforked = new.params.n - 1
         self.next_index = new.params.n  # for forks of a beam search
+        self.num_rows = 0  # RUNNING sequences (`FairShare`)
+        self.num_waiting = 0  # sequences in the waiting queue
+        self.waiting: list[tuple[int, Sequence]] = []  # these as a heap, by child index
+        self.is_queued = False  # the queue of its owner has an entry for it
 
     @property
     def finished(self) -> bool:

@@ -97,8 +97,7 @@ class Scheduler:
         if new.request_id in state.requests:
             raise InvalidInput(f"request id {new.request_id!r} is in use: choose another", "request_id")
         max_tokens_total = self._admission.max_tokens_total(new)
-        if self.queue_is_full:
-            raise QueueFull(f"Rate limit reached: max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
+        self.check_room(new.owner)
         priority = new.priority if self.config.policy == "priority" else 0
         rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
         request = Request(new, seed, rule, (priority, state.next_arrival), root_hash(new.adapter, new.cache_salt))
@@ -118,10 +117,22 @@ class Scheduler:
         self._state.remove_rowless()
         return True
 
-    @property
-    def queue_is_full(self) -> bool:
-        """Whether `max_queue` requests wait, so that `add` refuses another one."""
-        return self.config.max_queue is not None and len(self._state.waiting) >= self.config.max_queue
+    def has_room(self, owner: str = "", num_preparing: int = 0) -> bool:
+        """Whether `add` takes another request of this owner.
+
+        At most `max_queue` requests wait. `num_preparing` of them are not in the scheduler yet. If the queue is full, an owner that
+        uses less than its share of it may still add one, so that no other owner can fill it for all.
+        """
+        waiting, limit = self._state.waiting, self.config.max_queue
+        if limit is None or waiting.num_requests + num_preparing < limit:
+            return True
+        owners = waiting.num_owners_with(owner)
+        return owners > 1 and waiting.num_requests_of(owner) < max(1, limit // owners)
+
+    def check_room(self, owner: str = "", num_preparing: int = 0) -> None:
+        """Raise `QueueFull` unless `has_room`."""
+        if not self.has_room(owner, num_preparing):
+            raise QueueFull(f"Rate limit reached: max_queue ({self.config.max_queue}) requests wait already: try again later", "max_queue")
 
     def choose_beams(self, request_id: str, beams: abc.Sequence[tuple[str, int]]) -> list[str]:
         """Beam search: continue with these (sequence id, newest token) only. Returns the ids of the continued beams, in order.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 
+from minivllm.core.fair_share import FairShare
 from minivllm.core.kv_manager import KVManager
 from minivllm.core.plan_builder import LaunchedPlan
 from minivllm.core.request import NO_ROW, Request, Sequence, SequenceStatus
@@ -38,6 +39,7 @@ class SchedulerState:
         "prefix_queries",
         "requests",
         "running",
+        "share",
         "waiting",
     )
 
@@ -45,7 +47,8 @@ class SchedulerState:
         self.config = config
         self.kv = KVManager(config)
         self.requests: dict[str, Request] = {}
-        self.waiting = WaitingQueue()
+        self.share = FairShare(config.max_running, config.num_blocks)
+        self.waiting = WaitingQueue(self.share)
         self.running: list[Sequence] = []  # every sequence with a row, in priority order
         self.preempted_beams: list[Sequence] = []  # paused, without a row, and not in the queue
         self.free_rows = list(range(config.max_running - 1, -1, -1))
@@ -64,13 +67,25 @@ class SchedulerState:
         sequence.status = SequenceStatus.RUNNING
         sequence.row = self.free_rows.pop()
         sequence.must_readmit = True
+        self.share.start(sequence)
         insort(self.running, sequence, key=_order)
+
+    def may_fork(self, request: Request) -> bool:
+        """Whether a fork of this request gets a row now. It does not while another owner or request waits that has a smaller share."""
+        if not self.free_rows:
+            return False
+        first = self.waiting.first() if self.share.has_enough(request) or self.waiting.has_several_owners else None
+        if first is None or first.request is request:
+            return True
+        owner, other = request.new.owner, first.request.new.owner
+        return not self.share.has_enough(request) and (owner == other or self.share.turn(owner) < self.share.turn(other))
 
     def preempt(self, victim: Sequence) -> None:
         """Send a running sequence back to the queue: now, or with the update of the last launched plan that includes it."""
         self.num_preemptions += 1
         victim.num_preemptions += 1
         victim.status = SequenceStatus.PREEMPTED
+        self.share.stop(victim)
         victim.leave_fast_path()
         self.leave_row_if_idle(victim)
 
@@ -78,6 +93,8 @@ class SchedulerState:
         """Make a sequence FINISHED, whatever its status is."""
         before, sequence.status = sequence.status, SequenceStatus.FINISHED
         sequence.leave_fast_path()
+        if before is SequenceStatus.RUNNING:
+            self.share.stop(sequence)
         if before in (SequenceStatus.RUNNING, SequenceStatus.PREEMPTED):
             self.leave_row_if_idle(sequence)
             return

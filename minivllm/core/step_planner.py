@@ -14,7 +14,7 @@ from __future__ import annotations
 from minivllm.core.forks import fork
 from minivllm.core.plan import BlockId, BlockMove, RowAdmission, StepPlan
 from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
-from minivllm.core.preemption import allocate_slots
+from minivllm.core.preemption import allocate_slots, blocks_by_owner, make_blocks_for_share, make_room_for_share
 from minivllm.core.request import Sequence, SequenceStatus
 from minivllm.core.scheduler_state import SchedulerState
 
@@ -32,6 +32,8 @@ def plan_step(state: SchedulerState, now: float) -> PlanBuilder:
     state.remove_rowless()
     if not plan.short_of_blocks:
         _plan_waiting(state, plan, now)
+    elif state.waiting.has_several_owners and (first := state.waiting.first()) is not None:
+        make_blocks_for_share(state, first, state.kv.num_blocks_for(first.num_known))
     return plan
 
 
@@ -175,9 +177,17 @@ def _row_admission(sequence: Sequence) -> RowAdmission:
 
 
 def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
-    while plan.budget and state.free_rows:
+    if state.waiting.has_several_owners and len(state.waiting):
+        state.share.blocks = blocks_by_owner(state.running)
+    while plan.budget:
         sequence = state.waiting.first()
-        if sequence is None or not _admit(state, plan, sequence, now):
+        if sequence is None:
+            return
+        if not state.free_rows:
+            make_room_for_share(state, sequence)
+            if not state.free_rows:
+                return
+        if not _admit(state, plan, sequence, now):
             return  # no later sequence overtakes one that does not fit
 
 
@@ -193,6 +203,7 @@ def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, now: fl
     reserve = state.config.num_blocks // 100 if state.running else 0  # for the next tokens of running sequences
     if not state.kv.fits(match, computed + count, reserve):
         plan.short_of_blocks = True
+        make_blocks_for_share(state, sequence, state.kv.num_blocks_for(computed + count) + reserve)
         return False
     state.waiting.pop()
     if sequence.status is SequenceStatus.WAITING:

@@ -163,7 +163,7 @@ class EngineCore:
     @property
     def has_room(self) -> bool:
         """Whether the queue takes another request now. Steps make room."""
-        return not self.scheduler.queue_is_full
+        return self.scheduler.has_room()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request whose prompt `prepare_request` or a server has prepared. Raises `InvalidInput` as `add_request` does."""

@@ -50,10 +50,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = data.draw(self.configs)
         self.h = Harness(config, chaos=random.Random(seed), drafts=drafts, stop_strings=stop_strings)
 
-    @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), priority=st.integers(0, 2), salt=st.sampled_from([None, None, "salt"]))
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, priority: int, salt: str | None) -> None:
+    @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), priority=st.integers(0, 2), salt=st.sampled_from([None, None, "salt"]),
+          owner=st.sampled_from(["", "", "a", "b"]))
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, priority: int, salt: str | None, owner: str) -> None:
         try:
-            self.h.add(prompt, params, seed=seed, priority=priority, cache_salt=salt)
+            self.h.add(prompt, params, seed=seed, priority=priority, cache_salt=salt, owner=owner)
         except InvalidInput as refusal:
             assert "can never fit" in refusal.message
 

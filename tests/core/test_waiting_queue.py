@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.core.block_table import BlockTable
+from minivllm.core.fair_share import FairShare
 from minivllm.core.request import Request, Sequence, SequenceStatus
 from minivllm.core.stopping import StopRule
 from minivllm.core.waiting_queue import WaitingQueue
@@ -24,7 +25,7 @@ def end(queue: WaitingQueue, sequence: Sequence) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
 def test_the_lowest_priority_number_is_first_and_then_the_earliest_arrival(items: list[tuple[int, bool]]) -> None:
-    queue, left = WaitingQueue(), []
+    queue, left = WaitingQueue(FairShare(4, 10)), []
     for arrival, (priority, ends) in enumerate(items):
         sequence = waiting(arrival, priority)
         queue.push(sequence)
@@ -38,10 +39,10 @@ def test_the_lowest_priority_number_is_first_and_then_the_earliest_arrival(items
 
 
 def test_finished_sequences_behind_a_waiting_front_are_removed() -> None:
-    queue = WaitingQueue()
+    queue = WaitingQueue(FairShare(4, 10))
     queue.push(waiting(0))
     for arrival in range(1, 2000):
         sequence = waiting(arrival, priority=1)
         queue.push(sequence)
         end(queue, sequence)
-    assert len(queue) == 1 and len(queue._heap) < 100
+    assert len(queue) == 1 and len(queue._owners[""].heap) < 100

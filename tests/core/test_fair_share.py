@@ -1,0 +1,110 @@
+"""Owners share rows, blocks and the queue fairly, and a request with many children leaves rows to others."""
+from __future__ import annotations
+
+from collections import Counter, deque
+
+import pytest
+
+from minivllm.core.admission import QueueFull
+from minivllm.core.plan import StepPlan, StepResult
+from minivllm.core.scheduler import Scheduler, SchedulerConfig
+from minivllm.engine_request import EngineRequest
+from minivllm.sampling_params import SamplingParams
+
+ROWS = 8
+
+
+class Storm:
+    """A scheduler whose steps all succeed. Each client of an owner has one request at a time."""
+
+    def __init__(self, **settings: object) -> None:
+        base: dict[str, object] = {"num_blocks": 1000, "block_size": 4, "max_num_seqs": ROWS, "max_num_batched_tokens": 64,
+                                   "max_model_len": 256}
+        self.scheduler = Scheduler(SchedulerConfig(**{**base, **settings}))  # type: ignore[arg-type]
+        self.tokens: Counter[str] = Counter()  # by owner
+        self.refused: Counter[str] = Counter()
+        self.unfinished: Counter[str] = Counter()  # children by request
+        self.count = 0
+        self.in_flight: deque[StepPlan] = deque()
+
+    def add(self, owner: str, prompt: int, output: int, n: int = 1) -> str:
+        self.count += 1
+        name = f"{owner}-{self.count}"
+        params = SamplingParams(n=n, max_tokens=output, ignore_eos=True)
+        try:
+            self.scheduler.add(EngineRequest(name, (*range(self.count % 7, prompt), self.count), params, owner=owner))
+            self.unfinished[name] = n
+        except QueueFull:
+            self.refused[owner] += 1
+        return name
+
+    def step(self) -> None:
+        while (plan := self.scheduler.schedule(0.0)) is not None:
+            self.in_flight.append(plan)
+        plan = self.in_flight.popleft()
+        result = StepResult(step_id=plan.step_id, token_ids=((3,),) * len(plan.sample_rows), finished_moves=())
+        for update in self.scheduler.update(plan, result, {}, 0.0):
+            self.tokens[update.request_id.partition("-")[0]] += len(update.token_ids)
+            self.unfinished[update.request_id] -= update.finish_reason is not None
+        if plan.step_id % 20 == 0:
+            self.scheduler.check()
+
+    def run(self, steps: int, clients: dict[str, tuple[int, tuple[int, int, int]]]) -> None:
+        """`clients` by owner: their number and their requests. Each sends the next request when the last one has ended."""
+        open_now = [(owner, self.add(owner, *work)) for owner, (count, work) in clients.items() for _ in range(count)]
+        for _ in range(steps):
+            self.step()
+            open_now = [(owner, name if self.unfinished[name] else self.add(owner, *clients[owner][1])) for owner, name in open_now]
+
+
+HOSTILE = {"long outputs": (8, 200, 1), "many children": (8, 200, 64), "long prompts": (240, 4, 1), "short": (2, 1, 1)}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("blocks", [1000, 90], ids=["enough blocks", "few blocks"])
+def test_a_key_keeps_40_percent_of_its_throughput_beside_a_hostile_one(kind: str, depth: int, blocks: int) -> None:
+    alone, storm = (Storm(planning_depth=depth, num_blocks=blocks) for _ in range(2))
+    good, hostile = {"good": (2 * ROWS, (12, 12, 1))}, {"hostile": (60, HOSTILE[kind])}
+    alone.run(150, good)
+    storm.run(20, hostile)
+    storm.run(150, good | hostile)
+    assert storm.tokens["good"] >= 0.4 * alone.tokens["good"], f"{storm.tokens} instead of {alone.tokens}"
+    assert storm.tokens["hostile"] >= 0.2 * alone.tokens["good"] or kind == "long prompts", "the hostile key has its share too"
+
+
+def test_a_request_with_many_children_leaves_rows_to_others_of_the_same_owner() -> None:
+    storm = Storm()
+    storm.add("", 8, 200, n=64)
+    for _ in range(4):
+        storm.step()
+    assert len(storm.scheduler.running) == ROWS, "all rows, while nothing else waits"
+    names = [storm.add("", 8, 3) for _ in range(20)]
+    for _ in range(20):
+        storm.step()
+    assert not any(storm.unfinished[name] for name in names)
+
+
+def test_children_of_ordinary_requests_are_not_preempted() -> None:
+    storm = Storm()
+    for _ in range(10):
+        storm.add("", 8, 20, n=4)
+    while storm.scheduler.has_unfinished():
+        storm.step()
+    assert storm.scheduler.stats().num_preemptions == 0
+
+
+def test_the_queue_counts_requests_and_keeps_a_share_for_each_owner() -> None:
+    storm = Storm(max_queue=4, max_num_seqs=1)
+    storm.add("hostile", 8, 100, n=64)
+    storm.step()
+    for _ in range(10):
+        storm.add("hostile", 8, 100, n=64)
+    assert storm.refused == {"hostile": 7}, "the first one has waiting children, and three more fit"
+    for _ in range(4):
+        storm.add("good", 8, 4)
+    assert storm.refused == {"hostile": 7, "good": 2}
+    storm.add("third", 8, 4)
+    assert storm.refused["third"] == 0
+    assert storm.scheduler.has_room("fourth") and not storm.scheduler.has_room("hostile")
+    assert not Storm(max_queue=4).scheduler.has_room("x", num_preparing=4)
