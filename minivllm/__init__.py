@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from minivllm.engine.prompts import PromptType as PromptType
     from minivllm.engine.prompts import TextPrompt as TextPrompt
     from minivllm.engine.prompts import TokensPrompt as TokensPrompt
+    from minivllm.engine_request import LoRARequest as LoRARequest
     from minivllm.errors import InvalidInput as InvalidInput
     from minivllm.outputs import CompletionOutput as CompletionOutput
     from minivllm.outputs import RequestOutput as RequestOutput
@@ -49,6 +50,7 @@ _HOME = {
     "EngineConfig": "minivllm.config",
     "InvalidInput": "minivllm.errors",
     "LLM": "minivllm.engine.llm",
+    "LoRARequest": "minivllm.engine_request",
     "LLMEngine": "minivllm.engine.llm_engine",
     "RequestOutput": "minivllm.outputs",
     "SamplingParams": "minivllm.sampling_params",

@@ -25,6 +25,7 @@ QUANTIZATIONS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gp
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 # Sampling parameters whose defaults the server and the command line take from the model's generation_config.json.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+MAX_LORAS, MAX_LORA_RANK = 4, 16  # defaults
 MOST = 2**31 - 1  # of counts and lengths, which kernels and the block tables hold as 32-bit integers
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -98,6 +99,10 @@ class EngineConfig:
     speculative_config: dict[str, Any] | None = option(  # noqa: RUF009
         None, f"speculative decoding: method (ngram) and num_speculative_tokens (1 to {MAX_DRAFTS} drafts per step); for ngram also "
         "prompt_lookup_min and prompt_lookup_max (default: 5 each)", metavar="JSON")
+    enable_lora: bool = option(False, "serve LoRA adapters beside the model: requests name one, and a batch may have several")
+    max_loras: int = option(MAX_LORAS, "number of LoRA adapters that one step may use; each has a slot in the device's memory")
+    max_lora_rank: int = option(MAX_LORA_RANK, "largest rank of a LoRA adapter, 1 to 512; it sets the size of the slots")
+    max_cpu_loras: int | None = option(None, "number of LoRA adapters in host memory, at least max_loras (default: no limit)")
     max_queue: int | None = option(None,
         "maximum number of waiting requests, of which each API key keeps an equal share; further ones are refused (default: no limit)")
     trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
@@ -113,6 +118,12 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "max_queue"):
             self._between(name, 1, MOST)
         self._between("kv_cache_memory_bytes", 1, 2**60)
+        self._between("max_loras", 1, 1024)
+        self._between("max_lora_rank", 1, 512)
+        self._between("max_cpu_loras", self.max_loras, MOST)
+        for name, default in (("max_loras", MAX_LORAS), ("max_lora_rank", MAX_LORA_RANK), ("max_cpu_loras", None)):
+            if not self.enable_lora and getattr(self, name) != default:
+                raise InvalidInput(f"{name} has no effect without enable_lora: give both, or leave it out", name)
         self._between("max_logprobs", -1, MOST)
         self._between("num_gpu_blocks_override", 2, MOST)  # one of them is the null block
         if self.quantization not in (None, *QUANTIZATIONS):

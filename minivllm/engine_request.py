@@ -16,6 +16,34 @@ from minivllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """A LoRA adapter, by name, number and folder (vLLM's class). The name identifies it; the number is for programs that use numbers."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""  # folder with adapter_config.json and adapter_model.safetensors; not needed once it is loaded
+    load_inplace: bool = False  # replace a loaded adapter of this name
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lora_name, str) or not self.lora_name:
+            raise InvalidInput(f"lora_name must be a name, got {self.lora_name!r}", "lora_name")
+        if not isinstance(self.lora_int_id, int) or self.lora_int_id < 1:
+            raise InvalidInput(f"lora_int_id must be a whole number of at least 1, got {self.lora_int_id!r}", "lora_int_id")
+
+    @property
+    def name(self) -> str:
+        return self.lora_name
+
+    @property
+    def adapter_id(self) -> int:
+        return self.lora_int_id
+
+    @property
+    def path(self) -> str:
+        return self.lora_path
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A prompt as token ids, and how to continue it. Frozen, plain and picklable."""
 
@@ -25,19 +53,7 @@ class EngineRequest:
     arrival_time: float = field(default_factory=time.monotonic)  # seconds
     priority: int = 0  # lower runs first, under the priority policy
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
-    adapter: str | None = None
     owner: str = ""  # label of the API key that pays for it: the queue and the rows are shared fairly between owners
+    lora_request: LoRARequest | None = None
+    adapter_id: int = 0  # set by the engine: number of that adapter's load; 0: the base model
     beam_search: bool = False  # after each token its sequences pause until `choose_beams`
-
-
-@dataclass(frozen=True, slots=True)
-class LoRARequest:
-    """A LoRA adapter for one request (vLLM's class). Adapters are not built yet: a request with one is refused."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_path: str = ""
-
-    def __post_init__(self) -> None:
-        if self.lora_int_id < 1:
-            raise InvalidInput(f"lora_int_id must be at least 1, got {self.lora_int_id}", "lora_int_id")

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from minivllm.core.plan import TokenLogprobs
+from minivllm.engine_request import LoRARequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -100,7 +101,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
 
     def finished(self) -> bool:
         """A method, as in vLLM."""
@@ -119,8 +120,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     finished: bool = False  # all completions have ended
+    lora_request: LoRARequest | None = None
     # vLLM's further attributes, for features that are not built
-    lora_request: None = None
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None
     kv_transfer_params: None = None

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": ("errors", "sampling_params", "speculative_config", *SPELLINGS),
     "compat": (*ENGINE, "cli.flags"),
     "families": ("errors",),
-    "outputs": ("core.plan",),
+    "outputs": ("core.plan", "engine_request"),
     "engine_request": ("errors", "sampling_params"),
     "splitmix64": (),
     "output_parsers": (),

@@ -33,7 +33,6 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.entrypoints.llm": {"LLM": "minivllm.engine.llm"},
     "minivllm.engine.arg_utils": _ENGINE_ARGS,
     "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm", **_ENGINE_ARGS},
-    "minivllm.lora": {},
     "minivllm.lora.request": {"LoRARequest": "minivllm.engine_request"},
     "minivllm.distributed": _DISTRIBUTED,
     "minivllm.distributed.parallel_state": _DISTRIBUTED,

@@ -15,6 +15,7 @@ def check_state(state: SchedulerState) -> None:
     _check_block_owners(state, running, waiting)
     _check_sequences(state, running, waiting)
     _check_in_flight(state, running)
+    state.adapters.check(Counter(a for s in running if (a := s.request.new.adapter_id)))
     size = state.config.block_size
     for sequence in (*running, *waiting):
         hashes = chain_hashes(sequence.request.root_hash, sequence.tokens[:len(sequence.block_hashes) * size], size)

@@ -34,6 +34,7 @@ class RowAdmission:
     seed: int  # 64 bits; chosen by the engine if the user gave none
     child_index: int  # 0..n-1, or above for forks of a beam search; the second word of the noise counter
     prompt_logprobs_from: int | None = None  # first prompt position whose logprobs are still to be returned; None: none are
+    adapter_slot: int = -1  # slot of its LoRA adapter, as long as it has this row; -1: the base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class BlockMove:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one engine step computes. Order inside a step: moves out, moves in, copy-on-write, KV writes.
+    """What one engine step computes. Order inside a step: adapters, moves out, moves in, copy-on-write, KV writes.
 
     The worker updates its rows in this order: `admitted`, `freed_blocks`, `copies`, `new_blocks`. An admission carries the row's
     complete tables, so the row's `new_blocks` entry is empty. It replaces anything the row held before.
@@ -85,6 +86,7 @@ class StepPlan:
     copies: tuple[BlockCopy, ...] = ()
     moves_out: tuple[BlockMove, ...] = ()
     moves_in: tuple[BlockMove, ...] = ()
+    adapter_loads: tuple[tuple[int, int], ...] = ()  # (slot, adapter): LoRA adapters to bring into slots
 
     @property
     def total_tokens(self) -> int:

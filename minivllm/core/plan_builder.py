@@ -90,7 +90,9 @@ class PlanBuilder:
         self.sample_sequences.append(sequence)
         return len(self.sample_sequences) - 1
 
-    def build(self, moves_out: abc.Sequence[BlockMove], moves_in: abc.Sequence[BlockMove]) -> StepPlan:
+    def build(
+        self, moves_out: abc.Sequence[BlockMove], moves_in: abc.Sequence[BlockMove], adapter_loads: tuple[tuple[int, int], ...] = (),
+    ) -> StepPlan:
         ids = tuple([s.id for s in self.sequences])
         rows = tuple([s.row for s in self.sequences])
         only_decodes = self.num_decodes == len(self.sequences)
@@ -100,7 +102,7 @@ class PlanBuilder:
             sample_rows=rows if only_decodes else tuple([s.row for s in self.sample_sequences]),
             sample_ids=ids if only_decodes else tuple([s.id for s in self.sample_sequences]),
             admitted=tuple(self.admitted), freed_blocks=tuple(self.freed_blocks), copies=tuple(self.copies),
-            moves_out=tuple(moves_out), moves_in=tuple(moves_in),
+            moves_out=tuple(moves_out), moves_in=tuple(moves_in), adapter_loads=adapter_loads,
         )
 
 

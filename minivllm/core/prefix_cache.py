@@ -2,7 +2,7 @@
 
 The keys and values in a block depend on every token up to its end. So a block's hash covers its own tokens *and* the hash of the
 block before it. The first block's parent is a root hash of everything else that the content depends on (adapter) or that limits
-which requests may share it (cache_salt):
+which requests may share it (cache_salt). The adapter is the number of a load, so blocks of an adapter that was loaded again are not found:
 
     root = H(adapter, salt)      h0 = H(root, tokens 0..15)      h1 = H(h0, tokens 16..31)      ...
 
@@ -33,8 +33,8 @@ from minivllm.core.plan import NULL_BLOCK, BlockId
 HASH_BATCH = 32  # blocks hashed at a time during a search that stops at the first miss
 
 
-def root_hash(adapter: str | None, cache_salt: str | None) -> bytes:
-    """The parent of a first block."""
+def root_hash(adapter: int, cache_salt: str | None) -> bytes:
+    """The parent of a first block. adapter: number of a load; 0: the base model."""
     return sha256(repr((adapter, cache_salt)).encode()).digest()
 
 

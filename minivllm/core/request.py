@@ -114,6 +114,7 @@ class Sequence:
         "num_computed",
         "num_known",
         "num_moves_out",
+        "num_passes",
         "num_planned",
         "num_preemptions",
         "num_prompt_tokens",
@@ -159,6 +160,7 @@ class Sequence:
         self.shares_last_block = False  # after a fork: the partly filled last block may have other owners
         self.dropped_entries: list[tuple[int, int]] = []  # (group, logical index) outside the window; the next plan tells the worker
         self.host_blocks: list[list[int]] = []  # [G][blocks] while SWAPPED
+        self.num_passes = 0  # later sequences with adapters that started before it, because its adapter had no slot
         self.num_moves_out = 0  # pending moves out: it resumes after the last one
         self.must_readmit = False  # the worker's row is missing or wrong: the next plan carries the whole row
         self.waits_for_result = new.params.structured_outputs is not None or new.beam_search

@@ -100,7 +100,7 @@ class Scheduler:
         self.check_room(new.owner)
         priority = new.priority if self.config.policy == "priority" else 0
         rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
-        request = Request(new, seed, rule, (priority, state.next_arrival), root_hash(new.adapter, new.cache_salt))
+        request = Request(new, seed, rule, (priority, state.next_arrival), root_hash(new.adapter_id, new.cache_salt))
         state.next_arrival += 1
         state.requests[new.request_id] = request
         state.waiting.push(state.new_sequence(request, 0, list(new.prompt_token_ids), max_tokens_total))
@@ -185,6 +185,7 @@ class Scheduler:
         """
         launched = self._pop_launched(plan)
         updates = fail_step(self._state, launched, finished_moves)
+        self._state.adapters.repeat_loads(launched)
         release_plan(self._state, launched, ())
         return updates
 
@@ -200,6 +201,7 @@ class Scheduler:
         for sequence in self._state.running:
             sequence.must_readmit = True
             sequence.fast_plan_limit = 0
+        self._state.adapters.repeat_loads()
 
     def reset_prefix_cache(self) -> None:
         """Make everything computed so far unfindable, including blocks that running sequences will fill up later."""
@@ -209,6 +211,10 @@ class Scheduler:
             sequence.cacheable = sequence.cacheable and sequence.num_computed == 0 and sequence.num_planned == 0
 
     # Observation.
+
+    def uses_adapter(self, adapter_id: int) -> bool:
+        """Whether an unfinished request, or a launched plan, has this LoRA adapter."""
+        return any(r.new.adapter_id == adapter_id for r in self._state.requests.values()) or self._state.adapters.users(adapter_id) > 0
 
     def has_unfinished(self) -> bool:
         """Whether there is anything to schedule or to update."""

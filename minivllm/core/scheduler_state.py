@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 
+from minivllm.core.adapter_slots import AdapterSlots
 from minivllm.core.fair_share import FairShare
 from minivllm.core.kv_manager import KVManager
 from minivllm.core.plan_builder import LaunchedPlan
@@ -26,6 +27,7 @@ class SchedulerState:
 
     __slots__ = (
         "_num_rowless",
+        "adapters",
         "config",
         "free_rows",
         "kv",
@@ -46,6 +48,7 @@ class SchedulerState:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.kv = KVManager(config)
+        self.adapters = AdapterSlots(config.max_loras, max_passes=config.max_running)
         self.requests: dict[str, Request] = {}
         self.share = FairShare(config.max_running, config.num_blocks)
         self.waiting = WaitingQueue(self.share)
@@ -67,6 +70,7 @@ class SchedulerState:
         sequence.status = SequenceStatus.RUNNING
         sequence.row = self.free_rows.pop()
         sequence.must_readmit = True
+        self.adapters.acquire(sequence.request.new.adapter_id)
         self.share.start(sequence)
         insort(self.running, sequence, key=_order)
 
@@ -113,6 +117,7 @@ class SchedulerState:
     def _leave_row(self, sequence: Sequence) -> None:
         self.free_rows.append(sequence.row)
         sequence.row = NO_ROW
+        self.adapters.release(sequence.request.new.adapter_id)
         self._num_rowless += 1
         if sequence.status is SequenceStatus.FINISHED:
             self.kv.free(sequence)

@@ -5,7 +5,8 @@ A step is filled in this order (see `scheduler` for the reasons):
     1. decodes: the next token of every running sequence whose prompt is computed
     2. verifications: decodes with drafts to verify
     3. prompt chunks of running sequences, in priority order, from the rest of the token budget
-    4. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step
+    4. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step,
+       except that later ones may pass a sequence whose LoRA adapter finds no slot (see `adapter_slots`)
 
 Planning uses only counts. It never needs the value of a token that a launched plan is sampling.
 """
@@ -17,6 +18,8 @@ from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
 from minivllm.core.preemption import allocate_slots, blocks_by_owner, make_blocks_for_share, make_room_for_share
 from minivllm.core.request import Sequence, SequenceStatus
 from minivllm.core.scheduler_state import SchedulerState
+
+MAX_PASSED = 64  # waiting sequences without a slot that a step looks behind: bounds the time of planning
 
 
 def plan_step(state: SchedulerState, now: float) -> PlanBuilder:
@@ -52,7 +55,7 @@ def launch_plan(state: SchedulerState, plan: PlanBuilder) -> StepPlan | None:
         assert not moves_in
         return None
     state.next_step_id += 1
-    launched = LaunchedPlan(plan.build(moves_out, moves_in), plan)
+    launched = LaunchedPlan(plan.build(moves_out, moves_in, state.adapters.take_loads()), plan)
     state.launched.append(launched)
     return launched.plan
 
@@ -94,7 +97,7 @@ def _plan_decode(state: SchedulerState, plan: PlanBuilder, sequence: Sequence) -
     new_blocks = allocate_slots(state, plan, sequence, start + 1)
     if new_blocks is None:
         return
-    plan.add_decode(sequence, start, _add_row_changes(plan, sequence, new_blocks))
+    plan.add_decode(sequence, start, _add_row_changes(state, plan, sequence, new_blocks))
     sequence.num_planned = start + 1
     sequence.num_known += 1
     _set_fast_plan_limit(sequence)
@@ -115,7 +118,7 @@ def _plan_tokens(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, c
     if new_blocks is None:
         return
     drafts = sequence.drafts[:max(0, end - sequence.num_known)]
-    column = plan.add(sequence, start, count, _add_row_changes(plan, sequence, new_blocks), drafts)
+    column = plan.add(sequence, start, count, _add_row_changes(state, plan, sequence, new_blocks), drafts)
     sequence.num_planned, sequence.drafts = end, drafts  # drafts that do not fit are dropped
     if end >= sequence.num_known and sequence.num_known < sequence.max_tokens_total:
         plan.add_sample(column, sequence)
@@ -133,7 +136,7 @@ def _fork_children(state: SchedulerState, plan: PlanBuilder, column: int, parent
         child = fork(state, parent, index, list(request.new.prompt_token_ids))
         if child.status is SequenceStatus.RUNNING:
             child.num_known += 1
-            _add_row_changes(plan, child, plan.no_blocks)
+            _add_row_changes(state, plan, child, plan.no_blocks)
             # The child confirms, with this plan, all tokens in flight for the parent.
             plan.forks.append((child, plan.add_sample(column, child), child.num_in_flight))
 
@@ -150,13 +153,13 @@ def _set_fast_plan_limit(sequence: Sequence) -> None:
 
 
 def _add_row_changes(
-    plan: PlanBuilder, sequence: Sequence, new_blocks: tuple[tuple[BlockId, ...], ...],
+    state: SchedulerState, plan: PlanBuilder, sequence: Sequence, new_blocks: tuple[tuple[BlockId, ...], ...],
 ) -> tuple[tuple[BlockId, ...], ...]:
     """Add the row's admission, or its entries that left a window. Returns the blocks to append: none after an admission."""
     if sequence.must_readmit:
         sequence.must_readmit = False
         sequence.dropped_entries.clear()
-        plan.admitted.append(_row_admission(sequence))
+        plan.admitted.append(_row_admission(sequence, state.adapters.slot(sequence.request.new.adapter_id)))
         return plan.no_blocks
     for group, index in sequence.dropped_entries:
         plan.freed_blocks.append((sequence.row, group, index))
@@ -164,12 +167,13 @@ def _add_row_changes(
     return new_blocks
 
 
-def _row_admission(sequence: Sequence) -> RowAdmission:
+def _row_admission(sequence: Sequence, adapter_slot: int) -> RowAdmission:
     new, logprobs_from = sequence.request.new, sequence.prompt_logprobs_from
     return RowAdmission(
         row=sequence.row, request_id=sequence.id, token_ids=tuple(sequence.tokens), num_prompt_tokens=sequence.num_prompt_tokens,
         block_ids=sequence.table.as_tuples(), params=new.params, seed=sequence.request.seed, child_index=sequence.index,
         prompt_logprobs_from=logprobs_from if logprobs_from is not None and logprobs_from < sequence.num_prompt_tokens else None,
+        adapter_slot=adapter_slot,
     )
 
 
@@ -179,16 +183,25 @@ def _row_admission(sequence: Sequence) -> RowAdmission:
 def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
     if state.waiting.has_several_owners and len(state.waiting):
         state.share.blocks = blocks_by_owner(state.running)
-    while plan.budget:
+    passed: list[Sequence] = []  # their adapters have no slot
+    while plan.budget and len(passed) < MAX_PASSED:
         sequence = state.waiting.first()
         if sequence is None:
-            return
+            break
+        adapter = sequence.request.new.adapter_id
+        if adapter and not (state.adapters.fits(adapter) and (not passed or passed[0].num_passes < state.adapters.max_passes)):
+            passed.append(state.waiting.pop())
+            continue
         if not state.free_rows:
             make_room_for_share(state, sequence)
             if not state.free_rows:
-                return
+                break
         if not _admit(state, plan, sequence, now):
-            return  # no later sequence overtakes one that does not fit
+            break  # no later sequence overtakes one that does not fit
+        if adapter and passed:
+            passed[0].num_passes += 1
+    for sequence in passed:
+        state.waiting.push(sequence)
 
 
 def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, now: float) -> bool:

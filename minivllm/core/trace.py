@@ -25,7 +25,7 @@ from minivllm.core.plan import BlockCopy, BlockMove, RowAdmission, StepPlan, Ste
 from minivllm.core.request import SequenceUpdate
 from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.stopping import StopRule
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
@@ -34,8 +34,8 @@ VERSION = 2
 # -- JSON lines ------------------------------------------------------------------------------------------------------------
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (
-    SchedulerConfig, EngineRequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove, StepResult,
-    TokenLogprobs, Stop)}
+    SchedulerConfig, EngineRequest, LoRARequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove,
+    StepResult, TokenLogprobs, Stop)}
 _DEFAULTS = {name: {f.name: f.default for f in dataclasses.fields(c)} for name, c in _CLASSES.items()}
 
 

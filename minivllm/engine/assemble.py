@@ -24,7 +24,8 @@ class OutputBuilder:
         self.num_tokens = 0
         self.output = RequestOutput(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[CompletionOutput(index=i) for i in range(params.n)],
+            outputs=[CompletionOutput(index=i, lora_request=request.lora_request) for i in range(params.n)],
+            lora_request=request.lora_request,
         )
         for completion in self.output.outputs:
             if params.logprobs is not None:

@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -22,6 +23,7 @@ from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import start_client
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import EngineDead, InvalidInput, refuse_unbuilt
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -48,7 +50,7 @@ class AsyncLLM(UnbuiltMethods):
 
         `inputs` and `prompt_token_ids` are older forms of `prompt`.
         """
-        refuse_unbuilt(lora_request=lora_request, trace_headers=trace_headers, prompt_adapter_request=prompt_adapter_request,
+        refuse_unbuilt(trace_headers=trace_headers, prompt_adapter_request=prompt_adapter_request,
                        tokenization_kwargs=tokenization_kwargs, data_parallel_rank=data_parallel_rank)
         forms: list[Prompt] = [form for form in (prompt_token_ids, prompt, inputs) if form is not None]
         if not forms:
@@ -56,7 +58,8 @@ class AsyncLLM(UnbuiltMethods):
         prompt = forms[0]  # token ids have precedence: older programs give the text with them
         params = sampling_params or self.get_default_sampling_params()
         name = request_id if request_id is not None else f"async-{next(self._numbers)}"
-        text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority)
+        text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority,
+                                        lora_request=lora_request)
         builder = OutputBuilder(name, text, request, self.tokenizer)
         async with aclosing(self.client.generate(request)) as stream:
             async for deltas in stream:
@@ -64,6 +67,11 @@ class AsyncLLM(UnbuiltMethods):
                     builder.add(delta)
                 if (output := builder.so_far()) is not None:
                     yield output
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter before the first request that has it."""
+        await asyncio.wrap_future(self.client.load_adapter(lora_request))
+        return True
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json). `generate` uses them if it gets no `sampling_params`."""

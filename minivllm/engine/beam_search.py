@@ -24,6 +24,7 @@ from minivllm.engine.engine import EngineCore
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.prompts import Prompt, read_prompt
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.outputs import FinishReason, OutputDelta
 from minivllm.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
@@ -144,8 +145,9 @@ class _Search:
 
 def beam_search(
     engine: LLMEngine, request_ids: Sequence[str], prompts: Sequence[Prompt], params: BeamSearchParams,
+    lora_requests: Sequence[LoRARequest | None],
 ) -> list[BeamSearchOutput]:
-    """Search for all prompts at the same time. `request_ids` are unused ids, one for each prompt."""
+    """Search for all prompts at the same time. `request_ids` are unused ids, one for each prompt, as are the adapters."""
     core = engine.core
     eos = frozenset() if params.ignore_eos else frozenset(core.eos_token_ids)
     if params.beam_width + len(eos) > MAX_LOGPROBS:
@@ -160,13 +162,15 @@ def beam_search(
                 prompt.cache_salt)
         for request_id, prompt in zip(request_ids, read, strict=True)
     ]
+    adapters = dict(zip(request_ids, lora_requests, strict=True))
     waiting = deque(searches)
     running: dict[str, _Search] = {}
     try:
         while waiting or running:
             while waiting and core.has_room:  # the running searches make room
                 search = waiting.popleft()
-                core.add_request(search.request_id, search.prompt, one_step, cache_salt=search.cache_salt, beam_search=True)
+                core.add_request(search.request_id, search.prompt, one_step, cache_salt=search.cache_salt, beam_search=True,
+                                 lora_request=adapters[search.request_id])
                 running[search.request_id] = search
             for delta in engine.advance():
                 found = running.get(delta.request_id)

@@ -29,17 +29,19 @@ from minivllm.engine.messages import (
     EngineCommand,
     EngineInfo,
     EngineMessage,
-    PrefixCacheResetMessage,
+    LoadAdapterCommand,
+    ObeyedMessage,
     ReadyMessage,
     RefusedMessage,
     ResetPrefixCacheCommand,
     ShutdownCommand,
     StepMessage,
+    UnloadAdapterCommand,
     WatchCommand,
 )
 from minivllm.engine.metrics import EngineMetrics, EngineStats
 from minivllm.engine.watch import EngineView
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
@@ -92,16 +94,16 @@ class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        # Guards _streams, _arrived, _resets, _dead and _unseen: event loops add and remove streams, another thread receives messages.
+        # Guards _streams, _arrived, _replies, _dead and _unseen: event loops add and remove streams, another thread receives messages.
         self._lock = threading.Lock()
         self._streams: dict[str, _DeltaStream] = {}
         self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
-        self._resets: dict[int, Future[None]] = {}
+        self._replies: dict[int, Future[None]] = {}  # by number of the command
         self._dead: str | None = None
         self._unseen: dict[object, EngineView | None] = {}  # watcher -> what it has not yet looked at
         self._stats = EngineStats()
         self._view: EngineView | None = None
-        self._reset_numbers = itertools.count()
+        self._command_numbers = itertools.count()
         self._started: Future[EngineInfo] = Future()
         self._metrics: EngineMetrics | None = None
 
@@ -221,13 +223,25 @@ class EngineClient(ABC):
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Returns when the engine has done so, after every command that was sent before."""
+        await asyncio.wrap_future(self._command(ResetPrefixCacheCommand))
+
+    def load_adapter(self, request: LoRARequest) -> Future[None]:
+        """Load a LoRA adapter, which requests may then have by its name. Fails with `InvalidInput` if it cannot be loaded."""
+        return self._command(partial(LoadAdapterCommand, request=request))
+
+    def unload_adapter(self, lora_name: str) -> Future[None]:
+        """Forget a LoRA adapter. Running requests finish with it. Fails with `InvalidInput` for an unknown name."""
+        return self._command(partial(UnloadAdapterCommand, lora_name=lora_name))
+
+    def _command(self, make: Callable[[int], EngineCommand]) -> Future[None]:
+        """Send the command that `make` returns for a number. The future is done when the engine has obeyed."""
         future: Future[None] = Future()
-        number = next(self._reset_numbers)
+        number = next(self._command_numbers)
         with self._lock:
             self._check_alive()
-            self._resets[number] = future
-        self._send(ResetPrefixCacheCommand(number))
-        await asyncio.wrap_future(future)
+            self._replies[number] = future
+        self._send(make(number))
+        return future
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Callable[[], EngineView | None]]:
@@ -263,11 +277,15 @@ class EngineClient(ABC):
             self._deliver(message)
         elif isinstance(message, RefusedMessage):
             self._refuse(message)
-        elif isinstance(message, PrefixCacheResetMessage):
+        elif isinstance(message, ObeyedMessage):
             with self._lock:
-                future = self._resets.pop(message.number)
-            if future.set_running_or_notify_cancel():  # False: the caller has been cancelled
+                future = self._replies.pop(message.number)
+            if not future.set_running_or_notify_cancel():  # the caller has been cancelled
+                return
+            if message.error is None:
                 future.set_result(None)
+            else:
+                future.set_exception(message.error)
         elif isinstance(message, ReadyMessage):
             self._metrics = EngineMetrics(message.info.model)
             self._started.set_result(message.info)
@@ -330,11 +348,11 @@ class EngineClient(ABC):
             if self._dead is not None:
                 return
             self._dead = message.reason
-            streams, resets = list(self._streams.values()), list(self._resets.values())
-            self._resets.clear()
+            streams, replies = list(self._streams.values()), list(self._replies.values())
+            self._replies.clear()
         for stream in streams:
             _call(stream.loop, partial(stream.fail, EngineDead(message.reason)))
-        for future in resets:
+        for future in replies:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineDead(message.reason))
         if not self._started.done():

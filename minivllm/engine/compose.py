@@ -72,6 +72,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             dtype=_name(worker.dtype), num_blocks=worker.num_blocks, block_size=config.block_size, generation_config=defaults,
             scheduling_policy=config.scheduling_policy, weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
             max_logprobs=config.max_logprobs, kv_cache_dtype=_name(worker.kv_cache_dtype),
+            max_loras=config.max_loras if config.enable_lora else 0, max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
         )
         scheduler = _scheduler(config, worker, info)
         if (line := better.line(worker.device)) is not None:
@@ -81,7 +82,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
         raise
     speculation = config.speculation
     return EngineCore(
-        executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed,
+        executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed, max_cpu_loras=config.max_cpu_loras,
         speculation=None if speculation is None else Speculation(speculation, info.device, scheduler.config.planning_depth > 0),
     )
 
@@ -166,7 +167,7 @@ def _scheduler(config: EngineConfig, worker: Worker, info: EngineInfo) -> Schedu
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
         max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=worker.num_host_blocks,
-        eos_token_ids=info.eos_token_ids,
+        eos_token_ids=info.eos_token_ids, max_loras=info.max_loras,
     )
     if config.trace is None:
         return Scheduler(scheduling)

@@ -20,6 +20,7 @@ from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.core.request import sequence_id
 from minivllm.core.scheduler import Scheduler
 from minivllm.core.trace import RecordingScheduler
+from minivllm.engine.adapters import AdapterRegistry
 from minivllm.engine.executor import Executor, PendingStep
 from minivllm.engine.grammar import GrammarCompiler, GrammarMasks
 from minivllm.engine.messages import EngineInfo
@@ -29,8 +30,8 @@ from minivllm.engine.prompts import Prompt, check_params, check_prompt, prepare_
 from minivllm.engine.speculation import Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine.watch import EngineView, Watch
-from minivllm.engine_request import EngineRequest
-from minivllm.errors import EngineDead, InvalidInput, NotSupportedYet
+from minivllm.engine_request import EngineRequest, LoRARequest
+from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import DraftCounts, OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.splitmix64 import MASK, output
@@ -120,7 +121,7 @@ class EngineCore:
 
     def __init__(
         self, *, executor: Executor, scheduler: Scheduler, tokenizer: Tokenizer | None, info: EngineInfo, seed: int = 0,
-        clock: Callable[[], float] = time.monotonic, speculation: Speculation | None = None,
+        max_cpu_loras: int | None = None, clock: Callable[[], float] = time.monotonic, speculation: Speculation | None = None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
@@ -134,6 +135,7 @@ class EngineCore:
         self._compiler = GrammarCompiler(tokenizer, info.eos_token_ids)
         self._speculation = speculation
         self._outputs = OutputProcessor(tokenizer, GrammarMasks(self._compiler), speculation)
+        self._adapters = AdapterRegistry(executor, scheduler.uses_adapter, info.max_loras, max_cpu_loras)
         self._pipeline = StepPipeline(scheduler, executor, self._outputs, clock)
         self._num_added = 0
         self._watch: Watch | None = None
@@ -143,7 +145,7 @@ class EngineCore:
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, arrival_time: float | None = None,
-        priority: int = 0, cache_salt: str | None = None, beam_search: bool = False,
+        priority: int = 0, cache_salt: str | None = None, beam_search: bool = False, lora_request: LoRARequest | None = None,
     ) -> None:
         """Queue a request. Raises `InvalidInput` for a request that this engine can never answer. The output ends at `max_model_len`.
 
@@ -152,7 +154,7 @@ class EngineCore:
         _, request = prepare_request(
             request_id, prompt, params, self.tokenizer, self.max_model_len,
             arrival_time=self._clock() if arrival_time is None else arrival_time, priority=priority, cache_salt=cache_salt,
-            beam_search=beam_search,
+            beam_search=beam_search, lora_request=lora_request,
         )
         self.add(request)
 
@@ -181,8 +183,6 @@ class EngineCore:
         params = request.params
         if not isinstance(params, SamplingParams):
             raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
-        if request.adapter is not None:
-            raise NotSupportedYet(f"adapter {request.adapter!r} (LoRA adapters) is not supported yet: leave it out", "adapter")
         if not isinstance(request.request_id, str):
             raise InvalidInput(f"request_id must be a string, got {request.request_id!r}: pass str({request.request_id!r})", "request_id")
         keep = params.truncate_prompt_tokens
@@ -198,16 +198,41 @@ class EngineCore:
             raise InvalidInput("beam search with structured_outputs is not supported: leave one of them out", "structured_outputs")
         check_prompt(request.prompt_token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
         complete = check_params(params, self.tokenizer, self.vocab_size, self._info.max_logprobs)
-        return request if complete is params else replace(request, params=complete)
+        adapter_id = 0 if request.lora_request is None else self._adapters.use(request.lora_request)
+        return request if complete is params and adapter_id == request.adapter_id else replace(
+            request, params=complete, adapter_id=adapter_id)
 
     def _seed_for(self, params: SamplingParams) -> int:
         """The user's seed; otherwise one that follows from the engine's seed and the number of the request."""
         return output(self._seed, self._num_added) if params.seed is None else params.seed & MASK
 
-    def preparation(self, params: SamplingParams) -> Callable[[], object] | None:
-        """What `add` would have to compile first; None if nothing. It may be called on another thread while steps continue."""
-        structure = params.structured_outputs
-        return None if structure is None or self._compiler.is_cached(structure) else partial(self._compiler.compile, structure)
+    def preparation(self, request: EngineRequest | LoRARequest) -> Callable[[], object] | None:
+        """What `add`, or `load_adapter`, would have to compile or read first; None if nothing.
+
+        It may be called on another thread while steps continue.
+        """
+        if isinstance(request, LoRARequest):
+            return self._adapters.preparation(request)
+        read = None if request.lora_request is None else self._adapters.preparation(request.lora_request)
+        structure = request.params.structured_outputs
+        if structure is None or self._compiler.is_cached(structure):
+            return read
+        compiling = partial(self._compiler.compile, structure)
+        return compiling if read is None else lambda: (read(), compiling())
+
+    # -- LoRA adapters --------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, request: LoRARequest) -> None:
+        """Load a LoRA adapter that requests may name. Raises `InvalidInput` if it cannot be loaded, or if the name is in use."""
+        self._adapters.load(request)
+
+    def unload_adapter(self, lora_name: str) -> None:
+        """Forget a LoRA adapter: new requests cannot have it, and running ones finish with it. Raises `InvalidInput` if it is unknown."""
+        self._adapters.unload(lora_name)
+
+    def adapters(self) -> tuple[LoRARequest, ...]:
+        """The loaded LoRA adapters."""
+        return self._adapters.loaded()
 
     def choose_beams(self, request_id: str, beams: Sequence[tuple[int, int]]) -> list[int]:
         """Beam search, after every beam has its token: continue with these (index, newest token) only.
@@ -241,7 +266,9 @@ class EngineCore:
             result = self._outputs.propose(plan, result, stops)
         now = self._clock()
         deltas = self._outputs.assemble(self.scheduler.update(plan, result, stops, now), result, now)
-        return failed + deltas + self._end_failed()
+        deltas = failed + deltas + self._end_failed()
+        self._adapters.free_unused()
+        return deltas
 
     def _read(self, plan: StepPlan, result: StepResult) -> tuple[list[OutputDelta], dict[int, Stop]]:
         """Pass a result to grammars and texts. Returns the last deltas of requests that failed, and where samples end."""

@@ -14,7 +14,10 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """Runs plans in the order in which they are launched. `sample` of one plan comes before `launch` of the next."""
+    """Runs plans in the order in which they are launched. `sample` of one plan comes before `launch` of the next.
+
+    The methods for LoRA adapters are called only if the engine takes adapters.
+    """
 
     num_blocks: int
     num_host_blocks: int
@@ -22,5 +25,11 @@ class Executor(Protocol):
     def launch(self, plan: StepPlan) -> Any: ...
 
     def sample(self, step: Any, masks: TokenMasks | None = None) -> PendingStep: ...
+
+    def read_adapter(self, folder: str) -> Any: ...
+
+    def add_adapter(self, adapter_id: int, packed: Any) -> None: ...
+
+    def remove_adapter(self, adapter_id: int) -> None: ...
 
     def close(self) -> None: ...

@@ -26,14 +26,15 @@ from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineMetrics
 from minivllm.engine.metrics_reader import Metric, read_metrics
-from minivllm.engine.prompts import Prompt, prepare_request
+from minivllm.engine.prompts import Prompt, checked_lora, prepare_request
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput, refuse_unbuilt
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
-_OfflineRequest: TypeAlias = tuple[Prompt, SamplingParams, int]  # with its priority
+_OfflineRequest: TypeAlias = tuple[Prompt, SamplingParams, LoRARequest | None, int]  # with its adapter and its priority
 Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": ...}
 
 
@@ -79,6 +80,7 @@ class LLM(UnbuiltMethods):
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. `sampling_params` is one object for
         all prompts, or a list with one for each. `use_tqdm` may be a class to use in place of `tqdm`.
+        `lora_request` is a `LoRARequest` for all prompts, or a list with one or None for each; it needs `enable_lora=True`.
         `prompt_token_ids` and `inputs` are older forms of `prompts`.
         """
         refuse_unbuilt(tokenization_kwargs=tokenization_kwargs, prompt_adapter_request=prompt_adapter_request,
@@ -143,10 +145,9 @@ class LLM(UnbuiltMethods):
 
         `use_tqdm` and `concurrency_limit` are vLLM's: here all searches share the engine's batches, and there is no progress bar.
         """
-        refuse_unbuilt(lora_request=lora_request)
         every = _as_list(prompts)
         request_ids = [f"beam-{self._new_id()}" for _ in every]
-        return beam_search(self.llm_engine, request_ids, every, params)
+        return beam_search(self.llm_engine, request_ids, every, params, _lora_list(lora_request, len(every)))
 
     def get_tokenizer(self) -> Any:
         """The Transformers tokenizer where that package is installed, else the engine's own."""
@@ -211,10 +212,10 @@ class LLM(UnbuiltMethods):
     ) -> list[_OfflineRequest]:
         """One entry per prompt. Raises `InvalidInput` if the lists have different lengths."""
         every = _as_list(prompts)
-        refuse_unbuilt(lora_request=lora_request if not isinstance(lora_request, Sequence) else any(lora_request))
         if priority is not None and len(priority) != len(every):
             raise InvalidInput(f"{len(every)} prompts, but {len(priority)} priorities: give one each", "priority")
-        return list(zip(every, self._params_list(params, len(every)), priority or [0] * len(every), strict=True))
+        return list(zip(every, self._params_list(params, len(every)), _lora_list(lora_request, len(every)), priority or [0] * len(every),
+                        strict=True))
 
     def _params_list(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:
@@ -237,10 +238,11 @@ class LLM(UnbuiltMethods):
         try:
             while len(request_ids) < len(requests) or builders:
                 while (i := len(request_ids)) < len(requests) and core.has_room:  # steps make room
-                    prompt, params, priority = requests[i]
+                    prompt, params, lora_request, priority = requests[i]
                     request_ids.append(self._new_id())
                     text, request = prepare_request(
-                        request_ids[i], prompt, params, core.tokenizer, core.max_model_len, priority=priority)
+                        request_ids[i], prompt, params, core.tokenizer, core.max_model_len, priority=priority,
+                        lora_request=lora_request)
                     core.add(request)
                     builders[request_ids[i]] = OutputBuilder(request_ids[i], text, request, core.tokenizer)
                     if metrics is not None:
@@ -282,6 +284,15 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise InvalidInput(f"prompts are texts or lists of token ids, got {prompts!r}", "prompts")
     every = list(prompts)
     return [every] if every and isinstance(every[0], numbers.Integral) else every  # type: ignore[list-item,return-value]
+
+
+def _lora_list(lora_request: Any, count: int) -> list[LoRARequest | None]:
+    """One adapter for all prompts, or a list with one (or None) for each."""
+    if not isinstance(lora_request, Sequence):
+        return [checked_lora(lora_request)] * count
+    if len(lora_request) != count:
+        raise InvalidInput(f"{count} prompts, but {len(lora_request)} LoRARequests: give one for all or one each", "lora_request")
+    return [checked_lora(one) for one in lora_request]
 
 
 class _Progress:

@@ -21,6 +21,7 @@ from minivllm.engine.hf_tokenizer import public_tokenizer
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.prompts import Prompt, prepare_request
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput, refuse_unbuilt
 from minivllm.outputs import OutputDelta, RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -48,16 +49,33 @@ class LLMEngine(UnbuiltMethods):
 
         Raises `InvalidInput` for a request that this engine can never answer.
         """
-        refuse_unbuilt(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, trace_headers=trace_headers)
+        refuse_unbuilt(tokenization_kwargs=tokenization_kwargs, trace_headers=trace_headers)
         if isinstance(arrival_time, Sequence):  # the fourth argument was prompt_token_ids in older versions
             prompt, arrival_time = arrival_time, None
         arrival = None if arrival_time is None else arrival_time - time.time() + time.monotonic()
         text, request = prepare_request(
-            request_id, prompt, params, self.core.tokenizer, self.core.max_model_len, arrival_time=arrival, priority=priority)
+            request_id, prompt, params, self.core.tokenizer, self.core.max_model_len, arrival_time=arrival, priority=priority,
+            lora_request=lora_request)
         self.core.add(request)
         self._unreported.pop(request_id, None)  # an earlier request of the same id, whose last output was never read
         self._builders[request_id] = OutputBuilder(request_id, text, request, self.core.tokenizer)
         return request_id
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter before the first request that has it."""
+        self.core.load_adapter(lora_request)
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget the adapter with this number; running requests finish with it. False: none has this number."""
+        name = next((request.lora_name for request in self.core.adapters() if request.lora_int_id == lora_id), None)
+        if name is not None:
+            self.core.unload_adapter(name)
+        return name is not None
+
+    def list_loras(self) -> set[int]:
+        """The numbers of the loaded adapters."""
+        return {request.lora_int_id for request in self.core.adapters()}
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End one request or several now. They have no further outputs. Unknown ids are ignored."""

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias
 
 from minivllm.engine.messages import (
@@ -18,20 +19,21 @@ from minivllm.engine.messages import (
     EngineCommand,
     EngineInfo,
     EngineMessage,
-    PrefixCacheResetMessage,
+    LoadAdapterCommand,
+    ObeyedMessage,
     ReadyMessage,
     RefusedMessage,
     ResetPrefixCacheCommand,
     ShutdownCommand,
     StepMessage,
+    UnloadAdapterCommand,
     WatchCommand,
 )
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.watch import EngineView
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
-from minivllm.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def preparation(self, params: SamplingParams) -> Callable[[], object] | None: ...
+    def preparation(self, request: EngineRequest | LoRARequest) -> Callable[[], object] | None: ...
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -59,18 +61,22 @@ class Engine(Protocol):
 
     def reset_prefix_cache(self) -> None: ...
 
+    def load_adapter(self, request: LoRARequest) -> None: ...
+
+    def unload_adapter(self, lora_name: str) -> None: ...
+
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledRequest:
-    """From a compile thread to the loop: the request's grammar has been compiled, or cannot be."""
+class PreparedCommand:
+    """From a thread to the loop: a request's grammar has been compiled, or an adapter been read, or that has failed."""
 
-    request: EngineRequest
+    command: EngineRequest | LoadAdapterCommand
     error: Exception | None
 
 
-InboxItem: TypeAlias = EngineCommand | CompiledRequest
+InboxItem: TypeAlias = EngineCommand | PreparedCommand
 
 
 def run_engine(
@@ -111,14 +117,14 @@ class EngineLoop:
         self.send = send
         self.rounds = 0  # passes of the loop; constant while the engine is idle
         self._watched = False
-        self._compile_threads = ThreadPoolExecutor(2, "minivllm-compile")  # started on first use
-        self._preparing: dict[str, EngineRequest] = {}  # by id: requests whose grammar is being compiled
+        self._threads = ThreadPoolExecutor(2, "minivllm-prepare")  # started on first use
+        self._preparing: dict[str, EngineRequest] = {}  # by id: requests whose grammar is being compiled, or whose adapter is being read
 
     def run(self) -> None:
         try:
             self._run()
         finally:
-            self._compile_threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         while True:
@@ -148,12 +154,14 @@ class EngineLoop:
                 deltas += self._abort(command.request_id)
             elif isinstance(command, ResetPrefixCacheCommand):
                 self.engine.reset_prefix_cache()
-                self.send(PrefixCacheResetMessage(command.number))
+                self.send(ObeyedMessage(command.number))
             elif isinstance(command, WatchCommand):
                 self._watched = command.on
                 self.engine.watch(command.on)
-            elif isinstance(command, CompiledRequest):
-                self._add_compiled(command)
+            elif isinstance(command, UnloadAdapterCommand):
+                self._obey(command.number, partial(self.engine.unload_adapter, command.lora_name))
+            elif isinstance(command, PreparedCommand):
+                self._continue(command)
             else:
                 self._prepare(command)
         return True
@@ -164,15 +172,16 @@ class EngineLoop:
             return self.engine.abort_request(request_id)
         return [OutputDelta(request_id, index, (), "", finish_reason="abort") for index in range(request.params.n)]
 
-    def _prepare(self, request: EngineRequest) -> None:
-        """Add a request. If its grammar must be compiled first, a thread does that while steps continue."""
+    def _prepare(self, command: EngineRequest | LoadAdapterCommand) -> None:
+        """Add a request or an adapter. What must be compiled or read first is left to a thread, while steps continue."""
+        request = command if isinstance(command, EngineRequest) else command.request
         try:
-            work = self.engine.preparation(request.params)
+            work = self.engine.preparation(request)
         except Exception as error:
-            self._add(request, error)
+            self._finish(command, error)
             return
         if work is None:
-            self._add(request)
+            self._finish(command)
             return
 
         def prepare() -> None:
@@ -181,17 +190,41 @@ class EngineLoop:
                 work()
             except Exception as failure:
                 error = failure
-            self.inbox.put(CompiledRequest(request, error))
+            self.inbox.put(PreparedCommand(command, error))
 
-        self._preparing[request.request_id] = request
-        self._compile_threads.submit(prepare)
+        if isinstance(request, EngineRequest):
+            self._preparing[request.request_id] = request
+        self._threads.submit(prepare)
 
-    def _add_compiled(self, compiled: CompiledRequest) -> None:
-        request = compiled.request
-        if self._preparing.get(request.request_id) is not request:
-            return  # aborted meanwhile
-        del self._preparing[request.request_id]
-        self._add(request, compiled.error)
+    def _continue(self, prepared: PreparedCommand) -> None:
+        if isinstance(command := prepared.command, EngineRequest):
+            if self._preparing.get(command.request_id) is not command:
+                return  # aborted meanwhile
+            del self._preparing[command.request_id]
+        self._finish(command, prepared.error)
+
+    def _finish(self, command: EngineRequest | LoadAdapterCommand, error: Exception | None = None) -> None:
+        if isinstance(command, EngineRequest):
+            self._add(command, error)
+        else:
+            self._obey(command.number, partial(self._load, command.request, error))
+
+    def _load(self, request: LoRARequest, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+        self.engine.load_adapter(request)
+
+    def _obey(self, number: int, work: Callable[[], None]) -> None:
+        """Obey a command and reply to it."""
+        refusal = None
+        try:
+            work()
+        except InvalidInput as error:
+            refusal = error
+        except Exception as bug:
+            log.exception("a command could not be obeyed because of a bug")
+            refusal = InvalidInput(f"the command could not be obeyed because of a bug ({type(bug).__name__})")
+        self.send(ObeyedMessage(number, refusal))
 
     def _add(self, request: EngineRequest, error: Exception | None = None) -> None:
         try:

@@ -1,7 +1,8 @@
 """The values that a client and its engine loop exchange: commands to the engine, messages from it. All are plain picklable values.
 
-    client   EngineRequest, AbortCommand, WatchCommand, ResetPrefixCacheCommand, ShutdownCommand   ──▶   engine loop
-             ReadyMessage, StepMessage, RefusedMessage, PrefixCacheResetMessage, DeadMessage       ◀──
+    client   EngineRequest, AbortCommand, WatchCommand, ResetPrefixCacheCommand, ShutdownCommand,  ──▶   engine loop
+             LoadAdapterCommand, UnloadAdapterCommand
+             ReadyMessage, StepMessage, RefusedMessage, ObeyedMessage, DeadMessage                 ◀──
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.watch import EngineView
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import MAX_LOGPROBS
@@ -38,6 +39,8 @@ class EngineInfo:
     kv_cache_bytes: int = 0  # memory of its KV blocks; 0: not known
     max_logprobs: int = MAX_LOGPROBS  # per token; -1: no limit
     kv_cache_dtype: str = ""  # of the cached keys and values; "": not known
+    max_loras: int = 0  # LoRA adapters that a step may use; 0: the engine takes no adapters
+    max_lora_rank: int = 0
 
     def get_vocab_size(self) -> int:
         """vLLM's name of `vocab_size`."""
@@ -58,6 +61,18 @@ class ResetPrefixCacheCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAdapterCommand:
+    number: int  # of the command; the reply repeats it
+    request: LoRARequest
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapterCommand:
+    number: int
+    lora_name: str
+
+
+@dataclass(frozen=True, slots=True)
 class WatchCommand:
     """Start or stop sending an `EngineView` with the step messages."""
 
@@ -69,7 +84,8 @@ class ShutdownCommand:
     pass
 
 
-EngineCommand: TypeAlias = EngineRequest | AbortCommand | ResetPrefixCacheCommand | WatchCommand | ShutdownCommand
+EngineCommand: TypeAlias = (EngineRequest | AbortCommand | ResetPrefixCacheCommand | LoadAdapterCommand | UnloadAdapterCommand
+                            | WatchCommand | ShutdownCommand)
 
 # -- from the engine --------------------------------------------------------------------------------------------------
 
@@ -110,8 +126,11 @@ class RefusedMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixCacheResetMessage:
-    number: int  # of the command
+class ObeyedMessage:
+    """The reply to a command with a number."""
+
+    number: int
+    error: InvalidInput | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +141,4 @@ class DeadMessage:
     error: InvalidInput | None = None  # the user's mistake that prevented the start
 
 
-EngineMessage: TypeAlias = ReadyMessage | StepMessage | RefusedMessage | PrefixCacheResetMessage | DeadMessage
+EngineMessage: TypeAlias = ReadyMessage | StepMessage | RefusedMessage | ObeyedMessage | DeadMessage

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.engine_request import EngineRequest
-from minivllm.errors import InvalidInput, nearest, refuse_unbuilt
+from minivllm.engine_request import EngineRequest, LoRARequest
+from minivllm.errors import InvalidInput, nearest, refuse_unbuilt, shown
 from minivllm.sampling_params import SamplingParams, whole
 
 # Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. A dict may have a "cache_salt": see `EngineRequest`.
@@ -81,6 +81,7 @@ def _ids(ids: Any) -> tuple[int, ...]:
 def prepare_request(
     request_id: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, max_model_len: int, *,
     arrival_time: float | None = None, priority: int = 0, cache_salt: str | None = None, beam_search: bool = False,
+    lora_request: LoRARequest | None = None,
 ) -> tuple[str | None, EngineRequest]:
     """The prompt's text (None: it was given as token ids), and the request.
 
@@ -95,9 +96,18 @@ def prepare_request(
     request = EngineRequest(
         request_id, token_ids, _within_context(params, max_model_len - len(token_ids)),
         time.monotonic() if arrival_time is None else arrival_time, priority, salt if cache_salt is None else cache_salt,
-        beam_search=beam_search,
+        beam_search=beam_search, lora_request=checked_lora(lora_request),
     )
     return text, request
+
+
+def checked_lora(lora_request: Any) -> LoRARequest | None:
+    """A request's adapter. Raises `InvalidInput` for a value of another kind."""
+    if not lora_request:
+        return None
+    if not isinstance(lora_request, LoRARequest):
+        raise InvalidInput(f"lora_request must be a LoRARequest, got {shown(lora_request)}", "lora_request")
+    return lora_request
 
 
 def _within_context(params: SamplingParams, room: int) -> SamplingParams:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels.grouped import GroupedWeight
-from minivllm.kernels.reference import activation, grouped, kv_cache, linear, norm, rope, sampling
+from minivllm.kernels.reference import activation, grouped, kv_cache, linear, lora, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,10 @@ class Ops:
     pack_groups: Callable[[GroupedWeight], Any]  # a quantized weight in the layout of the next two
     grouped_linear: Callable[..., Tensor]  # as fused_linear
     grouped_rows: Callable[[Any, Tensor, torch.dtype], Tensor]
+    prepare_lora: Callable[[Tensor, Tensor], Any]  # once per step that has LoRA adapters
+    lora_shrink: Callable[..., Tensor]
+    lora_expand: Callable[..., Tensor]
+    lora_linear: Callable[..., Tensor | None]  # fused_linear, lora_shrink and lora_expand in one; None: not for these shapes
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
@@ -60,6 +64,10 @@ REFERENCE = Ops(
     pack_groups=grouped.pack_groups,
     grouped_linear=grouped.grouped_linear,
     grouped_rows=grouped.grouped_rows,
+    prepare_lora=lora.prepare_lora,
+    lora_shrink=lora.lora_shrink,
+    lora_expand=lora.lora_expand,
+    lora_linear=lora.lora_linear,
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
     rope_angles=rope.rope_angles,

@@ -31,6 +31,20 @@ class KVLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """One linear layer's LoRA weights in S slots: y += (x A^T) B^T, with an adapter's scaling inside B. Unused rows are zero."""
+
+    a: Tensor  # [S, parts * R, K]: R rows for each part of a fused layer
+    b: Tensor  # [S, N, R]: the outputs of a part use that part's R rows of A
+    rows: tuple[int, ...]  # outputs of each part; their sum is N
+
+    @property
+    def rank(self) -> int:
+        """R, the largest rank of an adapter."""
+        return self.b.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
 class InputBatch:
     """Device tensors of one forward pass, and the host integers that choose kernels without waiting for the device."""
 
@@ -47,6 +61,7 @@ class InputBatch:
     last_only: bool = False  # hidden states are needed for the rows of `last_tokens` only
     shared: Tensor | None = None  # [1] int32, if all sequences are decodes: number of leading keys that they have in the same blocks
     query_width: int = 1  # queries of a decode: its newest token and its drafts
+    adapter_slots: Tensor | None = None  # [T] int32: the slot of each token's LoRA adapter, -1 for the base model. None: all are base
 
     @property
     def num_tokens(self) -> int:
@@ -77,4 +92,5 @@ class InputBatch:
         return rows, replace(
             self, tokens=self.tokens.index_select(0, rows), positions=self.positions.index_select(0, rows), query_start=start,
             slots=tuple(slots.index_select(0, rows) for slots in self.slots), query_lens_host=query_lens,
+            adapter_slots=None if self.adapter_slots is None else self.adapter_slots.index_select(0, rows),
             num_decodes=self.num_seqs if self.query_width == 1 else self.num_decodes)

@@ -28,6 +28,7 @@ class StepContext:
     rotations: tuple[Rotation | None, ...]  # one per rotary embedding of the model; each layer stores an index into them
     slots: tuple[Tensor, ...]  # [G] of [T]
     metas: tuple[Any, ...]  # [G] from ops.prepare_attention; None: not prepared, because this step does not use the group
+    lora: Any = None  # from ops.prepare_lora; None: no token has an adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Attention:
         """x: [T, hidden] -> x + attention(norm(x)); x may be overwritten. Stores this layer's keys and values in `kv`.
 
         With `last`, only the rows of its B tokens: [B, hidden]."""
-        qkv, g = self.qkv(x), self.group
+        qkv, g = self.qkv(x, lora=step.lora), self.group
         if last is not None:
             # On a GPU, a decode's attention kernel may start before the kernel before it has ended, and then loads cached keys. Here some
             # of these keys are new. The two gathers in between are ordinary launches: they wait for the store, and attention for them.
@@ -66,4 +67,4 @@ class Attention:
             qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
         heads = self._self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale, rope=step.rotations[self._rope],
                                      qk_norm=self.qk_norm, softcap=self._softcap)
-        return self.o(heads, residual=x)
+        return self.o(heads, residual=x, lora=step.lora)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels import Ops
+from minivllm.lora.slots import AdapterStore
 from minivllm.quantization.methods import MethodOf, all_dense
 
 Take: TypeAlias = Callable[[str], Tensor]  # our name of a parameter -> its tensor, on the device and in its dtype. Each may be taken once
@@ -20,3 +21,4 @@ class BuildContext:
     dtype: torch.dtype  # of activations, and of weights unless their method stores another dtype
     ops: Ops
     method: MethodOf = all_dense  # how each linear layer stores its weight
+    adapters: AdapterStore | None = None  # slots of LoRA adapters; None: the base model only

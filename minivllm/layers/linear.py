@@ -1,18 +1,23 @@
 """A linear layer, and the order of the operations around its matrix product:
 
-    norm → matmul → + bias → activation → + residual
+    norm → matmul → + bias → + LoRA → activation → + residual
 
 The weight's method may compute all of this in one kernel (`Matmul.fused`). If it has no such kernel, the steps run here, one
 kernel each, so every method works in every layer.
+
+LoRA adapters take part only in steps that have some: then the product is added to what each token's adapter makes of the same input.
+A step without them runs exactly the kernels of a model without adapters.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivllm.families import LinearSpec
+from minivllm.kernels.layout import AdapterWeights
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.norm import Norm, RMSNorm
 from minivllm.quantization.base import Epilogue, Matmul
@@ -24,12 +29,14 @@ _ROWS_AT_ONCE = 64  # of the identity matrix
 class Linear:
     """act(norm(x) W^T + bias) + residual. Also for fused layers (qkv, gate_up), whose rows come from several checkpoint tensors."""
 
-    __slots__ = ("_activation", "_epilogue", "_matmul", "_norm", "_unfusable_norm")
+    __slots__ = ("_activation", "_epilogue", "_lora_expand", "_lora_shrink", "_matmul", "_norm", "_unfusable_norm", "adapters")
 
     def __init__(self, build: BuildContext, matmul: Matmul, *, bias: Tensor | None = None, norm: Norm | None = None,
-                 activation: str | None = None) -> None:
-        """bias: [N]. norm: of the input. activation: silu_and_mul, for rows [gate | up], or silu, relu, gelu, gelu_tanh."""
-        self._matmul, self._norm = matmul, norm
+                 activation: str | None = None, adapters: AdapterWeights | None = None) -> None:
+        """bias: [N]. norm: of the input. activation: silu_and_mul, for rows [gate | up], or silu, relu, gelu, gelu_tanh.
+        adapters: the slots of LoRA adapters of this layer."""
+        self._matmul, self._norm, self.adapters = matmul, norm, adapters
+        self._lora_shrink, self._lora_expand = build.ops.lora_shrink, build.ops.lora_expand
         fusible = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
         self._unfusable_norm = None if fusible is not None else norm
         self._epilogue = Epilogue(fusible, bias, activation)
@@ -41,7 +48,8 @@ class Linear:
         method = build.method(spec)
         tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
         bias = take(f"{spec.name}.bias") if spec.bias else None
-        return cls(build, method.build(tensors, spec.rows, build.ops), bias=bias, norm=norm, activation=activation)
+        adapters = None if build.adapters is None else build.adapters.layer(spec.name)
+        return cls(build, method.build(tensors, spec.rows, build.ops), bias=bias, norm=norm, activation=activation, adapters=adapters)
 
     @classmethod
     def of_table(cls, build: BuildContext, table: Tensor | Matmul, *, norm: Norm | None = None) -> Linear:
@@ -63,10 +71,13 @@ class Linear:
         identity = torch.eye(cols, dtype=dtype, device=device)
         return torch.cat([self._matmul(rows, None).T for rows in identity.split(_ROWS_AT_ONCE)], dim=1)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None, lora: Any = None) -> Tensor:
+        """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten.
+        lora: from ops.prepare_lora; None: no token has an adapter."""
         if self._unfusable_norm is not None:
             x = self._unfusable_norm(x)
+        if lora is not None and self.adapters is not None:
+            return self._adapted(x, residual, self.adapters, lora)
         y = self._matmul.fused(x, self._epilogue, residual)
         return self._composed(x, residual) if y is None else y
 
@@ -78,3 +89,20 @@ class Linear:
         if self._activation is not None:
             y = self._activation(y)
         return y if residual is None else residual.add_(y)
+
+    def _adapted(self, x: Tensor, residual: Tensor | None, adapters: AdapterWeights, lora: Any) -> Tensor:
+        """With the tokens' LoRA adapters: in one kernel, or shrink, the product with its norm and residual, and expand."""
+        whole = self._epilogue
+        y = self._matmul.adapted(x, whole, residual, adapters, lora)
+        if y is not None:
+            return y
+        h = self._lora_shrink(x, adapters, lora, norm=whole.norm)
+        gated, early = whole.activation == "silu_and_mul", residual if whole.activation is None else None
+        y = self._matmul.fused(x, Epilogue(whole.norm, whole.bias), early)
+        if y is None:
+            y = self._matmul(x if whole.norm is None or self._norm is None else self._norm(x), whole.bias)
+            y = y if early is None else early.add_(y)
+        y = self._lora_expand(y, h, adapters, lora, gated=gated)
+        if self._activation is not None and not gated:
+            y = self._activation(y)
+        return y if residual is None or early is not None else residual.add_(y)

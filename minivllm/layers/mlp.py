@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,6 @@ class MLP:
             self.up = Linear.load(build, take, linears[f"{name}.up"], norm=norm, activation=spec.activation)
         self.down = Linear.load(build, take, linears[f"{name}.down"])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [T, hidden] -> x + mlp(norm(x)); x may be overwritten."""
-        return self.down(self.up(x), residual=x)
+    def __call__(self, x: Tensor, lora: Any = None) -> Tensor:
+        """x: [T, hidden] -> x + mlp(norm(x)); x may be overwritten. lora: see `Linear`."""
+        return self.down(self.up(x, lora=lora), residual=x, lora=lora)

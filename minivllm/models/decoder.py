@@ -35,7 +35,7 @@ class PreNormLayer:
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
         """x: [T, hidden] -> the same shape; x may be overwritten. With `last`, only the rows of its tokens: [B, hidden]."""
-        return self.mlp(self.attention(x, step, kv, last))
+        return self.mlp(self.attention(x, step, kv, last), (step if last is None else last.step).lora)
 
 
 class PostNormLayer:
@@ -48,7 +48,7 @@ class PostNormLayer:
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
         x = self.attn_norm(self.attention(x, step, kv, last))
-        return self.mlp_norm(self.mlp(x))
+        return self.mlp_norm(self.mlp(x, (step if last is None else last.step).lora))
 
 
 class Decoder:
@@ -132,4 +132,7 @@ class Decoder:
             )
             for g, group in enumerate(self.groups)
         )
-        return StepContext(tuple(None if rope is None else rope(batch.positions) for rope in self.ropes), batch.slots, metas)
+        adapters, lora = self.build.adapters, None
+        if adapters is not None and batch.adapter_slots is not None:
+            lora = self.build.ops.prepare_lora(batch.adapter_slots, adapters.ranks)
+        return StepContext(tuple(None if rope is None else rope(batch.positions) for rope in self.ropes), batch.slots, metas, lora)

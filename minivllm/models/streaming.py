@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minivllm.kernels.layout import KVLayer
+from minivllm.kernels.layout import AdapterWeights, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
 from minivllm.quantization.base import Matmul
 
@@ -82,6 +82,8 @@ def tensors_of(part: object) -> Iterator[Tensor]:
         seen.add(id(found))
         if isinstance(found, Tensor):
             yield found
+        elif isinstance(found, AdapterWeights):  # views of the slots, which stay on the device
+            continue
         elif isinstance(found, (tuple, list)):
             todo += found
         elif isinstance(found, dict):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from minivllm.families import LinearSpec
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # this module imports without torch, so that memory can be pl
     from torch import Tensor
 
     from minivllm.kernels import Ops
+    from minivllm.kernels.layout import AdapterWeights
 
 DUMMY_SCALE = 2.0**-8  # of random weights: about as large as trained ones, and exact in 16 bits, as those of checkpoints
 DTYPE_BYTES = {
@@ -92,6 +93,9 @@ class Matmul(Protocol):
         """
         return None
 
+    def adapted(self, x: Tensor, epilogue: Epilogue, residual: Tensor | None, adapters: AdapterWeights, lora: Any) -> Tensor | None:
+        """`fused`, with the tokens' LoRA adapters added to the product. lora: from ops.prepare_lora. None: the caller composes it."""
+        return None
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, for methods that may store an embedding table: ids [T] -> [T, K]."""

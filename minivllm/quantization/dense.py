@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minivllm.quantization.base import Epilogue, LinearMethod, Matmul, ParamSpec
 
@@ -10,17 +10,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minivllm.kernels import Ops
+    from minivllm.kernels.layout import AdapterWeights
 
 
 class DenseMatmul(Matmul):
     """A matrix in the memory layout with which the device multiplies fastest."""
 
-    __slots__ = ("_fused_linear", "weight")
+    __slots__ = ("_fused_linear", "_lora_linear", "weight")
 
     def __init__(self, weight: Tensor, ops: Ops) -> None:
         """weight: [N, K]."""
         self.weight = ops.pack_weight(weight, weight.dtype)
-        self._fused_linear = ops.fused_linear
+        self._fused_linear, self._lora_linear = ops.fused_linear, ops.lora_linear
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x: [T, K] -> [T, N]."""
@@ -32,6 +33,13 @@ class DenseMatmul(Matmul):
             return None
         return self._fused_linear(x, self.weight, epilogue.bias, norm=epilogue.norm, gated=epilogue.activation is not None,
                                   residual=residual)
+
+    def adapted(self, x: Tensor, epilogue: Epilogue, residual: Tensor | None, adapters: AdapterWeights, lora: Any) -> Tensor | None:
+        """See `Matmul`."""
+        if epilogue.activation not in (None, "silu_and_mul"):
+            return None
+        return self._lora_linear(x, self.weight, epilogue.bias, adapters, lora, norm=epilogue.norm,
+                                 gated=epilogue.activation is not None, residual=residual)
 
 
 class DenseMethod(LinearMethod):

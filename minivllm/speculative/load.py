@@ -176,7 +176,7 @@ def _wrong(message: str) -> InvalidInput:
 
 def load_draft(draft: Draft, target: Decoder) -> DeviceProposer:
     """The proposer, on the target's device and in its dtype. Raises `ModelError` for tensors that are missing, left over or wrong."""
-    settings, build = draft.settings, replace(target.build, method=draft.method)
+    settings, build = draft.settings, replace(target.build, method=draft.method, adapters=None)  # LoRA adapters change the target only
     options: dict[str, Any] = dict(num_drafts=settings.num_speculative_tokens, group=draft.group,
                                    probabilistic=settings.draft_sample_method == "probabilistic")
     if settings.method == "eagle":

@@ -34,6 +34,7 @@ from minivllm.kernels.upload import upload
 
 Array = np.ndarray[Any, Any]
 _NONE = np.empty(0, np.int64)
+_NO_SLOTS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Columns:
     prompt_spans: tuple[PromptSpan, ...]
     prompt_rows: Array  # [P] of the T tokens: their logits predict prompt tokens whose logprobs are needed
     prompt_index: Array  # [P] of those prompt tokens, in the flat token table
+    adapter_slots: Array  # [T] int32: slot of each token's LoRA adapter, -1 for the base model; [0] if no token has one
     shared_keys: int = 0  # decodes only: leading keys that all sequences have in the same blocks, a multiple of SHARED_KEYS_MULTIPLE
 
     @property
@@ -122,6 +124,7 @@ class RowTable:
         self._num_prompt = np.zeros(num_rows, np.int64)
         self._logprobs_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are still needed; -1: none
         self._prompt_k = np.zeros(num_rows, np.int64)
+        self._adapter_slot = np.full(num_rows, -1, np.int32)
         self._num_with_logprobs = 0  # rows that need prompt logprobs; usually none, and then no row is checked
         self._flat_tokens = self.tokens.view(-1)
         self._block_size, self._device = block_size, device
@@ -138,6 +141,7 @@ class RowTable:
         self._changed.clear()
         self.tokens.zero_()
         self._num_blocks.fill(0)
+        self._adapter_slot.fill(-1)
         self._logprobs_from.fill(-1)
         self._num_with_logprobs = 0
 
@@ -172,6 +176,7 @@ class RowTable:
             self._num_prompt[row] = a.num_prompt_tokens
             self._need_logprobs(row, -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1))  # nothing predicts token 0
             self._prompt_k[row] = a.params.prompt_logprobs or 0
+            self._adapter_slot[row] = a.adapter_slot
 
     def _append(self, group: int, row: int, blocks: tuple[int, ...]) -> None:
         at = int(self._num_blocks[group, row])
@@ -241,6 +246,8 @@ class RowTable:
         else:  # of each of the T tokens
             token_rows = np.repeat(rows, counts)
             positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
+        row_slots = self._adapter_slot[rows]
+        adapter_slots = _NO_SLOTS if row_slots.max(initial=-1) < 0 else self._adapter_slot[token_rows]
         block = positions // self._block_size
         offset = positions - block * self._block_size
         slots = [table[token_rows, block].astype(np.int64) * self._block_size + offset for table in self.block_tables]
@@ -264,7 +271,7 @@ class RowTable:
             token_index=token_rows * self._stride + positions, positions=positions, slots=slots,
             draft_index=draft_index, drafts=drafts, source=source, logits_rows=query_start[source + 1] - 1 - back,
             sample_rows=sample_rows, sample_positions=sample_positions, sample_index=sample_rows * self._stride + sample_positions,
-            prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index,
+            prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index, adapter_slots=adapter_slots,
             shared_keys=self._shared_keys(rows, int(starts.min())) if checks_sharing else 0)
 
     def _drafts(self, plan: StepPlan, num_drafts: Array) -> tuple[Array, Array]:
@@ -294,8 +301,9 @@ class RowTable:
         uploaded = upload([
             c.token_index, c.positions, np.concatenate([logits_rows, c.prompt_rows]) if c.prompt_spans else logits_rows,
             c.sample_index, c.prompt_index, c.draft_index, c.drafts, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows,
-            *c.slots], self._device)
-        token_index, positions, logit_rows, sample_index, prompt_index, draft_index, drafts, query_start, seq_lens, rows, *slots = uploaded
+            c.adapter_slots, *c.slots], self._device)
+        (token_index, positions, logit_rows, sample_index, prompt_index, draft_index, drafts, query_start, seq_lens, rows, adapter_slots,
+         *slots) = uploaded
         if len(c.drafts):
             self.write_tokens(draft_index, drafts)
         width = -(-int(c.seq_lens.max()) // self._block_size)
@@ -303,7 +311,8 @@ class RowTable:
             tokens=self._flat_tokens.index_select(0, token_index), positions=positions, query_start=query_start, seq_lens=seq_lens,
             slots=tuple(slots), block_tables=tuple(table[:, :width].index_select(0, rows) for table in self.device_tables),
             logit_rows=logit_rows, num_decodes=c.num_decodes, query_lens_host=tuple(c.query_lens.tolist()),
-            seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only, query_width=c.query_width)
+            seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only, query_width=c.query_width,
+            adapter_slots=adapter_slots if len(c.adapter_slots) else None)
         return Packed(c, batch, sample_index, prompt_index)
 
     def _prompt_spans(self, plan: StepPlan, batch_index: Array | None, query_start: Array) -> tuple[tuple[PromptSpan, ...], Array, Array]:

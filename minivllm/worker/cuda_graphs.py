@@ -77,6 +77,7 @@ class GraphShape(NamedTuple):
     decodes: int  # B if all sequences are decodes, else 0
     longest: int  # maximum number of keys of a sequence; it sets the number of programs that share them
     sharing: bool = False  # keys that all decodes share are read once
+    adapters: bool = False  # some tokens have LoRA adapters
 
     @property
     def query_width(self) -> int:
@@ -105,12 +106,13 @@ class Inputs(NamedTuple):
     new_blocks: Any  # [C] their values
     token_index: Any  # [T] of the tokens, in the flat token table
     positions: Any  # [T]
+    adapter_slots: Any  # [T] int32; [0] without adapters
     slots: Any  # [G] of [T]
 
     @classmethod
     def of(cls, columns: Sequence[Any]) -> Inputs:
         """From a flat list, in which the slots of all groups come last."""
-        return cls._make([*columns[:13], tuple(columns[13:])])
+        return cls._make([*columns[:14], tuple(columns[14:])])
 
     def flat(self) -> list[Any]:
         return [*self[:-1], *self.slots]
@@ -136,6 +138,7 @@ class Graph:
             changed=np.full(self.max_changes, table.null_row * table.device_tables.shape[2]),
             new_blocks=np.full(self.max_changes, NULL_BLOCK, np.int32),
             token_index=np.full(tokens, null_index), positions=np.zeros(tokens, np.int64),
+            adapter_slots=np.full(tokens if shape.adapters else 0, -1, np.int32),
             slots=tuple(np.full(tokens, NULL_BLOCK * kv.layout.block_size) for _ in kv.layout.groups))
         self._inputs = StaticColumns(self._padding.flat(), model.build.device)
         self._record(pool)
@@ -170,7 +173,7 @@ class Graph:
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
             last_only=not shape.decodes and shape.tokens - shape.seqs >= tuning.MIN_SKIPPED_TOKENS,
             shared=x.shared_keys if shape.sharing else None,
-            query_width=shape.query_width,
+            query_width=shape.query_width, adapter_slots=x.adapter_slots if shape.adapters else None,
         )
         hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
         if len(hidden) > shape.logits_rows:
@@ -194,7 +197,7 @@ class Graph:
         sample_index = self._padding.sample_index[:count].copy()
         sample_index[order] = c.sample_index
         filled = Inputs(np.array([c.shared_keys]), c.query_start, c.rows, c.seq_lens, sample_index, temperature, keys, c.draft_index,
-                        c.drafts, *changes, c.token_index, c.positions, tuple(c.slots))
+                        c.drafts, *changes, c.token_index, c.positions, c.adapter_slots, tuple(c.slots))
         padded = [_pad(column, padding) for column, padding in zip(filled.flat(), self._padding.flat(), strict=True)]
         if not self.shape.decodes:
             padded[1][len(c.rows) :] = c.query_start[-1]
@@ -237,6 +240,8 @@ class StepGraphs:
                  query_widths: Sequence[int] = (1,)) -> None:
         """query_widths: tokens per captured decode, which is 1 plus its number of drafts."""
         shapes = list(graph_shapes(model.spec, table, max_num_seqs, max_num_batched_tokens, query_widths))
+        if model.build.adapters is not None:  # a batch without adapters runs the graphs of an engine without them
+            shapes += [shape._replace(adapters=True) for shape in shapes if not shape.sharing]
         graphs: dict[GraphShape, Graph] = {}
         pool = None
         free_before = torch.cuda.mem_get_info(model.build.device)[0]
@@ -259,12 +264,13 @@ class StepGraphs:
         if not columns.simple:
             return None
         n, tokens, longest, width, graphs = len(columns.rows), len(columns.token_index), 0, 1, self._mixed
+        adapters = len(columns.adapter_slots) > 0
         if columns.num_decodes == n:
             graphs, longest, width = self._decodes, int(columns.seq_lens.max()), columns.query_width
-            if (n - 1) * columns.shared_keys * self._token_bytes >= tuning.MIN_SHARED_BYTES:
+            if not adapters and (n - 1) * columns.shared_keys * self._token_bytes >= tuning.MIN_SHARED_BYTES:
                 graphs = self._sharing
         return next((g for g in graphs if tokens <= g.shape.tokens and n <= g.shape.seqs and longest <= g.shape.longest
-                     and width == g.shape.query_width), None)
+                     and width == g.shape.query_width and adapters == g.shape.adapters), None)
 
 
 def graph_shapes(

@@ -175,9 +175,12 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Run the forward pass, or a whole captured step. Out of memory fails the step, not the worker."""
+        for slot, adapter_id in plan.adapter_loads:  # first: whatever fails later, the adapters are where the scheduler expects them
+            assert self.model.build.adapters is not None
+            self.model.build.adapters.load(slot, adapter_id)
         self.rows.apply(plan)
         moves = self.kv.apply(plan)
-        if plan.admitted or plan.copies or plan.moves_in or plan.moves_out:
+        if plan.adapter_loads or plan.admitted or plan.copies or plan.moves_in or plan.moves_out:
             self._only_replays = False
         try:
             failed = tuple(failure for admission in plan.admitted if (failure := self._admit(admission)) is not None)

@@ -24,6 +24,9 @@ from minivllm.errors import NotEnoughMemory
 from minivllm.families import ModelSpec
 from minivllm.kernels import Ops, select
 from minivllm.layers.build import BuildContext
+from minivllm.lora.adapter import read_adapter
+from minivllm.lora.layout import AdapterLayout
+from minivllm.lora.slots import AdapterStore, PackedAdapter
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
 from minivllm.quantization.kv_cache import KVFormat, kv_format
@@ -64,7 +67,13 @@ class LoadedModel:
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, spec.dtype, self.device)
         self.max_num_batched_tokens = token_budget(config, spec.max_model_len, self.device)
-        build = BuildContext(self.device, self.dtype, components.ops(self.device), method)
+        adapters = None
+        if config.enable_lora:
+            layout = AdapterLayout.of(spec, config.max_lora_rank)
+            with enough_memory(f"{config.max_loras} LoRA slots of {layout.num_bytes(1, self.dtype.itemsize) / GIB:.3f} GiB", "max_loras",
+                               "lower it, or max_lora_rank"):
+                adapters = AdapterStore(layout, config.max_loras, self.dtype, self.device)
+        build = BuildContext(self.device, self.dtype, components.ops(self.device), method, adapters)
         self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype),
                                   None if draft is None else draft.spec)
         for shape in dict.fromkeys((*spec.attention_shapes, *(() if draft is None else draft.spec.attention_shapes))):
@@ -76,6 +85,8 @@ class LoadedModel:
             stream = WeightStream(offload.layers, self.device) if offload.layers else None
             self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)
             self.proposer = None if draft is None else load_draft(draft, self.model)
+        if adapters is not None:
+            self._weight_bytes += adapters.layout.num_bytes(config.max_loras, self.dtype.itemsize)
         self.streaming = None if stream is None else describe(offload, len(spec.layers), stream)  # for the user
 
     @property
@@ -111,19 +122,20 @@ class LoadedModel:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
         return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
-                      weight_bytes=self._weight_bytes)
+                      weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank)
 
 
 class Worker:
     """Runs plans in the order in which they are launched. `sample` of one plan comes before `launch` of the next."""
 
     def __init__(self, runner: ModelRunner, *, max_model_len: int, max_num_batched_tokens: int, ledger: MemoryLedger | None = None,
-                 weight_bytes: int = 0) -> None:
+                 weight_bytes: int = 0, max_lora_rank: int = 0) -> None:
         self._runner: ModelRunner | None = runner
         self.device, self.dtype = runner.model.build.device, runner.model.build.dtype
         self.overlaps = self.device.type == "cuda"  # the host is idle while a step runs, so asynchronous scheduling pays
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len  # the model's or the user's, or less if the cache holds less
+        self.max_lora_rank = max_lora_rank
         self.num_blocks = runner.kv.num_blocks
         self.num_host_blocks = runner.kv.num_host_blocks
         self.kv_windows = runner.kv.layout.windows
@@ -147,6 +159,25 @@ class Worker:
     def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """A whole step, waited for."""
         return self.sample(self.launch(plan), masks).wait()
+
+    def read_adapter(self, folder: str) -> PackedAdapter:
+        """A LoRA adapter in host memory, not known to the worker yet. It may be called on any thread. Raises `InvalidInput`."""
+        store = self._adapters
+        return store.pack(read_adapter(folder, store.layout, self.max_lora_rank))
+
+    def add_adapter(self, adapter_id: int, packed: PackedAdapter) -> None:
+        """From now on plans may bring this adapter into a slot."""
+        self._adapters.add(adapter_id, packed)
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Free an adapter that no later plan names."""
+        self._adapters.remove(adapter_id)
+
+    @property
+    def _adapters(self) -> AdapterStore:
+        store = self.runner.model.build.adapters
+        assert store is not None, "the engine was started without enable_lora"
+        return store
 
     def drop_rows(self) -> None:
         """Forget everything about rows; plans must admit them again. (The row table is a cache.)"""

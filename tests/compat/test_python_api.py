@@ -237,12 +237,16 @@ def test_times_of_an_output_are_those_of_the_wall_clock(llm: LLM) -> None:
 def test_requests_for_features_that_are_not_built_are_refused(llm: LLM) -> None:
     adapter = LoRARequest("sql", 1, "/adapter")
     for refused in (
-        lambda: llm.generate("a", GREEDY, lora_request=adapter), lambda: llm.generate("a", GREEDY, lora_request=[adapter]),
         lambda: llm.generate({"prompt": "a", "multi_modal_data": {"image": 1}}, GREEDY),
         lambda: llm.chat([{"role": "user", "content": "a"}], mm_processor_kwargs={"a": 1}),
-        lambda: llm.llm_engine.add_request("x", "a", GREEDY, lora_request=adapter),
     ):
         with pytest.raises(NotSupportedYet, match="is not supported yet"):
+            refused()
+    for refused in (
+        lambda: llm.generate("a", GREEDY, lora_request=adapter), lambda: llm.generate("a", GREEDY, lora_request=[adapter]),
+        lambda: llm.llm_engine.add_request("x", "a", GREEDY, lora_request=adapter), lambda: llm.llm_engine.add_lora(adapter),
+    ):
+        with pytest.raises(InvalidInput, match="enable_lora"):
             refused()
     for name in LLM_METHODS:
         for owner in (llm, llm.llm_engine):

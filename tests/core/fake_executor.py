@@ -1,8 +1,9 @@
 """An executor without a model that finds paging bugs: every wrong block, slot or order changes a token or fails an assertion.
 
 It has a memory with one cell per slot. The cell of a token depends on the token, its position and the cell before it, which is read
-through the block table (as keys and values depend on all earlier tokens). The next token is a hash of every cell that its position
-may see in each KV group. `expected_outputs` computes the same tokens from plain lists, without blocks, rows or plans.
+through the block table (as keys and values depend on all earlier tokens). The first cell depends on the LoRA adapter in the row's slot.
+The next token is a hash of every cell that its position may see in each KV group. `expected_outputs` computes the same tokens from plain
+lists, without blocks, rows or plans.
 
 The executor does the worst that the interface allows. Unwritten cells contain poison. Moves finish late and in any order: a block
 that moves out is read only when its move finishes, and a block that moves in is written once more then. A write to a block that
@@ -36,8 +37,8 @@ def sample_token(visible: list[list[int]], position: int, seed: int, child: int)
 class Model:
     """The same function from earlier tokens to next token, computed from plain lists."""
 
-    def __init__(self, windows: tuple[int | None, ...]) -> None:
-        self.windows = windows
+    def __init__(self, windows: tuple[int | None, ...], adapter: int = 0) -> None:
+        self.windows, self.adapter = windows, adapter
 
     def cells(self, tokens: list[int]) -> list[list[int]]:
         """[G][T]"""
@@ -45,7 +46,7 @@ class Model:
         for group, window in enumerate(self.windows):
             cells: list[int] = []
             for position, token in enumerate(tokens):
-                cells.append(cell_of(token, position, cells[-1] if cells and window != 1 else 0, group))
+                cells.append(cell_of(token, position, cells[-1] if cells and window != 1 else self.adapter, group))
             groups.append(cells)
         return groups
 
@@ -89,6 +90,7 @@ class Row:
     tables: list[list[int]]
     seed: int
     child: int
+    adapter_slot: int
     next_position: int | None = None  # where its next plan must start
 
     @property
@@ -117,6 +119,7 @@ class FakeExecutor:
         self.device: list[list[Cell]] = [self._poison() for _ in range(config.num_blocks)]
         self.host: list[list[Cell]] = [self._poison() for _ in range(config.num_host_blocks)]
         self.rows: dict[int, Row] = {}
+        self.adapters: dict[int, int] = {-1: 0}  # slot -> adapter
         self.launched: deque[LaunchedStep] = deque()
         self.moving: dict[int, tuple[BlockMove, list[Cell] | None]] = {}  # the content of a move in; None: a move out
         self.arriving: dict[int, tuple[str, list[Cell]]] = {}  # device block -> (its sequence, the content that is moved in)
@@ -133,6 +136,9 @@ class FakeExecutor:
         self._check_shape(plan)
         entry = LaunchedStep(plan, StepResult(plan.step_id, ()), fails=fails)
         self.launched.append(entry)
+        for slot, adapter in plan.adapter_loads:
+            assert 0 <= slot < self.config.max_loras
+            self.adapters[slot] = adapter
         for admission in plan.admitted:
             self._admit(plan, admission)
         for row, group, index in plan.freed_blocks:
@@ -205,7 +211,7 @@ class FakeExecutor:
 
     def _admit(self, plan: StepPlan, admission: RowAdmission) -> None:
         self.rows[admission.row] = Row(admission.request_id, list(admission.token_ids), [list(g) for g in admission.block_ids],
-                                       admission.seed, admission.child_index)
+                                       admission.seed, admission.child_index, admission.adapter_slot)
         if admission.row not in plan.rows:
             assert admission.row in plan.sample_rows, "a row is admitted that neither computes nor samples"
             return
@@ -261,7 +267,7 @@ class FakeExecutor:
         for group, (table, window) in enumerate(zip(row.tables, self.config.kv_windows, strict=True)):
             assert len(table) * size >= start + count, "no slot to write to"
             for position in range(start, start + count):
-                before = self._read(table, position - 1) if position > 0 and window != 1 else 0
+                before = self._read(table, position - 1) if position > 0 and window != 1 else self.adapters[row.adapter_slot]
                 block = table[position // size]
                 assert block != NULL_BLOCK, "a write to the null block"
                 self._refuse_foreign_write(block, row.request_id)

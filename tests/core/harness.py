@@ -113,9 +113,9 @@ class Harness:
 
     def check_answers(self) -> None:
         """Check that every request that was not aborted or failed has exactly the tokens of the plain computation."""
-        model = Model(self.config.kv_windows)
         for (name, index), answer in self.answers.items():
             new = self.requests[name]
+            model = Model(self.config.kv_windows, new.adapter_id)
             outputs, reason = expected_outputs(model, new.prompt_token_ids, new.params, self.seeds[name], self.config.eos_token_ids,
                                                self.limit(new), index, self.stop_strings)
             if name in self.aborted or answer.finish_reason == "error":

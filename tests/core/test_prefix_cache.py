@@ -14,9 +14,9 @@ from minivllm.core.plan import NULL_BLOCK
 from minivllm.core.prefix_cache import PrefixCache, chain_hashes, root_hash
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # only two token ids, so that many prefixes are equal
-OWNER = st.sampled_from([(None, None), ("sql", None), (None, "salt")])  # (adapter, cache_salt)
+OWNER = st.sampled_from([(0, None), (1, None), (2, None), (0, "salt")])  # (adapter, cache_salt)
 
-Content = tuple[tuple[str | None, str | None], tuple[int, ...]]  # (adapter, salt) and all tokens that a block's content depends on
+Content = tuple[tuple[int, str | None], tuple[int, ...]]  # (adapter, salt) and all tokens that a block's content depends on
 
 
 class PrefixMachine(RuleBasedStateMachine):
@@ -31,7 +31,7 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool = BlockPool(24)
         self.cache = PrefixCache(self.pool, None, block_size, windows)
         self.held: list[BlockTable] = []
-        self.before: tuple[tuple[str | None, str | None], list[int]] = (None, None), []  # the sequence that was hashed last
+        self.before: tuple[tuple[int, str | None], list[int]] = (None, None), []  # the sequence that was hashed last
         self.prefix_of: dict[tuple[int, int], Content] = {}  # (group, block) -> its content
 
     def teardown(self) -> None:
@@ -43,7 +43,7 @@ class PrefixMachine(RuleBasedStateMachine):
         seen = range(end) if window is None else range(max(0, end - window + 1), end)
         return range(seen.start // self.size, num_blocks) if seen else range(num_blocks, num_blocks)
 
-    def _expected(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
+    def _expected(self, owner: tuple[int, str | None], tokens: list[int]) -> int:
         """The longest match, found by trying all lengths."""
         present = {(group, content) for (group, _), content in self.prefix_of.items()}
         for num_blocks in range(len(tokens) // self.size, 0, -1):
@@ -52,14 +52,14 @@ class PrefixMachine(RuleBasedStateMachine):
                 return num_blocks
         return 0
 
-    def _shared_with_previous(self, owner: tuple[str | None, str | None], tokens: list[int]) -> int:
+    def _shared_with_previous(self, owner: tuple[int, str | None], tokens: list[int]) -> int:
         """Number of blocks that this sequence shares with the one before."""
         other_owner, other = self.before
         whole = min(len(tokens), len(other)) // self.size if owner == other_owner else 0
         return next((i for i in range(whole) if tokens[:(i + 1) * self.size] != other[:(i + 1) * self.size]), whole)
 
     @rule(owner=OWNER, tokens=TOKENS)
-    def compute(self, owner: tuple[str | None, str | None], tokens: list[int]) -> None:
+    def compute(self, owner: tuple[int, str | None], tokens: list[int]) -> None:
         """Match a prefix, share its blocks, compute and cache the rest."""
         hashes: list[bytes] = []
         self.cache.extend_hashes(hashes, root_hash(*owner), tokens, len(tokens), stop_at_miss=True)
@@ -133,7 +133,7 @@ def test_hashes_are_equal_exactly_as_far_as_full_blocks_of_tokens_are(a: list[in
     cache = PrefixCache(BlockPool(2), None, block_size, (None,))
     hashes: list[list[bytes]] = [[], []]
     for tokens, into in zip((a, b), hashes, strict=True):
-        cache.extend_hashes(into, root_hash(None, None), tokens, len(tokens))
+        cache.extend_hashes(into, root_hash(0, None), tokens, len(tokens))
     for index, (x, y) in enumerate(zip(*hashes, strict=False)):
         end = (index + 1) * block_size
         assert (x == y) == (a[:end] == b[:end])
@@ -149,43 +149,43 @@ def test_only_the_blocks_after_the_prefix_shared_with_the_previous_prompt_are_ha
 
     with patch.object(prefix_cache, "chain_hashes", counted):
         for tokens in ([*range(40)], [*range(32), 7, 7, 7, 7, 7], [1, 2], [*range(36), 9, 9, 9, 9], [5, *range(20)]):
-            cache.extend_hashes([], root_hash(None, None), tokens, len(tokens))
+            cache.extend_hashes([], root_hash(0, None), tokens, len(tokens))
     assert hashed == [10, 1, 2, 5]
 
 
 @given(first=OWNER, second=OWNER)
-def test_another_adapter_or_salt_gives_another_root(first: tuple[str | None, str | None], second: tuple[str | None, str | None]) -> None:
+def test_another_adapter_or_salt_gives_another_root(first: tuple[int, str | None], second: tuple[int, str | None]) -> None:
     assert (root_hash(*first) == root_hash(*second)) == (first == second)
 
 
 def test_a_salt_that_equals_an_adapter_gives_another_root() -> None:
-    roots = {root_hash("a", "b"), root_hash("b", "a"), root_hash("a, b", None), root_hash(None, "None"), root_hash(None, None)}
-    assert len(roots) == 5
+    roots = {root_hash(1, "2"), root_hash(2, "1"), root_hash(12, None), root_hash(0, "12"), root_hash(0, "None"), root_hash(0, None)}
+    assert len(roots) == 6
 
 
 def test_equal_tokens_after_another_parent_give_another_hash() -> None:
-    root = root_hash(None, None)
+    root = root_hash(0, None)
     one, other = chain_hashes(root, [1, 2, 5, 6], 2), chain_hashes(root, [3, 4, 5, 6], 2)
     assert one[0] != other[0] and one[1] != other[1]
     assert one[1] == chain_hashes(one[0], [5, 6, 7], 2)[0]  # a block that is not full has no hash
 
 
 def test_token_boundaries_change_the_hash() -> None:
-    root = root_hash(None, None)
+    root = root_hash(0, None)
     assert chain_hashes(root, [1, 23], 2) != chain_hashes(root, [12, 3], 2)
 
 
 def test_hashes_have_256_bits() -> None:
-    assert [len(block_hash) for block_hash in chain_hashes(root_hash(None, None), [1, 2], 1)] == [32, 32]
+    assert [len(block_hash) for block_hash in chain_hashes(root_hash(0, None), [1, 2], 1)] == [32, 32]
 
 
 def test_if_all_groups_have_windows_a_match_may_follow_blocks_that_are_not_cached() -> None:
     pool = BlockPool(10)
     cache = PrefixCache(pool, None, 1, (3,))
     tokens = list(range(80))
-    all_hashes = chain_hashes(root_hash(None, None), tokens, 1)
+    all_hashes = chain_hashes(root_hash(0, None), tokens, 1)
     kept = pool.allocate_many(4)
     cache.insert(BlockTable(1, [[NULL_BLOCK] * 76 + kept]), all_hashes, 0, 80)
     hashes: list[bytes] = []
-    cache.extend_hashes(hashes, root_hash(None, None), tokens, 80, stop_at_miss=True)
+    cache.extend_hashes(hashes, root_hash(0, None), tokens, 80, stop_at_miss=True)
     assert cache.match(hashes).num_blocks == 80

@@ -452,9 +452,9 @@ def test_the_next_turn_of_a_chat_finds_the_previous_answer() -> None:
     h.check_answers()
 
 
-@pytest.mark.parametrize("other", [{"cache_salt": "mine"}, {"adapter": "sql"}])
-def test_another_salt_or_adapter_shares_nothing(other: dict[str, str]) -> None:
-    h = make()
+@pytest.mark.parametrize("other", [{"cache_salt": "mine"}, {"adapter_id": 1}])
+def test_another_salt_or_adapter_shares_nothing(other: dict[str, Any]) -> None:
+    h = make(max_loras=1)
     h.add(prompt(14), greedy(2), "a")
     h.run()
     h.add(prompt(14), greedy(2), "b", **other)

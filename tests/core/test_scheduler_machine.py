@@ -27,7 +27,7 @@ CONFIGS = st.builds(
     kv_windows=st.sampled_from(WINDOWS), enable_prefix_caching=st.booleans(),
     long_prefill_token_threshold=st.sampled_from([0, 0, 2, 5]), policy=st.sampled_from(["fcfs", "priority"]),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 0, 5, 40]), swap_fixed_cost=st.sampled_from([0.0, 3.0]),
-    swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]),
+    swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]), max_loras=st.sampled_from([1, 2]),
 )
 PROMPTS = st.builds(  # few different prefixes, so that they are shared
     lambda start, length, tail: tuple((start + i) % 3 for i in range(length)) + tuple(tail),
@@ -51,10 +51,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.h = Harness(config, chaos=random.Random(seed), drafts=drafts, stop_strings=stop_strings)
 
     @rule(prompt=PROMPTS, params=PARAMS, seed=st.integers(0, 3), priority=st.integers(0, 2), salt=st.sampled_from([None, None, "salt"]),
-          owner=st.sampled_from(["", "", "a", "b"]))
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, priority: int, salt: str | None, owner: str) -> None:
+          owner=st.sampled_from(["", "", "a", "b"]), adapter=st.sampled_from([0, 0, 1, 2, 3]))
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, priority: int, salt: str | None, owner: str,
+            adapter: int) -> None:
         try:
-            self.h.add(prompt, params, seed=seed, priority=priority, cache_salt=salt, owner=owner)
+            self.h.add(prompt, params, seed=seed, priority=priority, cache_salt=salt, owner=owner, adapter_id=adapter)
         except InvalidInput as refusal:
             assert "can never fit" in refusal.message
 
@@ -109,6 +110,7 @@ class SwapMachine(SchedulerMachine):
         max_num_batched_tokens=st.sampled_from([5, 17, 64]), max_model_len=st.just(24), kv_windows=st.sampled_from([(None,), (None, 4)]),
         enable_prefix_caching=st.booleans(), planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([4, 12, 60]),
         swap_fixed_cost=st.just(0.0), swap_cost_per_token=st.just(0.0), eos_token_ids=st.sampled_from([(), (5,)]),
+        max_loras=st.just(1),
     )
 
 

@@ -26,7 +26,7 @@ from minivllm.engine.loop import EngineLoop
 from minivllm.engine.messages import RefusedMessage, ShutdownCommand, StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput, ModelError
 from minivllm.outputs import OutputDelta, RequestMetrics
 from minivllm.sampling_params import SamplingParams
@@ -163,7 +163,7 @@ def test_a_refused_request_raises_and_leaves_no_stream_behind(client: EngineClie
 
 
 @pytest.mark.parametrize(("options", "param"), [
-    ({"beam_search": True}, "beam_search"), ({"adapter": "sql"}, "adapter"),
+    ({"beam_search": True}, "beam_search"), ({"lora_request": LoRARequest("sql", 1, "/a")}, "lora_request"),
     ({"params": SamplingParams(truncate_prompt_tokens=1)}, "truncate_prompt_tokens"), ({"params": {"max_tokens": 3}}, "params"),
 ])
 def test_what_a_client_cannot_send_is_refused_by_name_and_other_requests_continue(

@@ -18,6 +18,7 @@ from minivllm.engine.grammar import SequenceGrammar
 from minivllm.engine.metrics import EngineMetrics
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.watch import Watch
+from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.sampling.logits_processors import Constraints
 from minivllm.sampling_params import SamplingParams
@@ -276,8 +277,8 @@ def test_a_bug_in_one_requests_metrics_loses_no_delta(client: ThreadClient, monk
 def test_a_request_whose_preparation_fails_is_refused_alone(client: ThreadClient, monkeypatch: pytest.MonkeyPatch) -> None:
     from minivllm.errors import InvalidInput
 
-    def preparation(self: EngineCore, params: SamplingParams) -> None:
-        if params.max_tokens == 7:
+    def preparation(self: EngineCore, request: EngineRequest) -> None:
+        if request.params.max_tokens == 7:
             raise KeyError("planted")
 
     monkeypatch.setattr(EngineCore, "preparation", preparation)

@@ -128,8 +128,8 @@ def test_wrong_arguments_are_refused(engine: LLMEngine, call: Any, message: str)
 
 
 def test_what_is_not_built_is_refused_by_name(engine: LLMEngine) -> None:
-    with pytest.raises(NotSupportedYet, match="lora_request"):
-        engine.add_request("a", PROMPT, greedy(), lora_request=object())
+    with pytest.raises(NotSupportedYet, match="trace_headers"):
+        engine.add_request("a", PROMPT, greedy(), trace_headers={"a": "b"})
 
 
 # -- the context's limit ------------------------------------------------------------------------------------------------

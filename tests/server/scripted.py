@@ -19,7 +19,8 @@ from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
+from minivllm.errors import ModelError
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
@@ -62,6 +63,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.changed = threading.Condition()  # notified by every add, abort and step
         self.steps = 0
+        self.adapters: list[str] = []  # names of loaded LoRA adapters
 
     def default_script(self, prompt: Sequence[int], params: SamplingParams, child: int) -> Steps:
         """Child 0 generates "Paris 0.", child 1 "Paris 1.", and so on, one token per step."""
@@ -92,8 +94,16 @@ class ScriptedEngine:
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 
-    def preparation(self, params: SamplingParams) -> Callable[[], object] | None:
+    def preparation(self, request: EngineRequest | LoRARequest) -> Callable[[], object] | None:
         return None
+
+    def load_adapter(self, request: LoRARequest) -> None:
+        if "missing" in request.lora_path:
+            raise ModelError(f"{request.lora_path} is not a LoRA adapter", "lora_path")
+        self.adapters.append(request.lora_name)
+
+    def unload_adapter(self, lora_name: str) -> None:
+        self.adapters.remove(lora_name)
 
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         with self.changed:

@@ -1,0 +1,98 @@
+"""Adapters in memory: some in slots on the device, all others in host memory.
+
+    host memory   sql | rhymes | pirate | json | ...       packed as a slot is; pinned, if the device is a GPU
+                     \\________________/
+    slots            | rhymes | sql |                       max_loras of them. The scheduler chooses which adapter is in which slot
+
+A slot is one range of memory (`AdapterLayout`), so bringing an adapter in is one copy, ordered with the steps on the same stream.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minivllm.kernels.layout import AdapterWeights
+from minivllm.lora.adapter import Adapter, ModuleDelta
+from minivllm.lora.layout import AdaptedLinear, AdapterLayout
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """An adapter in host memory, ready to be copied into a slot."""
+
+    weights: Tensor  # [size of a slot], in the model's dtype
+    rank: int
+
+
+class AdapterStore:
+    """The slots of one device, and the adapters behind them."""
+
+    def __init__(self, layout: AdapterLayout, max_loras: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self._slots = torch.zeros((max_loras, layout.size), dtype=dtype, device=device)
+        self.ranks = torch.zeros(max_loras, dtype=torch.int32, device=device)  # of the adapter in each slot
+        self._host: dict[int, PackedAdapter] = {}
+
+    @property
+    def adapter_ids(self) -> tuple[int, ...]:
+        """Ids of all adapters in host memory."""
+        return tuple(self._host)
+
+    def layer(self, name: str) -> AdapterWeights | None:
+        """The slots' weights for one linear layer; None: it is not adapted."""
+        adapted = self.layout.layers.get(name)
+        return None if adapted is None else _weights(self._slots, adapted, self.layout.rank)
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        """An adapter in the layout of a slot. It may be called on any thread."""
+        slots = self._slots
+        flat = torch.zeros(self.layout.size, dtype=slots.dtype, pin_memory=slots.device.type == "cuda")
+        for adapted in self.layout.layers.values():
+            weights, linear = _weights(flat[None], adapted, self.layout.rank), adapted.linear
+            start = 0
+            for part, (rows, delta) in enumerate(zip(linear.rows, _deltas(adapter, adapted), strict=True)):
+                if delta is not None:
+                    rank = len(delta.a)
+                    weights.a[0, part * self.layout.rank :][:rank] = delta.a
+                    weights.b[0, start : start + rows, :rank] = delta.b.float() * delta.scaling
+                start += rows
+        return PackedAdapter(flat, adapter.rank)
+
+    def add(self, adapter_id: int, packed: PackedAdapter) -> None:
+        """Keep an adapter, so that plans may bring it into a slot."""
+        self._host[adapter_id] = packed
+
+    def remove(self, adapter_id: int) -> None:
+        """Free an adapter's host memory. No later plan may name it."""
+        del self._host[adapter_id]
+
+    def load(self, slot: int, adapter_id: int) -> None:
+        """Copy an adapter into a slot, after all kernels that were launched before, and before those launched later."""
+        packed = self._host[adapter_id]
+        self._slots[slot].copy_(packed.weights, non_blocking=True)
+        self.ranks[slot].fill_(packed.rank)
+
+
+def _weights(slots: Tensor, adapted: AdaptedLinear, rank: int) -> AdapterWeights:
+    """One layer's part of all slots: [S, size] -> A [S, parts * rank, cols] and B [S, rows, rank], as views."""
+    linear = adapted.linear
+    a_rows, b_rows = len(linear.rows) * rank, sum(linear.rows)
+    return AdapterWeights(
+        slots[:, adapted.a : adapted.a + a_rows * linear.cols].unflatten(1, (a_rows, linear.cols)),
+        slots[:, adapted.b : adapted.b + b_rows * rank].unflatten(1, (b_rows, rank)), linear.rows)
+
+
+def _deltas(adapter: Adapter, adapted: AdaptedLinear) -> Iterator[ModuleDelta | None]:
+    """One entry per part of a linear layer. A checkpoint module for all parts is split; its parts share A."""
+    linear = adapted.linear
+    if len(linear.checkpoint_names) == len(linear.rows):
+        yield from (adapter.modules.get(name) for name in linear.checkpoint_names)
+        return
+    delta = adapter.modules.get(linear.checkpoint_names[0])
+    start = 0
+    for rows in linear.rows:
+        yield None if delta is None else ModuleDelta(delta.a, delta.b[start : start + rows], delta.scaling)
+        start += rows
