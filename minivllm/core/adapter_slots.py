@@ -81,7 +81,7 @@ class AdapterSlots:
                 self._free.append(slot)
 
     def check(self, running: dict[int, int]) -> None:
-        """Assert that every adapter of a running sequence has a slot of its own. running: adapter -> number of running sequences."""
+        """Assert that adapters of running sequences have slots, each another one. running: adapter -> running sequences."""
         assert running == self._users, f"adapters are used by {self._users}, and {running} sequences run with them"
         assert set(running) <= set(self._slot_of), "a running sequence's adapter has no slot"
         slots = [*self._slot_of.values(), *self._free]
