@@ -10,7 +10,7 @@ from hashlib import sha256
 
 def block_hashes(tokens: list[int], block_size: int) -> list[bytes]:
     """One hash per FULL block. The keys in a block depend on all tokens up to its end, so the hash must too."""
-    # TASK 1: chain them: each hash covers the hash of the block before it and the tokens of its own block
+    # TASK 1: chain them: each hash covers the hash of the block before it, and the tokens of this block
     hashes, parent = [], b""
     for start in range(0, len(tokens) - block_size + 1, block_size):
         parent = sha256(parent + repr(tokens[start:start + block_size]).encode()).digest()
