@@ -7,7 +7,7 @@ from typing import Any
 
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest, shown
 
-METHODS = ("ngram",)
+METHODS = ("ngram", "draft_model", "eagle")
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 MAX_DRAFTS = 16  # num_speculative_tokens: a step computes one token more for each sequence
 MAX_LOOKUP = 32  # prompt_lookup_max

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layers": PARAMETERS,
     "models": LAYERS,
     "sampling": (*MODELS, "splitmix64"),
-    "speculative": MODELS,
+    "speculative": (*MODELS, "sampling"),
     "worker": (*CHOICE, "planning.weight_offload"),
     # the engine, which connects both planes
     "engine": ENGINE,

@@ -128,6 +128,16 @@ def sample_plain(logits: Tensor, temperature: Tensor, keys: Tensor, top_k: Tenso
     return noise.masked_fill_(greedy, 0.0).add_(z).argmax(dim=-1)
 
 
+def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None,
+                  min_p: Tensor | None = None) -> Tensor:
+    """The distribution that `sample` samples from: [n, V] float32, the rest one value per row -> [n, V]. Temperature 0 counts as 1."""
+    largest = logits.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    z = (logits - largest) / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    if top_k is not None or top_p is not None or min_p is not None:
+        z.masked_fill_(z < filter_threshold(z, top_k, top_p, min_p)[:, None], NO_FILTER)
+    return z.softmax(dim=-1)
+
+
 # --- the same on a CPU ---------------------------------------------------------------------------------------------
 
 
