@@ -18,6 +18,7 @@ from typing import TypeAlias
 from minivllm.sampling_params import SamplingParams
 
 BlockId: TypeAlias = int
+DEVICE_DRAFT = -1  # in a plan's drafts: the draft that the worker itself proposed for this position
 NULL_BLOCK: BlockId = 0  # never allocated: padded rows write here, and table entries outside a window point here
 
 
@@ -73,10 +74,10 @@ class StepPlan:
     # One entry per scheduled sequence; [S] below.
     request_ids: tuple[str, ...]
     rows: tuple[int, ...]
-    starts: tuple[int, ...]  # position of the first token computed
+    starts: tuple[int, ...]  # position of the first token computed; an upper bound while drafts of the sequence are unverified
     num_tokens: tuple[int, ...]  # >= 1; includes drafts
     new_blocks: tuple[tuple[tuple[BlockId, ...], ...], ...]  # [S][G] physical blocks appended to the row's tables
-    drafts: tuple[tuple[int, ...], ...]  # [S] guesses after the last known token, to verify; usually ()
+    drafts: tuple[tuple[int, ...], ...]  # [S] guesses after the last known token, to verify; usually (). DEVICE_DRAFT: the worker's own
     # One entry per token to sample: usually one per sequence whose last known token is computed in this step.
     sample_from: tuple[int, ...]  # index into the columns above: the token is sampled from the logits at its last position
     sample_rows: tuple[int, ...]  # the row that receives the token; several rows may sample from the same logits

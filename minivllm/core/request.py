@@ -5,12 +5,16 @@ when the prompt's last token is planned. Counters replace the phases "prefill" a
 
     position   0 1 2 3 4 5 6 7 8 9 . . .
                [---tokens------]             known values: prompt and outputs
-                               [p]           placeholders: tokens that launched plans will sample
-                                 [d d]       drafts: guesses to verify
+                               [p p p]       placeholders: tokens that launched plans will sample, if all their drafts are accepted
+                                     [d d]   drafts: guesses to verify
                [computed ]                   keys and values confirmed by `update`
                           [in flight]        what launched plans compute
                [planned             ]        = computed + in flight
                                     [--]     left to plan = known + drafts - planned, where known = tokens + placeholders
+
+A launched plan with k drafts counts as if all were accepted: it will sample 1 + k tokens. Its result says how many it sampled, and the
+counts of planned and known tokens fall by the difference. A plan that was launched in between named later positions than it computed:
+the worker knows the true ones (see `worker/batch.py`).
 
 A new prompt has many tokens left to plan, and a decode has one. A sequence that needs the value of its next token before it continues
 has 0 tokens left while that token is sampled. The scheduler needs no other distinction.
@@ -112,6 +116,7 @@ class Sequence:
         "num_cached_blocks",
         "num_cached_tokens",
         "num_computed",
+        "num_guesses",
         "num_known",
         "num_moves_out",
         "num_passes",
@@ -150,6 +155,7 @@ class Sequence:
         self.num_planned = 0
         self.num_known = len(tokens)
         self.drafts: tuple[int, ...] = ()
+        self.num_guesses = 0  # drafts of the worker that its next steps verify without waiting for their values
 
         self.status = SequenceStatus.WAITING
         self.row = NO_ROW

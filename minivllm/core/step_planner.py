@@ -13,7 +13,7 @@ Planning uses only counts. It never needs the value of a token that a launched p
 from __future__ import annotations
 
 from minivllm.core.forks import fork
-from minivllm.core.plan import BlockId, BlockMove, RowAdmission, StepPlan
+from minivllm.core.plan import DEVICE_DRAFT, BlockId, BlockMove, RowAdmission, StepPlan
 from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
 from minivllm.core.preemption import allocate_slots, blocks_by_owner, make_blocks_for_share, make_room_for_share
 from minivllm.core.request import Sequence, SequenceStatus
@@ -76,6 +76,9 @@ def _plan_decodes(state: SchedulerState, plan: PlanBuilder) -> tuple[list[Sequen
             sequences.append(sequence)
             starts.append(start)
         elif _can_be_planned(sequence):
+            if sequence.num_guesses and sequence.num_known - start == 1 and not sequence.needs_values:
+                most = min(sequence.num_guesses, sequence.max_tokens_total - sequence.num_known - 1)
+                sequence.drafts = (DEVICE_DRAFT,) * most
             if sequence.num_known - start > 1 or sequence.num_known == sequence.num_prompt_tokens:
                 prompts.append(sequence)
             elif sequence.drafts:
@@ -88,7 +91,7 @@ def _plan_decodes(state: SchedulerState, plan: PlanBuilder) -> tuple[list[Sequen
 def _can_be_planned(sequence: Sequence) -> bool:
     if sequence.status is not SequenceStatus.RUNNING or sequence.paused or sequence.num_left_to_plan <= 0:
         return False
-    return sequence.num_placeholders == 0 or not (sequence.needs_values or sequence.must_readmit or sequence.drafts)
+    return sequence.num_placeholders == 0 or not (sequence.needs_values or sequence.must_readmit)
 
 
 def _plan_decode(state: SchedulerState, plan: PlanBuilder, sequence: Sequence) -> None:
@@ -104,25 +107,33 @@ def _plan_decode(state: SchedulerState, plan: PlanBuilder, sequence: Sequence) -
 
 
 def _plan_verification(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, reserved: int) -> None:
-    """A decode with drafts. Drafts leave one token of the budget to each later verification, and preempt no other sequence."""
+    """A decode with drafts. Drafts leave one token of the budget to each later verification, and preempt no other sequence.
+
+    The worker proposes the next drafts in the same step, so it gets slots for them too, if there are free blocks.
+    """
     count = min(sequence.num_left_to_plan, plan.budget - reserved, state.config.max_chunk)
-    if sequence.table.num_missing_blocks(sequence.num_planned + count) > state.kv.pool.num_free:
+    free, end = state.kv.pool.num_free, sequence.num_planned + count
+    if sequence.table.num_missing_blocks(end) > free:
         count = 1
-    _plan_tokens(state, plan, sequence, count)
+    ahead = min(end + state.config.num_device_drafts, state.config.max_model_len)
+    _plan_tokens(state, plan, sequence, count, ahead if count > 1 and sequence.table.num_missing_blocks(ahead) <= free else None)
 
 
-def _plan_tokens(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, count: int) -> None:
-    """Compute `count` tokens: a prompt chunk, or a token and its drafts. If the last known token is among them, sample the next."""
+def _plan_tokens(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, count: int, slots: int | None = None) -> None:
+    """Compute `count` tokens: a prompt chunk, or a token and its drafts. If the last known token is among them, sample the next.
+
+    slots: number of tokens that need slots; None: of those that are planned
+    """
     start, end = sequence.num_planned, sequence.num_planned + count
-    new_blocks = allocate_slots(state, plan, sequence, end)
+    new_blocks = allocate_slots(state, plan, sequence, slots or end)
     if new_blocks is None:
         return
     drafts = sequence.drafts[:max(0, end - sequence.num_known)]
     column = plan.add(sequence, start, count, _add_row_changes(state, plan, sequence, new_blocks), drafts)
-    sequence.num_planned, sequence.drafts = end, drafts  # drafts that do not fit are dropped
+    sequence.num_planned, sequence.drafts = end, ()  # drafts that do not fit are dropped
     if end >= sequence.num_known and sequence.num_known < sequence.max_tokens_total:
         plan.add_sample(column, sequence)
-        sequence.num_known += 1
+        sequence.num_known += 1 + len(drafts)
         if sequence.request.num_unforked:
             _fork_children(state, plan, column, sequence)
         _set_fast_plan_limit(sequence)
@@ -143,7 +154,7 @@ def _fork_children(state: SchedulerState, plan: PlanBuilder, column: int, parent
 
 def _set_fast_plan_limit(sequence: Sequence) -> None:
     """Positions below the limit need no check before they are planned; see `Sequence`."""
-    if sequence.needs_values or sequence.shares_last_block or sequence.drafts:
+    if sequence.needs_values or sequence.shares_last_block or sequence.num_guesses:
         sequence.fast_plan_limit = 0
     else:
         sequence.fast_plan_limit = min(sequence.table.capacity, sequence.compute_limit)

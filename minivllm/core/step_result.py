@@ -27,7 +27,7 @@ def confirm_step(
     for child, sample, count in launched.forks:
         _confirm(state, child, count, 0, sample, result, stops, updates)
     for sample, drafts in enumerate(result.drafts):
-        _set_drafts(launched.sample_sequences[sample], drafts)
+        _set_drafts(state, launched.sample_sequences[sample], drafts)
     return updates
 
 
@@ -61,15 +61,17 @@ def _confirm(
         return
     token_ids = result.token_ids[sample] if sample is not None else ()
     accepted = len(token_ids) - 1 if num_drafts else 0
+    before = sequence.num_computed
     sequence.num_computed += count - num_drafts + accepted
     if sequence.prompt_logprobs_from is not None:
         sequence.prompt_logprobs_from = max(sequence.prompt_logprobs_from, sequence.num_computed + 1)
     stop = stops.get(sample) if sample is not None else None
     kept, reason, stop_reason = sequence.request.stop_rule.cut(sequence.num_outputs, token_ids, stop)
     sequence.tokens.extend(kept)
-    if num_drafts:  # rejected drafts, and accepted ones after a stop, are neither computed nor planned
+    if num_drafts:  # rejected drafts, and accepted ones after a stop, are neither known nor computed nor planned
         sequence.num_computed = min(sequence.num_computed, len(sequence.tokens))
-        sequence.num_planned, sequence.num_known, sequence.drafts = sequence.num_computed, len(sequence.tokens), ()
+        sequence.num_planned -= count - (sequence.num_computed - before)
+        sequence.num_known -= 1 + num_drafts - len(kept)
     state.kv.cache_full_blocks(sequence)
     if sequence.num_computed >= sequence.num_prompt_tokens == sequence.max_tokens_total:
         reason = "length"  # max_tokens = 0: only the prompt was to be computed
@@ -109,9 +111,13 @@ def _set_fast_confirm_limit(state: SchedulerState, sequence: Sequence) -> None:
     sequence.fast_confirm_limit = min(next_full_block, sequence.max_tokens_total - 1)
 
 
-def _set_drafts(sequence: Sequence, drafts: tuple[int, ...] | None) -> None:
-    """Take drafts for the next tokens. They are useless if a launched plan already samples the next token."""
-    sequence.awaits_drafts = drafts is not None
+def _set_drafts(state: SchedulerState, sequence: Sequence, drafts: tuple[int, ...] | None) -> None:
+    """Take drafts for the next tokens. They are useless if a launched plan already samples the next token.
+
+    With drafts of the worker, the sequence does not wait for their values: its next plans verify as many.
+    """
+    sequence.num_guesses = len(drafts or ()) if state.config.num_device_drafts else 0
+    sequence.awaits_drafts = drafts is not None and not state.config.num_device_drafts
     if drafts is not None:
         sequence.fast_plan_limit = 0
     if drafts and sequence.status is SequenceStatus.RUNNING and not sequence.num_in_flight:

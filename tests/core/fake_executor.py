@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from minivllm.core.plan import NULL_BLOCK, BlockMove, RowAdmission, StepPlan, StepResult
+from minivllm.core.plan import DEVICE_DRAFT, NULL_BLOCK, BlockMove, RowAdmission, StepPlan, StepResult
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.sampling_params import SamplingParams
 
@@ -92,6 +92,7 @@ class Row:
     child: int
     adapter_slot: int
     next_position: int | None = None  # where its next plan must start
+    proposed: list[int] = field(default_factory=list)  # the worker's own drafts for the tokens after the newest one
 
     @property
     def request_id(self) -> str:
@@ -158,11 +159,12 @@ class FakeExecutor:
                     self._refuse_foreign_write(block, "")
                     self.device[block] = self._poison()
                 table.extend(appended)
+        exact = self._exact(plan)
         for column in range(len(plan.rows)):
-            self._write(plan, column)
+            self._write(exact, column)
         for column in range(len(plan.rows)):
             self._note_reads(entry, column)
-        samples = tuple(self._sample(plan, i) for i in range(len(plan.sample_rows)))
+        samples = tuple(self._sample(exact, i) for i in range(len(plan.sample_rows)))
         if fails:
             self._leave_junk(plan)
             return
@@ -256,6 +258,20 @@ class FakeExecutor:
                         self.device[move.device_block][offset] = cell
         return tuple(ids)
 
+    def _exact(self, plan: StepPlan) -> StepPlan:
+        """The plan with true positions and drafts. A plan may name later positions if drafts were rejected since it was made."""
+        if not self.config.num_device_drafts:
+            return plan
+        starts, drafts = list(plan.starts), list(plan.drafts)
+        for column, row in enumerate(self.rows[r] for r in plan.rows):
+            if DEVICE_DRAFT in drafts[column]:
+                assert set(drafts[column]) == {DEVICE_DRAFT}
+                drafts[column] = tuple(row.proposed[:len(drafts[column])])
+            if column in plan.sample_from:
+                starts[column] = len(row.tokens) - (plan.num_tokens[column] - len(drafts[column]))
+                assert starts[column] <= plan.starts[column]
+        return replace(plan, starts=tuple(starts), drafts=tuple(drafts))
+
     def _write(self, plan: StepPlan, column: int) -> None:
         row = self.rows[plan.rows[column]]
         assert row.sequence_id == plan.request_ids[column], f"row {plan.rows[column]} belongs to {row.sequence_id}"
@@ -318,9 +334,12 @@ class FakeExecutor:
         proposals: list[tuple[int, ...] | None] = []
         for row in (self.rows[r] for r in plan.sample_rows):
             tokens, guesses = list(row.tokens), []
-            for _ in range(self.chaos.randint(0, 3)):
+            for _ in range(self.config.num_device_drafts or self.chaos.randint(0, 3)):
                 right = self.model.next_token(tokens, row.seed, row.child)
                 guesses.append(right if self.chaos.random() < 0.7 else (right + 1) % VOCABULARY)
                 tokens.append(guesses[-1])
+            row.proposed = guesses
+            if self.config.num_device_drafts:
+                guesses = guesses[:self.chaos.randint(0, len(guesses))]
             proposals.append(tuple(guesses) if self.chaos.random() < 0.7 else None)
         return tuple(proposals)

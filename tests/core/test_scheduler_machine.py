@@ -28,6 +28,7 @@ CONFIGS = st.builds(
     long_prefill_token_threshold=st.sampled_from([0, 0, 2, 5]), policy=st.sampled_from(["fcfs", "priority"]),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 0, 5, 40]), swap_fixed_cost=st.sampled_from([0.0, 3.0]),
     swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]), max_loras=st.sampled_from([1, 2]),
+    num_device_drafts=st.sampled_from([0, 3]),
 )
 PROMPTS = st.builds(  # few different prefixes, so that they are shared
     lambda start, length, tail: tuple((start + i) % 3 for i in range(length)) + tuple(tail),
@@ -110,7 +111,7 @@ class SwapMachine(SchedulerMachine):
         max_num_batched_tokens=st.sampled_from([5, 17, 64]), max_model_len=st.just(24), kv_windows=st.sampled_from([(None,), (None, 4)]),
         enable_prefix_caching=st.booleans(), planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([4, 12, 60]),
         swap_fixed_cost=st.just(0.0), swap_cost_per_token=st.just(0.0), eos_token_ids=st.sampled_from([(), (5,)]),
-        max_loras=st.just(1),
+        max_loras=st.just(1), num_device_drafts=st.sampled_from([0, 3]),
     )
 
 
