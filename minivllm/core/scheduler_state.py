@@ -62,6 +62,10 @@ class SchedulerState:
 
     def new_sequence(self, request: Request, index: int, tokens: list[int], max_tokens_total: int) -> Sequence:
         sequence = Sequence(request, index, tokens, max_tokens_total, self.kv.empty_table())
+        params = request.new.params
+        # The worker's sampler reads these positions on the host, which knows them only if no draft is unverified.
+        if self.config.num_device_drafts and (params.has_penalties or params.min_tokens or params.bad_words_token_ids):
+            sequence.waits_for_result = True
         request.sequences.append(sequence)
         return sequence
 

@@ -274,7 +274,8 @@ class OutputProcessor:
                 if num_drafts := len(plan.drafts[plan.sample_from[i]]):
                     self._speculation.count(sequence.drafts, num_drafts, len(tokens) - 1)
                 if i not in stops:
-                    found[i] = self._speculation.propose(sequence.drafts, tokens, len(plan.rows))
+                    proposed = result.drafts[i] if result.drafts else None
+                    found[i] = self._speculation.propose(sequence.drafts, tokens, len(plan.rows), proposed)
             except Exception as bug:
                 self._fail(sequence, bug)
         return replace(result, drafts=tuple(found))

@@ -42,10 +42,12 @@ class Speculation:
     """The policy of one engine."""
 
     def __init__(self, config: SpeculativeConfig, device: str, waits: bool) -> None:
-        """waits: whether a sequence with drafts must wait for results that others do not wait for (asynchronous scheduling)."""
+        """waits: whether asynchronous scheduling is on, so that a sequence whose drafts are found on the host must wait for its values."""
         cost = SPECULATION.get(device.partition(":")[0], SPECULATION["cpu"])
-        self._config, self._waits = config, waits
-        self._cost = cost if waits else SpeculationCost(cost.free_tokens, 0.0)
+        self._config = config
+        self._on_host = config.method == "ngram"
+        self._waits = waits and self._on_host
+        self._cost = cost if self._waits else SpeculationCost(cost.free_tokens, 0.0)
         self.counts = DraftCounts()
 
     def start(self, prompt: Sequence[int]) -> SequenceDrafts:
@@ -53,7 +55,7 @@ class Speculation:
 
     def prepare(self, drafts: SequenceDrafts) -> None:
         """Index the prompt. Call it while the device computes it."""
-        if drafts.index is None:
+        if self._on_host and drafts.index is None:
             drafts.index = NgramIndex(*self._config.lookup)
             drafts.index.extend(drafts.prompt)
 
@@ -62,14 +64,20 @@ class Speculation:
         drafts.counts.add(num_drafts, num_accepted)
         self.counts.add(num_drafts, num_accepted)
 
-    def propose(self, drafts: SequenceDrafts, tokens: Sequence[int], num_seqs: int) -> tuple[int, ...] | None:
-        """A step of `num_seqs` sequences sampled `tokens` for this one: drafts for its next step. None: it does not wait for any."""
+    def propose(
+        self, drafts: SequenceDrafts, tokens: Sequence[int], num_seqs: int, proposed: tuple[int, ...] | None,
+    ) -> tuple[int, ...] | None:
+        """A step of `num_seqs` sequences sampled `tokens` for this one: drafts for its next step. None: it does not wait for any.
+
+        proposed: by the worker; None: it has no proposer.
+        """
         self.prepare(drafts)
-        assert drafts.index is not None
         drafts.observe(tokens)
-        drafts.index.extend(tokens)
         most = self._config.num_speculative_tokens
-        drafts.guess = guess = drafts.index.propose(most)
+        if drafts.index is not None:
+            drafts.index.extend(tokens)
+            proposed = drafts.index.propose(most)
+        drafts.guess = guess = proposed or ()
         acceptance = drafts.acceptance
         acceptance.proposed(bool(guess))
         limit = self._config.disable_by_batch_size

@@ -274,4 +274,5 @@ class SpeculationCost:
     wait: float  # share of a step's time in which the device is idle if the next step must wait for the host
 
 
+MAX_DRAFT_PROBS_ROWS = 64  # rows for which the distributions of sampled drafts are kept: each takes k times the vocabulary in float32
 SPECULATION = {"cpu": SpeculationCost(12.0, 0.0), "cuda": SpeculationCost(200.0, 0.25)}

@@ -28,7 +28,8 @@ from minivllm.kernels.reference import sampling
 from minivllm.kernels.upload import upload
 from minivllm.sampling.bad_words import PAIR_BYTES, BadWords
 from minivllm.sampling.logits_processors import Constraints, DraftRuns, PenaltyCounts, TokenMasks, apply_constraints
-from minivllm.sampling.noise import row_keys, stream_key
+from minivllm.sampling.noise import device_keys, row_keys, stream_key
+from minivllm.sampling.rejection import DraftProbabilities, choose_with_drafts
 from minivllm.sampling_params import MAX_STRINGS
 
 Array = np.ndarray[Any, Any]
@@ -86,8 +87,9 @@ class Sampler:
     """Holds the sampling parameters of all rows, and samples tokens for some of them."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int] = (),
-                 ops: Ops | None = None) -> None:
-        """`ops`: the kernels of the model; by default the device's."""
+                 ops: Ops | None = None, draft_probs: DraftProbabilities | None = None) -> None:
+        """`ops`: the kernels of the model; by default the device's. draft_probs: where a proposer keeps the distributions of its drafts."""
+        self.draft_probs = draft_probs
         self._ops = ops or select(device)
         self.wide_rows = wide_rows(vocab_size)
         self._eos_token_ids = tuple(eos_token_ids)
@@ -134,6 +136,8 @@ class Sampler:
     def admit(self, admission: RowAdmission) -> None:
         """Overwrite a row's parameters, and count its tokens again if it has penalties."""
         row, params = admission.row, admission.params
+        if self.draft_probs is not None:
+            self.draft_probs.forget(row)
         self._temperature[row] = 0.0 if params.greedy else min(params.temperature, MOST)
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
@@ -160,7 +164,16 @@ class Sampler:
         """What plain sampling needs: temperatures [L] and noise keys [L, 2], for rows [L] and positions [L] of the tokens to be sampled."""
         return self._temperature[rows], row_keys(self._streams[rows], positions)
 
-    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None) -> SampledTokens:
+    def temperatures(self, rows: Array) -> Array:
+        """[n] float32; 0: greedy."""
+        return self._temperature[rows]
+
+    def streams(self, rows: Array) -> Array:
+        """The noise streams of rows [n]: [n] int64, the bits of a uint64."""
+        return self._streams[rows].view(np.int64)
+
+    def sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None = None,
+               shift: Tensor | None = None) -> SampledTokens:
         """Sample a token for each of L logits rows, and count it.
 
         logits [L, V] float32 or half (overwritten); rows [L]: of the row table, whose parameters apply; positions [L]: of the tokens to be
@@ -169,6 +182,9 @@ class Sampler:
         A sequence with k drafts has 1 + k logits rows, one after another, at consecutive positions, all in one call. The caller has written
         the drafts to the token table: a draft is at the position of the token that it is compared with. Each token is sampled as if the
         drafts before it were output. It is counted only if all of these drafts are accepted.
+
+        shift [L] int64: on the device, by how much `positions` exceed the true ones, because drafts of an earlier step may have been
+        rejected. Only rows whose parameters do not depend on positions may have a shift other than 0 (see `core.scheduler_state`).
         """
         logprobs = self._logprobs[rows]
         all_wide = self._penalties.penalized[rows].any() or self._biased(rows)  # logits of one step have one dtype
@@ -208,7 +224,9 @@ class Sampler:
             for start in range(0, len(penalized), step):
                 self._penalize(logits, rows, penalized[start : start + step], start, drafts, tokens)
 
-        token_ids = self._choose(logits, rows, positions)
+        token_ids = self._choose(logits, rows, positions, shift)
+        if self.draft_probs is not None:
+            token_ids = self._reject(self.draft_probs, token_ids, logits, rows, positions, tokens, shift)
 
         if len(penalized):
             sampled = token_ids[upload([penalized], logits.device)[0]]
@@ -230,7 +248,29 @@ class Sampler:
         sampling.apply_penalties(some, seen, counts, repetition, frequency, presence)
         logits[where] = some
 
-    def _choose(self, logits: Tensor, rows: Array, positions: Array) -> Tensor:
+    def _reject(self, kept: DraftProbabilities, token_ids: Tensor, logits: Tensor, rows: Array, positions: Array, tokens: Tensor,
+                shift: Tensor | None) -> Tensor:
+        """Choose the tokens at drafts with a distribution by rejection sampling: token_ids [L], as sampled without drafts -> [L]."""
+        runs = DraftRuns.of(rows, positions)
+        if runs is None:
+            return token_ids
+        before_next = np.append(runs.first[1:] != np.arange(1, len(rows)), False)  # whether a draft follows the logits row
+        index = np.flatnonzero(before_next & (self._temperature[rows] > 0))
+        token_ids = token_ids.clone()
+        for start in range(0, len(index), PENALTY_ROWS):
+            part = index[start : start + PENALTY_ROWS]
+            at = rows[part]
+            where, row, position, stream, t, k, p, floor = upload([
+                part, at, positions[part], self.streams(at), self._temperature[at], self._top_k[at], self._top_p[at], self._min_p[at]],
+                logits.device)
+            if shift is not None:
+                position = position - shift[where]
+            q, valid = kept.find(row, position)
+            drafts = tokens.view(-1)[row * tokens.shape[1] + position].long()
+            token_ids[where] = choose_with_drafts(token_ids[where], logits[where], t, k, p, floor, q, valid, drafts, stream, position)
+        return token_ids
+
+    def _choose(self, logits: Tensor, rows: Array, positions: Array, shift: Tensor | None = None) -> Tensor:
         """Greedy rows take the largest logit, other rows are sampled: [L, V] -> [L] int64."""
         temperature = self._temperature[rows]
         random = temperature > 0
@@ -238,8 +278,11 @@ class Sampler:
             return self._ops.sample(logits, *self._greedy_columns(len(rows)))
         # Filters of greedy rows can be ignored: no filter removes the largest logit.
         top_k, top_p, min_p = self._top_k[rows], self._top_p[rows], self._min_p[rows]
-        keys = row_keys(self._streams[rows], positions)
-        t, key, k, p, floor = upload([temperature, keys, top_k, top_p, min_p], logits.device)
+        if shift is None:
+            t, key, k, p, floor = upload([temperature, row_keys(self._streams[rows], positions), top_k, top_p, min_p], logits.device)
+        else:
+            t, stream, position, k, p, floor = upload([temperature, self.streams(rows), positions, top_k, top_p, min_p], logits.device)
+            key = device_keys(stream, position - shift)
         return self._ops.sample(logits, t, key, k if (top_k > 0)[random].any() else None, p if (top_p < 1.0)[random].any() else None,
                                 floor if (min_p > 0.0)[random].any() else None)
 

@@ -20,14 +20,14 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minivllm.core.plan import NULL_BLOCK, RowAdmission, StepPlan
+from minivllm.core.plan import DEVICE_DRAFT, NULL_BLOCK, RowAdmission, StepPlan
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import upload
@@ -74,12 +74,20 @@ class Columns:
     prompt_rows: Array  # [P] of the T tokens: their logits predict prompt tokens whose logprobs are needed
     prompt_index: Array  # [P] of those prompt tokens, in the flat token table
     adapter_slots: Array  # [T] int32: slot of each token's LoRA adapter, -1 for the base model; [0] if no token has one
+    drafting: DraftColumns | None = None  # of a worker with a proposer
+    all_hidden: bool = False  # hidden states of all tokens are needed
     shared_keys: int = 0  # decodes only: leading keys that all sequences have in the same blocks, a multiple of SHARED_KEYS_MULTIPLE
 
     @property
     def last_only(self) -> bool:
         """Whether the last layer computes each sequence's last token only. It pays from MIN_SKIPPED_TOKENS other tokens on."""
-        return len(self.token_index) - len(self.rows) >= tuning.MIN_SKIPPED_TOKENS and not self.prompt_spans and not len(self.drafts)
+        pays = len(self.token_index) - len(self.rows) >= tuning.MIN_SKIPPED_TOKENS
+        return pays and not self.prompt_spans and not self.has_drafts and not self.all_hidden
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any sequence has drafts."""
+        return bool(len(self.drafts)) or (self.drafting is not None and bool(self.drafting.num_drafts.any()))
 
     @property
     def simple(self) -> bool:
@@ -88,11 +96,36 @@ class Columns:
         Each sequence has at most one sample, which uses its own row's parameters. If there are drafts, all sequences are decodes of one
         width. No prompt logprobs are needed.
         """
-        rows_of_a_sample = self.query_width if len(self.drafts) else 1
+        rows_of_a_sample = self.query_width if self.has_drafts else 1
         if self.prompt_spans or (rows_of_a_sample > 1 and not self.num_decodes == len(self.rows) == len(self.source) / rows_of_a_sample):
             return False
         sources = self.source[::rows_of_a_sample]
         return len(set(sources.tolist())) == len(sources) and bool((self.rows[self.source] == self.sample_rows).all())
+
+
+@dataclass(frozen=True, slots=True)
+class DraftColumns:
+    """What a worker with a proposer also needs: B sequences and T tokens in the batch's order, L logits rows of S samples in the plan's."""
+
+    known_ends: Array  # [B] the plan's number of known tokens of a sequence that samples; -1: of a sequence that does not
+    num_drafts: Array  # [B]
+    own_sample: Array  # [B] the sequence's own sample; -1: none
+    token_source: Array  # [T] the sequence of each token
+    sample_of_row: Array  # [L]
+    first_row: Array  # [S] each sample's first logits row
+    has_draft: Array  # [L] whether a draft follows
+
+    @classmethod
+    def of(cls, c: Columns, num_drafts: Array, rows_of_sample: Array) -> DraftColumns:
+        """num_drafts [B]; rows_of_sample [S]: number of logits rows."""
+        first = rows_of_sample.cumsum() - rows_of_sample
+        own = np.full(len(c.rows), -1)
+        is_own = c.sample_rows[first] == c.rows[c.source[first]]
+        own[c.source[first][is_own]] = np.flatnonzero(is_own)
+        has_draft = np.ones(len(c.source), np.bool_)
+        has_draft[first + rows_of_sample - 1] = False
+        return cls(np.where(own >= 0, c.seq_lens - num_drafts, -1), num_drafts, own, np.repeat(np.arange(len(c.rows)), c.query_lens),
+                   np.repeat(np.arange(len(first)), rows_of_sample), first, has_draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +136,16 @@ class Packed:
     batch: InputBatch  # logit_rows: [L + P], those of samples first
     sample_index: Tensor  # [L] int64, as in the columns
     prompt_index: Tensor  # [P] int64, likewise
+    shift: Tensor | None = None  # [L] int64: positions by which the columns of each logits row are ahead of the truth. None: exact
 
 
 class RowTable:
     """Every row's tokens and blocks. A cache: `admit` alone can rebuild it."""
 
     def __init__(self, num_rows: int, num_groups: int, max_model_len: int, block_size: int, device: torch.device,
-                 sharing: Sequence[int] = ()) -> None:
-        """sharing: KV groups checked for a prefix shared by all decodes. Empty: no check."""
+                 sharing: Sequence[int] = (), proposals: int = 0, all_hidden: bool = False) -> None:
+        """sharing: KV groups checked for a prefix shared by all decodes. Empty: no check.
+        proposals: drafts that the worker proposes for each sequence. all_hidden: the proposer needs all hidden states."""
         width = -(-max_model_len // block_size)
         self.null_row, self.sharing, self.max_model_len = num_rows, tuple(sharing), max_model_len
         self._stride = _stride(max_model_len)  # of the token table
@@ -127,6 +162,9 @@ class RowTable:
         self._adapter_slot = np.full(num_rows, -1, np.int32)
         self._num_with_logprobs = 0  # rows that need prompt logprobs; usually none, and then no row is checked
         self._flat_tokens = self.tokens.view(-1)
+        self.proposals, self._all_hidden = proposals, all_hidden
+        # Number of known tokens of each row. Only the device knows it while drafts are unverified.
+        self.lengths = torch.ones(num_rows + 1, dtype=torch.int64, device=device)
         self._block_size, self._device = block_size, device
 
     @staticmethod
@@ -140,6 +178,7 @@ class RowTable:
         self.device_tables.fill_(NULL_BLOCK)
         self._changed.clear()
         self.tokens.zero_()
+        self.lengths.fill_(1)
         self._num_blocks.fill(0)
         self._adapter_slot.fill(-1)
         self._logprobs_from.fill(-1)
@@ -174,6 +213,8 @@ class RowTable:
                 self._num_blocks[group, row] = 0
                 self._append(group, row, blocks)
             self._num_prompt[row] = a.num_prompt_tokens
+            if self.proposals:
+                self.lengths[row] = len(a.token_ids)
             self._need_logprobs(row, -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1))  # nothing predicts token 0
             self._prompt_k[row] = a.params.prompt_logprobs or 0
             self._adapter_slot[row] = a.adapter_slot
@@ -217,6 +258,13 @@ class RowTable:
     def write_tokens(self, index: Tensor, token_ids: Tensor) -> None:
         """Tokens to the flat token table, on the device: index [n] int64, token_ids [n]."""
         self._flat_tokens.index_copy_(0, index, token_ids.to(torch.int32))
+
+    def write_drafts(self, rows: Tensor, first: Tensor, drafts: Tensor) -> None:
+        """Drafts to the token table: rows [B], position of the first draft [B], drafts [B, k]. Positions beyond the table are dropped."""
+        position = first[:, None] + torch.arange(drafts.shape[1], device=drafts.device)
+        dropped = (position >= self.max_model_len) | (rows == self.null_row)[:, None]
+        index = torch.where(dropped, self.null_row * self._stride + 1, rows[:, None] * self._stride + position)
+        self.write_tokens(index.view(-1), drafts.reshape(-1))
 
     # -- packing --------------------------------------------------------------------------------------------------------
 
@@ -266,20 +314,29 @@ class RowTable:
         draft_index, drafts = (_NONE, _NONE) if num_drafts is None else self._drafts(plan, num_drafts)
         spans, span_rows, span_index = self._prompt_spans(plan, batch_index, query_start)
         checks_sharing = self.sharing and num_decodes == len(rows) >= tuning.MIN_SHARING_DECODES
-        return Columns(
+        columns = Columns(
             rows=rows, query_lens=counts, seq_lens=ends, num_decodes=num_decodes, query_width=query_width, query_start=query_start,
             token_index=token_rows * self._stride + positions, positions=positions, slots=slots,
             draft_index=draft_index, drafts=drafts, source=source, logits_rows=query_start[source + 1] - 1 - back,
             sample_rows=sample_rows, sample_positions=sample_positions, sample_index=sample_rows * self._stride + sample_positions,
             prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index, adapter_slots=adapter_slots,
-            shared_keys=self._shared_keys(rows, int(starts.min())) if checks_sharing else 0)
+            shared_keys=self._shared_keys(rows, int(starts.min())) if checks_sharing else 0, all_hidden=self._all_hidden)
+        if not self.proposals:
+            return columns
+        of_request = np.zeros(len(rows), np.int64) if num_drafts is None else num_drafts
+        of_batch = of_request.copy()
+        if batch_index is not None:
+            of_batch[batch_index] = of_request
+        return replace(columns, drafting=DraftColumns.of(columns, of_batch, 1 + of_request[np.array(plan.sample_from, np.int64)]))
 
     def _drafts(self, plan: StepPlan, num_drafts: Array) -> tuple[Array, Array]:
-        """Where a plan's drafts go, and the drafts: the last tokens of what each request computes."""
+        """Where a plan's drafts go, and the drafts: the last tokens of what each request computes. The worker's own are there already."""
         ends = np.array(plan.starts, np.int64) + plan.num_tokens
         first = np.array(plan.rows, np.int64) * self._stride + ends - num_drafts
         index = np.arange(num_drafts.sum()) + np.repeat(first - num_drafts.cumsum() + num_drafts, num_drafts)
-        return index, np.array([token for drafts in plan.drafts for token in drafts], np.int64)
+        drafts = np.array([token for drafts in plan.drafts for token in drafts], np.int64)
+        known = drafts != DEVICE_DRAFT
+        return index[known], drafts[known]
 
     def _shared_keys(self, rows: Array, shortest: int) -> int:
         """Number of leading keys that all rows have in the same blocks, at most `shortest`."""
@@ -301,19 +358,30 @@ class RowTable:
         uploaded = upload([
             c.token_index, c.positions, np.concatenate([logits_rows, c.prompt_rows]) if c.prompt_spans else logits_rows,
             c.sample_index, c.prompt_index, c.draft_index, c.drafts, c.query_start.astype(np.int32), c.seq_lens.astype(np.int32), c.rows,
-            c.adapter_slots, *c.slots], self._device)
+            c.adapter_slots, *(() if c.drafting is None else (c.drafting.known_ends, c.drafting.token_source, c.source)), *c.slots],
+            self._device)
         (token_index, positions, logit_rows, sample_index, prompt_index, draft_index, drafts, query_start, seq_lens, rows, adapter_slots,
          *slots) = uploaded
         if len(c.drafts):
             self.write_tokens(draft_index, drafts)
-        width = -(-int(c.seq_lens.max()) // self._block_size)
+        ahead = 1 + self.proposals if self.proposals else 0  # the proposer's tokens
+        width = min(-(-(int(c.seq_lens.max()) + ahead) // self._block_size), self.device_tables.shape[2])
+        tables = tuple(table[:, :width].index_select(0, rows) for table in self.device_tables)
+        shift = None
+        if c.drafting is not None:
+            known_ends, token_source, source = slots[:3]
+            behind = lag(known_ends, self.lengths.index_select(0, rows))
+            per_token = behind.index_select(0, token_source)
+            token_index, positions, seq_lens = token_index - per_token, positions - per_token, (seq_lens - behind).to(torch.int32)
+            slots = [slots_of(table, token_source, positions, self._block_size) for table in tables]
+            shift = behind.index_select(0, source)
+            sample_index = sample_index - shift
         batch = InputBatch(
             tokens=self._flat_tokens.index_select(0, token_index), positions=positions, query_start=query_start, seq_lens=seq_lens,
-            slots=tuple(slots), block_tables=tuple(table[:, :width].index_select(0, rows) for table in self.device_tables),
-            logit_rows=logit_rows, num_decodes=c.num_decodes, query_lens_host=tuple(c.query_lens.tolist()),
-            seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only, query_width=c.query_width,
-            adapter_slots=adapter_slots if len(c.adapter_slots) else None)
-        return Packed(c, batch, sample_index, prompt_index)
+            slots=tuple(slots), block_tables=tables, logit_rows=logit_rows, num_decodes=c.num_decodes,
+            query_lens_host=tuple(c.query_lens.tolist()), seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only,
+            query_width=c.query_width, adapter_slots=adapter_slots if len(c.adapter_slots) else None)
+        return Packed(c, batch, sample_index, prompt_index, shift)
 
     def _prompt_spans(self, plan: StepPlan, batch_index: Array | None, query_start: Array) -> tuple[tuple[PromptSpan, ...], Array, Array]:
         """Prompt logprobs that this step computes: the spans, the rows that predict them (of T), the tokens' indices in the token table.
@@ -337,6 +405,17 @@ class RowTable:
             batch_rows.append(query_start[i if batch_index is None else batch_index[i]] + targets - 1 - start)
             index.append(row * self._stride + targets)
         return tuple(spans), np.concatenate(batch_rows), np.concatenate(index)
+
+
+def lag(known_ends: Tensor, lengths: Tensor) -> Tensor:
+    """Positions by which a plan is ahead: known_ends [B] by the plan, -1 for a sequence that does not sample; lengths [B] in truth."""
+    return torch.where(known_ends >= 0, known_ends - lengths, 0)
+
+
+def slots_of(table: Tensor, source: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Slots of T tokens: table [B, M], source [T] of each token, positions [T] -> [T] int64."""
+    block = torch.div(positions, block_size, rounding_mode="floor")
+    return table[source, block].long() * block_size + (positions - block * block_size)
 
 
 def _stride(max_model_len: int) -> int:

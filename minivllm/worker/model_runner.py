@@ -24,13 +24,17 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
+from minivllm.kernels import tuning
 from minivllm.kernels.upload import upload
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.sampling.rejection import DraftProbabilities
 from minivllm.sampling.sampler import LogprobColumns, Sampler, parts_of
 from minivllm.sampling_params import SamplingParams
+from minivllm.speculative.base import DeviceProposer
 from minivllm.worker.batch import Columns, Packed, RowTable
 from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs
+from minivllm.worker.drafts import DraftRunner, Proposals, drafts_of_samples
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
@@ -72,12 +76,14 @@ class SampledStep:
 
     def __init__(self, step: LaunchedStep, kv: KVCache, token_ids: Sequence[Tensor] = (),
                  logprobs: Sequence[tuple[int, LogprobColumns]] = (), prompt_logprobs: Sequence[LogprobColumns] = (),
-                 error: str | None = None, order: Array | None = None) -> None:
+                 error: str | None = None, order: Array | None = None, proposals: Proposals | None = None) -> None:
         """token_ids: together the tokens of all logits rows. logprobs: (first logits row, columns). order[i]: index among `token_ids` of
         the token of logits row i. None: the order is the same."""
         self._step, self._kv, self._error, self._order = step, kv, error, order
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
-        tensors = [*token_ids, *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
+        self._proposals = proposals
+        tensors = [*(() if proposals is None else (proposals.kept, proposals.drafts)), *token_ids,
+                   *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
         self._num_token_tensors = len(token_ids)
         self._host, self._event = _to_host(tensors)
 
@@ -91,6 +97,10 @@ class SampledStep:
         if self._error is not None:
             return StepResult(step_id=plan.step_id, token_ids=(), finished_moves=moves, error=self._error)
         host = iter(self._host)
+        kept, drafts = None, tuple[tuple[int, ...], ...]()
+        if self._proposals is not None:
+            kept = next(host).tolist()
+            drafts = drafts_of_samples(next(host).tolist(), self._proposals.own_sample, len(plan.sample_rows))
         tokens = [t for _ in range(self._num_token_tensors) for t in next(host).tolist()]
         if self._order is not None:
             tokens = [tokens[i] for i in self._order.tolist()]
@@ -102,9 +112,9 @@ class SampledStep:
                 for i, entry in zip(columns.index.tolist(), some, strict=True):
                     entries[offset + i] = entry
         prompt = [e for columns in self._prompt_logprobs for e in columns.entries([next(host) for _ in columns.tensors()])]
-        token_ids, logprobs = by_sample(plan, tokens, entries)
+        token_ids, logprobs = by_sample(plan, tokens, entries, kept)
         return StepResult(step_id=plan.step_id, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=self._by_request(prompt),
-                          finished_moves=moves, failed=self._step.failed)
+                          finished_moves=moves, failed=self._step.failed, drafts=drafts)
 
     def _by_request(self, entries: list[TokenLogprobs]) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]:
         parts, at = [], 0
@@ -115,18 +125,20 @@ class SampledStep:
 
 
 def by_sample(
-    plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs | None],
+    plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs | None], counts: Sequence[int] | None = None,
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[TokenLogprobs, ...] | None, ...]]:
-    """Tokens and logprobs of all logits rows -> those of each sample: up to the first draft that was not sampled."""
+    """Tokens and logprobs of all logits rows -> those of each sample: up to the first draft that was not sampled.
+
+    counts: of each sample, if the worker knows them; drafts that it proposed itself have no values in the plan."""
     if not any(plan.drafts):
         return tuple((t,) for t in tokens), tuple(None if entry is None else (entry,) for entry in logprobs)
     token_ids: list[tuple[int, ...]] = []
     entries: list[tuple[TokenLogprobs, ...] | None] = []
     at = 0
-    for column in plan.sample_from:
+    for sample, column in enumerate(plan.sample_from):
         drafts = plan.drafts[column]
-        kept = 1
-        while kept <= len(drafts) and tokens[at + kept - 1] == drafts[kept - 1]:
+        kept = 1 if counts is None else counts[sample]
+        while counts is None and kept <= len(drafts) and tokens[at + kept - 1] == drafts[kept - 1]:
             kept += 1
         token_ids.append(tuple(tokens[at : at + kept]))
         if logprobs:
@@ -150,15 +162,23 @@ class ModelRunner:
     """One model, its KV cache, and the rows of the running sequences."""
 
     def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
-                 graph_tokens: int = 0, query_widths: Sequence[int] = (1,)) -> None:
-        """graph_tokens: capture CUDA graphs of decodes, and of mixed steps up to this many tokens; 0: none.
+                 graph_tokens: int = 0, query_widths: Sequence[int] = (1,), proposer: DeviceProposer | None = None,
+                 keep_probs: bool = False) -> None:
+        """proposer: of drafts. keep_probs: it samples its drafts, so keep their distributions.
+        graph_tokens: capture CUDA graphs of decodes, and of mixed steps up to this many tokens; 0: none.
         query_widths: of the captured decodes, 1 plus their number of drafts."""
         self.model, self.kv = model, kv
         groups = kv.layout.groups
         full_attention = [g for g, group in enumerate(groups) if group.window is None]
         self.rows = RowTable(max_num_seqs, len(groups), max_model_len, kv.layout.block_size, model.build.device,
-                             full_attention if graph_tokens else ())
-        self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops)
+                             full_attention if graph_tokens else (), 0 if proposer is None else proposer.num_drafts,
+                             proposer is not None and proposer.needs_hidden)
+        probs = None
+        if proposer is not None and keep_probs:
+            probs = DraftProbabilities(min(max_num_seqs, tuning.MAX_DRAFT_PROBS_ROWS), proposer.num_drafts, model.spec.vocab_size,
+                                       model.build.device)
+        self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops, probs)
+        self._drafts = None if proposer is None else DraftRunner(proposer, kv, self.rows, self.sampler)
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths) if graph_tokens else None
         self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 
@@ -236,8 +256,14 @@ class ModelRunner:
                 return self._sample_replayed(step, step.work, masks)
             if isinstance(step.work, EagerStep):
                 packed, hidden = step.work.packed, step.work.hidden
+                before = self.rows.tokens.view(-1)[packed.sample_index] if packed.shift is not None else None
                 tokens, logprobs = self._sample_eager(packed, hidden, masks)
-                return SampledStep(step, self.kv, tokens, logprobs, self._prompt_logprobs(packed, hidden))
+                prompt_logprobs, proposals = self._prompt_logprobs(packed, hidden), None
+                if self._drafts is not None and before is not None and packed.shift is not None:
+                    sampled = torch.cat(tokens) if tokens else before.long()
+                    kept = self._drafts.verify(packed.columns, before, sampled, packed.shift)
+                    proposals = self._drafts.propose(packed, hidden, kept)
+                return SampledStep(step, self.kv, tokens, logprobs, prompt_logprobs, proposals=proposals)
         except (RuntimeError, MemoryError) as failure:
             error = _failure(step.plan, failure)
         return SampledStep(step, self.kv, error=error)
@@ -265,7 +291,8 @@ class ModelRunner:
         for part in parts_of(c.sample_rows, c.sample_positions, MAX_LOGITS_ROWS):
             logits = self.model.logits(hidden[packed.batch.logit_rows[part]], dtype=None)  # [n, V]
             some_masks = None if masks is None else masks.part(part.start, part.stop)
-            choice = self.sampler.sample(logits, c.sample_rows[part], c.sample_positions[part], self.rows.tokens, some_masks)
+            shift = None if packed.shift is None else packed.shift[part]
+            choice = self.sampler.sample(logits, c.sample_rows[part], c.sample_positions[part], self.rows.tokens, some_masks, shift)
             self.rows.write_tokens(packed.sample_index[part], choice.token_ids)
             tokens.append(choice.token_ids)
             if choice.logprobs is not None:
