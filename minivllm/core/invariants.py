@@ -126,7 +126,8 @@ def _check_running(state: SchedulerState, sequence: Sequence) -> None:
 def _check_fast_path(sequence: Sequence, leaving: bool) -> None:
     name = sequence.id
     if sequence.num_planned < sequence.fast_plan_limit:
-        special = (sequence.drafts or sequence.num_guesses or sequence.must_readmit or sequence.dropped_entries or sequence.shares_last_block
+        special = (sequence.drafts or sequence.num_guesses or sequence.must_readmit
+                   or sequence.dropped_entries or sequence.shares_last_block
                    or sequence.needs_values)
         plain = sequence.num_left_to_plan == 1 and not special and not leaving
         assert plain and sequence.fast_plan_limit <= sequence.table.capacity, f"{name} must not be planned on the fast path"

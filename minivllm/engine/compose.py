@@ -58,7 +58,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
 
     files = find_model(config, read_spec)
     spec = read_spec(files.config)
-    draft = find_draft(config, spec, files.tokenizer_folder)
+    draft = None if components.proposer is not None else find_draft(config, spec, files.tokenizer_folder)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
     eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
     defaults = sampling_defaults(files.generation_config)
@@ -83,7 +83,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     speculation = config.speculation
     return EngineCore(
         executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed, max_cpu_loras=config.max_cpu_loras,
-        speculation=None if speculation is None else Speculation(speculation, info.device, scheduler.config.planning_depth > 0),
+        speculation=None if speculation is None else Speculation(
+            speculation, info.device, scheduler.config.planning_depth > 0, worker.num_device_drafts == 0),
     )
 
 
@@ -167,7 +168,7 @@ def _scheduler(config: EngineConfig, worker: Worker, info: EngineInfo) -> Schedu
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
         max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=worker.num_host_blocks,
-        eos_token_ids=info.eos_token_ids, max_loras=info.max_loras,
+        eos_token_ids=info.eos_token_ids, max_loras=info.max_loras, num_device_drafts=worker.num_device_drafts,
     )
     if config.trace is None:
         return Scheduler(scheduling)

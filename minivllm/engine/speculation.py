@@ -41,11 +41,12 @@ class SequenceDrafts:
 class Speculation:
     """The policy of one engine."""
 
-    def __init__(self, config: SpeculativeConfig, device: str, waits: bool) -> None:
-        """waits: whether asynchronous scheduling is on, so that a sequence whose drafts are found on the host must wait for its values."""
+    def __init__(self, config: SpeculativeConfig, device: str, waits: bool, on_host: bool = True) -> None:
+        """waits: whether asynchronous scheduling is on, so that a sequence whose drafts are found on the host must wait for its values.
+        on_host: False: the worker proposes the drafts."""
         cost = SPECULATION.get(device.partition(":")[0], SPECULATION["cpu"])
         self._config = config
-        self._on_host = config.method == "ngram"
+        self._on_host = on_host
         self._waits = waits and self._on_host
         self._cost = cost if self._waits else SpeculationCost(cost.free_tokens, 0.0)
         self.counts = DraftCounts()

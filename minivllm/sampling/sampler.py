@@ -189,9 +189,10 @@ class Sampler:
         logprobs = self._logprobs[rows]
         all_wide = self._penalties.penalized[rows].any() or self._biased(rows)  # logits of one step have one dtype
         if (len(rows) if all_wide else (logprobs >= 0).sum()) <= self.wide_rows:
-            return self._sample(logits, rows, positions, tokens, masks)
+            return self._sample(logits, rows, positions, tokens, masks, shift)
         parts = [(part.start, self._sample(logits[part], rows[part], positions[part], tokens,
-                                           None if masks is None else masks.part(part.start, part.stop), int(logprobs.max())))
+                                           None if masks is None else masks.part(part.start, part.stop),
+                                           None if shift is None else shift[part], int(logprobs.max())))
                  for part in parts_of(rows, positions, self.wide_rows)]
         columns = [replace(found.logprobs, index=found.logprobs.index + start) for start, found in parts if found.logprobs is not None]
         return SampledTokens(torch.cat([found.token_ids for _, found in parts]), LogprobColumns.join(columns) if columns else None)
@@ -201,7 +202,7 @@ class Sampler:
         return bool(self._constraints) and any(len(c.bias_ids) for c in map(self._constraints.get, rows.tolist()) if c is not None)
 
     def _sample(self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, masks: TokenMasks | None,
-                most: int | None = None) -> SampledTokens:
+                shift: Tensor | None, most: int | None = None) -> SampledTokens:
         """As `sample`, of rows that may all be copied to float32. most: columns of alternatives in the log-probabilities."""
         with_logprobs = np.flatnonzero(self._logprobs[rows] >= 0)
         penalized = np.flatnonzero(self._penalties.penalized[rows])
@@ -256,9 +257,9 @@ class Sampler:
             return token_ids
         before_next = np.append(runs.first[1:] != np.arange(1, len(rows)), False)  # whether a draft follows the logits row
         index = np.flatnonzero(before_next & (self._temperature[rows] > 0))
-        token_ids = token_ids.clone()
-        for start in range(0, len(index), PENALTY_ROWS):
-            part = index[start : start + PENALTY_ROWS]
+        token_ids, step = token_ids.clone(), -(-self.wide_rows // PENALTY_PARTS)
+        for start in range(0, len(index), step):
+            part = index[start : start + step]
             at = rows[part]
             where, row, position, stream, t, k, p, floor = upload([
                 part, at, positions[part], self.streams(at), self._temperature[at], self._top_k[at], self._top_p[at], self._min_p[at]],

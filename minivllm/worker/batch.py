@@ -376,10 +376,12 @@ class RowTable:
             slots = [slots_of(table, token_source, positions, self._block_size) for table in tables]
             shift = behind.index_select(0, source)
             sample_index = sample_index - shift
+        # Kernels of a CPU need exact lengths, and can read them here. On a GPU an upper bound is enough.
+        lens_host = c.seq_lens if self._mirrored else seq_lens.numpy()
         batch = InputBatch(
             tokens=self._flat_tokens.index_select(0, token_index), positions=positions, query_start=query_start, seq_lens=seq_lens,
             slots=tuple(slots), block_tables=tables, logit_rows=logit_rows, num_decodes=c.num_decodes,
-            query_lens_host=tuple(c.query_lens.tolist()), seq_lens_host=tuple(c.seq_lens.tolist()), last_only=c.last_only,
+            query_lens_host=tuple(c.query_lens.tolist()), seq_lens_host=tuple(lens_host.tolist()), last_only=c.last_only,
             query_width=c.query_width, adapter_slots=adapter_slots if len(c.adapter_slots) else None)
         return Packed(c, batch, sample_index, prompt_index, shift)
 

@@ -27,11 +27,13 @@ from minivllm.layers.build import BuildContext
 from minivllm.lora.adapter import read_adapter
 from minivllm.lora.layout import AdapterLayout
 from minivllm.lora.slots import AdapterStore, PackedAdapter
+from minivllm.models.decoder import Decoder
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
 from minivllm.quantization.kv_cache import KVFormat, kv_format
 from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.load import Draft, load_draft
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
@@ -50,6 +52,7 @@ class Components:
     methods: Methods = field(default_factory=lambda: METHODS)  # linear methods by the name in a checkpoint's quantization_config
     kv_format: KVFormat | None = None  # how keys and values are stored; None: as kv_cache_dtype says
     ops: Callable[[torch.device], Ops] = select  # kernels of a device
+    proposer: Callable[[Decoder], DeviceProposer] | None = None  # of drafts; None: as speculative_config says
 
 
 DEFAULT_COMPONENTS = Components()
@@ -84,7 +87,9 @@ class LoadedModel:
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
             stream = WeightStream(offload.layers, self.device) if offload.layers else None
             self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)
-            self.proposer = None if draft is None else load_draft(draft, self.model)
+            self.proposer = load_draft(draft, self.model) if draft is not None else None
+            if components.proposer is not None:
+                self.proposer = components.proposer(self.model)
         if adapters is not None:
             self._weight_bytes += adapters.layout.num_bytes(config.max_loras, self.dtype.itemsize)
         self.streaming = None if stream is None else describe(offload, len(spec.layers), stream)  # for the user
@@ -116,8 +121,11 @@ class LoadedModel:
         pools = f"a KV cache of {device_gib:.2f} GiB and {host_gib:.2f} GiB in host memory"
         with enough_memory(pools, field, "lower it, or kv_offloading_size"):
             kv = KVCache(layout, size.num_blocks, num_host_blocks, self.device, self.model.build.ops)
+        speculation = config.speculation
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
-                             eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0)
+                             eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0,
+                             proposer=self.proposer,
+                             keep_probs=speculation is not None and speculation.draft_sample_method == "probabilistic")
         if ledger is not None:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
@@ -139,6 +147,7 @@ class Worker:
         self.num_blocks = runner.kv.num_blocks
         self.num_host_blocks = runner.kv.num_host_blocks
         self.kv_windows = runner.kv.layout.windows
+        self.num_device_drafts = runner.rows.proposals  # that it proposes itself, for each sequence
         self.ledger = ledger  # where a GPU's memory went
         self.weight_bytes, self.kv_cache_bytes = weight_bytes, self.num_blocks * runner.kv.layout.block_bytes
         self.kv_cache_dtype = runner.kv.layout.dtype

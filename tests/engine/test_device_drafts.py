@@ -1,0 +1,99 @@
+"""Drafts of a proposer on the device, in the whole engine: the host plans ahead of the verification, and no token changes.
+
+The proposer of these tests knows which token followed each token in the plain answers. So it is right often, and wrong often.
+"""
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minivllm.config import EngineConfig
+from minivllm.engine.compose import build_engine
+from minivllm.engine.engine import EngineCore
+from minivllm.sampling.rejection import sample_drafts
+from minivllm.speculative.base import DraftTokens, ProposalInput
+from minivllm.worker.worker import Components
+from tests.engine.test_drafts import Tokens, generate
+from tests.engine.test_speculation import WANTED, answers
+from tests.engine.test_speculation import folder as folder
+from tests.engine.test_speculation import free_drafts as free_drafts
+
+pytestmark = [pytest.mark.usefixtures("one_torch_thread", "free_drafts")]
+
+VOCAB = 320
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {}, "ahead": {"async_scheduling": True},
+    "small chunks": {"max_num_batched_tokens": 11, "max_num_seqs": 8, "block_size": 4, "async_scheduling": True},
+    "preempted": {"num_gpu_blocks_override": 20, "block_size": 8, "async_scheduling": True},
+    "swapped": {"num_gpu_blocks_override": 20, "block_size": 8, "kv_offloading_size": 2**-8, "async_scheduling": True},
+    "one row": {"max_num_seqs": 1, "async_scheduling": True, "enable_prefix_caching": False},
+}
+
+
+class Followers:
+    """Proposes the token that followed each token most often."""
+
+    needs_hidden = False
+
+    def __init__(self, found: Tokens, num_drafts: int, probabilistic: bool = False) -> None:
+        self.num_drafts, self.probabilistic, self.num_calls = num_drafts, probabilistic, 0
+        self.counts = torch.zeros(VOCAB, VOCAB)
+        for tokens in found.values():
+            for before, after in pairwise(tokens):
+                self.counts[before, after] += 1
+
+    def propose(self, x: ProposalInput) -> DraftTokens:
+        self.num_calls += 1
+        self.check(x)
+        token, tokens, probs = x.newest, [], []
+        for i in range(self.num_drafts):
+            if self.probabilistic:
+                token, q = sample_drafts((self.counts[token] + 0.1).log(), x.temperature, x.streams, x.lengths + i)
+                probs.append(q)
+            else:
+                token = self.counts[token].argmax(-1)
+            tokens.append(token)
+        return DraftTokens(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None)
+
+    @staticmethod
+    def check(x: ProposalInput) -> None:
+        """What the interface promises."""
+        batch, last = x.batch, x.last
+        assert torch.equal(x.newest, x.next_tokens[last]) and torch.equal(x.lengths, batch.positions[last] + 2)
+        assert bool((last < batch.query_start[1:]).all()) and bool((last >= batch.query_start[:-1]).all())
+        inner = torch.ones(batch.num_tokens, dtype=torch.bool)
+        inner[batch.query_start[1:].long() - 1] = False
+        after = torch.zeros(batch.num_tokens, dtype=torch.bool)  # tokens up to the last one that was kept
+        for b, at in enumerate(last.tolist()):
+            after[int(batch.query_start[b]) : at] = True
+        where = (inner & after).nonzero()[:, 0]
+        assert torch.equal(x.next_tokens[where], batch.tokens[where + 1].long())
+
+
+def build(folder: Path, proposer: Followers, **config: Any) -> EngineCore:
+    method = {"method": "draft_model", "model": "none", "num_speculative_tokens": proposer.num_drafts,
+              "draft_sample_method": "probabilistic" if proposer.probabilistic else "greedy"}
+    settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 200, **config}
+    return build_engine(EngineConfig(**settings, speculative_config=method), Components(proposer=lambda model: proposer))
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Tokens:
+    return answers(folder)
+
+
+@pytest.mark.parametrize(("way", "k"), [
+    ("plain", 3), ("ahead", 1), ("ahead", 4), ("ahead", 8), ("small chunks", 2), ("preempted", 5), ("swapped", 6), ("one row", 7)])
+def test_no_token_changes(folder: Path, plain: Tokens, way: str, k: int) -> None:
+    proposer = Followers(plain, k)
+    engine = build(folder, proposer, **WAYS[way])
+    for _ in range(2):  # the second time with cached prefixes
+        assert generate(engine, WANTED)[0] == plain
+    counts = engine.stats().drafts
+    assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
+    assert (engine.stats().num_preemptions > 0) == (way in ("preempted", "swapped"))
+    engine.close()
