@@ -15,8 +15,8 @@ help:  ## this list
 serve: $(VENV)/.installed  ## install once, download the default model once, serve it on PORT (8000)
 	$(VENV)/bin/minivllm serve --port $(PORT) $(ARGS)
 
-test: $(VENV)/.installed-test  ## install the test extra once, run the whole suite (or PYTEST="...")
-	$(VENV)/bin/pytest $(PYTEST)
+test: $(VENV)/.installed-test  ## install the test extra once, run the whole suite (or PYTEST="...") in one process per core
+	$(VENV)/bin/pytest -n auto --dist loadfile $(PYTEST)
 
 clients: $(VENV)-clients/.installed  ## install third-party clients once in a separate environment, test them against the server
 	$(VENV)-clients/bin/pytest tests/clients $(PYTEST)

@@ -20,14 +20,20 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from minivllm.models.hub import ModelFiles
 
-# Set before torch is imported. Two threads, so that a test costs the same on every machine; no requests to the hub.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch is imported. One thread, so that a test costs the same on every machine and workers have a core each; tests of
+# threads set their number. No requests to the hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are very slow on a machine with other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background processes so
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files of more than 30 s. If a worker started one at the end, the others would wait for it.
+LONGEST = ("test_captured_steps.py", "test_triton_sm89.py", "test_query_width.py", "test_quantized_cache.py", "test_numba.py",
+           "test_numba_grouped.py", "test_notebooks.py", "test_quantize.py", "test_equals_hf.py", "test_metamorphic.py", "test_drafts.py",
+           "test_programs.py", "test_grammar.py", "test_client.py", "test_storm.py", "test_under_attack.py")
 
 IN_CI = bool(os.environ.get("CI"))
 
@@ -38,8 +44,25 @@ settings.register_profile("long", max_examples=500, stateful_step_count=100, **_
 settings.load_profile("default")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """The workers of `make test` (`-n auto`): one per core and 3 GiB of memory. More than 8 would wait for the longest files."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, psutil.virtual_memory().available // (3 << 30), 8))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist keeps the order of files, which pytest_collection_modifyitems chooses
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device. torch is imported only if there are such tests."""
+    """The longest files come first. Tests marked `gpu` are skipped, with a reason, where there is no CUDA device.
+
+    torch is imported only if there are such tests.
+    """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
