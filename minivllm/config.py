@@ -216,7 +216,7 @@ class ServerConfig:
     response_store_size: int = option(64 * 2**20,
         "bytes of memory for responses of /v1/responses, which a later request may continue by their id; 0: keep none", metavar="BYTES")
     response_store_seconds: float = option(3600.0, "how long such a response is kept at most", metavar="SECONDS")
-    max_choices: int = option(1024, "maximum number of completions (prompts times n) of one request")
+    max_choices: int = option(256, "maximum number of completions (prompts times n) of one request")
     allowed_hosts: tuple[str, ...] = repeatable(
         "names of this server that a request's Host header may have; *: all (default: all; without keys on a loopback address: addresses "
         "and names of the local network, because a web page could use its own name for this machine)",

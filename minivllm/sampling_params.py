@@ -28,8 +28,10 @@ MAX_TOP_K = 2**31 - 1  # the sampler's columns are int32
 MAX_STRINGS = 1024
 MAX_STRING = 1024  # characters in one string
 MAX_CHARACTERS = 16_384  # characters in all strings together
+MAX_STOP_TOKENS = 4096
 MAX_BIASES = 4096  # entries of logit_bias, which is added at every token
 MAX_GRAMMAR = 1 << 17  # characters of a JSON schema, a grammar, or all choices together
+MAX_CHOICES = 16_384  # strings of which an output must be one
 MAX_REGEX = 1 << 14  # characters
 # Whitespace allowed between the tokens of JSON by default: one space, or a newline and its indentation.
 # If any amount were allowed, small models would sometimes generate whitespace until max_tokens.
@@ -192,6 +194,8 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
         if not isinstance(choice, str) or not choice:
             raise InvalidInput(f"{where} must hold non-empty strings, got {reprlib.repr(choice)}", where)
         _unicode(choice, where)
+    if len(value) > MAX_CHOICES:
+        raise InvalidInput(f"{where} has {len(value)} strings, and at most {MAX_CHOICES} are allowed: leave some out", where)
     size = sum(map(len, value))
     if size > MAX_GRAMMAR:
         raise InvalidInput(f"{where} has {size} characters, and at most {MAX_GRAMMAR} are allowed: leave some out", where)
@@ -352,6 +356,9 @@ class SamplingParams:
         put("stop", self._strings("stop", self.stop))
         put("bad_words", self._strings("bad_words", self.bad_words))
         put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids))
+        if len(self.stop_token_ids or ()) > MAX_STOP_TOKENS:
+            raise InvalidInput(f"stop_token_ids has {len(self.stop_token_ids or ())} tokens, and at most {MAX_STOP_TOKENS} are allowed: "
+                               "leave some out", "stop_token_ids")
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:

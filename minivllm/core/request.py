@@ -66,7 +66,7 @@ class Request:
     """An unfinished request: its sequences, and how many of its n children are not forked yet."""
 
     __slots__ = (
-        "is_queued", "new", "next_index", "num_rows", "num_unforked", "num_waiting", "order", "root_hash", "seed", "sequences", "stop_rule",
+        "new", "next_index", "num_rows", "num_unforked", "num_waiting", "order", "root_hash", "seed", "sequences", "stop_rule",
         "waiting",
     )
 
@@ -82,7 +82,6 @@ class Request:
         self.num_rows = 0  # RUNNING sequences (`FairShare`)
         self.num_waiting = 0  # sequences in the waiting queue
         self.waiting: list[tuple[int, Sequence]] = []  # these as a heap, by child index
-        self.is_queued = False  # the queue of its owner has an entry for it
 
     @property
     def finished(self) -> bool:

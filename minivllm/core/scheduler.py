@@ -114,6 +114,7 @@ class Scheduler:
         request.num_unforked = 0
         for sequence in request.sequences:
             self._state.finish(sequence)
+        request.sequences = []  # as in `remove_if_finished`
         self._state.remove_rowless()
         return True
 

@@ -142,6 +142,7 @@ class SchedulerState:
     def remove_if_finished(self, request: Request) -> None:
         if request.finished and self.requests.get(request.new.request_id) is request:
             del self.requests[request.new.request_id]
+            request.sequences = []  # a cycle of references would keep the request until the next full garbage collection
 
     def unfinished_sequences(self) -> list[Sequence]:
         """Every sequence that is waiting, running or preempted. Includes finished ones that still have a row."""

@@ -13,26 +13,44 @@ from minivllm.core.request import Request, Sequence, SequenceStatus
 
 
 class _OwnerQueue:
-    """The requests of one owner that have waiting sequences. An entry without waiting sequences is dropped when it reaches the front."""
+    """The requests of one owner that have waiting sequences. An order whose request has none any more is dropped at the front."""
 
-    __slots__ = ("heap", "num_requests", "num_sequences")
+    __slots__ = ("heap", "num_sequences", "orders", "requests")
 
     def __init__(self) -> None:
-        self.heap: list[tuple[tuple[int, int], Request]] = []
-        self.num_requests = self.num_sequences = 0
+        self.requests: dict[tuple[int, int], Request] = {}  # by order
+        self.heap: list[tuple[int, int]] = []  # their orders, and those of requests that have left
+        self.orders: set[tuple[int, int]] = set()  # all in the heap
+        self.num_sequences = 0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
 
     def first(self, share: FairShare) -> Request | None:
         """The first request; a later one if the first ones have enough rows."""
         heap = self.heap
-        while heap and not heap[0][1].num_waiting:
-            heapq.heappop(heap)[1].is_queued = False
+        while heap and heap[0] not in self.requests:
+            self.orders.remove(heapq.heappop(heap))
         if not heap:
             return None
-        first = heap[0][1]
-        if self.num_requests > 1 and share.has_enough(first):  # at most two requests have that many
-            left = (request for _, request in heapq.nsmallest(len(heap), heap) if request.num_waiting and not share.has_enough(request))
-            return next(left, first)
+        first = self.requests[heap[0]]
+        if len(self.requests) > 1 and share.has_enough(first):
+            left = (order for order, request in self.requests.items() if not share.has_enough(request))
+            return self.requests[min(left, default=heap[0])]
         return first
+
+    def push(self, request: Request) -> None:
+        self.requests[request.order] = request
+        if request.order not in self.orders:
+            self.orders.add(request.order)
+            heapq.heappush(self.heap, request.order)
+
+    def remove(self, request: Request) -> None:
+        del self.requests[request.order]
+        if len(self.heap) > 2 * len(self.requests) + 64:  # rebuild: most orders are of requests that have left
+            self.heap = sorted(self.requests)
+            self.orders = set(self.heap)
 
 
 class WaitingQueue:
@@ -75,10 +93,8 @@ class WaitingQueue:
         if queue is None:
             queue = self._owners[request.new.owner] = _OwnerQueue()
         heapq.heappush(request.waiting, (sequence.index, sequence))
-        if not request.is_queued:
-            request.is_queued = True
-            heapq.heappush(queue.heap, (request.order, request))
-        queue.num_requests += not request.num_waiting
+        if not request.num_waiting:
+            queue.push(request)
         queue.num_sequences += 1
         request.num_waiting += 1
         self._length += 1
@@ -110,24 +126,19 @@ class WaitingQueue:
         """`sequence` finished while it waited: do not count it any more."""
         assert sequence.status is SequenceStatus.FINISHED
         request = sequence.request
-        queue = self._count_out(request)
+        self._count_out(request)
         if not request.num_waiting:
             request.waiting.clear()
-        if len(queue.heap) > 2 * queue.num_requests + 64:  # rebuild: most entries have no waiting sequence and are not at the front
-            for _, other in queue.heap:
-                other.is_queued = other.num_waiting > 0
-            queue.heap = [entry for entry in queue.heap if entry[1].is_queued]
-            heapq.heapify(queue.heap)
 
-    def _count_out(self, request: Request) -> _OwnerQueue:
+    def _count_out(self, request: Request) -> None:
         queue = self._owners[request.new.owner]
         request.num_waiting -= 1
-        queue.num_requests -= not request.num_waiting
         queue.num_sequences -= 1
         self._length -= 1
-        return queue
+        if not request.num_waiting:
+            queue.remove(request)
 
     def sequences(self) -> list[Sequence]:
         """All waiting sequences, in no particular order."""
-        return [sequence for queue in self._owners.values() for _, request in queue.heap if request.num_waiting
+        return [sequence for queue in self._owners.values() for request in queue.requests.values()
                 for _, sequence in request.waiting if sequence.status is not SequenceStatus.FINISHED]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import jinja2
 
 BUILT_IN = ("tool_chatml",)  # templates that are part of this package
+MAX_PRODUCT = 2**32  # of numbers, or characters of a repeated text
+MAX_POWER = 64  # base and exponent
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of the final message in the rendered text
 
 
@@ -121,6 +123,7 @@ def _environment() -> jinja2.Environment:
     import jinja2.ext
     import jinja2.nodes
     import jinja2.parser
+    import jinja2.runtime
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
@@ -142,7 +145,19 @@ def _environment() -> jinja2.Environment:
     def strftime_now(form: str) -> str:
         return datetime.datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(
+    class BoundedEnvironment(ImmutableSandboxedEnvironment):
+        """A sandbox in which no single operation makes a huge value. Time is limited where the template is used."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(value) if isinstance(value, (str, list, tuple)) else abs(value) if isinstance(value, int) else 1
+                     for value in (left, right)]
+            if (operator == "*" and sizes[0] * sizes[1] > MAX_PRODUCT) or (operator == "**" and max(sizes) > MAX_POWER):
+                raise jinja2.TemplateError(f"{operator} of large values")
+            return super().call_binop(context, operator, left, right)
+
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = tojson

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -46,6 +47,7 @@ from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 
+log = logging.getLogger(__name__)
 # Consumes deltas on the event loop, without waking the task that reads the stream. See `EngineClient.outputs`.
 Shortcut = Callable[[list[OutputDelta]], bool]
 
@@ -100,6 +102,8 @@ class EngineClient(ABC):
         self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
         self._replies: dict[int, Future[None]] = {}  # by number of the command
         self._dead: str | None = None
+        self._closing = False
+        self._on_death: Callable[[], None] | None = None
         self._unseen: dict[object, EngineView | None] = {}  # watcher -> what it has not yet looked at
         self._stats = EngineStats()
         self._view: EngineView | None = None
@@ -147,6 +151,14 @@ class EngineClient(ABC):
     def dead(self) -> str | None:
         """Why the engine ended; None while it runs."""
         return self._dead
+
+    def on_death(self, call: Callable[[], None]) -> None:
+        """Call this once, on any thread, if the engine ends without `close`: at once if it has ended already."""
+        with self._lock:
+            self._on_death = call
+            dead = self._dead is not None
+        if dead:
+            call()
 
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
@@ -350,6 +362,9 @@ class EngineClient(ABC):
             self._dead = message.reason
             streams, replies = list(self._streams.values()), list(self._replies.values())
             self._replies.clear()
+            call = None if self._closing else self._on_death
+        if self._started.done() and not self._closing:
+            log.error("the engine has stopped: %s", message.reason)
         for stream in streams:
             _call(stream.loop, partial(stream.fail, EngineDead(message.reason)))
         for future in replies:
@@ -357,6 +372,8 @@ class EngineClient(ABC):
                 future.set_exception(EngineDead(message.reason))
         if not self._started.done():
             self._started.set_exception(message.error or EngineDead(message.reason))
+        if call is not None:
+            call()
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -389,6 +406,7 @@ class ThreadClient(EngineClient):
         self._inbox.put(command)
 
     def close(self) -> None:
+        self._closing = True
         self._inbox.put(ShutdownCommand())
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()

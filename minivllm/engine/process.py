@@ -123,6 +123,7 @@ class ProcessClient(EngineClient):
         self._die(DeadMessage(f"the engine process ended unexpectedly (exit code {self._process.exitcode})"))
 
     def close(self) -> None:
+        self._closing = True
         if self._receiver is None:  # the start failed: nothing reads the pipe
             if self._process is not None:
                 self._process.kill()

@@ -30,7 +30,7 @@ from minivllm.sampling.bad_words import PAIR_BYTES, BadWords
 from minivllm.sampling.logits_processors import Constraints, DraftRuns, PenaltyCounts, TokenMasks, apply_constraints
 from minivllm.sampling.noise import device_keys, row_keys, stream_key
 from minivllm.sampling.rejection import DraftProbabilities, choose_with_drafts
-from minivllm.sampling_params import MAX_STRINGS
+from minivllm.sampling_params import MAX_STRINGS, SamplingParams
 
 Array = np.ndarray[Any, Any]
 # Temperatures and repetition penalties beyond these limits act as the limits do. They keep all products in float32's range.
@@ -104,6 +104,9 @@ class Sampler:
         self._streams = np.zeros(num_rows, np.uint64)
         self._plain = np.ones(num_rows, np.bool_)  # greedy or with a temperature, and no other parameter
         self._constraints: dict[int, Constraints] = {}
+        self._last_params: SamplingParams | None = None  # of the row that was admitted last
+        self._last_prompt = 0
+        self._last_constraints: Constraints | None = None
         self._bad_words = BadWords(device)
         self._zeros = torch.zeros(max(num_rows, MAX_LOGITS_ROWS), 2, dtype=torch.int32, device=device)
         self._penalties = PenaltyCounts(num_rows, vocab_size, device)
@@ -127,6 +130,7 @@ class Sampler:
     def reset(self) -> None:
         """Forget all rows; their memory stays."""
         self._constraints.clear()
+        self._last_params = self._last_constraints = None
         self._bad_words.reset()
         self._penalties.penalized.fill(False)
         self._logprobs.fill(-1)
@@ -148,7 +152,10 @@ class Sampler:
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._streams[row] = stream_key(admission.seed, admission.child_index)
         filtered = not params.greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
-        constraints = Constraints.of(params, self._eos_token_ids, admission.num_prompt_tokens)
+        if params is not self._last_params or admission.num_prompt_tokens != self._last_prompt:  # the children of a request share one copy
+            self._last_params, self._last_prompt = params, admission.num_prompt_tokens
+            self._last_constraints = Constraints.of(params, self._eos_token_ids, admission.num_prompt_tokens)
+        constraints = self._last_constraints
         if constraints:
             self._constraints[row] = constraints
         else:

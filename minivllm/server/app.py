@@ -20,9 +20,10 @@ from minivllm.errors import InvalidInput, nearest
 from minivllm.server.authentication import OWNER, AccessRules, AuthenticationMiddleware
 from minivllm.server.chat_protocol import ChatRequest, TokenizeRequest
 from minivllm.server.control import add_control, not_built
+from minivllm.server.cost import check_tokenized
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
 from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
-from minivllm.server.frontend import Frontend, off_loop
+from minivllm.server.frontend import Frontend
 from minivllm.server.generation import GenerationResponse
 from minivllm.server.logprobs import NumberedTokens
 from minivllm.server.openapi import body_of, describe
@@ -93,21 +94,25 @@ def _add_tokenization(app: FastAPI, frontend: Frontend, preprocessor: Preprocess
     @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a prompt, or of messages with the chat template."""
-        body = await frontend.read(request, TokenizeRequest)
+        body, owner, context = await frontend.read(request, TokenizeRequest), request.scope[OWNER], frontend.client.info.max_model_len
         ignored = body.ignored_fields(frontend.config.permissive)
         frontend.check_model(body.model)
         tokenizer = frontend.need_tokenizer("tokens")
         chat = body.chat()
         if chat is not None:
             chat.check()
-            tokens, _ = await preprocessor.chat_prompt(chat, ignored)
+            tokens, _ = await preprocessor.chat_prompt(chat, ignored, owner)
         else:
             text, special = body.prompt or "", body.add_special_tokens is not False
-            tokens = await off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=special))
-        strings = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
-        return json_response({
-            "count": len(tokens), "max_model_len": frontend.client.info.max_model_len, "tokens": tokens, "token_strs": strings,
-        }, headers=ignored_header(ignored))
+            check_tokenized(len(text), context, "prompt", "characters")
+            tokens = await frontend.tokenize(owner, len(text), lambda: tokenizer.encode(text, add_special_tokens=special))
+
+        def respond() -> Response:
+            strings = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
+            return json_response({"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": strings},
+                                 headers=ignored_header(ignored))
+
+        return await frontend.tokenize(owner, len(tokens), respond)
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
@@ -116,11 +121,12 @@ def _add_tokenization(app: FastAPI, frontend: Frontend, preprocessor: Preprocess
         ignored = body.ignored_fields(frontend.config.permissive)
         frontend.check_model(body.model)
         tokenizer = frontend.need_tokenizer("tokens")
+        check_tokenized(len(body.tokens), frontend.client.info.max_model_len, "tokens", "tokens")
         vocabulary = frontend.client.info.vocab_size
         for token in body.tokens:
             if not 0 <= token < vocabulary:
                 raise InvalidInput(f"tokens must be ids from 0 to {vocabulary - 1}, got {token}", "tokens")
-        text = await off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))
+        text = await frontend.tokenize(request.scope[OWNER], len(body.tokens), lambda: tokenizer.decode(body.tokens))
         return json_response({"prompt": text}, headers=ignored_header(ignored))
 
 

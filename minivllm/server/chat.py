@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from minivllm.config import TOOL_CALL_PARSERS, ServerConfig
@@ -21,14 +22,11 @@ from minivllm.errors import InvalidInput
 from minivllm.output_parsers.reasoning import CLOSE, OPEN, output_start
 from minivllm.output_parsers.tool_calls import PARSERS, guess_parser
 from minivllm.server.chat_protocol import ChatRequest
-from minivllm.server.errors import context_error
-from minivllm.server.frontend import LONG_TEXT, off_loop
+from minivllm.server.cost import check_length, check_tokens
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.tools import ToolSpec
 
 log = logging.getLogger(__name__)
-MESSAGE_WORK = 64  # a message takes as long to write as so many characters
-MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ class ChatPreprocessor:
         self._config = config
         self._max_model_len = max_model_len
         self._explained: set[int] = set()  # hashes of templates whose format of calls has been logged
-        self._tried: set[bool] = set()  # the model's template has been used without tools, with tools
         template = None if tokenizer is None else tokenizer.chat_template
         for name in config.default_chat_template_kwargs or ():
             if template is not None and name not in template.variables | template.for_tools().variables:
@@ -59,13 +56,14 @@ class ChatPreprocessor:
         if config.enable_auto_tool_choice and template is not None:
             self._tool_format(template)
 
-    async def prompt(self, body: ChatRequest, tokenizer: Tokenizer, ignored: list[str]) -> tuple[list[int], OutputSpec | None]:
-        """The prompt's token ids, and the specification of an output that is more than text. Appends to `ignored`."""
+    def prompt(self, body: ChatRequest, tokenizer: Tokenizer, ignored: list[str]) -> tuple[list[int], OutputSpec | None]:
+        """The prompt's token ids, and the specification of an output that is more than text. Appends to `ignored`.
+
+        Not for the event loop: a template is a program, and its first use tries many conversations.
+        """
         template = self._template(body, tokenizer)
         tools = body.tool_spec()
-        known = body.chat_template is None and (tools is not None) in self._tried
-        work = 0 if known else LONG_TEXT + 1  # a template's first use tries many conversations
-        tool_format = None if tools is None or template is None else await off_loop(work, lambda: self._tool_format(template))
+        tool_format = None if tools is None or template is None else self._tool_format(template)
         call_format = None if tools is None or tools.forced else GENERIC_FORMAT if tool_format is None else tool_format.name
         messages = body.conversation(ignored)
         if template is not None:
@@ -76,27 +74,21 @@ class ChatPreprocessor:
             raise InvalidInput("include_reasoning needs a reasoning parser: start the server with --reasoning-parser, or leave it out",
                                "include_reasoning")
 
-        def write() -> tuple[list[int], OutputSpec | None]:
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=opens_answer, continue_final_message=bool(body.continue_final_message),
-                tools=None if tools is None else tools.for_template(), chat_template=template, tokenize=False,
-                call_format=GENERIC_FORMAT if tool_format is None else tool_format.name,
-                generic_tools=tool_format is not None and tool_format.is_generic(tools), **variables,
-            )
-            assert isinstance(text, str)
-            if tools is not None:
-                ignored.extend(tools.left_open())
-            reasoning = messages[-1].get("reasoning_content")
-            continued = (text_of(messages[-1]["content"]) or (OPEN + reasoning if reasoning else "")) if body.continue_final_message else ""
-            return tokenizer.encode(text, add_special_tokens=False), self._output_spec(body, tokenizer, tools, call_format, text, continued)
-
-        size = sum(len(text_of(message["content"])) for message in messages)
-        check_length(size, self._max_model_len, "messages")
-        work += size + MESSAGE_WORK * len(messages) + (0 if tools is None else len(str(tools.functions)))
-        written = await off_loop(work, write)
-        if body.chat_template is None:
-            self._tried.add(tools is not None)
-        return written
+        check_length(sum(len(text_of(message["content"])) for message in messages), self._max_model_len, "messages")
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=opens_answer, continue_final_message=bool(body.continue_final_message),
+            tools=None if tools is None else tools.for_template(), chat_template=template, tokenize=False,
+            call_format=GENERIC_FORMAT if tool_format is None else tool_format.name,
+            generic_tools=tool_format is not None and tool_format.is_generic(tools), **variables,
+        )
+        assert isinstance(text, str)
+        if tools is not None:
+            ignored.extend(tools.left_open())
+        reasoning = messages[-1].get("reasoning_content")
+        continued = (text_of(messages[-1]["content"]) or (OPEN + reasoning if reasoning else "")) if body.continue_final_message else ""
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        check_tokens(text, encode, self._max_model_len, "messages")
+        return encode(text), self._output_spec(body, tokenizer, tools, call_format, text, continued)
 
     def _template(self, body: ChatRequest, tokenizer: Tokenizer) -> ChatTemplate | None:
         if body.chat_template is None:
@@ -141,12 +133,6 @@ class ChatPreprocessor:
             formatted=body.structure() is not None,
             special_ids={marker: found for marker in markers if (found := _special_id(tokenizer, marker)) is not None},
         )
-
-
-def check_length(characters: int, max_model_len: int, param: str) -> None:
-    """Refuse a text that cannot fit the context whatever its tokens are, before it is tokenized."""
-    if characters > max_model_len * MAX_TOKEN_CHARACTERS:
-        raise context_error(characters, max_model_len, param, unit="characters")
 
 
 def _special_id(tokenizer: Tokenizer, marker: str) -> int | None:

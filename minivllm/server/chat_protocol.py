@@ -13,6 +13,7 @@ from minivllm.server.strict import StrictModel
 from minivllm.server.tools import CalledFunction, Functions, ToolCalls, ToolChoice, Tools, ToolSpec, tool_spec
 
 _ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+MAX_MESSAGES = 2048  # of one conversation
 _MAY_BE_EMPTY = ("assistant", "tool", "function")  # roles of messages without content: null, an empty list, or left out
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part with text, in chats and in responses
 _INERT_IN_PARTS = ("annotations", "logprobs", "parsed", "prompt_cache_breakpoint", "cache_control")
@@ -126,7 +127,7 @@ def refusals_as_text(content: Any) -> Any:
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(json_schema_extra={"minItems": 1})
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(max_length=MAX_MESSAGES, json_schema_extra={"minItems": 1})
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; it overrides max_tokens
     logprobs: bool | None = None
@@ -193,7 +194,7 @@ class TokenizeRequest(StrictModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(default=[])
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(default=[], max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -219,4 +220,6 @@ class TokenizeRequest(StrictModel):
         if self.add_special_tokens:
             raise InvalidInput("add_special_tokens is for prompts: a chat template writes special tokens itself; leave it out",
                                "add_special_tokens")
-        return ChatRequest(messages=self.messages, **fields)
+        chat = ChatRequest(messages=self.messages, **fields)
+        chat._size = self._size
+        return chat

@@ -95,7 +95,7 @@ def context_error(size: int, limit: int, prompt: str, max_tokens: int = 0, param
 
 def engine_dead() -> ApiError:
     """The reason is left out, because it may name paths and addresses of this machine. The server's log has it."""
-    return ApiError(503, "the engine has stopped: the server must be restarted", code="engine_dead")
+    return ApiError(503, "the engine has stopped, and the server ends: it must be started again", code="engine_dead")
 
 
 def generation_failed() -> ApiError:

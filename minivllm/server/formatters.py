@@ -262,8 +262,10 @@ class ChoicesFormatter(ResponseFormatter):
             if self.request.return_token_ids:
                 choice.token_ids += delta.token_ids
             if logprobs is not None:
-                choice.logprobs = logprobs if choice.logprobs is None else {
-                    name: values + logprobs[name] for name, values in choice.logprobs.items()}
+                if choice.logprobs is None:
+                    choice.logprobs = {name: [] for name in logprobs}
+                for name, values in choice.logprobs.items():
+                    values += logprobs[name]
 
     def body(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,6 @@
 """What all endpoints share: the engine's client, settings, tokenizer, model names, and how a request's body is read."""
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import time
@@ -15,12 +14,15 @@ from minivllm.config import MODEL_DEFAULTS, ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
+from minivllm.server.authentication import OWNER
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.parsing import Model, parse
 from minivllm.server.response_store import ResponseStore
 from minivllm.server.running import RunningRequests
+from minivllm.server.work import TextWorkers
 
-LONG_TEXT = 4096  # characters; longer texts are processed in a thread, so that the event loop keeps serving streams
+LONG_TEXT = 4096  # characters; longer texts are processed by a thread, so that the event loop keeps serving streams
+LONG_BODY = 65_536  # bytes of JSON, the same
 Value = TypeVar("Value")
 
 
@@ -32,6 +34,7 @@ class Frontend:
         self.config = config
         self.tokenizer = tokenizer
         self.running = RunningRequests(client)
+        self.workers = TextWorkers()
         self.responses = ResponseStore(config.response_store_size, config.response_store_seconds)
         self.created = int(time.time())
         info = client.info
@@ -65,7 +68,9 @@ class Frontend:
                         raise too_large
         except ClientDisconnect:  # the response has no reader
             raise ApiError(400, "the connection was closed before the whole body had arrived") from None
-        return parse(kind, bytes(raw))
+        if len(raw) <= LONG_BODY:
+            return parse(kind, bytes(raw))
+        return await self.workers.run(request.scope[OWNER], len(raw), lambda: parse(kind, bytes(raw)))
 
     def check_alive(self) -> None:
         if self.client.dead is not None:
@@ -85,7 +90,6 @@ class Frontend:
             raise InvalidInput(f"this server has no tokenizer (skip_tokenizer_init): send token ids instead of {param}", param)
         return self.tokenizer
 
-
-async def off_loop(size: int, work: Callable[[], Value]) -> Value:
-    """Process a text of `size` characters: at once if it is short, else in a thread."""
-    return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
+    async def tokenize(self, owner: str, size: int, work: Callable[[], Value]) -> Value:
+        """Process a text of `size` characters: at once if it is short, else by a worker. Not for chat templates."""
+        return work() if size <= LONG_TEXT else await self.workers.run(owner, size, work)

@@ -31,6 +31,7 @@ from minivllm.server.protocol import ignored_header
 from minivllm.server.running import RunningRequests
 
 PromptDeltas: TypeAlias = tuple[int, list[OutputDelta]]  # index of the prompt, and its new deltas
+LARGE_ANSWER = 4096  # log-probabilities; a larger answer is written by a thread
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -59,12 +60,25 @@ class GenerationResponse(Response):
                     if request.stream:
                         await self._stream(stream, send, scope.get(RAW_SEND, send))
                         return
-                    async for prompt, deltas in stream:
-                        self._formatter.collect(prompt, _checked(deltas))
-                response = json_response(self._formatter.body(), headers=self._extra_headers)
+                    response = await self._complete(stream)
         except Exception as error:
             response = to_api_error(error).response()
         await response(scope, receive, send)
+
+    async def _complete(self, stream: AsyncGenerator[PromptDeltas, None]) -> Response:
+        """The whole answer. Its log-probabilities are charged to the owner while they are kept."""
+        owner, ledger, entries = self._request.owner, self._running.entries, 0
+        try:
+            async for prompt, deltas in stream:
+                if new := sum(map(_num_entries, deltas)):
+                    ledger.add(owner, new)
+                    entries += new
+                self._formatter.collect(prompt, _checked(deltas))
+            if entries <= LARGE_ANSWER:
+                return json_response(self._formatter.body(), headers=self._extra_headers)
+            return await asyncio.to_thread(lambda: json_response(self._formatter.body(), headers=self._extra_headers))
+        finally:
+            ledger.release(owner, entries)
 
     def _send_text(self, deltas: list[OutputDelta]) -> bool:
         """Send deltas at once if they are text only and the client keeps up. False: the task has to send them."""
@@ -103,6 +117,12 @@ class GenerationResponse(Response):
 def body_message(data: bytes, more: bool = True) -> dict[str, Any]:
     """ASGI's message for a part of a body."""
     return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+def _num_entries(delta: OutputDelta) -> int:
+    """Log-probabilities in a delta, with their alternatives."""
+    kept = (*(delta.logprobs or ()), *(delta.prompt_logprobs or ()))
+    return sum(1 + len(entry.top_ids) for entry in kept if entry is not None)
 
 
 def _checked(deltas: list[OutputDelta]) -> list[OutputDelta]:

@@ -68,6 +68,14 @@ class Server(uvicorn.Server):
         else:
             self._loop.call_soon_threadsafe(self.end, sig == signal.SIGTERM)
 
+    def engine_died(self) -> None:
+        """Called on any thread. Without its engine the server can only refuse requests, so it ends."""
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                self._loop.call_soon_threadsafe(self.end, False)
+
     def end(self, drain: bool) -> None:
         """Stop accepting connections and drain or abort running requests. A second call aborts and closes at once."""
         if self.should_exit:

@@ -26,6 +26,7 @@ def parse(kind: type[Model], raw: bytes) -> Model:
     except ValidationError as error:
         raise _describe(error.errors(include_url=False, include_context=False)[0]) from None
     _refuse_duplicates(raw)
+    model._size = len(raw)
     return model
 
 
@@ -72,6 +73,8 @@ def _describe(first: ErrorDetails) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json")
     if param is None:
         return ApiError(400, "the body must be a JSON object")
+    if kind == "too_long":
+        return ApiError(400, f"{param} {message.removeprefix('List ').partition(' after')[0]}: send fewer", param=param)
     if kind == "missing":
         return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
     return ApiError(400, f"{param} {message.removeprefix('Input ')}, got {shorten(repr(got))}", param=param)

@@ -7,15 +7,17 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 from minivllm.engine.prompts import check_vocabulary, truncate
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
-from minivllm.server.chat import ChatPreprocessor, check_length
+from minivllm.server.chat import ChatPreprocessor
 from minivllm.server.chat_protocol import ChatRequest
+from minivllm.server.cost import check_choices, check_entries, check_tokenized, check_tokens
 from minivllm.server.errors import context_error
 from minivllm.server.formatters import PreparedRequest
-from minivllm.server.frontend import Frontend, off_loop
+from minivllm.server.frontend import Frontend
 from minivllm.server.output_spec import OutputSpec
 from minivllm.server.protocol import CompletionRequest, GenerationRequest
 
@@ -34,8 +36,8 @@ class Preprocessor:
         ignored = body.ignored_fields(self._frontend.config.permissive)
         body.check()
         self._frontend.check_model(body.model)
-        self._check_choices(len(body.prompt), body.n or 1)
-        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body)]
+        check_choices(len(body.prompt), body.n or 1, self._frontend.config.max_choices)
+        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body, owner)]
         echo = self._echo(body, prompts) if body.echo else None
         return self._prepared("cmpl-", owner, body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
 
@@ -43,38 +45,41 @@ class Preprocessor:
         """`prefix`: of the response's id. Appends to `ignored`."""
         body.check()
         self._frontend.check_model(body.model)
-        self._check_choices(1, body.n or 1)
+        check_choices(1, body.n or 1, self._frontend.config.max_choices)
         self._chat.check_choice(body)
-        prompt, output = await self.chat_prompt(body, ignored)
+        prompt, output = await self.chat_prompt(body, ignored, owner)
         return self._prepared(prefix, owner, body, [self._truncated(body, prompt, None)], ignored, default_output=None, output=output)
 
-    async def chat_prompt(self, body: ChatRequest, ignored: list[str]) -> tuple[list[int], OutputSpec | None]:
-        return await self._chat.prompt(body, self._frontend.need_tokenizer("messages"), ignored)
+    async def chat_prompt(self, body: ChatRequest, ignored: list[str], owner: str) -> tuple[list[int], OutputSpec | None]:
+        tokenizer = self._frontend.need_tokenizer("messages")
+        return await self._frontend.workers.run(owner, body.size, lambda: self._chat.prompt(body, tokenizer, ignored))
 
-    async def _completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
+    async def _completion_prompts(self, body: CompletionRequest, owner: str) -> list[list[int]]:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         if not texts:
             prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
             for prompt in prompts:
                 check_vocabulary("prompt", prompt, self._frontend.client.info.vocab_size)
             return prompts
-        for text in texts:
-            check_length(len(text), self._max_model_len, "prompt")
         tokenizer = self._frontend.need_tokenizer("prompt")
-        special = body.add_special_tokens is not False
-        return await off_loop(sum(map(len, texts)), lambda: [tokenizer.encode(text, add_special_tokens=special) for text in texts])
+        encode = partial(tokenizer.encode, add_special_tokens=body.add_special_tokens is not False)
+        keeps_end = body.truncate_prompt_tokens is not None  # then a text may be longer than the context
+
+        def tokenize() -> list[list[int]]:
+            for text in texts:
+                if keeps_end:
+                    check_tokenized(len(text), self._max_model_len, "prompt", "characters")
+                else:
+                    check_tokens(text, encode, self._max_model_len, "prompt")
+            return [encode(text) for text in texts]
+
+        return await self._frontend.tokenize(owner, sum(map(len, texts)), tokenize)
 
     def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
         if isinstance(body.prompt[0], str) and body.truncate_prompt_tokens is None:
             return tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
         tokenizer = self._frontend.need_tokenizer("echo")
         return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
-
-    def _check_choices(self, prompts: int, n: int) -> None:
-        limit = self._frontend.config.max_choices
-        if prompts * n > limit:
-            raise InvalidInput(f"{prompts} prompts times n={n} make {prompts * n} completions, and one request may have {limit}: "
-                               "send several requests", "n")
 
     def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
         limit, _ = body.output_limit()
@@ -104,6 +109,7 @@ class Preprocessor:
                 params=params if output is None else output.apply(params),
                 priority=body.priority or 0, cache_salt=salt, arrival_time=now, owner=owner,
             ))
+        self._check_entries(requests)
         options = body.stream_options
         return PreparedRequest(
             id=request_id, owner=owner, created=int(time.time()), model=frontend.check_model(body.model), fingerprint=frontend.fingerprint,
@@ -112,6 +118,16 @@ class Preprocessor:
             return_token_ids=bool(body.return_token_ids), return_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
             ignored=tuple(ignored), output=output,
         )
+
+    def _check_entries(self, requests: Sequence[EngineRequest]) -> None:
+        params = requests[0].params
+        vocabulary = self._frontend.client.info.vocab_size
+        wanted = {name: vocabulary if count == -1 else count
+                  for name in ("logprobs", "prompt_logprobs") if (count := getattr(params, name)) is not None}
+        if wanted:
+            prompt_tokens = sum(len(request.prompt_token_ids) for request in requests) if "prompt_logprobs" in wanted else 0
+            tokens = max(request.params.max_tokens or 0 for request in requests) if "logprobs" in wanted else 0
+            check_entries(len(requests) * params.n, tokens, max(wanted.values()), prompt_tokens, self._max_model_len, next(iter(wanted)))
 
     def _check_logprobs(self, body: GenerationRequest) -> None:
         info = self._frontend.client.info

@@ -3,6 +3,7 @@
     bind the port ─▶ load the engine ─▶ listen ─▶ "ready" ─▶ serve ─▶ SIGINT: abort running requests and exit
     (a port in use                                                    SIGTERM: let them finish for up to drain_timeout seconds
      fails at once)                                                   a second signal: exit at once
+    the engine dies: running requests get an error, and the server ends with status 1
 """
 from __future__ import annotations
 
@@ -51,14 +52,15 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level)
             with contextlib.closing(client):
                 _run(client, config, template, listener, begun)
+                status = 0 if client.dead is None else 1  # a service manager restarts the server then
     except KeyboardInterrupt:
-        pass
+        status = 0
     finally:
         signal.signal(signal.SIGTERM, previous)
         if config.uds is not None:
             Path(config.uds).unlink(missing_ok=True)
-    print_status("stopped")
-    return 0
+    print_status("stopped" if status == 0 else "stopped, because the engine has stopped: start the server again")
+    return status
 
 
 def _run(client: EngineClient, config: ServerConfig, template: str | None, listener: socket.socket, begun: float) -> None:
@@ -76,7 +78,9 @@ def _run(client: EngineClient, config: ServerConfig, template: str | None, liste
         name = app.state.frontend.names[0]
         print_status(readiness(client.info, config, port, name, chat, time.monotonic() - begun))
 
-    Server(app, config, ready).run(sockets=[listener])
+    server = Server(app, config, ready)
+    client.on_death(server.engine_died)
+    server.run(sockets=[listener])
 
 
 def _interrupt(signum: int, frame: object) -> None:

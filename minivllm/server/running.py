@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from minivllm.engine.client import EngineClient
 from minivllm.errors import InvalidInput
+from minivllm.server.cost import EntryLedger
 from minivllm.server.errors import ApiError
 
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
@@ -23,6 +24,7 @@ class RunningRequests:
         self._client = client
         self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
         self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
+        self.entries = EntryLedger()  # of answers that are being built
         self.ending = False  # the server is shutting down: streams that would never end stop now
         self.stopping = False  # no further request may start
 

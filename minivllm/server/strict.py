@@ -15,8 +15,14 @@ class StrictModel(BaseModel):
     """A JSON object. `ignored_fields` sorts names that are no fields of the class into inert, unsupported and unknown."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    _size: int = 0  # bytes of the body
     INERT: ClassVar[frozenset[str]] = frozenset()
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({})
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body: no smaller than the characters of all its texts."""
+        return self._size
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """`EngineCore` around a fake executor: requests, deltas, and failures."""
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from minivllm.core.plan import RowAdmission
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import EngineRequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
@@ -493,3 +496,24 @@ def test_a_step_waits_only_for_its_own_result() -> None:
     gate.set()
     stepping.join()
     assert executor.launched == 2
+
+
+def test_a_request_is_freed_when_it_ends_without_a_garbage_collection() -> None:
+    executor = FakeExecutor()
+    engine = make_engine(executor)
+    found = []
+    gc.disable()
+    try:
+        for name in ("finished", "aborted"):
+            params = SamplingParams(n=3, max_tokens=3, stop_token_ids=list(range(100, 200)))
+            found.append(weakref.ref(params))
+            engine.add(EngineRequest(name, tuple(PROMPT), params))
+            del params
+            engine.step()
+            engine.abort_request("aborted")
+            run(engine)
+            executor.plans.clear()
+            executor._rows.clear()
+        assert [ref() for ref in found] == [None, None]
+    finally:
+        gc.enable()

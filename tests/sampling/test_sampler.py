@@ -461,3 +461,13 @@ def test_rows_in_float32_are_bounded_and_rows_without_need_of_it_are_sampled_at_
     bench.admit(4, SamplingParams(logit_bias={7: 1.0}))
     bench.sample(logits, list(range(5)), [4] * 5)
     assert calls == [(torch.bfloat16, 5), (torch.bfloat16, 2), (torch.bfloat16, 2), (torch.float32, 1)]
+
+
+def test_the_children_of_a_request_share_their_constraints() -> None:
+    sampler = Sampler(4, VOCAB, CPU, eos_token_ids=(1,))
+    params = SamplingParams(n=3, min_tokens=2, stop_token_ids=[2, 3], allowed_token_ids=[2, 4])
+    for row in range(3):
+        sampler.admit(RowAdmission(row, str(row), (1,), 1, ((1,),), params, 0, row))
+    assert len({id(constraints) for constraints in sampler._constraints.values()}) == 1
+    sampler.admit(RowAdmission(3, "other", (1,), 1, ((1,),), SamplingParams(allowed_token_ids=[5]), 0, 0))
+    assert sampler._constraints[3].allowed is not None and sampler._constraints[3].allowed.tolist() == [5]

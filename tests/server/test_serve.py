@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 
 
 @dataclass
@@ -124,3 +125,17 @@ def test_a_missing_model_is_a_one_line_error() -> None:
     assert status == 1 and "Traceback" not in output, output
     error = next(line for line in output.splitlines() if "error" in line.lower())
     assert error.startswith("minivllm: error:") and "/no/such/model" in error
+
+def test_a_killed_engine_is_reported_and_ends_the_server_with_status_1(tiny_llama: Callable[..., Path]) -> None:
+    with command("serve", str(tiny_llama()), "--port", "0", "--dtype", "float32") as server:
+        url = url_of(server)
+        body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", url + "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            engine = next(p for p in psutil.Process(server.popen.pid).children() if "spawn_main" in " ".join(p.cmdline()))
+            engine.kill()
+            rest = [line for line in lines if line]
+        assert "engine_dead" in "".join(rest) or rest[-1] == "data: [DONE]"
+        status, text = server.ends()
+    assert status == 1 and "the engine process ended unexpectedly (exit code -9)" in text and "start the server again" in text

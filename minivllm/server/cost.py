@@ -1,0 +1,80 @@
+"""The cost model: what one request may make the server do, estimated before the work begins.
+
+    body ──▶ choices ──▶ characters that are rendered and tokenized ──▶ tokens ──▶ entries of the answer
+
+Each function checks one cost and raises an error that names the field, the value, the limit and what to change. The table of all costs,
+also of those that are checked elsewhere, is in docs/security.md.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from minivllm.errors import InvalidInput
+from minivllm.server.errors import RETRY_AFTER, ApiError, context_error
+
+MAX_TOKEN_CHARACTERS = 256  # no vocabulary has longer tokens
+USUAL_CHARACTERS = 16  # hardly any text has more characters per token; a longer one is counted in pieces first
+PIECE = 65_536  # characters of such a piece
+MAX_TOKENIZED = 2**18  # characters, or tokens, of a text that is only tokenized or detokenized, if the context is not longer
+MAX_ENTRIES = 2**18  # log-probabilities in one answer; about 500 bytes each while the answer is built
+MAX_KEPT_ENTRIES = 2**21  # in all answers that are being built
+
+
+def check_choices(prompts: int, n: int, limit: int) -> None:
+    if prompts * n > limit:
+        raise InvalidInput(f"{prompts} prompts times n={n} make {prompts * n} completions, and one request may have {limit}: "
+                           "send several requests (--max-choices sets the limit)", "n")
+
+
+def check_length(characters: int, max_model_len: int, param: str) -> None:
+    """Refuse a text that cannot fit the context whatever its tokens are, before it is tokenized."""
+    if characters > max_model_len * MAX_TOKEN_CHARACTERS:
+        raise context_error(characters, max_model_len, param, unit="characters")
+
+
+def check_tokens(text: str, encode: Callable[[str], Sequence[int]], max_model_len: int, param: str) -> None:
+    """Refuse a long text whose first pieces have more tokens than the context. Tokenizing it whole takes 300 bytes per character."""
+    check_length(len(text), max_model_len, param)
+    if len(text) <= max(USUAL_CHARACTERS * max_model_len, PIECE):
+        return
+    tokens = 0
+    for start in range(0, len(text), PIECE):
+        tokens += max(0, len(encode(text[start:start + PIECE])) - 4)  # the cut and special tokens may add a few
+        if tokens > max_model_len:
+            raise context_error(tokens, max_model_len, param)
+
+
+def check_tokenized(count: int, max_model_len: int, param: str, unit: str) -> None:
+    """The size of a text for /tokenize or /detokenize, which need not fit the context."""
+    limit = max(MAX_TOKENIZED, USUAL_CHARACTERS * max_model_len)
+    if count > limit:
+        raise InvalidInput(f"{param} has {count} {unit}, and at most {limit} are allowed: send it in parts", param)
+
+
+def check_entries(choices: int, tokens: int, alternatives: int, prompt_tokens: int, max_model_len: int, param: str) -> None:
+    """Log-probabilities of an answer: for each token its own and those of the alternatives. One full context is always allowed."""
+    entries = (choices * tokens + prompt_tokens) * (1 + alternatives)
+    limit = max(MAX_ENTRIES, 2 * max_model_len * (1 + alternatives))
+    if entries > limit:
+        raise InvalidInput(f"{choices} completions of up to {tokens} tokens with {alternatives} alternatives each would have {entries} "
+                           f"log-probabilities, and one answer may have {limit}: lower n, max_tokens or {param}", param)
+
+
+class EntryLedger:
+    """Log-probabilities that answers hold until they are sent whole. An owner that uses less than its share may always add some."""
+
+    def __init__(self, limit: int = MAX_KEPT_ENTRIES) -> None:
+        self._limit = limit
+        self._kept: dict[str, int] = {}  # by owner
+
+    def add(self, owner: str, entries: int) -> None:
+        kept = self._kept.get(owner, 0) + entries
+        if sum(self._kept.values()) + entries > self._limit and kept > self._limit // (len(self._kept) + (owner not in self._kept)):
+            raise ApiError(429, f"answers that are being built hold {self._limit} log-probabilities already: try again later, or set "
+                                "stream to true", code="rate_limit_exceeded", headers={"retry-after": RETRY_AFTER})
+        self._kept[owner] = kept
+
+    def release(self, owner: str, entries: int) -> None:
+        self._kept[owner] = self._kept.get(owner, 0) - entries
+        if self._kept[owner] <= 0:
+            del self._kept[owner]

@@ -1,0 +1,132 @@
+"""What one request may cost, and work off the event loop: limits, time limits, turns of keys, and jobs that nothing waits for."""
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from minivllm.config import ServerConfig
+from minivllm.engine.chat_template import ChatTemplate
+from minivllm.errors import InvalidInput
+from minivllm.server import cost, work
+from minivllm.server.cost import EntryLedger, check_entries
+from minivllm.server.errors import ApiError
+from minivllm.server.work import WORKERS, TextWorkers
+from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
+
+CHAT = "/v1/chat/completions"
+SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def live(tokenizer_folder: Path) -> Iterator[LiveServer]:
+    with scripted_server(ScriptedEngine(tokenizer_folder), trust_request_chat_template=True) as live:
+        yield live
+
+
+def post(live: LiveServer, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    response = httpx.post(live.url + path, json=body, timeout=60)
+    return response.status_code, response.json()
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("path, body, param", [
+    (CHAT, {"messages": user("") * 3000}, "messages"), ("/tokenize", {"messages": user("") * 3000}, "messages"),
+    ("/v1/completions", {"prompt": "x " * 40_000}, "prompt"), (CHAT, {"messages": user("x " * 40_000)}, "messages"),
+    ("/tokenize", {"prompt": "x " * 4_000}, "prompt"), ("/detokenize", {"tokens": [5] * 5_000}, "tokens"),
+    ("/v1/completions", {"prompt": "x", "n": 257}, "n"), ("/v1/completions", {"prompt": ["x"] * 257}, "n"),
+    ("/v1/completions", {"prompt": [5], "n": 200, "max_tokens": 100, "logprobs": 20}, "logprobs"),
+    (CHAT, {"messages": user("x"), "n": 200, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "logprobs"),
+    ("/v1/completions", {"prompt": [[5] * 200] * 200, "max_tokens": 1, "prompt_logprobs": 20}, "prompt_logprobs"),
+])
+def test_a_request_that_costs_too_much_is_refused(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str,
+) -> None:
+    monkeypatch.setattr(cost, "MAX_TOKENIZED", 4096)
+    status, answer = post(live, path, body)
+    assert (status, answer["error"]["param"]) == (400, param), answer
+
+
+def test_a_long_text_is_refused_by_its_first_pieces(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = live.server.config.app.state.frontend.tokenizer  # type: ignore[union-attr]
+    encode, sizes = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **more: sizes.append(len(text)) or encode(text, **more))
+    monkeypatch.setattr(cost, "PIECE", 1000)
+    status, answer = post(live, "/v1/completions", {"prompt": "x y " * 12_000})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded") and sizes == [1000], answer
+
+
+def test_a_chat_template_that_never_ends_is_interrupted(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2 * WORKERS):  # more than there are threads: each gets free again
+        monkeypatch.setattr(work, "WORK_SECONDS", 0.1)
+        status, answer = post(live, CHAT, {"messages": user("hi"), "chat_template": SLOW})
+        assert (status, answer["error"]["code"]) == (400, "prompt_too_slow"), answer
+    monkeypatch.setattr(work, "WORK_SECONDS", 30.0)
+    assert post(live, CHAT, {"messages": user("hi")})[0] == 200
+
+
+@pytest.mark.parametrize("expression", ["'x' * 9999999999", "9 ** 999999999", "[0] * 9999999999"])
+def test_no_operation_of_a_template_makes_a_huge_value(expression: str) -> None:
+    with pytest.raises(InvalidInput, match="large values"):
+        ChatTemplate("{{ (" + expression + ")|length }}").render(user("x"))
+    assert ChatTemplate("{{ '-' * 3 }}{{ 2 * 4 }}").render(user("x")) == "---8"
+
+
+def blocked(workers: TextWorkers) -> tuple[threading.Event, list[asyncio.Task[None]]]:
+    """Occupy all workers until the event is set."""
+    gate = threading.Event()
+    return gate, [asyncio.ensure_future(workers.run("", 1, lambda: gate.wait() and None)) for _ in range(WORKERS)]
+
+
+def test_a_job_is_dropped_if_its_client_leaves_and_owners_take_turns() -> None:
+    async def run() -> list[str]:
+        workers, ran = TextWorkers(), []
+        gate, tasks = blocked(workers)
+        await asyncio.sleep(0)  # they are queued now
+        later = {name: asyncio.ensure_future(workers.run(name[0], 1, lambda name=name: ran.append(name)))  # type: ignore[misc]
+                 for name in ("a1", "a2", "a3", "b1", "c1")}
+        await asyncio.sleep(0)
+        later.pop("a2").cancel()
+        await asyncio.sleep(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(work, "MAX_QUEUED", 100)
+            with pytest.raises(ApiError) as refused:
+                await workers.run("a", 99, lambda: None)
+            assert refused.value.status == 429
+        gate.set()
+        await asyncio.gather(*tasks, *later.values())
+        return ran
+
+    ran = asyncio.run(run())
+    assert sorted(ran) == ["a1", "a3", "b1", "c1"]
+    assert ran.index("a3") > 1, "the other owners are served between"
+
+
+def test_log_probabilities_that_answers_keep_are_charged_to_their_owner() -> None:
+    ledger = EntryLedger(100)
+    ledger.add("a", 90)
+    ledger.add("b", 40)  # less than its share, although all together are more than the limit
+    for owner in "ab":
+        with pytest.raises(ApiError):
+            ledger.add(owner, 20)
+    ledger.release("a", 90)
+    ledger.add("b", 50)
+    check_entries(1, 10**6, 20, 0, 10**6, "logprobs")  # one full context is always allowed
+    assert ServerConfig().max_choices == 256
+
+
+def test_an_answer_with_log_probabilities_releases_what_it_kept(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = live.server.running.entries
+    body = {"prompt": [5], "n": 2, "logprobs": 2}
+    assert post(live, "/v1/completions", body)[0] == 200 and ledger._kept == {}
+    monkeypatch.setattr(ledger, "_limit", 3)
+    status, answer = post(live, "/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded") and ledger._kept == {}
