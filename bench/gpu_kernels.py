@@ -230,7 +230,7 @@ class Maker:
         if cache_dtype is None:
             return KVLayer(k, v)
         (k, k_scale), (v, v_scale) = quantize(k, cache_dtype), quantize(v, cache_dtype)
-        return KVLayer(k, v, k_scale, v_scale)
+        return KVLayer(k, v, torch.stack((k_scale, v_scale), -1))
 
     # -- the rest -------------------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class Trial:
                 self.blocks[g, seq][: count // size] = self.blocks[g, source][: count // size]
         self.kv = layout.views(layout.allocate(num_blocks, model.build.device))
         for layer in self.kv:
-            for t in (layer.k, layer.v) if layer.k_scale is None or layer.v_scale is None else (layer.k_scale, layer.v_scale):
+            for t in (layer.k, layer.v) if layer.scales is None else (layer.scales,):
                 t.fill_(torch.nan)
 
     def run(self) -> list[Tensor]:

@@ -21,13 +21,23 @@ from torch import Tensor
 class KVLayer:
     """One layer's paged keys and values: [num_blocks, block_size, kv_heads, head_dim] each.
 
-    Quantized ones (fp8 or int8) are multiplied by a scale per token and KV head: [num_blocks, block_size, kv_heads] each.
+    Quantized ones (fp8 or int8) are multiplied by a scale per token and KV head.
     """
 
     k: Tensor
     v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
+    # [num_blocks, block_size, kv_heads, 2] bfloat16: of the key, and of the value. A GPU copies both, four bytes, ahead of their use.
+    scales: Tensor | None = None
+
+    @property
+    def k_scale(self) -> Tensor | None:
+        """[num_blocks, block_size, kv_heads]"""
+        return None if self.scales is None else self.scales[..., 0]
+
+    @property
+    def v_scale(self) -> Tensor | None:
+        """[num_blocks, block_size, kv_heads]"""
+        return None if self.scales is None else self.scales[..., 1]
 
 
 @dataclass(frozen=True, slots=True)

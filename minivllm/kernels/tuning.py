@@ -44,14 +44,14 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
     """
     block_m = max(16, next_power_of_2(heads_per_kv + 1))
     row = head_dim * itemsize  # bytes of a key
-    if itemsize == 1:  # as many bytes at a time as with 16 bits. Not measured; compiled without spills for head_dim 64 and 128
+    if itemsize == 1:  # sm_89: as many bytes at a time as with 16 bits
         if arch < 90:
             return AttentionTile(1, block_m, 64 if row <= 64 else 32 if row <= 256 else 16, 4, 3 if row <= 128 else 2)
-        if programs <= 128 or row > 128:
-            return AttentionTile(1, block_m, 64 if row <= 128 else 32, 4, 2)
-        if programs <= (1024 if keys > LONG_KEYS else 256):
-            return AttentionTile(1, block_m, 64, 4, 3)
-        return AttentionTile(1, block_m, 32, 1, 3)
+        if row > 128:
+            return AttentionTile(1, block_m, 32, 4, 2)
+        if programs <= (128 if keys > LONG_KEYS else 256):
+            return AttentionTile(1, block_m, 128, 4, 2)
+        return AttentionTile(1, block_m, 128, 2, 2) if programs <= 256 else AttentionTile(1, block_m, 32, 1, 2)
     if arch >= 90:
         if row == 256:
             if programs <= 128:
@@ -194,7 +194,7 @@ def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:
 
 PACKED_MAX_ROWS = 64  # rows; more are multiplied by cuBLAS with unpacked slices. Not measured
 PACKED_NORM_ROWS = 8  # rows; with more, every program would compute the norms of too many rows again. Not measured
-MAX_SMALL_PACKED = 32 << 20  # elements; H200: smaller weights are read faster by more warps
+MAX_SMALL_PACKED = 8 << 20  # elements: smaller weights have too few outputs for wide blocks. Not measured
 UNPACK_ELEMENTS = 64 << 20  # elements of an unpacked slice: bounds memory. Slices that are no multiple of 256 outputs were slow on an H200
 UNPACK_ROWS, UNPACK_WORDS = 8, 256  # of a program that unpacks. Not measured
 
@@ -213,18 +213,34 @@ class PackedTile:
 
 
 def packed_tile(rows: int, n: int, k: int, bits: int, gated: bool, arch: int) -> PackedTile:
-    """For x [rows, k] and an output [rows, n] (of gate and up each).
+    """For x [rows, k] and an output [rows, n] (of gate and up each). H200, with 1, 8 and 32 rows; sm_89.
 
-    H200 for one row. Tiles of more rows are not measured: they were chosen by registers and instructions. All are compiled for sm_89.
+    Few programs with wide blocks read x less often. Enough programs, by splitting the inputs, keep all multiprocessors busy.
     """
+    words = k // (2 if bits == 8 else 4)  # of a row
     if rows == 1:
-        return PackedTile(1, 16, 64, 8, 8, 3, 1) if n * k <= MAX_SMALL_PACKED and not gated else PackedTile(1, 16, 64, 4, 4, 3, 1)
-    splits = 1
-    while splits < 4 and n // 64 * splits < 256 and k >= 2048 * splits:
-        splits *= 2
+        if gated:
+            return PackedTile(1, 32, 64, 4, 4, 2, 1) if bits in (5, 6) else PackedTile(1, 16, 64, 4, 4, 3, 1)
+        if n * k <= MAX_SMALL_PACKED:
+            return PackedTile(1, 16, 64, 8, 8, 3, 1)
+        return PackedTile(1, 32, 64, 4, 4, 3, _splits(n // 32, 512, words // 256))
     if rows <= 16:
-        return PackedTile(next_power_of_2(rows), 64, 64, 4, 1, 3, splits)
-    return PackedTile(32, 64, 32, 4, 1, 3, splits)
+        wide = arch >= 90 and not gated and n > 4096
+        return PackedTile(next_power_of_2(rows), 128 if wide else 64, 64, 8 if wide else 4, 1, 3,
+                          _splits(n // 128, 256, words // 128) if wide else _splits(n // 64, 512, words // 128))
+    if arch < 90:
+        return PackedTile(32, 64, 32, 4, 1, 3, min(4, _splits(n // 64, 512, words // 64)))
+    if bits == 4 and n <= 4096:
+        return PackedTile(32, 128, 128, 8, 1, 3, _splits(n // 128, 128, words // 256))
+    return PackedTile(32, 128, 64, 8, 1, 3, 1 if bits < 8 and n > 8192 else _splits(n // 128, 256, words // 128))
+
+
+def _splits(blocks: int, programs: int, most: int) -> int:
+    """A power of two, at most 8: parts of the inputs, so that there are up to so many programs, each with work for all of its threads."""
+    splits = 1
+    while splits < 8 and 2 * splits * blocks <= programs and 2 * splits <= most:
+        splits *= 2
+    return splits
 
 
 def norm_warps(width: int) -> int:

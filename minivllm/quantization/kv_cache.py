@@ -5,7 +5,7 @@ one tensor, so that kernels index keys with a single multiplication:
 
     piece 0, keys     | block 0 | block 1 | block 2 | ...      [num_blocks, bytes]
     piece 1, values   | block 0 | block 1 | block 2 | ...
-    piece 2, scales of keys, and piece 3, scales of values, if they are quantized
+    piece 2, scales      | ...                                  if they are quantized
 
 Copies and moves of blocks work on these raw bytes. Memory planning, CUDA graphs and CPU KV offload get all sizes from here.
 """
@@ -65,22 +65,22 @@ class DenseKV:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedKV:
-    """Keys and values of 8 bits, as `DenseKV`, and one scale per token and KV head: [num_blocks, block_size, kv_heads] each."""
+    """Keys and values of 8 bits, as `DenseKV`, and their scales: [num_blocks, block_size, kv_heads, 2]."""
 
     kv_heads: int
     head_dim: int
     dtype: torch.dtype  # float8_e4m3fn or int8
 
-    def piece_bytes(self, block_size: int) -> tuple[int, int, int, int]:
+    def piece_bytes(self, block_size: int) -> tuple[int, int, int]:
         """See `KVCacheSpec`."""
         heads = block_size * self.kv_heads
-        return heads * self.head_dim, heads * self.head_dim, heads * SCALE_DTYPE.itemsize, heads * SCALE_DTYPE.itemsize
+        return heads * self.head_dim, heads * self.head_dim, heads * 2 * SCALE_DTYPE.itemsize
 
     def view(self, pieces: Sequence[Tensor], block_size: int) -> KVLayer:
         """See `KVCacheSpec`."""
         shape = (len(pieces[0]), block_size, self.kv_heads)
         k, v = (piece.view(self.dtype).view(*shape, self.head_dim) for piece in pieces[:2])
-        return KVLayer(k, v, *(piece.view(SCALE_DTYPE).view(shape) for piece in pieces[2:]))
+        return KVLayer(k, v, pieces[2].view(SCALE_DTYPE).view(*shape, 2))
 
 
 KVFormat: TypeAlias = Callable[[KVGroup, torch.dtype], KVCacheSpec]  # (KV group, the model's dtype) -> storage of its layers

@@ -55,8 +55,8 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     numbers = dict(scale="fp32", softcap="fp32",
                    **dict.fromkeys(("num_seqs", "num_tokens", "num_parts", "table_stride", "splits", "shared_parts", "first"), "i32"))
     tensors = dict(out="*bf16", qk="*bf16", cache_k="*bf16", cache_v="*bf16", slots="*i64", seq_lens="*i32")
-    dense = Cache(k="*bf16", v="*bf16", v_pairs="*bf16", k_scale="*bf16", v_scale="*bf16", block_table="*i32")
-    codes = Cache(k="*i8", v="*i8", v_pairs="*i16", k_scale="*bf16", v_scale="*bf16", block_table="*i32")
+    dense = Cache(k="*bf16", v="*bf16", v_pairs="*bf16", scales="*bf16", scale_pairs="*bf16", block_table="*i32")
+    codes = Cache(k="*i8", v="*i8", v_pairs="*i16", scales="*bf16", scale_pairs="*i32", block_table="*i32")
     types: dict[str, Any] = dict(parts=Parts(mean="*fp32", log_weight="*fp32", finished="*i32", shared_keys="*i32"),
                                  projection=projection, cache=dense, **numbers, **tensors)
     prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", **dict.fromkeys(

@@ -122,8 +122,8 @@ def fused(case: Case) -> Tensor:
 
 def forget_new(case: Case) -> KVLayer:
     """A copy of the case's cache, with NaN in the slots of the new tokens. (The largest number in int8, whose scale is NaN.)"""
-    kv = KVLayer(*(None if t is None else t.clone() for t in (case.kv.k, case.kv.v, case.kv.k_scale, case.kv.v_scale)))
-    for t in (kv.k, kv.v, kv.k_scale, kv.v_scale):
+    kv = KVLayer(*(None if t is None else t.clone() for t in (case.kv.k, case.kv.v, case.kv.scales)))
+    for t in (kv.k, kv.v, kv.scales):
         if t is not None:
             bits = t.view(torch.int8) if t.itemsize == 1 else t
             bits.view(-1, *t.shape[2:])[case.batch.slots[0]] = 127 if t.itemsize == 1 else torch.nan
@@ -134,4 +134,4 @@ def quantized(case: Case, dtype: torch.dtype) -> Case:
     """The same case with a quantized cache; `keys` and `values` are what is stored there."""
     (k, k_scale), (v, v_scale) = (quantize(t, dtype) for t in (case.kv.k, case.kv.v))
     stored = ([dequantize(*quantize(t, dtype), torch.float32) for t in some] for some in (case.keys, case.values))
-    return Case(case.batch, KVLayer(k, v, k_scale, v_scale), case.q, *stored, case.block_size)
+    return Case(case.batch, KVLayer(k, v, torch.stack((k_scale, v_scale), -1)), case.q, *stored, case.block_size)

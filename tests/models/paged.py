@@ -37,7 +37,7 @@ class Paged:
         num_blocks = 1 + per_seq * num_seqs * len(self.groups)
         self.kv = layout.views(layout.allocate(num_blocks, model.build.device))
         for layer in self.kv:
-            for t in (layer.k, layer.v) if layer.k_scale is None or layer.v_scale is None else (layer.k_scale, layer.v_scale):
+            for t in (layer.k, layer.v) if layer.scales is None else (layer.scales,):
                 t.fill_(math.nan)
         ids = random.Random(seed).sample(range(1, num_blocks), num_blocks - 1)
         self.tables = [[[ids.pop() for _ in range(per_seq)] for _ in range(num_seqs)] for _ in self.groups]  # [G][B][M]

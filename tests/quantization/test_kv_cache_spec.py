@@ -96,8 +96,8 @@ def test_copies_and_moves_include_every_piece_of_a_page(name: str) -> None:
     group = KVGroup(4, 2, 8, None, (0, 1, 2))
     spec = kv_format(name)(group, torch.float32)
     cache = KVCache(KVLayout((group,), (spec,), 5), 12, 4, torch.device("cpu"), REFERENCE)
-    pieces = [t for layer in cache.layers for t in (layer.k, layer.v, layer.k_scale, layer.v_scale) if t is not None]
-    assert len(pieces) == len({t.data_ptr() for t in pieces}) == 12 and pieces[0].dtype == spec.dtype == DTYPES[name]
+    pieces = [t for layer in cache.layers for t in (layer.k, layer.v, layer.scales) if t is not None]
+    assert len(pieces) == len({t.data_ptr() for t in pieces}) == 9 and pieces[0].dtype == spec.dtype == DTYPES[name]
     assert sum(t.nbytes for t in pieces) == 12 * cache.layout.block_bytes
     for i, t in enumerate(pieces):
         t.copy_(torch.randint(-100, 100, t.shape, generator=torch.Generator().manual_seed(i)))

@@ -117,7 +117,7 @@ def self_attention(
     out = qkv.new_empty((len(qkv), meta.num_heads * meta.block[2]))
     cos, sin = (0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
     norm, eps = (0, 0.0) if qk_norm is None else (qk_norm[0].data_ptr(), qk_norm[1])
-    scales = (0, 0) if kv.k_scale is None or kv.v_scale is None else (kv.k_scale.data_ptr(), kv.v_scale.data_ptr())
+    scales = (0, 0) if kv.scales is None else (kv.scales.data_ptr(), kv.scales.data_ptr() + SCALE_DTYPE.itemsize)
     code.LAYER_ARGS.pack_into(
         args.memory, 0, 0, out.data_ptr(), qkv.data_ptr(), qkv.stride(0) * qkv.itemsize, kv.k.data_ptr(), kv.v.data_ptr(), *scales, norm,
         cos, sin, slots.data_ptr(), eps, scale, softcap or 0.0)
@@ -135,9 +135,10 @@ def _check(qkv: Tensor, kv: KVLayer, slots: Tensor, meta: NumbaAttentionMeta, *o
     assert slots.dtype == torch.int64 and slots.is_contiguous() and kv.k.shape[1:] == kv.v.shape[1:] == meta.block
     for t in (qkv, *others):
         assert t.dtype == meta.dtype and t.device.type == "cpu" and (t is qkv or t.is_contiguous())
-    for t, scales in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)):
-        assert t.dtype == meta.cache_dtype and t.is_contiguous() and (scales is not None) == (KINDS[t.dtype] >= INT8)
-        assert scales is None or (scales.shape == t.shape[:3] and scales.dtype == SCALE_DTYPE and scales.is_contiguous())
+    for t in (kv.k, kv.v):
+        assert t.dtype == meta.cache_dtype and t.is_contiguous() and (kv.scales is not None) == (KINDS[t.dtype] >= INT8)
+    scales = kv.scales
+    assert scales is None or (scales.shape == (*kv.k.shape[:3], 2) and scales.dtype == SCALE_DTYPE and scales.is_contiguous())
     for t in others:
         assert t.shape[0] in (len(slots), meta.num_heads + kv_heads) and t.shape[-1] == head_dim
 

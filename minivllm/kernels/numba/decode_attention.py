@@ -61,6 +61,7 @@ from minivllm.kernels.tuning import CPU_SPLIT_KEYS, CPU_TASK_FLOATS, CPU_TILE_KE
 
 LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless stated otherwise, strides in bytes. First those that change with each layer.
+SCALE_BYTES = 4  # from one key's scale to the next: a scale of its value is between
 LAYER_ARGS = struct.Struct("12q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
 (COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
  TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(27)
@@ -134,9 +135,9 @@ def store_head(out, scale_at, source, kind, dim, lanes, cache):
 def load_scales(out, scales, offsets, first_head, heads, kv_heads, dim):
     """The scales of a tile's keys for some heads: [heads, CPU_TILE_KEYS] float32. offsets: of the keys, one byte per number."""
     for j in range(CPU_TILE_KEYS):
-        at = scales + (get_i64(offsets + j * 8) // dim + first_head) * 2
+        at = scales + (get_i64(offsets + j * 8) // dim + first_head) * SCALE_BYTES
         for h in range(heads):
-            put_f32(out + (h * CPU_TILE_KEYS + j) * 4, largest(load(at + h * 2, 1, BFLOAT16)))
+            put_f32(out + (h * CPU_TILE_KEYS + j) * 4, largest(load(at + h * SCALE_BYTES, 1, BFLOAT16)))
 
 
 @njit(inline="always")
@@ -198,8 +199,8 @@ def start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_ne
                 store(head + c * 4, load(head + c * 4, lanes, 0) * scale, 0)
                 store(sums + (i * dim + c) * 4, splat(np.float32(0.0), lanes), 0)
         else:
-            store_head(p[CACHE_K] + slot * dim * SIZES[cache], p[SCALES_K] + slot * 2, head, 0, dim, lanes, cache)
-            store_head(p[CACHE_V] + slot * dim * SIZES[cache], p[SCALES_V] + slot * 2, value, half, dim, lanes, cache)
+            store_head(p[CACHE_K] + slot * dim * SIZES[cache], p[SCALES_K] + slot * SCALE_BYTES, head, 0, dim, lanes, cache)
+            store_head(p[CACHE_V] + slot * dim * SIZES[cache], p[SCALES_V] + slot * SCALE_BYTES, value, half, dim, lanes, cache)
     for i in range(rows):
         put_f32(peaks + i * 4, np.float32(LOWEST))
         put_f32(totals + i * 4, np.float32(0.0))

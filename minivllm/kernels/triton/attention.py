@@ -94,7 +94,7 @@ def self_attention(
         _attend_decodes(out, qkv, kv, slots, meta, scale, softcap, rope, qk_norm)
     if meta.num_prompt_tokens:
         qk = _store(qkv, kv, slots, meta, meta.num_decode_tokens, rope, qk_norm)
-        _attend_prompts(out, qk, qkv if kv.v_scale is None else qk, kv, meta, scale, softcap)
+        _attend_prompts(out, qk, qkv if kv.scales is None else qk, kv, meta, scale, softcap)
     return out
 
 
@@ -113,9 +113,9 @@ def _projection(qkv: Tensor, rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[
 
 def _cache(kv: KVLayer, meta: TritonAttentionMeta) -> Cache:
     """Kernels get numbers of 8 bits as int8. Scales that do not exist are the keys: a kernel's pointers must not be None."""
-    if kv.k_scale is None or kv.v_scale is None:
-        return Cache(kv.k, kv.v, kv.v, kv.k, kv.v, meta.block_table)
-    return Cache(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.v.view(torch.int16), kv.k_scale, kv.v_scale, meta.block_table)
+    if kv.scales is None:
+        return Cache(kv.k, kv.v, kv.v, kv.k, kv.k, meta.block_table)
+    return Cache(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.v.view(torch.int16), kv.scales, kv.scales.view(torch.int32), meta.block_table)
 
 
 def _attend_decodes(
@@ -128,7 +128,7 @@ def _attend_decodes(
         padded_dim=_padded(meta.head_dim), block_size=meta.block_size, query_width=meta.query_width, block_q=tile.block_q,
         block_m=tile.block_m, block_n=tile.block_n, split=parts is not None, min_keys=tuning.MIN_KEYS_PER_SPLIT,
         shared=meta.shared_parts > 0, shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=meta.window or 0, softcap=softcap is not None,
-        norm=qk_norm is not None, rope=rope is not None, quantized=kv.k_scale is not None, fp8=kv.k.dtype == torch.float8_e4m3fn,
+        norm=qk_norm is not None, rope=rope is not None, quantized=kv.scales is not None, fp8=kv.k.dtype == torch.float8_e4m3fn,
         native=capability(qkv.device) > 0 and qkv.dtype != torch.float32)
     projection, cache, early = _projection(qkv, rope, qk_norm), _cache(kv, meta), early_start(qkv.device)
     parts = parts or Parts(out, out, out, out)  # unused
@@ -152,7 +152,7 @@ def _store(
     """Write keys and values of the tokens from `first` on -> their normalized and rotated queries and keys: [T, H + KV, D].
 
     With a quantized cache also their values, [T, H + 2 KV, D], and keys and values as they are in the cache."""
-    h, hk, d, quantized = meta.num_heads, meta.num_kv_heads, meta.head_dim, kv.k_scale is not None
+    h, hk, d, quantized = meta.num_heads, meta.num_kv_heads, meta.head_dim, kv.scales is not None
     qk = torch.empty((qkv.shape[0], h + (1 + quantized) * hk, d), dtype=qkv.dtype, device=qkv.device)
     heads = max(1, 512 // _padded(d))  # as many as one warp loads at once
     launch(_position_and_store, (len(qkv) - first, triton.cdiv(h + 2 * hk, heads)),
@@ -184,7 +184,7 @@ def _attend_prompts(
         meta.num_seqs, tiles, strides[0], *strides, h * d, (h + hk) * d, meta.block_table.stride(0),
         NUM_HEADS=h, HEADS_PER_KV=h // hk, D=d, PADDED_D=_padded(d), BLOCK_SIZE=meta.block_size,
         BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=meta.window or 0, SOFTCAP=softcap is not None,
-        DESCRIPTORS=descriptors, QUANTIZED=kv.k_scale is not None, FP8=kv.k.dtype == torch.float8_e4m3fn,
+        DESCRIPTORS=descriptors, QUANTIZED=kv.scales is not None, FP8=kv.k.dtype == torch.float8_e4m3fn,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

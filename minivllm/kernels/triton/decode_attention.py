@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from minivllm.kernels.triton.quantized_cache import load_scales, quantize, widen, widen_pairs
+from minivllm.kernels.triton.quantized_cache import load_scales, quantize, store_scales, widen, widen_pairs
 
 
 class DecodeShape(NamedTuple):
@@ -75,8 +75,8 @@ class Cache(NamedTuple):
     k: Any  # [blocks, block_size, KV, D]
     v: Any
     v_pairs: Any  # [blocks, block_size, KV, D / 2] int16 if quantized: the values, two codes each
-    k_scale: Any  # [blocks, block_size, KV] if quantized
-    v_scale: Any
+    scales: Any  # [blocks, block_size, KV, 2] if quantized: of the keys, and of the values
+    scale_pairs: Any  # [blocks, block_size, KV] int32: the same
     block_table: Any  # [B, M]
 
 
@@ -145,8 +145,7 @@ def _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE: tl.constexpr):
         HALF: tl.constexpr = SHAPE.head_dim // 2
         pairs = tl.arange(0, SHAPE.padded_dim // 2)
         v = tl.load(cache.v_pairs + (head * HALF)[:, None] + pairs[None, :], mask=live_key[:, None] & (pairs < HALF)[None, :], other=0)
-        k_scale = load_scales(cache.k_scale, head, live_key)
-        v_scale = load_scales(cache.v_scale, head, live_key)
+        k_scale, v_scale = load_scales(cache.scale_pairs, head, live_key)
     return k, v, live_key, k_scale, v_scale
 
 
@@ -322,8 +321,7 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
             one = tl.arange(0, 1)
             tl.store(cache.k + at[None, :], k_codes, mask=live_dim[None, :])
             tl.store(cache.v + at[None, :], v_codes, mask=live_dim[None, :])
-            tl.store(cache.k_scale + row + one, k_scale.to(tl.bfloat16))
-            tl.store(cache.v_scale + row + one, v_scale.to(tl.bfloat16))
+            store_scales(cache.scales, row + one, k_scale, v_scale, one == 0)
         key = tl.sum(keys * k_scale[:, None], 0)
         even_value, odd_value = tl.split(tl.reshape(values, [SHAPE.padded_dim // 2, 2]))
         v_scale = tl.sum(v_scale, 0)
@@ -372,8 +370,7 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
         if SHAPE.quantized:
             keys, _, k_scale = quantize(q.to(tl.float32), SHAPE.fp8)
             values, _, v_scale = quantize(values.to(tl.float32), SHAPE.fp8)
-            tl.store(cache.k_scale + row, k_scale.to(tl.bfloat16), mask=is_key)
-            tl.store(cache.v_scale + row, v_scale.to(tl.bfloat16), mask=is_key)
+            store_scales(cache.scales, row, k_scale, v_scale, is_key)
         tl.store(cache.k + at, keys, mask=live)
         tl.store(cache.v + at, values, mask=live)
         if SHAPE.quantized:

@@ -54,8 +54,11 @@ def _fp8_asm(i: int) -> str:
 
 
 @triton.jit
-def _plane(words, rest, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """Plane i as numbers that are too large by 128 (bfloat16) or 1024 (float16), or without ASM by nothing. words, rest: [...] int16."""
+def _plane(words, rest, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr, SMALL: tl.constexpr = False):
+    """Plane i as numbers that are too large by 128 (bfloat16) or 1024 (float16), or without ASM by nothing. words, rest: [...] int16.
+
+    SMALL: as subnormal numbers, the codes times 2^-133 (bfloat16).
+    """
     if not ASM:
         codes = (words.to(tl.int32) >> 4 * i) & 15
         if BITS > 4:
@@ -63,7 +66,8 @@ def _plane(words, rest, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr
         return codes.to(dtype)
     if dtype == tl.float16:
         return tl.inline_asm_elementwise(_unpack_asm(BITS, i, 0x6400), "=r,r,r", [words, rest], dtype=tl.float16, is_pure=True, pack=2)
-    return tl.inline_asm_elementwise(_unpack_asm(BITS, i, 0x4300), "=r,r,r", [words, rest], dtype=tl.bfloat16, is_pure=True, pack=2)
+    asm: tl.constexpr = _unpack_asm(BITS, i, 0 if SMALL else 0x4300)
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [words, rest], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -110,55 +114,86 @@ def _repeat(found, W: tl.constexpr):
     return tl.broadcast_to(found[:, :, :, None], [P, BN, G, W // G]).reshape(P, BN, W)
 
 
+@triton.constexpr_function
+def _excess(F: Format, dtype: tl.dtype, asm: bool) -> int:
+    """How much the codes of fewer than 8 bits are too large."""
+    return 0 if F.bits == 8 or not asm else 1024 if dtype == tl.float16 else 128
+
+
+@triton.constexpr_function
+def _small(F: Format, dtype: tl.dtype, asm: bool) -> bool:
+    """Whether `_weights` reads codes as subnormal bfloat16 numbers, code * 2^-133, so that one fused operation scales and shifts them.
+
+    Its results are weights * 2^-16, because scales * 2^133 would overflow. A zero other than a power of two, times its scale, would be
+    rounded, so groups with zeros of their own are excluded.
+    """
+    return asm and F.bits < 8 and F.zero >= 0 and not F.row_scale and dtype == tl.bfloat16
+
+
 @triton.jit
-def _weights(p, words, n, start, part, live_n, i: tl.constexpr, F: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """The weights of plane i: words [P, BN, W], loaded -> [P, BN, W]. n: [1, BN, 1]; start: first word; part: [P, 1, 1], 0 .. P - 1."""
-    BIAS: tl.constexpr = 0 if F.bits == 8 or not ASM else 1024 if dtype == tl.float16 else 128
-    # Groups of fewer inputs than a chunk are not the same for all planes of a word.
-    SPAN: tl.constexpr = max(F.group // F.per_word, 16)  # words whose plane i is in one group
-    STEP: tl.constexpr = SPAN * F.per_word // F.group  # groups in these words
-    GROUPS: tl.constexpr = F.k // F.group
-    first = start + part * W
-    # See `_group_order`: the groups of one plane are next to each other.
-    group = first // SPAN + tl.arange(0, max(1, W // SPAN))[None, None, :]
-    live_group = live_n & (group < GROUPS // STEP)
-    group += (i * 16 // F.group if STEP > 1 else 0) * (GROUPS // STEP)
+def _codes(p, words, n, first, live_n, i: tl.constexpr, F: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr,
+           SMALL: tl.constexpr = False):  # fmt: skip
+    """The codes of plane i, too large by `_excess`, or if SMALL too small by 2^-133: words [P, BN, W], loaded -> [P, BN, W].
+
+    n: [1, BN, 1]; first: [P, 1, 1], the first word of each part.
+    """
     if F.bits == 8:
-        codes = _byte_plane(words, i, max(F.zero, 0), F.fp8, dtype, ASM)
-    elif F.bits == 4:
-        codes = _plane(words, words, i, 4, dtype, ASM)
-    else:
+        return _byte_plane(words, i, max(F.zero, 0), F.fp8, dtype, ASM)
+    rest = words
+    if F.bits > 4:
         word = first + tl.arange(0, W)[None, None, :]
         live = live_n & (word < F.k // 4)
         if F.bits == 6:
             rest = tl.load(p.high + n.to(tl.int64) * (F.k // 4) + word, mask=live, other=0).to(tl.int16)
         else:
             rest = tl.load(p.high + n.to(tl.int64) * (F.k // 8) + word // 2, mask=live, other=0).to(tl.int16) >> (word % 2 * 4).to(tl.int16)
-        codes = _plane(words, rest, i, F.bits, dtype, ASM)
-    if F.zero >= 0 and F.bits < 8 and F.zero + BIAS > 0:
-        codes -= F.zero + BIAS
+    return _plane(words, rest, i, F.bits, dtype, ASM, SMALL)
+
+
+@triton.jit
+def _weights(p, words, n, first, live_n, i: tl.constexpr, F: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """The weights of plane i, times 2^-16 if `_small`, without the scales of a whole row. Arguments and result as for `_codes`."""
+    SMALL: tl.constexpr = _small(F, dtype, ASM)
+    EXCESS: tl.constexpr = 0 if SMALL else _excess(F, dtype, ASM)
+    UNIT: tl.constexpr = 2.0**117 if SMALL else 1.0  # of scales
+    SHIFT: tl.constexpr = 2.0**-16 if SMALL else 1.0  # of what is subtracted
+    # Groups of fewer inputs than a chunk are not the same for all planes of a word.
+    SPAN: tl.constexpr = max(F.group // F.per_word, 16)  # words whose plane i is in one group
+    STEP: tl.constexpr = SPAN * F.per_word // F.group  # groups in these words
+    GROUPS: tl.constexpr = F.k // F.group
+    codes = _codes(p, words, n, first, live_n, i, F, W, dtype, ASM, SMALL)
+    if not SMALL and F.zero >= 0 and F.bits < 8 and F.zero + EXCESS > 0:
+        codes -= F.zero + EXCESS
     if F.row_scale:
         return codes
+    # See `_group_order`: the groups of one plane are next to each other.
+    group = first // SPAN + tl.arange(0, max(1, W // SPAN))[None, None, :]
+    live_group = live_n & (group < GROUPS // STEP)
+    group += (i * 16 // F.group if STEP > 1 else 0) * (GROUPS // STEP)
     numbers = _of_groups(p.scales, n // F.rows, group, live_group, GROUPS)
     if F.super_group > 0:
         above = first * F.per_word // F.super_group + tl.arange(0, max(1, W * F.per_word // F.super_group))[None, None, :]
         supers = _of_groups(p.supers, n, above, live_n, F.k // F.super_group)
         G: tl.constexpr = max(1, W // SPAN)
         if F.mins:
-            scales = (numbers & 255).to(tl.float32) * _repeat(_half(supers, 0, True), G)
-            mins = (numbers >> 8 & 255).to(tl.float32) * _repeat(_half(supers, 1, True), G)
+            scales = (numbers & 255).to(tl.float32) * _repeat(_half(supers, 0, True) * UNIT, G)
+            offsets = (numbers >> 8 & 255).to(tl.float32) * _repeat(_half(supers, 1, True) * SHIFT, G)
         else:
-            scales = numbers.to(tl.float32) * _repeat(_half(supers, 0, True), G)
+            scales = numbers.to(tl.float32) * _repeat(_half(supers, 0, True) * UNIT, G)
     elif F.mins or F.zero < 0:
-        scales = _half(numbers, 0, F.half_scales)
+        scales = _half(numbers, 0, F.half_scales) * UNIT
         if F.mins:
-            mins = _half(numbers, 1, F.half_scales)
+            offsets = _half(numbers, 1, F.half_scales) * SHIFT
         else:
-            codes -= _repeat(((numbers >> 16 & 255).to(tl.float32) + BIAS).to(dtype), W)
+            codes -= _repeat(((numbers >> 16 & 255).to(tl.float32) + EXCESS).to(dtype), W)
     else:
-        scales = numbers.to(tl.float32)
+        scales = numbers.to(tl.float32) * UNIT
     values = codes * _repeat(scales.to(dtype), W)
-    return values - _repeat(mins.to(dtype), W) if F.mins else values
+    if F.mins:
+        values -= _repeat(offsets.to(dtype), W)
+    elif SMALL and F.zero > 0:
+        values -= _repeat((scales * (F.zero * 2.0**-133)).to(dtype), W)
+    return values
 
 
 @triton.jit
@@ -231,7 +266,6 @@ def _few_rows(
     at = part * W + tl.arange(0, W)[None, :, None]  # [P, W, 1]: the same
     inputs = at // 16 * (16 * PLANES) + at % 16  # of plane 0
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     norm_scale = tl.full([M], 1.0, tl.float32)
     if NORM and HALF:
@@ -243,6 +277,7 @@ def _few_rows(
         words = _load_words(p, n, start + columns, live, F)
         if GATED:
             words_up = _load_words(p, n + N, start + columns, live, F)
+        first = start + part * W
         for i in tl.static_range(PLANES):
             k = start * PLANES + inputs + i * 16
             live_x = live_m[None, None, :] if EVEN else live_m[None, None, :] & (k < F.inputs)
@@ -253,15 +288,19 @@ def _few_rows(
                     value = (value.to(tl.float32) * norm_scale[None, None, :] * factor.to(tl.float32)).to(dtype)
                 else:
                     value *= factor
-            acc = _product(_weights(p, words, n, start, part, live_n, i, F, W, dtype, ASM), value, acc, P)
+            acc = _product(_weights(p, words, n, first, live_n, i, F, W, dtype, ASM), value, acc, P)
             if GATED:
-                acc_up = _product(_weights(p, words_up, n + N, start, part, live_n, i, F, W, dtype, ASM), value, acc_up, P)
+                acc_up = _product(_weights(p, words_up, n + N, first, live_n, i, F, W, dtype, ASM), value, acc_up, P)
+    if PDL:  # not earlier: programs of the next kernel that wait on some multiprocessors leave this kernel's programs to the others
+        tl.extra.cuda.gdc_launch_dependents()
     if NORM and not HALF:  # after the loop, so that the weight's transfers do not wait for it
         norm_scale = _norm_scale(x, m, live_m, eps, F.inputs)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     live_n = n < N
     y = acc if P == 1 else tl.sum(acc, 0)  # [BN, M]
     up = acc_up if P == 1 else tl.sum(acc_up, 0)
+    if _small(F, dtype, ASM):
+        y, up = y * 65536.0, up * 65536.0
     if SPLIT > 1:
         if GATED:
             both, last = _sum_of_parts(tl.permute(tl.join(y, up), (2, 0, 1)), partial, finished, n, live_n, M, N, 2, SPLIT)
@@ -305,7 +344,9 @@ def _unpack(out, p, ids, num_rows, F: tl.constexpr, W: tl.constexpr, BN: tl.cons
     word = start + tl.arange(0, W)[None, None, :]
     words = _load_words(p, n, word, live & (word < F.k // F.per_word), F)
     for i in tl.static_range(PLANES):
-        tile = _weights(p, words, n, start, part, live, i, F, W, dtype, ASM)
+        tile = _weights(p, words, n, start + part, live, i, F, W, dtype, ASM)
+        if _small(F, dtype, ASM):
+            tile *= 65536.0
         if F.row_scale:
             scale = tl.load(p.scales + n // F.rows, mask=live, other=0.0).to(tl.float32)
             tile = (tile.to(tl.float32) * scale).to(dtype)

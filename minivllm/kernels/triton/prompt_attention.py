@@ -59,8 +59,9 @@ def _position_and_store(
         v_row = k_row - KV_HEADS
         tl.store(cache.k + k_row[:, None] * D + dims[None, :], codes, mask=is_key)
         tl.store(cache.v + v_row[:, None] * D + dims[None, :], codes, mask=is_value)
-        tl.store(cache.k_scale + k_row, scale.to(tl.bfloat16), mask=(head >= NUM_HEADS) & (head < NUM_HEADS + KV_HEADS))
-        tl.store(cache.v_scale + v_row, scale.to(tl.bfloat16), mask=(head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS))
+        new = (head >= NUM_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS)
+        pair = tl.where(head < NUM_HEADS + KV_HEADS, 2 * k_row, 2 * v_row + 1)
+        tl.store(cache.scales + pair, scale.to(tl.bfloat16), mask=new)
     else:
         tl.store(qk + (token * (NUM_HEADS + KV_HEADS) + head)[:, None] * D + dims[None, :], x, mask=positioned)
         row = tl.load(slots + token) * KV_HEADS * D
@@ -162,8 +163,7 @@ def _prompt_attention(
         if QUANTIZED:
             k_tile = widen(k_tile, q_tile.dtype, FP8)
             v_tile = widen(v_tile, q_tile.dtype, FP8)
-            k_scale = load_scales(cache.k_scale, at, live_key)
-            v_scale = load_scales(cache.v_scale, at, live_key)
+            k_scale, v_scale = load_scales(cache.scale_pairs, at, live_key)
         visible = live_key[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > (context + query)[:, None] - WINDOW)

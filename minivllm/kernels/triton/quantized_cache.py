@@ -93,6 +93,17 @@ def widen_pairs(pairs, DTYPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.conste
 
 
 @triton.jit
-def load_scales(scales, row, live):
-    """Scales [N] float32 of the heads `row`: [N]; 1 where not live."""
-    return tl.load(scales + row, mask=live, other=1.0).to(tl.float32)
+def load_scales(scale_pairs, row, live):
+    """Scales of the keys and of the values of the heads `row`: [N] float32 each; 1 where not live.
+
+    Both are loaded together, because only loads of at least four bytes can be started ahead of their use.
+    """
+    pairs = tl.load(scale_pairs + row, mask=live, other=0x3F803F80)  # twice 1 in bfloat16
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_scales(scales, row, k_scale, v_scale, live):
+    """Store the scales of a key and of a value in the heads `row`."""
+    tl.store(scales + row * 2, k_scale.to(tl.bfloat16), mask=live)
+    tl.store(scales + row * 2 + 1, v_scale.to(tl.bfloat16), mask=live)
