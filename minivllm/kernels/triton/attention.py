@@ -115,7 +115,8 @@ def _cache(kv: KVLayer, meta: TritonAttentionMeta) -> Cache:
     """Kernels get numbers of 8 bits as int8. Scales that do not exist are the keys: a kernel's pointers must not be None."""
     if kv.scales is None:
         return Cache(kv.k, kv.v, kv.v, kv.k, kv.k, meta.block_table)
-    return Cache(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.v.view(torch.int16), kv.scales, kv.scales.view(torch.int32), meta.block_table)
+    k, v = kv.k.view(torch.int8), kv.v.view(torch.int8)
+    return Cache(k, v, v.view(torch.int16), kv.scales, kv.scales.view(torch.int32), meta.block_table)
 
 
 def _attend_decodes(
