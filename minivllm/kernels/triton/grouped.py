@@ -125,7 +125,7 @@ def _small(F: Format, dtype: tl.dtype, asm: bool) -> bool:
     """Whether `_weights` reads codes as subnormal bfloat16 numbers, code * 2^-133, so that one fused operation scales and shifts them.
 
     Its results are weights * 2^-16, because scales * 2^133 would overflow. A zero other than a power of two, times its scale, would be
-    rounded, so groups with zeros of their own are excluded.
+    rounded, so weights with a zero per group are excluded.
     """
     return asm and F.bits < 8 and F.zero >= 0 and not F.row_scale and dtype == tl.bfloat16
 
