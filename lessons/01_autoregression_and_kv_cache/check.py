@@ -49,6 +49,7 @@ def task_3_the_same_letters_for_fewer_rows(lesson):
     assert rows[1:] != list(range(8, 7 + n)), (
         "every step computes the whole text again. The cache already has the earlier tokens: pass only the newest letter to `forward`")
     assert rows[1:] == [1] * (n - 1), f"after the prompt each step computes one row, that of the newest letter. Rows per step: {rows}"
+    assert len(cache) > 0, "the cache is empty: `forward` stores keys and values only if it gets the cache"
     assert fast == slow, ("the letters differ from those without a cache. The next letter comes from the LAST row of the logits, and it is "
                           "the input of the next step")
     assert len(cache) == 7 + n - 1, f"the cache has {len(cache)} tokens, expected {7 + n - 1}: the last letter is never an input"

@@ -14,7 +14,7 @@ def task_1_the_slot_of_a_token(lesson):
 
 
 def task_2_a_block_when_the_last_one_is_full(lesson):
-    memory = _with_sequence(lesson, tokens=3, table=[6], free=[3, 1])
+    memory = _with_sequence(lesson, tokens=3, table=[6], free=[3, 1, 9, 8, 7, 5, 4])
     sizes = []
     for _ in range(6):
         assert memory.try_grow("a") is True, "there are free slots or free blocks, so `try_grow` must return True"
@@ -22,6 +22,7 @@ def task_2_a_block_when_the_last_one_is_full(lesson):
     assert memory.lengths["a"] == 9, f"a sequence of 3 tokens grew 6 times, and its length is {memory.lengths['a']}: add 1 per call"
     assert sizes != [2, 2, 2, 2, 3, 3], "this allocates one token too early: with 4 slots, tokens 0 to 3 fit into the first block"
     assert sizes != [1, 1, 2, 2, 2, 2], "this allocates one token too late: token 4 has no slot in a block of 4"
+    assert sizes != [2, 3, 4, 5, 6, 7], "every token gets a block. A block has 4 slots: take a new one only if the last one is full"
     assert sizes == [1, 2, 2, 2, 2, 3], (
         f"the table had {sizes} blocks after each token. A new block is needed only if the last one is full: [1, 2, 2, 2, 2, 3]")
     assert memory.tables["a"] == [6, 3, 1], f"new blocks come from the free list and go to the END of the table: {memory.tables['a']}"

@@ -24,6 +24,14 @@ def task_2_the_old_sums_are_scaled(lesson):
     q, k, v = _qkv(6)
     q, k, v = q[:1], k[:, :1], v[:, :1]
     rising = lesson.scores_of(q, k)[0].argsort()
+    first = lesson.add_block(_empty(lesson, q), q, k[rising[4:]], v[rising[4:]])
+    assert torch.isfinite(first.best).all(), "`best` is still -inf after a block: it must become the largest score"
+    second = lesson.add_block(first, q, k[rising[:2]], v[rising[:2]])
+    assert torch.allclose(second.best, lesson.scores_of(q, k).amax(-1)), (
+        "the second block has smaller scores than the first one, and `best` must stay: it is the largest score of ALL blocks so far")
+    halves = [lesson.attend_plain(q, k[part], v[part]) for part in (rising[4:], rising[:2])]
+    assert not torch.allclose(second.output(), sum(halves) / 2, atol=1e-4), (
+        "each block counts the same, whatever its scores: a softmax inside a block divides too early. Keep sums of exp(score - best)")
     for order, what in ((rising.flip(0), "falling"), (rising, "rising")):
         part = _empty(lesson, q)
         for block in order.split(2):

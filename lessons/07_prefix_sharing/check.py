@@ -55,6 +55,8 @@ def task_3_copy_before_a_write(lesson):
     memory.append(b, 20)
     assert memory.copies != 2, "b copied too, although it is the only owner of the block now: give up your share of the old block"
     assert memory.copies == 1 and b.table[1] == shared, f"one copy is enough for two sequences, and there were {memory.copies}"
+    assert memory.keys[a.table[1]] is not memory.keys[shared], (
+        "both blocks are the same Python list, so a write into one changes the other: copy it with list(...)")
     for name, sequence in (("a", a), ("b", b)):
         try:
             memory.check(sequence)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ def add_parser(commands: Any) -> None:
         if name == "start":
             action.add_argument("--force", action="store_true", help="start again; your file is kept as lesson_NN.py.old")
         if name == "check":
-            action.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="limit of one task (default: 60)")
+            action.add_argument("--timeout", type=float, default=20.0, metavar="SECONDS", help="limit of one task (default: 20)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +41,12 @@ def run(args: argparse.Namespace) -> int:
         return _status(folder)
     lesson = find_lesson(folder, args.lesson)
     return _start(lesson, args.force) if args.action == "start" else _check(lesson, args.timeout)
+
+
+def _command(action: str, number: str) -> str:
+    """A command line that works as printed, also if the environment is not activated."""
+    program = "minivllm" if shutil.which("minivllm") or not sys.argv[0].endswith("minivllm") else os.path.relpath(sys.argv[0])
+    return f"{program} course {action} {number}"
 
 
 def _status(folder: Path) -> int:
@@ -65,7 +73,7 @@ def _start(lesson: Any, force: bool) -> int:
     print(f"{shown} is your file. Lesson {lesson.number} has {len(lesson.tasks)} tasks:")
     for task in lesson.tasks:
         print(f"  task {task.number}  {task.title}" + (" (open: the check prints your figure)" if task.is_open else ""))
-    print(f"They are described in {os.path.relpath(lesson.folder / 'README.md')}. Then run: minivllm course check {lesson.number}")
+    print(f"They are described in {os.path.relpath(lesson.folder / 'README.md')}. Then run: {_command('check', lesson.number)}")
     return 0
 
 
@@ -74,7 +82,7 @@ def _check(lesson: Any, timeout: float) -> int:
     from minivllm.course.progress import save
 
     if not lesson.answer.exists():
-        raise InvalidInput(f"{os.path.relpath(lesson.answer)} does not exist: run `minivllm course start {lesson.number}` first")
+        raise InvalidInput(f"{os.path.relpath(lesson.answer)} does not exist: run `{_command('start', lesson.number)}` first")
     if not timeout > 0:
         raise InvalidInput(f"--timeout must be above 0, got {timeout:g}", "timeout")
     print(f"lesson {lesson.number}: {lesson.title}", flush=True)

@@ -127,7 +127,8 @@ class _Watch:
 
     def begin(self, task: int) -> None:
         self.stop()
-        self.timer = threading.Timer(self.seconds, self._late, (task,))
+        seconds = self.seconds if task else 3 * self.seconds  # loading imports torch, which is slow for the first time
+        self.timer = threading.Timer(seconds, self._late, (task, seconds))
         self.timer.daemon = True
         self.timer.start()
 
@@ -135,12 +136,12 @@ class _Watch:
         if self.timer is not None:
             self.timer.cancel()
 
-    def _late(self, task: int) -> None:
+    def _late(self, task: int, seconds: float) -> None:
         frame: FrameType | None = sys._current_frames()[self.main]
         while frame is not None and frame.f_code.co_filename != str(self.answer):
             frame = frame.f_back
         where = "" if frame is None else f", in line {frame.f_lineno}: {self._line(frame.f_lineno)}"
-        self.report(Outcome(task, False, f"still running after {self.seconds:g} s{where}\nDoes every loop there end?"))
+        self.report(Outcome(task, False, f"still running after {seconds:g} s{where}\nDoes every loop there end?"))
         os._exit(3)
 
     def _line(self, number: int) -> str:
