@@ -8,7 +8,8 @@ used, in windows of 1,024. `minivllm quantize` calibrates with other text (docst
 prompt_logprobs. It is computed in chunks of 512 tokens, so the second half reads keys and values from the KV cache, in the cache's dtype.
 
 The default model is a Q4_1 file. All rows of the table start from its dequantized weights, so `bf16` is as exact as that file. The rows
-Q4_K and Q8_0 are GGUF files (see `gguf_files.py`), nf4 is quantized while loading, and the last two rows quantize only the KV cache.
+Q4_K and Q8_0 are GGUF files (see `gguf_files.py`), nf4 stores the rounded numbers, and the last two rows quantize only the KV cache.
+Rows of one work folder can run at the same time, once `bf16` is there.
 """
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import machine
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CHUNK = 512  # tokens per step
+CACHE_BYTES = 1 << 30  # of the KV cache on a GPU: enough for some windows, so that several processes fit on it
 CHARACTERS = 8  # of text per token that is needed; tokens have 4 on average
 
 
@@ -87,6 +92,35 @@ def _gguf(kind: str) -> Callable[[Path], None]:
     return make
 
 
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # of Dettmers et al. 2023, as in bitsandbytes
+
+
+def _nf4(folder: Path) -> None:
+    """The decoder layers' matrices rounded to nf4 in blocks of 64, and stored as plain numbers: the quality does not need the package."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    source = folder.parent / "bf16"
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: nf4_rounded(t) if name.endswith("_proj.weight") else t for name, t in tensors.items()}, folder / "model.safetensors",
+              {"format": "pt"})
+
+
+def nf4_rounded(weight: Tensor) -> Tensor:
+    """Each block of 64 numbers becomes the nearest of NF4 times the block's largest magnitude."""
+    import torch
+
+    blocks = weight.float().reshape(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    table = torch.tensor(NF4)
+    codes = torch.bucketize(blocks / largest.clamp_min(1e-30), (table[1:] + table[:-1]) / 2)
+    return (table[codes] * largest).view(weight.shape).to(weight.dtype)
+
+
 # Name of the row: what it runs, in the work folder; how that is made; settings of the engine.
 ROWS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "bf16": ("bf16", _source, {}),
@@ -95,7 +129,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "awq": ("awq", _quantized("--method", "awq"), {}),
     "gptq": ("gptq", _quantized("--method", "gptq"), {}),
     "rtn": ("rtn", _quantized("--method", "rtn"), {}),
-    "nf4": ("bf16", _source, {"quantization": "bitsandbytes"}),
+    "nf4": ("nf4", _nf4, {}),
     "Q4_K": ("Q4_K.gguf", _gguf("Q4_K"), {}),
     "Q8_0": ("Q8_0.gguf", _gguf("Q8_0"), {}),
     "fp8 KV": ("bf16", _source, {"kv_cache_dtype": "fp8"}),
@@ -142,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.job:
         print(json.dumps(measure(**args.job)))
         return
-    common = {name: getattr(args, name) for name in ("quantization", "kv_cache_dtype", "dtype", "device") if getattr(args, name)}
+    common: dict[str, Any] = {"kv_cache_memory_bytes": CACHE_BYTES} if args.device == "cuda" else {}
+    common |= {name: getattr(args, name) for name in ("quantization", "kv_cache_dtype", "dtype", "device") if getattr(args, name)}
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     print(machine.one_line(machine.describe(args.device or "cpu", threads)))
     if args.table:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from minivllm.config import EngineConfig
 from minivllm.core.block_math import longest_sequence, max_blocks_held
 from minivllm.core.plan import NULL_BLOCK, RowAdmission
 from minivllm.errors import InvalidInput, NotEnoughMemory
+from minivllm.families import linear_specs
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
+from minivllm.quantization.dense import DENSE
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.batch import RowTable
@@ -220,14 +222,8 @@ def _peak_of_one_step(
     if model.build.ops.compiling is not None:
         few = model.without_repetition()
         with model.build.ops.compiling():
-            for seqs in (size for size in (*tuning.DECODE_GRAPHS, max_num_seqs) if size <= max_num_seqs):
-                for longest in sorted({1, min(limit, tuning.SHORT_KEYS), limit}):  # from one split of the keys to the most splits
-                    _dry_step(few, kv, _dummy_batch([1] * seqs, [longest] * seqs, layout, device), layout.block_size)
-            for seqs in sharing_sizes(max_num_seqs, limit)[-1:] if graphs else ():  # all batch sizes use the same kernels
-                batch = _dummy_batch([1] * seqs, [limit] * seqs, layout, device)
-                _dry_step(few, kv, replace(batch, shared=torch.zeros(1, dtype=torch.int32, device=device)), layout.block_size)
-            for last_only in (False, True):
-                _dry_step(few, kv, replace(_dummy_batch(prompt, prompt, layout, device), last_only=last_only), layout.block_size)
+            for batch in compiled_batches(limit, layout, model, max_num_seqs, prompt, graphs=graphs):
+                _dry_step(few, kv, batch, layout.block_size)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -240,6 +236,24 @@ def _peak_of_one_step(
     del hidden, kv
     torch.cuda.empty_cache()
     return peak
+
+
+def compiled_batches(
+    limit: int, layout: KVLayout, model: Decoder, max_num_seqs: int, prompt: list[int], *, graphs: bool,
+) -> Iterator[InputBatch]:
+    """Batches that together use every kernel of a model. prompt: lengths of the largest prompts; the rest as `_peak_of_one_step`."""
+    device = model.build.device
+    for seqs in (size for size in (*tuning.DECODE_GRAPHS, max_num_seqs) if size <= max_num_seqs):
+        for longest in sorted({1, min(limit, tuning.SHORT_KEYS), limit}):  # from one split of the keys to the most splits
+            yield _dummy_batch([1] * seqs, [longest] * seqs, layout, device)
+    for seqs in sharing_sizes(max_num_seqs, limit)[-1:] if graphs else ():  # all batch sizes use the same kernels
+        yield replace(_dummy_batch([1] * seqs, [limit] * seqs, layout, device), shared=torch.zeros(1, dtype=torch.int32, device=device))
+    for last_only in (False, True):
+        yield replace(_dummy_batch(prompt, prompt, layout, device), last_only=last_only)
+    # Products with packed weights have several kernels for few rows. Small prompts use all of them, also if few sequences are served.
+    if any(model.build.method(linear) is not DENSE for linear in linear_specs(model.spec).values()):
+        for tokens in sorted({min(1 << i, prompt[0]) for i in range(1, tuning.PACKED_MAX_ROWS.bit_length())}):
+            yield _dummy_batch([tokens], [tokens], layout, device)
 
 
 def _dry_step(model: Decoder, kv: Sequence[KVLayer], batch: InputBatch, block_size: int) -> None:

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from bench.gguf_files import encode_q4_k
-from bench.perplexity import measure, read_ids
+from bench.perplexity import measure, nf4_rounded, read_ids
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -36,3 +36,13 @@ def test_q4_k_blocks_have_the_weights_nearly(shift: float) -> None:
     found = dequantize(encode_q4_k(weight), GGMLQuantizationType.Q4_K)
     step = np.ptp(np.concatenate([weight.reshape(-1, 32), np.zeros((64, 1), np.float32)], 1), axis=1).max() / 15
     assert np.abs(found - weight).max() < 1.2 * step
+
+
+def test_nf4_rounding_is_to_the_nearest_of_16_numbers_and_keeps_the_largest() -> None:
+    weight = torch.randn(8, 128)
+    rounded = nf4_rounded(weight)
+    blocks, want = weight.view(-1, 64), rounded.view(-1, 64)
+    assert all(len(block.unique()) <= 16 for block in want)
+    index = blocks.abs().argmax(1, keepdim=True)
+    assert torch.allclose(blocks.gather(1, index).abs(), want.gather(1, index).abs())
+    assert (blocks - want).abs().max() <= 0.16 * blocks.abs().max() and torch.equal(nf4_rounded(rounded), rounded)

@@ -245,6 +245,7 @@ def test_an_output_holds_nearly_the_same_model_and_loads_here(
     settings: dict[str, Any], most: float, tiny_llama: Callable[..., Path], tmp_path: Path,
 ) -> None:
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoQuantizationConfig
 
     source = tiny_llama(tie_word_embeddings=True, num_key_value_heads=4)  # 3 bits need multiples of 32 outputs
     said = run(source, tmp_path / "out", **settings)
@@ -255,6 +256,10 @@ def test_an_output_holds_nearly_the_same_model_and_loads_here(
     missing, unexpected = model.load_state_dict(found, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     assert 0 < distance(logits(model), want) < most
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if described["quant_method"] in ("awq", "gptq"):
+        parsed = AutoQuantizationConfig.from_dict(dict(described))
+        assert (parsed.bits, parsed.group_size) == (described["bits"], described["group_size"])
     here = checkpoints.logits(checkpoints.load(tmp_path / "out"))  # this engine, from the packed tensors
     assert distance(here, hf_logits(model, checkpoints.TOKENS)) < (0.2 if settings["method"] == "fp8" else 1e-3)  # fp8: inputs too
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
