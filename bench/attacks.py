@@ -104,7 +104,7 @@ async def flood(target: Target) -> str:
 
 
 ATTACKS = (
-    Attack("trailers", "bytes of a request that are neither head nor body", trailers, expected=r"after \d{1,3} KiB"),
+    Attack("trailers", "bytes of a request that are neither head nor body", trailers, expected=r"after \d{1,4} KiB"),
     Attack("silent connections", "seconds for a head; connections", silent_connections, expected="([0-9]+) opened, \\1 closed"),
     Attack("many children", "rows shared between keys", many_children),
     Attack("long tokenize", "characters of a text", long_tokenize),
