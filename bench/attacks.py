@@ -110,7 +110,7 @@ ATTACKS = (
     Attack("long tokenize", "characters of a text", long_tokenize),
     Attack("many messages", "messages, and characters in all fields", many_messages),
     Attack("many logprobs", "choices x tokens x alternatives", many_logprobs),
-    Attack("many stop tokens", "entries of a list", many_stop_tokens),
+    Attack("many stop tokens", "entries of a list", many_stop_tokens, expected="400 x 5"),
     Attack("long names", "characters of a name that is compared", long_names),
     Attack("administrate", "a separate key for administrators", administrate, expected="403 x 1"),
     Attack("flood", "queue and rows shared between keys", flood),

@@ -29,6 +29,7 @@ MAX_STRINGS = 1024
 MAX_STRING = 1024  # characters in one string
 MAX_CHARACTERS = 16_384  # characters in all strings together
 MAX_STOP_TOKENS = 4096
+MAX_ALLOWED_TOKENS = 2**19  # more than any vocabulary has
 MAX_BIASES = 4096  # entries of logit_bias, which is added at every token
 MAX_GRAMMAR = 1 << 17  # characters of a JSON schema, a grammar, or all choices together
 MAX_CHOICES = 16_384  # strings of which an output must be one
@@ -355,12 +356,9 @@ class SamplingParams:
             put("seed", None if seed == -1 else seed)
         put("stop", self._strings("stop", self.stop))
         put("bad_words", self._strings("bad_words", self.bad_words))
-        put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids))
-        if len(self.stop_token_ids or ()) > MAX_STOP_TOKENS:
-            raise InvalidInput(f"stop_token_ids has {len(self.stop_token_ids or ())} tokens, and at most {MAX_STOP_TOKENS} are allowed: "
-                               "leave some out", "stop_token_ids")
+        put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids))
+            put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS))
             if not self.allowed_token_ids:
                 raise InvalidInput("allowed_token_ids is empty, so no token could be generated: leave it out to allow all",
                                    "allowed_token_ids")
@@ -419,11 +417,14 @@ class SamplingParams:
         return tuple(dict.fromkeys(strings))
 
     @staticmethod
-    def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
         if value is None:
             return ()
         if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
             raise InvalidInput(f"{name} must be a list of token ids, got {reprlib.repr(value)}", name)
+        value = tuple(value)
+        if len(value) > most:  # before each of them is checked
+            raise InvalidInput(f"{name} has {len(value)} tokens, and at most {most} are allowed: leave some out", name)
         return tuple(dict.fromkeys(whole(name, token, 0, None, "token ids start at 0") for token in value))
 
     @staticmethod

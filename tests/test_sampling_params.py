@@ -28,6 +28,7 @@ from minivllm.sampling_params import GREEDY_EPSILON
         ("bad_words", ["\ud800"]), ("bad_words", [""]), ("bad_words", {"a": 1}), ("stop", b"x"), ("stop", [["a"]]),
         ("stop", 5), ("stop_token_ids", 5),
         ("stop_token_ids", [True]), ("stop_token_ids", [1.0]), ("max_tokens", True), ("top_k", True), ("logprobs", True),
+        ("stop_token_ids", [1] * 5000), ("allowed_token_ids", [1] * 600_000),
         ("stop_token_ids", [-1]), ("stop_token_ids", "12"), ("allowed_token_ids", []), ("max_tokens", 0), ("max_tokens", "5"),
         ("min_tokens", 17), ("logprobs", -2), ("prompt_logprobs", 1.5), ("logit_bias", {"x": 1}),
         ("logit_bias", [1, 2]), ("logit_bias", "5"), ("logit_bias", {1.5: 1}), ("logit_bias", {True: 1}), ("logit_bias", {-1: 1}),

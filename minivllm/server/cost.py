@@ -18,6 +18,7 @@ PIECE = 65_536  # characters of such a piece
 MAX_TOKENIZED = 2**18  # characters, or tokens, of a text that is only tokenized or detokenized, if the context is not longer
 MAX_ENTRIES = 2**18  # log-probabilities in one answer; about 500 bytes each while the answer is built
 MAX_KEPT_ENTRIES = 2**21  # in all answers that are being built
+MAX_PENDING_TOKENS = 2**24  # of the prompts of all unfinished requests; about 25 bytes each
 
 
 def check_choices(prompts: int, n: int, limit: int) -> None:
@@ -60,21 +61,22 @@ def check_entries(choices: int, tokens: int, alternatives: int, prompt_tokens: i
                            f"log-probabilities, and one answer may have {limit}: lower n, max_tokens or {param}", param)
 
 
-class EntryLedger:
-    """Log-probabilities that answers hold until they are sent whole. An owner that uses less than its share may always add some."""
+class CostLedger:
+    """What all unfinished requests hold together. An owner that uses less than its share of the limit may always add some."""
 
-    def __init__(self, limit: int = MAX_KEPT_ENTRIES) -> None:
+    def __init__(self, limit: int, what: str) -> None:
         self._limit = limit
+        self._what = what  # that is counted, in errors
         self._kept: dict[str, int] = {}  # by owner
 
-    def add(self, owner: str, entries: int) -> None:
-        kept = self._kept.get(owner, 0) + entries
-        if sum(self._kept.values()) + entries > self._limit and kept > self._limit // (len(self._kept) + (owner not in self._kept)):
-            raise ApiError(429, f"answers that are being built hold {self._limit} log-probabilities already: try again later, or set "
-                                "stream to true", code="rate_limit_exceeded", headers={"retry-after": RETRY_AFTER})
+    def add(self, owner: str, count: int) -> None:
+        kept = self._kept.get(owner, 0) + count
+        if sum(self._kept.values()) + count > self._limit and kept > self._limit // (len(self._kept) + (owner not in self._kept)):
+            raise ApiError(429, f"unfinished requests hold {self._limit} {self._what} already: try again later",
+                           code="rate_limit_exceeded", headers={"retry-after": RETRY_AFTER})
         self._kept[owner] = kept
 
-    def release(self, owner: str, entries: int) -> None:
-        self._kept[owner] = self._kept.get(owner, 0) - entries
+    def release(self, owner: str, count: int) -> None:
+        self._kept[owner] = self._kept.get(owner, 0) - count
         if self._kept[owner] <= 0:
             del self._kept[owner]

@@ -68,9 +68,11 @@ class Frontend:
                         raise too_large
         except ClientDisconnect:  # the response has no reader
             raise ApiError(400, "the connection was closed before the whole body had arrived") from None
-        if len(raw) <= LONG_BODY:
-            return parse(kind, bytes(raw))
-        return await self.workers.run(request.scope[OWNER], len(raw), lambda: parse(kind, bytes(raw)))
+        return await self.handle(request.scope[OWNER], len(raw), lambda: parse(kind, bytes(raw)))
+
+    async def handle(self, owner: str, size: int, work: Callable[[], Value]) -> Value:
+        """Handle the values of a body of `size` bytes: at once if it is short, else by a worker."""
+        return work() if size <= LONG_BODY else await self.workers.run(owner, size, work)
 
     def check_alive(self) -> None:
         if self.client.dead is not None:

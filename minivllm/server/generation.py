@@ -54,7 +54,8 @@ class GenerationResponse(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._request
         try:
-            with self._running.track(request.owner, request.id, tuple(prompt.request_id for prompt in request.prompts)):
+            engine_ids, tokens = zip(*((prompt.request_id, len(prompt.prompt_token_ids)) for prompt in request.prompts), strict=True)
+            with self._running.track(request.owner, request.id, engine_ids, sum(tokens)):
                 callback = self._send_text if request.stream else None
                 async with aclosing(merge_streams(self._client, request.prompts, callback)) as stream:
                     if request.stream:

@@ -39,7 +39,8 @@ class Preprocessor:
         check_choices(len(body.prompt), body.n or 1, self._frontend.config.max_choices)
         prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body, owner)]
         echo = self._echo(body, prompts) if body.echo else None
-        return self._prepared("cmpl-", owner, body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
+        prepare = partial(self._prepared, "cmpl-", owner, body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
+        return await self._frontend.handle(owner, body.size, prepare)
 
     async def chat(self, body: ChatRequest, ignored: list[str], prefix: str, owner: str) -> PreparedRequest:
         """`prefix`: of the response's id. Appends to `ignored`."""
@@ -48,7 +49,9 @@ class Preprocessor:
         check_choices(1, body.n or 1, self._frontend.config.max_choices)
         self._chat.check_choice(body)
         prompt, output = await self.chat_prompt(body, ignored, owner)
-        return self._prepared(prefix, owner, body, [self._truncated(body, prompt, None)], ignored, default_output=None, output=output)
+        prompts = [self._truncated(body, prompt, None)]
+        prepare = partial(self._prepared, prefix, owner, body, prompts, ignored, default_output=None, output=output)
+        return await self._frontend.handle(owner, body.size, prepare)
 
     async def chat_prompt(self, body: ChatRequest, ignored: list[str], owner: str) -> tuple[list[int], OutputSpec | None]:
         tokenizer = self._frontend.need_tokenizer("messages")

@@ -45,7 +45,9 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
         conversation = Conversation(body.instructions, ignored, partial(store.item, owner))
         conversation.read([json.loads(item.content) for item in earlier], body.input)
         with responses_names():
-            prepared = await preprocessor.chat(body.as_chat(conversation), ignored, "resp_", owner)
+            chat = body.as_chat(conversation)
+            chat._size = body.size + sum(len(item.content) for item in earlier)
+            prepared = await preprocessor.chat(chat, ignored, "resp_", owner)
         prepared = dataclasses.replace(prepared, ignored=tuple(map(conversation.item_name, prepared.ignored)))
         keep = partial(store.put, owner, earlier=earlier, items=conversation.items) if body.store is not False and store.max_bytes else None
         return GenerationResponse(frontend.client, frontend.running, ResponsesFormatter(prepared, names, body, keep))

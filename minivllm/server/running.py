@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from minivllm.engine.client import EngineClient
 from minivllm.errors import InvalidInput
-from minivllm.server.cost import EntryLedger
+from minivllm.server.cost import MAX_KEPT_ENTRIES, MAX_PENDING_TOKENS, CostLedger
 from minivllm.server.errors import ApiError
 
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
@@ -24,7 +24,8 @@ class RunningRequests:
         self._client = client
         self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
         self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
-        self.entries = EntryLedger()  # of answers that are being built
+        self.entries = CostLedger(MAX_KEPT_ENTRIES, "log-probabilities of answers that are not streamed")
+        self._tokens = CostLedger(MAX_PENDING_TOKENS, "prompt tokens")
         self.ending = False  # the server is shutting down: streams that would never end stop now
         self.stopping = False  # no further request may start
 
@@ -32,17 +33,19 @@ class RunningRequests:
         return len(self._engine_ids)
 
     @contextmanager
-    def track(self, owner: str, response_id: str, engine_ids: tuple[str, ...]) -> Iterator[None]:
-        """Keep a request in the table while it is being answered."""
+    def track(self, owner: str, response_id: str, engine_ids: tuple[str, ...], tokens: int) -> Iterator[None]:
+        """Keep a request in the table while it is being answered. `tokens`: of its prompts."""
         if self.stopping:
             raise _shutting_down()
         if (owner, response_id) in self._engine_ids:
             raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
+        self._tokens.add(owner, tokens)
         self._engine_ids[owner, response_id] = engine_ids
         try:
             yield
         finally:
             del self._engine_ids[owner, response_id]
+            self._tokens.release(owner, tokens)
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:

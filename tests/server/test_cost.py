@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from minivllm.config import ServerConfig
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.errors import InvalidInput
 from minivllm.server import cost, work
-from minivllm.server.cost import EntryLedger, check_entries
+from minivllm.server.cost import CostLedger, check_entries
 from minivllm.server.errors import ApiError
 from minivllm.server.work import WORKERS, TextWorkers
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
@@ -42,6 +43,8 @@ def user(text: str) -> list[dict[str, str]]:
     (CHAT, {"messages": user("") * 3000}, "messages"), ("/tokenize", {"messages": user("") * 3000}, "messages"),
     ("/v1/completions", {"prompt": "x " * 40_000}, "prompt"), (CHAT, {"messages": user("x " * 40_000)}, "messages"),
     ("/tokenize", {"prompt": "x " * 4_000}, "prompt"), ("/detokenize", {"tokens": [5] * 5_000}, "tokens"),
+    ("/v1/completions", {"prompt": "x", "stop_token_ids": [5] * 5000}, "stop_token_ids"),
+    ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": ["ab"] * 20_000}}, "structured_outputs.choice"),
     ("/v1/completions", {"prompt": "x", "n": 257}, "n"), ("/v1/completions", {"prompt": ["x"] * 257}, "n"),
     ("/v1/completions", {"prompt": [5], "n": 200, "max_tokens": 100, "logprobs": 20}, "logprobs"),
     (CHAT, {"messages": user("x"), "n": 200, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "logprobs"),
@@ -111,7 +114,7 @@ def test_a_job_is_dropped_if_its_client_leaves_and_owners_take_turns() -> None:
 
 
 def test_log_probabilities_that_answers_keep_are_charged_to_their_owner() -> None:
-    ledger = EntryLedger(100)
+    ledger = CostLedger(100, "entries")
     ledger.add("a", 90)
     ledger.add("b", 40)  # less than its share, although all together are more than the limit
     for owner in "ab":
@@ -130,3 +133,19 @@ def test_an_answer_with_log_probabilities_releases_what_it_kept(live: LiveServer
     monkeypatch.setattr(ledger, "_limit", 3)
     status, answer = post(live, "/v1/completions", body)
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded") and ledger._kept == {}
+
+
+def test_prompts_of_unfinished_requests_are_limited(tokenizer_folder: Path) -> None:
+    engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
+    with scripted_server(engine, api_key=("a", "b")) as live, ThreadPoolExecutor(1) as pool:
+        live.server.running._tokens = CostLedger(10, "prompt tokens")
+
+        def ask(key: str) -> int:
+            return httpx.post(live.url + "/v1/completions", json={"prompt": [5] * 8, "max_tokens": 1}, timeout=60,
+                              headers={"authorization": f"Bearer {key}"}).status_code
+
+        first = pool.submit(ask, "a")
+        live.wait_until(lambda: len(live.server.running) == 1)
+        assert ask("a") == ask("b") == 429
+        engine.gate.release(100)  # type: ignore[union-attr]
+        assert first.result(60) == 200 and ask("b") == 200
