@@ -48,7 +48,7 @@ class Ops:
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
-    # (num_heads, num_kv_heads, head_dim, dtype, cache_dtype=None, query_widths=(1,)): compile a model's kernels ahead
+    # (num_heads, num_kv_heads, head_dim, dtype, cache_dtype=None): compile a model's kernels ahead
     warm_up: Callable[..., None]
     compiling: Callable[[], AbstractContextManager[None]] | None  # kernels launched inside it are compiled in parallel and do not run
     before_replays: Callable[[torch.device], None]  # call it before a replay of a captured graph that follows other kernels

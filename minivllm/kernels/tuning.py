@@ -260,6 +260,7 @@ THRESHOLD_WARPS = 16  # H200
 CPU_SPLIT_KEYS = 128  # keys of a task of the compiled attention
 CPU_TILE_KEYS = 16  # keys whose scores are held at a time
 CPU_TASK_FLOATS = 1024  # float32 numbers of a task's queries: with as many sums and a tile of keys they fit into the L1 cache
+CPU_MAX_QUERIES = 16  # new tokens per sequence of the compiled attention, which keeps them on the stack; PyTorch computes more
 assert CPU_SPLIT_KEYS % CPU_TILE_KEYS == 0 and CPU_TILE_KEYS % 4 == 0, "keys are loaded in groups of four"
 
 CPU_MAX_ROWS = 256  # rows; PyTorch's norm and activation take no longer for more

@@ -32,9 +32,13 @@ def same(kv: KVLayer, case: Case) -> bool:
     return all(torch.equal(a.nan_to_num(99.0), b.nan_to_num(99.0)) for a, b in ((kv.k, case.kv.k), (kv.v, case.kv.v)))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (None, 4.0), (1, None), (6, None), (40, 4.0), (300, None)])
-@pytest.mark.parametrize("heads", [(4, 2), (9, 3), (8, 1)])
+HEADS = ((4, 2), (9, 3), (8, 1))  # query heads, KV heads
+MASKS = ((None, None), (None, 4.0), (1, None), (6, None), (40, 4.0), (300, None))  # window, softcap
+# All pairs of a width and a mask. Each width and each mask has all heads.
+MIXES = [(width, *mask, HEADS[(i + j) % len(HEADS)]) for i, width in enumerate(WIDTHS) for j, mask in enumerate(MASKS)]
+
+
+@pytest.mark.parametrize(("width", "window", "softcap", "heads"), MIXES)
 def test_each_query_attends_to_the_cached_keys_and_the_new_keys_up_to_its_own(
     backend: ModuleType, width: int, window: int | None, softcap: float | None, heads: tuple[int, int],
 ) -> None:
@@ -128,6 +132,18 @@ def test_decodes_with_more_rows_than_a_tile_holds_are_computed_as_prompt_chunks(
     assert meta.num_decodes == 0 and meta.num_prompt_tokens == 34
     got = attention.self_attention(fused(case), kv, case.batch.slots[0], meta, scale=0.25)
     torch.testing.assert_close(got.view(case.q.shape).cpu().double(), naive_attention(case, scale=0.25), atol=1e-5, rtol=1e-5)
+    assert same(kv, case)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Numba's kernels run on a CPU")
+@pytest.mark.parametrize("width", [tuning.CPU_MAX_QUERIES, tuning.CPU_MAX_QUERIES + 1])
+def test_pytorch_computes_decodes_of_more_queries_than_the_compiled_kernel_keeps(width: int) -> None:
+    attention = pytest.importorskip("minivllm.kernels.numba.attention")
+    case = decodes_of(width, [0, 30, 120], heads=4, kv_heads=2, head_dim=16, seed=1)
+    meta, kv = prepare(attention, case), forget_new(case)
+    assert isinstance(meta, attention.NumbaAttentionMeta) == (width == tuning.CPU_MAX_QUERIES)
+    got = attention.self_attention(fused(case), kv, case.batch.slots[0], meta, scale=0.25)
+    torch.testing.assert_close(got.view(case.q.shape).double(), naive_attention(case, scale=0.25), atol=1e-5, rtol=1e-5)
     assert same(kv, case)
 
 

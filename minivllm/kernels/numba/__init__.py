@@ -11,8 +11,6 @@
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from minivllm.kernels.numba import attention as attention
@@ -20,14 +18,12 @@ from minivllm.kernels.numba import grouped as grouped
 from minivllm.kernels.numba import rows as rows
 
 
-def warm_up(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None,
-            query_widths: Sequence[int] = (1,)) -> None:
+def warm_up(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> None:
     """Compile the kernels of a model of this shape, or load them from Numba's cache on disk, before a request waits for them.
 
     cache_dtype: of the KV cache; None: the model's."""
     if attention.covers(head_dim, dtype):
-        for width in query_widths:
-            attention.kernel_for(num_heads, num_kv_heads, head_dim, dtype, cache_dtype or dtype, width)
+        attention.kernel_for(num_heads, num_kv_heads, head_dim, dtype, cache_dtype or dtype)
     if dtype in (torch.float32, torch.bfloat16):
         rows.norm_kernel(int(dtype == torch.bfloat16))
         rows.silu_kernel(int(dtype == torch.bfloat16))

@@ -23,6 +23,7 @@ from minivllm.kernels.numba.threads import Arguments, Kernel
 from minivllm.kernels.numba.vectors import BFLOAT16, FLOAT32, FP8, INT8
 from minivllm.kernels.reference import attention as reference
 from minivllm.kernels.reference.kv_cache import SCALE_DTYPE
+from minivllm.kernels.tuning import CPU_MAX_QUERIES
 
 Array = np.ndarray[Any, Any]
 NO_WINDOW = 1 << 40
@@ -59,13 +60,9 @@ def covers(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim % 8 == 0 and dtype in (torch.float32, torch.bfloat16)
 
 
-def kernel_for(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, query_width: int = 1,
-) -> Kernel:
+def kernel_for(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Kernel:
     """The kernel of a shape, compiled at the first call."""
-    group = num_heads // num_kv_heads
-    at_once = code.heads_at_once(head_dim, group * query_width, num_kv_heads)
-    return code.kernel(head_dim, group, at_once, KINDS[dtype], KINDS[cache_dtype], query_width)
+    return code.kernel(head_dim, num_heads // num_kv_heads, KINDS[dtype], KINDS[cache_dtype])
 
 
 def prepare_attention(
@@ -77,16 +74,17 @@ def prepare_attention(
                                  dtype=dtype, cache_dtype=cache_dtype)
     cache_dtype = cache_dtype or dtype
     n, width, tokens = batch.num_decodes, batch.query_width, batch.num_decode_tokens
-    if n == 0 or not covers(head_dim, dtype):
+    if n == 0 or width > CPU_MAX_QUERIES or not covers(head_dim, dtype):
         return reference.prepare_attention(batch, group, **shape)
     rest = None
     if tokens < batch.num_tokens:
         rest = reference.prepare_attention(_without_decodes(batch), group, **shape)
-    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype, cache_dtype, width)
+    kernel = kernel_for(num_heads, num_kv_heads, head_dim, dtype, cache_dtype)
     window = NO_WINDOW if window is None else window
     first_splits = np.array(code.first_splits(batch.seq_lens_host[:n], window, width), np.int32)
     splits = int(first_splits[-1])
-    tasks = splits * -(-num_kv_heads // code.heads_at_once(head_dim, width * num_heads // num_kv_heads, num_kv_heads))
+    at_once = code.heads_at_once(head_dim, width * num_heads // num_kv_heads, num_kv_heads)
+    tasks = splits * -(-num_kv_heads // at_once)
     table, seq_lens = batch.block_tables[group], batch.seq_lens
     # The kernel reads memory by address, so its assumptions are asserted here and in `self_attention`.
     assert min(batch.seq_lens_host[:n]) >= width and table.shape[1] * block_size >= max(batch.seq_lens_host[:n])
@@ -98,7 +96,8 @@ def prepare_attention(
     args, block = Arguments(code.NUM_ARGS), (block_size, num_kv_heads, head_dim)
     code.STEP_ARGS.pack_into(
         args.memory, 8 * code.TABLE, table.data_ptr(), 4 * table.stride(0), seq_lens.data_ptr(), first_splits.ctypes.data, tasks,
-        partial.ctypes.data, finished.ctypes.data, window, num_heads, num_kv_heads, block_size)
+        partial.ctypes.data, finished.ctypes.data, window, num_heads, num_kv_heads, block_size, width,
+        at_once)
     memory = first_splits, table, seq_lens, partial
     return NumbaAttentionMeta(kernel, args, tasks, tokens, dtype, cache_dtype, num_heads, block, finished, memory, rest)
 

@@ -7,7 +7,7 @@ A task is up to CPU_SPLIT_KEYS keys of one sequence (a split), for all KV heads 
 
 A task normalizes and rotates its queries, writes its new keys and values, and then visits its keys, CPU_TILE_KEYS at a time, where the
 block table says they are: scores, online softmax in base 2 (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023), weighted values.
-All queries that share a KV head use a key while it is loaded: the heads of its group, for each of the sequence's new tokens.
+All heads of a KV head's group use a key while it is loaded. A tile of keys stays in the L1 cache for all new tokens of the sequence.
 
 Threads take tasks from a counter, so that a thread that starts late computes less. Splits begin at multiples of CPU_SPLIT_KEYS for
 every batch and every number of threads, so a sequence's output does not depend on them. With more than one split, each task stores its
@@ -57,15 +57,16 @@ from minivllm.kernels.numba.vectors import (
     total,
 )
 from minivllm.kernels.reference.kv_cache import SMALLEST_SCALE
-from minivllm.kernels.tuning import CPU_SPLIT_KEYS, CPU_TASK_FLOATS, CPU_TILE_KEYS
+from minivllm.kernels.tuning import CPU_MAX_QUERIES, CPU_SPLIT_KEYS, CPU_TASK_FLOATS, CPU_TILE_KEYS
 
 LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless stated otherwise, strides in bytes. First those that change with each layer.
 SCALE_BYTES = 4  # from one key's scale to the next: a scale of its value is between
 LAYER_ARGS = struct.Struct("12q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
 (COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
- TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, NUM_ARGS) = range(27)
-STEP_ARGS = struct.Struct("11q")  # from TABLE on
+ TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, WIDTH,
+ MOST_HEADS, NUM_ARGS) = range(29)
+STEP_ARGS = struct.Struct("13q")  # from TABLE on
 
 
 def first_splits(lengths: Sequence[int], window: int, query_width: int = 1) -> list[int]:
@@ -275,24 +276,25 @@ def merge_parts(sums, part, splits, stride, dim, lanes):
 
 
 @lru_cache(maxsize=64)
-def kernel(head_dim: int, group: int, most_heads: int, half: int, cache: int, query_width: int = 1) -> Kernel:
-    """The kernel for `group` query heads per KV head, up to `most_heads` KV heads in a task, and query_width new tokens per sequence.
+def kernel(head_dim: int, group: int, half: int, cache: int) -> Kernel:
+    """The kernel for `group` query heads per KV head, and for up to CPU_MAX_QUERIES new tokens per sequence.
 
     half, cache: kinds of numbers (see vectors.py), of the model and in its KV cache.
     """
-    D, G, W, MOST_HEADS, HALF, CACHE = head_dim, group, query_width, most_heads, half, cache
+    D, G, HALF, CACHE = head_dim, group, half, cache
     LANES, REGISTERS = vector_shape()
     while D % LANES:
         LANES //= 2
     PAIR = LANES  # lanes for the rotation, whose two halves of a head are apart
     while (D // 2) % PAIR:
         PAIR //= 2
-    ROWS = W * G  # queries of a KV head
+    # A task has at most this many rows: queries of all its KV heads. See heads_at_once.
+    MOST_ROWS = max(CPU_TASK_FLOATS // D, G * CPU_MAX_QUERIES)
     ROW_BYTES, PART_BYTES = SIZES[cache] * D, 4 * (D + 2)  # of a head in the cache; of a query in PARTIAL: sums, peak, total
     OUT_BYTES = SIZES[half] * D  # of a head in OUT
     SUMS_BYTES, QUERIES_BYTES, HEADS_BYTES, SHRINK_BYTES, SCORES_BYTES, OFFSETS_BYTES, SCALES_BYTES = (
-        4 * most_heads * ROWS * D, 4 * most_heads * ROWS * D + 4 * D, 4 * most_heads * ROWS, 4 * ROWS, 4 * ROWS * CPU_TILE_KEYS,
-        8 * CPU_TILE_KEYS, 4 * most_heads * CPU_TILE_KEYS if cache >= INT8 else 64)
+        4 * MOST_ROWS * D, 4 * (MOST_ROWS + 1) * D, 4 * MOST_ROWS, 4 * G * CPU_MAX_QUERIES, 4 * G * CPU_MAX_QUERIES * CPU_TILE_KEYS,
+        8 * CPU_TILE_KEYS, 4 * MOST_ROWS * CPU_TILE_KEYS if cache >= INT8 else 64)
 
     def decode(p: Any) -> None:
         queries = stack(QUERIES_BYTES)  # one more row: a new key
@@ -305,12 +307,13 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, cache: int, qu
         ahead = stack(OFFSETS_BYTES)
         k_scales = stack(SCALES_BYTES)
         v_scales = stack(SCALES_BYTES)
-        kv_heads, block_size, num_heads = p[KV_HEADS], p[BLOCK_SIZE], p[HEADS]
+        kv_heads, block_size, num_heads, width, most_heads = p[KV_HEADS], p[BLOCK_SIZE], p[HEADS], p[WIDTH], p[MOST_HEADS]
+        per_head = width * G  # queries of a KV head
         args = address_of(p)
         eps, scale, softcap = (np.float32(get_f64(args + 8 * EPS)), np.float32(get_f64(args + 8 * SCALE)),
                                np.float32(get_f64(args + 8 * SOFTCAP)))
         factor = scale * LOG2_E if softcap == 0.0 else scale
-        tasks_per_split = (kv_heads + MOST_HEADS - 1) // MOST_HEADS
+        tasks_per_split = (kv_heads + most_heads - 1) // most_heads
         seq = 0
         while True:
             t = fetch_add(args + 8 * COUNTER, 1)
@@ -321,17 +324,17 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, cache: int, qu
                 seq += 1
             first_row = get_i32(p[FIRST_SPLITS] + seq * 4)
             splits = get_i32(p[FIRST_SPLITS] + seq * 4 + 4) - first_row
-            first_head = t % tasks_per_split * MOST_HEADS
-            heads = min(MOST_HEADS, kv_heads - first_head)
+            first_head = t % tasks_per_split * most_heads
+            heads = min(most_heads, kv_heads - first_head)
             length = get_i32(p[SEQ_LENS] + 4 * seq)
-            context = length - W
+            context = length - width
             begin = max(0, context + 1 - p[WINDOW])
             split = begin // CPU_SPLIT_KEYS + row - first_row
             begin = max(begin, split * CPU_SPLIT_KEYS)
             end = min(length, (split + 1) * CPU_SPLIT_KEYS)
             first_new = max(0, begin - context)
             start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, max(0, end - context - first_new), eps, factor,
-                       D, G, W, PAIR, HALF, CACHE)
+                       D, G, width, PAIR, HALF, CACHE)
 
             # The next tile's keys are located and prefetched while a tile is computed. The iteration before the first tile only does that.
             table = p[TABLE] + seq * p[TABLE_STRIDE]
@@ -353,34 +356,37 @@ def kernel(head_dim: int, group: int, most_heads: int, half: int, cache: int, qu
                     load_scales(v_scales, p[SCALES_V], offsets, first_head, heads, kv_heads, D)
                 for h in range(heads):
                     keys, values = p[CACHE_K] + (first_head + h) * ROW_BYTES, p[CACHE_V] + (first_head + h) * ROW_BYTES
-                    for j in range(0, n, 4):
-                        four_scores(scores + j * 4, queries + h * ROWS * D * 4, offsets + j * 8, near + j * 8, keys,
-                                    D, ROWS, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
+                    first = h * per_head
+                    for r in range(0, per_head, G):
+                        for j in range(0, n, 4):
+                            four_scores(scores + (r * CPU_TILE_KEYS + j) * 4, queries + (first + r) * D * 4, offsets + j * 8,
+                                        near + j * 8, keys, D, G, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
                     tile_scales = h * CPU_TILE_KEYS * 4
-                    weigh(scores, k_scales + tile_scales, v_scales + tile_scales, peaks + h * ROWS * 4, totals + h * ROWS * 4, shrink, n,
-                          softcap, start, context, p[WINDOW], G, W, CACHE)
-                    add_weighted(sums + h * ROWS * D * 4, shrink, scores, offsets, near, values, n,
-                                 D, ROWS, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
+                    weigh(scores, k_scales + tile_scales, v_scales + tile_scales, peaks + first * 4, totals + first * 4, shrink, n, softcap,
+                          start, context, p[WINDOW], G, width, CACHE)
+                    for r in range(0, per_head, G):
+                        add_weighted(sums + (first + r) * D * 4, shrink + r * 4, scores + r * CPU_TILE_KEYS * 4, offsets, near, values, n,
+                                     D, G, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
                 offsets, ahead = ahead, offsets
 
-            parts = p[PARTIAL] + first_head * ROWS * PART_BYTES
-            stride = num_heads * W * PART_BYTES  # from split to split
+            parts = p[PARTIAL] + first_head * per_head * PART_BYTES
+            stride = num_heads * width * PART_BYTES  # from split to split
             if splits > 1:
-                for i in range(heads * ROWS):
+                for i in range(heads * per_head):
                     store_part(parts + row * stride + i * PART_BYTES, sums + i * D * 4, get_f32(peaks + i * 4), get_f32(totals + i * 4),
                                D, PAIR)
                 finished = p[FINISHED] + (seq * kv_heads + first_head) * 4
                 if fetch_add(finished, 1) < splits - 1:
                     continue
                 put_i32(finished, 0)  # for the next layer
-            for i in range(heads * ROWS):
+            for i in range(heads * per_head):
                 if splits > 1:
                     first_part = parts + first_row * stride + i * PART_BYTES
                     put_f32(totals + i * 4, merge_parts(sums + i * D * 4, first_part, splits, stride, D, PAIR))
-                head = (seq * W + i // G % W) * num_heads + (first_head + i // ROWS) * G + i % G
+                head = (seq * width + i // G % width) * num_heads + (first_head + i // per_head) * G + i % G
                 store_mean(p[OUT] + head * OUT_BYTES, sums + i * D * 4, get_f32(totals + i * 4), D, PAIR, HALF)
 
     name = f"decode attention in {DTYPE_NAMES[half]} (heads of {head_dim}, {group} per KV head)"
     if cache != half:
         name += f" with a KV cache in {DTYPE_NAMES[cache]}"
-    return Kernel(decode, name if query_width == 1 else f"{name} of {query_width} queries")
+    return Kernel(decode, name)

@@ -295,7 +295,9 @@ def stack(typingctx, size):
     num_bytes = size.literal_value
 
     def emit(context, builder, sig, args):
-        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes))
+        # Not `alloca_once`, which stores zeros: LLVM would spend minutes on one store of some thousand bytes.
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(ir.IntType(8), num_bytes))
         memory.align = 64
         return builder.ptrtoint(memory, I64)
 
