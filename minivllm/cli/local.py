@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivllm.cli import remote
@@ -13,7 +14,9 @@ from minivllm.cli.interrupt import Interrupt
 from minivllm.cli.numbers import real_number, whole_number
 from minivllm.cli.remote import RemoteServer, find_server
 from minivllm.config import LOG_LEVELS, MODEL_DEFAULTS, EngineConfig
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
+from minivllm.lora.peft_config import PeftConfig
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.terminal import configure_logging, print_status
 
@@ -39,6 +42,8 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = Non
     for name, kind, text in SAMPLING:
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is whole_number else "X",
                            default=argparse.SUPPRESS, help=max_tokens_help if name == "max_tokens" and max_tokens_help else text)
+    parser.add_argument("--lora", metavar="FOLDER", help="answer with this LoRA adapter, a folder that PEFT has saved (a server's adapter "
+                        "is a model: --url URL --model NAME)")
     remote.add_flags(parser)
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="lowest level of log messages (default: warning)")
     add_config_flags(parser, EngineConfig, "engine", skip=UNUSED)
@@ -47,8 +52,12 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = Non
 class LocalEngine:
     """An engine that runs one request at a time."""
 
-    def __init__(self, engine: EngineCore, overrides: Mapping[str, Any]) -> None:
+    def __init__(self, engine: EngineCore, overrides: Mapping[str, Any], lora: str | None = None) -> None:
+        """lora: folder of the LoRA adapter that answers."""
         self.engine = engine
+        self._lora_request = None if lora is None else LoRARequest("lora", 1, lora)
+        if self._lora_request is not None:
+            engine.load_adapter(self._lora_request)
         self.interrupt = Interrupt()
         self._numbers = itertools.count()
         defaults = engine.info().generation_config
@@ -77,7 +86,8 @@ class LocalEngine:
 
     def _stream(self, prompt_token_ids: Sequence[int]) -> Iterator[str]:
         request_id = f"cli-{next(self._numbers)}"
-        self.engine.add_request(request_id, {"prompt_token_ids": tuple(prompt_token_ids)}, SamplingParams(**self.sampling))
+        self.engine.add_request(request_id, {"prompt_token_ids": tuple(prompt_token_ids)}, SamplingParams(**self.sampling),
+                                lora_request=self._lora_request)
         with self.interrupt.recording():
             while self.engine.has_unfinished_requests():
                 for delta in self.engine.step():
@@ -96,6 +106,9 @@ def start(args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[L
     overrides = {name: getattr(args, name) for name, _, _ in SAMPLING if name in vars(args)}
     SamplingParams(**overrides)  # refuse wrong values before the model is loaded
     settings = given(args, EngineConfig)
+    if args.lora is not None:
+        rank = PeftConfig.read(Path(args.lora).expanduser()).max_rank  # before the model is loaded
+        settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank} | settings
     config = build(EngineConfig, settings)
     configure_logging(args.log_level)
     if (server := find_server(args, settings)) is not None:
@@ -107,6 +120,6 @@ def start(args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[L
 
     engine = compose.build_engine(config)
     try:
-        yield LocalEngine(engine, {"max_tokens": max_tokens} | overrides)
+        yield LocalEngine(engine, {"max_tokens": max_tokens} | overrides, args.lora)
     finally:
         engine.close()

@@ -14,7 +14,7 @@ from minivllm.server.terminal import configure_logging, print_status
 
 # The server settings that have an effect without a server.
 FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "enable_auto_tool_choice", "tool_call_parser",
-          "reasoning_parser", "max_choices", "permissive")
+          "reasoning_parser", "max_choices", "permissive", "lora_modules")
 
 
 def add_parser(commands: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from minivllm.cli.flags import CommandParser, add_config_file, add_grouped_flags, add_model_argument, build, given
 from minivllm.config import EngineConfig, ServerConfig
+from minivllm.errors import InvalidInput
 
 # Flags by what they are for; the first group is what an owner of one GPU needs. Fields that no group names are in the last one.
 GROUPS = {
@@ -16,6 +17,7 @@ GROUPS = {
                "enable_prefix_caching"),
     "scheduling": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy",
                    "max_queue", "async_scheduling", "enforce_eager"),
+    "LoRA adapters": ("enable_lora", "lora_modules", "lora_folders", "max_loras", "max_lora_rank", "max_cpu_loras"),
     "pages of other origins (CORS)": ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"),
 }
 
@@ -38,6 +40,9 @@ def add_flags(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> int:
     values = given(args, ServerConfig, EngineConfig)
     server, engine = build(ServerConfig, values), build(EngineConfig, values)
+    if (server.lora_modules or server.lora_folders) and not engine.enable_lora:  # before the model is loaded
+        name = "lora_modules" if server.lora_modules else "lora_folders"
+        raise InvalidInput(f"{name} has no effect without enable_lora: give --enable-lora too", name)
     from minivllm.server.run import serve
 
     return serve(engine, server)

@@ -44,7 +44,7 @@ FLAG_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("-f", "--file", "--prompt-file"), "use `minivllm complete - < FILE`"),
     **dict.fromkeys(("-d", "--detach", "--daemon"), "run it with nohup or under a service manager"),
     **dict.fromkeys(("-md", "--model-draft", "--draft-model"), "use --speculative-config with the entry model"),
-    **dict.fromkeys(("--lora", "--lora-adapters", "--adapter"), "LoRA adapters are not supported yet"),
+    **dict.fromkeys(("--lora", "--lora-adapters", "--adapter"), "use --enable-lora --lora-modules NAME=FOLDER"),
     **dict.fromkeys(("--embedding", "--embeddings", "--rerank"), "embeddings are not supported yet"),
     **dict.fromkeys(("-p", "--prompt"), "give the prompt as the argument, as in `minivllm complete PROMPT`; a port is --port"),
     "--bf16": "use --dtype bfloat16", "--jinja": "chat templates are always Jinja templates", "--device-map": "use --device",

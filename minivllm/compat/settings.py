@@ -213,7 +213,7 @@ SHORT_FLAGS: Mapping[str, tuple[str, ...]] = {
     "data_parallel_backend": ("-dpb",), "data_parallel_rank": ("-dpn",), "data_parallel_start_rank": ("-dpr",),
     "decode_context_parallel_size": ("-dcp",),
 }
-LIST_FLAGS = ("lora_modules", "middleware", "cudagraph_capture_sizes", "cuda_graph_sizes", "logits_processors")  # take several values
+LIST_FLAGS = ("middleware", "cudagraph_capture_sizes", "cuda_graph_sizes", "logits_processors")  # take several values
 _SETTINGS: Mapping[str, VllmSetting] = {setting.name: setting for setting in (*ENGINE_SETTINGS, *SERVER_SETTINGS, *LLM_SETTINGS)}
 _ALIASES: Mapping[str, Alias] = {alias.name: alias for alias in (*ENGINE_ALIASES, *SERVER_ALIASES)}
 VLLM_NAMES = frozenset(_SETTINGS) | frozenset(_ALIASES)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minivllm.config import EngineConfig
-from minivllm.engine.plan_model import gpu_here, plan_model
+from minivllm.engine.plan_model import gpu_here, plan_model, slot_bytes
 from minivllm.errors import NotEnoughMemory
 from minivllm.families import ModelSpec
 from minivllm.models.hub_repository import hub_in_reach
@@ -25,7 +25,7 @@ def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec.dtype, device)
     offload = plan_weight_offload(config.cpu_offload_gb, spec, method, dtype, device)
-    needed = resident_bytes(spec, method, dtype.itemsize, device.type == "cuda") - offload.saved_bytes
+    needed = resident_bytes(spec, method, dtype.itemsize, device.type == "cuda") - offload.saved_bytes + slot_bytes(config, spec, dtype)
     if device.type != "cuda":
         total = host_memory()
         if needed > total:

@@ -18,6 +18,7 @@ from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.families import ModelSpec, linear_specs, parse_config
 from minivllm.kernels import tuning
+from minivllm.lora.layout import AdapterLayout
 from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, smallest_change
 from minivllm.planning.gpus import GPU, card_here
 from minivllm.planning.memory_plan import MIB, MemoryPlan, step_peak, weights_by_kind
@@ -84,6 +85,11 @@ def check_settings(config: EngineConfig) -> Callable[[Mapping[str, Any]], object
     return lambda found: _Planner(config, found, None)
 
 
+def slot_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Device memory for LoRA adapters."""
+    return AdapterLayout.of(spec, config.max_lora_rank).num_bytes(config.max_loras, dtype.itemsize) if config.enable_lora else 0
+
+
 def gpu_here() -> GPU | None:
     """This machine's card."""
     if not torch.cuda.is_available():
@@ -132,6 +138,8 @@ class _Planner:
         spec = dataclasses.replace(self.spec, max_model_len=config.max_model_len or self.spec.max_model_len)
         quantization = next((change.quantization for change in changes if change.quantization), None)
         weights = weights_by_kind(self.weights(config, quantization), str(self.dtype).removeprefix("torch."))
+        if config.enable_lora:
+            weights["LoRA slots", str(self.dtype).removeprefix("torch.")] = slot_bytes(config, spec, self.dtype)
         budget = token_budget(config, spec.max_model_len, torch.device("cpu" if self.gpu is None else "cuda"))
         if self.draft is not None:
             weights["draft", str(self.dtype).removeprefix("torch.")] = self.draft.weight_bytes(self.dtype.itemsize, self.gpu is not None)

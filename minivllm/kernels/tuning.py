@@ -190,6 +190,32 @@ def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:
     return weights <= MAX_WEIGHT and itemsize < 4
 
 
+# --- LoRA adapters on a GPU ----------------------------------------------------------------------------------------
+
+LORA_FEW_ROWS = 256  # rows; more are multiplied in tiles of tokens. Not measured
+LORA_SHRINK_BLOCK = 512  # inputs that a program multiplies with 16 rows of A at a time: 32 registers of a thread. Not measured
+LORA_SHRINK_SPLIT = 1024  # inputs per program where no norm needs all of them. Not measured
+LORA_EXPAND_COLUMNS = 256  # columns per program. Not measured
+
+
+def lora_shrink_tile(k: int, norm: bool) -> tuple[int, int]:
+    """(inputs at a time, inputs per program) of a shrink of few rows with k inputs. Not measured."""
+    block = min(next_power_of_2(k), LORA_SHRINK_BLOCK)
+    return block, -(-k // block) * block if norm or k <= LORA_SHRINK_SPLIT else LORA_SHRINK_SPLIT
+
+
+@dataclass(frozen=True, slots=True)
+class LoRATile:
+    """Tokens, columns and inputs of a program for many rows."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+
+
+LORA_TILE = LoRATile(64, 128, 128)  # not measured; compiled for sm_89
+assert LORA_SHRINK_SPLIT % LORA_SHRINK_BLOCK == 0
+
 # --- packed weights on a GPU ----------------------------------------------------------------------------------------
 
 PACKED_MAX_ROWS = 64  # rows; more are multiplied by cuBLAS with unpacked slices. Not measured

@@ -67,6 +67,11 @@ class PeftConfig:
         return cls(_number(config, "r", 8, path, whole=True), _number(config, "lora_alpha", 8, path), config.get("use_rslora") is True,
                    _pattern(config, "rank_pattern", path, whole=True), _pattern(config, "alpha_pattern", path))
 
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a module."""
+        return max((self.rank, *self.rank_pattern.values()))
+
     def of_module(self, name: str) -> tuple[int, float]:
         """(rank, scaling) of a module. The scaling is alpha / r, or alpha / sqrt(r) with rslora."""
         rank = _matching(self.rank_pattern, name, self.rank)

@@ -19,7 +19,7 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, nearest
 from minivllm.server.authentication import OWNER, AccessRules, AuthenticationMiddleware
 from minivllm.server.chat_protocol import ChatRequest, TokenizeRequest
-from minivllm.server.control import add_control, not_built
+from minivllm.server.control import add_adapters, add_control, not_built
 from minivllm.server.cost import check_tokenized
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
 from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
@@ -30,11 +30,20 @@ from minivllm.server.openapi import body_of, describe
 from minivllm.server.page import FILES, add_page
 from minivllm.server.parsed_chat import ParsedChatFormatter
 from minivllm.server.prepare import Preprocessor
-from minivllm.server.protocol import IGNORED_HEADER, AbortRequest, CompletionRequest, DetokenizeRequest, ignored_header
+from minivllm.server.protocol import (
+    IGNORED_HEADER,
+    AbortRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    ignored_header,
+)
 from minivllm.server.responses import add_responses
 from minivllm.server.responses_protocol import ResponsesRequest
 
-BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
+BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, AbortRequest,
+          LoadAdapterRequest, UnloadAdapterRequest)
 
 
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:
@@ -54,6 +63,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     _add_tokenization(app, frontend, preprocessor)
     _add_queries(app, frontend)
     add_control(app, frontend)
+    add_adapters(app, frontend)
     add_page(app, frontend)
     _add_errors(app)
     app.openapi = lambda: describe(app, BODIES, config.needs_key)  # type: ignore[method-assign]
@@ -134,15 +144,17 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
     client = frontend.client
 
     def card(name: str) -> dict[str, object]:
+        adapter = frontend.adapters.get(name)
+        created, root = (frontend.created, frontend.names[0]) if adapter is None else (adapter.created, adapter.folder)
         return {
-            "id": name, "object": "model", "created": frontend.created, "owned_by": "minivllm", "root": frontend.names[0], "parent": None,
-            "max_model_len": client.info.max_model_len,
+            "id": name, "object": "model", "created": created, "owned_by": "minivllm", "root": root,
+            "parent": None if adapter is None else frontend.names[0], "max_model_len": client.info.max_model_len,
         }
 
     @app.get("/v1/models")
     async def models() -> Response:
         frontend.check_alive()
-        return json_response({"object": "list", "data": [card(name) for name in frontend.names]})
+        return json_response({"object": "list", "data": [card(name) for name in (*frontend.names, *frontend.adapters.names)]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:

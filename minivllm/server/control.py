@@ -4,6 +4,7 @@
     POST /reset_prefix_cache    drop all cached prefixes (administrators)
     GET  /ping, /is_sleeping    for load balancers and clients of vLLM: the server's health, and that it never sleeps
     GET  /server_info           version and the engine's constants
+    POST /v1/load_lora_adapter, /v1/unload_lora_adapter   see adapters.py (administrators)
     POST /abort_requests        {"request_ids": [...]} or {"all": true}: end the key's running requests with finish reason "abort"; an
                                 administrator ends those of all keys
 """
@@ -12,20 +13,20 @@ from __future__ import annotations
 import dataclasses
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from minivllm import __version__
 from minivllm.server.authentication import ADMIN, OWNER, require_admin
 from minivllm.server.errors import json_response
 from minivllm.server.frontend import Frontend
 from minivllm.server.openapi import body_of
-from minivllm.server.protocol import AbortRequest
+from minivllm.server.protocol import AbortRequest, LoadAdapterRequest, UnloadAdapterRequest
 
 # First parts of the paths that vLLM's and OpenAI's servers have besides. Naming them says that the client made no typing error.
 NOT_BUILT = {
     "/v1/embeddings": "embeddings", "/v1/score": "scoring", "/score": "scoring", "/v1/rerank": "reranking", "/rerank": "reranking",
-    "/v2/rerank": "reranking", "/v1/messages": "Anthropic's messages", "/v1/load_lora_adapter": "LoRA adapters",
-    "/v1/unload_lora_adapter": "LoRA adapters", "/v1/audio": "audio", "/v1/realtime": "audio", "/v1/images": "images",
+    "/v2/rerank": "reranking", "/v1/messages": "Anthropic's messages",
+    "/v1/audio": "audio", "/v1/realtime": "audio", "/v1/images": "images",
     "/v1/videos": "videos", "/pooling": "pooling", "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping",
     "/api": "Ollama's API (use /v1/chat/completions)", "/completion": "llama.cpp's API (use /v1/completions)",
     "/props": "llama.cpp's API (use /server_info)", "/slots": "llama.cpp's API (use /load)", "/generate": "TGI's API (use /v1/completions)",
@@ -85,6 +86,28 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
         body.check()
         owner = None if request.scope[ADMIN] else request.scope[OWNER]
         return json_response({"aborted": frontend.running.abort(None if body.all else body.request_ids or [], owner)})
+
+
+def add_adapters(app: FastAPI, frontend: Frontend) -> None:
+    """Answers are plain text, as in vLLM."""
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=body_of(LoadAdapterRequest), response_class=PlainTextResponse)
+    async def load(request: Request) -> Response:
+        """Load a LoRA adapter, which requests may then name as their model. For administrators."""
+        require_admin(request)
+        body = await frontend.read(request, LoadAdapterRequest)
+        body.ignored_fields(frontend.config.permissive)
+        await frontend.adapters.load(body.lora_name, body.lora_path, bool(body.load_inplace))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=body_of(UnloadAdapterRequest), response_class=PlainTextResponse)
+    async def unload(request: Request) -> Response:
+        """Unload a LoRA adapter. Its running requests finish with it. For administrators."""
+        require_admin(request)
+        body = await frontend.read(request, UnloadAdapterRequest)
+        body.ignored_fields(frontend.config.permissive)
+        await frontend.adapters.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def not_built(path: str) -> str | None:

@@ -13,7 +13,9 @@ from minivllm import __version__
 from minivllm.config import MODEL_DEFAULTS, ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput
+from minivllm.server.adapters import ServedAdapters
 from minivllm.server.authentication import OWNER
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.parsing import Model, parse
@@ -27,7 +29,7 @@ Value = TypeVar("Value")
 
 
 class Frontend:
-    """Constant after its construction, except for running requests and stored responses."""
+    """Constant after its construction, except for running requests, stored responses and LoRA adapters."""
 
     def __init__(self, client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> None:
         self.client = client
@@ -42,6 +44,7 @@ class Frontend:
         model_name = os.path.basename(info.model.rstrip("/\\")) if is_path else info.model
         self.names = config.served_model_name or (model_name,)
         self.aliases = frozenset() if config.served_model_name else frozenset({info.model})  # accepted, but not listed
+        self.adapters = ServedAdapters(client, config, (*self.names, *self.aliases))
         self.defaults = {name: info.generation_config[name] for name in MODEL_DEFAULTS if info.generation_config.get(name) is not None}
         build = f"{__version__}|{model_name}|{info.dtype}|{info.kv_cache_dtype}|{info.device}|{info.vocab_size}"
         self.fingerprint = "fp_" + hashlib.sha256(build.encode()).hexdigest()[:10]
@@ -82,10 +85,16 @@ class Frontend:
         """The model name for the response."""
         if name is None or name in self.aliases:
             return self.names[0]
-        if name not in self.names:
-            raise ApiError(404, f"The model `{shorten(name)}` does not exist; this server has {', '.join(map(repr, self.names))}",
+        if name not in self.names and self.adapters.get(name) is None:
+            known = ', '.join(map(repr, (*self.names, *self.adapters.names)))
+            raise ApiError(404, f"The model `{shorten(name)}` does not exist; this server has {known}",
                            param="model", code="model_not_found")
         return name
+
+    def lora_request(self, model: str | None) -> LoRARequest | None:
+        """The adapter that a request's model names; None for the base model."""
+        adapter = self.adapters.get(model)
+        return None if adapter is None else adapter.request
 
     def need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:

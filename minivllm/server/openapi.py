@@ -87,7 +87,7 @@ RESPONSES: dict[str, JsonSchema] = {
     "/abort_requests": record({"aborted": array(STRING)}),
 }
 STREAMS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
-OTHER_MEDIA = {"/metrics": "text/plain", "/ping": "text/plain"}
+OTHER_MEDIA = dict.fromkeys(("/metrics", "/ping", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"), "text/plain")
 OPEN = frozenset({"/health"})
 
 # Status -> description: for every path, for paths that read a body, and for paths that generate.
@@ -101,6 +101,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "CompletionRequest": {"prompt": "The capital of France is", "max_tokens": 16}, "ResponsesRequest": {"input": "Why is the sky blue?"},
     "ChatRequest": {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64, "stream": True},
     "TokenizeRequest": {"prompt": "The capital of France is"}, "DetokenizeRequest": {"tokens": [5, 6, 7]}, "AbortRequest": {"all": True},
+    "LoadAdapterRequest": {"lora_name": "sql-lora", "lora_path": "/adapters/sql"}, "UnloadAdapterRequest": {"lora_name": "sql-lora"},
 }
 
 

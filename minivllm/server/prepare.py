@@ -111,6 +111,7 @@ class Preprocessor:
                 request_id=engine_id if len(prompts) == 1 else f"{engine_id}-{i}", prompt_token_ids=tuple(prompt),
                 params=params if output is None else output.apply(params),
                 priority=body.priority or 0, cache_salt=salt, arrival_time=now, owner=owner,
+                lora_request=frontend.lora_request(body.model),
             ))
         self._check_entries(requests)
         options = body.stream_options

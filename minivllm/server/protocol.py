@@ -238,6 +238,21 @@ class DetokenizeRequest(StrictModel):
     tokens: Annotated[list[Annotated[int, Field(json_schema_extra={"minimum": 0})]], FailFast()]
 
 
+class LoadAdapterRequest(StrictModel):
+    """`POST /v1/load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool | None = None  # replace a loaded adapter of this name
+
+
+class UnloadAdapterRequest(StrictModel):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM's number of the adapter; its name is enough
+
+
 class AbortRequest(StrictModel):
     """`POST /abort_requests`: the requests with these response ids, or all."""
 

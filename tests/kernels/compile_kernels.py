@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minivllm.kernels import tuning
-from minivllm.kernels.triton import activation, grouped, linear, norm, packed_weight, sampling
+from minivllm.kernels.triton import activation, grouped, linear, lora, norm, packed_weight, sampling
 from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -149,6 +149,33 @@ def packed_variants() -> Iterator[dict[str, Any]]:
                       num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
+def lora_variants() -> Iterator[dict[str, Any]]:
+    """Adapters of a 0.6B model, in slots of rank 16 (which one row needs) and 64."""
+    tensors = ("out", "y", "x", "a", "b", "weight", "norm_weight", "bias", "residual")
+    rows: dict[str, Any] = {**dict.fromkeys(tensors, "*bf16"), **dict.fromkeys(("stride", "rows", "num_tokens"), "i32"), "h": "*fp32",
+                            "slots": "*i32", "ranks": "*i32", "eps": "fp32"}
+    layers = (("qkv", 4096, 1024, 3, False, (2048, 3072)), ("gate_up", 3072, 1024, 2, True, (3072, 6144)),
+              ("down", 1024, 3072, 1, False, (1024, 1024)))
+    for layer, n, k, parts, gated, (end0, end1) in layers:
+        tile = tuning.linear_tile(1, n, k, gated, ARCH)
+        flags = dict(N=n, END0=end0, END1=end1, GATED=gated, PDL=PDL)
+        yield measure(f"decode {layer} with an adapter", lora._one_row, rows,
+                      {**flags, "K": k, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "NORM": parts > 1, "ADD": parts == 1,
+                       "BIAS": False, "BLOCK_A": min(tile.block_k, tuning.LORA_SHRINK_BLOCK)}, num_warps=tile.num_warps)
+        width, (block_k, split_k) = 64 * parts, tuning.lora_shrink_tile(k, parts > 1)
+        common = dict(R=64, WIDTH=width)
+        yield measure(f"decode shrink before {layer}", lora._shrink_rows, rows,
+                      dict(K=k, BLOCK_K=block_k, SPLIT_K=split_k, NORM=parts > 1, PDL=PDL, **common), num_warps=4)
+        yield measure(f"decode expand after {layer}", lora._expand_rows, rows,
+                      dict(SPLITS=-(-k // split_k), BLOCK_N=tuning.LORA_EXPAND_COLUMNS, **flags, **common), num_warps=4)
+        if not gated:
+            many, tokens = tuning.LORA_TILE, {**rows, "h": "*bf16"}
+            yield measure(f"prefill shrink before {layer}", lora._shrink_tiles, tokens,
+                          dict(K=k, BLOCK_M=many.block_m, BLOCK_K=many.block_k, **common), num_warps=4, num_stages=2)
+            yield measure(f"prefill expand after {layer}", lora._expand_tiles, tokens,
+                          dict(N=n, END0=end0, END1=end1, BLOCK_M=many.block_m, BLOCK_N=many.block_n, **common), num_warps=4, num_stages=2)
+
+
 def small_variants() -> Iterator[dict[str, Any]]:
     types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "eps": "fp32"}
     for width in (576, 1024, 4096):
@@ -175,5 +202,5 @@ def sampling_variants() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *small_variants(), *sampling_variants()):
+    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *small_variants(), *sampling_variants()):
         print(json.dumps(row), flush=True)
