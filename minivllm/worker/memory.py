@@ -229,7 +229,8 @@ def _peak_of_one_step(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     for query_lens, seq_lens in ((prompt, prompt), ([prompt[0]], [limit]), ([1] * len(decodes), decodes)):
-        hidden = model.forward(_dummy_batch(query_lens, seq_lens, layout, device), kv, layout.block_size)
+        batch = _dummy_batch(query_lens, seq_lens, layout, device)
+        hidden = model.forward(batch if model.build.adapters is None else _with_adapters(batch), kv, layout.block_size)
         _dummy_sampling(model, hidden)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
@@ -258,6 +259,8 @@ def compiled_batches(
 
 def _dry_step(model: Decoder, kv: Sequence[KVLayer], batch: InputBatch, block_size: int) -> None:
     """Compile the kernels of a step without running them. Its results are undefined and never read."""
+    if model.build.adapters is not None:  # a step without LoRA adapters has other kernels
+        model.forward(_with_adapters(batch), kv, block_size)
     logits = model.logits(model.forward(batch, kv, block_size)[:MAX_LOGITS_ROWS], dtype=None)
     rows = len(logits)
     one, keys = torch.ones(rows, device=logits.device), torch.zeros((rows, 2), dtype=torch.int32, device=logits.device)
@@ -266,6 +269,11 @@ def _dry_step(model: Decoder, kv: Sequence[KVLayer], batch: InputBatch, block_si
     sample(logits, one, keys, top_p=one)
     sample(logits, one, keys, top_k=top_k, top_p=one)
     sample(logits.float(), one, keys, top_k=top_k, top_p=one, min_p=one)  # as `_dummy_sampling` does
+
+
+def _with_adapters(batch: InputBatch) -> InputBatch:
+    """The batch with the LoRA adapter of slot 0 for all tokens."""
+    return replace(batch, adapter_slots=torch.zeros_like(batch.tokens))
 
 
 def _dummy_batch(query_lens: list[int], seq_lens: list[int], layout: KVLayout, device: torch.device) -> InputBatch:
