@@ -1,10 +1,13 @@
 """A trace: every call of a scheduler and every plan that it returned, as a file with one JSON object per line.
 
-    {"event":"config","version":2,"scheduler":{...},"about":{...}}        the first line
+    {"event":"config","version":3,"scheduler":{...},"about":{...}}        the first line
     {"event":"arrival","new":{...}}                                       a call of `add`; the other lines are in the order of the calls
     {"event":"plan","now":12.25,"plan":{...}}                             `schedule`, and its plan: null if there was nothing to plan
     {"event":"update","now":12.31,"result":{...},"stops":[[0,{...}]]}     `update`, with the model's result and the detokenizer's stops
     {"event":"abort","request_id":"r7"}                                   `abort`
+
+A row of a plan names its request instead of repeating the parameters and the prompt. Recording ends at `MAX_BYTES`, after a whole line, and
+what was recorded can be replayed.
 
 The scheduler uses no clock and no randomness, so these lines determine its plans. `replay` repeats the calls on a new scheduler,
 without a model, and every plan must be exactly equal. A wrong plan that was recorded once can thus be examined again and again.
@@ -15,8 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -29,7 +34,11 @@ from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-VERSION = 2
+VERSION = 3
+MAX_BYTES = 1 << 30
+MAX_KNOWN = 4096  # requests whose parameters and prompts are not repeated: the newest ones
+
+log = logging.getLogger(__name__)
 
 # -- JSON lines ------------------------------------------------------------------------------------------------------------
 
@@ -116,7 +125,10 @@ TraceEvent: TypeAlias = Arrival | Aborted | CacheReset | Readmitted | BeamsChose
 class TraceWriter:
     """Writes a trace file. A plan is written out before it is launched, so a plan that kills the process is on record."""
 
-    def __init__(self, path: str | Path, config: SchedulerConfig, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: str | Path, config: SchedulerConfig, about: Mapping[str, Any] | None = None,
+                 max_bytes: int = MAX_BYTES) -> None:
+        self._left: int | None = max_bytes  # None: recording has ended
+        self._known: OrderedDict[str, EngineRequest] = OrderedDict()  # by id
         try:
             self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         except OSError as error:
@@ -124,10 +136,22 @@ class TraceWriter:
         self._line(event="config", version=VERSION, scheduler=config, about=dict(about or {}))
 
     def _line(self, **line: Any) -> None:
-        self._file.write(_encode(line) + "\n")
+        if self._left is None:
+            return
+        text = _encode(line) + "\n"
+        self._left -= len(text)
+        if self._left < 0:
+            self._left = None
+            log.warning("the trace %s has reached its largest size: recording ends, and the engine goes on", self._file.name)
+        else:
+            self._file.write(text)
 
     def arrival(self, new: EngineRequest, seed: int) -> None:
         self._line(event="arrival", new=new, seed=seed)
+        self._known.pop(new.request_id, None)
+        self._known[new.request_id] = new
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
 
     def abort(self, request_id: str) -> None:
         self._line(event="abort", request_id=request_id)
@@ -142,8 +166,19 @@ class TraceWriter:
         self._line(event="beams", request_id=request_id, beams=beams)
 
     def plan(self, now: float, plan: StepPlan | None) -> None:
+        if plan is not None and plan.admitted:
+            plan = replace(plan, admitted=tuple(map(self._shortened, plan.admitted)))
         self._line(event="plan", now=now, plan=plan)
         self._file.flush()
+
+    def _shortened(self, row: RowAdmission) -> RowAdmission:
+        """The row with the id of its request instead of its parameters, and only the tokens after the prompt."""
+        found = (self._known.get(name) for name in (row.request_id, row.request_id.rpartition("#")[0]))
+        request = next((request for request in found if request is not None and request.params is row.params), None)
+        if request is None:
+            return row
+        named: Any = request.request_id
+        return replace(row, params=named, token_ids=row.token_ids[len(request.prompt_token_ids):])
 
     def update(self, now: float, result: StepResult, stops: Mapping[int, Stop]) -> None:
         self._line(event="update", now=now, result=result, stops=list(stops.items()))
@@ -219,7 +254,7 @@ def _read(file: TextIOBase | Any, name: str) -> Trace:
     config: SchedulerConfig | None = None
     about: Mapping[str, Any] = {}
     events: list[TraceEvent] = []
-    plans: dict[int, StepPlan] = {}
+    seen = _Seen()
     cut_off = False
     for number, text in enumerate(file, 1):
         if not text.endswith("\n"):
@@ -233,7 +268,7 @@ def _read(file: TextIOBase | Any, name: str) -> Trace:
                     raise InvalidInput(f"{name!r} is a trace of version {line['version']}; this program reads version {VERSION}", "trace")
                 config, about = line["scheduler"], line["about"]
             else:
-                events.append(_EVENTS[kind](line, plans))
+                events.append(_EVENTS[kind](line, seen))
         except InvalidInput:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -246,24 +281,47 @@ def _read(file: TextIOBase | Any, name: str) -> Trace:
     return Trace(config, tuple(events), about, cut_off)
 
 
-def _planned(line: dict[str, Any], plans: dict[int, StepPlan]) -> Planned:
-    plan = line["plan"]
+class _Seen:
+    """What earlier lines of a trace have said."""
+
+    def __init__(self) -> None:
+        self.plans: dict[int, StepPlan] = {}  # launched and not updated
+        self.requests: dict[str, EngineRequest] = {}  # the newest one with each id
+
+
+def _arrival(line: dict[str, Any], seen: _Seen) -> Arrival:
+    arrival = Arrival(line["new"], line["seed"])
+    seen.requests[arrival.new.request_id] = arrival.new
+    return arrival
+
+
+def _planned(line: dict[str, Any], seen: _Seen) -> Planned:
+    plan: StepPlan | None = line["plan"]
     if plan is not None:
-        plans[plan.step_id] = plan
+        plan = replace(plan, admitted=tuple(_completed(row, seen) for row in plan.admitted))
+        seen.plans[plan.step_id] = plan
     return Planned(line["now"], plan)
 
 
-def _updated(line: dict[str, Any], plans: dict[int, StepPlan]) -> Updated:
+def _completed(row: RowAdmission, seen: _Seen) -> RowAdmission:
+    """The row with its request's parameters and prompt, if it has only the id."""
+    if not isinstance(row.params, str):
+        return row
+    request = seen.requests[row.params]
+    return replace(row, params=request.params, token_ids=request.prompt_token_ids + row.token_ids)
+
+
+def _updated(line: dict[str, Any], seen: _Seen) -> Updated:
     result = line["result"]
-    return Updated(line["now"], plans.pop(result.step_id), result, dict(line["stops"]))
+    return Updated(line["now"], seen.plans.pop(result.step_id), result, dict(line["stops"]))
 
 
-_EVENTS: dict[str, Callable[[dict[str, Any], dict[int, StepPlan]], TraceEvent]] = {
-    "arrival": lambda line, plans: Arrival(line["new"], line["seed"]),
-    "abort": lambda line, plans: Aborted(line["request_id"]),
-    "reset": lambda line, plans: CacheReset(),
-    "readmit": lambda line, plans: Readmitted(),
-    "beams": lambda line, plans: BeamsChosen(line["request_id"], _tuples(line["beams"])),
+_EVENTS: dict[str, Callable[[dict[str, Any], _Seen], TraceEvent]] = {
+    "arrival": _arrival,
+    "abort": lambda line, seen: Aborted(line["request_id"]),
+    "reset": lambda line, seen: CacheReset(),
+    "readmit": lambda line, seen: Readmitted(),
+    "beams": lambda line, seen: BeamsChosen(line["request_id"], _tuples(line["beams"])),
     "plan": _planned,
     "update": _updated,
 }
