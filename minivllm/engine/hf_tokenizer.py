@@ -24,6 +24,6 @@ def get_tokenizer(name: str, **kwargs: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         raise InvalidInput(f"the tokenizer {name!r} cannot be read: {str(error).splitlines()[0]}", "tokenizer") from None

@@ -26,6 +26,7 @@ from tokenizers.decoders import DecodeStream
 from minivllm.engine.chat_prompt import GENERIC_FORMAT, ChatOptions, write_chat
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError, is_failure
+from minivllm.models.model_folder import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -332,15 +333,7 @@ def _drop_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}): fetch it again", "tokenizer") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object", "tokenizer")
-    return content
+    return read_json(path, "tokenizer") if path.is_file() else {}
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> Backend:
@@ -376,9 +369,12 @@ def _backend_of_transformers(folder: Path, config: dict[str, Any]) -> Backend:
             "tokenizer",
         ) from None
     try:
-        backend = getattr(AutoTokenizer.from_pretrained(str(folder)), "backend_tokenizer", None)
+        backend = getattr(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), "backend_tokenizer", None)
     except Exception as error:
-        raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", "tokenizer") from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"the tokenizer in {folder} needs Python code from the model's folder, which is never run: name a tokenizer "
+                             "that has a tokenizer.json", "tokenizer") from None
+        raise ModelError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:300]}", "tokenizer") from error
     if backend is None:
         raise ModelError(f"the tokenizer in {folder} exists only as Python code and has no fast form", "tokenizer")
     return backend

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivllm.errors import ModelError
 from minivllm.families import LinearSpec
 from minivllm.kernels.layout import AdapterWeights
 from minivllm.layers.build import BuildContext, Take
@@ -49,7 +50,11 @@ class Linear:
         tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
         bias = take(f"{spec.name}.bias") if spec.bias else None
         adapters = None if build.adapters is None else build.adapters.layer(spec.name)
-        return cls(build, method.build(tensors, spec.rows, build.ops), bias=bias, norm=norm, activation=activation, adapters=adapters)
+        try:
+            matmul = method.build(tensors, spec.rows, build.ops)
+        except ModelError as error:
+            raise ModelError(f"{spec.name}: {error}", error.param) from error
+        return cls(build, matmul, bias=bias, norm=norm, activation=activation, adapters=adapters)
 
     @classmethod
     def of_table(cls, build: BuildContext, table: Tensor | Matmul, *, norm: Norm | None = None) -> Linear:

@@ -34,6 +34,7 @@ from minivllm.models.gguf_config import (
     vocabulary_rows,
 )
 from minivllm.models.gguf_metadata import Metadata
+from minivllm.models.gguf_structure import OtherByteOrder, check_structure
 from minivllm.models.gguf_tokenizer import SpecialIds, Vocabulary, convert_tokenizer, read_vocabulary, special_ids
 from minivllm.models.gguf_weights import GGUFTensor, write_index, write_safetensors
 from minivllm.models.weight_files import GGUF_INDEX, find_parts
@@ -157,14 +158,15 @@ def _open(path: Path, shown: Path) -> GGUFReader:
     except ModuleNotFoundError as error:
         raise ModelError(f"{shown}: reading GGUF files needs the gguf package: pip install gguf", "model") from error
     try:
+        check_structure(path)
         reader = GGUFReader(path)
+    except OtherByteOrder as error:
+        raise ModelError(f"{shown}: its bytes are in the order of another processor: run `gguf-convert-endian` on it", "model") from error
     except OSError as error:
         raise ModelError(f"{shown}: cannot be read: {error.strerror or error}", "model") from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
         size = path.stat().st_size
         raise ModelError(f"{shown} ({size:,} bytes): not a GGUF file, or a truncated one ({error}): download it again", "model") from error
-    if reader.byte_order != "I":
-        raise ModelError(f"{shown}: its bytes are in the order of another processor: run `gguf-convert-endian` on it", "model")
     return reader
 
 

@@ -8,6 +8,7 @@ rows of blocks (`quantization.gguf`).
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 from collections import Counter
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minivllm.errors import ModelError
+from minivllm.errors import ModelError, shown
+from minivllm.models.model_folder import read_json
 from minivllm.quantization.base import StoredTensor
 from minivllm.quantization.gguf import BLOCKS
 
@@ -49,11 +51,11 @@ class GGUFTensor:
     def rows(self) -> np.ndarray:
         """Its bytes, with Hugging Face's order of rows. [outputs, bytes] uint8"""
         try:
+            if self.offset + self.size > os.path.getsize(self.file):  # checked first, because memory is allocated first
+                raise ModelError(f"{self.file}: ends inside a tensor: download it again", "model")
             raw = np.fromfile(self.file, np.uint8, self.size, offset=self.offset)
         except OSError as error:
             raise ModelError(f"{self.file}: cannot be read: {error.strerror or error}", "model") from error
-        if len(raw) < self.size:
-            raise ModelError(f"{self.file}: ends inside a tensor: download it again", "model")
         rows = raw.reshape(self.shape[0], -1)
         return split_halves(rows, self.heads) if self.heads else rows
 
@@ -80,9 +82,18 @@ def write_index(path: Path, tensors: Mapping[str, GGUFTensor]) -> None:
 def read_index(path: Path) -> dict[str, GGUFTensor]:
     """Raises `ModelError` for a damaged index."""
     try:
-        return {name: GGUFTensor(**fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {name: _checked(GGUFTensor(**fields)) for name, fields in read_json(path).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not an index of GGUF tensors ({error}): delete its folder, it is made again", "model") from error
+
+
+def _checked(tensor: GGUFTensor) -> GGUFTensor:
+    """Raise `ValueError` for an entry that `write_index` does not write: an index in a downloaded folder could name any file."""
+    numbers = (*tensor.shape, tensor.offset, tensor.size, tensor.heads)
+    if any(type(number) is not int or number < 0 for number in numbers) or not tensor.shape or not all(tensor.shape) or (
+            tensor.size % tensor.shape[0]) or not str(tensor.file).lower().endswith(".gguf"):
+        raise ValueError(f"a wrong entry for {shown(tensor.file)}")
+    return tensor
 
 
 def open_index(path: Path) -> list[StoredTensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ from minivllm.models.hub_repository import (
     read_gguf_header,
     read_tensors,
 )
+from minivllm.models.model_folder import check_links, read_json
 from minivllm.models.weight_files import find_parts, find_weight_files, read_safetensors_header
 from minivllm.quantization.methods import METHODS, method_of, of_separate_file
 
@@ -140,7 +140,9 @@ def _generation_config(config: EngineConfig, folder: Path) -> dict[str, Any]:
     if source not in ("auto", "vllm") and not file.is_file():
         raise ModelError(f"generation_config {source!r} is no folder with a generation_config.json: give one, 'auto' or 'vllm'",
                          "generation_config")
-    found = _read_json(file) if file.exists() else {}
+    if source not in ("auto", "vllm"):
+        check_links(place, "generation_config")
+    found = read_json(file) if file.exists() else {}
     if source == "vllm":
         return {name: found[name] for name in ("eos_token_id",) if name in found} | overrides
     recommended = DEFAULT_SAMPLING if config.model is None and source == "auto" else {}
@@ -224,15 +226,16 @@ def _check_folder(folder: Path, param: str) -> Path:
         ggufs = [file for file in files if file.lower().endswith(".gguf")]
         hint = f"it holds {', '.join(ggufs[:4])}; name that file" if ggufs else not_a_model(files)
         raise ModelError(f"{param} folder {str(folder)!r} has no config.json: {hint}", param)
+    check_links(folder, param)
     return folder
 
 
 def _checked_config(folder: Path, config: EngineConfig, check: Check) -> dict[str, Any]:
     """config.json, with overrides and the separate file of older quantizers. Raises for a model that cannot run here."""
-    found = with_overrides(_read_json(folder / "config.json"), config.hf_overrides or {})
+    found = with_overrides(read_json(folder / "config.json"), config.hf_overrides or {})
     for name in ("quantize_config.json", "quant_config.json"):
         if "quantization_config" not in found and (folder / name).is_file():
-            found["quantization_config"] = of_separate_file(_read_json(folder / name))
+            found["quantization_config"] = of_separate_file(read_json(folder / name))
     check(found)
     return found
 
@@ -241,6 +244,7 @@ def _find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
     if config.skip_tokenizer_init:
         return None
     found = _locate_tokenizer(config.tokenizer, config) if config.tokenizer else folder
+    check_links(found, "tokenizer")
     if not any((found / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"folder {str(found)!r} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ..): name one with "
                          "tokenizer, or set skip_tokenizer_init and give prompts as token ids", "tokenizer")
@@ -251,16 +255,6 @@ def _locate_tokenizer(name: str, config: EngineConfig) -> Path:
     """As for a model, but a folder needs no config.json, and no weights are downloaded."""
     path = Path(os.path.expanduser(name))
     return path if path.is_dir() else _locate("tokenizer", name, config, lambda found: None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}): download it again", "model") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds a {type(value).__name__} instead of a JSON object", "model")
-    return value
 
 
 # ---- the default model

@@ -161,6 +161,7 @@ def _read_head(name: HubName, file: str, path: Path) -> None:
     from gguf import GGUFReader
 
     from minivllm.models.gguf_config import ROPE_FACTORS
+    from minivllm.models.gguf_structure import check_structure
 
     size = HEAD_BYTES
     while True:
@@ -169,6 +170,7 @@ def _read_head(name: HubName, file: str, path: Path) -> None:
             out.write(content)
             out.truncate(total)  # the rest is a hole
         try:
+            check_structure(path)
             reader = GGUFReader(path)
             if reader.data_offset <= size:
                 break

@@ -9,14 +9,14 @@
 """
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from minivllm.errors import ModelError
+from minivllm.errors import ModelError, shown
+from minivllm.models.model_folder import check_inside, parse_json
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 GGUF_INDEX = "model.gguf.index.json"
@@ -70,13 +70,23 @@ def read_safetensors_header(file: Path) -> dict[str, tuple[str, tuple[int, ...],
         8 bytes: length of the header, little-endian | JSON {name: {"dtype", "shape", "data_offsets"}} | the tensors
     """
     try:
+        rest = file.stat().st_size - 8
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, MOST_HEADER_BYTES)))
-        return {name: (about["dtype"], tuple(about["shape"]), about["data_offsets"][1] - about["data_offsets"][0])
-                for name, about in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            if length > min(rest, MOST_HEADER_BYTES):
+                raise ValueError(f"its header claims {length:,} bytes, and the file has {max(rest, 0):,} more")
+            header = parse_json(stream.read(length))
+        return {name: _header_entry(name, about, rest - length) for name, about in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} is damaged or not a safetensors file ({error}); download it again", "model") from error
+
+
+def _header_entry(name: str, about: Mapping[str, Any], size: int) -> tuple[str, tuple[int, ...], int]:
+    """size: bytes of all tensors together."""
+    shape, (begin, end) = about["shape"], about["data_offsets"]
+    if not isinstance(about["dtype"], str) or any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or not begin <= end <= size:
+        raise ValueError(f"the entry of {shown(name)} does not fit the file")
+    return about["dtype"], tuple(shape), end - begin
 
 
 def _other_formats(names: Iterable[str]) -> str:
@@ -87,8 +97,8 @@ def _other_formats(names: Iterable[str]) -> str:
 
 def _of_index(index: Path) -> WeightFiles:
     try:
-        weight_map = {str(tensor): str(file) for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        weight_map = {str(tensor): str(file) for tensor, file in parse_json(index.read_bytes())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{index} is not a valid weight index ({e!r})", "model") from e
     names = sorted(set(weight_map.values()))
     if not names:
@@ -97,6 +107,8 @@ def _of_index(index: Path) -> WeightFiles:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ModelError(f"{index.name} names {name}, which is outside the model's folder: move the file there, and correct the index",
                              "model")
+    for place in {Path(name).parent for name in names} - {Path()}:
+        check_inside(index.parent / place, index.parent, "model")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from minivllm.kernels import Ops
 
 BITS = 4
+# Transformers' names of kernels for the layout above. "llm-awq" is another layout.
+BACKENDS = ("auto", "autoawq", "auto_trainable", "gemm", "gemm_triton", "machete", "marlin", "exllama_v1", "exllama_v2", "torch_awq",
+            "torch_fused_awq")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def method_of(config: Mapping[str, Any]) -> MethodOf:
     read(config, Key("zero_point", bool, True))  # qzeros are stored either way
     version = read(config, Key("version", str, None)) or read(config, Key("format", str, "gemm"))
     one_of("awq", "version", version.lower(), ("gemm",))
+    one_of("awq", "backend", (read(config, Key("backend", str, None)) or "auto").lower(), BACKENDS)
     one_of("awq", "pack_dtype", read(config, Key("pack_dtype", str, "int32")), ("int32",))
     method = AWQMethod(group_size(config))
     dense = names(config, "modules_to_not_convert")  # AutoAWQ leaves out each module whose name contains one of these

@@ -27,6 +27,7 @@ from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
 from minivllm.quantization.compressed_tensors import IntMethod
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.fp8 import reshaped
+from minivllm.quantization.grouped import check_finite
 from minivllm.quantization.modules import by_name, listed, names, one_of
 
 if TYPE_CHECKING:
@@ -208,10 +209,11 @@ def dequantize(stored: Mapping[str, StoredTensor], facts: Mapping[str, Any]) -> 
 def _absmax(stored: Mapping[str, StoredTensor], facts: Mapping[str, Any]) -> Tensor:
     """-> [blocks] float32."""
     absmax = stored["weight.absmax"].read()
-    if "weight.nested_absmax" not in stored:
-        return absmax.float()
-    table, scale = (stored[f"weight.nested_{name}"].read().float() for name in ("quant_map", "absmax"))
-    return table[absmax.int()] * scale.repeat_interleave(facts["nested_blocksize"])[: len(absmax)] + facts["nested_offset"]
+    if "weight.nested_absmax" in stored:
+        table, scale = (stored[f"weight.nested_{name}"].read().float() for name in ("quant_map", "absmax"))
+        absmax = table[absmax.int()] * scale.repeat_interleave(facts["nested_blocksize"])[: len(absmax)] + facts["nested_offset"]
+    check_finite(absmax)
+    return absmax.float()
 
 
 def is_installed() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from minivllm.errors import ModelError
 from minivllm.quantization.base import Epilogue, Matmul
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class GroupedMatmul(Matmul):
 
     def __init__(self, weight: GroupedWeight, ops: Ops, order: Tensor | None = None) -> None:
         """order: [K], the input that each column multiplies, if the columns are not in the order of the inputs."""
+        check_finite(weight.scales, weight.mins, weight.super_scales, weight.super_mins, weight.input_scale)
         self.packed = ops.pack_groups(weight)
         self._linear, self._rows, self._order = ops.grouped_linear, ops.grouped_rows, order
 
@@ -44,6 +46,14 @@ class GroupedMatmul(Matmul):
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids: [T] -> rows [T, K] of the weight, for an embedding table."""
         return self._rows(self.packed, ids, dtype)
+
+
+def check_finite(*factors: Tensor | None) -> None:
+    """Raise `ModelError` if a scale or minimum of a weight is infinite or not a number: every answer would be wrong."""
+    for values in factors:
+        if values is not None and values.is_floating_point() and not bool(values.float().isfinite().all()):
+            raise ModelError("a scale of its quantized weight is infinite or not a number: the checkpoint is damaged, download it again",
+                             "model")
 
 
 def spread(values: Tensor, group: int, count: int, dim: int = 1) -> Tensor:

@@ -96,7 +96,7 @@ def test_an_unreadable_or_missing_tokenizer_is_an_error_that_names_it(tmp_path: 
     with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json is not valid JSON"):
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: not readable as JSON"):
         Tokenizer(tmp_path)
 
 

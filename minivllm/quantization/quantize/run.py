@@ -40,13 +40,13 @@ def quantize(source: Path, out: Path, config: QuantizeConfig, say: Callable[[str
     if "quantization_config" in model_config:
         raise ModelError("the model is quantized already: name the checkpoint that it was made from", "model")
     with torch.device("meta"):
-        plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     grid = _check_shapes(plan, config, say)
     windows = None
     if config.calibrated:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         windows = calibration.windows(tokenizer, config.calibration, config.value("num_samples"), config.value("seq_len"))
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False).eval()
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     tensors = _Quantizer(model, config, grid, device).run(windows)
     entry = quantization_config(config, grid.group_size, _dense_linears(model))
