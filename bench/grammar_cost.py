@@ -25,7 +25,8 @@ import torch
 from bench.machine import describe, one_line
 from minivllm import LLM, SamplingParams, StructuredOutputs
 from minivllm.engine.engine import EngineCore
-from minivllm.engine.grammar import GrammarCompiler, fill_masks
+from minivllm.engine.grammar import fill_masks
+from minivllm.engine.grammar_compiler import GrammarCompiler
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.sampling.logits_processors import TokenMasks
 

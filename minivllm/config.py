@@ -105,6 +105,8 @@ class EngineConfig:
     max_cpu_loras: int | None = option(None, "number of LoRA adapters in host memory, at least max_loras (default: no limit)")
     max_queue: int | None = option(None,
         "maximum number of waiting requests, of which each API key keeps an equal share; further ones are refused (default: no limit)")
+    max_grammar_seconds: float = option(3.0,
+        "CPU seconds that compiling the grammar of a request to the server may take; a more complex one is refused", metavar="SECONDS")
     trace: str | None = option(None, "record every plan and result in this file, as JSON lines", metavar="FILE")
 
     def __post_init__(self) -> None:
@@ -114,6 +116,7 @@ class EngineConfig:
         self._between("seed", -(2**63), 2**63 - 1)
         self._between("long_prefill_token_threshold", 0, MOST)
         self._between("kv_offloading_size", 0, 2**20)
+        self._between("max_grammar_seconds", 0.01, 3600)
         self._between("cpu_offload_gb", 0, 2**20)
         for name in ("max_model_len", "max_num_batched_tokens", "max_queue"):
             self._between(name, 1, MOST)
@@ -139,7 +142,7 @@ class EngineConfig:
         """`speculative_config`, checked; None: no speculative decoding."""
         return SpeculativeConfig.of(self.speculative_config) if self.speculative_config else None
 
-    def _between(self, name: str, low: int, high: int) -> None:
+    def _between(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if value is not None and not low <= value <= high:
             raise InvalidInput(f"{name} must be {f'at least {low}' if value < low else f'at most {high}'}, got {shown(value)}", name)

@@ -85,6 +85,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
         executor=worker, scheduler=scheduler, tokenizer=tokenizer, info=info, seed=config.seed, max_cpu_loras=config.max_cpu_loras,
         speculation=None if speculation is None else Speculation(
             speculation, info.device, scheduler.config.planning_depth > 0, worker.num_device_drafts == 0),
+        max_grammar_seconds=config.max_grammar_seconds,
     )
 
 

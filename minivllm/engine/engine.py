@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.core.request import sequence_id
@@ -22,10 +21,12 @@ from minivllm.core.scheduler import Scheduler
 from minivllm.core.trace import RecordingScheduler
 from minivllm.engine.adapters import AdapterRegistry
 from minivllm.engine.executor import Executor, PendingStep
-from minivllm.engine.grammar import GrammarCompiler, GrammarMasks
+from minivllm.engine.grammar import GrammarMasks
+from minivllm.engine.grammar_compiler import DEFAULT_SECONDS, GrammarCompiler
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.output_processor import OutputProcessor
+from minivllm.engine.preparation import RequestPreparation
 from minivllm.engine.prompts import Prompt, check_params, check_prompt, prepare_request
 from minivllm.engine.speculation import Speculation
 from minivllm.engine.tokenizer import Tokenizer
@@ -117,11 +118,12 @@ def _is_fatal(error: Exception) -> bool:
 
 
 class EngineCore:
-    """Not thread-safe: one thread makes all calls, except of what `preparation` returns."""
+    """Not thread-safe: one thread makes all calls, except to what `preparation` returns."""
 
     def __init__(
         self, *, executor: Executor, scheduler: Scheduler, tokenizer: Tokenizer | None, info: EngineInfo, seed: int = 0,
-        max_cpu_loras: int | None = None, clock: Callable[[], float] = time.monotonic, speculation: Speculation | None = None,
+        max_cpu_loras: int | None = None, max_grammar_seconds: float = DEFAULT_SECONDS,
+        clock: Callable[[], float] = time.monotonic, speculation: Speculation | None = None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
@@ -132,7 +134,7 @@ class EngineCore:
         self._info = info
         self._seed = seed
         self._clock = clock
-        self._compiler = GrammarCompiler(tokenizer, info.eos_token_ids)
+        self._compiler = GrammarCompiler(tokenizer, info.eos_token_ids, max_grammar_seconds)
         self._speculation = speculation
         self._outputs = OutputProcessor(tokenizer, GrammarMasks(self._compiler), speculation)
         self._adapters = AdapterRegistry(executor, scheduler.uses_adapter, info.max_loras, max_cpu_loras)
@@ -206,19 +208,17 @@ class EngineCore:
         """The user's seed; otherwise one that follows from the engine's seed and the number of the request."""
         return output(self._seed, self._num_added) if params.seed is None else params.seed & MASK
 
-    def preparation(self, request: EngineRequest | LoRARequest) -> Callable[[], object] | None:
-        """What `add`, or `load_adapter`, would have to compile or read first; None if nothing.
+    def check_room(self, owner: str, num_preparing: int) -> None:
+        """Raise `QueueFull` if the queue has no room for this owner, counting so many requests that are being prepared."""
+        self.scheduler.check_room(owner, num_preparing)
 
-        It may be called on another thread while steps continue.
-        """
+    def preparation(self, request: EngineRequest | LoRARequest) -> RequestPreparation | None:
+        """What takes long before `add`, or `load_adapter`; None: nothing. Another thread does it while steps continue."""
+        adapter = request if isinstance(request, LoRARequest) else request.lora_request
+        read = None if adapter is None else self._adapters.preparation(adapter)
         if isinstance(request, LoRARequest):
-            return self._adapters.preparation(request)
-        read = None if request.lora_request is None else self._adapters.preparation(request.lora_request)
-        structure = request.params.structured_outputs
-        if structure is None or self._compiler.is_cached(structure):
-            return read
-        compiling = partial(self._compiler.compile, structure)
-        return compiling if read is None else lambda: (read(), compiling())
+            return None if read is None else RequestPreparation([read], None)
+        return RequestPreparation.of(request.params, self.tokenizer, self._compiler, read)
 
     # -- LoRA adapters --------------------------------------------------------------------------------------------------
 
@@ -339,6 +339,7 @@ class EngineCore:
         self._closed = True
         self._pipeline.drain()
         self._outputs.clear()
+        self._compiler.close()
         if isinstance(self.scheduler, RecordingScheduler):
             self.scheduler.writer.close()
         self.executor.close()

@@ -3,24 +3,17 @@
     closed     objects with `properties` have no other keys, unless the schema says `additionalProperties`. JSON Schema allows any key
                there, which a model would fill with invented ones. (xgrammar's strict mode, vLLM's default, does the same.)
                A `format` that is only an annotation (`path`, `password`) is left out: JSON Schema does not require that it is checked.
-    relaxed    for schemas of tools: what cannot be enforced is left open, so that one odd tool does not spoil a request
+
+`tool_schema.py` has what schemas of tools need besides.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 NAMED_PARTS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 VALUES = ("const", "enum", "default", "examples", "example", "required")  # these hold values, not schemas: a "$ref" inside is data
 FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})  # enforced
-NOT_ENFORCED = frozenset({
-    "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames", "dependentRequired",
-    "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems",
-    "$id",  # may be no URI
-})
-MAX_PROPERTIES = 64  # of a tool whose properties are tried one by one
 
 
 def map_parts(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
@@ -100,50 +93,3 @@ def _replace(found: dict[str, Any], schema: Mapping[str, Any], pointer: str, ope
         source = source.get(step) if isinstance(source, Mapping) else None
     if isinstance(target, dict) and isinstance(source, Mapping) and isinstance(source.get(steps[-1]), dict):
         target[steps[-1]] = _close(source[steps[-1]], open_parts, True)
-
-
-# -- what can be enforced -----------------------------------------------------------------------------------------------
-
-
-def why_not(schema: Mapping[str, Any]) -> str | None:
-    """Why a schema cannot be enforced; None if it can."""
-    return _why_not(json.dumps(schema, ensure_ascii=False))
-
-
-@lru_cache(maxsize=512)
-def _why_not(schema: str) -> str | None:
-    try:
-        from llguidance import LLMatcher
-
-        return " ".join(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema), None).split())[:300] or None
-    except ImportError:  # the engine reports it
-        return None
-    except ValueError as error:
-        return str(error)
-
-
-def relaxed(schema: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """A schema of an object without what cannot be enforced, and why something was left out."""
-    found = why_not(closed(schema))
-    if found is None:
-        return schema, None
-    slim = _without(schema)
-    if why_not(closed(slim)) is None:
-        return slim, found
-    shared = {name: slim[name] for name in ("$defs", "definitions") if name in slim}
-    properties = slim.get("properties")
-    if isinstance(properties, dict) and len(properties) <= MAX_PROPERTIES:  # leave the properties open that fail
-        kept = {name: part if why_not({**shared, "properties": {name: part}}) is None else {} for name, part in properties.items()}
-        slim = {**shared, "type": "object", "properties": kept, **{n: slim[n] for n in ("required", "additionalProperties") if n in slim}}
-        if why_not(closed(slim)) is None:
-            return slim, found
-    return {"type": "object"}, found
-
-
-def _without(schema: Any) -> Any:
-    slim = map_parts(schema, _without)
-    if "oneOf" in slim and "anyOf" not in slim:
-        slim["anyOf"] = slim.pop("oneOf")
-    if not isinstance(slim.get("required", []), list):  # an older form: true, in the property itself
-        del slim["required"]
-    return {key: value for key, value in slim.items() if key not in NOT_ENFORCED}

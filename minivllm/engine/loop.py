@@ -8,7 +8,6 @@ import logging
 import queue
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -30,6 +29,7 @@ from minivllm.engine.messages import (
     WatchCommand,
 )
 from minivllm.engine.metrics import EngineStats
+from minivllm.engine.preparation_queue import PreparationQueue, PreparationWork, QueuedWork
 from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
@@ -45,7 +45,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def preparation(self, request: EngineRequest | LoRARequest) -> Callable[[], object] | None: ...
+    def check_room(self, owner: str, num_preparing: int) -> None: ...
+
+    def preparation(self, request: EngineRequest | LoRARequest) -> PreparationWork | None: ...
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -117,14 +119,16 @@ class EngineLoop:
         self.send = send
         self.rounds = 0  # passes of the loop; constant while the engine is idle
         self._watched = False
-        self._threads = ThreadPoolExecutor(2, "minivllm-prepare")  # started on first use
-        self._preparing: dict[str, EngineRequest] = {}  # by id: requests whose grammar is being compiled, or whose adapter is being read
+        self._preparing: dict[str, QueuedWork] = {}  # by id: requests whose grammar is compiled or adapter is read; they count as waiting
+        self._queue = PreparationQueue(lambda command, error: self.inbox.put(PreparedCommand(command, error)))
 
     def run(self) -> None:
         try:
             self._run()
         finally:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._queue.close()
+            for job in self._preparing.values():
+                job.work.cancel()
 
     def _run(self) -> None:
         while True:
@@ -167,15 +171,20 @@ class EngineLoop:
         return True
 
     def _abort(self, request_id: str) -> list[OutputDelta]:
-        request = self._preparing.pop(request_id, None)
-        if request is None:
+        job = self._preparing.pop(request_id, None)
+        if job is None:
             return self.engine.abort_request(request_id)
+        job.work.cancel()
+        request = job.command
+        assert isinstance(request, EngineRequest)
         return [OutputDelta(request_id, index, (), "", finish_reason="abort") for index in range(request.params.n)]
 
     def _prepare(self, command: EngineRequest | LoadAdapterCommand) -> None:
         """Add a request or an adapter. What must be compiled or read first is left to a thread, while steps continue."""
         request = command if isinstance(command, EngineRequest) else command.request
         try:
+            if isinstance(request, EngineRequest):
+                self.engine.check_room(request.owner, len(self._preparing))
             work = self.engine.preparation(request)
         except Exception as error:
             self._finish(command, error)
@@ -183,22 +192,14 @@ class EngineLoop:
         if work is None:
             self._finish(command)
             return
-
-        def prepare() -> None:
-            error = None
-            try:
-                work()
-            except Exception as failure:
-                error = failure
-            self.inbox.put(PreparedCommand(command, error))
-
+        job = self._queue.add(command, request.owner if isinstance(request, EngineRequest) else "", work)
         if isinstance(request, EngineRequest):
-            self._preparing[request.request_id] = request
-        self._threads.submit(prepare)
+            self._preparing[request.request_id] = job
 
     def _continue(self, prepared: PreparedCommand) -> None:
         if isinstance(command := prepared.command, EngineRequest):
-            if self._preparing.get(command.request_id) is not command:
+            job = self._preparing.get(command.request_id)
+            if job is None or job.command is not command:
                 return  # aborted meanwhile
             del self._preparing[command.request_id]
         self._finish(command, prepared.error)

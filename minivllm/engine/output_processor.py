@@ -20,7 +20,9 @@ from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
 from minivllm.core.request import SequenceUpdate, sequence_id
 from minivllm.core.stopping import StopRule
 from minivllm.engine.detokenizer import SequenceText
-from minivllm.engine.grammar import GrammarMasks, Matcher, SequenceGrammar
+from minivllm.engine.grammar import GrammarMasks, SequenceGrammar
+from minivllm.engine.grammar_text import Matcher
+from minivllm.engine.mask_budget import MaskAccount, MaskBudget
 from minivllm.engine.speculation import SequenceDrafts, Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
@@ -29,6 +31,8 @@ from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
+MASKS_TAKE_TOO_LONG = ("computing which tokens the grammar allows takes too long (mask_budget.py has the limits): "
+                       "make it simpler, with fewer ways to read the same text, or lower n")
 
 
 @dataclass(slots=True)
@@ -54,6 +58,18 @@ class RequestState:
     first_step: int  # plans launched before it may name an earlier request of the same id
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # [prompt length]; None: not wanted, or sent already
     sequences: dict[int, SequenceState] = field(default_factory=dict)  # by index
+    masks: MaskAccount = field(default_factory=MaskAccount)  # what its grammar's masks have cost
+
+
+class GrammarRow(NamedTuple):
+    """A sample of a sequence with a grammar."""
+
+    sequence: SequenceState
+    work: tuple[int, SequenceGrammar, tuple[int, ...]]  # first logits row, grammar, drafts
+
+    @property
+    def account(self) -> MaskAccount:
+        return self.sequence.request.masks
 
 
 class RequestFailure(NamedTuple):
@@ -75,6 +91,7 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._masks = masks
         self._speculation = speculation
+        self._budget = MaskBudget()
         self._requests: dict[str, RequestState] = {}
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._num_grammars = 0
@@ -177,27 +194,39 @@ class OutputProcessor:
         """The tokens that grammars allow; None if the plan samples for no sequence with a grammar."""
         if not self._num_grammars:
             return None
-        found: list[tuple[SequenceState, tuple[int, SequenceGrammar, tuple[int, ...]]]] = []
-        row = 0  # a sample has a logits row, and one more for each of its drafts
+        together: list[GrammarRow] = []
+        alone: dict[str, list[GrammarRow]] = {}  # by request
+        index = 0  # of a logits row: a sample has one, and one more for each of its drafts
         for name, column in zip(plan.sample_ids, plan.sample_from, strict=True):
             sequence, drafts = self._sequences.get(name), plan.drafts[column]
             if sequence is not None and sequence.grammar is not None:
-                found.append((sequence, (row, sequence.grammar, drafts)))
-            row += 1 + len(drafts)
-        if not found:
-            return None
-        try:
-            return self._masks.fill([work for _, work in found])
-        except Exception:  # the masks of a step are computed together: now each on its own
-            masks = [mask for sequence, work in found if (mask := self._mask(sequence, work)) is not None]
-            return TokenMasks.join(masks) if masks else None
+                row = GrammarRow(sequence, (index, sequence.grammar, drafts))
+                (alone.setdefault(sequence.request.id, []) if row.account.watched else together).append(row)
+            index += 1 + len(drafts)
+        masks: list[TokenMasks] = []
+        self._budget.begin_step()
+        count = self._budget.together([row.account for row in together], lambda part: self._fill(together[part], masks))
+        for row in together[count:]:
+            alone.setdefault(row.sequence.request.id, []).append(row)
+        for rows in alone.values():
+            if not self._budget.alone(rows[0].account, len(rows), lambda part, rows=rows: self._fill(rows[part], masks)):  # type: ignore[misc]
+                self._fail_grammar(rows[0].sequence.request, MASKS_TAKE_TOO_LONG)
+        return TokenMasks.join(masks) if masks else None
 
-    def _mask(self, sequence: SequenceState, work: tuple[int, SequenceGrammar, tuple[int, ...]]) -> TokenMasks | None:
+    def _fill(self, rows: Sequence[GrammarRow], masks: list[TokenMasks]) -> None:
         try:
-            return self._masks.fill([work])
-        except Exception as bug:
-            self._fail(sequence, bug)
-            return None
+            masks.append(self._masks.fill([row.work for row in rows]))
+        except Exception as bug:  # they are computed together: now each on its own
+            if len(rows) == 1:
+                self._fail(rows[0].sequence, bug)
+            else:
+                for row in rows:
+                    self._fill([row], masks)
+
+    def _fail_grammar(self, request: RequestState, why: str) -> None:
+        assert request.params.structured_outputs is not None
+        where = request.params.structured_outputs.where
+        self._failures.setdefault(request.id, RequestFailure(request.id, f"{where}: {why}", where))
 
     def _sampled(self, plan: StepPlan) -> list[SequenceState | None]:
         """The sequence of each sample; None if it has ended since the plan was made."""
@@ -223,10 +252,7 @@ class OutputProcessor:
             if stop is not None:
                 stops[i] = stop
             if sequence.grammar.failure is not None:
-                request = sequence.request
-                assert request.params.structured_outputs is not None
-                where = request.params.structured_outputs.where
-                self._failures.setdefault(request.id, RequestFailure(request.id, f"{where}: {sequence.grammar.failure}", where))
+                self._fail_grammar(sequence.request, sequence.grammar.failure)
         return stops
 
     def push_text(self, plan: StepPlan, result: StepResult, stops: Mapping[int, Stop]) -> dict[int, Stop]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 
 from minivllm.engine.tokenizer import Tokenizer
@@ -14,6 +15,8 @@ from minivllm.sampling_params import SamplingParams, whole
 # Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. A dict may have a "cache_salt": see `EngineRequest`.
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
+# Entries of a field times n: comparisons or changes of logits in each step of one request, at most about 10 ms on one CPU core.
+MOST_PER_STEP = {"bad_words": 1 << 16, "allowed_token_ids": 1 << 21, "stop_token_ids": 1 << 21, "logit_bias": 1 << 21}
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _UNBUILT = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds")  # keys of vLLM's prompts
 
@@ -153,6 +156,7 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
     """Check parameters against the model, and complete them: `bad_words_token_ids` are the token sequences of `bad_words`."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         check_vocabulary(name, getattr(params, name) or (), vocab_size)
+        _check_rows(name, len(getattr(params, name) or ()), params.n)
     for name in ("logprobs", "prompt_logprobs"):
         count, limit = getattr(params, name), vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         if count is None:
@@ -169,12 +173,25 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
         return params
     if not params.bad_words:
         return params
-    words = tuple(ids for ids in _bad_words(params.bad_words, tokenizer) if max(ids) < vocab_size)  # the model cannot generate others
+    words = tuple(ids for ids in bad_word_ids(tuple(params.bad_words), tokenizer) if max(ids) < vocab_size)  # others cannot be generated
+    _check_rows("bad_words", len(words), params.n)
     return dataclasses.replace(params, bad_words_token_ids=words)
 
 
-def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token sequences to ban. A word has other tokens inside a text, after a space, and at the start of a text: all are banned."""
+def _check_rows(name: str, count: int, n: int) -> None:
+    """Bound the work per step of one request: each of its rows compares or changes so many logits."""
+    limit = MOST_PER_STEP[name]
+    if count * n > limit:
+        raise InvalidInput(f"{name} has {count:,} entries for each of n = {n} completions, and at most {limit:,} in all are allowed: "
+                           "leave some out, or lower n", name)
+
+
+@lru_cache(maxsize=64)
+def bad_word_ids(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token sequences to ban. A word has other tokens inside a text, after a space, and at the start of a text: all are banned.
+
+    1,024 words take about 0.1 s, so a compile thread calls it first for a client's request (`preparation.py`).
+    """
     spellings = []
     for word in words:
         spellings += [tokenizer.encode_inside(word), tokenizer.encode_inside(" " + word.lstrip()), tokenizer.encode(word, False)]

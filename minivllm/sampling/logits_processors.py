@@ -98,8 +98,12 @@ class TokenMasks:
 
     @classmethod
     def join(cls, masks: Sequence[TokenMasks]) -> TokenMasks:
-        """The masks of several parts of a step, in order."""
-        return cls(np.concatenate([mask.rows for mask in masks]), np.concatenate([mask.words for mask in masks]))
+        """The masks of several parts of a step. The result is in the order of rows."""
+        if len(masks) == 1:
+            return masks[0]
+        rows, words = np.concatenate([mask.rows for mask in masks]), np.concatenate([mask.words for mask in masks])
+        order = np.argsort(rows)
+        return cls(rows, words) if (order[1:] > order[:-1]).all() else cls(rows[order], words[order])
 
     def part(self, start: int, stop: int) -> TokenMasks | None:
         """The masks of logits rows [start, stop), with indices relative to start; None if there are none."""

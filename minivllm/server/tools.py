@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import FailFast, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from minivllm.engine.json_schema import map_parts, relaxed
+from minivllm.engine.json_schema import map_parts
+from minivllm.engine.tool_schema import CheckBudget, relaxed
 from minivllm.errors import InvalidInput, NotSupportedYet, nearest
 from minivllm.sampling_params import MAX_NESTING, nested_deeper
 from minivllm.server.strict import StrictModel
@@ -144,7 +145,8 @@ class ToolSpec:
     @cached_property
     def _enforced(self) -> list[tuple[dict[str, Any], str | None]]:
         """For each function the schema that is enforced, and why it is not all of the function's own."""
-        return [_enforceable(_arguments(f)) if self._needs_schema(f) else ({"type": "object"}, None) for f in self.functions]
+        budget = CheckBudget()
+        return [_enforceable(_arguments(f), budget) if self._needs_schema(f) else ({"type": "object"}, None) for f in self.functions]
 
     def enforced_schemas(self) -> list[dict[str, Any]]:
         """For each function, the schema of its arguments: any object if they are not enforced."""
@@ -194,15 +196,15 @@ def _arguments(function: Function) -> dict[str, Any]:
     return schema if any(name in schema for name in open_keys) else {**schema, "properties": {}}
 
 
-def _enforceable(schema: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def _enforceable(schema: dict[str, Any], budget: CheckBudget) -> tuple[dict[str, Any], str | None]:
     """What a grammar can enforce of a schema, and why that is not all of it."""
     if not nested_deeper(schema, MAX_LEVELS):
-        return relaxed(schema)
+        return relaxed(schema, budget)
     properties = schema.get("properties")
     if isinstance(properties, Mapping):  # leave the properties open that are too deep
         schema = {**schema, "properties": {name: {} if isinstance(part, Mapping) and nested_deeper(part, MAX_LEVELS - 2) else part
                                            for name, part in properties.items()}}
-    slim = {"type": "object"} if nested_deeper(schema, MAX_LEVELS) else relaxed(schema)[0]
+    slim = {"type": "object"} if nested_deeper(schema, MAX_LEVELS) else relaxed(schema, budget)[0]
     return slim, f"it is nested deeper than {MAX_LEVELS} levels"
 
 

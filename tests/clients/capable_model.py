@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.engine.chat_template import ChatTemplate
-from minivllm.engine.grammar import GrammarCompiler
+from minivllm.engine.grammar_compiler import GrammarCompiler
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.server.scripted import EOS, LiveServer, ScriptedEngine, Steps, scripted_server

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from minivllm.engine.grammar import GrammarCompiler
+from minivllm.engine.grammar_compiler import GrammarCompiler
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import StructuredOutputsParams

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minivllm.engine.json_schema import FORMATS, closed, map_parts, relaxed, why_not
+from minivllm.engine.json_schema import FORMATS, closed, map_parts
+from minivllm.engine.tool_schema import relaxed, why_not
 
 pytest.importorskip("llguidance")
 

@@ -8,7 +8,8 @@ import pytest
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
 from minivllm.core.request import SequenceUpdate
 from minivllm.core.stopping import StopRule
-from minivllm.engine.grammar import GrammarCompiler, GrammarMasks
+from minivllm.engine.grammar import GrammarMasks
+from minivllm.engine.grammar_compiler import GrammarCompiler
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest

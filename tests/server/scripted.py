@@ -94,7 +94,10 @@ class ScriptedEngine:
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 
-    def preparation(self, request: EngineRequest | LoRARequest) -> Callable[[], object] | None:
+    def check_room(self, owner: str, num_preparing: int) -> None:
+        pass
+
+    def preparation(self, request: EngineRequest | LoRARequest) -> None:
         return None
 
     def load_adapter(self, request: LoRARequest) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from minivllm.config import EngineConfig
 from minivllm.engine.chat_template import ChatTemplate
-from minivllm.engine.grammar import GrammarCompiler
-from minivllm.engine.json_schema import closed, why_not
+from minivllm.engine.grammar_compiler import GrammarCompiler
+from minivllm.engine.json_schema import closed
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.engine.tool_schema import why_not
 from minivllm.errors import InvalidInput
 from minivllm.output_parsers.reasoning import CLOSE, OPEN
 from minivllm.output_parsers.tool_calls import HermesParser
