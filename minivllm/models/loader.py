@@ -30,7 +30,7 @@ from minivllm.models.decoder import Decoder
 from minivllm.models.gguf_weights import open_index
 from minivllm.models.streaming import WeightStream
 from minivllm.models.weight_files import GGUF_INDEX, find_weight_files
-from minivllm.quantization.base import MethodOf, StoredTensor
+from minivllm.quantization.base import LinearMethod, StoredTensor
 from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes, stored_modules
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         return _build_decoder(spec, build, _Dummy(parameters(spec, build.method), build, seed), stream)
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
         spec, checkpoint = resolve_tied(spec, found)
-        checkpoint = adapted(checkpoint, spec, build.method)
+        checkpoint = adapted(checkpoint, stored_modules(spec, build.method))
         needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
         lines = list(dict.fromkeys(method.notice for method in stored_modules(spec, build.method).values()))
@@ -195,9 +195,8 @@ def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoi
         raise ModelError(f"the weights in {folder} do not match its config.json ({spec.architecture}): {shown}", "model")
 
 
-def adapted(checkpoint: Checkpoint, spec: ModelSpec, method: MethodOf) -> Checkpoint:
-    """The checkpoint with the tensors of each linear layer as its method names them (`LinearMethod.adapt`)."""
-    modules = stored_modules(spec, method)
+def adapted(checkpoint: Checkpoint, modules: Mapping[str, LinearMethod]) -> Checkpoint:
+    """The checkpoint with the tensors of each linear layer as its method names them (`LinearMethod.adapt`). modules: `stored_modules`."""
     others: dict[str, StoredTensor] = {}
     of_module: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in checkpoint.items():
@@ -221,7 +220,7 @@ def check_header(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
         _without_prefix(name): StoredTensor("a safetensors file", name, shape, DTYPES.get(dtype, dtype), partial(torch.zeros, ()))
         for name, (dtype, shape, _) in tensors.items() if not name.endswith(".weight_shape")}  # compressed-tensors: numbers, not a weight
     spec, checkpoint = resolve_tied(spec, checkpoint)  # two stored copies of a tied matrix count as equal
-    check(spec, parameters(spec, method), adapted(checkpoint, spec, method), Path(where))
+    check(spec, parameters(spec, method), adapted(checkpoint, stored_modules(spec, method)), Path(where))
 
 
 def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Iterator[str]:

@@ -82,7 +82,7 @@ def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Param
     """Every parameter of the model under our own name, e.g. `layers.3.qkv.weight`."""
     found = {name: _tensor(tensor) for name, tensor in tensor_specs(spec).items()}
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
-        found.update(_linear(linear, method(linear)))
+        found.update(linear_parameters(linear, method(linear)))
     return found
 
 
@@ -130,7 +130,8 @@ def _tensor(tensor: TensorSpec) -> Parameter:
     return Parameter(tensor.shape, (Source(tensor.checkpoint_name, tensor.shape),), dummy=1.0 if tensor.kind == "scale" else "normal")
 
 
-def _linear(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:
+def linear_parameters(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter of a linear layer, under our own name."""
     # A checkpoint may hold the parts of a fused layer as one tensor already.
     rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
     tensors = method.parameters(rows, linear.cols)

@@ -8,7 +8,7 @@ A draft that does not fit is refused before any weights are loaded: its tokens m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError
-from minivllm.families import ModelSpec, linear_specs, parse_config
+from minivllm.families import LinearSpec, ModelSpec, linear_specs, parse_config
 from minivllm.layers.attention import Attention
 from minivllm.layers.build import BuildContext
 from minivllm.layers.linear import Linear
@@ -26,10 +26,10 @@ from minivllm.layers.norm import load_norm
 from minivllm.layers.rope import RotaryEmbedding
 from minivllm.models.decoder import Decoder, PreNormLayer
 from minivllm.models.hub import describe_model, find_model
-from minivllm.models.loader import check, load_model, open_checkpoint, take_from
+from minivllm.models.loader import Checkpoint, adapted, check, load_model, open_checkpoint, take_from
 from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes
+from minivllm.quantization.methods import METHODS, Parameter, linear_parameters, method_of, parameters, resident_bytes, stored_modules
 from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.draft_model import DraftModel
 from minivllm.speculative.eagle import EagleHead
@@ -38,7 +38,7 @@ from minivllm.speculative.steps import draft_group
 from minivllm.speculative_config import FIELD, SpeculativeConfig
 
 VOCABULARY = "d2t"  # as in EAGLE-3's files: row i of the draft's output is token i + d2t[i]
-FUSION = "fc.weight"
+FUSION = "fc."  # a tensor that only heads have
 SHARED = "embed_tokens.weight"  # some heads store a copy of the target's embedding table, which is used instead
 
 
@@ -57,9 +57,9 @@ class Draft:
         """Bytes of its weights on the device. itemsize: of the target's dtype."""
         if self.settings.method != "eagle":
             return resident_bytes(self.spec, self.method, itemsize, on_gpu)
-        hidden = self.spec.hidden_size
-        one_layer = replace(self.spec, vocab_size=1, tied=True)
-        return resident_bytes(one_layer, self.method, itemsize, on_gpu) + (2 * hidden + (self.vocabulary or 0)) * hidden * itemsize
+        fusion, layer = _fusion(self.spec), replace(self.spec, vocab_size=1, tied=True)
+        own = self.method(fusion).resident_bytes(fusion.rows, fusion.cols, itemsize, on_gpu)
+        return own + resident_bytes(layer, self.method, itemsize, on_gpu) + (self.vocabulary or 0) * self.spec.hidden_size * itemsize
 
 
 def find_draft(config: EngineConfig, target: ModelSpec, tokenizer: Path | None = None) -> Draft | None:
@@ -115,9 +115,9 @@ def _draft(settings: SpeculativeConfig, folder: Path, config: Mapping[str, Any],
     """shapes: of its tensors; {}: not known."""
     spec, method = check_draft(settings, config, target), method_of(config, wanted=settings.quantization)
     is_head = settings.method == "eagle"
-    if shapes and is_head != (FUSION in shapes):
-        raise ModelError(f"it has no {FUSION}, so it is no head in EAGLE's layout: set method to draft_model" if is_head else
-                         f"it has {FUSION}, so it is a learned head and no whole model: set method to eagle", FIELD)
+    if shapes and is_head != any(name.startswith(FUSION) for name in shapes):
+        raise ModelError("it has no fc.weight, so it is no head in EAGLE's layout: set method to draft_model" if is_head else
+                         "it has fc.weight, so it is a learned head and no whole model: set method to eagle", FIELD)
     return Draft(settings, folder, spec, method, group, shapes[VOCABULARY][0] if is_head and VOCABULARY in shapes else None)
 
 
@@ -190,16 +190,17 @@ def load_head(folder: Path, spec: ModelSpec, build: BuildContext, target: Decode
     final_norm(target)  # raises for a target that no head fits
     with open_checkpoint(folder) as found:
         d2t = found.get(VOCABULARY)
-        stored = {name: tensor for name, tensor in found.items() if name not in (VOCABULARY, SHARED)}
-        needed = _head_parameters(spec, build.method, stored.keys())
-        check(spec, needed, stored, folder)
-        take = take_from(needed, stored, build)
+        own: Checkpoint = {name: tensor for name, tensor in found.items() if name not in (VOCABULARY, SHARED)}
+        fusion = _fusion(spec, bias="fc.bias" in found)
+        own = adapted(own, {**stored_modules(spec, build.method), "fc": build.method(fusion)})
+        needed = _head_parameters(spec, build.method, fusion, own.keys())
+        check(spec, needed, own, folder)
+        take = take_from(needed, own, build)
         linears = linear_specs(spec)
         before = load_norm(build, take, spec, "layers.0.attn_norm") if "layers.0.attn_norm.weight" in needed else None
         attention = Attention(spec, build, take, linears, 0, 0, 0, before)
         mlp = MLP(spec.layers[0].mlp, build, take, linears, 0, load_norm(build, take, spec, "layers.0.mlp_norm"))
-        fc = Linear(build, DENSE.build({"weight": take(FUSION)}, (spec.hidden_size,), build.ops),
-                    bias=take("fc.bias") if "fc.bias" in needed else None)
+        fc = Linear.load(build, take, fusion)
         offsets = None if d2t is None else d2t.read().to(build.device, torch.int64)
     head, vocabulary = target.head.without_norm(build), None
     if offsets is not None:
@@ -213,13 +214,14 @@ def load_head(folder: Path, spec: ModelSpec, build: BuildContext, target: Decode
     return EagleHead(target, fc, PreNormLayer(0, attention, mlp), a, head, rope=rope, vocabulary=vocabulary, **options)
 
 
-def _head_parameters(spec: ModelSpec, method: MethodOf, stored: Any) -> dict[str, Parameter]:
-    hidden = spec.hidden_size
+def _fusion(spec: ModelSpec, bias: bool = False) -> LinearSpec:
+    """The layer that joins the next token's embedding and the hidden state."""
+    return LinearSpec("fc", (spec.hidden_size,), 2 * spec.hidden_size, ("fc",), bias, parallel=None)
+
+
+def _head_parameters(spec: ModelSpec, method: MethodOf, fusion: LinearSpec, stored: Collection[str]) -> dict[str, Parameter]:
     needed = {name: p for name, p in parameters(spec, method).items() if name.startswith("layers.")}
     norm = needed["layers.0.attn_norm.weight"].sources[0].name
     if norm not in stored:
         del needed["layers.0.attn_norm.weight"]
-    needed[FUSION] = Parameter((hidden, 2 * hidden), (Source(FUSION, (hidden, 2 * hidden)),))
-    if "fc.bias" in stored:
-        needed["fc.bias"] = Parameter((hidden,), (Source("fc.bias", (hidden,)),))
-    return needed
+    return {**needed, **dict(linear_parameters(fusion, method(fusion)))}

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from minivllm.errors import InvalidInput
 from minivllm.models.decoder import Decoder
+from minivllm.quantization.quantize.eight_bit import int8
+from minivllm.quantization.quantize.settings import QuantizeConfig, quantization_config
 from minivllm.speculative.load import VOCABULARY
 from minivllm.speculative.shared import final_norm
 from minivllm.speculative.training.generations import Generation, generate
@@ -72,25 +74,32 @@ def _answers(target: Decoder, prompts: Sequence[Sequence[int]], stop: Sequence[i
                              batch_size=BATCH[target.build.device.type], progress=bar.update))
 
 
-def write_head(out: Path, network: HeadNetwork, tables: TargetTables, target: Decoder, model_config: Mapping[str, Any]) -> int:
-    """Write the folder in EAGLE's layout, in bfloat16. model_config: the target's config.json. -> bytes of the weights"""
+def write_head(out: Path, network: HeadNetwork, tables: TargetTables, target: Decoder, model_config: Mapping[str, Any],
+               store: str = "bfloat16") -> int:
+    """Write the folder in EAGLE's layout. model_config: the target's config.json. store: see `TrainDraftConfig`. -> bytes of the weights"""
     from safetensors.torch import save_file
 
     size, spec = network.size, target.spec
-    tensors: dict[str, Tensor] = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in network.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for name, weight in network.state_dict().items():
+        if store == "int8" and weight.dim() == 2:
+            tensors.update({f"{name.removesuffix('.weight')}.{suffix}": t for suffix, t in int8(weight.cpu(), torch.bfloat16).items()})
+        else:
+            tensors[name] = weight.to("cpu", torch.bfloat16)
     if len(tables.vocabulary) < spec.vocab_size:
         ids = tables.vocabulary.cpu()
         tensors[VOCABULARY] = ids - torch.arange(len(ids))
-    rope = {name: model_config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if model_config.get(name) is not None}
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "vocab_size": spec.vocab_size,
         "hidden_size": size.hidden, "intermediate_size": size.intermediate, "num_attention_heads": size.num_heads,
         "num_key_value_heads": size.num_kv_heads, "head_dim": size.head_dim, "hidden_act": "silu", "rms_norm_eps": size.eps,
-        "max_position_embeddings": spec.max_model_len, "tie_word_embeddings": False, "torch_dtype": "bfloat16", **rope,
-        **({"draft_vocab_size": len(tables.vocabulary)} if VOCABULARY in tensors else {})}
+        "max_position_embeddings": spec.max_model_len, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        **{name: model_config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if model_config.get(name) is not None}}
+    if store == "int8":
+        config["quantization_config"] = quantization_config(QuantizeConfig(method="int8"), -1, [])
     out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("*.safetensors"), *out.glob("config.json")]:
         old.unlink()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return (out / "model.safetensors").stat().st_size

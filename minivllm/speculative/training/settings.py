@@ -23,6 +23,7 @@ class TrainDraftConfig:
     learning_rate: float = option(1e-3, "largest step size of AdamW")
     steps: int = option(3, "drafts in a row that the head is trained for")
     batch_tokens: int = option(1536, "tokens of one training step")
+    store: str = option("bfloat16", "type of the written weights; int8: half the size", choices=("bfloat16", "int8"))
     seed: int = option(0, "of sampling, and of the order of the answers")
 
     def __post_init__(self) -> None:
