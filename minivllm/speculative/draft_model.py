@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from minivllm.models.decoder import Decoder
+from minivllm.sampling.rejection import sample_drafts
 from minivllm.speculative.base import DraftTokens, ProposalInput
-from minivllm.speculative.steps import drafts, in_group, most_probable, sample_drafts, single_tokens
+from minivllm.speculative.steps import drafts, in_group, most_probable, single_tokens
 
 
 class DraftModel:

@@ -21,9 +21,10 @@ from minivllm.layers.attention import StepContext
 from minivllm.layers.linear import Linear
 from minivllm.layers.rope import RotaryEmbedding
 from minivllm.models.decoder import Decoder, PreNormLayer
+from minivllm.sampling.rejection import sample_drafts
 from minivllm.speculative.base import DraftTokens, ProposalInput
 from minivllm.speculative.shared import final_norm
-from minivllm.speculative.steps import drafts, in_group, most_probable, sample_drafts, single_tokens
+from minivllm.speculative.steps import drafts, in_group, most_probable, single_tokens
 
 
 class EagleHead:

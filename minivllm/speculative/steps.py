@@ -21,7 +21,7 @@ def draft_group(target: ModelSpec) -> int | None:
 def in_group(batch: InputBatch, group: int, count: int, tokens: Tensor | None = None) -> InputBatch:
     """The same step for a model of `count` KV groups that all use the blocks of the target's `group`. tokens: they replace its tokens."""
     return replace(batch, tokens=batch.tokens if tokens is None else tokens.to(torch.int32), slots=(batch.slots[group],) * count,
-                   block_tables=(batch.block_tables[group],) * count, last_only=False, shared=None)
+                   block_tables=(batch.block_tables[group],) * count, last_only=False, shared=None, adapter_slots=None)
 
 
 def single_tokens(x: ProposalInput, group: int, count: int, tokens: Tensor, positions: Tensor, ahead: int) -> InputBatch:
@@ -51,7 +51,3 @@ def drafts(tokens: Sequence[Tensor], probs: Sequence[Tensor | None]) -> DraftTok
     """From the tokens [B] of each step, and the distributions [B, V] that they were sampled from, if they were."""
     known = [p for p in probs if p is not None]
     return DraftTokens(torch.stack(list(tokens), 1), torch.stack(known, 1) if known else None)
-
-
-def sample_drafts(logits: Tensor, temperature: Tensor, streams: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
