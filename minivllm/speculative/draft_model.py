@@ -12,7 +12,7 @@ from torch import Tensor
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.rejection import sample_drafts
 from minivllm.speculative.base import DraftTokens, ProposalInput
-from minivllm.speculative.steps import drafts, in_group, most_probable, single_tokens
+from minivllm.speculative.steps import MostProbable, SingleTokens, drafts, in_group
 
 
 class DraftModel:
@@ -30,17 +30,18 @@ class DraftModel:
         """See `DeviceProposer`."""
         kv, count = x.kv[self._first :], len(self._model.groups)
         self._model.forward(in_group(x.batch, self._group, count), kv, x.block_size)
+        steps = SingleTokens(x, self._group, count, x.lengths - 1, self.num_drafts)
+        best = MostProbable(len(x.newest), x.newest.device, self._model.build.ops)
         token, tokens, probs = x.newest, list[Tensor](), list[Tensor | None]()
         for i in range(self.num_drafts):
-            step = single_tokens(x, self._group, count, token, x.lengths - 1 + i, ahead=1 + i)
-            token, some = self._choose(self._model.forward(step, kv, x.block_size), x, i)
+            token, some = self._choose(self._model.forward(steps.batch(i, token), kv, x.block_size), x, i, best)
             tokens.append(token)
             probs.append(some)
         return drafts(tokens, probs)
 
-    def _choose(self, hidden: Tensor, x: ProposalInput, i: int) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, hidden: Tensor, x: ProposalInput, i: int, best: MostProbable) -> tuple[Tensor, Tensor | None]:
         """hidden: [B, hidden] -> draft i of each sequence [B] int64, and the distribution it is sampled from [B, V]."""
         logits = self._model.logits(hidden, dtype=None)
         if not self._probabilistic:
-            return most_probable(logits, self._model.build.ops), None
+            return best(logits), None
         return sample_drafts(logits, x.temperature, x.streams, x.lengths + i)

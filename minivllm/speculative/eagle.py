@@ -24,7 +24,7 @@ from minivllm.models.decoder import Decoder, PreNormLayer
 from minivllm.sampling.rejection import sample_drafts
 from minivllm.speculative.base import DraftTokens, ProposalInput
 from minivllm.speculative.shared import final_norm
-from minivllm.speculative.steps import drafts, in_group, most_probable, single_tokens
+from minivllm.speculative.steps import MostProbable, SingleTokens, drafts, in_group
 
 
 class EagleHead:
@@ -48,15 +48,16 @@ class EagleHead:
         kv = x.kv[len(self._target.spec.layers)]
         feature = self._run(in_group(x.batch, self._group, 1, x.next_tokens), self._norm(x.hidden), kv, x.block_size)
         feature = feature.index_select(0, x.last)
+        steps = SingleTokens(x, self._group, 1, x.lengths - 1, self.num_drafts - 1)
+        best = MostProbable(len(feature), feature.device, self._target.build.ops)
         tokens: list[Tensor] = []
         probs: list[Tensor | None] = []
         for i in range(self.num_drafts):
-            token, some = self._choose(feature, x, i)
+            token, some = self._choose(feature, x, i, best)
             tokens.append(token)
             probs.append(some)
             if i + 1 < self.num_drafts:
-                step = single_tokens(x, self._group, 1, token, x.lengths - 1 + i, ahead=i)
-                feature = self._run(step, feature, kv, x.block_size)
+                feature = self._run(steps.batch(i, token), feature, kv, x.block_size)
         return drafts(tokens, probs)
 
     def _run(self, batch: InputBatch, hidden: Tensor, kv: KVLayer, block_size: int) -> Tensor:
@@ -68,11 +69,11 @@ class EagleHead:
         joined = torch.cat((self._target.embedding.rows(batch.tokens), hidden), dim=1)
         return self._layer(self._fc(joined), StepContext((rotation,), batch.slots, (meta,)), kv)
 
-    def _choose(self, feature: Tensor, x: ProposalInput, i: int) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, feature: Tensor, x: ProposalInput, i: int, best: MostProbable) -> tuple[Tensor, Tensor | None]:
         """feature: [B, hidden] -> draft i of each sequence [B] int64, and the distribution it is sampled from [B, V]."""
         logits, vocabulary = self._head(feature), self._vocabulary
         if not self._probabilistic:
-            token = most_probable(logits, self._target.build.ops)
+            token = best(logits)
             return token if vocabulary is None else vocabulary.index_select(0, token), None
         if vocabulary is not None:
             whole = logits.new_full((len(logits), self._target.spec.vocab_size), float("-inf"))

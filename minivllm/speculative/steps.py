@@ -24,27 +24,42 @@ def in_group(batch: InputBatch, group: int, count: int, tokens: Tensor | None = 
                    block_tables=(batch.block_tables[group],) * count, last_only=False, shared=None, adapter_slots=None)
 
 
-def single_tokens(x: ProposalInput, group: int, count: int, tokens: Tensor, positions: Tensor, ahead: int) -> InputBatch:
-    """One token for each sequence: tokens, positions [B]. ahead: how much longer than in the target's step a sequence may be.
+class SingleTokens:
+    """The inputs of `count` steps of one token per sequence, at consecutive positions. All are computed at once: a step needs few kernels."""
 
-    Positions beyond the block table are written to the null block.
-    """
-    table = x.batch.block_tables[group]
-    num_seqs, most = table.shape[0], table.shape[1] * x.block_size
-    seq_lens = (positions + 1).clamp(1, most).to(torch.int32)
-    host: Sequence[int] = seq_lens.tolist() if table.device.type == "cpu" else [min(n + ahead, most) for n in x.batch.seq_lens_host]
-    slots = slots_at(table, positions, x.block_size)
-    one = torch.arange(num_seqs + 1, dtype=torch.int32, device=table.device)
-    return InputBatch(
-        tokens=tokens.to(torch.int32), positions=positions, query_start=one, seq_lens=seq_lens, slots=(slots,) * count,
-        block_tables=(table,) * count, logit_rows=one[:-1], num_decodes=num_seqs, query_lens_host=(1,) * num_seqs,
-        seq_lens_host=tuple(host))
+    def __init__(self, x: ProposalInput, group: int, num_groups: int, first: Tensor, count: int) -> None:
+        """first: [B] the position of the first step. Positions beyond the block table are written to the null block."""
+        table, device = x.batch.block_tables[group], first.device
+        num_seqs, most = table.shape[0], table.shape[1] * x.block_size
+        self._table, self._num_groups, self._most = table, num_groups, most
+        self.positions = first[None] + torch.arange(count, device=device)[:, None]  # [count, B]
+        self._slots = slots_at(table.expand(count, *table.shape).flatten(0, 1), self.positions.flatten(), x.block_size).view(count, num_seqs)
+        self._seq_lens = (self.positions + 1).clamp(1, most).to(torch.int32)
+        self._start = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
+        # Attention on a CPU needs the exact lengths. On a GPU upper bounds choose its kernels: no value is read on the host.
+        self._exact = self._seq_lens.tolist() if device.type == "cpu" else None
+        self._bounds = x.batch.seq_lens_host
+
+    def batch(self, i: int, tokens: Tensor) -> InputBatch:
+        """Of step i: tokens [B]."""
+        seqs, groups = len(self._start) - 1, self._num_groups
+        host = self._exact[i] if self._exact is not None else [min(n + 1 + i, self._most) for n in self._bounds]
+        return InputBatch(
+            tokens=tokens.to(torch.int32), positions=self.positions[i], query_start=self._start, seq_lens=self._seq_lens[i],
+            slots=(self._slots[i],) * groups, block_tables=(self._table,) * groups, logit_rows=self._start[:-1], num_decodes=seqs,
+            query_lens_host=(1,) * seqs, seq_lens_host=tuple(host))
 
 
-def most_probable(logits: Tensor, ops: Ops) -> Tensor:
-    """logits: [B, V] -> [B] int64."""
-    rows, device = len(logits), logits.device
-    return ops.sample(logits, torch.zeros(rows, device=device), torch.zeros((rows, 2), dtype=torch.int32, device=device))
+class MostProbable:
+    """Chooses the most probable token of each sequence."""
+
+    def __init__(self, num_seqs: int, device: torch.device, ops: Ops) -> None:
+        self._temperature = torch.zeros(num_seqs, device=device)
+        self._keys, self._sample = torch.zeros((num_seqs, 2), dtype=torch.int32, device=device), ops.sample
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits: [B, V] -> [B] int64."""
+        return self._sample(logits, self._temperature, self._keys)
 
 
 def drafts(tokens: Sequence[Tensor], probs: Sequence[Tensor | None]) -> DraftTokens:
