@@ -20,9 +20,9 @@ class TrainDraftConfig:
     draft_vocab_size: int = option(8192,
         "tokens that the head can propose, those that the model chooses most often; 0: all, for other programs that read EAGLE heads")
     epochs: int = option(4, "how often each answer is used")
-    learning_rate: float = option(1e-3, "largest step size of AdamW")
+    learning_rate: float = option(3e-4, "largest step size of AdamW")
     steps: int = option(3, "drafts in a row that the head is trained for")
-    batch_tokens: int = option(1536, "tokens of one training step")
+    batch_tokens: int = option(384, "tokens of one training step")
     store: str = option("bfloat16", "type of the written weights; int8: half the size", choices=("bfloat16", "int8"))
     seed: int = option(0, "of sampling, and of the order of the answers")
 
