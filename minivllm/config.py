@@ -97,8 +97,8 @@ class EngineConfig:
         "GiB of GPU memory to save by keeping the weights of some layers in host memory; each step copies them to the GPU, so steps "
         "become slower")
     speculative_config: dict[str, Any] | None = option(  # noqa: RUF009
-        None, f"speculative decoding: method (ngram) and num_speculative_tokens (1 to {MAX_DRAFTS} drafts per step); for ngram also "
-        "prompt_lookup_min and prompt_lookup_max (default: 5 each)", metavar="JSON")
+        None, f"speculative decoding: method (ngram, draft_model or eagle), num_speculative_tokens (1 to {MAX_DRAFTS} drafts per step) and "
+        "model (the draft; not for ngram); for ngram also prompt_lookup_min and prompt_lookup_max (default: 5 each)", metavar="JSON")
     enable_lora: bool = option(False, "serve LoRA adapters beside the model: requests name one, and a batch may have several")
     max_loras: int = option(MAX_LORAS, "number of LoRA adapters that one step may use; each has a slot in the device's memory")
     max_lora_rank: int = option(MAX_LORA_RANK, "largest rank of a LoRA adapter, 1 to 512; it sets the size of the slots")

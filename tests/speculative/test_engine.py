@@ -82,6 +82,16 @@ def test_drafts_change_no_token(folder: Path, plain: Tokens, tmp_path: Path, kin
     engine.close()
 
 
+@pytest.mark.parametrize("kind", ["other", "head"])
+def test_sampled_drafts_change_no_greedy_token(folder: Path, plain: Tokens, tmp_path: Path, kind: str) -> None:
+    config = {**speculative(kind, folder, tmp_path, 3), "draft_sample_method": "probabilistic"}
+    engine = build(folder, speculative_config=config, async_scheduling=True)
+    found = generate(engine, {name: REQUESTS[name] for name in ("greedy", "seeded", "other")})[0]
+    assert {name: found[name] for name in ("greedy#0", "other#0")} == {name: plain[name] for name in ("greedy#0", "other#0")}
+    assert len(found["seeded#0"]) == 20
+    engine.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["itself", "head"])
 @pytest.mark.parametrize("eager", [True, False])
