@@ -103,6 +103,7 @@ def describe_model(config: EngineConfig, check: Check = check_config) -> ModelDe
         return read_gguf_header(name, lambda head, shown: _of_gguf(given, head, config, check, shown))
     path = default_gguf() if given is None else Path(os.path.expanduser(given))
     if path.suffix.lower() == ".gguf":
+        _check_parts(path, "model")
         return _of_gguf(given or DEFAULT_NAME, path, config, check)
     found = _checked_config(_check_folder(path, "model"), config, check)
     tensors = {}
@@ -208,13 +209,18 @@ def _overridden(config: EngineConfig, check: Check) -> Check:
     return lambda found: check(with_overrides(found, config.hf_overrides or {}))
 
 
-def _from_gguf(path: Path, param: str, check: Check) -> Path:
+def _check_parts(path: Path, param: str) -> None:
+    """Raise `ModelError` if a GGUF file, or another part of it, is not there."""
     if not path.is_file():
         raise ModelError(f"{param} {str(path)!r}: no such file", param)
     missing = [part.name for part in find_parts(path) if not part.is_file()]
     if missing:
         raise ModelError(f"{param} {str(path)!r} is one of several parts, of which these are missing: {', '.join(missing)}: "
                          "download them into the same folder", param)
+
+
+def _from_gguf(path: Path, param: str, check: Check) -> Path:
+    _check_parts(path, param)
     target = conversion_folder(path)
     return build_once(target, f"reading config and tokenizer of {path.name} into {target}, once",
                       lambda out: gguf.prepare(path, out, check))

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from minivllm.cli.main import main
 from minivllm.config import EngineConfig
 from minivllm.engine.plan_model import plan_model
+from minivllm.errors import ModelError
 from minivllm.families import parse_config
 from minivllm.kernels import select
 from minivllm.layers.build import BuildContext
@@ -121,3 +122,11 @@ def test_a_folder_is_described_by_its_files(checkpoint: dict[str, bytes], tmp_pa
     found = describe_model(EngineConfig(model=str(tmp_path)))
     assert found.is_local and found.size == sum(size for _, _, size in found.tensors.values())
     assert found.tensors["model.embed_tokens.weight"] == ("F32", (320, 256), 4 * 320 * 256)
+
+
+def test_a_missing_part_of_a_gguf_file_is_named(tmp_path: Path) -> None:
+    for name, message in (("m.gguf", "no such file"), ("m-00001-of-00002.gguf", "several parts, .* missing: m-00002-of-00002.gguf")):
+        if "of" in name:
+            (tmp_path / name).touch()
+        with pytest.raises(ModelError, match=message):
+            describe_model(EngineConfig(model=str(tmp_path / name)))
