@@ -20,7 +20,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "num_hidden_layers": (1, 10_000), "hidden_size": (1, 2**20), "word_embed_proj_dim": (1, 2**20), "intermediate_size": (1, 2**24),
     "ffn_dim": (1, 2**24), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16), "head_dim": (1, 2**16),
     "vocab_size": (1, 2**26), "max_position_embeddings": (1, _ANY), "original_max_position_embeddings": (1, _ANY),
-    "sliding_window": (1, _ANY), "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e15), "factor": (1.0, 1e6), "beta_fast": (0.0, 1e6),
+    "sliding_window": (1, _ANY), "rms_norm_eps": (0.0, 1.0), "norm_epsilon": (0.0, 1.0),
+    "rope_theta": (1.0, 1e15), "factor": (1.0, 1e6), "beta_fast": (0.0, 1e6),
     "beta_slow": (0.0, 1e6), "low_freq_factor": (0.0, 1e6), "high_freq_factor": (0.0, 1e6), "attention_factor": (0.0, 1e3),
     "mscale": (0.0, 1e3), "mscale_all_dim": (0.0, 1e3),
 }
@@ -55,6 +56,16 @@ def _within_limits(key: Key, value: Any) -> Any:
     if not low <= value <= high:  # NaN is refused too
         raise model_error(f"config.json: {key.name} must be between {low:.10g} and {high:.10g}, got {shown(value)}")
     return key.type(value)
+
+
+def only(value: Any, key: Key) -> Callable[[Config], Any]:
+    """A field with this value, for models whose config.json leaves `key` at its default. Any other value of it is refused."""
+    def read_default(config: Config) -> Any:
+        found = read(config, key)
+        if found != key.default:
+            raise model_error(f"config.json: {key.name} {shown(found)} is not supported, only {shown(key.default)} is")
+        return value
+    return read_default
 
 
 def num_layers(config: Config) -> int:

@@ -8,6 +8,7 @@ from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from minivllm.families.opt import OPT
+from minivllm.families.others import OLMO, PHI3, SMOLLM3, STARCODER2
 from minivllm.families.spec import ModelSpec, model_error
 
 FAMILIES: Mapping[str, Family] = {
@@ -16,11 +17,16 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "OPTForCausalLM": OPT,
+    "SmolLM3ForCausalLM": SMOLLM3,
+    "Phi3ForCausalLM": PHI3,
+    "OlmoForCausalLM": OLMO,
+    "Starcoder2ForCausalLM": STARCODER2,
 }
 # The class of a config.json that names only its model_type, as older exporters and many hand-written files do.
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "opt": "OPTForCausalLM",
+    "opt": "OPTForCausalLM", "smollm3": "SmolLM3ForCausalLM", "phi3": "Phi3ForCausalLM", "olmo": "OlmoForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
 }
 
 

@@ -310,5 +310,18 @@ def test_the_table_is_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_table_has_all_five_families() -> None:
-    assert set(FAMILIES) == {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM"}
+def test_the_table_has_these_families() -> None:
+    names = ("Llama", "Mistral", "Qwen2", "Qwen3", "OPT", "SmolLM3", "Phi3", "Olmo", "Starcoder2")
+    assert set(FAMILIES) == {f"{name}ForCausalLM" for name in names}
+
+
+@pytest.mark.parametrize(("architecture", "change", "message"), [
+    ("OlmoForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported, only None is"),
+    ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window True is not supported, only False is"),
+    ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "rope has 2 values for 32 layers"),
+    ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, got 0"),
+    ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported"),
+])
+def test_variants_of_these_families_without_kernels_are_refused(architecture: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parse_config({**LLAMA_3_1_8B, "rope_scaling": None, "architectures": [architecture], **change})

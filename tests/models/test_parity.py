@@ -57,6 +57,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, untied": ("OPT", {"tie_word_embeddings": False}),
     "galactica's shape": ("OPT", {"enable_bias": False, "activation_function": "gelu", "layer_norm_elementwise_affine": False}),
     "opt, other activation": ("OPT", {"activation_function": "gelu_new"}),
+    "smollm3": ("SmolLM3", {"num_key_value_heads": 2, "num_hidden_layers": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}),
+    "smollm3, the first layer is not rotated, yarn": (
+        "SmolLM3", {"num_key_value_heads": 2, "no_rope_layers": [0, 1, 1], "attention_bias": True, "mlp_bias": True,
+                    "tie_word_embeddings": False, "rope_parameters": {**YARN, "rope_theta": 5e4}, "bos_token_id": 0, "eos_token_id": 1,
+                    "pad_token_id": 2}),
+    "phi3": ("Phi3", {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}),
+    "phi3, window 7": ("Phi3", {"sliding_window": 7, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}),
+    "olmo": ("Olmo", {"num_key_value_heads": 2, "eos_token_id": 1}),
+    "starcoder2": ("Starcoder2", {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}),
+    "starcoder2, no biases, untied, window 7": (
+        "Starcoder2", {"num_key_value_heads": 1, "use_bias": False, "tie_word_embeddings": False, "sliding_window": 7, "bos_token_id": 0,
+                       "eos_token_id": 1}),
     "opt, no final norm": ("OPT", {"_remove_final_layer_norm": True}),
 }
 
