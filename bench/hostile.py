@@ -28,7 +28,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from bench.attacks import ATTACKS
+from bench.attacks import ATTACKS as HTTP_ATTACKS
+from bench.attacks_text import ATTACKS as TEXT_ATTACKS
 from bench.hostile_client import ADMIN_KEY, GOOD_KEY, HOSTILE_KEY, Attack, Target
 
 SETTINGS = ("--dtype", "float32", "--device", "cpu", "--max-model-len", "1024", "--num-gpu-blocks-override", "1024", "--max-num-seqs", "64",
@@ -37,6 +38,8 @@ QUIET = 3.0  # seconds of measurement before and after an attack
 MAX_GAP = 2.0  # longest time between two tokens of the stream during an attack, in seconds
 MAX_GROWTH = 600.0  # MiB of memory that an attack may use
 MAX_LEFT = 300.0  # MiB that may remain afterwards: allocators keep some of what they were given
+
+ATTACKS = (*HTTP_ATTACKS, *TEXT_ATTACKS)
 
 
 @dataclass(frozen=True)

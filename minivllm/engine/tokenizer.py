@@ -26,7 +26,7 @@ from tokenizers.decoders import DecodeStream
 from minivllm.engine.chat_prompt import GENERIC_FORMAT, ChatOptions, write_chat
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError, is_failure
-from minivllm.models.model_folder import read_json
+from minivllm.families.model_folder import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

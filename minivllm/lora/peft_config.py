@@ -1,7 +1,6 @@
 """adapter_config.json, as PEFT writes it: which settings this engine applies, which it may leave out, and which it refuses."""
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.errors import ModelError, NotSupportedYet, shown
+from minivllm.families.model_folder import check_links, read_json
 
 CONFIG_FILE = "adapter_config.json"
+MOST = 1 << 20  # largest rank or alpha: far beyond real adapters
 PARAM = "lora_path"  # the field that an error about an adapter names
 # Settings that would change the result, and what to do instead. A value that requests nothing (None, False, an empty list) is fine.
 REFUSED: Mapping[str, str] = {
@@ -53,16 +54,11 @@ class PeftConfig:
     def read(cls, folder: Path) -> PeftConfig:
         """Raises `ModelError` for a folder that is no adapter, and `NotSupportedYet` naming a setting that is not supported."""
         path = folder / CONFIG_FILE
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.is_file():
             hint = "it is no folder" if not folder.is_dir() else f"it has no {CONFIG_FILE}"
-            raise ModelError(f"{folder} is not a LoRA adapter ({hint}): give a folder that PEFT's save_pretrained has written",
-                             PARAM) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path} cannot be read ({error}): save the adapter again", PARAM) from error
-        if not isinstance(config, dict):
-            raise ModelError(f"{path} must contain a JSON object: save the adapter again", PARAM)
+            raise ModelError(f"{folder} is not a LoRA adapter ({hint}): give a folder that PEFT's save_pretrained has written", PARAM)
+        check_links(folder, PARAM)
+        config = read_json(path, PARAM)
         _check(config, path)
         return cls(_number(config, "r", 8, path, whole=True), _number(config, "lora_alpha", 8, path), config.get("use_rslora") is True,
                    _pattern(config, "rank_pattern", path, whole=True), _pattern(config, "alpha_pattern", path))
@@ -99,8 +95,8 @@ def _number(config: Mapping[str, Any], name: str, default: int, path: Path, *, w
 
 def _checked(value: Any, name: str, path: Path, whole: bool) -> Any:
     kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or (whole and value < 1):
-        what = "a whole number of at least 1" if whole else "a number"
+    if not isinstance(value, kinds) or isinstance(value, bool) or not (1 if whole else -MOST) <= value <= MOST:  # NaN is refused too
+        what = f"a whole number from 1 to {MOST:,}" if whole else f"a number of at most {MOST:,}"
         raise ModelError(f"{path}: {name} must be {what}, got {shown(value)}: correct it", PARAM)
     return value
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minivllm.errors import ModelError, shown
-from minivllm.models.model_folder import read_json
+from minivllm.families.model_folder import read_json
 from minivllm.quantization.base import StoredTensor
 from minivllm.quantization.gguf import BLOCKS
 

@@ -20,6 +20,7 @@ from typing import Any
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import parse_config
+from minivllm.families.model_folder import check_links, read_json
 from minivllm.models import gguf
 from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
 from minivllm.models.hub_repository import (
@@ -32,7 +33,6 @@ from minivllm.models.hub_repository import (
     read_gguf_header,
     read_tensors,
 )
-from minivllm.models.model_folder import check_links, read_json
 from minivllm.models.weight_files import find_parts, find_weight_files, read_safetensors_header
 from minivllm.quantization.methods import METHODS, method_of, of_separate_file
 

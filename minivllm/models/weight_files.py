@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from minivllm.errors import ModelError, shown
-from minivllm.models.model_folder import check_inside, parse_json
+from minivllm.families.model_folder import check_inside, parse_json
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 GGUF_INDEX = "model.gguf.index.json"

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
+from minivllm.families.model_folder import parse_json
 from minivllm.models import gguf, gguf_structure
 from minivllm.models.gguf_weights import read_index
 from minivllm.models.hub import check_config, find_model
-from minivllm.models.model_folder import parse_json
 from minivllm.models.weight_files import GGUF_INDEX, find_weight_files, read_safetensors_header
 from minivllm.quantization.awq import method_of
 from minivllm.quantization.grouped import check_finite
