@@ -153,7 +153,7 @@ def _check_tokenizer(settings: SpeculativeConfig, draft: Path, target: Path) -> 
     ours, theirs = (_tokens(folder / "tokenizer.json") for folder in (draft, target))
     if ours is None or theirs is None or ours == theirs:
         return
-    token = min((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=lambda t: theirs.get(t, ours.get(t, 0)))
+    token = min((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=lambda t: (theirs.get(t, ours.get(t, 0)), t))
     raise _wrong(f"model {settings.model!r} has another tokenizer than the target: {token!r} is token {ours.get(token)} there and "
                  f"{theirs.get(token)} here. Use a draft of the target's own family")
 

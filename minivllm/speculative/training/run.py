@@ -54,7 +54,8 @@ def train_head(target: Decoder, prompts: Sequence[Sequence[int]], held_out: Sequ
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.2f}", refresh=False)
             bar.update()
     acceptance = trainer.acceptance(measured_batches, MEASURED)
-    say(f"loss {losses[0]:.2f} at the first step, {sum(losses[-20:]) / len(losses[-20:]):.2f} at the end")
+    first, last = (sum(some) / len(some) for some in (losses[:20], losses[-20:]))
+    say(f"loss at the start {first:.2f} with one draft, at the end {last:.2f} with {config.steps} in a row")
     return network, tables, acceptance
 
 

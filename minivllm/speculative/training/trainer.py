@@ -92,18 +92,18 @@ class HeadTrainer:
                 yield done / total, float(loss.detach())
 
     def loss(self, example: Example, steps: int) -> Tensor:
-        """Cross entropy with the target's distribution over the draft vocabulary, and the distance of the features."""
+        """Cross entropy with the target's distribution over the draft vocabulary, and the distance of the features: a mean over steps."""
         features = self.network.unroll(example.hidden[:, :-1], self.tables.embedding[example.tokens[:, 1:]], steps)
         known = example.learned & (self._index[example.targets] >= 0)
-        total = features[0].new_zeros(())
+        total, weights = features[0].new_zeros(()), [STEP_DECAY**j for j in range(steps)]
         for j, feature in enumerate(features):
             learned = known[:, 1 + j :]
             true, guess = example.hidden[:, 1 + j :][learned], feature[learned]
             with torch.no_grad():
                 wanted = (true @ self.tables.head.T).softmax(-1)
             entropy = F.cross_entropy(guess @ self.tables.head.T, wanted)
-            total = total + STEP_DECAY**j * (entropy + FEATURE_WEIGHT * F.smooth_l1_loss(guess, true))
-        return total
+            total = total + weights[j] * (entropy + FEATURE_WEIGHT * F.smooth_l1_loss(guess, true))
+        return total / sum(weights)
 
     @torch.inference_mode()
     def acceptance(self, batches: Sequence[Example], steps: int) -> list[float]:
