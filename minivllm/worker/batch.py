@@ -76,6 +76,7 @@ class Columns:
     adapter_slots: Array  # [T] int32: slot of each token's LoRA adapter, -1 for the base model; [0] if no token has one
     drafting: DraftColumns | None = None  # of a worker with a proposer
     all_hidden: bool = False  # hidden states of all tokens are needed
+    padded: bool = False  # decodes with fewer drafts than others were lengthened to one width (`widened`)
     shared_keys: int = 0  # decodes only: leading keys that all sequences have in the same blocks, a multiple of SHARED_KEYS_MULTIPLE
 
     @property
@@ -96,11 +97,34 @@ class Columns:
         Each sequence has at most one sample, which uses its own row's parameters. If there are drafts, all sequences are decodes of one
         width. No prompt logprobs are needed.
         """
+        if self.padded:
+            return True
         rows_of_a_sample = self.query_width if self.has_drafts else 1
         if self.prompt_spans or (rows_of_a_sample > 1 and not self.num_decodes == len(self.rows) == len(self.source) / rows_of_a_sample):
             return False
         sources = self.source[::rows_of_a_sample]
         return len(set(sources.tolist())) == len(sources) and bool((self.rows[self.source] == self.sample_rows).all())
+
+
+    def widened(self, width: int, null_index: int) -> Columns:
+        """The same decodes with `width` tokens each. A filler is the token at `null_index`; it writes to the null block, and nothing reads
+        its results. It has a position after the sequence's own, so the queries before it see the same keys."""
+        n, token_source = len(self.rows), np.repeat(np.arange(len(self.rows)), self.query_lens)
+        index = token_source * width + np.arange(len(token_source)) - self.query_start[token_source]
+        first = self.positions[self.query_start[:-1]]
+
+        def spread(column: Array, filler: int) -> Array:
+            wide = np.full(n * width, filler, column.dtype)
+            wide[index] = column
+            return wide
+
+        return replace(
+            self, query_lens=np.full(n, width), seq_lens=first + width, num_decodes=n, query_width=width, padded=True,
+            query_start=np.arange(n + 1) * width, token_index=spread(self.token_index, null_index),
+            positions=(first[:, None] + np.arange(width)).reshape(-1), slots=[spread(slots, 0) for slots in self.slots],
+            logits_rows=index[self.logits_rows],
+            adapter_slots=np.repeat(self.adapter_slots[self.query_start[:-1]], width) if len(self.adapter_slots) else self.adapter_slots,
+            drafting=None if self.drafting is None else replace(self.drafting, token_source=np.repeat(np.arange(n), width)))
 
 
 @dataclass(frozen=True, slots=True)

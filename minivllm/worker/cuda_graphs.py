@@ -25,7 +25,8 @@ Graphs never run at the same time, so all share one memory pool and one tensor f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,13 +39,16 @@ from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
+from minivllm.sampling.noise import device_keys
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS, Sampler
-from minivllm.worker.batch import Columns, RowTable
+from minivllm.worker.batch import Columns, RowTable, lag, slots_of
+from minivllm.worker.drafts import DraftRunner
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
+_NOTHING = np.empty(0, np.int64)
 
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
@@ -107,12 +111,18 @@ class Inputs(NamedTuple):
     token_index: Any  # [T] of the tokens, in the flat token table
     positions: Any  # [T]
     adapter_slots: Any  # [T] int32; [0] without adapters
+    # Of a worker with a proposer, else [0]:
+    known_ends: Any  # [B] number of known tokens by the plan; -1: no sample
+    streams: Any  # [R] of the noise
+    token_source: Any  # [T] the sequence of each token
+    is_token: Any  # [T] bool: no padding
+    has_draft: Any  # [R - B] bool: after each token of a decode but the last, whether a draft follows
     slots: Any  # [G] of [T]
 
     @classmethod
     def of(cls, columns: Sequence[Any]) -> Inputs:
         """From a flat list, in which the slots of all groups come last."""
-        return cls._make([*columns[:14], tuple(columns[14:])])
+        return cls._make([*columns[:19], tuple(columns[19:])])
 
     def flat(self) -> list[Any]:
         return [*self[:-1], *self.slots]
@@ -121,8 +131,10 @@ class Inputs(NamedTuple):
 class Graph:
     """One shape: its static inputs, the recorded step, its static outputs."""
 
-    def __init__(self, shape: GraphShape, model: Decoder, kv: KVCache, table: RowTable, pool: Any) -> None:
-        self._model, self._kv, self._table, self.shape = model, kv, table, shape
+    def __init__(self, shape: GraphShape, model: Decoder, kv: KVCache, table: RowTable, pool: Any,
+                 drafts: DraftRunner | None = None) -> None:
+        """drafts: also verify drafts and propose new ones."""
+        self._model, self._kv, self._table, self.shape, self._drafts = model, kv, table, shape, drafts
         tokens, seqs, decodes = shape[:3]
         null_index, rows = table.null_row * table.tokens.shape[1], shape.logits_rows
         # Padding decodes have query_width tokens each, all of the null row. Padding sequences of mixed steps have none. (The first
@@ -139,7 +151,11 @@ class Graph:
             new_blocks=np.full(self.max_changes, NULL_BLOCK, np.int32),
             token_index=np.full(tokens, null_index), positions=np.zeros(tokens, np.int64),
             adapter_slots=np.full(tokens if shape.adapters else 0, -1, np.int32),
+            known_ends=np.full(seqs if drafts else 0, -1), streams=np.zeros(rows if drafts else 0, np.int64),
+            token_source=np.zeros(tokens if drafts else 0, np.int64), is_token=np.zeros(tokens if drafts else 0, np.bool_),
+            has_draft=np.zeros(num_drafts if drafts else 0, np.bool_),
             slots=tuple(np.full(tokens, NULL_BLOCK * kv.layout.block_size) for _ in kv.layout.groups))
+        self._null_sample = null_index + 1
         self._inputs = StaticColumns(self._padding.flat(), model.build.device)
         self._record(pool)
 
@@ -150,9 +166,18 @@ class Graph:
         with torch.cuda.graph(self._graph, pool=pool):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
+        if self._drafts is not None:  # a graph of its own: a step may be sampled again before
+            self._propose()
+            torch.cuda.synchronize(self._model.build.device)
+            self._second = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._second, pool=self._graph.pool()):
+                self._proposed = self._propose()  # [B, k] int64
 
     def _run(self) -> None:
         self._graph.replay()
+
+    def _run_second(self) -> None:
+        self._second.replay()
 
     @property
     def pool(self) -> Any:
@@ -165,24 +190,78 @@ class Graph:
         self._table.device_tables.view(-1).index_copy_(0, x.changed, x.new_blocks)
         if len(x.drafts):
             tokens.index_copy_(0, x.draft_index, x.drafts)
+        tables = tuple(table.index_select(0, x.rows) for table in self._table.device_tables)
+        if self._drafts is not None:
+            x = self._corrected(x, tables)
         chunk = shape.tokens // shape.seqs
         lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # mixed steps use only the sum
         batch = InputBatch(
             tokens=tokens.index_select(0, x.token_index), positions=x.positions, query_start=x.query_start, seq_lens=x.seq_lens,
-            slots=x.slots, block_tables=tuple(table.index_select(0, x.rows) for table in self._table.device_tables), logit_rows=x.rows,
+            slots=x.slots, block_tables=tables, logit_rows=x.rows,
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
-            last_only=not shape.decodes and shape.tokens - shape.seqs >= tuning.MIN_SKIPPED_TOKENS,
+            last_only=not shape.decodes and shape.tokens - shape.seqs >= tuning.MIN_SKIPPED_TOKENS and not self._keeps_hidden,
             shared=x.shared_keys if shape.sharing else None,
             query_width=shape.query_width, adapter_slots=x.adapter_slots if shape.adapters else None,
         )
-        hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
+        hidden = all_hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
         if len(hidden) > shape.logits_rows:
             hidden = hidden.index_select(0, x.query_start[1:] - 1)
         logits = self._model.logits(hidden, dtype=None)
         sampled = self._model.build.ops.sample(logits, x.temperature, x.keys)
+        before = tokens.index_select(0, x.sample_index) if self._drafts is not None else None
         tokens.index_copy_(0, x.sample_index, sampled.to(torch.int32))
+        if before is not None:
+            self._verify(x, batch, all_hidden, before, sampled)
         self._model.settle()
         return logits, sampled
+
+    @property
+    def _keeps_hidden(self) -> bool:
+        return self._drafts is not None and self._drafts.proposer.needs_hidden
+
+    def _corrected(self, x: Inputs, tables: tuple[Tensor, ...]) -> Inputs:
+        """The inputs with exact positions: a plan may be ahead of them (see `worker/batch.py`). Padding and fillers stay as they are."""
+        self._behind = lag(x.known_ends, self._table.lengths.index_select(0, x.rows))
+        per_token = self._behind.index_select(0, x.token_source)
+        positions, seq_lens = x.positions - per_token * x.is_token, (x.seq_lens - self._behind).to(torch.int32)
+        per_row = per_token if self.shape.decodes else self._behind
+        slots = tuple(torch.where(x.is_token, slots_of(table, x.token_source, positions, self._kv.layout.block_size), old)
+                      for table, old in zip(tables, x.slots, strict=True))
+        return x._replace(
+            positions=positions, seq_lens=seq_lens, slots=slots, token_index=x.token_index - per_token * x.is_token,
+            sample_index=torch.where(x.sample_index == self._null_sample, x.sample_index, x.sample_index - per_row),
+            keys=device_keys(x.streams, positions + 1 if self.shape.decodes else seq_lens.long()))
+
+    def _verify(self, x: Inputs, batch: InputBatch, hidden: Tensor, before: Tensor, sampled: Tensor) -> None:
+        """How many tokens of each sequence count, and the new lengths of the rows. before [R]: the drafts at the sampled positions."""
+        shape, lengths = self.shape, self._table.lengths
+        if shape.decodes:
+            right = (before == sampled).view(shape.seqs, -1)[:, :-1] & x.has_draft.view(shape.seqs, -1)
+            self._kept = 1 + right.long().cumprod(1).sum(1)
+            known = batch.positions.view(shape.seqs, -1)[:, 0] + 1 + self._kept
+        else:
+            self._kept, known = torch.ones_like(x.known_ends), batch.seq_lens.long() + 1
+        lengths.index_copy_(0, x.rows, torch.where(x.known_ends >= 0, known, lengths.index_select(0, x.rows)))
+        self._before, self._batch, self._hidden = before, batch, hidden
+
+    def _propose(self) -> Tensor:
+        """The proposer's part of the step."""
+        assert self._drafts is not None
+        x, batch, shape = Inputs.of(self._inputs.tensors), self._batch, self.shape
+        start, every = batch.query_start.long(), shape.query_width if shape.decodes else 1
+        last = start[:-1] + self._kept - 1 if shape.decodes else (start[1:] - 1).clamp_min(0)
+        return self._drafts.propose_on_device(batch, self._hidden, x.rows, x.token_source, x.known_ends >= 0, last, x.temperature[::every],
+                                              x.streams[::every])
+
+    def verified(self, num_seqs: int) -> VerifiedStep:
+        """What the last replay verified, of its first `num_seqs` sequences."""
+        rows = num_seqs * self.shape.query_width if self.shape.decodes else num_seqs
+
+        def propose() -> Tensor:
+            self._run_second()
+            return self._proposed[:num_seqs]
+
+        return VerifiedStep(self._kept[:num_seqs], self._before[:rows], self._behind[:num_seqs], propose)
 
     def replay(self, c: Columns, changes: tuple[Array, Array], sampler: Sampler) -> tuple[Tensor, Tensor, Array | None]:
         """Returns logits [R, V] in the model's dtype, sampled tokens [R] int64, and for each logits row of `c` its index among the R
@@ -196,8 +275,10 @@ class Graph:
         temperature, keys = sampler.plain_columns(rows, positions)
         sample_index = self._padding.sample_index[:count].copy()
         sample_index[order] = c.sample_index
+        drafting = self._drafting(c, rows, sampler)
         filled = Inputs(np.array([c.shared_keys]), c.query_start, c.rows, c.seq_lens, sample_index, temperature, keys, c.draft_index,
-                        c.drafts, *changes, c.token_index, c.positions, c.adapter_slots, tuple(c.slots))
+                        c.drafts, *changes, c.token_index, c.positions, c.adapter_slots, *drafting,
+                        tuple(c.slots))
         padded = [_pad(column, padding) for column, padding in zip(filled.flat(), self._padding.flat(), strict=True)]
         if not self.shape.decodes:
             padded[1][len(c.rows) :] = c.query_start[-1]
@@ -205,6 +286,16 @@ class Graph:
         self._run()
         in_order = len(order) == count and bool((order[1:] > order[:-1]).all())
         return self._logits[:count], self._sampled[:count], None if in_order else order
+
+
+    def _drafting(self, c: Columns, rows: Array, sampler: Sampler) -> tuple[Array, Array, Array, Array, Array]:
+        """The inputs of a worker with a proposer, from `known_ends` to `has_draft`. rows [R]: of the row table."""
+        d, null_index = c.drafting, self._null_sample - 1
+        if self._drafts is None or d is None:
+            return (_NOTHING,) * 2 + (_NOTHING, _NOTHING.astype(np.bool_), _NOTHING.astype(np.bool_))
+        has_draft = np.arange(c.query_width - 1)[None, :] < d.num_drafts[:, None] if self.shape.decodes else _NOTHING.astype(np.bool_)
+        is_token = np.ones(len(c.token_index), np.bool_) if not c.padded else c.token_index != null_index
+        return d.known_ends, sampler.streams(rows), d.token_source, is_token, has_draft.reshape(-1)
 
 
 def _pad(column: Array, padding: Array) -> Array:
@@ -233,12 +324,23 @@ def _unowned(tensor: Tensor) -> Tensor:
     return same
 
 
+@dataclass(frozen=True, slots=True)
+class VerifiedStep:
+    """What a replay of B sequences and R logits rows verified, on the device. Valid until the next replay."""
+
+    kept: Tensor  # [B] int64: tokens that count. After other tokens were sampled, write the new counts here before `propose`
+    before: Tensor  # [R] int32: drafts at the positions of the sampled tokens
+    behind: Tensor  # [B] int64: by how much the plan was ahead
+    propose: Callable[[], Tensor]  # runs the proposer: [B, k] int64
+
+
 class StepGraphs:
     """All graphs of a runner, captured largest first so that they share memory."""
 
     def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int,
-                 query_widths: Sequence[int] = (1,)) -> None:
-        """query_widths: tokens per captured decode, which is 1 plus its number of drafts."""
+                 query_widths: Sequence[int] = (1,), drafts: DraftRunner | None = None) -> None:
+        """query_widths: tokens per captured decode, which is 1 plus its number of drafts. drafts: of a worker with a proposer."""
+        self._widths, self._table = sorted(query_widths), table
         shapes = list(graph_shapes(model.spec, table, max_num_seqs, max_num_batched_tokens, query_widths))
         if model.build.adapters is not None:  # a batch without adapters runs the graphs of an engine without them
             shapes += [shape._replace(adapters=True) for shape in shapes if not shape.sharing]
@@ -247,7 +349,7 @@ class StepGraphs:
         free_before = torch.cuda.mem_get_info(model.build.device)[0]
         with torch.inference_mode():
             for shape in sorted(shapes, reverse=True):
-                graphs[shape] = Graph(shape, model, kv, table, pool)
+                graphs[shape] = Graph(shape, model, kv, table, pool, drafts)
                 pool = graphs[shape].pool
         by_size = [graphs[shape] for shape in sorted(shapes, key=lambda shape: (shape.seqs, shape.longest))]
         self._decodes = [graph for graph in by_size if graph.shape.decodes and not graph.shape.sharing]
@@ -258,6 +360,18 @@ class StepGraphs:
         model.build.ops.before_replays(model.build.device)  # compiles it now, before the first request waits for it
         log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), max(s.decodes for s in shapes),
                  max((shape.tokens for shape in shapes if not shape.decodes), default=0), self.bytes_taken >> 20)
+
+    def widened(self, c: Columns) -> Columns:
+        """Decodes with different numbers of drafts, lengthened to one captured width. Other columns are returned as they are."""
+        if not c.has_drafts or c.prompt_spans:
+            return c
+        longest = int(c.query_lens.max())
+        width = next((width for width in self._widths if width >= longest), None)
+        only_decodes = len(c.source) == len(c.token_index) and bool((c.rows[c.source] == c.sample_rows).all())
+        first = c.positions[c.query_start[:-1]]
+        if width is None or not only_decodes or (c.query_lens == width).all() or int(first.max()) + width > self._table.max_model_len:
+            return c
+        return c.widened(width, self._table.null_row * self._table.tokens.shape[1])
 
     def find(self, columns: Columns) -> Graph | None:
         """The smallest graph that holds a step; None: it runs eagerly."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import upload
 from minivllm.sampling.sampler import Sampler
 from minivllm.speculative.base import DeviceProposer, ProposalInput
@@ -26,9 +27,18 @@ Array = np.ndarray[Any, Any]
 class Proposals:
     """What a step's verification and the proposer gave, on the device."""
 
-    kept: Tensor  # [S] int64: number of tokens of each sample that count, at least 1
+    kept: Tensor  # [B] int64: number of tokens of each sequence's own sample that count, at least 1
     drafts: Tensor  # [B, k] int64: proposals for each sequence of the batch
     own_sample: Array  # [B] the sample that they belong to; -1: none
+
+    def on_host(self, kept: list[int], drafts: list[list[int]], num_samples: int) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """(number of tokens of each sample that count, drafts of each sample), from copies of the tensors. A fork has no drafts yet."""
+        counts = [1] * num_samples
+        found: list[tuple[int, ...]] = [()] * num_samples
+        for sample, count, tokens in zip(self.own_sample.tolist(), kept, drafts, strict=True):
+            if sample >= 0:
+                counts[sample], found[sample] = count, tuple(tokens)
+        return counts, tuple(found)
 
 
 class DraftRunner:
@@ -52,36 +62,39 @@ class DraftRunner:
         self._rows.lengths.index_copy_(0, rows, positions - shift[first] + kept)
         return kept
 
+    def count(self, c: Columns, kept: Tensor) -> Tensor:
+        """kept [S] -> the same by sequence: [B] int64; 1 for a sequence that does not sample."""
+        assert c.drafting is not None
+        (own,) = upload([c.drafting.own_sample], kept.device)
+        return torch.where(own >= 0, kept[own.clamp_min(0)], 1) if len(kept) else torch.ones_like(own)
+
     def propose(self, packed: Packed, hidden: Tensor, kept: Tensor) -> Proposals:
-        """Drafts for the sequences of a step, also written to the token table."""
-        c, batch, table = packed.columns, packed.batch, self._rows
+        """Drafts for the sequences of a step. hidden: of all T tokens, if the proposer needs them; kept [B]."""
+        c, batch = packed.columns, packed.batch
         d = c.drafting
         assert d is not None
-        rows, own, num_drafts, streams, temperature = upload(
-            [c.rows, d.own_sample, d.num_drafts, self._sampler.streams(c.rows), self._sampler.temperatures(c.rows)], kept.device)
-        has_sample = own >= 0
-        count = torch.where(has_sample, kept[own.clamp_min(0)], 1) if len(kept) else torch.ones_like(own)
-        last = batch.query_start[1:].long() - 1 - num_drafts + count - 1
-        flat = table.tokens.view(-1)
-        tokens_of = batch.query_start.diff()
-        source = torch.repeat_interleave(torch.arange(len(tokens_of), device=kept.device), tokens_of, output_size=batch.num_tokens)
-        after = (rows[source] * table.tokens.shape[1] + batch.positions + 1).clamp_max(len(flat) - 1)
-        next_tokens = flat[after].long()
-        lengths = batch.positions[last] + 2
+        rows, has_sample, num_drafts, streams, temperature = upload(
+            [c.rows, d.own_sample >= 0, d.num_drafts, self._sampler.streams(c.rows), self._sampler.temperatures(c.rows)], kept.device)
+        last = batch.query_start[1:].long() - 1 - num_drafts + kept - 1
+        (token_source,) = upload([d.token_source], kept.device)
+        drafts = self.propose_on_device(batch, hidden, rows, token_source, has_sample, last, temperature, streams)
+        return Proposals(kept, drafts, d.own_sample)
+
+    def propose_on_device(self, batch: InputBatch, hidden: Tensor, rows: Tensor, token_source: Tensor, has_sample: Tensor, last: Tensor,
+                          temperature: Tensor, streams: Tensor) -> Tensor:
+        """The drafts [B, k], also written to the token table. It can be captured: see `ProposalInput` for the arguments.
+
+        rows [B]; token_source [T]: the sequence of each token; has_sample [B] bool: others keep their prompts.
+        """
+        table, flat = self._rows, self._rows.tokens.view(-1)
+        after = (rows.index_select(0, token_source) * table.tokens.shape[1] + batch.positions + 1).clamp_max(len(flat) - 1)
+        next_tokens = flat.index_select(0, after).long()
+        lengths = batch.positions.index_select(0, last) + 2
         found = self.proposer.propose(ProposalInput(
-            batch, next_tokens, last, next_tokens[last], lengths, hidden if self.proposer.needs_hidden else None, self._kv.layers,
-            self._kv.layout.block_size, temperature, streams))
+            batch, next_tokens, last, next_tokens.index_select(0, last), lengths, hidden if self.proposer.needs_hidden else None,
+            self._kv.layers, self._kv.layout.block_size, temperature, streams))
         table.write_drafts(torch.where(has_sample, rows, table.null_row), lengths, found.tokens)
-        if found.probs is not None and self._sampler.draft_probs is not None:
-            probabilities = self._sampler.draft_probs
+        probabilities = self._sampler.draft_probs
+        if found.probs is not None and probabilities is not None:
             probabilities.store(torch.where(has_sample, rows, probabilities.num_rows), lengths, found.probs)
-        return Proposals(kept, found.tokens, d.own_sample)
-
-
-def drafts_of_samples(proposed: list[list[int]], own_sample: Array, num_samples: int) -> tuple[tuple[int, ...], ...]:
-    """The drafts of each sample; () for a fork, whose row has none yet."""
-    drafts: list[tuple[int, ...]] = [()] * num_samples
-    for tokens, sample in zip(proposed, own_sample.tolist(), strict=True):
-        if sample >= 0:
-            drafts[sample] = tuple(tokens)
-    return tuple(drafts)
+        return found.tokens

@@ -33,8 +33,8 @@ from minivllm.sampling.sampler import LogprobColumns, Sampler, parts_of
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.base import DeviceProposer
 from minivllm.worker.batch import Columns, Packed, RowTable
-from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs
-from minivllm.worker.drafts import DraftRunner, Proposals, drafts_of_samples
+from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs, VerifiedStep
+from minivllm.worker.drafts import DraftRunner, Proposals
 from minivllm.worker.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class ReplayedStep:
     logits: Tensor  # [R, V] in the model's dtype
     sampled: Tensor  # [R] int64: a plain sample of each row
     order: Array | None  # [L] index among the R rows of each logits row of the columns. None: all R rows, in order
+    verified: VerifiedStep | None = None  # of a worker with a proposer
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,7 @@ class SampledStep:
         host = iter(self._host)
         kept, drafts = None, tuple[tuple[int, ...], ...]()
         if self._proposals is not None:
-            kept = next(host).tolist()
-            drafts = drafts_of_samples(next(host).tolist(), self._proposals.own_sample, len(plan.sample_rows))
+            kept, drafts = self._proposals.on_host(next(host).tolist(), next(host).tolist(), len(plan.sample_rows))
         tokens = [t for _ in range(self._num_token_tensors) for t in next(host).tolist()]
         if self._order is not None:
             tokens = [tokens[i] for i in self._order.tolist()]
@@ -179,7 +179,7 @@ class ModelRunner:
                                        model.build.device)
         self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops, probs)
         self._drafts = None if proposer is None else DraftRunner(proposer, kv, self.rows, self.sampler)
-        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths) if graph_tokens else None
+        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths, self._drafts) if graph_tokens else None
         self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 
     @property
@@ -231,6 +231,7 @@ class ModelRunner:
 
     def _replay(self, graphs: StepGraphs, columns: Columns) -> ReplayedStep | None:
         """The step computed by a captured graph; None if no graph fits."""
+        columns = graphs.widened(columns)
         graph = graphs.find(columns)
         if graph is None:
             return None
@@ -245,7 +246,7 @@ class ModelRunner:
         self.model.settle()
         logits, sampled, order = graph.replay(columns, changes, self.sampler)
         self.rows.changes_sent()
-        return ReplayedStep(columns, logits, sampled, order)
+        return ReplayedStep(columns, logits, sampled, order, None if self._drafts is None else graph.verified(len(columns.rows)))
 
     @torch.inference_mode()
     def sample(self, step: LaunchedStep, masks: TokenMasks | None = None) -> SampledStep:
@@ -262,7 +263,7 @@ class ModelRunner:
                 if self._drafts is not None and before is not None and packed.shift is not None:
                     sampled = torch.cat(tokens) if tokens else before.long()
                     kept = self._drafts.verify(packed.columns, before, sampled, packed.shift)
-                    proposals = self._drafts.propose(packed, hidden, kept)
+                    proposals = self._drafts.propose(packed, hidden, self._drafts.count(packed.columns, kept))
                 return SampledStep(step, self.kv, tokens, logprobs, prompt_logprobs, proposals=proposals)
         except (RuntimeError, MemoryError) as failure:
             error = _failure(step.plan, failure)
@@ -270,17 +271,32 @@ class ModelRunner:
 
     def _sample_replayed(self, step: LaunchedStep, work: ReplayedStep, masks: TokenMasks | None) -> SampledStep:
         """The graph's own samples if they are enough, else new ones from its logits."""
-        c = work.columns
-        if masks is None and self.sampler.all_plain(c.sample_rows):
-            return SampledStep(step, self.kv, [work.sampled], order=work.order)
+        c, verified = work.columns, work.verified
+        own = None if c.drafting is None else c.drafting.own_sample
+        sampled_drafts = self.sampler.draft_probs is not None and c.has_drafts and bool(self.sampler.temperatures(c.sample_rows).any())
+        if masks is None and not sampled_drafts and self.sampler.all_plain(c.sample_rows):
+            proposals = None if verified is None or own is None else Proposals(verified.kept, verified.propose(), own)
+            return SampledStep(step, self.kv, [work.sampled], order=work.order, proposals=proposals)
         self._only_replays = False
-        index, draft_index, drafts = upload([c.sample_index, c.draft_index, c.drafts], work.logits.device)
+        index, draft_index, drafts, source = upload([c.sample_index, c.draft_index, c.drafts, c.source], work.logits.device)
         if len(c.drafts):  # the graph's samples have overwritten the drafts, which penalties must count
             self.rows.write_tokens(draft_index, drafts)
-        logits = work.logits if work.order is None else work.logits.index_select(0, upload([work.order], work.logits.device)[0])
-        choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks)
+        order = None if work.order is None else upload([work.order], work.logits.device)[0]
+        logits = work.logits if order is None else work.logits.index_select(0, order)
+        shift = before = proposals = None
+        if verified is not None:
+            shift = verified.behind.index_select(0, source)
+            index = index - shift
+            before = verified.before if order is None else verified.before.index_select(0, order)
+            self.rows.write_tokens(index, before)
+        choice = self.sampler.sample(logits, c.sample_rows, c.sample_positions, self.rows.tokens, masks, shift)
         self.rows.write_tokens(index, choice.token_ids)
-        return SampledStep(step, self.kv, [choice.token_ids], () if choice.logprobs is None else ((0, choice.logprobs),))
+        if verified is not None and self._drafts is not None and own is not None and before is not None and shift is not None:
+            kept = self._drafts.count(c, self._drafts.verify(c, before, choice.token_ids, shift))
+            verified.kept.copy_(kept)
+            proposals = Proposals(kept, verified.propose(), own)
+        logprobs = () if choice.logprobs is None else ((0, choice.logprobs),)
+        return SampledStep(step, self.kv, [choice.token_ids], logprobs, proposals=proposals)
 
     def _sample_eager(
         self, packed: Packed, hidden: Tensor, masks: TokenMasks | None,

@@ -35,6 +35,7 @@ from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.load import Draft, load_draft
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
@@ -80,7 +81,7 @@ class LoadedModel:
         self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype),
                                   None if draft is None else draft.spec)
         for shape in dict.fromkeys((*spec.attention_shapes, *(() if draft is None else draft.spec.attention_shapes))):
-            build.ops.warm_up(*shape, self.dtype, self.layout.dtype)
+            build.ops.warm_up(*shape, self.dtype, self.layout.dtype, query_widths(config.speculation))
         offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
         self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
         self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize, self.device.type == "cuda")
@@ -124,7 +125,7 @@ class LoadedModel:
         speculation = config.speculation
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0,
-                             proposer=self.proposer,
+                             proposer=self.proposer, query_widths=query_widths(speculation),
                              keep_probs=speculation is not None and speculation.draft_sample_method == "probabilistic")
         if ledger is not None:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size)
@@ -198,6 +199,12 @@ class Worker:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def query_widths(speculation: SpeculativeConfig | None) -> tuple[int, ...]:
+    """Tokens of the decodes whose steps are captured. A decode with another number of drafts is lengthened to the next one."""
+    most = 0 if speculation is None else speculation.num_speculative_tokens
+    return tuple(sorted({1, 1 + (most + 1) // 2, 1 + most}))
 
 
 def token_budget(config: EngineConfig, max_model_len: int, device: torch.device) -> int:

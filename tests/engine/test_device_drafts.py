@@ -39,9 +39,9 @@ class Followers:
 
     needs_hidden = False
 
-    def __init__(self, found: Tokens, num_drafts: int, probabilistic: bool = False) -> None:
+    def __init__(self, found: Tokens, num_drafts: int, probabilistic: bool = False, vocab_size: int = VOCAB) -> None:
         self.num_drafts, self.probabilistic, self.num_calls = num_drafts, probabilistic, 0
-        self.counts = torch.zeros(VOCAB, VOCAB)
+        self.counts = torch.zeros(vocab_size, vocab_size)
         for tokens in found.values():
             for before, after in pairwise(tokens):
                 self.counts[before, after] += 1

@@ -57,6 +57,10 @@ class Repeated(cuda_graphs.Graph):
         self._logits = LOGITS_MEMORY[: logits.numel()].view_as(logits).copy_(logits)
 
 
+    def _run_second(self) -> None:
+        self._proposed = self._propose()
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["full attention", "two KV groups"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny_with_triton(tmp_path_factory.mktemp("tiny"), request.param)
