@@ -111,4 +111,5 @@ def describe(view: EngineView, frontend: Frontend) -> dict[str, Any]:
         "used_blocks": stats.used_blocks, "cached_blocks": stats.cached_blocks, "num_steps": stats.num_steps,
         "prompt_tokens": metrics.prompt_tokens, "generation_tokens": metrics.generation_tokens,
         "prefix_queries": stats.prefix_cache_queries, "prefix_hits": stats.prefix_cache_hits, "preemptions": stats.num_preemptions,
+        "drafts": None if stats.drafts is None else [stats.drafts.num_steps, stats.drafts.num_drafts, *stats.drafts.accepted_per_position],
     }

@@ -4,6 +4,7 @@ The proposer of these tests knows which token followed each token in the plain a
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from minivllm.config import EngineConfig
 from minivllm.engine.compose import build_engine
 from minivllm.engine.engine import EngineCore
 from minivllm.sampling.rejection import sample_drafts
+from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.base import DraftTokens, ProposalInput
 from minivllm.worker.worker import Components
 from tests.engine.test_drafts import Tokens, generate
+from tests.engine.test_drafts import build as build_plain
 from tests.engine.test_speculation import WANTED, answers
 from tests.engine.test_speculation import folder as folder
 from tests.engine.test_speculation import free_drafts as free_drafts
@@ -97,3 +100,33 @@ def test_no_token_changes(folder: Path, plain: Tokens, way: str, k: int) -> None
     assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
     assert (engine.stats().num_preemptions > 0) == (way in ("preempted", "swapped"))
     engine.close()
+
+
+def test_sampled_drafts_keep_the_distribution(folder: Path, plain: Tokens) -> None:
+    """The tokens of many children have the same frequencies with drafts that were sampled from another distribution.
+
+    Their fourth and fifth tokens are verified against drafts. 31 tokens are allowed, and rare ones are counted together.
+    """
+    children, allowed = 600, list(range(40, 71))
+    params = SamplingParams(temperature=0.9, n=children, seed=11, max_tokens=6, ignore_eos=True, allowed_token_ids=allowed, top_k=20)
+    frequencies = []
+    for proposer in (None, Followers(plain, 2, probabilistic=True)):
+        settings = {"num_gpu_blocks_override": 2000, "block_size": 4, "max_num_batched_tokens": 4096, "max_num_seqs": 60}
+        engine = build_plain(folder, **settings) if proposer is None else build(folder, proposer, **settings, async_scheduling=True)
+        if proposer is not None:
+            proposer.counts = torch.full((VOCAB, VOCAB), 0.01)
+            proposer.counts[:, 40:60] = 9.0  # right for some tokens, too high for others
+        found = generate(engine, {"many": (WANTED["loop"][0], params if proposer is None else replace(params, seed=12))})[0]
+        if proposer is not None:
+            counts = engine.stats().drafts
+            assert counts is not None and counts.num_accepted > 100 and counts.num_drafts - counts.num_accepted > 100, counts
+        engine.close()
+        assert len(found) == children
+        frequencies.append([torch.tensor([tokens[i] for tokens in found.values()]).bincount(minlength=VOCAB) for i in (3, 4)])
+    for first, second in zip(*frequencies, strict=True):
+        kept = (first + second) >= 10
+        pairs = torch.stack([torch.cat((some[kept], some[~kept].sum()[None])) for some in (first, second)]).double()
+        pairs = pairs[:, pairs.sum(0) > 0]
+        expected = pairs.sum(0, keepdim=True) * pairs.sum(1, keepdim=True) / pairs.sum()
+        statistic, freedom = float(((pairs - expected) ** 2 / expected).sum()), pairs.shape[1] - 1
+        assert statistic < freedom + 3.5 * (2 * freedom) ** 0.5, f"chi-square {statistic:.1f} with {freedom} degrees of freedom"

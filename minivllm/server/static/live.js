@@ -86,13 +86,18 @@ function paint() {
   requests(view);
 }
 
-function figures({ rates: { tokens, steps }, num_running, num_waiting, prefix_queries, prefix_hits, preemptions }) {
+function figures({ rates: { tokens, steps }, num_running, num_waiting, prefix_queries, prefix_hits, preemptions, drafts }) {
   $("rate").textContent = tokens >= 100 ? Math.round(tokens).toLocaleString("en") : tokens.toFixed(1);
   $("steps").textContent = steps.toFixed(1);
   $("running").textContent = num_running;
   $("waiting").textContent = num_waiting;
   $("hits").textContent = prefix_queries ? `${Math.round((100 * prefix_hits) / prefix_queries)} %` : "–";
   $("preemptions").textContent = preemptions;
+  $("drafts").parentElement.hidden = !drafts; // without speculative decoding there are none
+  if (drafts) {
+    const [steps, , ...accepted] = drafts;
+    $("drafts").textContent = accepted.map((count) => `${Math.round((100 * count) / Math.max(1, steps))}`).join(" ") || "–";
+  }
 }
 
 function size(bytes) {
