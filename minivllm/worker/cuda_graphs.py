@@ -166,7 +166,7 @@ class Graph:
         with torch.cuda.graph(self._graph, pool=pool):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
-        if self._drafts is not None:  # a graph of its own: a step may be sampled again before
+        if self._drafts is not None:  # a separate graph: a step may be sampled again before it
             self._propose()
             torch.cuda.synchronize(self._model.build.device)
             self._second = torch.cuda.CUDAGraph()

@@ -21,7 +21,7 @@ from minivllm.speculative.base import DraftTokens, ProposalInput
 from minivllm.worker.worker import Components
 from tests.engine.test_drafts import Tokens, generate
 from tests.engine.test_drafts import build as build_plain
-from tests.engine.test_speculation import WANTED, answers
+from tests.engine.test_speculation import WANTED, answers, ngram
 from tests.engine.test_speculation import folder as folder
 from tests.engine.test_speculation import free_drafts as free_drafts
 
@@ -51,7 +51,10 @@ class Followers:
 
     def propose(self, x: ProposalInput) -> DraftTokens:
         self.num_calls += 1
-        self.check(x)
+        if x.newest.is_cuda:
+            self.counts = self.counts.to(x.newest.device)
+        else:
+            self.check(x)
         token, tokens, probs = x.newest, [], []
         for i in range(self.num_drafts):
             if self.probabilistic:
@@ -100,6 +103,20 @@ def test_no_token_changes(folder: Path, plain: Tokens, way: str, k: int) -> None
     assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
     assert (engine.stats().num_preemptions > 0) == (way in ("preempted", "swapped"))
     engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 4])
+def test_no_token_changes_on_a_gpu(folder: Path, k: int) -> None:
+    """The step and the proposer are captured CUDA graphs, and the host plans ahead. n-gram drafts use the same graphs."""
+    expected = answers(folder, device="cuda")
+    engine = build(folder, Followers(expected, k), device="cuda")
+    for _ in range(2):
+        assert generate(engine, WANTED)[0] == expected
+    counts = engine.stats().drafts
+    assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
+    engine.close()
+    assert answers(folder, device="cuda", speculative_config=ngram(k)) == expected
 
 
 def test_sampled_drafts_keep_the_distribution(folder: Path, plain: Tokens) -> None:
