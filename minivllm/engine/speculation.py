@@ -8,11 +8,10 @@ they do not pay, and start again when they would, without a step that is spent o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from minivllm.outputs import DraftCounts
-from minivllm.speculative.adaptive import Acceptance
+from minivllm.speculative.adaptive import Acceptance, cost_of, most_speculative_seqs
 from minivllm.speculative.ngram import NgramIndex
 from minivllm.speculative_config import SpeculativeConfig
 
@@ -44,11 +43,12 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig, device: str, waits: bool, on_host: bool = True) -> None:
         """waits: whether asynchronous scheduling is on, so that a sequence whose drafts are found on the host must wait for its values.
         on_host: False: the worker proposes the drafts."""
-        cost = SPECULATION.get(device.partition(":")[0], SPECULATION["cpu"])
+        cost = cost_of(device)
         self._config = config
         self._on_host = on_host
         self._waits = waits and self._on_host
-        self._cost = cost if self._waits else SpeculationCost(cost.free_tokens, 0.0)
+        self._cost = cost if self._waits else replace(cost, wait=0.0)
+        self._most_seqs = most_speculative_seqs(config, device)
         self.counts = DraftCounts()
 
     def start(self, prompt: Sequence[int]) -> SequenceDrafts:
@@ -81,8 +81,7 @@ class Speculation:
         drafts.guess = guess = proposed or ()
         acceptance = drafts.acceptance
         acceptance.proposed(bool(guess))
-        limit = self._config.disable_by_batch_size
-        if limit is not None and num_seqs >= limit:
+        if num_seqs > self._most_seqs:
             return None
         if self._waits and not acceptance.pays(num_seqs, most, self._cost):
             return None

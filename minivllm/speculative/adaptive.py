@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from minivllm.kernels.tuning import SpeculationCost
+from minivllm.kernels.tuning import SPECULATION, SpeculationCost
+from minivllm.speculative_config import SpeculativeConfig
 
 MEMORY = 0.15  # weight of the newest observation in the running averages
 LEAST_GAIN = 1.05  # fewer drafts, or none, unless the model expects at least this
 _GRID = 50  # averages are rounded to 1 / 50, so that few different lengths are computed
+
+
+def cost_of(device: str) -> SpeculationCost:
+    """What drafts cost on a device, such as cuda:0."""
+    return SPECULATION.get(device.partition(":")[0], SPECULATION["cpu"])
+
+
+def most_speculative_seqs(config: SpeculativeConfig, device: str) -> int:
+    """Sequences of the largest step with drafts."""
+    return cost_of(device).most_seqs if config.disable_by_batch_size is None else config.disable_by_batch_size - 1
 
 
 class Acceptance:

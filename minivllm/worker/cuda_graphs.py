@@ -161,14 +161,14 @@ class Graph:
 
     def _record(self, pool: Any) -> None:
         self._step()  # compiles kernels and fills their caches, which a capture must not do
+        if self._drafts is not None:
+            self._propose()
         torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
         if self._drafts is not None:  # a separate graph: a step may be sampled again before it
-            self._propose()
-            torch.cuda.synchronize(self._model.build.device)
             self._second = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._second, pool=self._graph.pool()):
                 self._proposed = self._propose()  # [B, k] int64

@@ -44,8 +44,10 @@ class Proposals:
 class DraftRunner:
     """Calls a proposer after each step."""
 
-    def __init__(self, proposer: DeviceProposer, kv: KVCache, rows: RowTable, sampler: Sampler) -> None:
-        self.proposer = proposer
+    def __init__(self, proposer: DeviceProposer, kv: KVCache, rows: RowTable, sampler: Sampler, most_seqs: int) -> None:
+        """most_seqs: in larger steps nothing is proposed. The proposer's keys and values of their tokens are missing later, so drafts
+        of these sequences are worse then."""
+        self.proposer, self._most_seqs = proposer, most_seqs
         self._kv, self._rows, self._sampler = kv, rows, sampler
 
     def verify(self, c: Columns, before: Tensor, sampled: Tensor, shift: Tensor) -> Tensor:
@@ -68,11 +70,17 @@ class DraftRunner:
         (own,) = upload([c.drafting.own_sample], kept.device)
         return torch.where(own >= 0, kept[own.clamp_min(0)], 1) if len(kept) else torch.ones_like(own)
 
+    def proposes(self, num_seqs: int) -> bool:
+        """Whether the proposer runs after a step of so many sequences."""
+        return num_seqs <= self._most_seqs
+
     def propose(self, packed: Packed, hidden: Tensor, kept: Tensor) -> Proposals:
         """Drafts for the sequences of a step. hidden: of all T tokens, if the proposer needs them; kept [B]."""
         c, batch = packed.columns, packed.batch
         d = c.drafting
         assert d is not None
+        if not self.proposes(len(c.rows)):
+            return Proposals(kept, kept.new_empty((len(kept), 0)), d.own_sample)
         rows, has_sample, num_drafts, streams, temperature = upload(
             [c.rows, d.own_sample >= 0, d.num_drafts, self._sampler.streams(c.rows), self._sampler.temperatures(c.rows)], kept.device)
         last = batch.query_start[1:].long() - 1 - num_drafts + kept - 1

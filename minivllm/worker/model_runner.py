@@ -163,8 +163,9 @@ class ModelRunner:
 
     def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
                  graph_tokens: int = 0, query_widths: Sequence[int] = (1,), proposer: DeviceProposer | None = None,
-                 keep_probs: bool = False) -> None:
+                 keep_probs: bool = False, most_speculative_seqs: int = tuning.MAX_DRAFT_PROBS_ROWS) -> None:
         """proposer: of drafts. keep_probs: it samples its drafts, so keep their distributions.
+        most_speculative_seqs: sequences of the largest step after which drafts are proposed.
         graph_tokens: capture CUDA graphs of decodes, and of mixed steps up to this many tokens; 0: none.
         query_widths: of the captured decodes, 1 plus their number of drafts."""
         self.model, self.kv = model, kv
@@ -178,7 +179,7 @@ class ModelRunner:
             probs = DraftProbabilities(min(max_num_seqs, tuning.MAX_DRAFT_PROBS_ROWS), proposer.num_drafts, model.spec.vocab_size,
                                        model.build.device)
         self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops, probs)
-        self._drafts = None if proposer is None else DraftRunner(proposer, kv, self.rows, self.sampler)
+        self._drafts = None if proposer is None else DraftRunner(proposer, kv, self.rows, self.sampler, most_speculative_seqs)
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths, self._drafts) if graph_tokens else None
         self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 
@@ -275,7 +276,7 @@ class ModelRunner:
         own = None if c.drafting is None else c.drafting.own_sample
         sampled_drafts = self.sampler.draft_probs is not None and c.has_drafts and bool(self.sampler.temperatures(c.sample_rows).any())
         if masks is None and not sampled_drafts and self.sampler.all_plain(c.sample_rows):
-            proposals = None if verified is None or own is None else Proposals(verified.kept, verified.propose(), own)
+            proposals = None if verified is None or own is None else self._proposals(verified, own)
             return SampledStep(step, self.kv, [work.sampled], order=work.order, proposals=proposals)
         self._only_replays = False
         index, draft_index, drafts, source = upload([c.sample_index, c.draft_index, c.drafts, c.source], work.logits.device)
@@ -294,9 +295,15 @@ class ModelRunner:
         if verified is not None and self._drafts is not None and own is not None and before is not None and shift is not None:
             kept = self._drafts.count(c, self._drafts.verify(c, before, choice.token_ids, shift))
             verified.kept.copy_(kept)
-            proposals = Proposals(kept, verified.propose(), own)
+            proposals = self._proposals(verified, own)
         logprobs = () if choice.logprobs is None else ((0, choice.logprobs),)
         return SampledStep(step, self.kv, [choice.token_ids], logprobs, proposals=proposals)
+
+    def _proposals(self, verified: VerifiedStep, own: Array) -> Proposals:
+        """Run the proposer after a replay."""
+        assert self._drafts is not None
+        kept = verified.kept
+        return Proposals(kept, verified.propose() if self._drafts.proposes(len(own)) else kept.new_empty((len(own), 0)), own)
 
     def _sample_eager(
         self, packed: Packed, hidden: Tensor, masks: TokenMasks | None,

@@ -33,6 +33,7 @@ from minivllm.models.streaming import WeightStream
 from minivllm.quantization.kv_cache import KVFormat, kv_format
 from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
+from minivllm.speculative.adaptive import most_speculative_seqs
 from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.load import Draft, load_draft
 from minivllm.speculative_config import SpeculativeConfig
@@ -81,7 +82,7 @@ class LoadedModel:
         self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype),
                                   None if draft is None else draft.spec)
         for shape in dict.fromkeys((*spec.attention_shapes, *(() if draft is None else draft.spec.attention_shapes))):
-            build.ops.warm_up(*shape, self.dtype, self.layout.dtype, query_widths(config.speculation))
+            build.ops.warm_up(*shape, self.dtype, self.layout.dtype)
         offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
         self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
         self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize, self.device.type == "cuda")
@@ -126,7 +127,8 @@ class LoadedModel:
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0,
                              proposer=self.proposer, query_widths=query_widths(speculation),
-                             keep_probs=speculation is not None and speculation.draft_sample_method == "probabilistic")
+                             keep_probs=speculation is not None and speculation.draft_sample_method == "probabilistic",
+                             most_speculative_seqs=0 if speculation is None else most_speculative_seqs(speculation, self.device.type))
         if ledger is not None:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)

@@ -81,7 +81,8 @@ class Followers:
 
 
 def build(folder: Path, proposer: Followers, **config: Any) -> EngineCore:
-    method = {"method": "draft_model", "model": "none", "num_speculative_tokens": proposer.num_drafts,
+    method = {"disable_by_batch_size": config.pop("disable_by_batch_size", None), "method": "draft_model", "model": "none",
+              "num_speculative_tokens": proposer.num_drafts,
               "draft_sample_method": "probabilistic" if proposer.probabilistic else "greedy"}
     settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 200, **config}
     return build_engine(EngineConfig(**settings, speculative_config=method), Components(proposer=lambda model: proposer))
@@ -102,6 +103,15 @@ def test_no_token_changes(folder: Path, plain: Tokens, way: str, k: int) -> None
     counts = engine.stats().drafts
     assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
     assert (engine.stats().num_preemptions > 0) == (way in ("preempted", "swapped"))
+    engine.close()
+
+
+def test_nothing_is_proposed_in_steps_of_many_sequences(folder: Path, plain: Tokens) -> None:
+    proposer = Followers(plain, 3)
+    engine = build(folder, proposer, async_scheduling=True, disable_by_batch_size=4)
+    assert generate(engine, WANTED)[0] == plain
+    counts = engine.stats().drafts
+    assert counts is not None and counts.num_steps > 0 and proposer.num_calls < 80
     engine.close()
 
 

@@ -58,7 +58,7 @@ def plain(folder: Path) -> Tokens:
 @pytest.fixture
 def free_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts cost nothing, so as many as possible are verified."""
-    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0))
+    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 1000))
 
 
 @pytest.mark.usefixtures("free_drafts")

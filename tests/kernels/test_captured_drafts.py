@@ -76,7 +76,7 @@ def expected(plain: Tiny) -> Tokens:
 
 
 def test_no_token_changes(plain: Tiny, expected: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0))
+    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 1000))
     Repeated.replayed.clear()
     proposer = Followers(expected, 3, vocab_size=plain.with_triton.spec.vocab_size)
     found, core = generate(plain, proposer, (1, 3, 4))
@@ -89,6 +89,6 @@ def test_no_token_changes(plain: Tiny, expected: Tokens, monkeypatch: pytest.Mon
 
 def test_drafts_with_distributions_are_verified_after_a_replay(plain: Tiny, expected: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy tokens stay the same, and the others are some sample."""
-    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0))
+    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 1000))
     found, _ = generate(plain, Followers(expected, 2, True, plain.with_triton.spec.vocab_size), (1, 3))
     assert (found["0"], found["3"]) == (expected["0"], expected["3"]) and all(len(tokens) == 6 for tokens in found.values())
