@@ -23,7 +23,7 @@ class Oracle:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._logits = lru_cache(maxsize=64)(self._forward)
+        self._logits = lru_cache(maxsize=32)(self._forward)
         self.num_checked = 0
         self.num_ties = 0
 

@@ -25,7 +25,8 @@ TEXT = (
     "In Paris, the capital of France, 2 + 2 = 4; def add(a, b): return a + b. Once upon a time there was a small engine which "
     "could answer many questions at once, because it never waited for the slowest of them. "
 )
-GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=0)
+OUTPUT = 40
+GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, prompt_logprobs=0)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def prompts(llm: LLM) -> list[list[int]]:
-    """20 prompts of 1 to 300 tokens."""
+    """12 prompts of 1 to 300 tokens. The first ones end beside the ends of blocks."""
     ids = llm.llm_engine.core.tokenizer.encode(TEXT * 4)
-    lengths = [1, 2, 15, 16, 17, 300, *(random.Random(0).sample(range(3, 300), 14))]
+    lengths = [1, 2, 15, 16, 17, 300, *(random.Random(0).sample(range(3, 200), 6))]
     return [ids[7 * i: 7 * i + length] for i, length in enumerate(lengths)]
 
 
@@ -61,13 +62,13 @@ def together(llm: LLM, prompts: list[list[int]]) -> list[RequestOutput]:
 def _check(oracle: Oracle, outputs: list[RequestOutput]) -> None:
     for output in outputs:
         tokens = output.outputs[0].token_ids
-        assert len(tokens) == 64
+        assert len(tokens) == OUTPUT
         oracle.check_greedy(output.prompt_token_ids, tokens)
     print(f"\n{oracle.num_ties} ties in {oracle.num_checked} tokens")
-    assert oracle.num_ties <= oracle.num_checked / 1000
+    assert oracle.num_ties <= 1
 
 
-def test_twenty_prompts_in_one_batch_get_hfs_greedy_tokens(oracle: Oracle, together: list[RequestOutput]) -> None:
+def test_prompts_of_many_lengths_in_one_batch_get_hfs_greedy_tokens(oracle: Oracle, together: list[RequestOutput]) -> None:
     _check(oracle, together)
 
 
@@ -75,7 +76,7 @@ def test_single_prompts_get_the_same_tokens(
     llm: LLM, oracle: Oracle, prompts: list[list[int]], together: list[RequestOutput],
 ) -> None:
     llm.reset_prefix_cache()
-    for prompt, batched in zip(prompts, together, strict=True):
+    for prompt, batched in list(zip(prompts, together, strict=True))[:6]:
         (alone,) = llm.generate([prompt], GREEDY, use_tqdm=False)  # type: ignore[list-item]
         if alone.outputs[0].token_ids != batched.outputs[0].token_ids:
             _check(oracle, [alone])  # both are right if they differ at a tie

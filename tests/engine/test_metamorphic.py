@@ -173,9 +173,9 @@ def test_the_number_of_rows_and_the_chunk_size_change_nothing(
         assert ask(llm) == answers
 
 
-@ASYNC
-@pytest.mark.parametrize("host_gib", [0.0, 0.001], ids=["recompute", "host memory"])
-@pytest.mark.parametrize(("block_size", "spare"), [(1, 0), (4, 6), (16, 0)])
+@pytest.mark.parametrize(("block_size", "spare", "host_gib", "ahead"), [  # all pairs
+    (1, 0, 0.0, False), (1, 0, 0.001, True), (4, 6, 0.0, True), (4, 6, 0.001, False), (16, 0, 0.0, False), (16, 0, 0.001, True),
+], ids=lambda value: {0.0: "recompute", 0.001: "host memory"}.get(value) if isinstance(value, float) else None)
 def test_running_out_of_blocks_changes_nothing(
     folder: Path, answers: Answers, block_size: int, spare: int, host_gib: float, ahead: bool,
 ) -> None:
