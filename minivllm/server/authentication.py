@@ -10,12 +10,15 @@ A web page that the user of a browser visits can send requests to this machine. 
 """
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
 import re
 import uuid
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,6 +31,9 @@ from minivllm.server.errors import ApiError, shorten, to_api_error
 OWNER = "minivllm.owner"  # scope key of the owner's label
 ADMIN = "minivllm.admin"  # scope key: whether the request may use the endpoints for administrators
 RAW_SEND = "minivllm.send"  # scope key of a `send` for body messages that skips the middleware, which only changes headers
+REFUSALS_PER_SECOND = 50  # of an owner; further ones are delayed
+FREE_OPEN = 16  # open requests of an owner whose refusals are not delayed
+MAX_DELAY = 30.0  # seconds
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # names that no public DNS server gives an address
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -103,12 +109,43 @@ def _is_address(name: str) -> bool:
     return True
 
 
+class RefusalBrake:
+    """Sends refusals of an owner that gets very many at no more than a fixed rate.
+
+    Clients that repeat a refused request at once would otherwise take all of the server's time. The rate is kept as in a leaky bucket
+    (GCRA): each refusal moves the owner's next time on by 1 / rate, and waits if that is in the future.
+    """
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()  # requests by owner
+        self._next: dict[str, float] = {}  # by owner: when its next refusal is due, on the event loop's clock
+
+    @contextmanager
+    def request(self, owner: str) -> Iterator[None]:
+        self._open[owner] += 1
+        try:
+            yield
+        finally:
+            self._open[owner] -= 1
+
+    async def delay(self, owner: str) -> None:
+        """Called before a refusal is sent."""
+        now = asyncio.get_running_loop().time()
+        due = max(self._next.get(owner, 0.0), now - 1.0) + 1 / REFUSALS_PER_SECOND
+        if due <= now or self._open[owner] <= FREE_OPEN:
+            self._next[owner] = min(due, now)
+            return
+        due = self._next[owner] = min(due, now + MAX_DELAY)
+        await asyncio.sleep(due - now)
+
+
 class AuthenticationMiddleware:
     """ASGI middleware that applies `AccessRules`. Every response carries `x-request-id`: the client's own if it sent one."""
 
     def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self._app = app
         self._rules = rules
+        self._brake = RefusalBrake()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -126,22 +163,27 @@ class AuthenticationMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if 400 <= message["status"] < 500:
+                    await self._brake.delay(scope[OWNER])
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:
             owner = self._let_in(scope, headers)
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send_with_id)
+            scope[OWNER] = ""
+            with self._brake.request(""):
+                await refusal.response()(scope, receive, send_with_id)
             return
         scope[RAW_SEND] = send
         scope[OWNER], scope[ADMIN] = owner, self._rules.is_admin(owner, scope.get("client"))
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            if started:
-                raise
-            await to_api_error(error).response()(scope, receive, send_with_id)
+        with self._brake.request(owner):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception as error:
+                if started:
+                    raise
+                await to_api_error(error).response()(scope, receive, send_with_id)
 
     def _let_in(self, scope: Scope, headers: Headers) -> str:
         """The owner of a request. Raises `ApiError` if it must not enter."""

@@ -1,6 +1,8 @@
 """Every path except /health and the page needs an API key, and every response has a request id."""
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,8 @@ import pytest
 from minivllm.config import ServerConfig
 from minivllm.core.prefix_cache import root_hash
 from minivllm.errors import InvalidInput
-from minivllm.server.authentication import AccessRules
+from minivllm.server import authentication
+from minivllm.server.authentication import AccessRules, RefusalBrake
 from minivllm.server.page import FILES
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
@@ -128,6 +131,27 @@ def test_only_administrators_use_their_endpoints(tokenizer_folder: Path) -> None
     for wrong in ({"api_key": ("x",), "admin_key": ("x",)}, {"api_key": ("x",), "admin_key": ("",)}):
         with pytest.raises(InvalidInput):
             ServerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_only_very_many_refusals_at_a_time_are_delayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "REFUSALS_PER_SECOND", 3)
+
+    async def run(num_open: int) -> list[bool]:
+        brake = RefusalBrake()
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: 7.5)
+        with contextlib.ExitStack() as requests:
+            for _ in range(num_open):
+                requests.enter_context(brake.request("a"))
+            tasks = [asyncio.ensure_future(brake.delay(owner)) for owner in "aaaaab"]
+            for _ in range(3):
+                await asyncio.sleep(0)
+            done = [task.done() for task in tasks]
+            for task in tasks:
+                task.cancel()
+            return done
+
+    assert asyncio.run(run(20)) == [True, True, True, False, False, True]
+    assert asyncio.run(run(5)) == [True] * 6
 
 
 def test_ids_belong_to_their_key(tokenizer_folder: Path) -> None:
