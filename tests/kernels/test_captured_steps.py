@@ -20,13 +20,16 @@ from minivllm.core.plan import StepPlan
 from minivllm.kernels import REFERENCE, select, tuning, upload
 from minivllm.kernels.triton import attention
 from minivllm.layers.build import BuildContext
+from minivllm.lora.adapter import Adapter, ModuleDelta
+from minivllm.lora.layout import AdapterLayout
+from minivllm.lora.slots import AdapterStore
 from minivllm.models.loader import load_model
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker import batch, cuda_graphs
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner
 from tests.models.tiny import read_spec
-from tests.worker.plans import GREEDY
+from tests.worker.plans import GREEDY, Sequence
 from tests.worker.test_drafts import decode, run_with_drafts
 from tests.worker.test_model_runner import LENGTH, NUM_BLOCKS, ROWS, Tiny, run, run_from_one_prefix, sequences_of
 
@@ -98,12 +101,39 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def runner_of(tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,), length: int = LENGTH) -> ModelRunner:
+def test_rows_with_adapters_are_replayed_and_give_the_tokens_of_eager_steps(tmp_path: Path) -> None:
+    tiny, outputs = Tiny(tmp_path, False), []
+    layout = AdapterLayout.of(tiny.model.spec, 16)
+    generator = torch.Generator().manual_seed(0)
+    adapters = [Adapter({name: ModuleDelta(torch.randn(5, adapted.linear.cols, generator=generator),
+                                           torch.randn(adapted.linear.rows[part], 5, generator=generator), 0.1)
+                         for adapted in layout.layers.values() for part, name in enumerate(adapted.linear.checkpoint_names)})
+                for _ in range(2)]
+    on_gpu = replace(select(torch.device("cuda")), fused_linear=REFERENCE.fused_linear, pack_weight=lambda weight, dtype: weight)
+    for ops, graph_tokens in ((on_gpu, 32), (REFERENCE, 0)):
+        store = AdapterStore(layout, 2, torch.float32, CPU)
+        for slot, adapter in enumerate(adapters):
+            store.add(slot + 1, store.pack(adapter))
+            store.load(slot, slot + 1)
+        tiny.with_triton = load_model(read_spec(tmp_path), tmp_path, "auto", BuildContext(CPU, torch.float32, ops, adapters=store))
+        runner = runner_of(tiny, 4, graph_tokens=graph_tokens)
+        sequences = [Sequence(f"s{i}", i, tiny.prompts[i % 2], 3, adapter_slot=slot) for i, slot in enumerate((0, 1, -1))]
+        for some in (sequences[:1], sequences[1:]):  # one row, then rows of another adapter and of the base model
+            run(runner, tiny.planner(), some, random.Random(1))
+        outputs.append([s.outputs for s in sequences])
+    assert outputs[0] == outputs[1] and outputs[0][2] == tiny.expected[0][:3] != outputs[0][0]
+    assert {shape.decodes > 0 for shape in Repeated.replayed if shape.adapters} == {True, False}  # decodes alone, and with a prompt
+
+
+def runner_of(
+    tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,), length: int = LENGTH, graph_tokens: int = 32,
+) -> ModelRunner:
     model = tiny.with_triton
     kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
-    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=length, eos_token_ids=(3,), graph_tokens=32, query_widths=query_widths)
+    return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=length, eos_token_ids=(3,), graph_tokens=graph_tokens,
+                       query_widths=query_widths)
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(1, 1), (1, 4), (2, 1), (2, 4), (3, 4), (4, 4), (5, 4)])

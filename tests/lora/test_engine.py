@@ -70,8 +70,9 @@ def test_the_base_model_answers_as_in_an_engine_without_adapters(base: Path, alo
     {"max_loras": 8}, {"max_loras": 1}, {"max_loras": 2, "max_num_batched_tokens": 7}, {"max_loras": 2, "async_scheduling": True},
     {"max_loras": 3, "num_gpu_blocks_override": 20, "block_size": 8, "enable_prefix_caching": False},
     {"max_loras": 3, "num_gpu_blocks_override": 20, "block_size": 8, "kv_offloading_size": 0.001, "async_scheduling": True},
-    {"max_loras": 2, "max_num_seqs": 3},
-], ids=["all in slots", "one slot", "chunks", "ahead", "preemption", "swap", "few rows"])
+    {"max_loras": 2, "max_num_seqs": 3}, {"max_loras": 2, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+    {"max_loras": 2, "max_num_batched_tokens": 20, "block_size": 3, "kv_cache_dtype": "float32", "scheduling_policy": "priority"},
+], ids=["all in slots", "one slot", "chunks", "ahead", "preemption", "swap", "few rows", "drafts", "blocks of 3"])
 def test_tokens_do_not_depend_on_the_batch(base: Path, adapters: list[LoRARequest], alone: Tokens, settings: dict[str, Any]) -> None:
     requests = [*adapters, None] * 2
     with open_llm(base, **settings) as llm:

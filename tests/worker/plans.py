@@ -28,6 +28,7 @@ class Sequence:
     blocks: list[list[int]] = field(default_factory=list)
     admitted: bool = False
     owed_from: int | None = None
+    adapter_slot: int = -1
 
     @property
     def total(self) -> int:
@@ -100,6 +101,7 @@ class Planner:
             seed=s.seed,
             child_index=s.child,
             prompt_logprobs_from=s.owed_from,
+            adapter_slot=s.adapter_slot,
         )
 
     def _grow(self, s: Sequence) -> tuple[tuple[int, ...], ...]:
