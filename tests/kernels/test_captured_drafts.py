@@ -12,6 +12,7 @@ from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.speculation import Speculation
+from minivllm.families import ModelSpec
 from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative_config import SpeculativeConfig
@@ -45,11 +46,12 @@ class RunnerExecutor:
         pass
 
 
-def generate(tiny: Tiny, proposer: Followers | None, widths: tuple[int, ...], depth: int = 1) -> tuple[Tokens, EngineCore]:
+def generate(tiny: Tiny, proposer: Any, widths: tuple[int, ...], depth: int = 1,
+             draft: ModelSpec | None = None) -> tuple[Tokens, EngineCore]:
     model = tiny.with_triton
-    kv = KVCache(KVLayout.of(model.spec, BLOCK_SIZE, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
+    kv = KVCache(KVLayout.of(model.spec, BLOCK_SIZE, torch.float32, draft=draft), NUM_BLOCKS, 0, CPU, model.build.ops)
     runner = ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, graph_tokens=32 if widths else 0, query_widths=widths,
-                         proposer=proposer, keep_probs=proposer is not None and proposer.probabilistic)
+                         proposer=proposer, keep_probs=getattr(proposer, "probabilistic", False))
     k = 0 if proposer is None else proposer.num_drafts
     scheduler = Scheduler(SchedulerConfig(
         num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=ROWS, max_num_batched_tokens=64, max_model_len=LENGTH,

@@ -68,8 +68,8 @@ def draft_folder(kind: str, target: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "way", "k"), [
-    ("itself", "plain", 1), ("itself", "small chunks", 8), ("itself", "preempted", 3), ("other", "ahead", 2), ("head", "small chunks", 4),
-    ("head", "swapped", 7)])
+    ("itself", "plain", 1), ("itself", "small chunks", 4), ("itself", "preempted", 3), ("other", "ahead", 2), ("head", "small chunks", 4),
+    ("head", "swapped", 5)])
 def test_drafts_change_no_token(folder: Path, plain: Tokens, tmp_path: Path, kind: str, way: str, k: int) -> None:
     engine = build(folder, speculative_config=speculative(kind, folder, tmp_path, k), **WAYS[way])
     some = {name: REQUESTS[name] for name in ("greedy", "other", "short")}
