@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minivllm.errors import ModelError, shown
 MAX_JSON_BYTES = 64 << 20  # the index of a model with 100,000 tensors has 10 MB
 MAX_DIGITS = 40  # of a whole number
 MAX_DEPTH = 64  # nested objects and lists
+MAX_REPEATS = 6  # of one pattern for names of modules
 LINKED = frozenset({".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".gguf"})  # kinds of files that are read
 
 
@@ -63,6 +65,18 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{shown(text)} is not a finite number")
     return value
+
+
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression from a file, which is matched with names of modules. Raises `ValueError` if it is none, or if matching it could
+    take very long: Python's `re` tries all ways in which repetitions share a text, and cannot be interrupted."""
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", text)  # without escapes and sets of characters
+    if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+]|\{\d*,", plain)) > MAX_REPEATS:
+        raise ValueError(f"it repeats a group, or has more than {MAX_REPEATS} repetitions")
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def check_links(folder: Path, param: str) -> None:

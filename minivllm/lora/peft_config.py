@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.errors import ModelError, NotSupportedYet, shown
-from minivllm.families.model_folder import check_links, read_json
+from minivllm.families.model_folder import check_links, compile_pattern, read_json
 
 CONFIG_FILE = "adapter_config.json"
 MOST = 1 << 20  # largest rank or alpha: far beyond real adapters
@@ -107,9 +107,10 @@ def _pattern(config: Mapping[str, Any], name: str, path: Path, *, whole: bool = 
         raise ModelError(f"{path}: {name} must be a JSON object, got {shown(found)}: correct it", PARAM)
     for key, value in found.items():
         try:
-            re.compile(key)
-        except re.error as error:
-            raise ModelError(f"{path}: {name} has {shown(key)}, which is no regular expression ({error}): correct it", PARAM) from error
+            compile_pattern(key)
+        except ValueError as error:
+            raise ModelError(f"{path}: {name} has {shown(key)}, which is no regular expression that can be used ({error}): correct it",
+                             PARAM) from error
         _checked(value, f"{name}[{key!r}]", path, whole)
     return found
 

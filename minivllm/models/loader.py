@@ -67,6 +67,7 @@ DTYPES = {
 CONVERTED = ("float64", "float32", "float16", "bfloat16")  # to the model's dtype, on copy
 PROGRESS_FROM = 512 << 20  # bytes; smaller models load too fast for a progress bar
 DUMMY_STD = 0.02
+MAX_NAME = 1024  # characters of a tensor's name: names are compared with patterns
 
 
 Checkpoint = Mapping[str, StoredTensor]  # name without prefix -> tensor
@@ -329,6 +330,8 @@ def _open_safetensors(file: Path, shown: str, stack: ExitStack) -> list[StoredTe
         handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
         found = []
         for name in handle.keys():  # noqa: SIM118 - not a dict
+            if len(name) > MAX_NAME:
+                raise ValueError(f"a tensor's name has {len(name):,} characters")
             part = handle.get_slice(name)
             dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
             found.append(StoredTensor(shown, name, tuple(part.get_shape()), dtype, partial(handle.get_tensor, name)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from minivllm.errors import ModelError, NotSupportedYet, shown
 from minivllm.families import Key, LinearSpec, read
+from minivllm.families.model_folder import compile_pattern
 from minivllm.quantization.base import LinearMethod, MethodOf
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.parts import PartsMethod
@@ -40,12 +41,12 @@ def contains_any(name: str, parts: list[str]) -> bool:
 
 
 def compiled(pattern: str, field: str) -> re.Pattern[str]:
-    """A regular expression. Raises `ModelError` that names the field if it is none."""
+    """A regular expression. Raises `ModelError` that names the field if it is none, or may take very long."""
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ModelError(f"quantization_config: {field} has {shown(pattern)}, which is no regular expression ({error}): correct it",
-                         "model") from error
+        return compile_pattern(pattern)
+    except ValueError as error:
+        raise ModelError(f"quantization_config: {field} has {shown(pattern)}, which is no regular expression that can be used ({error}): "
+                         "correct it", "model") from error
 
 
 def matched(name: str, pattern: re.Pattern[str]) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
-from minivllm.families.model_folder import parse_json
+from minivllm.families.model_folder import compile_pattern, parse_json
 from minivllm.models import gguf, gguf_structure
 from minivllm.models.gguf_weights import read_index
 from minivllm.models.hub import check_config, find_model
@@ -203,6 +203,18 @@ def test_an_awq_backend_with_another_layout_is_refused() -> None:
     for backend in ("llm-awq", "unheard-of"):
         with pytest.raises(NotSupportedYet, match="backend"):
             method_of({**config, "backend": backend})
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(a|a)*b", ".*" * 7 + "x", "a{1,}" * 7, "(", "(?:x.*){9}"])
+def test_a_pattern_that_may_take_very_long_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"repeats a group|unterminated"):
+        compile_pattern(pattern)
+
+
+def test_usual_patterns_of_modules_are_kept() -> None:
+    for pattern in (r".*lm_head", r"model\.layers\.(\d+|1[0-9])\..*(q|k)_proj.*", r".*\.mlp\.(gate|up)_proj(\.weight)?",
+                    r"^(?!.*lm_head).*$", r"re[+*()]{2}x*"):
+        assert compile_pattern(pattern).pattern == pattern
 
 
 # -- places ------------------------------------------------------------------------------------------------------------
