@@ -208,6 +208,10 @@ class EngineCore:
         """The user's seed; otherwise one that follows from the engine's seed and the number of the request."""
         return output(self._seed, self._num_added) if params.seed is None else params.seed & MASK
 
+    def warm_up(self) -> None:
+        """Do once what would otherwise delay the steps of other requests: before the first request."""
+        self._compiler.warm_up()
+
     def check_room(self, owner: str, num_preparing: int) -> None:
         """Raise `QueueFull` if the queue has no room for this owner, counting so many requests that are being prepared."""
         self.scheduler.check_room(owner, num_preparing)

@@ -7,6 +7,7 @@ The engine loop runs preparations on its threads (`preparation_queue.py`), so ne
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import threading
 from collections import OrderedDict
@@ -92,6 +93,12 @@ class GrammarCompiler:
     def num_tokens(self) -> int:
         """Bits in a mask. Known after the first `compile`."""
         return self._vocabulary.size
+
+    def warm_up(self) -> None:
+        """Build the vocabulary, if structured output is possible: Python's global lock is held meanwhile, so no step could run."""
+        with contextlib.suppress(InvalidInput):
+            self._vocabulary.check("structured_outputs")
+            self._vocabulary.build("structured_outputs")
 
     def is_cached(self, params: StructuredOutputsParams) -> bool:
         """Whether `compile` returns at once."""

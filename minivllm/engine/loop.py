@@ -45,6 +45,8 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def warm_up(self) -> None: ...
+
     def check_room(self, owner: str, num_preparing: int) -> None: ...
 
     def preparation(self, request: EngineRequest | LoRARequest) -> PreparationWork | None: ...
@@ -89,6 +91,7 @@ def run_engine(
     try:
         engine = build()
         send(ReadyMessage(engine.info()))
+        engine.warm_up()
         EngineLoop(engine, inbox, send).run()
         last_message = DeadMessage("the engine was closed")
     except InvalidInput as error:

@@ -94,6 +94,9 @@ class ScriptedEngine:
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 
+    def warm_up(self) -> None:
+        pass
+
     def check_room(self, owner: str, num_preparing: int) -> None:
         pass
 
