@@ -184,7 +184,7 @@ class _Planner:
         return {
             "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
                               Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked),
-            "graphs": 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget),
+            "graphs": 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),
             "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),
         }

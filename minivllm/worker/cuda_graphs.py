@@ -66,11 +66,11 @@ def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
     return (*(size for size in tuning.SHARING_GRAPHS if size < most), most)
 
 
-def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int, adapters: bool = False) -> int:
     """Bytes to set aside for all graphs; the log says how much they took. They share the memory of the largest one."""
     rows, tokens = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
     widest = max(layer.mlp.intermediate_size for layer in spec.layers)
-    return (128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
+    return (256 << 20 if adapters else 128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
 
 
 class GraphShape(NamedTuple):

@@ -111,7 +111,7 @@ class LoadedModel:
         if self.device.type != "cuda":
             return cpu_budget(self.cache_settings, self.layout, self._weight_bytes)
         with enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
-            graphs = graph_bytes(self.spec, config.max_num_seqs, budget) if self._captures_graphs else 0
+            graphs = graph_bytes(self.spec, config.max_num_seqs, budget, config.enable_lora) if self._captures_graphs else 0
             return cuda_budget(self.cache_settings, self.layout, self.model, config.max_num_seqs, budget, graphs)
 
     def allocate(self, size: CacheSize, num_host_blocks: int = 0, *, eos_token_ids: Sequence[int] = (),

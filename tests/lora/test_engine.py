@@ -179,3 +179,16 @@ def test_the_settings_need_enable_lora(base: Path) -> None:
         LLM(str(base), max_loras=2)
     with pytest.raises(InvalidInput, match="max_cpu_loras must be at least 4"):
         LLM(str(base), enable_lora=True, max_cpu_loras=1)
+
+
+def test_the_command_line_answers_with_an_adapter(base: Path, adapters: list[LoRARequest], capsys: pytest.CaptureFixture[str]) -> None:
+    from minivllm.cli.main import main
+
+    line = ["complete", "the cat and the hat", "--local", "--model", str(base), "--dtype", "float32", "--max-tokens", "8",
+            "--temperature", "0"]
+    texts = []
+    for lora in ([], ["--lora", adapters[4].lora_path], ["--lora", "/nowhere"]):
+        status = main([*line, *lora])
+        texts.append(capsys.readouterr().out)
+        assert status == int(lora == ["--lora", "/nowhere"])
+    assert texts[0] != texts[1] and texts[2] == ""
