@@ -119,14 +119,15 @@ def test_nothing_is_proposed_in_steps_of_many_sequences(folder: Path, plain: Tok
 @pytest.mark.parametrize("k", [1, 4])
 def test_no_token_changes_on_a_gpu(folder: Path, k: int) -> None:
     """The step and the proposer are captured CUDA graphs, and the host plans ahead. n-gram drafts use the same graphs."""
-    expected = answers(folder, device="cuda")
-    engine = build(folder, Followers(expected, k), device="cuda")
+    on_gpu: dict[str, Any] = {"device": "cuda", "max_num_seqs": 8}  # few graphs
+    expected = answers(folder, **on_gpu)
+    engine = build(folder, Followers(expected, k), **on_gpu)
     for _ in range(2):
         assert generate(engine, WANTED)[0] == expected
     counts = engine.stats().drafts
-    assert counts is not None and 100 < counts.num_accepted < counts.num_drafts - 100
+    assert counts is not None and 20 < counts.num_accepted < counts.num_drafts - 20
     engine.close()
-    assert answers(folder, device="cuda", speculative_config=ngram(k)) == expected
+    assert answers(folder, speculative_config=ngram(k), **on_gpu) == expected
 
 
 def test_sampled_drafts_keep_the_distribution(folder: Path, plain: Tokens) -> None:

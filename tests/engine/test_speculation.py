@@ -58,7 +58,8 @@ def plain(folder: Path) -> Tokens:
 @pytest.fixture
 def free_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts cost nothing, so as many as possible are verified."""
-    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 1000))
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(SPECULATION, device, SpeculationCost(1e9, 0.0, 1000))
 
 
 @pytest.mark.usefixtures("free_drafts")
