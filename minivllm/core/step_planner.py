@@ -12,6 +12,8 @@ Planning uses only counts. It never needs the value of a token that a launched p
 """
 from __future__ import annotations
 
+from collections import Counter
+
 from minivllm.core.forks import fork
 from minivllm.core.plan import DEVICE_DRAFT, BlockId, BlockMove, RowAdmission, StepPlan
 from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
@@ -29,15 +31,40 @@ def plan_step(state: SchedulerState, now: float) -> PlanBuilder:
     for position, sequence in enumerate(verifications):
         if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted since
             _plan_verification(state, plan, sequence, reserved=len(verifications) - position - 1)
+    parts = _budget_parts(state, prompts, plan.budget)
     for sequence in prompts:
-        if sequence.status is SequenceStatus.RUNNING and plan.budget:
-            _plan_tokens(state, plan, sequence, min(sequence.num_left_to_plan, plan.budget, state.config.max_chunk))
+        owner, before = sequence.request.new.owner, plan.budget
+        limit = before if parts is None else min(before, parts[owner])
+        if sequence.status is SequenceStatus.RUNNING and limit:
+            _plan_tokens(state, plan, sequence, min(sequence.num_left_to_plan, limit, state.config.max_chunk))
+        if parts is not None:
+            parts[owner] -= before - plan.budget
     state.remove_rowless()
     if not plan.short_of_blocks:
         _plan_waiting(state, plan, now)
     elif state.waiting.has_several_owners and (first := state.waiting.first()) is not None:
         make_blocks_for_share(state, first, state.kv.num_blocks_for(first.num_known))
     return plan
+
+
+def _budget_parts(state: SchedulerState, prompts: list[Sequence], budget: int) -> dict[str, int] | None:
+    """How many of the `budget` tokens each owner's running prompts may use, if several owners have prompts to compute. None: no limit.
+
+    Small demands are met first, and what is left is divided equally (max-min fairness). The first waiting sequence counts too.
+    """
+    if not prompts or not state.waiting.has_several_owners:
+        return None
+    demands: Counter[str] = Counter()
+    for sequence in prompts:
+        demands[sequence.request.new.owner] += sequence.num_left_to_plan
+    first = state.waiting.first()
+    if first is not None and state.free_rows:
+        demands[first.request.new.owner] += first.num_known
+    parts: dict[str, int] = {}
+    for position, (owner, demand) in enumerate(sorted(demands.items(), key=lambda item: item[1])):
+        parts[owner] = min(demand, budget // (len(demands) - position))
+        budget -= parts[owner]
+    return parts
 
 
 def launch_plan(state: SchedulerState, plan: PlanBuilder) -> StepPlan | None:
@@ -195,7 +222,7 @@ def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
     if state.waiting.has_several_owners and len(state.waiting):
         state.share.blocks = blocks_by_owner(state.running)
     passed: list[Sequence] = []  # their adapters have no slot
-    while plan.budget and len(passed) < MAX_PASSED:
+    while plan.budget and state.free_rows and len(passed) < MAX_PASSED:
         sequence = state.waiting.first()
         if sequence is None:
             break
@@ -203,16 +230,14 @@ def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
         if adapter and not (state.adapters.fits(adapter) and (not passed or passed[0].num_passes < state.adapters.max_passes)):
             passed.append(state.waiting.pop())
             continue
-        if not state.free_rows:
-            make_room_for_share(state, sequence)
-            if not state.free_rows:
-                break
         if not _admit(state, plan, sequence, now):
             break  # no later sequence overtakes one that does not fit
         if adapter and passed:
             passed[0].num_passes += 1
     for sequence in passed:
         state.waiting.push(sequence)
+    if not state.free_rows and (first := state.waiting.first()) is not None:
+        make_room_for_share(state, first)  # also without budget, all of which the decodes of a larger share may use
 
 
 def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, now: float) -> bool:

@@ -62,14 +62,15 @@ HOSTILE = {"long outputs": (8, 200, 1), "many children": (8, 200, 64), "long pro
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("blocks", [1000, 90], ids=["enough blocks", "few blocks"])
-def test_a_key_keeps_40_percent_of_its_throughput_beside_a_hostile_one(kind: str, depth: int, blocks: int) -> None:
-    alone, storm = (Storm(planning_depth=depth, num_blocks=blocks) for _ in range(2))
+@pytest.mark.parametrize("limits", [{}, {"num_blocks": 90}, {"max_num_batched_tokens": ROWS}], ids=["enough", "few blocks", "few tokens"])
+def test_a_key_keeps_40_percent_of_its_throughput_beside_a_hostile_one(kind: str, depth: int, limits: dict[str, int]) -> None:
+    alone, storm = (Storm(planning_depth=depth, **limits) for _ in range(2))
     good, hostile = {"good": (2 * ROWS, (12, 12, 1))}, {"hostile": (60, HOSTILE[kind])}
     alone.run(150, good)
     storm.run(20, hostile)
     storm.run(150, good | hostile)
-    assert storm.tokens["good"] >= 0.4 * alone.tokens["good"], f"{storm.tokens} instead of {alone.tokens}"
+    least = 0.2 if kind == "long prompts" and "max_num_batched_tokens" in limits else 0.4  # a budget of one token for each row
+    assert storm.tokens["good"] >= least * alone.tokens["good"], f"{storm.tokens} instead of {alone.tokens}"
     assert storm.tokens["hostile"] >= 0.2 * alone.tokens["good"] or kind == "long prompts", "the hostile key has its share too"
 
 
