@@ -236,7 +236,7 @@ class Graph:
         """How many tokens of each sequence count, and the new lengths of the rows. before [R]: the drafts at the sampled positions."""
         shape, lengths = self.shape, self._table.lengths
         if shape.decodes:
-            right = (before == sampled).view(shape.seqs, -1)[:, :-1] & x.has_draft.view(shape.seqs, -1)
+            right = (before == sampled).view(shape.seqs, -1)[:, :-1] & x.has_draft.view(shape.seqs, shape.query_width - 1)
             self._kept = 1 + right.long().cumprod(1).sum(1)
             known = batch.positions.view(shape.seqs, -1)[:, 0] + 1 + self._kept
         else:

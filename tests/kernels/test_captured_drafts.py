@@ -13,6 +13,7 @@ from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.speculation import Speculation
 from minivllm.families import ModelSpec
+from minivllm.kernels import tuning
 from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative_config import SpeculativeConfig
@@ -94,3 +95,16 @@ def test_drafts_with_distributions_are_verified_after_a_replay(plain: Tiny, expe
     monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 1000))
     found, _ = generate(plain, Followers(expected, 2, True, plain.with_triton.spec.vocab_size), (1, 3))
     assert (found["0"], found["3"]) == (expected["0"], expected["3"]) and all(len(tokens) == 6 for tokens in found.values())
+
+
+def test_every_shape_can_be_captured(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each graph first runs its step and the proposer on padding alone. That leaves the length of the null row as it was."""
+    monkeypatch.setattr(Repeated, "runs_first", True)
+    monkeypatch.setattr(tuning, "DECODE_GRAPHS", (1, 2))
+    monkeypatch.setattr(tuning, "MIXED_GRAPHS", ((16, 3),))
+    model = plain.with_triton
+    proposer = Followers({}, 2, vocab_size=model.spec.vocab_size)
+    monkeypatch.setattr(proposer, "check", lambda x: None)  # padding has no tokens to check
+    kv = KVCache(KVLayout.of(model.spec, BLOCK_SIZE, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
+    runner = ModelRunner(model, kv, max_num_seqs=2, max_model_len=LENGTH, graph_tokens=32, query_widths=(1, 3), proposer=proposer)
+    assert proposer.num_calls >= 5 and int(runner.rows.lengths[-1]) == 1

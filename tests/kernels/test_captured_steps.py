@@ -49,6 +49,8 @@ class Repeated(cuda_graphs.Graph):
     def _record(self, pool: Any) -> None:
         if self.runs_first:
             self._step()
+            if self._drafts is not None:
+                self._propose()
 
     def _run(self) -> None:
         self.replayed.append(self.shape)
