@@ -230,15 +230,15 @@ def test_decodes_with_drafts_are_captured_with_their_width(plain: Tiny, params: 
     assert {shape.query_width for shape in Repeated.replayed if shape.decodes} >= {3}
 
 
-def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0) -> batch.Columns:
+def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0, adapters: bool = False) -> batch.Columns:
     decodes = rows if tokens == rows else 0
     return SimpleNamespace(simple=True, rows=range(rows), token_index=range(tokens), num_decodes=decodes, query_width=1,
-                           seq_lens=np.array([longest]), shared_keys=shared_keys)
+                           seq_lens=np.array([longest]), shared_keys=shared_keys, adapter_slots=np.zeros(rows * adapters))
 
 
 def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    def graph(*shape: Any) -> SimpleNamespace:
-        return SimpleNamespace(shape=cuda_graphs.GraphShape(*shape))
+    def graph(*shape: Any, adapters: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(shape=cuda_graphs.GraphShape(*shape, adapters=adapters))
 
     graphs = cuda_graphs.StepGraphs.__new__(cuda_graphs.StepGraphs)
     graphs._decodes = [graph(2, 2, 2, 16), graph(2, 2, 2, 64), graph(4, 4, 4, 64)]
@@ -257,3 +257,6 @@ def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(m
     assert graphs.find(columns(4, 20, 20)) is graphs._mixed[1]
     assert graphs.find(columns(4, 100, 40)) is graphs._mixed[1]  # more tokens in all than one sequence may have
     assert graphs.find(columns(4, 129, 40)) is None
+    assert graphs.find(columns(1, 1, 16, adapters=True)) is None
+    graphs._decodes.append(graph(4, 4, 4, 64, adapters=True))
+    assert graphs.find(columns(1, 1, 16, adapters=True)) is graphs._decodes[3]

@@ -209,7 +209,7 @@ def test_tensors_that_the_kernel_would_read_wrongly_are_refused() -> None:
     wide = torch.ones(2, 2 * qkv.shape[1], dtype=torch.bfloat16)
     for bad in (dict(qkv=qkv.float()), dict(qkv=wide[:, ::2]), dict(qkv=qkv[:1]), dict(qkv=qkv[:, :-64]), dict(slots=slots.int()),
                 dict(slots=slots[:1]), dict(kv=KVLayer(kv.k.float(), kv.v.float())), dict(kv=KVLayer(kv.k[:, ::2], kv.v[:, ::2])),
-                dict(kv=KVLayer(kv.k, kv.v, torch.ones(1), torch.ones(1))), dict(rope=(angles, angles)),
+                dict(kv=KVLayer(kv.k, kv.v, torch.ones(1))), dict(rope=(angles, angles)),
                 dict(rope=(good["rope"][0][:1], good["rope"][1][:1])), dict(qk_norm=(torch.ones(12, 64), 1e-6))):
         with pytest.raises(AssertionError):
             attention.self_attention(meta=prepare(attention, case), scale=1.0, **{**good, **bad})
