@@ -154,7 +154,7 @@ def _environment() -> jinja2.Environment:
             sizes = [len(value) if isinstance(value, (str, list, tuple)) else abs(value) if isinstance(value, int) else 1
                      for value in (left, right)]
             if (operator == "*" and sizes[0] * sizes[1] > MAX_PRODUCT) or (operator == "**" and max(sizes) > MAX_POWER):
-                raise jinja2.TemplateError(f"{operator} of large values")
+                raise OverflowError(f"{operator} of large values")
             return super().call_binop(context, operator, left, right)
 
     environment = BoundedEnvironment(

@@ -104,7 +104,7 @@ class ScriptedWords:
 
         return SimpleNamespace(generation_config={"temperature": 0.2, "top_k": 5, "eos_token_id": 1})
 
-    def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> None:
+    def add_request(self, request_id: str, prompt: dict[str, Any], params: Any, lora_request: Any = None) -> None:
         from minivllm.errors import InvalidInput
 
         text = self.tokenizer.decode(prompt["prompt_token_ids"])
@@ -222,7 +222,7 @@ def test_settings_may_come_from_a_file(words: ScriptedWords, monkeypatch: pytest
     file.write_text(json.dumps({"max_model_len": 99}))
     seen = []
     init = LocalEngine.__init__
-    monkeypatch.setattr(LocalEngine, "__init__", lambda self, engine, values: (seen.append(values), init(self, engine, values))[1])
+    monkeypatch.setattr(LocalEngine, "__init__", lambda self, engine, values, lora: (seen.append(values), init(self, engine, values, lora))[1])
     typed(monkeypatch, "hello")
     assert main(["chat", "--config", str(file)]) == 0
     assert seen == [{"max_tokens": None}]

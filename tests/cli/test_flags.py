@@ -68,6 +68,7 @@ def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.F
     # Some flags need another one.
     others = ["--allowed-origins=https://a"] if f.name in ("allowed_methods", "allowed_headers", "allow_credentials") else []
     others += {"ssl_keyfile": ["--ssl-certfile=c"], "ssl_certfile": ["--ssl-keyfile=k"]}.get(f.name, [])
+    others += ["--enable-lora"] if f.name in ("max_loras", "max_lora_rank", "max_cpu_loras") else []
     for name in (f.name.replace("_", "-"), f.name):
         flag = f"--{name}" if value is not False else f"--no-{name}"
         found = parsed(flag, *argument, *others)[config is ServerConfig]

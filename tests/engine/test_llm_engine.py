@@ -176,7 +176,7 @@ def test_each_prompt_is_tokenized_once_however_long_the_queue_is_full(llm: LLM, 
     texts = [f"the fox {i}" for i in range(6)]  # the queue holds one
     llm.generate(texts, greedy(max_tokens=20, bad_words=["zebra"]), use_tqdm=False)
     assert sorted(t for t in calls if "fox" in t) == texts
-    assert len([t for t in calls if "zebra" in t]) == len(texts)
+    assert len([t for t in calls if "zebra" in t]) == 1  # the tokens of such a list are kept
     calls.clear()
     checked = []
     check = llm.llm_engine.core._checked
