@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.triton.decode_attention import _cap, rotated_heads
-from minivllm.kernels.triton.quantized_cache import load_scales, quantize, widen
+from minivllm.kernels.triton.quantized_cache import quantize, widen
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -163,7 +163,9 @@ def _prompt_attention(
         if QUANTIZED:
             k_tile = widen(k_tile, q_tile.dtype, FP8)
             v_tile = widen(v_tile, q_tile.dtype, FP8)
-            k_scale, v_scale = load_scales(cache.scale_pairs, at, live_key)
+            # Not as pairs: these took more registers, and the prompts' tile has none left on sm_89.
+            k_scale = tl.load(cache.scales + 2 * at, mask=live_key, other=1.0).to(tl.float32)
+            v_scale = tl.load(cache.scales + 2 * at + 1, mask=live_key, other=1.0).to(tl.float32)
         visible = live_key[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > (context + query)[:, None] - WINDOW)
