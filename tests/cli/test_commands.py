@@ -222,7 +222,8 @@ def test_settings_may_come_from_a_file(words: ScriptedWords, monkeypatch: pytest
     file.write_text(json.dumps({"max_model_len": 99}))
     seen = []
     init = LocalEngine.__init__
-    monkeypatch.setattr(LocalEngine, "__init__", lambda self, engine, values, lora: (seen.append(values), init(self, engine, values, lora))[1])
+    monkeypatch.setattr(
+        LocalEngine, "__init__", lambda self, engine, values, lora: (seen.append(values), init(self, engine, values, lora))[1])
     typed(monkeypatch, "hello")
     assert main(["chat", "--config", str(file)]) == 0
     assert seen == [{"max_tokens": None}]
