@@ -1,8 +1,8 @@
 """Attacks on a server, with a well-behaved stream beside each of them.  Run: python -m bench.hostile [--only NAME ...] [--pairs]
 
 Every attack gets a fresh server: a tiny random model on the CPU, its engine in a separate process, bound to 127.0.0.1. Two API keys are
-valid. One belongs to a client that streams completions all the time, the other one to the attacker, which runs in a process of its own
-and is bounded in time and bytes. Measured are the time between two tokens of the stream (99th percentile and longest) and the memory of
+valid. One belongs to a client that streams completions all the time, the other one to the attacker, which runs in another process and is
+bounded in time and bytes. Measured are the time between two tokens of the stream (99th percentile and longest) and the memory of
 the server's processes: before, during and after the attack.
 
 The limits hold if the stream never fails, if its tokens keep arriving, and if the memory stays bounded and comes back. Exit status 1 if

@@ -28,21 +28,14 @@ from minivllm.kernels.triton.norm import rms_norm
 
 
 @triton.jit
-def _matvec(
-    out, x, weight, norm_weight, bias, residual, eps,  # [N], [K], [N or 2N, K], [K], [N or 2N], [N]
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+def row_products(
+    x, w, norm_weight, first, first_up, live_n,  # [K]; pointers to rows of the weight [BLOCK_N, 1]; [K]
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_n = n < N
-    w = weight + n.to(tl.int64)[:, None] * K
-    k = tl.arange(0, BLOCK_K)
-    first = tl.load(w + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
-    if GATED:
-        first_up = tl.load(w + N * K + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    """One row of x times BLOCK_N rows of a weight, whose first tiles are loaded: `first`, and `first_up` of the rows N below if GATED.
+
+    -> (sums [BLOCK_N, BLOCK_K] over every BLOCK_K-th input, the same of the rows N below, and of the squares of x: [BLOCK_K] if NORM).
+    """
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else acc
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -59,6 +52,27 @@ def _matvec(
         if GATED:
             tile = first_up if start == 0 else tl.load(w + N * K + k[None, :], mask=live, other=0.0)
             acc_up += tile.to(tl.float32) * value[None, :]
+    return acc, acc_up, squares
+
+
+@triton.jit
+def _matvec(
+    out, x, weight, norm_weight, bias, residual, eps,  # [N], [K], [N or 2N, K], [K], [N or 2N], [N]
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_n = n < N
+    w = weight + n.to(tl.int64)[:, None] * K
+    k = tl.arange(0, BLOCK_K)
+    first = tl.load(w + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+    first_up = first
+    if GATED:
+        first_up = tl.load(w + N * K + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    acc, acc_up, squares = row_products(x, w, norm_weight, first, first_up, live_n, N, K, BLOCK_N, BLOCK_K, NORM, GATED)
     y = tl.sum(acc, 1)
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps) if NORM else 1.0
     y *= scale

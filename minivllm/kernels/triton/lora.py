@@ -23,6 +23,7 @@ from minivllm.kernels import tuning
 from minivllm.kernels.layout import AdapterWeights
 from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
 from minivllm.kernels.triton.device import capability, early_start, launch
+from minivllm.kernels.triton.linear import row_products
 from minivllm.kernels.triton.norm import rms_norm
 
 RANKS = 16  # rows of A that a program multiplies with: slots have a multiple of it for each part
@@ -222,27 +223,13 @@ def _one_row(
     first = tl.load(w + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
     first_a = tl.load(rows_a + ka[None, :], mask=adapted & (ka < K)[None, :], other=0.0)
     tile_b = tl.load(rows_b, mask=adapted & live_n[:, None], other=0.0)
+    first_up = first
     if GATED:
         first_up = tl.load(w + N * K + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else acc
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        live_k = k < K
-        live = live_n[:, None] & live_k[None, :]
-        value = tl.load(x + k, mask=live_k, other=0.0).to(tl.float32)
-        if NORM:
-            squares += value * value
-            value *= tl.load(norm_weight + k, mask=live_k, other=0.0).to(tl.float32)
-        tile = first if start == 0 else tl.load(w + k[None, :], mask=live, other=0.0)
-        acc += tile.to(tl.float32) * value[None, :]
-        if GATED:
-            tile = first_up if start == 0 else tl.load(w + N * K + k[None, :], mask=live, other=0.0)
-            acc_up += tile.to(tl.float32) * value[None, :]
+    acc, acc_up, squares = row_products(x, w, norm_weight, first, first_up, live_n, N, K, BLOCK_N, BLOCK_K, NORM, GATED)
     h = _shrunk(x, norm_weight, rows_a, first_a, adapted, K, BLOCK_A, NORM)
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps) if NORM else 1.0
     y = (tl.sum(acc, 1) + tl.sum(tile_b.to(tl.float32) * h[None, :], 1)) * scale
