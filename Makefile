@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test clients lint bench notebooks clean
+.PHONY: help serve test clients lint bench notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ bench: $(VENV)/.installed  ## the same work under minivllm and Hugging Face gene
 
 notebooks: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
 	$(VENV)/bin/jupyter lab notebooks
+
+docs: $(VENV)/.installed-docs  ## build the documentation as a site with search: build/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 clean:  ## remove the environment and the tools' caches (the model cache in ~/.cache/minivllm stays)
 	rm -rf $(VENV) $(VENV)-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

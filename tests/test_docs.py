@@ -7,7 +7,10 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,8 +21,11 @@ from minivllm.engine.executor import Executor
 from minivllm.engine.output_processor import OutputProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "lessons").rglob("*.md")])
 GLOSSARY = ROOT / "docs" / "glossary.md"
 READING_PATH = ROOT / "docs" / "reading_path.md"
+SITE = ROOT / "docs" / "site" / "mkdocs.yml"
+GENERATED: tuple[str, ...] = ()  # pages that only exist on the site
 
 # The words that this project uses, one per thing.
 TERMS = (
@@ -83,10 +89,40 @@ def wrong_calls(markdown: str) -> list[str]:
     return wrong
 
 
+def without_code(markdown: str) -> str:
+    """The text with empty lines in place of fenced code, so that line numbers stay."""
+    return re.sub(r"^( *)(`{3,}).*?^\1\2`*$", lambda block: "\n" * block[0].count("\n"), markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors of all headings, as GitHub and the site form them."""
+    headings = re.findall(r"^#+ +(.+?) *$", without_code(markdown), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)).lower().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, markdown: str) -> list[str]:
+    """Relative links of a page that lead to no file, to no heading, or out of the repository."""
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^()\s#:]*)(?:#([^()\s]*))?\)", without_code(markdown)):
+        path = (page.parent / target).resolve() if target else page
+        inside = path.is_relative_to(ROOT) and path.is_file()
+        text = markdown if path == page else path.read_text(encoding="utf-8") if inside and path.suffix == ".md" else ""
+        if not inside or (anchor and anchor not in anchors(text)):
+            broken.append(f"{target}#{anchor}" if anchor else target)
+    return broken
+
+
+def unseparated_blocks(markdown: str) -> list[int]:
+    """Numbers of lines with a list or table directly after a paragraph: GitHub shows it, the site's Markdown joins it to the paragraph."""
+    lines = without_code(markdown).splitlines()
+    is_block = [bool(re.match(r"([-*] |\d+\. |\|)", line)) for line in lines]
+    is_text = [bool(line.strip()) and not block and line[0] not in " #<" for line, block in zip(lines, is_block, strict=True)]
+    return [i + 2 for i in range(len(lines) - 1) if is_text[i] and is_block[i + 1]]
+
+
 def texts() -> dict[str, str]:
     """Everything that a student reads: the package, documents, lessons, and the cells of the notebooks."""
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "minivllm").rglob("*.py"),
-             *(ROOT / "lessons").rglob("*.py"), *(ROOT / "lessons").rglob("*.md")]
+    paths = [*PAGES, *(path for folder in ("docs", "minivllm", "lessons") for path in (ROOT / folder).rglob("*.py"))]
     found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(paths)}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -132,6 +168,35 @@ def test_replaced_words_do_not_occur() -> None:
     assert replaced_words({path: text for path, text in texts().items() if not path.startswith(NOT_YET_REWORDED)}) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lists_and_tables_have_an_empty_line_before_them(page: Path) -> None:
+    assert unseparated_blocks(page.read_text(encoding="utf-8")) == []
+
+
+def test_every_document_is_in_the_navigation_of_the_site() -> None:
+    named = set(re.findall(r"- (?:[^:\n]+: )?(\S+\.md)$", SITE.read_text(encoding="utf-8"), re.MULTILINE))
+    documents = {str(page.relative_to(ROOT)) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    assert documents <= named
+    assert all((ROOT / name).is_file() or name in GENERATED for name in named)
+
+
+def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs: pip install -e '.[docs]'")
+    pytest.importorskip("material", reason="the site needs mkdocs-material: pip install -e '.[docs]'")
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--config-file", str(SITE), "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "docs/architecture.html", "lessons/01_autoregression_and_kv_cache/index.html"} <= set(pages)
+    loaded = re.compile(r"<(?:script|img|link)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//")
+    assert [name for name, text in pages.items() if loaded.search(text)] == []
+
+
 # ---- each check can fail
 
 TABLE = "| term | meaning | where |\n|---|---|---|\n| row | A row. | `worker/batch.py` |\n"
@@ -164,3 +229,17 @@ def test_a_planted_replaced_word_is_found(word: str) -> None:
 @pytest.mark.parametrize("text", ["put it away", "two-way", "quantized", "promise", "comprises", "the host's memory", "precise colors"])
 def test_other_words_are_not_reported(text: str) -> None:
     assert replaced_words({"a.py": text}) == []
+
+
+def test_a_planted_broken_link_is_found() -> None:
+    page = ROOT / "README.md"
+    good = "# A title: with `code`\n[a](docs/glossary.md) [b](docs/glossary.md#kv-cache) [c](#a-title-with-code) [d](https://a.b/c)\n```\n[e](no)\n```\n"
+    assert broken_links(page, good) == []
+    assert broken_links(page, good + "[x](docs/missing.md) [y](docs/glossary.md#no-heading) [z](#none) [u](../../etc/hosts)") == [
+        "docs/missing.md", "docs/glossary.md#no-heading", "#none", "../../etc/hosts"]
+
+
+@pytest.mark.parametrize("block", ["- a", "1. a", "| a |", "* a"])
+def test_a_planted_list_without_an_empty_line_is_found(block: str) -> None:
+    assert unseparated_blocks(f"A text.\n{block}\n") == [2]
+    assert unseparated_blocks(f"# A title\n{block}\n\nA text.\n\n{block}\n  continued\n{block}\n```\ntext\n{block}\n```\n") == []

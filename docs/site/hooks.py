@@ -1,0 +1,117 @@
+"""Hooks of MkDocs: which pages the site has, and what their links become.
+
+The pages are the repository's own files at their own paths. A link to a file that is not Markdown (code, a notebook, the license) leads to
+a page that shows that file, so that the site can be read without the repository.
+"""
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from pymdownx.slugs import slugify
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "lessons/*.md", "lessons/*/*.md")
+ASSETS = ("docs/*.png", "docs/*.svg", "lessons/*/*.png", "docs/site/extra.css", "docs/site/iframe-worker.js")
+LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s#:]+)(?P<anchor>#[^()\s]*)?(?=\))")
+LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml"}
+
+
+def matching(patterns: Iterable[str]) -> list[str]:
+    """Paths below the repository's root, in the order of the patterns."""
+    return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+def linked_path(page: str, target: str) -> str:
+    """The path below the root that a link leads to, or "" if it leads outside."""
+    path = (ROOT / page).parent.joinpath(target).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
+
+
+def linked_files(pages: Iterable[str]) -> set[str]:
+    """The files that are linked by a page and need a page themselves."""
+    found = set[str]()
+    for page in pages:
+        for match in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
+            path = linked_path(page, match["target"])
+            if path and (ROOT / path).is_file() and Path(path).suffix not in (".md", ".png", ".svg"):
+                found.add(path)
+    return found
+
+
+def fenced(text: str, language: str = "text") -> str:
+    fence = "`" * max(4, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
+
+
+def code_page(path: str) -> str:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fenced(text, LANGUAGES.get(Path(path).suffix, 'text'))}"
+
+
+def notebook_page(path: str) -> tuple[str, dict[str, bytes]]:
+    """Markdown of a notebook with its saved outputs, and its pictures: path -> content."""
+    parts, pictures = [], dict[str, bytes]()
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else fenced(source, "python"))
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = f"{path}.{len(pictures)}.png"
+                pictures[picture] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![output of the cell above]({Path(picture).name})")
+            elif text := "".join(output.get("text", data.get("text/plain", ()))):
+                parts.append(fenced(text))
+    return "\n\n".join(parts), pictures
+
+
+def lesson_titles() -> list[dict[str, str]]:
+    """Entries of the navigation: one per lesson, with the first line of its README."""
+    titles = []
+    for page in matching(["lessons/*/README.md"]):
+        title = (ROOT / page).read_text(encoding="utf-8").splitlines()[0].removeprefix("# Lesson ")
+        titles.append({title: page})
+    return titles
+
+
+def on_config(config: Any) -> Any:
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # anchors as on GitHub
+    for section in config.nav:
+        if "Course" in section:
+            notebooks = [{Path(path).stem.replace("_", " "): f"{path}.md"} for path in matching(["notebooks/*.ipynb"])]
+            section["Course"] = ["lessons/README.md", *lesson_titles(), {"Notebooks": notebooks}, "lessons/WRITING.md"]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for file in [file for file in files if file.src_dir == config.docs_dir]:
+        files.remove(file)
+    pages = matching(PAGES)
+    for path in [*pages, *matching(ASSETS)]:
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+    for path in sorted(linked_files(pages) | set(matching(["notebooks/*.ipynb"]))):
+        if path.endswith(".ipynb"):
+            text, pictures = notebook_page(path)
+            for name, content in pictures.items():
+                files.append(File.generated(config, name, content=content))
+        else:
+            text = code_page(path)
+        files.append(File.generated(config, f"{path}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links to files become links to their pages. Text inside <details> is Markdown, as on other viewers."""
+    def to_page(match: re.Match[str]) -> str:
+        target = match["target"]
+        path = linked_path(page.file.src_uri, target)
+        generated = files.get_file_from_path(f"{path}.md") if path else None
+        return (f"{target}.md" if generated else target) + (match["anchor"] or "")
+
+    return LINK.sub(to_page, markdown).replace("<details>", '<details markdown="1">')
