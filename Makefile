@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test clients lint bench notebooks docs clean
+.PHONY: help serve test clients lint bench lab notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -27,8 +27,11 @@ lint: $(VENV)/.installed-lint  ## ruff, and mypy (strict on the control plane)
 bench: $(VENV)/.installed  ## the same work under minivllm and Hugging Face generate: a table and a JSON line
 	$(VENV)/bin/python -m bench.run $(ARGS)
 
-notebooks: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
+lab: $(VENV)/.installed-notebooks  ## open the notebooks in a browser
 	$(VENV)/bin/jupyter lab notebooks
+
+notebooks: $(VENV)/.installed-test  ## run the notebooks and save them with their outputs (all, or ARGS="notebooks/01_....ipynb")
+	$(VENV)/bin/python notebooks/execute.py $(ARGS)
 
 docs: $(VENV)/.installed-docs  ## build the documentation as a site with search: build/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml

@@ -53,6 +53,18 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores, psutil.virtual_memory().available // (3 << 30), 8))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a file's tests run in one process, because they share engines. Notebooks share nothing: one test each."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndNotebooks(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_notebooks.py" in nodeid else super()._split_scope(nodeid)
+
+    return FilesAndNotebooks(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist keeps the order of files, which pytest_collection_modifyitems chooses
 

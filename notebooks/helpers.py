@@ -1,0 +1,144 @@
+"""What all notebooks share: one style, a few drawing functions, the default model, recorded steps and saved measurements.
+
+    helpers.style()                                     colors, sizes and fonts of every picture
+    fig, ax = helpers.figure(height=3)                  always the same width, so pictures and their axes compare
+    helpers.swatches(ax, {"used": BLUE, "free": GREY})  a legend below the axes that names every color
+    llm = helpers.load(trace=path)                      the default model with a small KV cache
+    helpers.play(draw, block_size=(16, [1, 4, 16]))     sliders, or a picture of the first values where there are none
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Rectangle
+
+from minivllm import LLM
+from minivllm.core.trace import read
+from minivllm.core.trace_summary import KindCounter, StepRecord, summarize
+
+# Okabe and Ito's colors, which differ for every kind of color vision (https://jfly.uni-koeln.de/color). Grey is for what is empty.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#E4E4E4")
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK)
+MARKERS = "osD^vPX*"
+# What a request does in a step. Every notebook draws these kinds in these colors.
+KINDS = {"waits": GREY, "prompt": BLUE, "output": SKY, "recomputed": ORANGE}
+WIDTH = 9.0  # inches
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+
+
+def style() -> None:
+    """Set matplotlib's defaults. The text is large, so that a picture can be read at half its size."""
+    plt.rcParams.update({
+        "font.size": 14, "axes.titlesize": 15, "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 13,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": plt.cycler(color=CYCLE), "lines.linewidth": 2.5,
+        "lines.markersize": 8, "figure.dpi": 80, "figure.constrained_layout.use": True, "savefig.bbox": "tight"})
+
+
+def figure(rows: int = 1, columns: int = 1, height: float = 4.0, **options: Any) -> tuple[Any, Any]:
+    """`plt.subplots` with the notebooks' width; `height` is the height of the whole figure in inches."""
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), **options)
+
+
+def swatches(ax: Any, colors: Mapping[str, Any], *, columns: int | None = None, below: float = 0.16) -> None:
+    """A legend outside and below the axes or the figure: one swatch per entry, name -> color."""
+    handles = [Patch(facecolor=color, edgecolor="black", linewidth=0.6, label=name) for name, color in colors.items()]
+    place = {"loc": "outside lower center"} if hasattr(ax, "add_subplot") else {"loc": "upper center", "bbox_to_anchor": (0.5, -below)}
+    ax.legend(handles=handles, ncols=columns or len(handles), handlelength=1.2, columnspacing=1.2, **place)
+
+
+def ink(color: Any) -> str:
+    """Black or white, whichever can be read on `color` (relative luminance of WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"
+
+
+def box(ax: Any, x: float, y: float, width: float, height: float, color: Any, text: str = "", *, edge: str = "none",
+        size: int = 12) -> None:
+    """A rectangle in data coordinates, with `text` in its middle in a color that can be read."""
+    ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, linewidth=0 if edge == "none" else 1.2))
+    if text:
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, color=ink(color), clip_on=True)
+
+
+class Span(NamedTuple):
+    """A request does one kind of thing from `start` to `end` (seconds, or steps)."""
+
+    start: float
+    end: float
+    kind: str  # a key of KINDS
+
+
+def load(**settings: Any) -> LLM:
+    """The default model with a small KV cache. `settings` are keywords of `LLM`; it plans each step after the one before it."""
+    small = {"num_gpu_blocks_override": 128, "max_model_len": 1024, "max_num_seqs": 8, "async_scheduling": False}
+    return LLM(**{**small, **settings})
+
+
+def recorded(trace: str | Path) -> list[StepRecord]:
+    """The steps in a trace file, which `load(trace=...)` writes."""
+    return list(summarize(read(trace)).steps)
+
+
+def spans(steps: Iterable[StepRecord], *, in_steps: bool = False) -> dict[str, list[Span]]:
+    """Request id -> what it does in each step, with gaps where it waits. Times are seconds since the first step, or step numbers."""
+    steps, counter, found = list(steps), KindCounter(), {}
+    for number, step in enumerate(steps):
+        begin = steps[0].planned_at
+        times = (number, number + 1) if in_steps else (step.planned_at - begin, step.updated_at - begin)
+        for name, kinds in zip(step.plan.request_ids, counter.each(step.plan), strict=True):
+            kind = max(kinds._fields, key=lambda k, kinds=kinds: getattr(kinds, k))
+            found.setdefault(name, []).append(Span(*times, kind))
+    return found
+
+
+def gantt(ax: Any, rows: Mapping[str, Sequence[Span]], *, arrivals: Mapping[str, float] | None = None) -> None:
+    """One row per request: a grey bar from its arrival (0 if not given) to its end, and its spans in the colors of KINDS."""
+    for y, (name, row) in enumerate(rows.items()):
+        start = (arrivals or {}).get(name, 0.0)
+        box(ax, start, y + 0.12, max(span.end for span in row) - start, 0.76, KINDS["waits"])
+        for span in row:
+            box(ax, span.start, y + 0.12, span.end - span.start, 0.76, KINDS[span.kind])
+    ax.set(ylim=(len(rows), 0), yticks=[y + 0.5 for y in range(len(rows))], yticklabels=list(rows), ylabel="request",
+           xlim=(0, max(span.end for row in rows.values() for span in row)))
+
+
+def results(pattern: str) -> dict[str, dict[str, Any]]:
+    """The saved measurements of `bench/results` whose file names match, by name: `results("*h200*.json")`."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))}
+
+
+def machine() -> str:
+    """Where a measurement was made: printed beside every measured time."""
+    import torch
+
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__.partition('+')[0]}"
+
+
+def play(draw: Callable[..., None], **choices: tuple[Any, Sequence[Any]]) -> None:
+    """Draw with a slider for each parameter: name -> (first value, all values).
+
+    `draw` calls `plt.show()`. Without ipywidgets, and while the notebooks are executed and saved, it draws once with the first values.
+    """
+    first = {name: value for name, (value, _) in choices.items()}
+    try:
+        import ipywidgets
+    except ImportError:
+        ipywidgets = None
+    if ipywidgets is None or os.environ.get("NOTEBOOKS_STATIC"):
+        draw(**first)
+        shown = ", ".join(f"{name} = {value} of {list(choices[name][1])}" for name, value in first.items())
+        print(f"Drawn with {shown}. With ipywidgets each has a slider; without it, call {draw.__name__}(...) with other values.")
+        return
+    ipywidgets.interact(draw, **{
+        name: ipywidgets.SelectionSlider(options=list(values), value=value, description=name.replace("_", " "), continuous_update=False,
+                                         style={"description_width": "initial"})
+        for name, (value, values) in choices.items()})
