@@ -227,7 +227,7 @@ def test_every_module_has_a_docstring() -> None:
 
 
 def test_every_file_that_the_documents_name_exists() -> None:
-    folders = ("minivllm", "tests", "bench", "lessons", "docs")
+    folders = ("minivllm", "tests", "bench", "lessons", "notebooks", "docs")
     files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*")]
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         named = set(re.findall(r"[\w/.-]*\w\.(?:py|md)\b", document.read_text(encoding="utf-8")))
