@@ -238,6 +238,9 @@ class ServerConfig:
     allow_credentials: bool = option(False, "let those pages send cookies and HTTP credentials")
     permissive: bool = option(False, "ignore unknown request fields instead of refusing them; a response header names them")
     engine_process: bool = option(True, "run the engine in its own process; off: in a thread of the server")
+    restart_engine: int = option(0,
+        "how many times in a row a dead engine is started again, with pauses of 1 to 30 s; meanwhile requests get 503 with Retry-After. "
+        "Afterwards, or with 0, the server ends with status 1", metavar="TIMES")
     drain_timeout: float = option(30.0, "seconds that running requests have to finish after SIGTERM", metavar="SECONDS")
     access_log: bool = option(True, "log a line for each request")
     log_level: str = option("info", "lowest level of log messages", choices=LOG_LEVELS)
@@ -261,6 +264,11 @@ class ServerConfig:
             raise InvalidInput(f"max_connections must be at least 1, got {self.max_connections}", "max_connections")
         if self.max_choices < 1:
             raise InvalidInput(f"max_choices must be at least 1, got {self.max_choices}", "max_choices")
+        if self.restart_engine < 0:
+            raise InvalidInput(f"restart_engine must be at least 0, got {self.restart_engine}", "restart_engine")
+        if self.restart_engine and not self.engine_process:
+            raise InvalidInput("restart_engine needs an engine in its own process: leave out engine_process=False, or restart_engine",
+                               "restart_engine")
         if self.drain_timeout < 0:
             raise InvalidInput(f"drain_timeout must be at least 0 seconds, got {self.drain_timeout}", "drain_timeout")
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):

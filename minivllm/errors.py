@@ -43,6 +43,10 @@ class EngineDead(RuntimeError):
     """The engine loop ended, so no request is answered any more. The message is the reason."""
 
 
+class EngineRestarting(EngineDead):
+    """The same, but the engine is being started again: a request may be sent again in a while."""
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether it is an error rather than an interruption. A panic of a library in Rust is not an `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -43,7 +43,7 @@ from minivllm.engine.messages import (
 from minivllm.engine.metrics import EngineMetrics, EngineStats
 from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest, LoRARequest
-from minivllm.errors import EngineDead, InvalidInput
+from minivllm.errors import EngineDead, EngineRestarting, InvalidInput
 from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 
@@ -96,19 +96,23 @@ class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
     def __init__(self) -> None:
-        # Guards _streams, _arrived, _replies, _dead and _unseen: event loops add and remove streams, another thread receives messages.
+        # Guards _streams, _arrived, _replies, _dead, _adapters and _unseen: event loops add streams, another thread receives messages.
         self._lock = threading.Lock()
         self._streams: dict[str, _DeltaStream] = {}
         self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[_DeltaStream, OutputDelta]]] = {}  # not yet in their streams
         self._replies: dict[int, Future[None]] = {}  # by number of the command
-        self._dead: str | None = None
+        self._dead: str | None = None  # None: it accepts requests
+        self._ended = False  # the engine that was started last
+        self._restarting = False  # it is dead, and will be started again
+        self._adapters: dict[str, LoRARequest] = {}  # by name: loaded now, and to be loaded by the next engine
+        self._info: EngineInfo | None = None
         self._closing = False
         self._on_death: Callable[[], None] | None = None
         self._unseen: dict[object, EngineView | None] = {}  # watcher -> what it has not yet looked at
         self._stats = EngineStats()
         self._view: EngineView | None = None
         self._command_numbers = itertools.count()
-        self._started: Future[EngineInfo] = Future()
+        self._started: Future[None] = Future()
         self._metrics: EngineMetrics | None = None
 
     @classmethod
@@ -117,9 +121,9 @@ class EngineClient(ABC):
         return cls.start_with(partial(build_engine, config))
 
     @classmethod
-    def start_with(cls, build: Callable[[], Engine]) -> Self:
-        """Like `start`, with the engine that `build` returns."""
-        client = cls()
+    def start_with(cls, build: Callable[[], Engine], **settings: int) -> Self:
+        """Like `start`, with the engine that `build` returns, and settings of this kind of client."""
+        client = cls(**settings)
         try:
             client._start(build)
             client._started.result()
@@ -145,18 +149,24 @@ class EngineClient(ABC):
     @property
     def info(self) -> EngineInfo:
         """Constants of the engine: model, limits, device, sampling defaults."""
-        return self._started.result()
+        assert self._info is not None, "a client is returned only after the engine has started"
+        return self._info
 
     @property
     def dead(self) -> str | None:
         """Why the engine ended; None while it runs."""
         return self._dead
 
+    @property
+    def restarting(self) -> bool:
+        """Whether a dead engine is being started again."""
+        return self._restarting
+
     def on_death(self, call: Callable[[], None]) -> None:
-        """Call this once, on any thread, if the engine ends without `close`: at once if it has ended already."""
+        """Call this once, on any thread, if the engine ends for good without `close`: at once if it has ended already."""
         with self._lock:
             self._on_death = call
-            dead = self._dead is not None
+            dead = self._dead is not None and not self._restarting
         if dead:
             call()
 
@@ -239,18 +249,27 @@ class EngineClient(ABC):
 
     def load_adapter(self, request: LoRARequest) -> Future[None]:
         """Load a LoRA adapter, which requests may then have by its name. Fails with `InvalidInput` if it cannot be loaded."""
-        return self._command(partial(LoadAdapterCommand, request=request))
+        future = self._command(partial(LoadAdapterCommand, request=request))
+        future.add_done_callback(lambda done: self._remember(request) if not done.cancelled() and done.exception() is None else None)
+        return future
+
+    def _remember(self, request: LoRARequest) -> None:
+        with self._lock:
+            self._adapters[request.lora_name] = request
 
     def unload_adapter(self, lora_name: str) -> Future[None]:
         """Forget a LoRA adapter. Running requests finish with it. Fails with `InvalidInput` for an unknown name."""
+        with self._lock:
+            self._adapters.pop(lora_name, None)
         return self._command(partial(UnloadAdapterCommand, lora_name=lora_name))
 
-    def _command(self, make: Callable[[int], EngineCommand]) -> Future[None]:
+    def _command(self, make: Callable[[int], EngineCommand], *, reviving: bool = False) -> Future[None]:
         """Send the command that `make` returns for a number. The future is done when the engine has obeyed."""
         future: Future[None] = Future()
         number = next(self._command_numbers)
         with self._lock:
-            self._check_alive()
+            if not reviving:
+                self._check_alive()
             self._replies[number] = future
         self._send(make(number))
         return future
@@ -299,8 +318,13 @@ class EngineClient(ABC):
             else:
                 future.set_exception(message.error)
         elif isinstance(message, ReadyMessage):
-            self._metrics = EngineMetrics(message.info.model)
-            self._started.set_result(message.info)
+            self._info = message.info
+            if self._metrics is None:
+                self._metrics = EngineMetrics(message.info.model)
+            if self._dead is None:
+                self._started.set_result(None)
+            else:
+                self._reload()
         else:
             self._die(message)
 
@@ -355,29 +379,68 @@ class EngineClient(ABC):
         if stream is not None:
             _call(stream.loop, partial(stream.fail, message.error))
 
+    def _may_restart(self) -> bool:
+        """Whether an engine that has just ended will be started again."""
+        return False
+
     def _die(self, message: DeadMessage) -> None:
+        """The engine has ended: fail everything that waits for it."""
         with self._lock:
-            if self._dead is not None:
+            if self._ended:
                 return
+            self._ended = True
+            self._restarting = self._started.done() and not self._closing and self._may_restart()
             self._dead = message.reason
+            self._streams = {name: stream for name, stream in self._streams.items() if not stream.left}
             streams, replies = list(self._streams.values()), list(self._replies.values())
             self._replies.clear()
-            call = None if self._closing else self._on_death
+            self._stats = EngineStats()
+            if self._metrics is not None:
+                self._metrics.engine_ended()
+            call = None if self._closing or self._restarting else self._on_death
         if self._started.done() and not self._closing:
             log.error("the engine has stopped: %s", message.reason)
+        error = (EngineRestarting if self._restarting else EngineDead)(message.reason)
         for stream in streams:
-            _call(stream.loop, partial(stream.fail, EngineDead(message.reason)))
+            _call(stream.loop, partial(stream.fail, error))
         for future in replies:
             if future.set_running_or_notify_cancel():
-                future.set_exception(EngineDead(message.reason))
+                future.set_exception(error)
         if not self._started.done():
             self._started.set_exception(message.error or EngineDead(message.reason))
         if call is not None:
             call()
 
+    def _reload(self) -> None:
+        """A new engine is ready. It accepts requests when it has the adapters of the one before."""
+        with self._lock:
+            adapters = list(self._adapters.values())
+        remaining = [self._command(partial(LoadAdapterCommand, request=request), reviving=True) for request in adapters]
+
+        def loaded(done: Future[None]) -> None:
+            remaining.remove(done)
+            if (error := done.exception()) is not None:
+                log.error("an adapter could not be loaded again: %s", error)
+            if not remaining:
+                self._revive()
+
+        for future in list(remaining):
+            future.add_done_callback(loaded)
+        if not adapters:
+            self._revive()
+
+    def _revive(self) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self._dead, self._restarting = None, False
+            if self._unseen:
+                self._send(WatchCommand(True))
+        log.warning("the engine runs again")
+
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDead(self._dead)
+            raise (EngineRestarting if self._restarting else EngineDead)(self._dead)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool:

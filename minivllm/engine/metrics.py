@@ -106,6 +106,12 @@ class EngineMetrics:
     def refused(self, request_id: str) -> None:
         self._tracked.pop(request_id, None)
 
+    def engine_ended(self) -> None:
+        """All unfinished requests end with an error. Counters of the next engine's stats start at 0, which Prometheus understands."""
+        self.finished["error"] += sum(tracked.open_children for tracked in self._tracked.values())
+        self._tracked.clear()
+        self._stats = EngineStats()
+
     def observe(self, deltas: Sequence[OutputDelta], stats: EngineStats) -> None:
         """Count the deltas of one step, which have just arrived."""
         self._stats = stats

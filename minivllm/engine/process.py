@@ -7,12 +7,14 @@ How the two end:
 - The parent ends the child. `close` sends a command, waits, and kills the child if it does not end in time.
 - Ctrl-C and SIGTERM are for the parent. The child ignores them, and the parent closes at once or when its requests have finished.
 - If the parent disappears, the child sees the end of the pipe and exits at once, even in the middle of a step.
-- If the child disappears, the parent sees the end of the pipe, and every request gets `EngineDead`.
+- If the child disappears, the parent sees the end of the pipe, and every request gets `EngineDead`, or `EngineRestarting` if the
+  receiver thread will start another child.
 """
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import queue
@@ -26,11 +28,14 @@ from multiprocessing.context import SpawnProcess
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.loop import Engine, InboxItem, run_engine
-from minivllm.engine.messages import DeadMessage, EngineCommand, ShutdownCommand
+from minivllm.engine.messages import DeadMessage, EngineCommand, EngineMessage, ReadyMessage, ShutdownCommand
+from minivllm.engine.restarts import RestartCounter
 
 # Terminals send Ctrl-C to a group of processes, and service managers SIGTERM. The parent decides what they mean for the engine.
 PARENT_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 CLOSE_SECONDS = 10.0  # how long to wait for the step in progress before the process is killed
+
+log = logging.getLogger(__name__)
 
 
 def start_client(config: EngineConfig, *, process: bool) -> EngineClient:
@@ -79,25 +84,30 @@ def engine_process(build: Callable[[], Engine], connection: Connection) -> None:
 
 
 class ProcessClient(EngineClient):
-    """The engine in a spawned process."""
+    """The engine in a spawned process. A dead one is started again up to `restarts` times in a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, restarts: int = 0) -> None:
         super().__init__()
         self._context = multiprocessing.get_context("spawn")
         self._connection, self._child_end = self._context.Pipe()
-        self._sending = threading.Lock()
+        self._sending = threading.Lock()  # guards the connection, and the start of a process against `close`
         self._process: SpawnProcess | None = None
         self._receiver: threading.Thread | None = None
+        self._restarts = RestartCounter(restarts)
+        self._close_begun = threading.Event()
 
     def _start(self, build: Callable[[], Engine]) -> None:
+        self._spawn(build)
+        receiver = threading.Thread(target=self._receive_all, args=(build,), name="minivllm-receiver", daemon=True)
+        receiver.start()
+        self._receiver = receiver
+
+    def _spawn(self, build: Callable[[], Engine]) -> None:
         process = self._context.Process(
             target=engine_process, args=(build, self._child_end), name="minivllm-engine", daemon=True)
         _start_without_signals(process)
         self._process = process
         self._child_end.close()  # now only the child holds its end, so the pipe ends when the child does
-        receiver = threading.Thread(target=self._receive_all, name="minivllm-receiver", daemon=True)
-        receiver.start()
-        self._receiver = receiver
 
     @property
     def pid(self) -> int | None:
@@ -108,7 +118,14 @@ class ProcessClient(EngineClient):
         with contextlib.suppress(OSError), self._sending:
             self._connection.send(command)
 
-    def _receive_all(self) -> None:
+    def _receive_all(self, build: Callable[[], Engine]) -> None:
+        """The receiver thread: reads the messages of one process after the other."""
+        while True:
+            self._receive_from_one()
+            if not (self._restarting and self._start_again(build)):
+                return
+
+    def _receive_from_one(self) -> None:
         assert self._process is not None
         while True:
             try:
@@ -122,8 +139,40 @@ class ProcessClient(EngineClient):
             self._process.join()
         self._die(DeadMessage(f"the engine process ended unexpectedly (exit code {self._process.exitcode})"))
 
+    def _receive(self, message: EngineMessage) -> None:
+        if isinstance(message, ReadyMessage):
+            self._restarts.ready()
+        super()._receive(message)
+
+    def _may_restart(self) -> bool:
+        again = self._restarts.ended()
+        if not again and self._restarts.most:
+            log.error("the engine has ended %d times in a row: it is not started again", self._restarts.failures)
+        return again
+
+    def _start_again(self, build: Callable[[], Engine]) -> bool:
+        """Wait, and start a process. False: the client was closed meanwhile."""
+        counter = self._restarts
+        log.warning("the engine is started again in %g s (attempt %d of %d)", counter.pause, counter.failures, counter.most)
+        if self._close_begun.wait(counter.pause):
+            return False
+        with self._sending:
+            if self._closing:
+                return False
+            self._ended = False
+            self._connection.close()
+            self._connection, self._child_end = self._context.Pipe()
+            try:
+                self._spawn(build)
+            except OSError as error:  # no memory or no files for a process
+                self._child_end.close()
+                self._die(DeadMessage(f"no process could be started: {error}"))
+        return True
+
     def close(self) -> None:
-        self._closing = True
+        with self._sending:
+            self._closing = True
+        self._close_begun.set()
         if self._receiver is None:  # the start failed: nothing reads the pipe
             if self._process is not None:
                 self._process.kill()

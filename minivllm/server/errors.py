@@ -3,7 +3,7 @@
     InvalidInput   400   the request is wrong: the message names the field, the value and the fix; `param` is the dotted field
     QueueFull      429   with Retry-After
     ApiError       ...   its own status: 401, 403, 404, 405, 413, 415
-    EngineDead     503   no request can be answered until a restart
+    EngineDead     503   no request can be answered until a restart; EngineRestarting: it has begun, with Retry-After
     anything else  500   a bug in minivllm: its traceback goes to the log and never to a client
 
 Some sentences and codes here are an interface: programs search for them, to shorten a conversation or to leave a field out. A test
@@ -21,11 +21,12 @@ from typing import Any
 from starlette.responses import Response
 
 from minivllm.core.admission import QueueFull
-from minivllm.errors import EngineDead, InvalidInput, NotSupportedYet, UnknownField
+from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, NotSupportedYet, UnknownField
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = "1"  # seconds; a full queue has room again after about the time of one request
+RESTART_RETRY_AFTER = "5"  # seconds; loading a model takes longer
 # Limits in characters. Messages quote what the client sent, which may be a megabyte.
 MAX_MESSAGE = 600
 MAX_QUOTE = 80
@@ -93,8 +94,11 @@ def context_error(size: int, limit: int, prompt: str, max_tokens: int = 0, param
     return ApiError(400, message, param=param or prompt, code="context_length_exceeded")
 
 
-def engine_dead() -> ApiError:
+def engine_dead(restarting: bool = False) -> ApiError:
     """The reason is left out, because it may name paths and addresses of this machine. The server's log has it."""
+    if restarting:
+        return ApiError(503, "the engine has stopped and is being started again, and its running requests have ended: send the request "
+                             "again in a few seconds", code="engine_restarting", headers={"retry-after": RESTART_RETRY_AFTER})
     return ApiError(503, "the engine has stopped, and the server ends: it must be started again", code="engine_dead")
 
 
@@ -114,6 +118,6 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, InvalidInput):
         return ApiError(400, error.message, param=error.param, code="unknown_parameter" if isinstance(error, UnknownField) else None)
     if isinstance(error, EngineDead):
-        return engine_dead()
+        return engine_dead(isinstance(error, EngineRestarting))
     log.error("a request failed because of a bug", exc_info=error)
     return ApiError(500, "internal error: the server's log has the details")

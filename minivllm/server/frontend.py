@@ -79,7 +79,7 @@ class Frontend:
 
     def check_alive(self) -> None:
         if self.client.dead is not None:
-            raise engine_dead()
+            raise engine_dead(self.client.restarting)
 
     def check_model(self, name: str | None) -> str:
         """The model name for the response."""

@@ -3,7 +3,7 @@
     bind the port ─▶ load the engine ─▶ listen ─▶ "ready" ─▶ serve ─▶ SIGINT: abort running requests and exit
     (a port in use                                                    SIGTERM: let them finish for up to drain_timeout seconds
      fails at once)                                                   a second signal: exit at once
-    the engine dies: running requests get an error, and the server ends with status 1
+    the engine dies: running requests get an error, and the server ends with status 1, or the engine is started again (restart_engine)
 """
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             print_status(f"minivllm {__version__}: loading {engine_config.model or 'the default model'} ...")
             # Importing the web server's packages takes a second. Do it while the engine loads.
             threading.Thread(target=importlib.import_module, args=("minivllm.server.listen",), daemon=True).start()
-            client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level)
+            client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level, restarts=config.restart_engine)
             with contextlib.closing(client):
                 _run(client, config, template, listener, begun)
-                status = 0 if client.dead is None else 1  # a service manager restarts the server then
+                status = 0 if client.dead is None or client.restarting else 1  # a service manager restarts the server then
     except KeyboardInterrupt:
         status = 0
     finally:
@@ -106,10 +106,10 @@ def build_engine(config: EngineConfig, log_level: str | None) -> EngineCore:
     return compose.build_engine(config)
 
 
-def start_engine(config: EngineConfig, *, process: bool, log_level: str) -> EngineClient:
+def start_engine(config: EngineConfig, *, process: bool, log_level: str, restarts: int = 0) -> EngineClient:
     """A client whose engine accepts requests. With `process`, only the engine's process imports torch."""
     if process:
-        return ProcessClient.start_with(partial(build_engine, config, log_level))
+        return ProcessClient.start_with(partial(build_engine, config, log_level), restarts=restarts)
     return ThreadClient.start_with(partial(build_engine, config, None))
 
 
