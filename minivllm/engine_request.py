@@ -19,8 +19,8 @@ from minivllm.sampling_params import SamplingParams
 class LoRARequest:
     """A LoRA adapter, by name, number and folder (vLLM's class). The name identifies it; the number is for programs that use numbers."""
 
-    lora_name: str
-    lora_int_id: int
+    lora_name: str  # what outputs, metrics and the server call it
+    lora_int_id: int  # at least 1, and different for each name
     lora_path: str = ""  # folder with adapter_config.json and adapter_model.safetensors; not needed once it is loaded
     load_inplace: bool = False  # replace a loaded adapter of this name
 

@@ -94,14 +94,14 @@ class OutputDelta(NamedTuple):
 class CompletionOutput:
     """One completion of a prompt."""
 
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    lora_request: LoRARequest | None = None
+    index: int  # 0 to n - 1
+    text: str = ""  # the output's text
+    token_ids: list[int] = field(default_factory=list)  # its tokens
+    cumulative_logprob: float | None = None  # sum of the sampled tokens' log-probabilities, if logprobs were requested
+    logprobs: list[dict[int, Logprob]] | None = None  # per token: token id -> log-probability, the sampled token among them
+    finish_reason: FinishReason | None = None  # None: it still runs
+    stop_reason: int | str | None = None  # the stop string or stop token id; None for EOS
+    lora_request: LoRARequest | None = None  # the request's adapter
 
     def finished(self) -> bool:
         """A method, as in vLLM."""
@@ -112,15 +112,15 @@ class CompletionOutput:
 class RequestOutput:
     """All completions of one prompt, with vLLM's attribute names."""
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0
-    metrics: RequestMetrics | None = None
+    request_id: str  # the engine's id of the request
+    prompt: str | None  # the prompt's text; None: it was given as token ids
+    prompt_token_ids: list[int]  # the prompt as the model sees it
+    outputs: list[CompletionOutput]  # one per completion, n in all
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per prompt token, as in CompletionOutput; the first one has none
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache had
+    metrics: RequestMetrics | None = None  # times and counts of the request
     finished: bool = False  # all completions have ended
-    lora_request: LoRARequest | None = None
+    lora_request: LoRARequest | None = None  # the adapter it was computed with
     # vLLM's further attributes, for features that are not built
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None

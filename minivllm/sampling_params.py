@@ -263,7 +263,7 @@ class BeamSearchParams:
     """Settings of a beam search. Raises `InvalidInput` naming the field."""
 
     beam_width: int  # number of sequences that are kept, and that are returned
-    max_tokens: int
+    max_tokens: int  # of each output
     ignore_eos: bool = False  # treat EOS like any other token
     length_penalty: float = 1.0  # above 0 favors long outputs, below 0 short ones; 0 compares the sums
     temperature: InitVar[float] = 0.0  # vLLM's; other values are refused
@@ -290,18 +290,18 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides (positive) or multiplies (negative) logits of tokens in prompt + output, above 0
     seed: int | None = None  # the same seed gives the same tokens in any batch; None or -1: derived from the engine's seed
     stop: Sequence[str] | str | None = None  # strings that end the output
-    stop_token_ids: Sequence[int] | None = None
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] | None = None  # token ids that end the output
+    include_stop_str_in_output: bool = False  # keep the stop string at the end of the text
+    ignore_eos: bool = False  # continue after EOS
     max_tokens: int | None = 16  # of the output, which also ends at the context's limit; None: only there
     min_tokens: int = 0  # EOS and stop tokens are masked until then
     logprobs: int | None = None  # 0: of the sampled token only; k: also of the k most probable tokens; -1: of all tokens
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = None  # as logprobs, for the prompt's tokens
     logit_bias: Mapping[int, float] | None = None  # token id -> bias, clamped to [-100, 100]
     bad_words: Sequence[str] | str | None = None  # strings whose token sequences must not be generated
     allowed_token_ids: Sequence[int] | None = None  # only these may be generated
-    skip_special_tokens: bool = True
-    detokenize: bool = True
+    skip_special_tokens: bool = True  # leave special tokens out of the text
+    detokenize: bool = True  # False: outputs have token ids and no text
     structured_outputs: StructuredOutputsParams | None = None  # a dict with its fields is accepted too
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # what `LLMEngine.step` and `AsyncLLM` return while a request runs
     truncate_prompt_tokens: int | None = None  # keep only this many of the prompt's last tokens; -1: as many as leave room for the output

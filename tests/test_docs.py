@@ -5,6 +5,7 @@ Every check is a function of texts, so that the last tests can show on small tex
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +122,26 @@ def unseparated_blocks(markdown: str) -> list[int]:
     return [i + 2 for i in range(len(lines) - 1) if is_text[i] and is_block[i + 1]]
 
 
+def unexplained(markdown: str) -> list[str]:
+    """First cells of the rows that have nothing in a column named "meaning"."""
+    found, names = [], list[str]()
+    for line in markdown.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])] if line.startswith("|") else []
+        names = (names or cells) if cells else []
+        if "meaning" in names and len(cells) == len(names) and not cells[names.index("meaning")]:
+            found.append(cells[0])
+    return found
+
+
+def site_module(name: str) -> Any:
+    """A module of `docs/site`, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_site_{name}", SITE.parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def texts() -> dict[str, str]:
     """Everything that a student reads: the package, documents, lessons, and the cells of the notebooks."""
     paths = [*PAGES, *(path for folder in ("docs", "minivllm", "lessons") for path in (ROOT / folder).rglob("*.py"))]
@@ -176,6 +198,13 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lists_and_tables_have_an_empty_line_before_them(page: Path) -> None:
     assert unseparated_blocks(page.read_text(encoding="utf-8")) == []
+
+
+def test_the_reference_is_up_to_date_and_explains_every_field() -> None:
+    folder = ROOT / "docs" / "reference"
+    for name, text in site_module("reference").render().items():
+        assert (folder / name).read_text(encoding="utf-8") == text, "run: python docs/site/reference.py"
+        assert unexplained(text) == [], f"docs/reference/{name}: write the meaning as a comment beside the field"
 
 
 def test_every_document_is_in_the_navigation_of_the_site() -> None:
@@ -243,3 +272,8 @@ def test_a_planted_broken_link_is_found() -> None:
 def test_a_planted_list_without_an_empty_line_is_found(block: str) -> None:
     assert unseparated_blocks(f"A text.\n{block}\n") == [2]
     assert unseparated_blocks(f"# A title\n{block}\n\nA text.\n\n{block}\n  continued\n{block}\n```\ntext\n{block}\n```\n") == []
+
+
+def test_a_planted_field_without_a_meaning_is_found() -> None:
+    text = "| field | type | meaning |\n| --- | --- | --- |\n| `a` | int \\| str | a text |\n| `b` | int |  |\n\n| path | |\n|---|---|\n"
+    assert unexplained(text + "| `c` |  |\n") == ["`b`"]

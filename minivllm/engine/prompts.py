@@ -24,16 +24,16 @@ _UNBUILT = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "pro
 class TextPrompt(TypedDict, total=False):
     """A prompt as text (vLLM's class)."""
 
-    prompt: Required[str]
-    cache_salt: str
+    prompt: Required[str]  # the text
+    cache_salt: str  # cached prefixes are shared only by requests with the same salt
 
 
 class TokensPrompt(TypedDict, total=False):
     """A prompt as token ids (vLLM's class)."""
 
-    prompt_token_ids: Required[list[int]]
-    prompt: str
-    cache_salt: str
+    prompt_token_ids: Required[list[int]]  # the token ids, with BOS if the model needs it
+    prompt: str  # the text, which outputs repeat
+    cache_salt: str  # as in TextPrompt
 
 
 PromptType = Prompt

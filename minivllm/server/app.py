@@ -89,11 +89,13 @@ def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor
 
     @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
+        """Continue a prompt."""
         body = await frontend.read(request, CompletionRequest)
         return respond(CompletionFormatter(await preprocessor.completion(body, request.scope[OWNER]), names))
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
         body = await frontend.read(request, ChatRequest)
         prepared = await preprocessor.chat(body, body.ignored_fields(frontend.config.permissive), "chatcmpl-", request.scope[OWNER])
         formatter = ChatFormatter if prepared.output is None else ParsedChatFormatter
@@ -153,25 +155,30 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
+        """The served model, and its LoRA adapters."""
         frontend.check_alive()
         return json_response({"object": "list", "data": [card(name) for name in (*frontend.names, *frontend.adapters.names)]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
+        """One of them."""
         frontend.check_alive()
         return json_response(card(frontend.check_model(model)))
 
     @app.get("/health")
     async def health() -> Response:
+        """Status 200 while the engine runs, else 503. Needs no key."""
         frontend.check_alive()
         return json_response({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Counters, gauges and histograms for Prometheus."""
         return Response(client.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version")
     async def version() -> Response:
+        """This package's version."""
         return json_response({"version": __version__})
 
 

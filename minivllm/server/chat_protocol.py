@@ -127,21 +127,22 @@ def refusals_as_text(content: Any) -> Any:
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
+    # the conversation
     messages: Annotated[list[ChatMessage], FailFast()] = Field(max_length=MAX_MESSAGES, json_schema_extra={"minItems": 1})
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name; it overrides max_tokens
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=-1)
+    logprobs: bool | None = None  # respond with the log-probabilities of the output's tokens
+    top_logprobs: int | None = Field(default=None, ge=-1)  # number of alternatives per token; needs logprobs
     add_generation_prompt: bool | None = None  # open the assistant's answer; on unless the final message is continued
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None  # continue the last message instead of answering it
+    chat_template_kwargs: dict[str, Any] | None = None  # variables for the chat template
     chat_template: str | None = None  # accepted by servers that trust their clients with it
-    tools: Tools = None
-    tool_choice: ToolChoice = None
+    tools: Tools = None  # functions that the model may call
+    tool_choice: ToolChoice = None  # none, auto, required, or one function
     parallel_tool_calls: bool | None = None  # false: at most one call
     functions: Functions = None  # OpenAI's older name (2023) of tools
     function_call: ToolChoice = None  # and of tool_choice
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None  # a variable for the chat template
     include_reasoning: bool | None = None  # false: the response leaves the reasoning out
 
     TEMPLATE_NAMES: ClassVar[frozenset[str]] = frozenset({  # variables that chat_template_kwargs must not set
@@ -192,16 +193,16 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(StrictModel):
     """`POST /tokenize`: a text, or messages through the chat template, tokenized exactly as for generation."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: str | None = None  # a served name
+    prompt: str | None = None  # a text; or send messages
     messages: Annotated[list[ChatMessage], FailFast()] = Field(default=[], max_length=MAX_MESSAGES)
-    add_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None  # add a BOS token, if the model uses one
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: Tools = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = None
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = None  # respond with each token's text too
 
     UNSUPPORTED = types.MappingProxyType({"mm_processor_kwargs": ()})
     CHAT_FIELDS: ClassVar[tuple[str, ...]] = (

@@ -57,15 +57,18 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
     @app.get("/ping")
     @app.post("/ping", include_in_schema=False)
     async def ping() -> Response:
+        """As /health, without a body."""
         frontend.check_alive()
         return Response(media_type="text/plain")
 
     @app.get("/is_sleeping")
     async def is_sleeping() -> Response:
+        """Always false: vLLM's sleep mode is not built."""
         return json_response({"is_sleeping": False})
 
     @app.get("/server_info")
     async def server_info() -> Response:
+        """Version, models, and constants of the engine."""
         constants = dataclasses.asdict(frontend.client.info)
         shown = {name: value for name, value in constants.items() if name not in ("model", "model_folder", "tokenizer_folder")}
         return json_response({"version": __version__, "models": frontend.names, "engine": shown})

@@ -101,9 +101,9 @@ class StreamOptions(StrictModel):
 class SharedFields(StrictModel):
     """The fields that all generating endpoints take under the same name."""
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    model: str | None = None  # a served name or an adapter's name; default: the served model
+    stream: bool | None = None  # send the answer as server-sent events while it is generated
+    stream_options: StreamOptions | None = None  # for streams only
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = None
     top_k: int | None = None
@@ -119,7 +119,8 @@ class SharedFields(StrictModel):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputsFields | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)  # lower runs first; with --scheduling-policy priority
+    # cached prefixes are shared only by requests with the same salt
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     truncate_prompt_tokens: int | None = None  # keep only the last so many prompt tokens; -1: as many as leave room for the output
     # The response's id without its prefix. `/abort_requests` takes it.
@@ -138,14 +139,14 @@ class GenerationRequest(SharedFields):
     include_stop_str_in_output: bool | None = None
     bad_words: Strings = None
     allowed_token_ids: TokenIds = None
-    response_format: ResponseFormat | None = None
-    guided_json: SchemaField = None
-    guided_regex: str | None = None
-    guided_choice: Strings = None
-    guided_grammar: str | None = None
-    guided_whitespace_pattern: str | None = None
+    response_format: ResponseFormat | None = None  # type text, json_object or json_schema (OpenAI's form of structured output)
+    guided_json: SchemaField = None  # older name of structured_outputs.json
+    guided_regex: str | None = None  # older name of structured_outputs.regex
+    guided_choice: Strings = None  # older name of structured_outputs.choice
+    guided_grammar: str | None = None  # older name of structured_outputs.grammar
+    guided_whitespace_pattern: str | None = None  # belongs to guided_json
     prompt_logprobs: int | None = None
-    return_token_ids: bool | None = None
+    return_token_ids: bool | None = None  # also respond with token ids of prompt and output
 
     INERT = NO_EFFECT | {"metadata", "store"}
     UNSUPPORTED = types.MappingProxyType(VLLM_UNSUPPORTED)
@@ -199,11 +200,11 @@ class GenerationRequest(SharedFields):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: PromptField
+    prompt: PromptField  # one prompt or several, as texts or token ids
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None  # put the prompt's text in front of the output
     logprobs: int | None = Field(default=None, ge=-1)
-    best_of: int | None = None
+    best_of: int | None = None  # must equal n
     add_special_tokens: bool | None = None  # put a BOS token in front of a text prompt, if the model uses one
 
     UNSUPPORTED = types.MappingProxyType({**VLLM_UNSUPPORTED, "suffix": ("",), "prompt_embeds": ()})
@@ -234,30 +235,30 @@ class CompletionRequest(GenerationRequest):
 class DetokenizeRequest(StrictModel):
     """`POST /detokenize`."""
 
-    model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(json_schema_extra={"minimum": 0})]], FailFast()]
+    model: str | None = None  # a served name
+    tokens: Annotated[list[Annotated[int, Field(json_schema_extra={"minimum": 0})]], FailFast()]  # token ids
 
 
 class LoadAdapterRequest(StrictModel):
     """`POST /v1/load_lora_adapter`."""
 
-    lora_name: str
-    lora_path: str
+    lora_name: str  # the name that requests use
+    lora_path: str  # a folder that PEFT has saved, below --lora-folders
     load_inplace: bool | None = None  # replace a loaded adapter of this name
 
 
 class UnloadAdapterRequest(StrictModel):
     """`POST /v1/unload_lora_adapter`."""
 
-    lora_name: str
+    lora_name: str  # a loaded adapter
     lora_int_id: int | None = None  # vLLM's number of the adapter; its name is enough
 
 
 class AbortRequest(StrictModel):
     """`POST /abort_requests`: the requests with these response ids, or all."""
 
-    request_ids: Strings = None
-    all: bool | None = None
+    request_ids: Strings = None  # ids of responses
+    all: bool | None = None  # true: every request of this key, or of all keys for an administrator
 
     def check(self) -> None:
         if bool(self.request_ids) == bool(self.all):

@@ -54,20 +54,20 @@ class ReasoningConfig(StrictModel):
 class ResponsesRequest(SharedFields):
     """`POST /v1/responses`."""
 
-    input: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _OBJECTS]})]
-    instructions: str | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1)
+    input: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _OBJECTS]})]  # a text, or a list of items
+    instructions: str | None = None  # a system message in front of the input
+    max_output_tokens: int | None = Field(default=None, ge=1)  # most tokens of the output
     top_logprobs: int | None = Field(default=None, ge=-1)
-    include: Strings = None
+    include: Strings = None  # message.output_text.logprobs requests log-probabilities
     metadata: dict[str, str] | None = None  # returned with the response
-    text: TextConfig | None = None
-    reasoning: ReasoningConfig | None = None
-    tools: Annotated[list[Any] | None, WithJsonSchema({"anyOf": [_OBJECTS, _NULL]})] = None
+    text: TextConfig | None = None  # the format of the output, as response_format in a chat
+    reasoning: ReasoningConfig | None = None  # how much the model reasons, if its chat template can tell it
+    tools: Annotated[list[Any] | None, WithJsonSchema({"anyOf": [_OBJECTS, _NULL]})] = None  # functions that the model may call
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, _NULL]})] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     store: bool | None = None  # keep the response; false: do not
-    previous_response_id: str | None = None
+    previous_response_id: str | None = None  # a stored response to continue
     truncation: Literal["auto", "disabled"] | None = None  # auto: OpenAI drops items that do not fit; here they are an error
 
     INERT = NO_EFFECT | {"max_tool_calls"}  # the latter limits calls of OpenAI's own tools, and there are none here
