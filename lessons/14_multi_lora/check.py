@@ -67,7 +67,7 @@ def task_2_slots(lesson):
     slots.acquire(4)
     assert set(slots.slot_of) == {1, 4}, (
         f"slots have {sorted(slots.slot_of)}, expected [1, 4]: adapter 3 was used longer ago than adapter 1, which has just been used "
-        "again. `acquire` must note each use")
+        "again. Note each use in the order of `slot_of`")
 
 
 def task_3_who_starts(lesson):

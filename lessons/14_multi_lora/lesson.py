@@ -87,14 +87,16 @@ class Slots:
             self.slot_of[adapter] = slot
             self.loads += 1
         self.users[adapter] = self.users.get(adapter, 0) + 1
-        self.slot_of[adapter] = self.slot_of.pop(adapter)  # it moves to the end: the most recently used
         # END
 
     def release(self, adapter: int) -> None:
         """A request with this adapter has finished. The adapter stays in its slot."""
-        if adapter:
-            self.users[adapter] -= 1
-            self.slot_of[adapter] = self.slot_of.pop(adapter)
+        if not adapter:
+            return
+        # TASK 2: one user less; of all adapters, this one was used most recently
+        self.users[adapter] -= 1
+        self.slot_of[adapter] = self.slot_of.pop(adapter)  # to the end
+        # END
 
 
 @dataclass(eq=False)
