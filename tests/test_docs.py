@@ -27,7 +27,6 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 GLOSSARY = ROOT / "docs" / "glossary.md"
 READING_PATH = ROOT / "docs" / "reading_path.md"
 SITE = ROOT / "docs" / "site" / "mkdocs.yml"
-GENERATED: tuple[str, ...] = ()  # pages that only exist on the site
 
 # The words that this project uses, one per thing.
 TERMS = (
@@ -207,11 +206,28 @@ def test_the_reference_is_up_to_date_and_explains_every_field() -> None:
         assert unexplained(text) == [], f"docs/reference/{name}: write the meaning as a comment beside the field"
 
 
+def test_the_specification_has_every_test_as_a_sentence() -> None:
+    pages = site_module("specification").render()
+    for folder in (path for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))):
+        assert f"[{folder.name}]({folder.name}.md)" in pages["index"]
+        for path in folder.glob("test_*.py"):
+            count = len(re.findall(r"^ *(?:async )?def test_", path.read_text(encoding="utf-8"), re.MULTILINE))
+            section = pages[folder.name].partition(f"`tests/{path.relative_to(ROOT / 'tests')}`")[2].partition("\n## ")[0]
+            assert section.count("\n- ") >= count > 0 or (not section and not count), path
+    assert "\n- A freed block keeps its content until it is allocated again.\n" in pages["core"]
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("test_a_gpu_is_used", "A GPU is used"), ("test_vllm_names_are_the_same", "vLLM names are the same"), ("test_json", "JSON")])
+def test_the_name_of_a_test_becomes_a_sentence(name: str, text: str) -> None:
+    assert site_module("specification").sentence(name) == text
+
+
 def test_every_document_is_in_the_navigation_of_the_site() -> None:
     named = set(re.findall(r"- (?:[^:\n]+: )?(\S+\.md)$", SITE.read_text(encoding="utf-8"), re.MULTILINE))
     documents = {str(page.relative_to(ROOT)) for page in PAGES if page.is_relative_to(ROOT / "docs")}
     assert documents <= named
-    assert all((ROOT / name).is_file() or name in GENERATED for name in named)
+    assert all((ROOT / name).is_file() for name in named)
 
 
 def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(tmp_path: Path) -> None:
@@ -221,7 +237,8 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(t
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
-    assert {"index.html", "docs/architecture.html", "lessons/01_autoregression_and_kv_cache/index.html"} <= set(pages)
+    assert {"index.html", "docs/architecture.html", "lessons/01_autoregression_and_kv_cache/index.html",
+            "docs/specification/core.html"} <= set(pages)
     loaded = re.compile(r"<(?:script|img|link)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//")
     assert [name for name, text in pages.items() if loaded.search(text)] == []
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import specification  # beside this file
 from mkdocs.structure.files import File, Files
 from pymdownx.slugs import slugify
 
@@ -86,6 +87,8 @@ def on_config(config: Any) -> Any:
         if "Course" in section:
             notebooks = [{Path(path).stem.replace("_", " "): f"{path}.md"} for path in matching(["notebooks/*.ipynb"])]
             section["Course"] = ["lessons/README.md", *lesson_titles(), {"Notebooks": notebooks}, "lessons/WRITING.md"]
+        if "Specification" in section:
+            section["Specification"] = [{name: f"docs/specification/{name}.md"} for name in specification.render()]
     return config
 
 
@@ -103,6 +106,8 @@ def on_files(files: Files, config: Any) -> Files:
         else:
             text = code_page(path)
         files.append(File.generated(config, f"{path}.md", content=text))
+    for name, text in specification.render().items():
+        files.append(File.generated(config, f"docs/specification/{name}.md", content=text))
     return files
 
 
