@@ -29,13 +29,14 @@ from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.kv_cache import kv_format
 from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeight, layer_bytes, method_of, resident_weights
+from minivllm.sampling.rejection import DraftProbabilities
 from minivllm.sampling.sampler import Sampler
 from minivllm.speculative.load import describe_draft
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_dtype, dtype_of
 from minivllm.worker.kv_cache import KVLayout
 from minivllm.worker.memory import CacheSettings, available_host_memory, cpu_budget, row_bytes
-from minivllm.worker.worker import token_budget
+from minivllm.worker.worker import sampled_drafts, token_budget
 
 # Estimates of what a start measures: the driver's context and the kernels that are loaded into it, and cuBLAS's workspace, which counts as
 # weights in the ledger.
@@ -180,12 +181,13 @@ class _Planner:
     def _parts(self, config: EngineConfig, spec: ModelSpec, layout: KVLayout, budget: int, unpacked: int) -> dict[str, int]:
         """Bytes on a GPU beside weights and cache."""
         assert self.gpu is not None
-        arch = self.gpu.arch // 10 * 10
+        arch, sampled = self.gpu.arch // 10 * 10, sampled_drafts(config.speculation)
         return {
             "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
-                              Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked),
+                              Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked)
+            + DraftProbabilities.peak_bytes(config.max_num_seqs, sampled, spec.vocab_size),
             "graphs": 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),
-            "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size),
+            "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size, sampled),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),
         }
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels.reference.sampling import gumbel, noise_words, probabilities
+from minivllm.kernels.tuning import MAX_DRAFT_PROBS_ROWS
 from minivllm.sampling.noise import Purpose, device_keys
+
+SAMPLING_COPIES = 14  # tensors of the logits' size, in float32, that `sample_drafts` allocates at once (measured)
 
 
 def sample_drafts(logits: Tensor, temperature: Tensor, streams: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +54,11 @@ def _uniform(streams: Tensor, positions: Tensor) -> Tensor:
     return ((words[:, 0].long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
 
 
+def rows_kept(max_num_seqs: int) -> int:
+    """Rows whose distributions are kept."""
+    return min(max_num_seqs, MAX_DRAFT_PROBS_ROWS)
+
+
 class DraftProbabilities:
     """The distributions of the newest drafts, by row of the row table. Rows from `num_rows` on have none: their drafts count as certain."""
 
@@ -60,8 +68,14 @@ class DraftProbabilities:
         self._first = torch.full((num_rows + 1,), -1 - num_drafts, dtype=torch.int64, device=device)  # position of each row's first draft
 
     @staticmethod
-    def num_bytes(num_rows: int, num_drafts: int, vocab_size: int) -> int:
-        return (num_rows + 1) * num_drafts * vocab_size * 4
+    def num_bytes(max_num_seqs: int, num_drafts: int, vocab_size: int) -> int:
+        """What is kept for the rows that `rows_kept` allows."""
+        return (rows_kept(max_num_seqs) + 1) * num_drafts * vocab_size * 4 if num_drafts else 0
+
+    @staticmethod
+    def peak_bytes(max_num_seqs: int, num_drafts: int, vocab_size: int) -> int:
+        """What sampling the drafts of a step allocates: the distribution of each draft twice, and those of `sample_drafts`."""
+        return rows_kept(max_num_seqs) * (2 * num_drafts + SAMPLING_COPIES) * vocab_size * 4 if num_drafts else 0
 
     def store(self, rows: Tensor, first: Tensor, probs: Tensor) -> None:
         """rows [B] int64; first [B]: position of the first draft; probs [B, k, V]."""

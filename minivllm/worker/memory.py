@@ -32,6 +32,7 @@ from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.models.decoder import Decoder
 from minivllm.quantization.dense import DENSE
+from minivllm.sampling.rejection import DraftProbabilities
 from minivllm.sampling.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.batch import RowTable
@@ -181,11 +182,15 @@ def available_host_memory() -> int:
 
 def cuda_budget(
     request: CacheSettings, layout: KVLayout, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, graph_bytes: int = 0,
+    sampled_drafts: int = 0,
 ) -> MemoryBudget:
-    """GPU memory for the cache, with the weights loaded already; measures the peak of one step. graph_bytes: set aside for CUDA graphs."""
+    """GPU memory for the cache, with the weights loaded already; measures the peak of one step.
+
+    graph_bytes: set aside for CUDA graphs. sampled_drafts: see `row_bytes`."""
     device = model.build.device
     peak = _peak_of_one_step(request.max_model_len, layout, model, max_num_seqs, max_num_batched_tokens, graphs=graph_bytes > 0)
-    rows = row_bytes(layout, max_num_seqs, request.max_model_len, model.spec.vocab_size)
+    peak += DraftProbabilities.peak_bytes(max_num_seqs, sampled_drafts, model.spec.vocab_size)
+    rows = row_bytes(layout, max_num_seqs, request.max_model_len, model.spec.vocab_size, sampled_drafts)
     free, total = torch.cuda.mem_get_info(device)
     in_use, weights = total - free, torch.cuda.memory_allocated(device)
     account = (f"{request.utilization:.2f} of {total / GIB:.2f} GiB, less {weights / GIB:.2f} weights, "
@@ -197,15 +202,17 @@ def cuda_budget(
         fix += ", or lower max_num_batched_tokens, which sets the peak of a step"
     if rows > GIB // 8:
         fix += ", or lower max_num_seqs, which sets the row tables"
+    if sampled_drafts:
+        fix += ", or leave draft_sample_method out of speculative_config: probabilistic keeps a distribution per draft"
     ledger = MemoryLedger(total, weights, peak, in_use - weights, graph_bytes, rows)
     num_bytes = int(request.utilization * total) - in_use - peak - rows - graph_bytes
     return MemoryBudget(num_bytes, account, "gpu_memory_utilization", fix, ledger)
 
 
-def row_bytes(layout: KVLayout, max_num_seqs: int, max_model_len: int, vocab_size: int) -> int:
-    """What a worker keeps on its device for the rows of sequences."""
+def row_bytes(layout: KVLayout, max_num_seqs: int, max_model_len: int, vocab_size: int, sampled_drafts: int = 0) -> int:
+    """What a worker keeps on its device for the rows of sequences. sampled_drafts: of each, whose distributions are kept."""
     return (RowTable.num_bytes(max_num_seqs, len(layout.groups), max_model_len, layout.block_size)
-            + Sampler.num_bytes(max_num_seqs, vocab_size))
+            + Sampler.num_bytes(max_num_seqs, vocab_size) + DraftProbabilities.num_bytes(max_num_seqs, sampled_drafts, vocab_size))
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from minivllm.kernels import tuning
 from minivllm.kernels.upload import upload
 from minivllm.models.decoder import Decoder
 from minivllm.sampling.logits_processors import TokenMasks
-from minivllm.sampling.rejection import DraftProbabilities
+from minivllm.sampling.rejection import DraftProbabilities, rows_kept
 from minivllm.sampling.sampler import LogprobColumns, Sampler, parts_of
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.base import DeviceProposer
@@ -176,7 +176,7 @@ class ModelRunner:
                              proposer is not None and proposer.needs_hidden)
         probs = None
         if proposer is not None and keep_probs:
-            probs = DraftProbabilities(min(max_num_seqs, tuning.MAX_DRAFT_PROBS_ROWS), proposer.num_drafts, model.spec.vocab_size,
+            probs = DraftProbabilities(rows_kept(max_num_seqs), proposer.num_drafts, model.spec.vocab_size,
                                        model.build.device)
         self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops, probs)
         self._drafts = None if proposer is None else DraftRunner(proposer, kv, self.rows, self.sampler, most_speculative_seqs)

@@ -112,7 +112,8 @@ class LoadedModel:
             return cpu_budget(self.cache_settings, self.layout, self._weight_bytes)
         with enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
             graphs = graph_bytes(self.spec, config.max_num_seqs, budget, config.enable_lora) if self._captures_graphs else 0
-            return cuda_budget(self.cache_settings, self.layout, self.model, config.max_num_seqs, budget, graphs)
+            return cuda_budget(self.cache_settings, self.layout, self.model, config.max_num_seqs, budget, graphs,
+                               sampled_drafts(config.speculation))
 
     def allocate(self, size: CacheSize, num_host_blocks: int = 0, *, eos_token_ids: Sequence[int] = (),
                  ledger: MemoryLedger | None = None) -> Worker:
@@ -123,14 +124,13 @@ class LoadedModel:
         pools = f"a KV cache of {device_gib:.2f} GiB and {host_gib:.2f} GiB in host memory"
         with enough_memory(pools, field, "lower it, or kv_offloading_size"):
             kv = KVCache(layout, size.num_blocks, num_host_blocks, self.device, self.model.build.ops)
-        speculation = config.speculation
+        speculation, sampled = config.speculation, sampled_drafts(config.speculation)
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0,
-                             proposer=self.proposer, query_widths=query_widths(speculation),
-                             keep_probs=speculation is not None and speculation.draft_sample_method == "probabilistic",
+                             proposer=self.proposer, query_widths=query_widths(speculation), keep_probs=sampled > 0,
                              most_speculative_seqs=0 if speculation is None else most_speculative_seqs(speculation, self.device.type))
         if ledger is not None:
-            rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size)
+            rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size, sampled)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
         return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
                       weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank)
@@ -207,6 +207,11 @@ def query_widths(speculation: SpeculativeConfig | None) -> tuple[int, ...]:
     """Tokens of the decodes whose steps are captured. A decode with another number of drafts is lengthened to the next one."""
     most = 0 if speculation is None else speculation.num_speculative_tokens
     return tuple(sorted({1, 1 + (most + 1) // 2, 1 + most}))
+
+
+def sampled_drafts(speculation: SpeculativeConfig | None) -> int:
+    """Drafts of a sequence that are sampled from a distribution, which is kept."""
+    return 0 if speculation is None or speculation.draft_sample_method == "greedy" else speculation.num_speculative_tokens
 
 
 def token_budget(config: EngineConfig, max_model_len: int, device: torch.device) -> int:

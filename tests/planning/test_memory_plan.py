@@ -38,6 +38,15 @@ def plan(config: dict[str, Any] = MISTRAL, gpu: GPU | None = RTX4060, quantizati
 # ---- bytes
 
 
+def test_distributions_of_sampled_drafts_are_planned(tmp_path: Path) -> None:
+    """64 rows and a spare one, 3 drafts: kept as float32; and while they are made, each of the 64 rows has 2 of each draft and 14 more."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL), encoding="utf-8")
+    drafts = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3}
+    greedy, sampled = (plan(speculative_config={**drafts, "draft_sample_method": way}).memory for way in ("greedy", "probabilistic"))
+    assert sampled.rows - greedy.rows == 65 * 3 * 32768 * 4
+    assert sampled.step - greedy.step == 64 * 20 * 32768 * 4
+
+
 def test_the_parts_of_a_plan_are_those_of_a_start() -> None:
     found, spec = plan(quantization="awq").memory, parse_config(MISTRAL)
     layout = KVLayout.of(spec, 16, torch.bfloat16)
