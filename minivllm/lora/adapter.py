@@ -18,10 +18,11 @@ from torch import Tensor
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
 from minivllm.families import LinearSpec
 from minivllm.lora.layout import AdapterLayout
-from minivllm.lora.peft_config import PARAM, PeftConfig
+from minivllm.lora.peft_config import CONFIG_FILE, PARAM, PeftConfig
 
 WEIGHTS_FILE, PICKLED_FILE = "adapter_model.safetensors", "adapter_model.bin"
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.[^.]+)?\.weight")  # an adapter's name may stand before "weight"
+PREFIX = "base_model.model."  # of PEFT's own wrappers
 _WRAPPERS = frozenset({"base_model", "model", "decoder", "language_model", "transformer", "module", "_orig_mod"})
 _OTHERS = {  # parts of names of tensors that this engine does not apply -> what they are
     "lora_embedding_": "an adapter of the embeddings", "lora_magnitude_vector": "DoRA", "modules_to_save": "modules_to_save",
@@ -57,15 +58,23 @@ def read_adapter(folder: str | Path, layout: AdapterLayout, max_rank: int) -> Ad
     known = {name: (adapted.linear, part) for adapted in layout.layers.values()
              for part, name in enumerate(adapted.linear.checkpoint_names)}
     found: dict[str, dict[str, Tensor]] = {}
+    full_names: dict[str, str] = {}  # of modules, as PEFT matches them: model.layers.0.self_attn.q_proj
     for name, tensor in _tensors(folder).items():
         match = _TENSOR.fullmatch(name)
         module = None if match is None else _module(match["module"], known)
         if match is None or module is None:
             raise _foreign(name, folder)
-        found.setdefault(module, {})[match["side"]] = tensor
+        full_name = full_names.setdefault(module, match["module"].removeprefix(PREFIX))
+        if full_name not in config.modules:
+            raise ModelError(f"the adapter in {folder} has the tensor {name}, and its {CONFIG_FILE} gives {full_name} no adapter (see "
+                             "target_modules, exclude_modules and layers_to_transform): save the adapter again", PARAM)
+        if match["side"] in found.setdefault(module, {}):
+            raise ModelError(f"the adapter in {folder} has two tensors lora_{match['side']} for {full_name}: save the adapter again", PARAM)
+        found[module][match["side"]] = tensor
     if not found:
         raise ModelError(f"{folder / WEIGHTS_FILE} has no tensors: save the adapter again", PARAM)
-    return Adapter({module: _delta(module, sides, *known[module], config, max_rank, folder) for module, sides in found.items()})
+    return Adapter({module: _delta(module, sides, *known[module], *config.of_module(full_names[module]), max_rank, folder)
+                    for module, sides in found.items()})
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -99,14 +108,13 @@ def _foreign(name: str, folder: Path) -> InvalidInput:
                       "the model that it was trained for", PARAM)
 
 
-def _delta(module: str, sides: Mapping[str, Tensor], linear: LinearSpec, part: int, config: PeftConfig, max_rank: int,
+def _delta(module: str, sides: Mapping[str, Tensor], linear: LinearSpec, part: int, rank: int, scaling: float, max_rank: int,
            folder: Path) -> ModuleDelta:
     if len(sides) < 2:
         raise ModelError(f"the adapter in {folder} has only lora_{next(iter(sides))} for {module}: save the adapter again", PARAM)
     a, b = sides["A"], sides["B"]
     whole = len(linear.checkpoint_names) < len(linear.rows)  # one checkpoint module for all parts
     outputs = sum(linear.rows) if whole else linear.rows[part]
-    rank, scaling = config.of_module(module)
     for side, tensor, shape in (("A", a, (rank, linear.cols)), ("B", b, (outputs, rank))):
         if tensor.shape != shape:
             other = "r" if tensor.shape[side == "B"] != rank and tensor.shape[side == "A"] == shape[side == "A"] else "the base model"

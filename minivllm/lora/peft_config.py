@@ -14,6 +14,9 @@ from minivllm.families.model_folder import check_links, compile_pattern, read_js
 CONFIG_FILE = "adapter_config.json"
 MOST = 1 << 20  # largest rank or alpha: far beyond real adapters
 PARAM = "lora_path"  # the field that an error about an adapter names
+# Ways to start the training that leave the base model's weights alone; the others train beside changed ones.
+INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+TASKS = (None, "", "CAUSAL_LM", "FEATURE_EXTRACTION")
 # Settings that would change the result, and what to do instead. A value that requests nothing (None, False, an empty list) is fine.
 REFUSED: Mapping[str, str] = {
     "use_dora": "train the adapter without DoRA",
@@ -29,15 +32,57 @@ REFUSED: Mapping[str, str] = {
     "arrow_config": "train an ordinary LoRA adapter",
     "velora_config": "train an ordinary LoRA adapter",
     "monteclora_config": "train an ordinary LoRA adapter",
+    "kasa_config": "train the adapter without KaSA",
     "megatron_config": "export the adapter with PEFT's own layers",
 }
-# Settings of training, and notes; they change nothing of a trained adapter. (Which modules have weights says the weight file itself.)
+# Settings of training, and notes; they change nothing of a trained adapter.
 INERT = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
 })
-APPLIED = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"})
+# Applied, or checked: of some values only those are accepted that change nothing.
+APPLIED = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "task_type",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+})
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModules:
+    """Which modules of a model have an adapter: PEFT's rule. PEFT leaves out weights of all others."""
+
+    targets: str | list[str] | None  # a regular expression, or names or their ends; None: not recorded
+    excluded: str | list[str] | None
+    layers: list[int] | None  # None: all. Only for a list of targets
+    layers_patterns: list[str]  # before a layer's number; []: any module's name
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], path: Path) -> AdaptedModules:
+        """Raises `ModelError` that names a wrong setting of `config`, the content of `path`."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = config.get(name)
+            if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))):
+                raise ModelError(f"{path}: {name} must be a string or a list of strings, got {shown(value)}: correct it", PARAM)
+            for text in [value] if isinstance(value, str) else value if name == "layers_pattern" and value else ():
+                _check_regex(text, name, path)
+        layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+        layers = [layers] if isinstance(layers, int) else layers or None
+        if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+            raise ModelError(f"{path}: layers_to_transform must be a layer or a list of layers, got {shown(layers)}: correct it", PARAM)
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        return cls(config.get("target_modules"), config.get("exclude_modules"), layers, patterns)
+
+    def __contains__(self, name: str) -> bool:
+        """name: as PEFT sees it, such as model.layers.0.self_attn.q_proj."""
+        if _listed(self.excluded, name):
+            return False
+        if self.targets is None or (isinstance(self.targets, str) and self.targets.lower() == "all-linear"):
+            return True
+        if isinstance(self.targets, str) or name in self.targets or self.layers is None:
+            return _listed(self.targets, name)
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        index = next((found[1] for p in patterns if (found := re.match(p, name))), None)
+        return _listed(self.targets, name) and index is not None and int(index) in self.layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +94,7 @@ class PeftConfig:
     rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    modules: AdaptedModules
 
     @classmethod
     def read(cls, folder: Path) -> PeftConfig:
@@ -61,7 +107,8 @@ class PeftConfig:
         config = read_json(path, PARAM)
         _check(config, path)
         return cls(_number(config, "r", 8, path, whole=True), _number(config, "lora_alpha", 8, path), config.get("use_rslora") is True,
-                   _pattern(config, "rank_pattern", path, whole=True), _pattern(config, "alpha_pattern", path))
+                   _pattern(config, "rank_pattern", path, whole=True), _pattern(config, "alpha_pattern", path),
+                   AdaptedModules.of(config, path))
 
     @property
     def max_rank(self) -> int:
@@ -82,6 +129,14 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
     bias = config.get("bias", "none")
     if bias != "none":
         raise NotSupportedYet(f"{path}: bias {shown(bias)} is not supported: train the adapter with bias='none'", PARAM)
+    init = config.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in INITS:
+        raise NotSupportedYet(f"{path}: init_lora_weights {shown(init)} is not supported, because it changes weights of the base model: "
+                              "save the adapter with path_initial_model_for_weight_conversion, which makes an ordinary one of it", PARAM)
+    if config.get("task_type") not in TASKS:
+        raise NotSupportedYet(f"{path}: task_type {shown(config['task_type'])} is not supported: use an adapter of a CAUSAL_LM", PARAM)
+    if not isinstance(config.get("use_rslora") or False, bool):
+        raise ModelError(f"{path}: use_rslora must be true or false, got {shown(config['use_rslora'])}: correct it", PARAM)
     for name, value in config.items():
         if name in APPLIED or name in INERT or value in (None, False, "", [], {}):
             continue
@@ -106,13 +161,24 @@ def _pattern(config: Mapping[str, Any], name: str, path: Path, *, whole: bool = 
     if not isinstance(found, dict):
         raise ModelError(f"{path}: {name} must be a JSON object, got {shown(found)}: correct it", PARAM)
     for key, value in found.items():
-        try:
-            compile_pattern(key)
-        except ValueError as error:
-            raise ModelError(f"{path}: {name} has {shown(key)}, which is no regular expression that can be used ({error}): correct it",
-                             PARAM) from error
+        _check_regex(key, name, path)
         _checked(value, f"{name}[{key!r}]", path, whole)
     return found
+
+
+def _check_regex(text: str, name: str, path: Path) -> None:
+    try:
+        compile_pattern(text)
+    except ValueError as error:
+        raise ModelError(f"{path}: {name} has {shown(text)}, which is no regular expression that can be used ({error}): correct it",
+                         PARAM) from error
+
+
+def _listed(rule: str | list[str] | None, name: str) -> bool:
+    """Whether a regular expression matches a name, or a list has it or its end: PEFT's rule."""
+    if isinstance(rule, str):
+        return re.fullmatch(rule, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in rule or ())
 
 
 def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

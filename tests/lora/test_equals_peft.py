@@ -2,21 +2,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from minivllm import LLM, LoRARequest, SamplingParams
+from minivllm.lora.peft_config import APPLIED, INERT, REFUSED, AdaptedModules
 from tests.lora.adapters import ATTENTION, EVERY, write_adapter
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17, 18, 19]
 # (rank, modules, further settings): 8 adapters of different ranks and modules
 VARIANTS = (
-    (1, EVERY, {}), (2, ("q_proj",), {}), (3, ("k_proj", "up_proj"), {"lora_alpha": 7}), (4, ATTENTION, {"use_rslora": True}),
+    (1, EVERY, {}), (2, ("q_proj",), {}), (3, ("k_proj", "up_proj"), {"lora_alpha": 7}),
+    (4, ATTENTION, {"use_rslora": True, "target_modules": r".*\.self_attn\.[qkvo]_proj"}),
     (8, ("gate_proj", "down_proj"), {}),
-    (5, EVERY, {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"v_proj": 9, "layers.1.*up_proj": 3}}),
+    (5, EVERY, {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"v_proj": 9, "layers.1.*up_proj": 3, "model.layers.0.mlp.down_proj": 11}}),
     (16, ("v_proj", "o_proj"), {"lora_alpha": 4}), (12, EVERY, {"target_modules": "all-linear"}),
 )
 
@@ -56,6 +60,32 @@ def check(base: Path, adapters: list[Path], prompts: list[list[int]]) -> None:
             for token, found in entry.items():
                 assert abs(found.logprob - logprobs[position, token].item()) < 1e-4, (request, position)
         assert output.outputs[0].token_ids == [int(logprobs[-1].argmax())]
+
+
+NAMES = [f"model.layers.{layer}.{module}" for layer in (0, 1, 11) for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")]
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "mlp.up_proj"]}, {"target_modules": ["proj"]}, {"target_modules": r".*\.1\.mlp\..*|.*q_proj"},
+    {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj", "model.layers.0.self_attn.q_proj"]},
+    {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1.*"}, {"target_modules": ["up_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1, 11], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "blocks"]}, {"target_modules": "proj"},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+])
+def test_the_modules_of_an_adapter_are_those_of_peft(settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is an extra for tests")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    ours, theirs = AdaptedModules.of(settings, Path("adapter_config.json")), peft.LoraConfig(**settings)
+    assert [name in ours for name in NAMES] == [bool(check_target_module_exists(theirs, name)) for name in NAMES]
+
+
+def test_every_setting_of_peft_is_applied_or_refused_or_changes_nothing() -> None:
+    """A field that a later PEFT adds is refused by name when it is set, until it is in one of these lists."""
+    peft = pytest.importorskip("peft", reason="PEFT is an extra for tests")
+    assert {f.name for f in fields(peft.LoraConfig)} <= APPLIED | INERT | REFUSED.keys()
+    assert not APPLIED & INERT and not (APPLIED | INERT) & REFUSED.keys()
 
 
 def test_a_mixed_batch_of_a_tiny_model_equals_peft(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
