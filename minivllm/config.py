@@ -198,8 +198,8 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = repeatable(
         "model names that clients may use (default: the model's own)", metavar="NAME", nargs="+")
     lora_modules: tuple[str, ...] = repeatable(
-        "LoRA adapters that requests may name as their model, each NAME=FOLDER with a folder that PEFT has saved (or vLLM's JSON form); "
-        "needs --enable-lora", metavar="NAME=FOLDER", nargs="+")
+        "LoRA adapters that requests may name as their model, each NAME=FOLDER with a folder that PEFT has saved, or a hub id (or vLLM's "
+        "JSON form); needs --enable-lora", metavar="NAME=FOLDER", nargs="+")
     lora_folders: tuple[str, ...] = repeatable(
         "folders below which administrators may load LoRA adapters at run time, with /v1/load_lora_adapter (default: none, so they "
         "cannot)", metavar="FOLDER", nargs="+")

@@ -21,7 +21,7 @@ class LoRARequest:
 
     lora_name: str  # what outputs, metrics and the server call it
     lora_int_id: int  # at least 1, and different for each name
-    lora_path: str = ""  # folder with adapter_config.json and adapter_model.safetensors; not needed once it is loaded
+    lora_path: str = ""  # folder with adapter_config.json and adapter_model.safetensors, or a hub id; not needed once it is loaded
     load_inplace: bool = False  # replace a loaded adapter of this name
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from minivllm.config import LOG_LEVELS, MODEL_DEFAULTS, EngineConfig
 from minivllm.engine_request import LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.lora.peft_config import PeftConfig
+from minivllm.models.hub import find_adapter
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.terminal import configure_logging, print_status
 
@@ -42,8 +43,8 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens_help: str | None = Non
     for name, kind, text in SAMPLING:
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is whole_number else "X",
                            default=argparse.SUPPRESS, help=max_tokens_help if name == "max_tokens" and max_tokens_help else text)
-    parser.add_argument("--lora", metavar="FOLDER", help="answer with this LoRA adapter, a folder that PEFT has saved (a server's adapter "
-                        "is a model: --url URL --model NAME)")
+    parser.add_argument("--lora", metavar="ADAPTER", help="answer with this LoRA adapter, a folder that PEFT has saved or a hub id (a "
+                        "server's adapter is a model: --url URL --model NAME)")
     remote.add_flags(parser)
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="lowest level of log messages (default: warning)")
     add_config_flags(parser, EngineConfig, "engine", skip=UNUSED)
@@ -107,8 +108,9 @@ def start(args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[L
     SamplingParams(**overrides)  # refuse wrong values before the model is loaded
     settings = given(args, EngineConfig)
     if args.lora is not None:
-        rank = PeftConfig.read(Path(args.lora).expanduser()).max_rank  # before the model is loaded
-        settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank} | settings
+        settings = {"enable_lora": True, "max_loras": 1} | settings
+        args.lora = str(find_adapter(args.lora, build(EngineConfig, settings)))  # before the model is loaded
+        settings = {"max_lora_rank": PeftConfig.read(Path(args.lora)).max_rank} | settings
     config = build(EngineConfig, settings)
     configure_logging(args.log_level)
     if (server := find_server(args, settings)) is not None:

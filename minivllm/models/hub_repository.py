@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from minivllm.errors import ModelError, shown
+from minivllm.lora.adapter import PICKLED_FILE, WEIGHTS_FILE
+from minivllm.lora.peft_config import CONFIG_FILE
 from minivllm.models.weight_files import find_parts
 
 Result = TypeVar("Result")
@@ -44,7 +46,7 @@ NOT_A_MODEL = {
 class HubName:
     """A name that may refer to the hub."""
 
-    param: str  # model or tokenizer
+    param: str  # model, tokenizer or lora_path
     given: str  # as the user wrote it
     repository: str
     gguf: str | None  # a quantization such as Q4_K_M, or a file
@@ -85,6 +87,21 @@ def download_model(name: HubName, load_format: str, check: Callable[[Path], obje
         folder = _snapshot(name, [*SMALL_FILES, PICKLES])
     if not any(folder.glob(SAFETENSORS)) and not any(folder.glob(PICKLES)):
         _refuse_gguf_only(name)
+    return folder
+
+
+def download_adapter(name: HubName, check: Callable[[Path], object]) -> Path:
+    """The folder of a LoRA adapter. `check` raises if the settings in the folder cannot be applied, before weights are downloaded."""
+    if not (_snapshot(name, [CONFIG_FILE]) / CONFIG_FILE).is_file():
+        raise ModelError(f"{name.param} {name.given!r} has no {CONFIG_FILE} on the hub, so it is no LoRA adapter: check the id, or give it "
+                         "as model", name.param)
+    check(_snapshot(name, [CONFIG_FILE]))
+    folder = _snapshot(name, [CONFIG_FILE, WEIGHTS_FILE])
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = PICKLED_FILE in _file_names(name)
+        raise ModelError(f"{name.param} {name.given!r} has no {WEIGHTS_FILE} on the hub"
+                         f"{f', but {PICKLED_FILE}, which may run code when it is read' if pickled else ''}: save the adapter with "
+                         "safe_serialization=True", name.param)
     return folder
 
 
@@ -310,7 +327,8 @@ def _errors(name: HubName) -> Iterator[None]:
         raise ModelError(f"{what}, and not a valid hub id (owner/name): check the path", param) from error
     except _failures() as error:  # no network, or HF_HUB_OFFLINE, and not in its cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or name a folder or .gguf file, or nothing for the default model"
+        others = "" if param == "lora_path" else " or .gguf file, or nothing for the default model"
+        fix = f"check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or name a folder{others}"
         raise ModelError(f"{what}, and the hub could not be reached ({reason}): {fix}", param) from error
 
 

@@ -1,6 +1,6 @@
 """The LoRA adapters that a server offers as models, and loading and unloading them at run time.
 
-    --lora-modules sql-lora=FOLDER       loaded before the server is ready
+    --lora-modules sql-lora=FOLDER       a folder or hub id, loaded before the server is ready
     POST /v1/load_lora_adapter           {"lora_name", "lora_path", "load_inplace"}: for administrators, from below --lora-folders only
     POST /v1/unload_lora_adapter         {"lora_name"}: running requests finish with the adapter, later ones get 404
 
@@ -63,7 +63,8 @@ class ServedAdapters:
         self._check_name(name, "lora_name", reload)
         folder = Path(path).expanduser().resolve()
         if not any(folder.is_relative_to(allowed) for allowed in self._folders):
-            raise InvalidInput("lora_path is outside the folders from which this server loads adapters (--lora-folders)", "lora_path")
+            raise InvalidInput("lora_path is outside the folders from which this server loads adapters (--lora-folders); a hub id can only "
+                               "be given at the start (--lora-modules)", "lora_path")
         adapter = self._adapter(name, path)
         request = LoRARequest(name, adapter.request.lora_int_id, str(folder), load_inplace=reload)
         await asyncio.wrap_future(self._client.load_adapter(request))

@@ -14,6 +14,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from minivllm.lora.adapter import read_adapter
 from minivllm.lora.layout import AdapterLayout
 from minivllm.lora.slots import AdapterStore, PackedAdapter
 from minivllm.models.decoder import Decoder
+from minivllm.models.hub import find_adapter
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
 from minivllm.quantization.kv_cache import KVFormat, kv_format
@@ -133,20 +135,21 @@ class LoadedModel:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size, sampled)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
         return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
-                      weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank)
+                      weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank,
+                      find_adapter=partial(find_adapter, config=config))
 
 
 class Worker:
     """Runs plans in the order in which they are launched. `sample` of one plan comes before `launch` of the next."""
 
     def __init__(self, runner: ModelRunner, *, max_model_len: int, max_num_batched_tokens: int, ledger: MemoryLedger | None = None,
-                 weight_bytes: int = 0, max_lora_rank: int = 0) -> None:
+                 weight_bytes: int = 0, max_lora_rank: int = 0, find_adapter: Callable[[str], Path] = Path) -> None:
         self._runner: ModelRunner | None = runner
         self.device, self.dtype = runner.model.build.device, runner.model.build.dtype
         self.overlaps = self.device.type == "cuda"  # the host is idle while a step runs, so asynchronous scheduling pays
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len  # the model's or the user's, or less if the cache holds less
-        self.max_lora_rank = max_lora_rank
+        self.max_lora_rank, self._find_adapter = max_lora_rank, find_adapter
         self.num_blocks = runner.kv.num_blocks
         self.num_host_blocks = runner.kv.num_host_blocks
         self.kv_windows = runner.kv.layout.windows
@@ -172,10 +175,12 @@ class Worker:
         """A whole step, waited for."""
         return self.sample(self.launch(plan), masks).wait()
 
-    def read_adapter(self, folder: str) -> PackedAdapter:
-        """A LoRA adapter in host memory, not known to the worker yet. It may be called on any thread. Raises `InvalidInput`."""
+    def read_adapter(self, lora_path: str) -> PackedAdapter:
+        """A LoRA adapter in host memory, not known to the worker yet. lora_path: folder or hub id. It may be called on any thread.
+
+        Raises `InvalidInput`."""
         store = self._adapters
-        return store.pack(read_adapter(folder, store.layout, self.max_lora_rank))
+        return store.pack(read_adapter(self._find_adapter(lora_path), store.layout, self.max_lora_rank))
 
     def add_adapter(self, adapter_id: int, packed: PackedAdapter) -> None:
         """From now on plans may bring this adapter into a slot."""
