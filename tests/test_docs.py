@@ -200,10 +200,9 @@ def test_lists_and_tables_have_an_empty_line_before_them(page: Path) -> None:
 
 
 def test_the_reference_is_up_to_date_and_explains_every_field() -> None:
-    folder = ROOT / "docs" / "reference"
     for name, text in site_module("reference").render().items():
-        assert (folder / name).read_text(encoding="utf-8") == text, "run: python docs/site/reference.py"
-        assert unexplained(text) == [], f"docs/reference/{name}: write the meaning as a comment beside the field"
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run: python docs/site/reference.py"
+        assert unexplained(text) == [], f"docs/{name}: write the meaning as a comment beside the field"
 
 
 def test_the_specification_has_every_test_as_a_sentence() -> None:

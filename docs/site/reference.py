@@ -1,4 +1,4 @@
-"""Writes `docs/reference/`: the command line, the Python API and the HTTP API, from the code itself.
+"""Writes `docs/reference/` (command line, Python API, HTTP API) and `docs/models.md` from the code itself.
 
     python docs/site/reference.py     # after a change of a flag, a field, a signature or a docstring
 
@@ -22,13 +22,20 @@ import minivllm
 from minivllm.cli.main import build_parser
 from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine.metrics import EngineMetrics
+from minivllm.families import FAMILIES
+from minivllm.families.config_json import Key
+from minivllm.families.family import Family
+from minivllm.families.table import MODEL_TYPES
+from minivllm.models.gguf_config import ARCHITECTURES
+from minivllm.planning.suggested_models import COMPARED, GIB, MODELS, SIZE_OF_VALUE, num_parameters
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import BODIES, create_app
 from minivllm.server.chat_protocol import ChatRequest
 from minivllm.server.protocol import GenerationRequest, SharedFields
 from minivllm.server.strict import StrictModel
 
-FOLDER = Path(__file__).resolve().parents[1] / "reference"
+DOCS = Path(__file__).resolve().parents[1]
+PARITY = DOCS.parent / "tests" / "models" / "test_parity.py"
 NOTE = "This page is written by `python docs/site/reference.py` from the code."
 CLASSES = (  # in the order in which a reader meets them; the rest of `minivllm.__all__` are other names of these
     "LLM", "SamplingParams", "StructuredOutputsParams", "BeamSearchParams", "LoRARequest", "TextPrompt", "TokensPrompt", "RequestOutput",
@@ -325,19 +332,92 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     return cell(" ".join([str(schema.get("type", "any")), *limits]))
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line, "python.md": python_api, "http.md": http_api}
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def models() -> str:
+    gguf = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
+    kinds = {name: kind for kind, name in MODEL_TYPES.items()}
+    tested = tested_variants()
+    rows = [(code(name), code(kinds[name]), code(gguf.get(name, "")), *_properties(family),
+             cell("; ".join(tested.get(name.removesuffix("ForCausalLM"), ())).replace(f"{kinds[name]}, ", "")))
+            for name, family in FAMILIES.items()]
+    sizes = []
+    for model in (*MODELS, *COMPARED):
+        spec = model.spec
+        count, kv = num_parameters(spec), sum(2 * layer.attention.kv_size for layer in spec.layers) * SIZE_OF_VALUE
+        sizes.append((code(model.repository), code(spec.architecture), f"{count:,}", f"{count * SIZE_OF_VALUE / GIB:.2f}", f"{kv / 1024:g}",
+                      f"{spec.max_model_len:,}"))
+    return "\n".join([f"""# Models
+
+{NOTE}
+
+A model is a folder in Hugging Face's layout, a hub id, or a GGUF file
+([where the files come from](architecture.md#from-a-name-to-a-folder)). It runs if this page has the class that its config.json names under
+`architectures`. Quantized weights have their own page: [quantization](quantization.md). What fits a small card: [8 GB](8gb.md).
+`minivllm plan MODEL` answers that for any card, before a download. Another family is a row of a table:
+[adding a model family](adding_a_model.md).
+
+## Families
+
+The columns are read from the table in `minivllm/families/`. `config` means that config.json decides. The last column lists the variants
+whose logits `tests/models/test_parity.py` compares with those of Transformers: in one step, in chunks, and token by token, with the plain
+PyTorch kernels and with the compiled ones of a CPU.
+""", table(("class", "model_type", "GGUF", "norm", "positions", "window", "MLP", "biases", "tested variants"), rows),
+        """Rotary scaling: `linear`, `dynamic`, `llama3`, `yarn`. Anything else that would change the logits is an error that names its key
+in config.json.
+
+## Sizes of some models
+
+Weights and keys are counted in 16 bits. A model whose files need an account on the hub runs as well.
+""", table(("model", "class", "parameters", "weights, GiB", "KV cache per token, KiB", "context, tokens"), sizes)])
+
+
+def tested_variants() -> dict[str, list[str]]:
+    """Family as in `PARITY` ("Llama") -> names of its variants there."""
+    found: dict[str, list[str]] = {}
+    for node in ast.parse(PARITY.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MODELS" and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                assert isinstance(key, ast.Constant) and isinstance(value, ast.Tuple)
+                family = ast.literal_eval(value.elts[0])
+                found.setdefault(family, []).append(key.value)
+    return found
+
+
+def _properties(family: Family) -> tuple[str, ...]:
+    """Norm, positions, window, MLP and biases of a row of the table of families."""
+    def said(source: Any, words: dict[Any, str]) -> str:
+        if isinstance(source, Key):
+            return "config"
+        if getattr(source, "__qualname__", "").startswith("only."):  # one value, and another in config.json is an error
+            return words[None]
+        return words[source] if isinstance(source, (bool, str, int, type(None))) else "config"
+
+    model, attention, mlp = family.model, family.attention, family.mlp
+    norm = said(model["norm"], {"rms": "RMSNorm", "layer": "LayerNorm"}) + (", also of q and k" if attention["qk_norm"] else "")
+    positions = "learned" if attention.get("rope", 0) is None else "rotary, in some layers" if "rope" in attention else "rotary"
+    gated = "gated" if mlp["gated"] else "plain"
+    biases = {part: said(source, {True: "yes", False: "no"}) for part, source in (
+        ("qkv", attention["qkv_bias"]), ("output", attention["out_bias"]), ("MLP", mlp["bias"]))}
+    same = set(biases.values())
+    return (norm, positions, said(attention["window"], {None: "none"}), gated,
+            same.pop() if len(same) == 1 else ", ".join(f"{part}: {value}" for part, value in biases.items()))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/cli.md": command_line, "reference/python.md": python_api, "reference/http.md": http_api, "models.md": models}
 
 
 def render() -> dict[str, str]:
-    """File name -> page."""
+    """Path below `docs/` -> page."""
     return {name: re.sub(r"\n{3,}", "\n\n", page()).rstrip() + "\n" for name, page in PAGES.items()}
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
     for name, text in render().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
-        print(f"wrote {FOLDER / name}")
+        (DOCS / name).write_text(text, encoding="utf-8")
+        print(f"wrote {DOCS / name}")
 
 
 if __name__ == "__main__":
