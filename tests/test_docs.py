@@ -69,6 +69,12 @@ def undefined_terms(markdown: str, terms: Iterable[str]) -> list[str]:
     return [term for term in terms if term.lower() not in defined]
 
 
+def unnamed_modules(markdown: str, modules: Iterable[str]) -> list[str]:
+    """Modules that no table names in its first column, neither themselves nor by a folder above them."""
+    named = {name for cells in rows(markdown) for name in re.findall(r"`([^`]+)`", cells[0])}
+    return [module for module in modules if not {module, *(f"{parent}/" for parent in Path(module).parents)} & named]
+
+
 def replaced_words(texts: Mapping[str, str]) -> list[str]:
     """"path:line: word" for each replaced word in `texts` (path -> text)."""
     return [f"{path}:{number}: {match[0]}" for path, text in texts.items() for number, line in enumerate(text.splitlines(), 1)
@@ -222,6 +228,15 @@ def test_the_name_of_a_test_becomes_a_sentence(name: str, text: str) -> None:
     assert site_module("specification").sentence(name) == text
 
 
+def test_the_map_to_vllm_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "vllm_map.md").read_text(encoding="utf-8")
+    modules = [path.relative_to(ROOT / "minivllm").as_posix() for path in (ROOT / "minivllm").rglob("*.py")]
+    assert unnamed_modules(text, [module for module in modules if not Path(module).name.startswith("__")]) == [], (
+        "add the module to a row of docs/vllm_map.md, beside its counterpart in vLLM")
+    first_column = "\n".join(f"| x | {cells[0]} |" for cells in rows(text))
+    assert missing_paths(first_column, modules) == []
+
+
 def test_every_document_is_in_the_navigation_of_the_site() -> None:
     named = set(re.findall(r"- (?:[^:\n]+: )?(\S+\.md)$", SITE.read_text(encoding="utf-8"), re.MULTILINE))
     documents = {str(page.relative_to(ROOT)) for page in PAGES if page.is_relative_to(ROOT / "docs")}
@@ -293,3 +308,8 @@ def test_a_planted_list_without_an_empty_line_is_found(block: str) -> None:
 def test_a_planted_field_without_a_meaning_is_found() -> None:
     text = "| field | type | meaning |\n| --- | --- | --- |\n| `a` | int \\| str | a text |\n| `b` | int |  |\n\n| path | |\n|---|---|\n"
     assert unexplained(text + "| `c` |  |\n") == ["`b`"]
+
+
+def test_a_planted_unnamed_module_is_found() -> None:
+    text = "| here | in vLLM |\n|---|---|\n| `core/plan.py`, `server/` | `worker/batch.py` |\n"
+    assert unnamed_modules(text, ["core/plan.py", "server/app.py", "worker/batch.py", "core/new.py"]) == ["worker/batch.py", "core/new.py"]
