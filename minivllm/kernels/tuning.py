@@ -252,11 +252,11 @@ def packed_tile(rows: int, n: int, k: int, bits: int, gated: bool, arch: int) ->
         return PackedTile(1, 32, 64, 4, 4, 3, _splits(n // 32, 512, words // 256))
     if rows <= 16:
         wide = arch >= 90 and not gated and n > 4096
-        return PackedTile(next_power_of_2(rows), 128 if wide else 64, 64, 8 if wide else 4, 1, 3,
+        return PackedTile(8 if rows <= 8 else 16, 128 if wide else 64, 64, 8 if wide else 4, 1, 3,
                           _splits(n // 128, 256, words // 128) if wide else _splits(n // 64, 512, words // 128))
     if arch < 90:
         return PackedTile(32, 64, 32, 4, 1, 3, min(4, _splits(n // 64, 512, words // 64)))
-    if bits == 4 and n <= 4096:
+    if bits == 4 and n <= 4096 and not gated:
         return PackedTile(32, 128, 128, 8, 1, 3, _splits(n // 128, 128, words // 256))
     return PackedTile(32, 128, 64, 8, 1, 3, 1 if bits < 8 and n > 8192 else _splits(n // 128, 256, words // 128))
 

@@ -122,30 +122,37 @@ def linear_variants() -> Iterator[dict[str, Any]]:
                                   num_warps=tile.num_warps)
 
 
-def packed_variants() -> Iterator[dict[str, Any]]:
-    """Products with packed weights of a 7B model."""
-    types: dict[str, Any] = {**dict.fromkeys(("out", "x", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32", "num_rows": "i32",
-                             "partial": "*fp32", "finished": "*i32"}
+def packed_formats() -> dict[str, tuple[packed_weight.Format, str]]:
+    """Name -> (format, type of its scales)."""
     base = packed_weight.Format(n=0, k=0, inputs=0, bits=4, per_word=4, fp8=False, group=128, rows=1, zero=-1, mins=False, super_group=0,
-                          half_scales=True, row_scale=False)
-    formats = {
-        "awq": (base, "*i32"), "q4_k": (base._replace(group=32, zero=0, mins=True, super_group=256), "*i16"),
+                                half_scales=True, row_scale=False)
+    q4_k = base._replace(group=32, zero=0, mins=True, super_group=256)
+    return {
+        "awq": (base, "*i32"), "q4_k": (q4_k, "*i16"), "q5_k": (q4_k._replace(bits=5), "*i16"),
         "q6_k": (base._replace(bits=6, group=16, zero=32, super_group=256), "*i8"),
         "fp8": (base._replace(bits=8, per_word=2, fp8=True, zero=0, row_scale=True), "*fp32"),
     }
-    # The layers with the largest tiles, and those that take the most registers.
-    cases = (("awq", "o", 8), ("awq", "gate_up", 1), ("awq", "gate_up", 32), ("q4_k", "gate_up", 8), ("q6_k", "gate_up", 8),
-             ("q6_k", "o", 1), ("fp8", "gate_up", 32))
-    for name, layer, rows in cases:
+
+
+def packed_variants() -> Iterator[dict[str, Any]]:
+    """Products with packed weights of a 7B model."""
+    types: dict[str, Any] = {"eps": "fp32", "num_rows": "i32", "partial": "*fp32", "finished": "*i32"}
+    formats = packed_formats()
+    # The layers with the largest tiles, those that take the most registers, and float16.
+    cases = (("awq", "o", 8, "bf16"), ("awq", "gate_up", 1, "bf16"), ("awq", "gate_up", 32, "bf16"), ("awq", "narrow gate_up", 32, "bf16"),
+             ("q4_k", "gate_up", 8, "bf16"), ("q6_k", "gate_up", 8, "bf16"), ("q6_k", "o", 1, "bf16"), ("fp8", "gate_up", 32, "bf16"),
+             ("awq", "o", 8, "fp16"), ("q6_k", "gate_up", 8, "fp16"), ("fp8", "o", 8, "fp16"))
+    for name, layer, rows, dtype in cases:
         form, scales = formats[name]
-        gated, n, k = layer == "gate_up", {"o": 4096, "gate_up": 28672}[layer], 4096
+        gated, n, k = layer != "o", {"o": 4096, "gate_up": 28672, "narrow gate_up": 3072}[layer], 4096
+        types |= dict.fromkeys(("out", "x", "norm_weight", "bias", "residual"), f"*{dtype}")
         tile = tuning.packed_tile(rows, n // 2 if gated else n, k, form.bits, gated, ARCH)
         constants = dict(F=form._replace(n=n, k=k, inputs=k, group=k if form.row_scale else form.group), M=tile.block_m, BN=tile.block_n,
                          W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=gated and rows <= tuning.PACKED_NORM_ROWS, GATED=gated,
                          BIAS=False, ADD=not gated, PDL=PDL, ASM=True)
         supers = "*i16" if form.super_group and not form.mins else "*i32"
         planes = packed_weight.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
-        yield measure(f"decode {layer} in {name}, {rows} rows", grouped._few_rows, {**types, "p": planes}, constants,
+        yield measure(f"decode {layer} in {name}, {rows} rows, {dtype}", grouped._few_rows, {**types, "p": planes}, constants,
                       num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -139,3 +140,14 @@ def test_bytes_are_those_of_the_reference(kind: str) -> None:
     want = sum(t.nbytes for t in (*theirs.planes, *rest) if isinstance(t, Tensor))
     more = weight.zeros.numel() if isinstance(weight.zeros, Tensor) else 0  # a zero next to its scale takes 16 bits, not 8
     assert sum({t.data_ptr(): t.nbytes for t in pack(weight).planes}.values()) == want + more
+
+
+@pytest.mark.parametrize(("arch", "kilobytes"), [(89, 99), (90, 227)])
+def test_tiles_fit_into_shared_memory(arch: int, kilobytes: int) -> None:
+    """An upper bound for every layer's shape: as if all stages of words and inputs were in shared memory."""
+    for rows, n, k, bits, gated in itertools.product((1, 2, 8, 16, 17, 32, 64), (64, 1024, 1536, 3072, 4096, 6144, 14336, 32768),
+                                                     (576, 1024, 4096, 14336), (4, 5, 6, 8), (False, True)):
+        tile = tuning.packed_tile(rows, n, k, bits, gated, arch)
+        words = (1 + gated) * tile.block_n * tile.words * tile.parts * 2  # bytes
+        inputs = tile.block_m * tile.words * tile.parts * (2 if bits == 8 else 4) * 2
+        assert tile.num_stages * (words + inputs) <= kilobytes * 1024, (rows, n, k, bits, gated, tile)

@@ -104,8 +104,10 @@ def test_drafts_change_no_token_on_a_gpu(folder: Path, tmp_path: Path, kind: str
         wanted = generate(plain, some)[0]
         plain.close()
         engine = build(folder, device="cuda", enforce_eager=eager, speculative_config=speculative(kind, folder, tmp_path, 3))
-        assert generate(engine, some)[0] == wanted
+        greedy = {name: REQUESTS[name] for name in ("greedy", "other", "short")}
+        assert generate(engine, greedy)[0] == {name: tokens for name, tokens in wanted.items() if name.partition("#")[0] in greedy}
         counts = engine.stats().drafts
+        assert generate(engine, some)[0] == wanted  # sampled tokens are seldom those of a greedy draft
         engine.close()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed

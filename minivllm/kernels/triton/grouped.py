@@ -60,30 +60,34 @@ def _plane(words, rest, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr
     SMALL: as subnormal numbers, the codes times 2^-133 (bfloat16).
     """
     if not ASM:
-        codes = (words.to(tl.int32) >> 4 * i) & 15
+        plane = (words.to(tl.int32) >> 4 * i) & 15
         if BITS > 4:
-            codes |= (rest.to(tl.int32) >> (BITS - 4) * i & ((1 << (BITS - 4)) - 1)) << 4
-        return codes.to(dtype)
-    if dtype == tl.float16:
-        return tl.inline_asm_elementwise(_unpack_asm(BITS, i, 0x6400), "=r,r,r", [words, rest], dtype=tl.float16, is_pure=True, pack=2)
-    asm: tl.constexpr = _unpack_asm(BITS, i, 0 if SMALL else 0x4300)
-    return tl.inline_asm_elementwise(asm, "=r,r,r", [words, rest], dtype=tl.bfloat16, is_pure=True, pack=2)
+            plane |= (rest.to(tl.int32) >> (BITS - 4) * i & ((1 << (BITS - 4)) - 1)) << 4
+    else:
+        asm: tl.constexpr = _unpack_asm(BITS, i, 0x6400 if dtype == tl.float16 else 0 if SMALL else 0x4300)
+        if dtype == tl.float16:
+            plane = tl.inline_asm_elementwise(asm, "=r,r,r", [words, rest], dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            plane = tl.inline_asm_elementwise(asm, "=r,r,r", [words, rest], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return plane.to(dtype)
 
 
 @triton.jit
 def _byte_plane(words, i: tl.constexpr, zero: tl.constexpr, FP8: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
     """Plane i of words with two 8-bit codes, less `zero`: [...] int16 -> [...]."""
-    if FP8:
-        if ASM and dtype == tl.bfloat16:
-            small = tl.inline_asm_elementwise(_fp8_asm(i), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-            return small * 1.329227995784916e36  # 2^120
-        return ((words.to(tl.int32) >> 8 * i) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
-    if not ASM:
-        return (((words.to(tl.int32) >> 8 * i) & 255) - zero).to(dtype)
-    BIAS: tl.constexpr = 1024 if dtype == tl.float16 else 128
-    # Two digits of four bits: every step is exact.
-    high = _plane(words, words, 2 * i + 1, 4, dtype, ASM) - (BIAS + zero // 16)
-    return high * 16.0 + (_plane(words, words, 2 * i, 4, dtype, ASM) - (BIAS + zero % 16))
+    if FP8 and ASM and dtype == tl.bfloat16:
+        small = tl.inline_asm_elementwise(_fp8_asm(i), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        values = small * 1.329227995784916e36  # 2^120
+    elif FP8:
+        values = ((words.to(tl.int32) >> 8 * i) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    elif not ASM:
+        values = ((words.to(tl.int32) >> 8 * i) & 255) - zero
+    else:
+        BIAS: tl.constexpr = 1024 if dtype == tl.float16 else 128
+        # Two digits of four bits: every step is exact.
+        high = _plane(words, words, 2 * i + 1, 4, dtype, ASM) - (BIAS + zero // 16)
+        values = high * 16.0 + (_plane(words, words, 2 * i, 4, dtype, ASM) - (BIAS + zero % 16))
+    return values.to(dtype)
 
 
 @triton.jit
