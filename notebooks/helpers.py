@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +115,25 @@ def gantt(ax: Any, rows: Mapping[str, Sequence[Span]], *, arrivals: Mapping[str,
 def results(pattern: str) -> dict[str, dict[str, Any]]:
     """The saved measurements of `bench/results` whose file names match, by name: `results("*h200*.json")`."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))}
+
+
+def perplexities() -> tuple[str, dict[str, tuple[float, float]]]:
+    """The newest saved table of `bench.perplexity`: its name, and format -> (perplexity, MB of the weights with 16-bit embeddings).
+
+    A CPU computes in float32, so its table counts 4 bytes for each number that is not packed. The row nf4 stores plain numbers.
+    """
+    numbers, embedding = 134.5e6, 49_152 * 576  # of the default model
+    path = sorted(RESULTS.glob("*perplexity*.txt"))[-1]
+    found = {}
+    row = re.compile(r"^(\S.*?) +perplexity +([\d.]+) .*?([\d.]+) MB of weights +(\w+)", re.MULTILINE)
+    for name, perplexity, size, dtype in row.findall(path.read_text(encoding="utf-8")):
+        megabytes = float(size)
+        if name == "nf4":
+            megabytes = (embedding * 2 + (numbers - embedding) * 4.5 / 8) / 1e6
+        elif dtype == "float32" and not name.startswith("Q"):
+            megabytes = megabytes / 2 if name == "bf16" or name.endswith("KV") else megabytes - embedding * 2 / 1e6
+        found[name] = float(perplexity), megabytes
+    return path.stem, found
 
 
 def machine() -> str:
