@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "lessons/*.md", "lessons/*/*.md")
 ASSETS = ("docs/*.png", "docs/*.svg", "lessons/*/*.png", "docs/site/extra.css", "docs/site/iframe-worker.js")
 LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s#:]+)(?P<anchor>#[^()\s]*)?(?=\))")
-LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".conf": "nginx", ".service": "ini", "": "docker"}
 
 
 def matching(patterns: Iterable[str]) -> list[str]:
@@ -52,7 +52,8 @@ def fenced(text: str, language: str = "text") -> str:
 
 def code_page(path: str) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
-    return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fenced(text, LANGUAGES.get(Path(path).suffix, 'text'))}"
+    language = "text" if path == "LICENSE" else LANGUAGES.get(Path(path).suffix, "text")
+    return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fenced(text, language)}"
 
 
 def notebook_page(path: str) -> tuple[str, dict[str, bytes]]:
