@@ -26,6 +26,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...] = ()  # of the model; they end every output that does not ignore them
     planning_depth: int = 0  # 1: asynchronous scheduling, which plans a step while the previous one runs
     num_device_drafts: int = 0  # drafts per sequence that the worker proposes, and can verify before the host knows them
+    free_tokens: int = 12  # a step of T tokens takes as long as 1 + T / free_tokens empty ones; used to share steps between owners
     num_host_blocks: int = 0  # including host block 0, which is never used; 0: no CPU KV offload
     max_loras: int = 0  # slots for LoRA adapters, so many may take part in one step; 0: no request has an adapter
     # A preempted sequence is either recomputed or swapped out to host memory and back, whichever costs less. The unit of cost is
@@ -43,6 +44,7 @@ class SchedulerConfig:
         _at_least("max_model_len", self.max_model_len, 1, "tokens of prompt and output")
         _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, "0 turns it off")
         _at_least("num_device_drafts", self.num_device_drafts, 0, "0: the worker proposes none")
+        _at_least("free_tokens", self.free_tokens, 1, "tokens that double the time of an empty step")
         _at_least("num_host_blocks", self.num_host_blocks, 0, "0 turns CPU KV offload off")
         _at_least("max_loras", self.max_loras, 0, "0: no LoRA adapters")
         if self.max_queue is not None:

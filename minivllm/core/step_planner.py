@@ -4,7 +4,7 @@ A step is filled in this order (see `scheduler` for the reasons):
 
     1. decodes: the next token of every running sequence whose prompt is computed
     2. verifications: decodes with drafts to verify
-    3. prompt chunks of running sequences, in priority order, from the rest of the token budget
+    3. prompt chunks of running sequences, in priority order, from the rest of the token budget, which several owners share
     4. waiting sequences, in priority order, while rows, blocks and budget last; the first one that does not fit ends the step,
        except that later ones may pass a sequence whose LoRA adapter finds no slot (see `adapter_slots`)
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from minivllm.core.fair_share import TokenParts, token_parts
 from minivllm.core.forks import fork
 from minivllm.core.plan import DEVICE_DRAFT, BlockId, BlockMove, RowAdmission, StepPlan
 from minivllm.core.plan_builder import LaunchedPlan, PlanBuilder
@@ -28,43 +29,46 @@ def plan_step(state: SchedulerState, now: float) -> PlanBuilder:
     plan = PlanBuilder(state.next_step_id, state.config.max_num_batched_tokens, len(state.config.kv_windows))
     verifications, prompts = _plan_decodes(state, plan)
     plan.close_decodes()
+    parts = _token_parts(state, plan, verifications, prompts)
     for position, sequence in enumerate(verifications):
         if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted since
-            _plan_verification(state, plan, sequence, reserved=len(verifications) - position - 1)
-    parts = _budget_parts(state, prompts, plan.budget)
+            _plan_verification(state, plan, sequence, parts, reserved=len(verifications) - position - 1)
     for sequence in prompts:
         owner, before = sequence.request.new.owner, plan.budget
-        limit = before if parts is None else min(before, parts[owner])
-        if sequence.status is SequenceStatus.RUNNING and limit:
-            _plan_tokens(state, plan, sequence, min(sequence.num_left_to_plan, limit, state.config.max_chunk))
-        if parts is not None:
-            parts[owner] -= before - plan.budget
+        count = min(sequence.num_left_to_plan, parts.limit(owner, before), state.config.max_chunk)
+        if sequence.status is SequenceStatus.RUNNING and count > 0:
+            _plan_tokens(state, plan, sequence, count)
+        parts.spend(owner, before - plan.budget)
     state.remove_rowless()
     if not plan.short_of_blocks:
-        _plan_waiting(state, plan, now)
+        _plan_waiting(state, plan, parts, now)
     elif state.waiting.has_several_owners and (first := state.waiting.first()) is not None:
         make_blocks_for_share(state, first, state.kv.num_blocks_for(first.num_known))
     return plan
 
 
-def _budget_parts(state: SchedulerState, prompts: list[Sequence], budget: int) -> dict[str, int] | None:
-    """How many of the `budget` tokens each owner's running prompts may use, if several owners have prompts to compute. None: no limit.
+def _token_parts(state: SchedulerState, plan: PlanBuilder, verifications: list[Sequence], prompts: list[Sequence]) -> TokenParts:
+    """How the owners share the tokens beside the decodes.
 
-    Small demands are met first, and what is left is divided equally (max-min fairness). The first waiting sequence counts too.
+    Waiting sequences count as far as there are rows for them, and all of an owner like its first one.
     """
-    if not prompts or not state.waiting.has_several_owners:
-        return None
-    demands: Counter[str] = Counter()
+    waiting = state.waiting
+    if not waiting.has_several_owners or not state.config.enable_chunked_prefill:
+        return TokenParts()
+    if not (verifications or prompts or (len(waiting) and state.free_rows)):
+        return TokenParts()
+    decodes = Counter([s.request.new.owner for s in (*plan.sequences, *verifications)])
+    wanted: Counter[str] = Counter()
+    for owner, first, num_rows in waiting.firsts(len(state.free_rows)):
+        if not first.num_moves_out:
+            wanted[owner] = num_rows * (first.num_known - state.kv.get_computed_blocks(first)[1])
     for sequence in prompts:
-        demands[sequence.request.new.owner] += sequence.num_left_to_plan
-    first = state.waiting.first()
-    if first is not None and state.free_rows:
-        demands[first.request.new.owner] += first.num_known
-    parts: dict[str, int] = {}
-    for position, (owner, demand) in enumerate(sorted(demands.items(), key=lambda item: item[1])):
-        parts[owner] = min(demand, budget // (len(demands) - position))
-        budget -= parts[owner]
-    return parts
+        wanted[sequence.request.new.owner] += sequence.num_left_to_plan
+    for sequence in verifications:
+        wanted[sequence.request.new.owner] += sequence.num_left_to_plan - 1
+    budget = plan.budget - len(verifications)
+    rows = {owner: state.share.rows.get(owner, 0) for owner in waiting.owners()}
+    return token_parts(decodes, wanted, rows, budget, state.config.free_tokens, plan.step_id)
 
 
 def launch_plan(state: SchedulerState, plan: PlanBuilder) -> StepPlan | None:
@@ -133,17 +137,20 @@ def _plan_decode(state: SchedulerState, plan: PlanBuilder, sequence: Sequence) -
     _set_fast_plan_limit(sequence)
 
 
-def _plan_verification(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, reserved: int) -> None:
+def _plan_verification(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, parts: TokenParts, reserved: int) -> None:
     """A decode with drafts. Drafts leave one token of the budget to each later verification, and preempt no other sequence.
 
     The worker proposes the next drafts in the same step, so it gets slots for them too, if there are free blocks.
     """
-    count = min(sequence.num_left_to_plan, plan.budget - reserved, state.config.max_chunk)
+    owner, before = sequence.request.new.owner, plan.budget
+    count = min(sequence.num_left_to_plan, before - reserved, state.config.max_chunk)
+    count = 1 + max(0, parts.limit(owner, count - 1))
     free, end = state.kv.pool.num_free, sequence.num_planned + count
     if sequence.table.num_missing_blocks(end) > free:
         count = 1
     ahead = min(end + state.config.num_device_drafts, state.config.max_model_len)
     _plan_tokens(state, plan, sequence, count, ahead if count > 1 and sequence.table.num_missing_blocks(ahead) <= free else None)
+    parts.spend(owner, max(0, before - plan.budget - 1))
 
 
 def _plan_tokens(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, count: int, slots: int | None = None) -> None:
@@ -218,7 +225,7 @@ def _row_admission(sequence: Sequence, adapter_slot: int) -> RowAdmission:
 # Waiting sequences.
 
 
-def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
+def _plan_waiting(state: SchedulerState, plan: PlanBuilder, parts: TokenParts, now: float) -> None:
     if state.waiting.has_several_owners and len(state.waiting):
         state.share.blocks = blocks_by_owner(state.running)
     passed: list[Sequence] = []  # their adapters have no slot
@@ -230,7 +237,7 @@ def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
         if adapter and not (state.adapters.fits(adapter) and (not passed or passed[0].num_passes < state.adapters.max_passes)):
             passed.append(state.waiting.pop())
             continue
-        if not _admit(state, plan, sequence, now):
+        if not _admit(state, plan, sequence, parts, now):
             break  # no later sequence overtakes one that does not fit
         if adapter and passed:
             passed[0].num_passes += 1
@@ -240,13 +247,14 @@ def _plan_waiting(state: SchedulerState, plan: PlanBuilder, now: float) -> None:
         make_room_for_share(state, first)  # also without budget, all of which the decodes of a larger share may use
 
 
-def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, now: float) -> bool:
+def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, parts: TokenParts, now: float) -> bool:
     """Give the first waiting sequence a row, its computed blocks and its first tokens. False if it does not fit."""
+    owner = sequence.request.new.owner
     if sequence.num_moves_out:
         return False
     match, computed = state.kv.get_computed_blocks(sequence)
     left = min(sequence.num_known, sequence.compute_limit) - computed
-    count = min(left, plan.budget, state.config.max_chunk)
+    count = min(left, max(1, parts.limit(owner, plan.budget)), state.config.max_chunk)  # a row, even if the next step begins with it
     if count < left and not state.config.enable_chunked_prefill:
         return False
     reserve = state.config.num_blocks // 100 if state.running else 0  # for the next tokens of running sequences
@@ -264,4 +272,5 @@ def _admit(state: SchedulerState, plan: PlanBuilder, sequence: Sequence, now: fl
         sequence.num_cached_tokens = computed
     state.start_running(sequence)
     _plan_tokens(state, plan, sequence, count)
+    parts.spend(owner, count)
     return True

@@ -7,6 +7,7 @@ before every later arrival. No other rule protects it. `FairShare` decides which
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection, Iterator
 
 from minivllm.core.fair_share import FairShare
 from minivllm.core.request import Request, Sequence, SequenceStatus
@@ -83,6 +84,21 @@ class WaitingQueue:
     def num_sequences_of(self, owner: str) -> int:
         return self._owners[owner].num_sequences if owner in self._owners else 0
 
+    def owners(self) -> Collection[str]:
+        """Owners with waiting sequences."""
+        return {name for name, queue in self._owners.items() if queue.num_sequences}
+
+    def firsts(self, num_free_rows: int) -> Iterator[tuple[str, Sequence, int]]:
+        """For each owner that may get rows: its first sequence, and how many sequences may start."""
+        owners = self.owners() if num_free_rows else ()
+        for name in owners:
+            queue = self._owners[name]
+            num_rows = min(queue.num_sequences, num_free_rows)
+            if len(owners) > 1:
+                num_rows = min(num_rows, self._share.rows_left(name, len(owners)))
+            if num_rows and (request := queue.first(self._share)) is not None:
+                yield name, self._first_sequence(request), num_rows
+
     def num_owners_with(self, owner: str) -> int:
         """Owners with waiting requests, and this one."""
         return sum(queue.num_requests > 0 or name == owner for name, queue in self._owners.items()) + (owner not in self._owners)
@@ -102,8 +118,10 @@ class WaitingQueue:
     def first(self) -> Sequence | None:
         """The sequence that is admitted next."""
         request = self._first_request()
-        if request is None:
-            return None
+        return None if request is None else self._first_sequence(request)
+
+    @staticmethod
+    def _first_sequence(request: Request) -> Sequence:
         waiting = request.waiting
         while waiting[0][1].status is SequenceStatus.FINISHED:
             heapq.heappop(waiting)
@@ -112,8 +130,8 @@ class WaitingQueue:
     def _first_request(self) -> Request | None:
         if len(self._owners) == 1:
             return next(iter(self._owners.values())).first(self._share)
-        owners = sorted((owner for owner, queue in self._owners.items() if queue.num_sequences), key=self._share.turn)
-        return self._owners[owners[0]].first(self._share) if owners else None
+        owner = min((owner for owner, queue in self._owners.items() if queue.num_sequences), key=self._share.turn, default=None)
+        return None if owner is None else self._owners[owner].first(self._share)
 
     def pop(self) -> Sequence:
         first = self.first()
