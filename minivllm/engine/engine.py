@@ -217,9 +217,14 @@ class EngineCore:
         self.scheduler.check_room(owner, num_preparing)
 
     def preparation(self, request: EngineRequest | LoRARequest) -> RequestPreparation | None:
-        """What takes long before `add`, or `load_adapter`; None: nothing. Another thread does it while steps continue."""
+        """What takes long before `add`, or `load_adapter`; None: nothing. Another thread does it while steps continue.
+
+        Raises `QueueFull` for a grammar of an owner whose grammars have taken too much time.
+        """
         adapter = request if isinstance(request, LoRARequest) else request.lora_request
         read = None if adapter is None else self._adapters.preparation(adapter)
+        if isinstance(request, EngineRequest) and request.params.structured_outputs is not None:
+            self._outputs.check_mask_budget(request.owner)
         if isinstance(request, LoRARequest):
             return None if read is None else RequestPreparation([read], None)
         return RequestPreparation.of(request.params, self.tokenizer, self._compiler, read)

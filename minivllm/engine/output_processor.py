@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from minivllm.core.admission import QueueFull
 from minivllm.core.plan import StepPlan, StepResult, Stop, TokenLogprobs
 from minivllm.core.request import SequenceUpdate, sequence_id
 from minivllm.core.stopping import StopRule
@@ -112,7 +113,7 @@ class OutputProcessor:
     def add(self, request: EngineRequest, rule: StopRule, grammar: Matcher | None, first_step: int) -> None:
         """Start a request that takes part from plan `first_step` on. `grammar`: a matcher to copy for each sequence."""
         params, prompt = request.params, request.prompt_token_ids
-        state = RequestState(request.request_id, params, request.arrival_time, first_step)
+        state = RequestState(request.request_id, params, request.arrival_time, first_step, masks=MaskAccount(request.owner))
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None] * len(prompt)
         self._requests[state.id] = state
@@ -181,6 +182,12 @@ class OutputProcessor:
             sequence = self._sequences.get(name)
             if sequence is not None and plan.step_id >= sequence.request.first_step:
                 self._failures.setdefault(sequence.request.id, RequestFailure(sequence.request.id, error))
+
+    def check_mask_budget(self, owner: str) -> None:
+        """Raise `QueueFull` if the grammars of this owner's requests have taken too much of the engine's time."""
+        if self._budget.exhausted(owner):
+            raise QueueFull("the grammars of this key's requests have taken too much time: make them simpler, and try again later",
+                            "structured_outputs")
 
     def clear(self) -> None:
         """Forget all requests."""

@@ -5,6 +5,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,39 @@ def test_many_slow_requests_end_and_a_fast_one_beside_them_does_not() -> None:
     assert sum(slow) < 40 and not slow[-1] and budget.alone(MaskAccount(), 1, clock.fill)
 
 
+def attack(budget: MaskBudget, clock: Clock, owner: str, num_requests: int) -> tuple[int, int]:
+    """A step in which each of some new requests has a slow mask. Returns how many of them were admitted, and how many ended."""
+    budget.begin_step()
+    admitted = [MaskAccount(owner) for _ in range(num_requests) if not budget.exhausted(owner)]
+    return len(admitted), sum(not budget.alone(account, 1, clock.fill) for account in admitted)
+
+
+def test_an_owner_that_sends_new_slow_requests_again_and_again_is_refused_for_a_while() -> None:
+    clock, slow = Clock(0.02, 0.02), 0
+    budget = MaskBudget(clock)
+    for _ in range(100):
+        slow += attack(budget, clock, "hostile", 16)[0]
+        clock.now = clock.now[0] + 0.01, clock.now[1]  # the rest of the step
+    step = 16 * 0.02
+    assert slow * 0.02 < mask_budget.OWNER_DEBT + step + mask_budget.OWNER_RATE * clock.now[0]
+    assert budget.exhausted("hostile") and not budget.exhausted("good")
+    clock.wall = clock.cpu = 0.001
+    assert budget.alone(MaskAccount("good"), 1, clock.fill)
+    assert budget.alone(MaskAccount("hostile"), 1, clock.fill), "a mask that is not slow is still computed"
+    clock.now = clock.now[0] + 60, clock.now[1]
+    assert not budget.exhausted("hostile")
+
+
+def test_many_ordinary_grammars_of_one_owner_are_no_debt() -> None:
+    clock = Clock(0.0004, 0.0004)
+    budget = MaskBudget(clock)
+    accounts = [MaskAccount("busy") for _ in range(200)]
+    for _ in range(200):
+        budget.begin_step()
+        assert all(budget.alone(account, 1, clock.fill) for account in accounts)
+        assert not budget.exhausted("busy")
+
+
 def test_a_request_whose_masks_take_too_long_ends_with_an_error_and_others_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLOW_SLICE": -1.0, "LARGEST_DEBT": 0.0, "ALLOWANCE": 0.0, "ALLOWANCE_PER_ROW": 0.0}.items():
         monkeypatch.setattr(mask_budget, name, value)
@@ -252,6 +286,12 @@ def test_a_request_whose_masks_take_too_long_ends_with_an_error_and_others_go_on
         for end in ends.values():
             assert end.finish_reason == "error" and "takes too long" in str(end.error) and end.error_param == "structured_outputs.regex"
         assert core.stats().used_blocks == 0 and core._outputs._num_grammars == 0
+        monkeypatch.setattr(mask_budget, "OWNER_DEBT", 0.0)
+        again = EngineRequest("again", (5, 6), SamplingParams(structured_outputs=StructuredOutputs(regex="[a-f]{60}")))
+        with pytest.raises(QueueFull, match="have taken too much time"):
+            core.preparation(again)
+        assert core.preparation(replace(again, owner="another")) is None
+        assert core.preparation(replace(again, params=SamplingParams())) is None
 
 
 # -- lists -------------------------------------------------------------------------------------------------------------
