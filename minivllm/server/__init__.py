@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP server. It reaches the engine only through `EngineClient`.
 
     run.py                    from settings to a listening server: port, engine, readiness
-    listen.py                 uvicorn: shutdown, connections
+    listen.py                 uvicorn: shutdown, connections; connections.py limits them, tls.py is HTTPS
     app.py                    the application: which path does what
     authentication.py         API keys and request ids
     frontend.py               what all endpoints share

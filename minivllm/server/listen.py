@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
-import time
 from collections.abc import Callable
-from functools import partial
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -22,20 +19,18 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.config import ServerConfig
+from minivllm.server.connections import ConnectionLimit, connections_possible
 from minivllm.server.errors import RETRY_AFTER, ApiError, encode
 from minivllm.server.running import ENDING_SECONDS, RunningRequests
 from minivllm.server.terminal import print_status
+from minivllm.server.tls import TlsConnection, server_context
 
 ABORT_SECONDS = 5  # for aborted streams to send their last events; then uvicorn closes the connections
 MAX_HEAD = 65_536  # bytes of request line and headers together; also of chunk headers, or of trailers, in a row
 HEAD_SECONDS = 20.0  # time limit for a head, from the connection or from its first byte
 DISCARDED_BYTES = 2**20  # that a client may still send after an early answer
 DISCARDING_SECONDS = 2.0  # and how long it may take to read that answer
-OTHER_FILES = 128  # files that the process needs beside its connections: the model's, the engine's pipe, logs
-WARNING_SECONDS = 10.0  # between two warnings about too many connections
 MAX_PIPELINED = 8  # requests of one connection that are read before the first is answered
-
-log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -46,10 +41,18 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
         limit = ConnectionLimit(connections_possible(config.max_connections))
+        context = None if config.ssl_certfile is None else server_context(config.ssl_certfile, config.ssl_keyfile)
+
+        def protocol(**arguments: Any) -> asyncio.Protocol | TlsConnection:
+            http = HttpProtocol(**arguments, limit=limit, max_body_size=config.max_body_size)
+            if context is None:
+                return http
+            http.handshake = TlsConnection(http, context, limit)
+            return http.handshake
+
         super().__init__(uvicorn.Config(
             app, log_config=None, access_log=config.access_log, lifespan="off", ws="none", server_header=False, timeout_keep_alive=65,
-            http=partial(HttpProtocol, limit=limit, max_body_size=config.max_body_size),  # type: ignore[arg-type]
-            ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile,
+            http=protocol,  # type: ignore[arg-type]
         ))
         self.running: RunningRequests = app.state.frontend.running
         self._drain_timeout = config.drain_timeout
@@ -95,50 +98,6 @@ class Server(uvicorn.Server):
             self.running.stop()
 
 
-class ConnectionLimit:
-    """All connections of a server. Beyond the limit, a new one takes the place of the one that has been idle for the longest time."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.idle: dict[HttpProtocol, None] = {}  # connections without a request in progress, the longest idle first
-        self.open = 0
-        self._next_warning = 0.0
-
-    def admit(self) -> bool:
-        """Count a new connection. False: all others have a request in progress, so it must be refused."""
-        self.open += 1
-        if self.open <= self.most:
-            return True
-        if (now := time.monotonic()) >= self._next_warning:
-            self._next_warning = now + WARNING_SECONDS
-            log.warning("%d connections are open, as many as --max-connections allows: idle ones are closed for new ones", self.most)
-        if not self.idle:
-            return False
-        next(iter(self.idle)).give_up()
-        return True
-
-
-def connections_possible(wanted: int) -> int:
-    """`wanted`, or as many connections as the process may have open files beside its other ones. Raises its soft limit first."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return wanted
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return wanted
-    needed = wanted + OTHER_FILES
-    if soft < needed:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    possible = max(soft // 2, soft - OTHER_FILES)
-    if possible < wanted:
-        log.warning("max_connections is %d here instead of %d, because this process may open %d files: raise that limit (ulimit -n)",
-                    possible, wanted, soft)
-    return min(wanted, possible)
-
-
 class EarlyAnswerCycle(RequestResponseCycle):
     """The response to a request. If it begins before the whole request has arrived, the connection is closed after it."""
 
@@ -180,11 +139,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._discarding: int | None = None  # bytes left that are read and dropped before the connection is closed
         self._timer: asyncio.TimerHandle | None = None  # ends the wait for a head, or the discarding
+        self.handshake: TlsConnection | None = None  # the one of HTTPS
         self._unanswered: list[Any] = []  # uvicorn's cycles of requests; several if the client pipelines
 
     # Called by the event loop.
 
     def connection_made(self, transport: Any) -> None:
+        if self.handshake is not None:
+            self.handshake.complete()
         super().connection_made(transport)
         if self._limit.admit():
             self._limit.idle[self] = None

@@ -5,6 +5,8 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,32 @@ def test_draining_finishes_running_requests_and_accepts_no_others(engine: Script
     assert rest[-2]["finish_reason"] == "length" and rest[-1] == "data: [DONE]" and engine.aborted == []
     live.thread.join(30)
     assert not live.thread.is_alive()
+
+
+def test_a_drain_under_load_finishes_all_streams_although_other_clients_misbehave(
+    engine: ScriptedEngine, live: LiveServer, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minivllm.server.listen.ENDING_SECONDS", 0.05)
+    host, port = live.url.removeprefix("http://").split(":")
+
+    def stream(_: int) -> list[Any]:
+        with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "x", "stream": True}, timeout=60) as response:
+            return events(response.iter_lines())
+
+    with ThreadPoolExecutor(20) as pool, ExitStack() as stack:
+        streams = [pool.submit(stream, i) for i in range(20)]
+        for _ in range(5):
+            stack.enter_context(half_sent(live))
+            silent = stack.enter_context(socket.create_connection((host, int(port))))
+            silent.sendall(b"GET /he")
+        live.wait_until(lambda: len(live.server.running) == 20 and len(live.server.running._receiving) == 5)
+        live.end(drain=True)
+        until_refused(live)
+        assert engine.gate is not None
+        engine.gate.release(100)
+        assert all(found.result(60)[-2]["finish_reason"] == "length" for found in streams)
+        live.thread.join(30)
+    assert not live.thread.is_alive() and engine.aborted == []
 
 
 def test_an_immediate_shutdown_aborts_and_every_stream_ends_with_that_reason(engine: ScriptedEngine, live: LiveServer) -> None:

@@ -13,7 +13,8 @@ import pytest
 from minivllm.config import ServerConfig
 from minivllm.errors import InvalidInput
 from minivllm.server import listen
-from minivllm.server.listen import DISCARDED_BYTES, MAX_HEAD, connections_possible
+from minivllm.server.connections import OTHER_FILES, connections_possible
+from minivllm.server.listen import DISCARDED_BYTES, MAX_HEAD
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
 
@@ -126,8 +127,8 @@ def test_connections_leave_files_for_the_rest_of_the_process(monkeypatch: pytest
     limits = [256, 1024]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.__setitem__(0, values[0]))
-    assert connections_possible(500) == 500 and limits[0] == 500 + listen.OTHER_FILES
-    assert connections_possible(4096) == 1024 - listen.OTHER_FILES and "ulimit" in caplog.text
+    assert connections_possible(500) == 500 and limits[0] == 500 + OTHER_FILES
+    assert connections_possible(4096) == 1024 - OTHER_FILES and "ulimit" in caplog.text
 
 
 def test_a_body_does_not_count_toward_the_limit_for_heads(live: LiveServer) -> None:
