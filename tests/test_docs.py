@@ -21,6 +21,8 @@ import pytest
 from minivllm.core.scheduler import Scheduler
 from minivllm.engine.executor import Executor
 from minivllm.engine.output_processor import OutputProcessor
+from minivllm.sampling_params import SamplingParams
+from tests.engine.fake import make_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "lessons").rglob("*.md")])
@@ -73,6 +75,42 @@ def unnamed_modules(markdown: str, modules: Iterable[str]) -> list[str]:
     """Modules that no table names in its first column, neither themselves nor by a folder above them."""
     named = {name for cells in rows(markdown) for name in re.findall(r"`([^`]+)`", cells[0])}
     return [module for module in modules if not {module, *(f"{parent}/" for parent in Path(module).parents)} & named]
+
+
+def called_methods(markdown: str) -> list[str]:
+    """The methods in the list of one step, in its order."""
+    block = re.search(r"^```\n(plan +=.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    return re.findall(r"\b(?:scheduler|executor|outputs|pending|\))\.(\w+)\(", block[1] if block else "")
+
+
+def calls_of_one_step() -> list[tuple[str, str]]:
+    """(method, "n" or "n + 1") of every call that a running engine makes in one step, with asynchronous scheduling."""
+    engine, calls = make_engine(planning_depth=1), list[tuple[str, int]]()
+
+    def watch(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            result = method(*args)
+            step = next((value.step_id for value in (*args, result) if hasattr(value, "step_id")), -1)
+            calls.append((name, step))
+            if name == "sample":
+                watch(result, "wait")
+            return result
+
+        setattr(owner, name, watched)
+
+    outputs = engine._pipeline._outputs
+    for owner, names in ((engine.scheduler, ("schedule", "update")), (engine.executor, ("launch", "sample")),
+                         (outputs, ("masks", "advance_grammars", "push_text", "propose", "assemble"))):
+        for name in names:
+            watch(owner, name)
+    engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=9))
+    engine.step()
+    calls.clear()
+    engine.step()
+    first = min(step for _, step in calls if step >= 0)
+    return [(name, "n" if step == first else "n + 1") for name, step in calls]
 
 
 def replaced_words(texts: Mapping[str, str]) -> list[str]:
@@ -189,6 +227,21 @@ def test_the_readme_links_glossary_and_reading_path_near_its_top() -> None:
 @pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
 def test_the_list_of_one_step_matches_the_code(name: str) -> None:
     assert wrong_calls((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+def test_the_lists_and_the_picture_of_one_step_show_the_calls_of_a_running_engine() -> None:
+    calls, picture = calls_of_one_step(), site_module("step_picture")
+    assert [(name, step) for _, name, step, _, _ in picture.CALLS] == calls
+    assert picture.FILE.read_text(encoding="utf-8") == picture.render(), "run: python docs/site/step_picture.py"
+    for name in ("README.md", "docs/architecture.md"):
+        assert called_methods((ROOT / name).read_text(encoding="utf-8")) == [method for method, _ in calls], name
+
+
+def test_architecture_names_every_package_and_every_module_of_the_control_plane() -> None:
+    text, package = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), ROOT / "minivllm"
+    packages = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    modules = [path.name for path in (package / "core").glob("*.py") if path.name != "__init__.py"]
+    assert unnamed_modules(text, [*packages, *modules]) == []
 
 
 def test_replaced_words_do_not_occur() -> None:
