@@ -8,6 +8,8 @@
 """
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import platform
@@ -79,9 +81,13 @@ class Span(NamedTuple):
 
 
 def load(**settings: Any) -> LLM:
-    """The default model with a small KV cache. `settings` are keywords of `LLM`; it plans each step after the one before it."""
+    """The default model with a small KV cache. `settings` are keywords of `LLM`; it plans each step after the one before it.
+
+    What an engine prints at its start is left out, because notebooks start many.
+    """
     small = {"num_gpu_blocks_override": 128, "max_model_len": 1024, "max_num_seqs": 8, "async_scheduling": False}
-    return LLM(**{**small, **settings})
+    with contextlib.redirect_stderr(io.StringIO()):
+        return LLM(**{**small, **settings})
 
 
 def recorded(trace: str | Path) -> list[StepRecord]:
@@ -103,13 +109,15 @@ def spans(steps: Iterable[StepRecord], *, in_steps: bool = False) -> dict[str, l
 
 def gantt(ax: Any, rows: Mapping[str, Sequence[Span]], *, arrivals: Mapping[str, float] | None = None) -> None:
     """One row per request: a grey bar from its arrival (0 if not given) to its end, and its spans in the colors of KINDS."""
+    end = max(span.end for row in rows.values() for span in row)
     for y, (name, row) in enumerate(rows.items()):
         start = (arrivals or {}).get(name, 0.0)
-        box(ax, start, y + 0.12, max(span.end for span in row) - start, 0.76, KINDS["waits"])
-        for span in row:
-            box(ax, span.start, y + 0.12, span.end - span.start, 0.76, KINDS[span.kind])
-    ax.set(ylim=(len(rows), 0), yticks=[y + 0.5 for y in range(len(rows))], yticklabels=list(rows), ylabel="request",
-           xlim=(0, max(span.end for row in rows.values() for span in row)))
+        bars = [Span(start, max(span.end for span in row), "waits")]
+        for span in row:  # one bar for successive steps of a kind; the engine's time between two steps is too short to be seen
+            joined = span.kind == bars[-1].kind and span.start - bars[-1].end < end / 300
+            bars[-1:] = [bars[-1]._replace(end=span.end)] if joined else [bars[-1], span]
+        ax.broken_barh([(bar.start, bar.end - bar.start) for bar in bars], (y + 0.12, 0.76), facecolors=[KINDS[bar.kind] for bar in bars])
+    ax.set(ylim=(len(rows), 0), yticks=[y + 0.5 for y in range(len(rows))], yticklabels=list(rows), ylabel="request", xlim=(0, end))
 
 
 def results(pattern: str) -> dict[str, dict[str, Any]]:
@@ -137,10 +145,11 @@ def perplexities() -> tuple[str, dict[str, tuple[float, float]]]:
 
 
 def machine() -> str:
-    """Where a measurement was made: printed beside every measured time."""
+    """Where a measurement was made, and how busy other programs kept the machine: printed beside every measured time."""
     import torch
 
-    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__.partition('+')[0]}"
+    busy = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__.partition('+')[0]}{busy}"
 
 
 def play(draw: Callable[..., None], **choices: tuple[Any, Sequence[Any]]) -> None:
@@ -155,8 +164,8 @@ def play(draw: Callable[..., None], **choices: tuple[Any, Sequence[Any]]) -> Non
         ipywidgets = None
     if ipywidgets is None or os.environ.get("NOTEBOOKS_STATIC"):
         draw(**first)
-        shown = ", ".join(f"{name} = {value} of {list(choices[name][1])}" for name, value in first.items())
-        print(f"Drawn with {shown}. With ipywidgets each has a slider; without it, call {draw.__name__}(...) with other values.")
+        shown = ", ".join(f"{name}={value!r}" for name, value in first.items())
+        print(f"{draw.__name__}({shown}): call it with other values, or install ipywidgets for sliders.")
         return
     ipywidgets.interact(draw, **{
         name: ipywidgets.SelectionSlider(options=list(values), value=value, description=name.replace("_", " "), continuous_update=False,

@@ -2,14 +2,14 @@
 
 `replay` needs only the requests' lengths: made up by `sharegpt_like`, or read from a trace of the engine. It admits requests in
 order while the allocator has room. Each running request grows by one token per step. After each step it records the reserved,
-used and wasted slots. `bench/waste.py` prints the comparison, and notebook 2 draws it.
+used and wasted slots. `bench/waste.py` prints the comparison, and notebook 1 draws it.
 """
 from __future__ import annotations
 
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from minivllm.errors import InvalidInput
@@ -57,11 +57,12 @@ class AllocatorRun:
         return self.mean("external") / self.capacity
 
 
-def replay(allocator: Allocator, requests: Iterable[RequestLengths], *, max_running: int = 1 << 30) -> AllocatorRun:
+def replay(allocator: Allocator, requests: Iterable[RequestLengths], *, max_running: int = 1 << 30,
+           watch: Callable[[Allocator], None] | None = None) -> AllocatorRun:
     """Serve the requests first come, first served, as many at a time as `allocator` can hold. Each grows by one token per step.
 
     When a request cannot grow, the youngest running one is preempted. It returns to the head of the queue with the tokens it has,
-    which are recomputed.
+    which are recomputed. `watch` is called after each step, before finished requests are released.
     """
     waiting: deque[tuple[int, RequestLengths]] = deque(enumerate(requests))
     for _, request in waiting:
@@ -86,6 +87,8 @@ def replay(allocator: Allocator, requests: Iterable[RequestLengths], *, max_runn
                 preemptions, lost = preemptions + 1, lost + length
         steps.append(StepUsage(len(steps), allocator.reserved, allocator.used, free if blocked else 0, allocator.held,
                                len(running), len(waiting)))
+        if watch is not None:
+            watch(allocator)
         for key in [k for k, request in running.items() if allocator.lengths[k] == request.total]:
             allocator.release(key)
             del running[key]

@@ -113,9 +113,11 @@ def test_in_any_order_slots_have_one_owner_and_are_counted_correctly(name: str) 
 @settings(max_examples=25, deadline=None)
 def test_every_request_is_served_and_nothing_stays_reserved(name: str, requests: list[RequestLengths]) -> None:
     allocator = MAKERS[name]()
-    run = replay(allocator, requests)
+    seen: list[tuple[int, int]] = []
+    run = replay(allocator, requests, watch=lambda a: seen.append((a.reserved, a.used)))
     allocator.check()
     assert allocator.reserved == allocator.used == 0
+    assert seen == [(m.reserved, m.used) for m in run.steps]
     steps_of_growth = sum(m.running for m in run.steps)
     assert steps_of_growth == sum(request.output for request in requests), "each running request gains one token per step"
     assert run.steps[-1].waiting == 0
