@@ -92,7 +92,7 @@ def decode(engine: EngineCore, rows: int, wanted: StructuredOutputs | None, step
 
 def share_of_a_step(llm: LLM, batches: list[int], steps: int) -> list[dict[str, float]]:
     clock, engine = Clock(), llm.llm_engine.core
-    clock.around(engine._pipeline, "_masks", "masks")
+    clock.around(engine._outputs, "masks", "masks")
     clock.around(engine._outputs, "advance_grammars", "advance")
     clock.around(TokenMasks, "apply", "apply")
     found = []
@@ -172,7 +172,7 @@ def main() -> None:
     with LLM(args.model, max_model_len=512, device=args.device, load_format=args.load_format, async_scheduling=False) as llm:
         shares = share_of_a_step(llm, args.rows, args.steps)
         device = llm.llm_engine.info().device.partition(":")[0]
-        alone = masks_alone(llm.get_tokenizer(), llm.llm_engine.core.eos_token_ids[0], args.steps)
+        alone = masks_alone(llm.llm_engine.core.tokenizer, llm.llm_engine.core.eos_token_ids[0], args.steps)
     machine = describe(device, torch.get_num_threads())
     print("\n" + one_line(machine))
     print(json.dumps({"bench": "grammar_cost", "machine": machine, "share_of_a_step": shares, "masks_alone": alone}))
