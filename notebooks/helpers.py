@@ -4,6 +4,7 @@
     fig, ax = helpers.figure(height=3)                  always the same width, so pictures and their axes compare
     helpers.swatches(ax, {"used": BLUE, "free": GREY})  a legend below the axes that names every color
     llm = helpers.load(trace=path)                      the default model with a small KV cache
+    with helpers.serving() as url: ...                  a real server with it
     helpers.play(draw, block_size=(16, [1, 4, 16]))     sliders, or a picture of the first values where there are none
 """
 from __future__ import annotations
@@ -14,7 +15,11 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +93,25 @@ def load(**settings: Any) -> LLM:
     small = {"num_gpu_blocks_override": 128, "max_model_len": 1024, "max_num_seqs": 8, "async_scheduling": False}
     with contextlib.redirect_stderr(io.StringIO()):
         return LLM(**{**small, **settings})
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[str]:
+    """`minivllm serve` with the default model in another process: its address, such as http://127.0.0.1:34567. It ends with the block."""
+    small = ("--port", "0", "--num-gpu-blocks-override", "128", "--max-model-len", "1024")
+    process = subprocess.Popen([sys.executable, "-m", "minivllm", "serve", *small, *flags], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines: list[str] = []
+    try:
+        while not (ready := re.search(r"ready after .* at (\S+)", lines[-1] if lines else "")):
+            if not (line := process.stderr.readline()):
+                raise RuntimeError(f"the server did not start:\n{''.join(lines)}")
+            lines.append(line)
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
+        yield ready[1]
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def recorded(trace: str | Path) -> list[StepRecord]:
