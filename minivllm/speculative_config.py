@@ -10,6 +10,7 @@ from minivllm.errors import InvalidInput, NotSupportedYet, nearest, shown
 METHODS = ("ngram", "draft_model", "eagle")
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 MAX_DRAFTS = 16  # num_speculative_tokens: a step computes one token more for each sequence
+PACKAGED_DRAFTS = 3  # default of num_speculative_tokens for the head that comes with the package
 MAX_LOOKUP = 32  # prompt_lookup_max
 FIELD = "speculative_config"
 _NGRAM_MODELS = ("[ngram]", "ngram")  # vLLM's older way to choose n-gram lookup
@@ -30,7 +31,7 @@ class SpeculativeConfig:
 
     method: str
     num_speculative_tokens: int  # maximum number of drafts of a sequence in one step
-    model: str | None = None  # folder or hub id of the draft
+    model: str | None = None  # folder or hub id of the draft; None with method eagle: the head that comes with the package
     revision: str | None = None
     quantization: str | None = None  # of the draft
     prompt_lookup_min: int | None = None  # ngram: shortest and longest end of the text that is searched for
@@ -56,6 +57,8 @@ class SpeculativeConfig:
             del given["model"]
         if "method" not in given:
             given["method"] = "draft_model" if "model" in given else _missing_method()
+        if given["method"] == "eagle" and "model" not in given:
+            given.setdefault("num_speculative_tokens", PACKAGED_DRAFTS)
         if "num_speculative_tokens" not in given:
             raise _wrong(f"needs num_speculative_tokens, the number of drafts per step (1 to {MAX_DRAFTS}): add it")
         return cls(**given)
@@ -93,8 +96,10 @@ class SpeculativeConfig:
             raise _wrong(f"prompt_lookup_min ({low}) must be at most prompt_lookup_max ({high})")
 
     def _check_model(self) -> None:
-        if self.model is None:
+        if self.model is None and self.method != "eagle":
             raise _wrong(f"method {self.method!r} needs model, the folder or hub id of the draft: add it")
+        if self.model is None and (self.revision is not None or self.quantization is not None):
+            raise _wrong("revision and quantization have no effect without model, on the head that comes with the package: leave them out")
         for name in ("prompt_lookup_min", "prompt_lookup_max"):
             if getattr(self, name) is not None:
                 raise _wrong(f"{name} has no effect with method {self.method!r}: leave it out, or use method 'ngram'")

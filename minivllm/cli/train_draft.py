@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return prompt
 
     network, tables, acceptance = train_head(model, [tokens(t) for t in texts], [tokens(t) for t in held_out], eos, config, print_status)
-    size = write_head(out, network, tables, model, files.config, config.store)
+    size = write_head(out, network, tables, model, files, config.store)
     print_status(f"{out}: a head of {size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
     print_status(f"accepted on {len(held_out)} held-out prompts, by position of the draft: {percentages(acceptance)}")
     print_status(memory_report(model.build.device))

@@ -59,7 +59,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
 
     files = find_model(config, read_spec)
     spec = read_spec(files.config)
-    draft = None if components.proposer is not None else find_draft(config, spec, files.tokenizer_folder)
+    draft = None if components.proposer is not None else find_draft(config, spec, files.folder, files.tokenizer_folder)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
     eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
     defaults = sampling_defaults(files.generation_config)

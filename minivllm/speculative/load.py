@@ -8,6 +8,7 @@ A draft that does not fit is refused before any weights are loaded: its tokens m
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from minivllm.layers.mlp import MLP
 from minivllm.layers.norm import load_norm
 from minivllm.layers.rope import RotaryEmbedding
 from minivllm.models.decoder import Decoder, PreNormLayer
-from minivllm.models.hub import describe_model, find_model
+from minivllm.models.hub import DEFAULT_NAME, describe_model, find_model
 from minivllm.models.loader import Checkpoint, adapted, check, load_model, open_checkpoint, take_from
 from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
@@ -33,9 +34,12 @@ from minivllm.quantization.methods import METHODS, Parameter, linear_parameters,
 from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.draft_model import DraftModel
 from minivllm.speculative.eagle import EagleHead
+from minivllm.speculative.packaged import TARGET, belongs, packaged_head
 from minivllm.speculative.shared import final_norm, output_rows
 from minivllm.speculative.steps import draft_group
 from minivllm.speculative_config import FIELD, SpeculativeConfig
+
+log = logging.getLogger(__name__)
 
 VOCABULARY = "d2t"  # as in EAGLE-3's files: row i of the draft's output is token i + d2t[i]
 FUSION = "fc."  # a tensor that only heads have
@@ -62,12 +66,12 @@ class Draft:
         return own + resident_bytes(layer, self.method, itemsize, on_gpu) + (self.vocabulary or 0) * self.spec.hidden_size * itemsize
 
 
-def find_draft(config: EngineConfig, target: ModelSpec, tokenizer: Path | None = None) -> Draft | None:
-    """The draft that `speculative_config` names, downloaded if necessary. None: it names none. tokenizer: the target's folder.
+def find_draft(config: EngineConfig, target: ModelSpec, weights: Path, tokenizer: Path | None = None) -> Draft | None:
+    """The draft that `speculative_config` names, downloaded if necessary. None: it names none. weights, tokenizer: the target's folders.
 
     Raises `InvalidInput` naming what does not fit.
     """
-    if (named := _named(config, target)) is None:
+    if (named := _named(config, target, weights)) is None:
         return None
     settings, own, group = named
     try:
@@ -79,12 +83,15 @@ def find_draft(config: EngineConfig, target: ModelSpec, tokenizer: Path | None =
         raise _wrong(f"model {settings.model!r}: {error}") from None
     if settings.method != "eagle" and tokenizer is not None:
         _check_tokenizer(settings, files.folder, tokenizer)
+    if settings.method == "eagle" and (record := files.config.get(TARGET)) is not None and not belongs(record, target, weights):
+        log.warning("%s: model %r was trained for another model than %r, so few of its drafts may be right", FIELD, settings.model,
+                    config.model or DEFAULT_NAME)
     return draft
 
 
 def describe_draft(config: EngineConfig, target: ModelSpec) -> Draft | None:
     """The same from config.json and the headers of the weights alone, to plan its memory. It cannot be loaded."""
-    if (named := _named(config, target)) is None:
+    if (named := _named(config, target, None)) is None:
         return None
     settings, own, group = named
     try:
@@ -95,19 +102,30 @@ def describe_draft(config: EngineConfig, target: ModelSpec) -> Draft | None:
         raise _wrong(f"model {settings.model!r}: {error}") from None
 
 
-def _named(config: EngineConfig, target: ModelSpec) -> tuple[SpeculativeConfig, EngineConfig, int] | None:
+def _named(config: EngineConfig, target: ModelSpec, weights: Path | None) -> tuple[SpeculativeConfig, EngineConfig, int] | None:
     """The settings, those of an engine for the draft alone, and the target's KV group whose blocks the draft uses."""
     settings = config.speculation
-    if settings is None or settings.model is None:
+    if settings is None or settings.method == "ngram":
         return None
     group = draft_group(target)
     if group is None:
         raise _wrong(f"method {settings.method!r} needs a target with full attention in at least one layer, and all layers of "
                      f"{target.architecture} have sliding windows here: use method ngram")
+    if settings.model is None:
+        settings = replace(settings, model=_packaged(config, target, weights))
     own = replace(config, model=settings.model, revision=settings.revision, quantization=settings.quantization, tokenizer=None,
                   hf_overrides=None, generation_config="vllm", override_generation_config=None, load_format="auto",
                   skip_tokenizer_init=True, speculative_config=None)
     return settings, own, group
+
+
+def _packaged(config: EngineConfig, target: ModelSpec, weights: Path | None) -> str:
+    """The head that comes with the package."""
+    head = packaged_head(target, weights)
+    if head is None:
+        raise _wrong(f"method 'eagle' without model means the head that comes with the package, which was trained for {DEFAULT_NAME}, and "
+                     f"the target is {config.model or DEFAULT_NAME}: set model to a head for it (`minivllm train-draft` makes one)")
+    return str(head)
 
 
 def _draft(settings: SpeculativeConfig, folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],

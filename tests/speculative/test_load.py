@@ -41,7 +41,7 @@ def configured(folder: Path, draft: Path, method: str = "eagle", **entries: Any)
 
 def refusal(folder: Path, draft: Path, method: str = "eagle", **entries: Any) -> str:
     with pytest.raises(InvalidInput) as caught:
-        find_draft(configured(folder, draft, method, **entries), read_spec(folder), folder)
+        find_draft(configured(folder, draft, method, **entries), read_spec(folder), folder, folder)
     assert caught.value.param == "speculative_config"
     return str(caught.value)
 
@@ -93,7 +93,7 @@ def test_the_planned_bytes_are_those_of_the_loaded_draft(
         write_head(tmp_path, vocabulary)
     else:
         make_hf("Llama", num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path)
-    draft = find_draft(configured(folder, tmp_path, method), target.spec)
+    draft = find_draft(configured(folder, tmp_path, method), target.spec, folder)
     assert draft is not None
     planned = describe_draft(configured(folder, tmp_path, method), target.spec)
     assert planned is not None
@@ -120,7 +120,7 @@ def test_a_head_in_int8_is_half_the_size_and_computes_almost_the_same(target: De
     entry = quantization_config(QuantizeConfig(method="int8"), -1, [])
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, "quantization_config": entry}), encoding="utf-8")
     config = EngineConfig(speculative_config={"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": 1})
-    draft = find_draft(config, target.spec)
+    draft = find_draft(config, target.spec, tmp_path)
     assert draft is not None
     rounded = load_draft(draft, target)
     x = torch.randn(5, 96)

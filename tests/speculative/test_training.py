@@ -8,6 +8,7 @@ import torch
 
 from minivllm.errors import InvalidInput
 from minivllm.models.decoder import Decoder
+from minivllm.models.hub import ModelFiles
 from minivllm.speculative.load import load_head
 from minivllm.speculative.training.generations import Generation, generate
 from minivllm.speculative.training.prompts import default_prompts, held_out_prompts
@@ -54,13 +55,13 @@ def test_generations_are_the_models_own(target: Decoder, folder: Path, answers: 
         torch.testing.assert_close(norm(g.hidden.float()), states, atol=1e-4, rtol=1e-4)
 
 
-def test_training_raises_acceptance_and_the_written_head_drafts_as_measured(target: Decoder, tmp_path: Path) -> None:
+def test_training_raises_acceptance_and_the_written_head_drafts_as_measured(target: Decoder, folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
     config = TrainDraftConfig(num_prompts=24, max_tokens=24, draft_vocab_size=60, epochs=30, learning_rate=1e-2, batch_tokens=256, steps=2)
     network, tables, acceptance = train_head(target, PROMPTS, PROMPTS[:8], [3], config, said.append)
     assert acceptance[0] > 0.25, said  # chance is 1 in 97
     assert acceptance == sorted(acceptance, reverse=True)
-    write_head(tmp_path, network, tables, target, {"rope_theta": 10000.0})
+    write_head(tmp_path, network, tables, target, ModelFiles("tiny", folder, {"rope_theta": 10000.0}, {}, None))
     head = load_head(tmp_path, read_spec(tmp_path), target.build, target, num_drafts=2, group=0)
     right, count = 0, 0
     for g in generate(target, PROMPTS[:8], max_tokens=24, temperature=[0.0] * 8, stop=[3]):

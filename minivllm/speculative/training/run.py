@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +12,11 @@ from tqdm import tqdm
 
 from minivllm.errors import InvalidInput
 from minivllm.models.decoder import Decoder
+from minivllm.models.hub import ModelFiles
 from minivllm.quantization.quantize.eight_bit import int8
 from minivllm.quantization.quantize.settings import QuantizeConfig, quantization_config
 from minivllm.speculative.load import VOCABULARY
+from minivllm.speculative.packaged import TARGET, record_of
 from minivllm.speculative.shared import final_norm
 from minivllm.speculative.training.generations import Generation, generate
 from minivllm.speculative.training.network import HeadNetwork
@@ -75,9 +76,9 @@ def _answers(target: Decoder, prompts: Sequence[Sequence[int]], stop: Sequence[i
                              batch_size=BATCH[target.build.device.type], progress=bar.update))
 
 
-def write_head(out: Path, network: HeadNetwork, tables: TargetTables, target: Decoder, model_config: Mapping[str, Any],
+def write_head(out: Path, network: HeadNetwork, tables: TargetTables, target: Decoder, files: ModelFiles,
                store: str = "bfloat16") -> int:
-    """Write the folder in EAGLE's layout. model_config: the target's config.json. store: see `TrainDraftConfig`. -> bytes of the weights"""
+    """Write the folder in EAGLE's layout. files: of the target. store: see `TrainDraftConfig`. -> bytes of the weights"""
     from safetensors.torch import save_file
 
     size, spec = network.size, target.spec
@@ -95,7 +96,8 @@ def write_head(out: Path, network: HeadNetwork, tables: TargetTables, target: De
         "hidden_size": size.hidden, "intermediate_size": size.intermediate, "num_attention_heads": size.num_heads,
         "num_key_value_heads": size.num_kv_heads, "head_dim": size.head_dim, "hidden_act": "silu", "rms_norm_eps": size.eps,
         "max_position_embeddings": spec.max_model_len, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        **{name: model_config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if model_config.get(name) is not None}}
+        **{name: files.config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if files.config.get(name) is not None},
+        TARGET: record_of(spec, files.name, files.folder)}
     if store == "int8":
         config["quantization_config"] = quantization_config(QuantizeConfig(method="int8"), -1, [])
     out.mkdir(parents=True, exist_ok=True)
