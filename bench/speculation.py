@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shape", default="mistral-7b", choices=sorted(models.SHAPES))
     parser.add_argument("--acceptance", default="0,0.5,0.8,1")
+    parser.add_argument("--dtype", default="auto", help="of the scripted shape")
     parser.add_argument("--draft", metavar="DIR", help="folder of a trained draft")
     parser.add_argument("--method", default="eagle", choices=("eagle", "draft_model"))
     return parser.parse_args()
@@ -113,8 +114,8 @@ def trained(args: argparse.Namespace) -> list[dict[str, Any]]:
 class Scripted:
     """Proposes the token that the target will sample with a fixed probability, else another one.
 
-    The target's embeddings are enlarged until its layers change nothing. So its next token depends on the newest one alone, and the
-    proposer has a table of it.
+    The target's next token is `next` of the newest one: the embedding of token t is the output head's row of `next[t]`, so large that the
+    layers change nothing. That logit is then far above all others (with H inputs, about sqrt(H) against 4), whatever rounding does.
     """
 
     needs_hidden = False
@@ -123,9 +124,11 @@ class Scripted:
         self.num_drafts, self.acceptance, size, device = num_drafts, acceptance, model.spec.vocab_size, model.build.device
         table = model.embedding.table
         assert isinstance(table, Tensor)
-        table.mul_(1e4)
         with torch.inference_mode():
-            self.next = torch.cat([model.logits(table[start : start + 256]).argmax(-1) for start in range(0, size, 256)])
+            rows = model.head.dense_weight(model.spec.hidden_size, device, model.build.dtype)
+            order = torch.arange(size) if model.spec.tied else torch.randperm(size, generator=torch.Generator().manual_seed(1))
+            self.next = order.to(device)
+            table.copy_(rows.index_select(0, self.next)).mul_(1e4)
         self.chance = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)).to(device)
 
     def propose(self, x: ProposalInput) -> DraftTokens:
@@ -161,8 +164,8 @@ def scripted(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def engine_of(folder: str, args: argparse.Namespace, k: int, rate: float | None) -> EngineCore:
     settings: dict[str, Any] = {"method": "draft_model", "model": "scripted", "num_speculative_tokens": k}
-    config = EngineConfig(model=folder, skip_tokenizer_init=True, load_format="dummy", device=args.device, max_model_len=1024,
-                          max_num_seqs=32, speculative_config=None if rate is None else settings)
+    config = EngineConfig(model=folder, skip_tokenizer_init=True, load_format="dummy", device=args.device, dtype=args.dtype,
+                          max_model_len=1024, max_num_seqs=32, speculative_config=None if rate is None else settings)
     return build_engine(config, DEFAULT_COMPONENTS if rate is None else Components(proposer=lambda model: Scripted(model, k, rate)))
 
 

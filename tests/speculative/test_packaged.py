@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
+from minivllm.kernels.tuning import SPECULATION, SpeculationCost
+from minivllm.models.hub import ModelFiles
 from minivllm.speculative import packaged
 from minivllm.speculative.load import describe_draft, find_draft
+from minivllm.speculative.training.prompts import held_out_prompts
 from tests.models.tiny import make_hf, read_spec
 from tests.speculative.heads import SIZES, write_head
 
@@ -65,7 +69,8 @@ def test_another_target_is_an_error_with_the_fix(target: Path, tmp_path: Path) -
     other, smaller = with_another_norm(target, tmp_path / "other"), tmp_path / "smaller"
     make_hf("Llama", num_key_value_heads=2, num_hidden_layers=2).save_pretrained(smaller)
     for folder in (other, smaller):
-        with pytest.raises(InvalidInput, match=f"was trained for SmolLM2-135M-Instruct, and the target is {folder}: set model to") as caught:
+        says = f"was trained for SmolLM2-135M-Instruct, and the target is {folder}: set model to"
+        with pytest.raises(InvalidInput, match=says) as caught:
             find_draft(eagle(folder), read_spec(folder), folder)
         assert caught.value.param == "speculative_config"
 
@@ -82,6 +87,23 @@ def test_a_head_that_is_named_is_used_with_a_warning(
     caplog.clear()
     assert find_draft(eagle(other, model=str(head), num_speculative_tokens=2), read_spec(other), other) is not None
     assert not caplog.messages
+
+
+def test_the_head_of_the_default_model_drafts_well_and_changes_no_token(
+    default_model: ModelFiles, one_torch_thread: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On prompts about topics that it was not trained on. All drafts are verified, whether they pay or not."""
+    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 16))
+    params, found = SamplingParams(temperature=0, max_tokens=32), []
+    for config in (None, {"method": "eagle"}):
+        with LLM(max_model_len=256, num_gpu_blocks_override=96, speculative_config=config) as llm:
+            outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in held_out_prompts(4)], params, use_tqdm=False)
+            counts = llm.llm_engine.stats().drafts
+        found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1] and counts is not None and counts.num_steps > 30
+    accepted = [n / counts.num_steps for n in counts.accepted_per_position]
+    print("accepted by position:", [f"{a:.0%}" for a in accepted])
+    assert len(accepted) == 3 and accepted[0] > 0.4 and accepted[1] > 0.18
 
 
 @pytest.mark.parametrize("entry", ["revision", "quantization"])
