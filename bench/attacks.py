@@ -4,10 +4,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import sys
 
 from bench.hostile_client import Attack, Target, status_of, tally
 
 MIB = 2**20
+
+
+async def busy_processors(target: Target) -> str:
+    """No request: a loop on every core, which is what an attacker's own work does to a server on the same machine."""
+    code = f"import time\nend = time.monotonic() + {target.hold}\nwhile time.monotonic() < end: pass"
+    loops = [await asyncio.create_subprocess_exec(sys.executable, "-c", code) for _ in range(os.cpu_count() or 1)]
+    for loop in loops:
+        await loop.wait()
+    return f"{len(loops)} cores for {target.hold:g} s"
 
 
 async def trailers(target: Target) -> str:
@@ -31,15 +42,15 @@ async def trailers(target: Target) -> str:
 
 
 async def silent_connections(target: Target) -> str:
-    """400 connections that send half a head, and then a byte a second."""
+    """400 connections that send half a head, and then a byte a second until the server's limit of 20 s is over."""
     open_now = []
     for _ in range(400):
         try:
             open_now.append(await target.connect())
-            open_now[-1][1].write(b"GET /health HTT")
+            open_now[-1][1].write(b"GET /health HTTP/1.1\r\nx: ")
         except OSError:
             break
-    for _ in range(12):
+    for _ in range(22):
         await asyncio.sleep(1)
         for _, writer in open_now:
             if not writer.is_closing():
@@ -53,8 +64,8 @@ async def silent_connections(target: Target) -> str:
 async def many_children(target: Target) -> str:
     """As many children as are allowed, with long outputs, in several requests."""
     body = {"prompt": "x", "n": 128, "max_tokens": 900, "ignore_eos": True}
-    await asyncio.gather(*(target.leave("/v1/completions", body, 12) for _ in range(6)))
-    return "6 requests, left after 12 s"
+    await asyncio.gather(*(target.leave("/v1/completions", body, target.hold) for _ in range(6)))
+    return f"6 requests, left after {target.hold:g} s"
 
 
 async def long_tokenize(target: Target) -> str:
@@ -99,11 +110,13 @@ async def administrate(target: Target) -> str:
 async def flood(target: Target) -> str:
     """Ordinary requests, far more than the queue takes, from one key."""
     body = {"prompt": "x " * 400, "max_tokens": 400, "ignore_eos": True}
-    await asyncio.gather(*(target.leave("/v1/completions", body, 10) for _ in range(300)))
-    return "300 requests, left after 10 s"
+    await asyncio.gather(*(target.leave("/v1/completions", body, target.hold) for _ in range(300)))
+    return f"300 requests, left after {target.hold:g} s"
 
 
+REFERENCE = Attack("busy processors", "none: this is no attack", busy_processors)
 ATTACKS = (
+    REFERENCE,
     Attack("trailers", "bytes of a request that are neither head nor body", trailers, expected=r"after \d{1,4} KiB"),
     Attack("silent connections", "seconds for a head; connections", silent_connections, expected="([0-9]+) opened, \\1 closed"),
     Attack("many children", "rows shared between keys", many_children),

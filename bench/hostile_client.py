@@ -16,6 +16,7 @@ class Target:
     """The server under attack. The attacker is on the same machine and has one ordinary key."""
 
     port: int
+    hold: float = 8.0  # seconds for which an attacker keeps its connections
 
     def head(self, path: str, *lines: str, method: str = "POST", key: str | None = HOSTILE_KEY) -> bytes:
         """A request head, with JSON as its content type."""

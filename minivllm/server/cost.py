@@ -18,6 +18,7 @@ PIECE = 65_536  # characters of such a piece
 MAX_TOKENIZED = 2**18  # characters, or tokens, of a text that is only tokenized or detokenized, if the context is not longer
 MAX_ENTRIES = 2**18  # log-probabilities in one answer; about 500 bytes each while the answer is built
 MAX_KEPT_ENTRIES = 2**21  # in all answers that are being built
+MAX_REPEATED = 2**22  # characters, or token ids, of prompts that an answer with several choices repeats for each of them
 MAX_PENDING_TOKENS = 2**24  # of the prompts of all unfinished requests; about 25 bytes each
 
 
@@ -59,6 +60,13 @@ def check_entries(choices: int, tokens: int, alternatives: int, prompt_tokens: i
     if entries > limit:
         raise InvalidInput(f"{choices} completions of up to {tokens} tokens with {alternatives} alternatives each would have {entries} "
                            f"log-probabilities, and one answer may have {limit}: lower n, max_tokens or {param}", param)
+
+
+def check_repeated(choices: int, size: int, what: str, field: str) -> None:
+    """What an answer repeats of a prompt for each of its choices. With one choice it is no more than the request itself."""
+    if choices > 1 and choices * size > MAX_REPEATED:
+        raise InvalidInput(f"{field} would repeat {size} {what} of the prompt for each of n={choices} choices, and one answer may repeat "
+                           f"{MAX_REPEATED}: lower n, or leave {field} out", field)
 
 
 class CostLedger:

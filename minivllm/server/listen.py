@@ -30,6 +30,8 @@ MAX_HEAD = 65_536  # bytes of request line and headers together; also of chunk h
 HEAD_SECONDS = 20.0  # time limit for a head, from the connection or from its first byte
 DISCARDED_BYTES = 2**20  # that a client may still send after an early answer
 DISCARDING_SECONDS = 2.0  # and how long it may take to read that answer
+READ_SECONDS = 30.0  # for a client to read what the server has written ...
+READ_RATE = 65_536  # ... and one second more for so many bytes
 MAX_PIPELINED = 8  # requests of one connection that are read before the first is answered
 
 
@@ -139,6 +141,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._discarding: int | None = None  # bytes left that are read and dropped before the connection is closed
         self._timer: asyncio.TimerHandle | None = None  # ends the wait for a head, or the discarding
+        self._reading: asyncio.TimerHandle | None = None  # ends the wait for a client that does not read
         self.handshake: TlsConnection | None = None  # the one of HTTPS
         self._unanswered: list[Any] = []  # uvicorn's cycles of requests; several if the client pipelines
 
@@ -159,6 +162,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._limit.open -= 1
         self._limit.idle.pop(self, None)
         self._stop_timer()
+        self._stop_reading_timer()
         super().connection_lost(exc)  # notifies the newest request only
         for cycle in self._unanswered:
             cycle.disconnected = cycle.disconnected or not cycle.response_complete
@@ -179,6 +183,17 @@ class HttpProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._timer is None and self._other_bytes and not self._in_body:
             self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly. Everything that its requests still produce is kept in memory, so this must end."""
+        super().pause_writing()
+        self._stop_reading_timer()
+        seconds = READ_SECONDS + self.transport.get_write_buffer_size() / READ_RATE
+        self._reading = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_reading_timer()
+        super().resume_writing()
 
     # Called by the HTTP parser.
 
@@ -258,6 +273,11 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
+
+    def _stop_reading_timer(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

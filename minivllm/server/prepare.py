@@ -14,7 +14,7 @@ from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.server.chat import ChatPreprocessor
 from minivllm.server.chat_protocol import ChatRequest
-from minivllm.server.cost import check_choices, check_entries, check_tokenized, check_tokens
+from minivllm.server.cost import check_choices, check_entries, check_repeated, check_tokenized, check_tokens
 from minivllm.server.errors import context_error
 from minivllm.server.formatters import PreparedRequest
 from minivllm.server.frontend import Frontend
@@ -38,7 +38,7 @@ class Preprocessor:
         self._frontend.check_model(body.model)
         check_choices(len(body.prompt), body.n or 1, self._frontend.config.max_choices)
         prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body, owner)]
-        echo = self._echo(body, prompts) if body.echo else None
+        echo = await self._echo(body, prompts, owner) if body.echo else None
         prepare = partial(self._prepared, "cmpl-", owner, body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
         return await self._frontend.handle(owner, body.size, prepare)
 
@@ -78,11 +78,15 @@ class Preprocessor:
 
         return await self._frontend.tokenize(owner, sum(map(len, texts)), tokenize)
 
-    def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    async def _echo(self, body: CompletionRequest, prompts: Sequence[Sequence[int]], owner: str) -> tuple[str, ...]:
+        """The text of each prompt."""
         if isinstance(body.prompt[0], str) and body.truncate_prompt_tokens is None:
-            return tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
-        tokenizer = self._frontend.need_tokenizer("echo")
-        return tuple(tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False) for prompt in prompts)
+            texts = tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
+        else:
+            decode = partial(self._frontend.need_tokenizer("echo").decode, skip_special_tokens=body.skip_special_tokens is not False)
+            texts = await self._frontend.tokenize(owner, sum(map(len, prompts)), lambda: tuple(map(decode, prompts)))
+        check_repeated(body.n or 1, sum(map(len, texts)), "characters", "echo")
+        return texts
 
     def _truncated(self, body: GenerationRequest, prompt: Sequence[int], default_output: int | None) -> Sequence[int]:
         limit, _ = body.output_limit()
@@ -114,6 +118,8 @@ class Preprocessor:
                 lora_request=frontend.lora_request(body.model),
             ))
         self._check_entries(requests)
+        if body.return_token_ids:
+            check_repeated(body.n or 1, sum(map(len, prompts)), "token ids", "return_token_ids")
         options = body.stream_options
         return PreparedRequest(
             id=request_id, owner=owner, created=int(time.time()), model=frontend.check_model(body.model), fingerprint=frontend.fingerprint,
@@ -124,12 +130,12 @@ class Preprocessor:
         )
 
     def _check_entries(self, requests: Sequence[EngineRequest]) -> None:
-        params = requests[0].params
+        params, prompts = requests[0].params, [request.prompt_token_ids for request in requests]
         vocabulary = self._frontend.client.info.vocab_size
         wanted = {name: vocabulary if count == -1 else count
                   for name in ("logprobs", "prompt_logprobs") if (count := getattr(params, name)) is not None}
         if wanted:
-            prompt_tokens = sum(len(request.prompt_token_ids) for request in requests) if "prompt_logprobs" in wanted else 0
+            prompt_tokens = params.n * sum(map(len, prompts)) if "prompt_logprobs" in wanted else 0  # each choice repeats them
             tokens = max(request.params.max_tokens or 0 for request in requests) if "logprobs" in wanted else 0
             check_entries(len(requests) * params.n, tokens, max(wanted.values()), prompt_tokens, self._max_model_len, next(iter(wanted)))
 

@@ -49,11 +49,16 @@ def user(text: str) -> list[dict[str, str]]:
     ("/v1/completions", {"prompt": [5], "n": 200, "max_tokens": 100, "logprobs": 20}, "logprobs"),
     (CHAT, {"messages": user("x"), "n": 200, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "logprobs"),
     ("/v1/completions", {"prompt": [[5] * 200] * 200, "max_tokens": 1, "prompt_logprobs": 20}, "prompt_logprobs"),
+    ("/v1/completions", {"prompt": [5] * 100, "n": 256, "max_tokens": 1, "prompt_logprobs": 20}, "prompt_logprobs"),
+    ("/v1/completions", {"prompt": [5] * 100, "n": 256, "max_tokens": 1, "echo": True}, "echo"),
+    ("/v1/completions", {"prompt": "x" * 100, "n": 256, "max_tokens": 1, "echo": True}, "echo"),
+    ("/v1/completions", {"prompt": [5] * 100, "n": 256, "max_tokens": 1, "return_token_ids": True}, "return_token_ids"),
 ])
 def test_a_request_that_costs_too_much_is_refused(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str,
 ) -> None:
     monkeypatch.setattr(cost, "MAX_TOKENIZED", 4096)
+    monkeypatch.setattr(cost, "MAX_REPEATED", 10_000)
     status, answer = post(live, path, body)
     assert (status, answer["error"]["param"]) == (400, param), answer
 

@@ -122,6 +122,25 @@ def test_beyond_the_limit_idle_connections_are_closed_for_new_ones(
         assert [record.levelname for record in caplog.records if "max-connections" in record.message] == ["WARNING"]
 
 
+def test_a_client_that_does_not_read_is_disconnected(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its requests produce would be kept in memory, without a limit."""
+    monkeypatch.setattr(listen, "READ_SECONDS", 0.05)
+    monkeypatch.setattr(listen, "READ_RATE", 1e9)
+    engine = ScriptedEngine(tokenizer_folder, max_model_len=1000)
+    engine.script = lambda prompt, params, child: [((5,), "a" * 50_000)] * 400
+    with scripted_server(engine) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        for stream in (True, False):
+            raw = json.dumps({"prompt": [5], "max_tokens": 400, "stream": stream}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(head.encode() + raw)
+                live.wait_until(lambda: len(live.server.server_state.connections) == 1)
+                live.wait_until(lambda: not live.server.server_state.connections)
+        assert len(engine.seen) == 2
+        assert httpx.get(live.url + "/health").status_code == 200
+
+
 def test_connections_leave_files_for_the_rest_of_the_process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     resource = pytest.importorskip("resource")
     limits = [256, 1024]

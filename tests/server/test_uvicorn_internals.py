@@ -23,6 +23,8 @@ METHODS = [
     (HttpToolsProtocol, "on_message_complete", "the limit for headers"),
     (HttpToolsProtocol, "data_received", "the limit for headers"),
     (HttpToolsProtocol, "connection_made", "the limit for connections"),
+    (HttpToolsProtocol, "pause_writing", "the limit for clients that do not read"),
+    (HttpToolsProtocol, "resume_writing", "the limit for clients that do not read"),
     (HttpToolsProtocol, "on_header", "trailers are no headers"),
     (HttpToolsProtocol, "on_body", "the limit for chunk headers and trailers"),
     (HttpToolsProtocol, "on_response_complete", "closing a connection after an early answer"),
