@@ -185,6 +185,20 @@ def site_module(name: str) -> Any:
     return module
 
 
+def unrecorded_figures(markdown: str, recorded: Iterable[Any]) -> list[str]:
+    """Decimal numbers of a page that are no rounded number of the records."""
+    numbers, todo = set[float](), list(recorded)
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (dict, list)):
+            todo += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, float):
+            numbers.add(value)
+    figures = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w-]|\.\d)", markdown)
+    return [figure for figure in figures
+            if not any(abs(float(figure) - number) <= 0.51 * 10.0 ** -len(figure.partition(".")[2]) for number in numbers)]
+
+
 def texts() -> dict[str, str]:
     """Everything that a student reads: the package, documents, lessons, and the cells of the notebooks."""
     paths = [*PAGES, *(path for folder in ("docs", "minivllm", "lessons") for path in (ROOT / folder).rglob("*.py"))]
@@ -262,6 +276,14 @@ def test_the_reference_is_up_to_date_and_explains_every_field() -> None:
     for name, text in site_module("reference").render().items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run: python docs/site/reference.py"
         assert unexplained(text) == [], f"docs/{name}: write the meaning as a comment beside the field"
+
+
+def test_the_story_of_performance_has_recorded_figures() -> None:
+    text = (ROOT / "docs" / "performance_story.md").read_text(encoding="utf-8")
+    named = re.findall(r"bench/results/[\w.-]+\.json", text)
+    records = [json.loads((ROOT / name).read_text(encoding="utf-8")) for name in named]
+    estimates = {"1.5", "3.5", "1.6", "0.6"}  # "about", a ratio, and a part of a model's name
+    assert len(named) == 2 and [figure for figure in unrecorded_figures(text, records) if figure not in estimates] == []
 
 
 def test_the_specification_has_every_test_as_a_sentence() -> None:
@@ -366,3 +388,7 @@ def test_a_planted_field_without_a_meaning_is_found() -> None:
 def test_a_planted_unnamed_module_is_found() -> None:
     text = "| here | in vLLM |\n|---|---|\n| `core/plan.py`, `server/` | `worker/batch.py` |\n"
     assert unnamed_modules(text, ["core/plan.py", "server/app.py", "worker/batch.py", "core/new.py"]) == ["worker/batch.py", "core/new.py"]
+
+
+def test_a_planted_figure_that_was_not_recorded_is_found() -> None:
+    assert unrecorded_figures("It takes 1.88 ms, 92.4 GB/s, or 1.89.", [{"rows": [{"step": 1.8803, "GB/s": 92.42}]}]) == ["1.89"]
