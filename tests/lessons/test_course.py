@@ -104,7 +104,7 @@ def symbols(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = assigned(tree)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
             members = assigned(node) | {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
