@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core": (*INPUT, "outputs", "engine_request"),
     "planning": (*INPUT, "core.block_math", "quantization.methods"),  # no torch: plans are made before anything is loaded
     # the data plane: each layer may import the layers below it
-    "kernels": BRIDGE,
+    "kernels": (*BRIDGE, "splitmix64"),
     "parallel": KERNELS,
     "quantization": PARALLEL,
     "lora": PARALLEL,

@@ -8,14 +8,14 @@ they do not pay, and start again when they would, without a step that is spent o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from minivllm.outputs import DraftCounts
 from minivllm.speculative.adaptive import Acceptance, cost_of, most_speculative_seqs
 from minivllm.speculative.ngram import NgramIndex
 from minivllm.speculative_config import SpeculativeConfig
 
-FIRST_RIGHT, FIRST_FOUND = 0.7, 0.1  # assumed shares of a request whose drafts were not tested yet
+FIRST_RIGHT = 0.7  # assumed share of right drafts of a request whose drafts were not tested yet
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class SequenceDrafts:
     """What is known for the drafts of one sequence."""
 
     prompt: Sequence[int]
-    acceptance: Acceptance = field(default_factory=lambda: Acceptance(FIRST_RIGHT, FIRST_FOUND))
+    acceptance: Acceptance = field(default_factory=lambda: Acceptance(FIRST_RIGHT))
     index: NgramIndex | None = None  # of prompt and output; None: not made yet, or not needed
     guess: tuple[int, ...] = ()  # for the tokens after the newest one
     counts: DraftCounts = field(default_factory=DraftCounts)
@@ -43,11 +43,10 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig, device: str, waits: bool, on_host: bool = True) -> None:
         """waits: whether asynchronous scheduling is on, so that a sequence whose drafts are found on the host must wait for its values.
         on_host: False: the worker proposes the drafts."""
-        cost = cost_of(device)
         self._config = config
         self._on_host = on_host
         self._waits = waits and self._on_host
-        self._cost = cost if self._waits else replace(cost, wait=0.0)
+        self._cost = cost_of(device)
         self._most_seqs = most_speculative_seqs(config, device)
         self.counts = DraftCounts()
 
@@ -60,8 +59,11 @@ class Speculation:
             drafts.index = NgramIndex(*self._config.lookup)
             drafts.index.extend(drafts.prompt)
 
-    def count(self, drafts: SequenceDrafts, num_drafts: int, num_accepted: int) -> None:
-        """One sequence's drafts were verified in a step."""
+    def count(self, drafts: SequenceDrafts, num_planned: int, num_accepted: int) -> None:
+        """A step had room for `num_planned` drafts of this sequence. There were fewer if the worker found none after the step before."""
+        num_drafts = num_planned if self._on_host else max(min(num_planned, len(drafts.guess)), num_accepted)
+        if num_drafts == 0:
+            return
         drafts.counts.add(num_drafts, num_accepted)
         self.counts.add(num_drafts, num_accepted)
 
@@ -79,10 +81,7 @@ class Speculation:
             drafts.index.extend(tokens)
             proposed = drafts.index.propose(most)
         drafts.guess = guess = proposed or ()
-        acceptance = drafts.acceptance
-        acceptance.proposed(bool(guess))
-        if num_seqs > self._most_seqs:
+        length = 0 if num_seqs > self._most_seqs else drafts.acceptance.length(num_seqs, most, self._cost)
+        if length == 0 or not (guess or self._waits):
             return None
-        if self._waits and not acceptance.pays(num_seqs, most, self._cost):
-            return None
-        return guess[:acceptance.length(num_seqs, most, self._cost)] if guess else () if self._waits else None
+        return guess[:length]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels.grouped import GroupedWeight
-from minivllm.kernels.reference import activation, grouped, kv_cache, linear, lora, norm, rope, sampling
+from minivllm.kernels.reference import activation, drafts, grouped, kv_cache, linear, lora, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,11 @@ class Ops:
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
+    exact_step: Callable[..., drafts.ExactStep]
+    accept_drafts: Callable[..., tuple[Tensor, Tensor]]
+    proposer_inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    write_drafts: Callable[..., None]
+    find_ngrams: Callable[..., Tensor]
     # (num_heads, num_kv_heads, head_dim, dtype, cache_dtype=None): compile a model's kernels ahead
     warm_up: Callable[..., None]
     compiling: Callable[[], AbstractContextManager[None]] | None  # kernels launched inside it are compiled in parallel and do not run
@@ -77,6 +82,11 @@ REFERENCE = Ops(
     gelu=activation.gelu,
     gelu_tanh=activation.gelu_tanh,
     sample=sampling.sample,
+    exact_step=drafts.exact_step,
+    accept_drafts=drafts.accept_drafts,
+    proposer_inputs=drafts.proposer_inputs,
+    write_drafts=drafts.write_drafts,
+    find_ngrams=drafts.find_ngrams,
     warm_up=lambda *shape, **options: None,
     compiling=None,
     before_replays=lambda device: None,
@@ -111,6 +121,11 @@ def select(device: torch.device) -> Ops:
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,
+        exact_step=triton.drafts.exact_step,
+        accept_drafts=triton.drafts.accept_drafts,
+        proposer_inputs=triton.drafts.proposer_inputs,
+        write_drafts=triton.drafts.write_drafts,
+        find_ngrams=triton.drafts.find_ngrams,
         compiling=triton.device.compiling_in_parallel,
         before_replays=triton.device.before_replays,
     )

@@ -314,9 +314,10 @@ class SpeculationCost:
     """What drafts cost; see `speculative/adaptive.py`."""
 
     free_tokens: float  # a step of T tokens takes as long as reading the weights, times 1 + T / free_tokens
-    wait: float  # share of a step's time in which the device is idle if the next step must wait for the host
+    verify: float  # share of a step's time that is lost by verifying drafts at all
     most_seqs: int = 64  # in steps of more sequences nothing is proposed
 
 
 MAX_DRAFT_PROBS_ROWS = 64  # rows for which the distributions of sampled drafts are kept: each takes k times the vocabulary in float32
-SPECULATION = {"cpu": SpeculationCost(12.0, 0.0, 16), "cuda": SpeculationCost(200.0, 0.25)}
+NGRAM_BLOCK, NGRAM_WARPS = 2048, 8  # n-gram lookup: positions that a program compares at once
+SPECULATION = {"cpu": SpeculationCost(12.0, 0.0, 16), "cuda": SpeculationCost(200.0, 0.1)}

@@ -13,9 +13,9 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from minivllm.kernels.reference.sampling import KEYS_PER_POSITION, stream_keys
 from minivllm.splitmix64 import GOLDEN, MULTIPLIERS, mix64
 
 
@@ -25,7 +25,7 @@ def stream_key(seed: int, child_index: int) -> int:
 
 
 class Purpose(IntEnum):
-    """What a key of a position is for: each position has four."""
+    """What a key of a position is for: each position has KEYS_PER_POSITION."""
 
     TOKEN = 0  # the token that the target samples
     DRAFT = 1  # the draft that a draft model samples
@@ -35,7 +35,7 @@ class Purpose(IntEnum):
 
 def row_keys(streams: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Keys [n, 2] int32 for streams [n] uint64 and the positions [n] of the tokens being chosen."""
-    counter = positions.astype(np.uint64) << np.uint64(2)  # four keys per position; this is the first
+    counter = positions.astype(np.uint64) * np.uint64(KEYS_PER_POSITION)  # the first key of each position
     x = streams + np.uint64(GOLDEN) * (counter + np.uint64(1))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
     x = (x ^ (x >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
@@ -44,18 +44,5 @@ def row_keys(streams: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> 
 
 
 def device_keys(streams: Tensor, positions: Tensor, purpose: Purpose = Purpose.TOKEN) -> Tensor:
-    """The same on the device: streams [n] int64 (the bits of a uint64), positions [n] int64 -> [n, 2] int32. Products wrap."""
-    x = streams + (positions * 4 + (int(purpose) + 1)) * _signed(GOLDEN)
-    x = (x ^ _shifted(x, 30)) * _signed(MULTIPLIERS[0])
-    x = (x ^ _shifted(x, 27)) * _signed(MULTIPLIERS[1])
-    x = x ^ _shifted(x, 31)
-    return x.view(torch.int32).view(-1, 2)  # the low word first, as every device here is little-endian
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits as for unsigned numbers."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    """The same on the device: streams [n] int64 (the bits of a uint64), positions [n] int64 -> [n, 2] int32."""
+    return stream_keys(streams, positions * KEYS_PER_POSITION + int(purpose))

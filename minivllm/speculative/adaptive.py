@@ -2,8 +2,8 @@
 
 With k drafts, each right with probability a if those before it are, a step gives 1 + a + a^2 + ... + a^k tokens (Leviathan et al.,
 2023). It computes 1 + k tokens of each sequence in place of one. The time of a step of T tokens is modelled as 1 + T / free_tokens, in
-units of the time in which the weights are read: a small step takes about that time, whatever it computes. The numbers are in
-`kernels/tuning.py`.
+units of the time in which the weights are read: a small step takes about that time, whatever it computes. A step with drafts takes
+`verify` longer. The numbers are in `kernels/tuning.py`.
 """
 from __future__ import annotations
 
@@ -30,38 +30,28 @@ def most_speculative_seqs(config: SpeculativeConfig, device: str) -> int:
 class Acceptance:
     """What is known about the drafts of one sequence."""
 
-    __slots__ = ("found", "right")
+    __slots__ = ("right",)
 
-    def __init__(self, right: float, found: float) -> None:
+    def __init__(self, right: float) -> None:
         self.right = right  # share of tested drafts that were right; a draft after a wrong one is not tested
-        self.found = found  # share of steps for which there were drafts
 
     def tested(self, right: bool) -> None:
         self.right += MEMORY * (right - self.right)
 
-    def proposed(self, found: bool) -> None:
-        self.found += MEMORY * (found - self.found)
-
     def length(self, num_seqs: int, most: int, cost: SpeculationCost) -> int:
         """The number of drafts to verify, at most `most`, in a step of so many sequences."""
-        return _best_length(round(self.right * _GRID), num_seqs, most, cost)[0]
-
-    def pays(self, num_seqs: int, most: int, cost: SpeculationCost) -> bool:
-        """Whether drafts still pay if each step must also wait for the host, and if some steps have none."""
-        length, gain = _best_length(round(self.right * _GRID), num_seqs, most, cost)
-        return length > 0 and 1 + self.found * (gain - 1) >= LEAST_GAIN * (1 + cost.wait)
+        return _best_length(round(self.right * _GRID), num_seqs, most, cost)
 
 
 @lru_cache(maxsize=4096)
-def _best_length(right: int, num_seqs: int, most: int, cost: SpeculationCost) -> tuple[int, float]:
-    """(number of drafts, tokens per time in units of a step without drafts)"""
+def _best_length(right: int, num_seqs: int, most: int, cost: SpeculationCost) -> int:
     rate, tokens, run = min(right / _GRID, 0.98), 1.0, 1.0
     alone = 1 + num_seqs / cost.free_tokens
     best, best_gain = 0, LEAST_GAIN
     for length in range(1, most + 1):
         run *= rate
         tokens += run
-        gain = tokens * alone / (1 + num_seqs * (1 + length) / cost.free_tokens)
+        gain = tokens * alone / (1 + cost.verify + num_seqs * (1 + length) / cost.free_tokens)
         if gain > best_gain:
             best, best_gain = length, gain
-    return best, best_gain if best else 1.0
+    return best

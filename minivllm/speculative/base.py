@@ -35,13 +35,15 @@ class ProposalInput:
     block_size: int
     temperature: Tensor  # [B] float32; 0: greedy
     streams: Tensor  # [B] int64: of the noise
+    text: Tensor  # [N, S] int32: the token table, which has the known tokens of every row
+    rows: Tensor  # [B] int64: each sequence's row of it
 
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
     """Proposals for the tokens after the newest one."""
 
-    tokens: Tensor  # [B, k] int64
+    tokens: Tensor  # [B, k] int64; -1: no draft, nor any after it
     probs: Tensor | None = None  # [B, k, V] float32: the distributions that they were sampled from. None: they are the most probable tokens
 
 

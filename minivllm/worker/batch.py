@@ -283,13 +283,6 @@ class RowTable:
         """Tokens to the flat token table, on the device: index [n] int64, token_ids [n]."""
         self._flat_tokens.index_copy_(0, index, token_ids.to(torch.int32))
 
-    def write_drafts(self, rows: Tensor, first: Tensor, drafts: Tensor) -> None:
-        """Drafts to the token table: rows [B], position of the first draft [B], drafts [B, k]. Positions beyond the table are dropped."""
-        position = first[:, None] + torch.arange(drafts.shape[1], device=drafts.device)
-        dropped = (position >= self.max_model_len) | (rows == self.null_row)[:, None]
-        index = torch.where(dropped, self.null_row * self._stride + 1, rows[:, None] * self._stride + position)
-        self.write_tokens(index.view(-1), drafts.reshape(-1))
-
     # -- packing --------------------------------------------------------------------------------------------------------
 
     def pack(self, plan: StepPlan) -> Packed:

@@ -37,11 +37,11 @@ from minivllm.core.plan import NULL_BLOCK
 from minivllm.families import ModelSpec, linear_specs
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
+from minivllm.kernels.reference.drafts import PlannedStep
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import Decoder
-from minivllm.sampling.noise import device_keys
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS, Sampler
-from minivllm.worker.batch import Columns, RowTable, lag, slots_of
+from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.drafts import DraftRunner
 from minivllm.worker.kv_cache import KVCache
 
@@ -156,6 +156,7 @@ class Graph:
             has_draft=np.zeros(num_drafts if drafts else 0, np.bool_),
             slots=tuple(np.full(tokens, NULL_BLOCK * kv.layout.block_size) for _ in kv.layout.groups))
         self._null_sample = null_index + 1
+        self._before_first = torch.from_numpy(query_start[:-1] - 1).to(model.build.device, torch.int64)  # of each decode's tokens
         self._inputs = StaticColumns(self._padding.flat(), model.build.device)
         self._record(pool)
 
@@ -191,12 +192,14 @@ class Graph:
         if len(x.drafts):
             tokens.index_copy_(0, x.draft_index, x.drafts)
         tables = tuple(table.index_select(0, x.rows) for table in self._table.device_tables)
-        if self._drafts is not None:
-            x = self._corrected(x, tables)
+        if self._drafts is None:
+            newest = tokens.index_select(0, x.token_index)
+        else:
+            x, newest = self._corrected(x)
         chunk = shape.tokens // shape.seqs
         lens = (chunk + shape.tokens % shape.seqs, *(chunk,) * (shape.seqs - 1))  # mixed steps use only the sum
         batch = InputBatch(
-            tokens=tokens.index_select(0, x.token_index), positions=x.positions, query_start=x.query_start, seq_lens=x.seq_lens,
+            tokens=newest, positions=x.positions, query_start=x.query_start, seq_lens=x.seq_lens,
             slots=x.slots, block_tables=tables, logit_rows=x.rows,
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
             last_only=not shape.decodes and shape.tokens - shape.seqs >= tuning.MIN_SKIPPED_TOKENS and not self._keeps_hidden,
@@ -208,10 +211,12 @@ class Graph:
             hidden = hidden.index_select(0, x.query_start[1:] - 1)
         logits = self._model.logits(hidden, dtype=None)
         sampled = self._model.build.ops.sample(logits, x.temperature, x.keys)
-        before = tokens.index_select(0, x.sample_index) if self._drafts is not None else None
-        tokens.index_copy_(0, x.sample_index, sampled.to(torch.int32))
-        if before is not None:
-            self._verify(x, batch, all_hidden, before, sampled)
+        if self._drafts is None:
+            tokens.index_copy_(0, x.sample_index, sampled.to(torch.int32))
+        else:
+            self._kept, self._before = self._model.build.ops.accept_drafts(
+                self._table.tokens, self._table.lengths, x.rows, x.known_ends, x.seq_lens, x.sample_index, sampled, x.has_draft)
+            self._batch, self._hidden = batch, all_hidden
         self._model.settle()
         return logits, sampled
 
@@ -219,38 +224,22 @@ class Graph:
     def _keeps_hidden(self) -> bool:
         return self._drafts is not None and self._drafts.proposer.needs_hidden
 
-    def _corrected(self, x: Inputs, tables: tuple[Tensor, ...]) -> Inputs:
-        """The inputs with exact positions: a plan may be ahead of them (see `worker/batch.py`). Padding and fillers stay as they are."""
-        self._behind = lag(x.known_ends, self._table.lengths.index_select(0, x.rows))
-        per_token = self._behind.index_select(0, x.token_source)
-        positions, seq_lens = x.positions - per_token * x.is_token, (x.seq_lens - self._behind).to(torch.int32)
-        per_row = per_token if self.shape.decodes else self._behind
-        slots = tuple(torch.where(x.is_token, slots_of(table, x.token_source, positions, self._kv.layout.block_size), old)
-                      for table, old in zip(tables, x.slots, strict=True))
-        return x._replace(
-            positions=positions, seq_lens=seq_lens, slots=slots, token_index=x.token_index - per_token * x.is_token,
-            sample_index=torch.where(x.sample_index == self._null_sample, x.sample_index, x.sample_index - per_row),
-            keys=device_keys(x.streams, positions + 1 if self.shape.decodes else seq_lens.long()))
-
-    def _verify(self, x: Inputs, batch: InputBatch, hidden: Tensor, before: Tensor, sampled: Tensor) -> None:
-        """How many tokens of each sequence count, and the new lengths of the rows. before [R]: the drafts at the sampled positions."""
-        shape, lengths = self.shape, self._table.lengths
-        if shape.decodes:
-            right = (before == sampled).view(shape.seqs, -1)[:, :-1] & x.has_draft.view(shape.seqs, shape.query_width - 1)
-            self._kept = 1 + right.long().cumprod(1).sum(1)
-            known = batch.positions.view(shape.seqs, -1)[:, 0] + 1 + self._kept
-        else:
-            self._kept, known = torch.ones_like(x.known_ends), batch.seq_lens.long() + 1
-        lengths.index_copy_(0, x.rows, torch.where(x.known_ends >= 0, known, lengths.index_select(0, x.rows)))
-        self._before, self._batch, self._hidden = before, batch, hidden
+    def _corrected(self, x: Inputs) -> tuple[Inputs, Tensor]:
+        """The inputs with exact positions, because a plan may be ahead of them (see `worker/batch.py`), and the tokens [T]."""
+        plan, table = PlannedStep(*(getattr(x, name) for name in PlannedStep._fields)), self._table
+        exact = self._model.build.ops.exact_step(plan, table.tokens, table.lengths, table.device_tables, self._kv.layout.block_size,
+                                                 self._null_sample, every_token=self.shape.decodes > 0)
+        self._behind = exact.behind
+        return x._replace(seq_lens=exact.seq_lens, positions=exact.positions, slots=tuple(exact.slots), sample_index=exact.sample_index,
+                          keys=exact.keys), exact.tokens
 
     def _propose(self) -> Tensor:
         """The proposer's part of the step."""
         assert self._drafts is not None
         x, batch, shape = Inputs.of(self._inputs.tensors), self._batch, self.shape
-        start, every = batch.query_start.long(), shape.query_width if shape.decodes else 1
-        last = start[:-1] + self._kept - 1 if shape.decodes else (start[1:] - 1).clamp_min(0)
-        return self._drafts.propose_on_device(batch, self._hidden, x.rows, x.token_source, x.known_ends >= 0, last, x.temperature[::every],
+        every = shape.query_width if shape.decodes else 1
+        last = self._kept + self._before_first if shape.decodes else (batch.query_start[1:].long() - 1).clamp_min(0)
+        return self._drafts.propose_on_device(batch, self._hidden, x.rows, x.token_source, x.known_ends, last, x.temperature[::every],
                                               x.streams[::every])
 
     def verified(self, num_seqs: int) -> VerifiedStep:

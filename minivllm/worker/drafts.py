@@ -7,12 +7,14 @@ The host plans the next step as if all drafts were accepted. `RowTable.lengths` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.kernels import Ops
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.upload import upload
 from minivllm.sampling.sampler import Sampler
@@ -28,7 +30,7 @@ class Proposals:
     """What a step's verification and the proposer gave, on the device."""
 
     kept: Tensor  # [B] int64: number of tokens of each sequence's own sample that count, at least 1
-    drafts: Tensor  # [B, k] int64: proposals for each sequence of the batch
+    drafts: Tensor  # [B, k] int64: proposals for each sequence of the batch; -1: none
     own_sample: Array  # [B] the sample that they belong to; -1: none
 
     def on_host(self, kept: list[int], drafts: list[list[int]], num_samples: int) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
@@ -37,18 +39,18 @@ class Proposals:
         found: list[tuple[int, ...]] = [()] * num_samples
         for sample, count, tokens in zip(self.own_sample.tolist(), kept, drafts, strict=True):
             if sample >= 0:
-                counts[sample], found[sample] = count, tuple(tokens)
+                counts[sample], found[sample] = count, tuple(takewhile(lambda token: token >= 0, tokens))
         return counts, tuple(found)
 
 
 class DraftRunner:
     """Calls a proposer after each step."""
 
-    def __init__(self, proposer: DeviceProposer, kv: KVCache, rows: RowTable, sampler: Sampler, most_seqs: int) -> None:
+    def __init__(self, proposer: DeviceProposer, kv: KVCache, rows: RowTable, sampler: Sampler, ops: Ops, most_seqs: int) -> None:
         """most_seqs: in larger steps nothing is proposed. The proposer's keys and values of their tokens are missing later, so drafts
         of these sequences are worse then."""
         self.proposer, self._most_seqs = proposer, most_seqs
-        self._kv, self._rows, self._sampler = kv, rows, sampler
+        self._kv, self._rows, self._sampler, self._ops = kv, rows, sampler, ops
 
     def verify(self, c: Columns, before: Tensor, sampled: Tensor, shift: Tensor) -> Tensor:
         """How many tokens of each sample count, and the rows' new lengths: before, sampled [L], the drafts and the tokens at their
@@ -81,28 +83,26 @@ class DraftRunner:
         assert d is not None
         if not self.proposes(len(c.rows)):
             return Proposals(kept, kept.new_empty((len(kept), 0)), d.own_sample)
-        rows, has_sample, num_drafts, streams, temperature = upload(
-            [c.rows, d.own_sample >= 0, d.num_drafts, self._sampler.streams(c.rows), self._sampler.temperatures(c.rows)], kept.device)
+        rows, known_ends, num_drafts, streams, temperature = upload(
+            [c.rows, d.known_ends, d.num_drafts, self._sampler.streams(c.rows), self._sampler.temperatures(c.rows)], kept.device)
         last = batch.query_start[1:].long() - 1 - num_drafts + kept - 1
         (token_source,) = upload([d.token_source], kept.device)
-        drafts = self.propose_on_device(batch, hidden, rows, token_source, has_sample, last, temperature, streams)
+        drafts = self.propose_on_device(batch, hidden, rows, token_source, known_ends, last, temperature, streams)
         return Proposals(kept, drafts, d.own_sample)
 
-    def propose_on_device(self, batch: InputBatch, hidden: Tensor, rows: Tensor, token_source: Tensor, has_sample: Tensor, last: Tensor,
+    def propose_on_device(self, batch: InputBatch, hidden: Tensor, rows: Tensor, token_source: Tensor, known_ends: Tensor, last: Tensor,
                           temperature: Tensor, streams: Tensor) -> Tensor:
         """The drafts [B, k], also written to the token table. It can be captured: see `ProposalInput` for the arguments.
 
-        rows [B]; token_source [T]: the sequence of each token; has_sample [B] bool: others keep their prompts.
+        rows [B]; token_source [T]: the sequence of each token; known_ends [B]: -1 for a sequence without a sample, which keeps its prompt.
         """
-        table, flat = self._rows, self._rows.tokens.view(-1)
-        after = (rows.index_select(0, token_source) * table.tokens.shape[1] + batch.positions + 1).clamp_max(len(flat) - 1)
-        next_tokens = flat.index_select(0, after).long()
-        lengths = batch.positions.index_select(0, last) + 2
+        table, text = self._rows, self._rows.tokens
+        next_tokens, newest, lengths = self._ops.proposer_inputs(text, rows, token_source, batch.positions, last)
         found = self.proposer.propose(ProposalInput(
-            batch, next_tokens, last, next_tokens.index_select(0, last), lengths, hidden if self.proposer.needs_hidden else None,
-            self._kv.layers, self._kv.layout.block_size, temperature, streams))
-        table.write_drafts(torch.where(has_sample, rows, table.null_row), lengths, found.tokens)
+            batch, next_tokens, last, newest, lengths, hidden if self.proposer.needs_hidden else None, self._kv.layers,
+            self._kv.layout.block_size, temperature, streams, text, rows))
+        self._ops.write_drafts(text, rows, known_ends, lengths, found.tokens, table.max_model_len)
         probabilities = self._sampler.draft_probs
         if found.probs is not None and probabilities is not None:
-            probabilities.store(torch.where(has_sample, rows, probabilities.num_rows), lengths, found.probs)
+            probabilities.store(torch.where(known_ends >= 0, rows, probabilities.num_rows), lengths, found.probs)
         return found.tokens

@@ -179,7 +179,8 @@ class ModelRunner:
             probs = DraftProbabilities(rows_kept(max_num_seqs), proposer.num_drafts, model.spec.vocab_size,
                                        model.build.device)
         self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops, probs)
-        self._drafts = None if proposer is None else DraftRunner(proposer, kv, self.rows, self.sampler, most_speculative_seqs)
+        self._drafts = None if proposer is None else DraftRunner(
+            proposer, kv, self.rows, self.sampler, model.build.ops, most_speculative_seqs)
         self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths, self._drafts) if graph_tokens else None
         self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 

@@ -38,6 +38,7 @@ from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.speculative.adaptive import most_speculative_seqs
 from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.load import Draft, load_draft
+from minivllm.speculative.ngram_lookup import NgramLookup
 from minivllm.speculative_config import SpeculativeConfig
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
@@ -92,6 +93,8 @@ class LoadedModel:
             stream = WeightStream(offload.layers, self.device) if offload.layers else None
             self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)
             self.proposer = load_draft(draft, self.model) if draft is not None else None
+            if config.speculation is not None and config.speculation.method == "ngram" and self.device.type == "cuda":
+                self.proposer = NgramLookup(config.speculation, build.ops)
             if components.proposer is not None:
                 self.proposer = components.proposer(self.model)
         if adapters is not None:

@@ -18,6 +18,8 @@ from minivllm.engine.engine import EngineCore
 from minivllm.sampling.rejection import sample_drafts
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.base import DraftTokens, ProposalInput
+from minivllm.speculative.ngram_lookup import NgramLookup
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.worker.worker import Components
 from tests.engine.test_drafts import Tokens, generate
 from tests.engine.test_drafts import build as build_plain
@@ -88,6 +90,13 @@ def build(folder: Path, proposer: Followers, **config: Any) -> EngineCore:
     return build_engine(EngineConfig(**settings, speculative_config=method), Components(proposer=lambda model: proposer))
 
 
+def build_lookup(folder: Path, k: int, **config: Any) -> EngineCore:
+    """n-gram lookup as on a GPU."""
+    settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 200, **config}
+    return build_engine(EngineConfig(**settings, speculative_config=ngram(k)), Components(
+        proposer=lambda model: NgramLookup(SpeculativeConfig(**ngram(k)), model.build.ops)))
+
+
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Tokens:
     return answers(folder)
@@ -106,6 +115,28 @@ def test_no_token_changes(folder: Path, plain: Tokens, way: str, k: int) -> None
     engine.close()
 
 
+@pytest.mark.parametrize(("way", "k"), [("ahead", 1), ("ahead", 8), ("small chunks", 3), ("preempted", 4), ("swapped", 5), ("one row", 6)])
+def test_ngram_lookup_on_the_device_changes_no_token(folder: Path, plain: Tokens, way: str, k: int) -> None:
+    engine = build_lookup(folder, k, **WAYS[way])
+    for _ in range(2 if way == "small chunks" else 1):  # the second time with cached prefixes
+        assert generate(engine, WANTED)[0] == plain
+    counts = engine.stats().drafts
+    assert counts is not None and 30 < counts.num_accepted < counts.num_drafts
+    assert counts.accepted_per_position == sorted(counts.accepted_per_position, reverse=True)
+    assert (engine.stats().num_preemptions > 0) == (way in ("preempted", "swapped"))
+    engine.close()
+
+
+def test_ngram_lookup_on_the_device_verifies_the_drafts_of_the_index_on_the_host(folder: Path, plain: Tokens) -> None:
+    """Without asynchronous scheduling the same steps verify the same drafts. A step after which none were found counts no drafts."""
+    counts = []
+    for engine in (build_lookup(folder, 4), build_plain(folder, speculative_config=ngram(4))):
+        assert generate(engine, WANTED)[0] == plain
+        counts.append(engine.stats().drafts)
+        engine.close()
+    assert counts[0] == counts[1] and counts[0] is not None and counts[0].num_accepted > 30
+
+
 def test_nothing_is_proposed_in_steps_of_many_sequences(folder: Path, plain: Tokens) -> None:
     proposer = Followers(plain, 3)
     engine = build(folder, proposer, async_scheduling=True, disable_by_batch_size=4)
@@ -118,7 +149,7 @@ def test_nothing_is_proposed_in_steps_of_many_sequences(folder: Path, plain: Tok
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 4])
 def test_no_token_changes_on_a_gpu(folder: Path, k: int) -> None:
-    """The step and the proposer are captured CUDA graphs, and the host plans ahead. n-gram drafts use the same graphs."""
+    """The step and the proposer are captured CUDA graphs, and the host plans ahead. n-gram lookup is a proposer on the device too."""
     on_gpu: dict[str, Any] = {"device": "cuda", "max_num_seqs": 8}  # few graphs
     expected = answers(folder, **on_gpu)
     engine = build(folder, Followers(expected, k), **on_gpu)

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minivllm.kernels import tuning
-from minivllm.kernels.triton import activation, grouped, linear, lora, norm, packed_weight, sampling
+from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, norm, packed_weight, sampling
 from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -208,6 +208,24 @@ def sampling_variants() -> Iterator[dict[str, Any]]:
     yield measure("decode sampling combine", sampling._combine_chunks, {**chunks, "out": "*i64"}, dict(CHUNKS=75, PADDED=128), num_warps=1)
 
 
+def draft_variants() -> Iterator[dict[str, Any]]:
+    """Verification of 5 drafts, two KV groups."""
+    sizes = dict.fromkeys(
+        ("stride", "group_stride", "table_stride", "num_tokens", "num_seqs", "num_places", "null_index", "max_model_len"), "i32")
+    tokens = dict.fromkeys(("text", "tables", "tokens", "seq_lens", "planned_lens", "keys", "before"), "*i32")
+    types: dict[str, Any] = {**sizes, **tokens, "is_token": "*u8", "has_draft": "*u8"}
+    kernels: tuple[tuple[Any, dict[str, Any], int], ...] = (
+        (drafts._exact_step, dict(GROUPS=2, BLOCK_SIZE=16, EVERY_TOKEN=True, BLOCK=drafts.BLOCK, **drafts.NOISE), 4),
+        (drafts._accept_drafts, dict(WIDTH=6, PADDED=8), 1), (drafts._proposer_inputs, dict(BLOCK=drafts.BLOCK), 4),
+        (drafts._write_drafts, dict(COUNT=5, PADDED=8), 1),
+        (drafts._find_ngrams, dict(LOW=2, HIGH=4, COUNT=5, PADDED=8, CANDIDATES=drafts.CANDIDATES, BLOCK=tuning.NGRAM_BLOCK),
+         tuning.NGRAM_WARPS))
+    for kernel, constants, warps in kernels:
+        positions = {name: "*i64" for name in kernel.arg_names if name.islower()}
+        yield measure(f"decode drafts {kernel.__name__}", kernel, {**positions, **types}, constants, num_warps=warps)
+
+
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *small_variants(), *sampling_variants()):
+    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *small_variants(), *sampling_variants(),
+                *draft_variants()):
         print(json.dumps(row), flush=True)

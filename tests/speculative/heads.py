@@ -105,5 +105,6 @@ class PagedDraft(Paged):
         tables = tuple(torch.tensor([table[s][:width] for s, _ in work], dtype=torch.int32) for table in self.tables)
         lengths = torch.tensor([start + count + 1 for start, count in zip(before, kept, strict=True)])
         x = ProposalInput(replace(batch, block_tables=tables), torch.tensor(next_tokens), torch.tensor(last), torch.tensor(newest), lengths,
-                          hidden, self.kv, self.block_size, torch.zeros(len(work)), torch.zeros(len(work), dtype=torch.int64))
+                          hidden, self.kv, self.block_size, torch.zeros(len(work)), torch.zeros(len(work), dtype=torch.int64),
+                          torch.zeros((1, 2), dtype=torch.int32), torch.zeros(len(work), dtype=torch.int64))
         return list(proposer.propose(x).tokens.tolist())

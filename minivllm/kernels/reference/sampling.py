@@ -30,6 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.splitmix64 import GOLDEN, MULTIPLIERS
+
+KEYS_PER_POSITION = 4  # noise keys; the first one is that of the sampled token
 MUL1, MUL2 = 0x7FEB352D, 0x846CA68B  # lowbias32's multipliers
 V_MAX = 1.0 - 2.0**-24  # the largest float32 below 1: keeps E finite
 NO_FILTER = -math.inf
@@ -67,6 +70,24 @@ def gumbel(words: Tensor) -> Tensor:
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     v = ((unsigned.to(torch.float32) + 0.5) * 2.0**-32).clamp_max_(V_MAX)
     return -torch.log(-torch.log1p(-v))
+
+
+def stream_keys(streams: Tensor, counters: Tensor) -> Tensor:
+    """Keys [n, 2] int32: output number `counters` [n] int64 of the SplitMix64 streams [n] int64, the bits of a uint64. Products wrap."""
+    x = streams + (counters + 1) * _signed64(GOLDEN)
+    x = (x ^ _shifted(x, 30)) * _signed64(MULTIPLIERS[0])
+    x = (x ^ _shifted(x, 27)) * _signed64(MULTIPLIERS[1])
+    x = x ^ _shifted(x, 31)
+    return x.view(torch.int32).view(-1, 2)  # the low word first, as every device here is little-endian
+
+
+def _signed64(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """int64 x >> bits as for unsigned numbers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 # --- filters -------------------------------------------------------------------------------------------------------
