@@ -16,7 +16,6 @@ from minivllm.families import ModelSpec
 from minivllm.kernels import tuning
 from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from minivllm.sampling_params import SamplingParams
-from minivllm.speculative.ngram_lookup import NgramLookup
 from minivllm.speculative_config import SpeculativeConfig
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
@@ -89,14 +88,6 @@ def test_no_token_changes(plain: Tiny, expected: Tokens, monkeypatch: pytest.Mon
     assert counts is not None and 0 < counts.num_accepted < counts.num_drafts
     wide = [shape for shape in Repeated.replayed if shape.query_width > 1]
     assert len(wide) >= 2 and len(wide) + len([s for s in Repeated.replayed if not s.decodes]) >= proposer.num_calls // 2
-
-
-def test_ngram_lookup_changes_no_token(plain: Tiny, expected: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SPECULATION, "cpu", SpeculationCost(1e9, 0.0, 1000))
-    settings = SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_min=1, prompt_lookup_max=2)
-    found, core = generate(plain, NgramLookup(settings, plain.with_triton.build.ops), (1, 3))
-    counts = core.stats().drafts
-    assert found == expected and counts is not None and counts.num_drafts > 0
 
 
 def test_drafts_with_distributions_are_verified_after_a_replay(plain: Tiny, expected: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
