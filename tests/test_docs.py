@@ -25,7 +25,9 @@ from minivllm.sampling_params import SamplingParams
 from tests.engine.fake import make_engine
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "lessons").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md",
+                *(path for folder in ("docs", "lessons", "notebooks") for path in (ROOT / folder).rglob("*.md"))])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 GLOSSARY = ROOT / "docs" / "glossary.md"
 READING_PATH = ROOT / "docs" / "reading_path.md"
 SITE = ROOT / "docs" / "site" / "mkdocs.yml"
@@ -203,7 +205,7 @@ def texts() -> dict[str, str]:
     """Everything that a student reads: the package, documents, lessons, and the cells of the notebooks."""
     paths = [*PAGES, *(path for folder in ("docs", "minivllm", "lessons") for path in (ROOT / folder).rglob("*.py"))]
     found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(paths)}
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in NOTEBOOKS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         found[str(path.relative_to(ROOT))] = "\n".join("".join(cell["source"]) for cell in cells)
     return found
@@ -265,6 +267,14 @@ def test_replaced_words_do_not_occur() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_link_of_a_notebook_leads_to_a_file_and_a_heading(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    not_yet_written = [link for link in broken_links(notebook, text) if re.fullmatch(r"\d\d_\w+\.ipynb", link)]
+    assert [link for link in broken_links(notebook, text) if link not in not_yet_written] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from mkdocs.structure.files import File, Files
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "lessons/*.md", "lessons/*/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "lessons/*.md", "lessons/*/*.md", "notebooks/*.md")
+NOTEBOOKS = ("notebooks/*.ipynb",)
 ASSETS = ("docs/*.png", "docs/*.svg", "lessons/*/*.png", "docs/site/extra.css", "docs/site/iframe-worker.js")
 LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s#:]+)(?P<anchor>#[^()\s]*)?(?=\))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".conf": "nginx", ".service": "ini", "": "docker"}
@@ -34,13 +35,13 @@ def linked_path(page: str, target: str) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
 
 
-def linked_files(pages: Iterable[str]) -> set[str]:
-    """The files that are linked by a page and need a page themselves."""
+def linked_files(pages: Mapping[str, str]) -> set[str]:
+    """The files that pages (path -> Markdown) link and that need a page themselves."""
     found = set[str]()
-    for page in pages:
-        for match in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
+    for page, markdown in pages.items():
+        for match in LINK.finditer(markdown):
             path = linked_path(page, match["target"])
-            if path and (ROOT / path).is_file() and Path(path).suffix not in (".md", ".png", ".svg"):
+            if path and (ROOT / path).is_file() and Path(path).suffix not in (".md", ".png", ".svg", ".ipynb"):
                 found.add(path)
     return found
 
@@ -86,8 +87,10 @@ def on_config(config: Any) -> Any:
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # anchors as on GitHub
     for section in config.nav:
         if "Course" in section:
-            notebooks = [{Path(path).stem.replace("_", " "): f"{path}.md"} for path in matching(["notebooks/*.ipynb"])]
-            section["Course"] = ["lessons/README.md", *lesson_titles(), {"Notebooks": notebooks}, "lessons/WRITING.md"]
+            names = {Path(path).stem.lstrip("0").replace("_", ": ", 1).replace("_", " "): path for path in matching(NOTEBOOKS)}
+            notebooks = [{name: f"{path}.md"} for name, path in names.items()]
+            section["Course"] = ["lessons/README.md", *lesson_titles(), {"Notebooks": ["notebooks/README.md", *notebooks]},
+                                 "lessons/WRITING.md"]
         if "Specification" in section:
             section["Specification"] = [{name: f"docs/specification/{name}.md"} for name in specification.render()]
     return config
@@ -96,17 +99,16 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     for file in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(file)
-    pages = matching(PAGES)
+    pages = {path: (ROOT / path).read_text(encoding="utf-8") for path in matching(PAGES)}
     for path in [*pages, *matching(ASSETS)]:
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
-    for path in sorted(linked_files(pages) | set(matching(["notebooks/*.ipynb"]))):
-        if path.endswith(".ipynb"):
-            text, pictures = notebook_page(path)
-            for name, content in pictures.items():
-                files.append(File.generated(config, name, content=content))
-        else:
-            text = code_page(path)
-        files.append(File.generated(config, f"{path}.md", content=text))
+    for path in matching(NOTEBOOKS):
+        pages[path], pictures = notebook_page(path)
+        files.append(File.generated(config, f"{path}.md", content=pages[path]))
+        for name, content in pictures.items():
+            files.append(File.generated(config, name, content=content))
+    for path in sorted(linked_files(pages)):
+        files.append(File.generated(config, f"{path}.md", content=code_page(path)))
     for name, text in specification.render().items():
         files.append(File.generated(config, f"docs/specification/{name}.md", content=text))
     return files
@@ -117,6 +119,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def to_page(match: re.Match[str]) -> str:
         target = match["target"]
         path = linked_path(page.file.src_uri, target)
+        if path.endswith(".ipynb") and not (ROOT / path).is_file():  # not written yet: the list of notebooks
+            return "README.md"
         generated = files.get_file_from_path(f"{path}.md") if path else None
         return (f"{target}.md" if generated else target) + (match["anchor"] or "")
 
