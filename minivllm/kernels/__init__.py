@@ -51,6 +51,7 @@ class Ops:
     exact_step: Callable[..., drafts.ExactStep]
     accept_drafts: Callable[..., tuple[Tensor, Tensor]]
     proposer_inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    single_tokens: Callable[..., tuple[Tensor, Tensor, Tensor]]
     write_drafts: Callable[..., None]
     find_ngrams: Callable[..., Tensor]
     # (num_heads, num_kv_heads, head_dim, dtype, cache_dtype=None): compile a model's kernels ahead
@@ -85,6 +86,7 @@ REFERENCE = Ops(
     exact_step=drafts.exact_step,
     accept_drafts=drafts.accept_drafts,
     proposer_inputs=drafts.proposer_inputs,
+    single_tokens=drafts.single_tokens,
     write_drafts=drafts.write_drafts,
     find_ngrams=drafts.find_ngrams,
     warm_up=lambda *shape, **options: None,
@@ -124,6 +126,7 @@ def select(device: torch.device) -> Ops:
         exact_step=triton.drafts.exact_step,
         accept_drafts=triton.drafts.accept_drafts,
         proposer_inputs=triton.drafts.proposer_inputs,
+        single_tokens=triton.drafts.single_tokens,
         write_drafts=triton.drafts.write_drafts,
         find_ngrams=triton.drafts.find_ngrams,
         compiling=triton.device.compiling_in_parallel,

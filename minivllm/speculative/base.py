@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from minivllm.core.plan import NULL_BLOCK
 from minivllm.kernels.layout import InputBatch, KVLayer
 
 
@@ -54,11 +52,3 @@ class DeviceProposer(Protocol):
     needs_hidden: bool  # whether it reads the target's hidden states
 
     def propose(self, x: ProposalInput) -> DraftTokens: ...
-
-
-def slots_at(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Slots of one position per sequence: block_table [B, M], positions [B] -> [B] int64. Beyond the table: the null block."""
-    block = torch.div(positions, block_size, rounding_mode="floor")
-    inside = block < block_table.shape[1]
-    entry = block_table.gather(1, torch.where(inside, block, 0)[:, None])[:, 0].long()
-    return torch.where(inside, entry, NULL_BLOCK) * block_size + positions % block_size

@@ -30,7 +30,7 @@ class DraftModel:
         """See `DeviceProposer`."""
         kv, count = x.kv[self._first :], len(self._model.groups)
         self._model.forward(in_group(x.batch, self._group, count), kv, x.block_size)
-        steps = SingleTokens(x, self._group, count, x.lengths - 1, self.num_drafts)
+        steps = SingleTokens(x, self._group, count, x.lengths - 1, self.num_drafts, self._model.build.ops)
         best = MostProbable(len(x.newest), x.newest.device, self._model.build.ops)
         token, tokens, probs = x.newest, list[Tensor](), list[Tensor | None]()
         for i in range(self.num_drafts):

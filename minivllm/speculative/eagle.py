@@ -48,7 +48,7 @@ class EagleHead:
         kv = x.kv[len(self._target.spec.layers)]
         feature = self._run(in_group(x.batch, self._group, 1, x.next_tokens), self._norm(x.hidden), kv, x.block_size)
         feature = feature.index_select(0, x.last)
-        steps = SingleTokens(x, self._group, 1, x.lengths - 1, self.num_drafts - 1)
+        steps = SingleTokens(x, self._group, 1, x.lengths - 1, self.num_drafts - 1, self._target.build.ops)
         best = MostProbable(len(feature), feature.device, self._target.build.ops)
         tokens: list[Tensor] = []
         probs: list[Tensor | None] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from minivllm.families import ModelSpec, kv_groups
 from minivllm.kernels import Ops
 from minivllm.kernels.layout import InputBatch
-from minivllm.speculative.base import DraftTokens, ProposalInput, slots_at
+from minivllm.speculative.base import DraftTokens, ProposalInput
 
 
 def draft_group(target: ModelSpec) -> int | None:
@@ -27,15 +27,12 @@ def in_group(batch: InputBatch, group: int, count: int, tokens: Tensor | None = 
 class SingleTokens:
     """The inputs of `count` steps of one token per sequence, at consecutive positions: computed at once, so that a step has few kernels."""
 
-    def __init__(self, x: ProposalInput, group: int, num_groups: int, first: Tensor, count: int) -> None:
+    def __init__(self, x: ProposalInput, group: int, num_groups: int, first: Tensor, count: int, ops: Ops) -> None:
         """first: [B] the position of the first step. Positions beyond the block table are written to the null block."""
         table, device = x.batch.block_tables[group], first.device
         num_seqs, most = table.shape[0], table.shape[1] * x.block_size
         self._table, self._num_groups, self._most = table, num_groups, most
-        self.positions = first[None] + torch.arange(count, device=device)[:, None]  # [count, B]
-        tables = table.expand(count, *table.shape).flatten(0, 1)
-        self._slots = slots_at(tables, self.positions.flatten(), x.block_size).view(count, num_seqs)
-        self._seq_lens = (self.positions + 1).clamp(1, most).to(torch.int32)
+        self.positions, self._slots, self._seq_lens = ops.single_tokens(table, first, count, x.block_size)  # [count, B] each
         self._start = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
         # Attention on a CPU needs the exact lengths. On a GPU upper bounds choose its kernels: no value is read on the host.
         self._exact = self._seq_lens.tolist() if device.type == "cpu" else None

@@ -348,6 +348,8 @@ class RowTable:
 
     def _drafts(self, plan: StepPlan, num_drafts: Array) -> tuple[Array, Array]:
         """Where a plan's drafts go, and the drafts: the last tokens of what each request computes. The worker's own are there already."""
+        if all(not drafts or drafts[0] == DEVICE_DRAFT for drafts in plan.drafts):
+            return _NONE, _NONE
         ends = np.array(plan.starts, np.int64) + plan.num_tokens
         first = np.array(plan.rows, np.int64) * self._stride + ends - num_drafts
         index = np.arange(num_drafts.sum()) + np.repeat(first - num_drafts.cumsum() + num_drafts, num_drafts)

@@ -211,13 +211,14 @@ def sampling_variants() -> Iterator[dict[str, Any]]:
 def draft_variants() -> Iterator[dict[str, Any]]:
     """Verification of 5 drafts, two KV groups."""
     sizes = dict.fromkeys(
-        ("stride", "group_stride", "table_stride", "num_tokens", "num_seqs", "num_places", "null_index", "max_model_len"), "i32")
-    tokens = dict.fromkeys(("text", "tables", "tokens", "seq_lens", "planned_lens", "keys", "before"), "*i32")
+        ("stride", "group_stride", "table_stride", "num_tokens", "num_seqs", "num_places", "null_index", "max_model_len", "total", "most"),
+        "i32")
+    tokens = dict.fromkeys(("text", "tables", "tokens", "seq_lens", "planned_lens", "keys", "before", "table"), "*i32")
     types: dict[str, Any] = {**sizes, **tokens, "is_token": "*u8", "has_draft": "*u8"}
     kernels: tuple[tuple[Any, dict[str, Any], int], ...] = (
         (drafts._exact_step, dict(GROUPS=2, BLOCK_SIZE=16, EVERY_TOKEN=True, BLOCK=drafts.BLOCK, **drafts.NOISE), 4),
         (drafts._accept_drafts, dict(WIDTH=6, PADDED=8), 1), (drafts._proposer_inputs, dict(BLOCK=drafts.BLOCK), 4),
-        (drafts._write_drafts, dict(COUNT=5, PADDED=8), 1),
+        (drafts._single_tokens, dict(BLOCK_SIZE=16, BLOCK=drafts.BLOCK), 4), (drafts._write_drafts, dict(COUNT=5, PADDED=8), 1),
         (drafts._find_ngrams, dict(LOW=2, HIGH=4, COUNT=5, PADDED=8, CANDIDATES=drafts.CANDIDATES, BLOCK=tuning.NGRAM_BLOCK),
          tuning.NGRAM_WARPS))
     for kernel, constants, warps in kernels:

@@ -103,6 +103,15 @@ def test_acceptance_equals_the_reference(width: int) -> None:
     assert results[0][0].tolist() == [width, min(width, 2), 1, width]
 
 
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_steps_of_single_tokens_equal_the_reference(count: int) -> None:
+    table = integers(1, 90, 3, 4, dtype=torch.int32)
+    args = (table, torch.tensor([0, 5, 14]).to(DEVICE), count, BLOCK_SIZE)
+    got = drafts.single_tokens(*args)
+    equal(got, reference.single_tokens(*args))
+    assert count < 4 or (got[1][3, 2] == 1 and got[2][:, 2].tolist() == [15, 16, 16, 16])
+
+
 def test_the_inputs_of_a_proposer_and_written_drafts_equal_the_reference() -> None:
     torch.manual_seed(0)
     text = integers(0, 300, ROWS, LENGTH, dtype=torch.int32)

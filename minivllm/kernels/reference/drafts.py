@@ -87,6 +87,18 @@ def proposer_inputs(text: Tensor, rows: Tensor, token_source: Tensor, positions:
     return following, following[last], positions[last] + 2
 
 
+def single_tokens(table: Tensor, first: Tensor, count: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of one token per sequence at `count` positions from first [B] int64 on. table [B, M] int32: blocks.
+
+    -> (positions, slots [count, B] int64, numbers of keys [count, B] int32). Beyond the table: block 0, and its whole length.
+    """
+    most = table.shape[1] * block_size
+    positions = first[None] + torch.arange(count, device=first.device)[:, None]
+    inside = positions < most
+    block = table.t().gather(0, torch.where(inside, torch.div(positions, block_size, rounding_mode="floor"), 0)).long()
+    return positions, torch.where(inside, block, 0) * block_size + positions % block_size, (positions + 1).clamp(1, most).to(torch.int32)
+
+
 def write_drafts(text: Tensor, rows: Tensor, known_ends: Tensor, first: Tensor, drafts: Tensor, max_model_len: int) -> None:
     """Write drafts [B, k] to the token table from position first [B] on: those of a sequence that samples, without padding (-1)."""
     position = first[:, None] + torch.arange(drafts.shape[1], device=drafts.device)

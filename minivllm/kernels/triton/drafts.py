@@ -148,6 +148,29 @@ def proposer_inputs(text: Tensor, rows: Tensor, token_source: Tensor, positions:
 
 
 @triton.jit
+def _single_tokens(positions, slots, seq_lens, table, table_stride, first, num_seqs, total, most, BLOCK_SIZE: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < total
+    b = at % num_seqs
+    position = tl.load(first + b, mask=live, other=0) + at // num_seqs
+    block = tl.load(table + b * table_stride + position // BLOCK_SIZE, mask=live & (position < most), other=0).to(tl.int64)
+    tl.store(positions + at, position, mask=live)
+    tl.store(slots + at, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=live)
+    tl.store(seq_lens + at, tl.maximum(tl.minimum(position + 1, most), 1).to(tl.int32), mask=live)
+
+
+def single_tokens(table: Tensor, first: Tensor, count: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference."""
+    num_seqs, width = table.shape
+    positions, slots, seq_lens = (first.new_empty((count, num_seqs), dtype=d) for d in (torch.int64, torch.int64, torch.int32))
+    if count:
+        launch(_single_tokens, (triton.cdiv(count * num_seqs, BLOCK),), positions, slots, seq_lens, table, table.stride(0), first, num_seqs,
+               count * num_seqs, width * block_size, BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4)
+    return positions, slots, seq_lens
+
+
+@triton.jit
 def _write_drafts(text, stride, rows, known_ends, first, drafts, max_model_len, COUNT: tl.constexpr, PADDED: tl.constexpr):
     b = tl.program_id(0)
     i = tl.arange(0, PADDED)
