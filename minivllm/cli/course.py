@@ -26,9 +26,9 @@ def add_parser(commands: Any) -> None:
         action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         action.set_defaults(command_parser=action)
         if name != "status":
-            action.add_argument("lesson", metavar="NN", help="number of a lesson, such as 01")
+            action.add_argument("lesson", metavar="NN", help="number of a lesson, such as 01, or capstone-engine")
         if name == "start":
-            action.add_argument("--force", action="store_true", help="start again; your file is kept as lesson_NN.py.old")
+            action.add_argument("--force", action="store_true", help="start again; your file is kept, with .old behind its name")
         if name == "check":
             action.add_argument("--timeout", type=float, default=20.0, metavar="SECONDS", help="limit of one task (default: 20)")
 
@@ -54,9 +54,9 @@ def _status(folder: Path) -> int:
     from minivllm.course.progress import state
 
     lessons = find_lessons(folder)
-    width = max(len(lesson.title) for lesson in lessons)
+    number, title = (max(map(len, texts)) for texts in zip(*((lesson.number, lesson.title) for lesson in lessons), strict=True))
     for lesson in lessons:
-        print(f"{lesson.number}  {lesson.title:<{width}}  {state(lesson)}")
+        print(f"{lesson.number:<{number}}  {lesson.title:<{title}}  {state(lesson)}")
     return 0
 
 
@@ -70,7 +70,7 @@ def _start(lesson: Any, force: bool) -> int:
         path.replace(path.with_name(f"{path.name}.old"))
     path.parent.mkdir(exist_ok=True)
     path.write_text(starter(lesson), encoding="utf-8")
-    print(f"{shown} is your file. Lesson {lesson.number} has {len(lesson.tasks)} tasks:")
+    print(f"{shown} is your file for {lesson.label}, which has {len(lesson.tasks)} tasks:")
     for task in lesson.tasks:
         print(f"  task {task.number}  {task.title}" + (" (open: the check prints your figure)" if task.is_open else ""))
     print(f"They are described in {os.path.relpath(lesson.folder / 'README.md')}. Then run: {_command('check', lesson.number)}")
@@ -85,7 +85,7 @@ def _check(lesson: Any, timeout: float) -> int:
         raise InvalidInput(f"{os.path.relpath(lesson.answer)} does not exist: run `{_command('start', lesson.number)}` first")
     if not timeout > 0:
         raise InvalidInput(f"--timeout must be above 0, got {timeout:g}", "timeout")
-    print(f"lesson {lesson.number}: {lesson.title}", flush=True)
+    print(f"{lesson.label}: {lesson.title}", flush=True)
     outcomes = run_checks(lesson.folder / "check.py", lesson.answer, [task.number for task in lesson.tasks], timeout)
     for task, outcome in zip(lesson.tasks, outcomes, strict=True):
         print(f"  task {task.number}  {'passed ' if outcome.passed else 'not yet'}  {task.title}")

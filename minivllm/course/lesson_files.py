@@ -1,4 +1,4 @@
-"""Lessons on disk: their folders, titles and tasks, and the starter file made from `lesson.py`.
+"""Lessons and capstones on disk: their folders, titles and tasks, and the starter file made from `lesson.py`.
 
 A task's solution is marked in `lesson.py` by two comments of the same indentation:
 
@@ -33,7 +33,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Lesson:
-    number: str  # two digits
+    """A lesson, or a capstone: a larger exercise in a folder `capstone_NAME`, whose number is its name, capstone-NAME."""
+
+    number: str  # two digits, or a capstone's name
     folder: Path
     title: str
     tasks: tuple[Task, ...]
@@ -41,7 +43,17 @@ class Lesson:
     @property
     def answer(self) -> Path:
         """The learner's file."""
-        return self.folder.parents[1] / ANSWERS / f"lesson_{self.number}.py"
+        name = self.folder.name if self.is_capstone else f"lesson_{self.number}"
+        return self.folder.parents[1] / ANSWERS / f"{name}.py"
+
+    @property
+    def is_capstone(self) -> bool:
+        return not self.number.isdigit()
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.number if self.is_capstone else f"lesson {self.number}"
 
 
 def lessons_folder() -> Path:
@@ -53,26 +65,27 @@ def lessons_folder() -> Path:
 
 
 def find_lessons(folder: Path) -> list[Lesson]:
-    """All lessons with graded tasks, in order."""
-    return [_read(path.parent) for path in sorted(folder.glob("[0-9][0-9]_*/check.py"))]
+    """All lessons with graded tasks in order, then the capstones."""
+    return [_read(path.parent) for pattern in ("[0-9][0-9]_*", "capstone_*") for path in sorted(folder.glob(f"{pattern}/check.py"))]
 
 
 def find_lesson(folder: Path, name: str) -> Lesson:
-    """The lesson for "3", "03" or "03_paged_attention"."""
+    """The lesson for "3", "03" or "03_paged_attention", or the capstone for "capstone-engine" or "capstone_engine"."""
     lessons = {lesson.number: lesson for lesson in find_lessons(folder)}
-    number = name.partition("_")[0]
-    if number.isdigit() and number.zfill(2) in lessons:
-        return lessons[number.zfill(2)]
+    number = name.partition("_")[0].zfill(2) if name[:1].isdigit() else name.replace("_", "-")
+    if number in lessons:
+        return lessons[number]
     hint = nearest(name, [lesson.folder.name for lesson in lessons.values()])
     raise InvalidInput(f"there is no lesson {name!r}{hint}. Lessons: {', '.join(lessons)}", "lesson")
 
 
 def _read(folder: Path) -> Lesson:
     text = (folder / "README.md").read_text(encoding="utf-8")
-    title = re.search(r"^# Lesson \d+: (.+)$", text, re.MULTILINE)
+    title = re.search(r"^# (?:Lesson \d+|Capstone): (.+)$", text, re.MULTILINE)
     tasks = re.findall(r"^### Task (\d+)( \(open\))?: (.+)$", text, re.MULTILINE)
-    return Lesson(folder.name[:2], folder, title[1] if title else folder.name,
-                  tuple(Task(int(number), name, bool(is_open)) for number, is_open, name in tasks))
+    number = folder.name[:2] if folder.name[0].isdigit() else folder.name.replace("_", "-")
+    return Lesson(number, folder, title[1] if title else folder.name,
+                  tuple(Task(int(task), name, bool(is_open)) for task, is_open, name in tasks))
 
 
 def marked_regions(source: str) -> Iterator[tuple[int, int, int]]:
@@ -91,8 +104,7 @@ def starter(lesson: Lesson) -> str:
     for task, start, end in reversed(list(marked_regions(source))):
         indent = " " * (len(lines[start]) - len(lines[start].lstrip()))
         lines[start + 1:end + 1] = [f'{indent}raise NotImplementedError("task {task}")']
-    number = lesson.number
-    head = [f"# Your file for lesson {number}. The tasks are described in lessons/{lesson.folder.name}/README.md.",
+    head = [f"# Your file for {lesson.label}. The tasks are described in lessons/{lesson.folder.name}/README.md.",
             "# Replace each line `raise NotImplementedError(...)` with your code. You may change everything else too.",
-            f"# To check it: .venv/bin/minivllm course check {number}"]
+            f"# To check it: .venv/bin/minivllm course check {lesson.number}"]
     return "\n".join([*head, *lines]) + "\n"
