@@ -68,6 +68,18 @@ def task_2_slots(lesson):
     assert set(slots.slot_of) == {1, 4}, (
         f"slots have {sorted(slots.slot_of)}, expected [1, 4]: adapter 3 was used longer ago than adapter 1, which has just been used "
         "again. Note each use in the order of `slot_of`")
+    slots = lesson.Slots(2)
+    for adapter in (1, 2):
+        slots.acquire(adapter)
+    slots.release(1)
+    slots.acquire(3)
+    assert 2 in slots.slot_of, "adapter 2 was removed while a running request uses it: its rows would get another adapter's weights"
+    slots.release(3)
+    slots.release(2)
+    slots.acquire(4)
+    assert set(slots.slot_of) == {2, 4}, (
+        f"slots have {sorted(slots.slot_of)}, expected [2, 4]: the request of adapter 3 ended before that of adapter 2, and the end of a "
+        "request is a use too")
 
 
 def task_3_who_starts(lesson):

@@ -24,6 +24,7 @@ MISTAKES = [
     Mistake(1, "if slot != BASE:\n            rows, adapter", "if True:\n            rows, adapter", "rows of the base model were changed"),
     Mistake(1, "rows, adapter = slots == slot, adapters[slot]", "rows, adapter = slots == slot, adapters[0]", "Each row has its own"),
     Mistake(2, LEAVES, "next(iter(self.slot_of))", "while a running request uses it"),
+    Mistake(2, LEAVES, "list(self.slot_of)[-1]", "used longer ago"),
     Mistake(2, "        self.slot_of[adapter] = self.slot_of.pop(adapter)  # to the end\n", "", "Note each use"),
     Mistake(2, "            self.loads += 1\n", "        self.loads += 1\n", "needs no copy"),
     Mistake(3, " and (not passed or passed[0].passes < max_passes)", "", "never gets a slot"),
