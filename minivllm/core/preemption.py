@@ -36,9 +36,11 @@ def _preempt_lowest_priority(state: SchedulerState, plan: PlanBuilder, sequence:
     victim = _lowest_priority(state, sequence)
     if victim is sequence:
         return False
+    moving_out = _num_moving_out(state)
     if victim.num_in_flight:
         plan.num_blocks_to_be_freed += state.kv.num_unshared_blocks(victim)
     state.preempt(victim)
+    plan.num_blocks_to_be_freed += _num_moving_out(state) - moving_out  # swapped out: free when the moves have finished
     return True
 
 
@@ -47,7 +49,11 @@ def _count_blocks_to_be_freed(state: SchedulerState) -> int:
     leaving = (s for s in state.running if s.status in (SequenceStatus.PREEMPTED, SequenceStatus.FINISHED))
     return (sum(state.kv.num_unshared_blocks(s) for s in leaving)
             + sum(len(launched.blocks_to_free) for launched in state.launched)
-            + sum(move.outward for move in state.kv.offload.moves.values()))
+            + _num_moving_out(state))
+
+
+def _num_moving_out(state: SchedulerState) -> int:
+    return sum(move.outward for move in state.kv.offload.moves.values())
 
 
 def _lowest_priority(state: SchedulerState, sequence: Sequence) -> Sequence:
@@ -101,7 +107,7 @@ def make_blocks_for_share(state: SchedulerState, sequence: Sequence, needed: int
         return
     blocks = blocks_by_owner([s for s in state.running if s.status is SequenceStatus.RUNNING])
     coming = (sum(s.table.num_blocks for s in state.running if s.status is not SequenceStatus.RUNNING)
-              + sum(move.outward for move in state.kv.offload.moves.values()))
+              + _num_moving_out(state))
     if not blocks:
         return
     rich, mine = max(blocks, key=lambda name: blocks[name]), blocks[sequence.request.new.owner]

@@ -85,6 +85,20 @@ def test_a_request_whose_blocks_are_still_moving_out_does_not_resume() -> None:
     h.check_answers()
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_request_waits_for_blocks_that_are_moving_out_and_preempts_no_further_one(depth: int) -> None:
+    h = make(num_blocks=13, max_num_seqs=6, planning_depth=depth)
+    for i in range(6):  # all six need their third block in the same step, and none is free
+        h.add(prompt(4, i), greedy(8), f"r{i}")
+    before = most = 0
+    while h.scheduler.has_unfinished():
+        h.step()
+        after = h.scheduler.stats().num_preemptions
+        before, most = after, max(most, after - before)
+    assert most == 1, "the blocks of one preempted request are enough, as soon as they have moved"
+    h.check_answers()
+
+
 def test_an_empty_step_waits_for_a_move_if_nothing_else_can_be_planned() -> None:
     h = make(NeverFinishes(), num_blocks=9)
     add_four_requests(h)
