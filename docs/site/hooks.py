@@ -109,8 +109,8 @@ def on_files(files: Files, config: Any) -> Files:
             files.append(File.generated(config, name, content=content))
     for path in sorted(linked_files(pages)):
         files.append(File.generated(config, f"{path}.md", content=code_page(path)))
-    for name, text in specification.render().items():
-        files.append(File.generated(config, f"docs/specification/{name}.md", content=text))
+    for name, text in specification.render().items():  # found by a search after the pages that explain
+        files.append(File.generated(config, f"docs/specification/{name}.md", content=f"---\nsearch:\n  boost: 0.5\n---\n\n{text}"))
     return files
 
 

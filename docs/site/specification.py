@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -100,4 +101,7 @@ if __name__ == "__main__":
     chosen = sys.argv[1:] or list(made)
     if unknown := [name for name in chosen if name not in made]:
         sys.exit(f"there is no page {unknown[0]!r}: choose one of {', '.join(made)}")
-    print("\n".join(made[name] for name in chosen))
+    try:
+        print("\n".join(made[name] for name in chosen), flush=True)
+    except BrokenPipeError:  # the program that reads the output has ended, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
