@@ -14,7 +14,7 @@ missing key among hundreds, for example, or errors of attention that random weig
 A wrong kernel can be fast, so no figures are printed for kernels that fail. The reference unpacks quantized weights before each product
 (bench/unpacked.py), and quantizes the inputs of fp8 products where the kernels do.
 
-    python -m bench.kernel_check --noise qwen3-0.6b        prints the difference of bfloat16 and float32
+    python -m bench.kernel_check --noise qwen3-0.6b [--stored awq]        prints the difference of bfloat16 and float32
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import copy
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +33,18 @@ from bench import models
 from bench.unpacked import reference_ops
 from minivllm.benchmarks.workloads import WorkloadRequest, check_requests
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.families import parse_config
+from minivllm.families import ModelSpec, parse_config
 from minivllm.kernels import REFERENCE, Ops
 from minivllm.kernels.layout import InputBatch
-from minivllm.kernels.tuning import SHARED_KEYS_MULTIPLE
+from minivllm.kernels.reference.grouped import quantize_rows, unpack_groups
+from minivllm.kernels.tuning import PACKED_MAX_ROWS, SHARED_KEYS_MULTIPLE
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
+from minivllm.models.loader import DummyWeights
 from minivllm.models.streaming import WeightStream
-from minivllm.quantization.methods import parameters
+from minivllm.planning.what_if import quantization_config
+from minivllm.quantization.base import MethodOf
+from minivllm.quantization.methods import METHODS, method_of, parameters
 from minivllm.worker.kv_cache import KVLayout
 
 TOLERANCE = 0.1  # rms of the differences of a row / standard deviation of the reference's row
@@ -187,37 +192,72 @@ def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadReque
     return result | ({"refused": "; ".join(refused)} if refused else {})
 
 
-def noise(shape: str) -> dict[float, float]:
-    """Standard deviation of random weights -> difference of the reference in bfloat16 and in float32. On a CPU, with a small vocabulary."""
-    spec = parse_config({**models.config_of(shape), "vocab_size": 2000})
-    ops = dataclasses.replace(REFERENCE, pack_weight=lambda weight, dtype: weight.to(dtype))
+def noise(shape: str, stored: str = "") -> dict[str, float]:
+    """Weights -> difference of the reference in bfloat16 and in float32. On a CPU, with a small vocabulary.
+
+    stored: a storage of `bench.run --stored`, "fp8" for `quantization="fp8"`, or "": with random weights of two standard deviations. Else
+    with `load_format="dummy"`'s weights, in a model of the same depth and an eighth of the width, times the square root of 8: so layers
+    change their input as much as at full width.
+    """
+    config = {**models.config_of(shape), "vocab_size": 2000}
+    if stored:
+        config |= {name: config[name] // 8 for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")}
+        if stored != "fp8":
+            config["quantization_config"] = dict(quantization_config(stored, parse_config(config), METHODS))
+    spec, method = parse_config(config, methods=METHODS), method_of(config, wanted="fp8" if stored == "fp8" else None)
+    ops = dataclasses.replace(REFERENCE, pack_weight=lambda weight, dtype: weight.to(dtype), grouped_linear=_with_quantized_inputs)
     steps = (((0, 40), (1, 7), (2, 60)), ((0, 1), (1, 1), (2, 5)), ((0, 1), (1, 1), (2, 1)), ((2, 1),))
     found = {}
-    for std in (0.02, 0.04):
+    for std in (0.0,) if stored else (0.02, 0.04):
         logits = []
         for dtype in (torch.bfloat16, torch.float32):
-            build = BuildContext(torch.device("cpu"), dtype, ops)
-            generator = torch.Generator().manual_seed(0)
-            wanted = parameters(spec)
-
-            def take(name: str, wanted: Any = wanted, generator: Any = generator, dtype: Any = dtype, std: float = std) -> Tensor:
-                out = torch.empty(wanted[name].shape, dtype=torch.bfloat16)
-                out = out.fill_(1.0) if wanted[name].dummy == 1.0 else out.normal_(0.0, std, generator=generator)
-                return out.to(dtype)
-
-            logits.append(Trial(Decoder(spec, build, take), KVLayout.of(spec, 16, dtype), steps).run())
-        found[std] = max(apart(*pair) for pair in zip(*logits, strict=True))
+            take = _Rounded(spec, method, std)
+            build = BuildContext(torch.device("cpu"), dtype, ops, method)
+            logits.append(Trial(Decoder(spec, build, partial(take, dtype)), KVLayout.of(spec, 16, dtype), steps).run())
+        name = f"{stored} of load_format dummy" if stored else f"standard deviation {std}"
+        found[name] = max(apart(*pair) for pair in zip(*logits, strict=True))
     return found
+
+
+class _Rounded:
+    """Random weights that are the same in bfloat16 and in float32."""
+
+    def __init__(self, spec: ModelSpec, method: MethodOf, std: float) -> None:
+        """std: of matrices; 0: that of load_format "dummy"."""
+        self.std, self.parameters = std, parameters(spec, method)
+        build = BuildContext(torch.device("cpu"), torch.bfloat16, REFERENCE, method)
+        self.dummy, self.generator = DummyWeights(self.parameters, build, 0), torch.Generator().manual_seed(0)
+
+    def __call__(self, dtype: torch.dtype, name: str) -> Tensor:
+        wanted = self.parameters[name]
+        out = self.dummy(name)
+        if wanted.dummy == "normal" and self.std:
+            out.normal_(0.0, self.std, generator=self.generator)
+        elif wanted.dummy == "normal" and name.startswith("layers."):
+            out *= 8**0.5
+        return out.to(dtype) if wanted.dtype is None else out
+
+
+def _with_quantized_inputs(x: Tensor, packed: Any, bias: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None,
+                           **options: Any) -> Tensor:
+    """As the product of many rows with fp8 weights on a GPU."""
+    if len(x) > PACKED_MAX_ROWS and unpack_groups(packed).quantize_input:
+        if norm is not None:
+            x, norm = REFERENCE.rms_norm(x, *norm), None
+        codes, scales = quantize_rows(x)
+        x = (codes.float() * scales).to(x.dtype)
+    return REFERENCE.grouped_linear(x, packed, bias, norm=norm, **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", choices=models.SHAPES, required=True, metavar="SHAPE")
+    parser.add_argument("--stored", default="", metavar="STORAGE", help="awq, gptq, Q4_K_M ... as in bench.run, or fp8")
     args = parser.parse_args()
     with torch.inference_mode():
-        for std, distance in noise(args.noise).items():
-            print(f"{args.noise}, weights of standard deviation {std}: bfloat16 is {distance:.4f} from float32")
+        for name, distance in noise(args.noise, args.stored).items():
+            print(f"{args.noise}, weights with {name}: bfloat16 is {distance:.4f} from float32")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
     Raises `ModelError` naming the tensors that are missing, left over, or of another shape or dtype.
     """
     if load_format == "dummy":
-        return _build_decoder(spec, build, _Dummy(parameters(spec, build.method), build, seed), stream)
+        return _build_decoder(spec, build, DummyWeights(parameters(spec, build.method), build, seed), stream)
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
         spec, checkpoint = resolve_tied(spec, found)
         checkpoint = adapted(checkpoint, stored_modules(spec, build.method))
@@ -98,7 +98,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
             return _build_decoder(spec, build, _Stored(needed, checkpoint, build, bar), stream)
 
 
-def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | _Dummy, stream: WeightStream | None) -> Decoder:
+def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | DummyWeights, stream: WeightStream | None) -> Decoder:
     model = Decoder(spec, build, take, stream)
     assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
@@ -146,7 +146,7 @@ class _Stored:
         return out
 
 
-class _Dummy:
+class DummyWeights:
     """Random weights about as large as trained ones: norms 1, the rest normal with a small deviation. Same seed, same weights."""
 
     def __init__(self, needed: Mapping[str, Parameter], build: BuildContext, seed: int) -> None:
