@@ -71,6 +71,7 @@ def _shrink(
     """BLOCK_R numbers of x A^T of one row, into COPIES that are COPY words apart. stride: numbers of a slot. KEEP: store norm(x) too."""
     first_rank = block * BLOCK_R
     active = first_rank % R < rank
+    expected = first_rank % R // _RANKS * _RANKS < rank  # `_expand` waits for RANKS at a time
     r = first_rank + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     live = k < K
@@ -99,7 +100,7 @@ def _shrink(
     bits = (y * scale).to(tl.int32, bitcast=True)
     bits = tl.where(bits == _EMPTY, _NAN, bits)
     at = words + tl.arange(0, COPIES)[:, None] * COPY + r[None, :]
-    tl.store(at, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_R]), mask=active)
+    tl.store(at, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_R]), mask=expected)
     if KEEP:
         _store_normed(normed + row.to(tl.int64) * K, source, norm_weight, scale, block == 0, K, BLOCK_K)
 
