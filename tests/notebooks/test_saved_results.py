@@ -1,0 +1,33 @@
+"""How the notebooks read saved measurements."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="notebooks need the test extra: pip install -e '.[test]'")
+
+from notebooks import helpers
+
+ROWS = """some machine, 1 threads; commit 0123
+bf16       perplexity  13.1006   4,092 tokens     {dense} MB of weights   {dtype}   72.6 s
+fp8 KV     perplexity  13.2085   4,092 tokens     {dense} MB of weights   {dtype}   83.7 s
+awq        perplexity  14.9401   4,092 tokens     {packed} MB of weights   {dtype}   89.8 s
+nf4        perplexity  16.5843   4,092 tokens     {dense} MB of weights   {dtype}   27.5 s
+Q4_K       perplexity  14.1073   4,092 tokens     100.3 MB of weights   {dtype}   51.2 s
+broken     failed, see above
+"""
+
+
+@pytest.mark.parametrize("dtype, dense, packed", [("float32", "538.1", "171.4"), ("bfloat16", "269.1", "114.8")])
+def test_the_newest_perplexities_are_read_with_16_bit_embeddings(dtype: str, dense: str, packed: str, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "2026-01-01-old-perplexity.txt").write_text(ROWS.format(dense="1.0", packed="1.0", dtype=dtype))
+    (tmp_path / "2026-02-01-new-perplexity.txt").write_text(ROWS.format(dense=dense, packed=packed, dtype=dtype))
+    monkeypatch.setattr(helpers, "RESULTS", tmp_path)
+    name, found = helpers.perplexities()
+    assert name == "2026-02-01-new-perplexity"
+    assert {row: perplexity for row, (perplexity, _) in found.items()} == {
+        "bf16": 13.1006, "fp8 KV": 13.2085, "awq": 14.9401, "nf4": 16.5843, "Q4_K": 14.1073}
+    sizes = {row: round(megabytes) for row, (_, megabytes) in found.items()}
+    assert sizes == {"bf16": 269, "fp8 KV": 269, "awq": 115, "nf4": 116, "Q4_K": 100}
