@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ class Times:
     may_be_cut: bool = False  # the attacker need not be done
 
 
-SINGLE = Times(2.0, 8.0, 30.0, 30.0)
+SINGLE = Times(2.0, 6.0, 30.0, 30.0)
 PAIR = Times(1.0, 4.0, 6.0, 15.0, True)
 
 
@@ -109,7 +110,7 @@ def hostile_server(model: str, flags: Sequence[str] = ()) -> Iterator[HostileSer
         yield HostileServer(process, int(found[1]))
     finally:
         too_late.cancel()
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # without waiting for running requests
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:

@@ -73,6 +73,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             dtype=_name(worker.dtype), num_blocks=worker.num_blocks, block_size=config.block_size, generation_config=defaults,
             scheduling_policy=config.scheduling_policy, weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
             max_logprobs=config.max_logprobs, kv_cache_dtype=_name(worker.kv_cache_dtype),
+            max_requests=None if config.max_queue is None else config.max_queue + min(config.max_num_seqs, worker.max_num_batched_tokens),
             max_loras=config.max_loras if config.enable_lora else 0, max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
         )
         scheduler = _scheduler(config, worker, info)

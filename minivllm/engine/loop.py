@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import OutputDelta
+
+COMMAND_SECONDS = 0.05  # for commands between two steps
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +149,11 @@ class EngineLoop:
     def _obey_commands(self, deltas: list[OutputDelta]) -> bool:
         """Obey every command that has arrived; without work, sleep until one arrives. False: shut down.
 
-        A command that arrives meanwhile waits for the next round, so a flood of commands cannot delay a step for long.
+        A command that arrives meanwhile waits for the next round, and so do those that are left after `COMMAND_SECONDS`. So a flood of
+        commands cannot delay a step for long.
         """
         wait = not self.engine.has_unfinished_requests()
+        end = None if wait else time.perf_counter() + COMMAND_SECONDS
         for _ in range(max(self.inbox.qsize(), int(wait))):
             try:
                 command = self.inbox.get(block=wait)
@@ -171,6 +176,8 @@ class EngineLoop:
                 self._continue(command)
             else:
                 self._prepare(command)
+            if end is not None and time.perf_counter() > end:
+                return True
         return True
 
     def _abort(self, request_id: str) -> list[OutputDelta]:

@@ -41,6 +41,7 @@ class EngineInfo:
     kv_cache_dtype: str = ""  # of the cached keys and values; "": not known
     max_loras: int = 0  # LoRA adapters that a step may use; 0: the engine takes no adapters
     max_lora_rank: int = 0
+    max_requests: int | None = None  # that run or wait at most; None: no limit
 
     def get_vocab_size(self) -> int:
         """vLLM's name of `vocab_size`."""

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.config import ServerConfig
 from minivllm.server.errors import ApiError, shorten, to_api_error
+from minivllm.server.turns import RequestTurns
 
 OWNER = "minivllm.owner"  # scope key of the owner's label
 ADMIN = "minivllm.admin"  # scope key: whether the request may use the endpoints for administrators
@@ -146,6 +147,7 @@ class AuthenticationMiddleware:
         self._app = app
         self._rules = rules
         self._brake = RefusalBrake()
+        self._turns = RequestTurns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -179,6 +181,7 @@ class AuthenticationMiddleware:
         scope[OWNER], scope[ADMIN] = owner, self._rules.is_admin(owner, scope.get("client"))
         with self._brake.request(owner):
             try:
+                await self._turns.wait(owner)
                 await self._app(scope, receive, send_with_id)
             except Exception as error:
                 if started:

@@ -115,6 +115,10 @@ class GenerationState:
         }
 
 
+def _count(entries: Sequence[TokenLogprobs | None] | None) -> int:
+    return sum(1 + len(entry.top_ids) for entry in entries or () if entry is not None)
+
+
 class ResponseFormatter(ABC):
     """The response to one request, as `GenerationResponse` sends it."""
 
@@ -125,6 +129,19 @@ class ResponseFormatter(ABC):
         params = request.prompts[0].params
         self.num_logprobs = params.logprobs
         self.skip_special = params.skip_special_tokens
+
+    def num_entries(self, prompt: int, deltas: Sequence[OutputDelta]) -> int:
+        """About how many log-probabilities, with alternatives, will be written for these new deltas of a prompt."""
+        request, entries = self.request, 0
+        repeats = request.n if request.return_prompt_logprobs else 1
+        echoed = 0
+        if request.echo is not None and self.num_logprobs is not None:
+            echoed = len(request.prompts[prompt].prompt_token_ids) * (1 + max(self.num_logprobs, 0))
+        for delta in deltas:
+            entries += _count(delta.logprobs) + _count(delta.prompt_logprobs) * repeats
+            if echoed and not self.state.choices[prompt * request.n + delta.index].started:
+                entries += echoed
+        return entries
 
     # -- streamed -----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from minivllm.server.adapters import ServedAdapters
 from minivllm.server.authentication import OWNER
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.parsing import Model, parse
+from minivllm.server.protocol import SharedFields
 from minivllm.server.response_store import ResponseStore
 from minivllm.server.running import RunningRequests
 from minivllm.server.work import TextWorkers
@@ -52,6 +53,8 @@ class Frontend:
     async def read(self, request: Request, kind: type[Model]) -> Model:
         """The body, with size, content type, JSON and types checked."""
         self.check_alive()
+        if issubclass(kind, SharedFields):
+            self.running.check_room(request.scope[OWNER])
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
             raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")

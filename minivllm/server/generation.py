@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,7 +32,8 @@ from minivllm.server.protocol import ignored_header
 from minivllm.server.running import RunningRequests
 
 PromptDeltas: TypeAlias = tuple[int, list[OutputDelta]]  # index of the prompt, and its new deltas
-LARGE_ANSWER = 4096  # log-probabilities; a larger answer is written by a thread
+LARGE_ANSWER = 4096  # log-probabilities; a larger answer, or part of it, is written by a thread
+Value = TypeVar("Value")
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -71,13 +73,11 @@ class GenerationResponse(Response):
         owner, ledger, entries = self._request.owner, self._running.entries, 0
         try:
             async for prompt, deltas in stream:
-                if new := sum(map(_num_entries, deltas)):
+                if new := self._formatter.num_entries(prompt, deltas):
                     ledger.add(owner, new)
                     entries += new
-                self._formatter.collect(prompt, _checked(deltas))
-            if entries <= LARGE_ANSWER:
-                return json_response(self._formatter.body(), headers=self._extra_headers)
-            return await asyncio.to_thread(lambda: json_response(self._formatter.body(), headers=self._extra_headers))
+                await _write(new, partial(self._formatter.collect, prompt, _checked(deltas)))
+            return await _write(entries, lambda: json_response(self._formatter.body(), headers=self._extra_headers))
         finally:
             ledger.release(owner, entries)
 
@@ -94,7 +94,7 @@ class GenerationResponse(Response):
         """Raises only before the first byte is sent."""
         formatter = self._formatter
         prompt, deltas = await anext(stream)
-        opening = formatter.first_events() + formatter.events(prompt, _checked(deltas))
+        opening = formatter.first_events() + await self._events(prompt, deltas)
         headers = {**EVENT_STREAM_HEADERS, **self._extra_headers}
         await send({"type": "http.response.start", "status": 200,
                     "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]})
@@ -106,7 +106,7 @@ class GenerationResponse(Response):
                 if self._unsent is not None:
                     await self._unsent
                     self._unsent = None
-                if data := formatter.events(prompt, _checked(deltas)):
+                if data := await self._events(prompt, deltas):
                     await send(body_message(data))
             ending = formatter.last_events()
         except Exception as error:
@@ -114,16 +114,18 @@ class GenerationResponse(Response):
         self._fast_send = None
         await send(body_message(ending, more=False))
 
+    async def _events(self, prompt: int, deltas: list[OutputDelta]) -> bytes:
+        return await _write(self._formatter.num_entries(prompt, deltas), partial(self._formatter.events, prompt, _checked(deltas)))
+
+
+async def _write(entries: int, work: Callable[[], Value]) -> Value:
+    """Write so many log-probabilities: at once, or by a thread if they are many."""
+    return work() if entries <= LARGE_ANSWER else await asyncio.to_thread(work)
+
 
 def body_message(data: bytes, more: bool = True) -> dict[str, Any]:
     """ASGI's message for a part of a body."""
     return {"type": "http.response.body", "body": data, "more_body": more}
-
-
-def _num_entries(delta: OutputDelta) -> int:
-    """Log-probabilities in a delta, with their alternatives."""
-    kept = (*(delta.logprobs or ()), *(delta.prompt_logprobs or ()))
-    return sum(1 + len(entry.top_ids) for entry in kept if entry is not None)
 
 
 def _checked(deltas: list[OutputDelta]) -> list[OutputDelta]:

@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from minivllm.core.admission import QueueFull
 from minivllm.engine.client import EngineClient
 from minivllm.errors import InvalidInput
 from minivllm.server.cost import MAX_KEPT_ENTRIES, MAX_PENDING_TOKENS, CostLedger
-from minivllm.server.errors import ApiError
+from minivllm.server.errors import ApiError, to_api_error
 
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
 
@@ -22,6 +24,8 @@ class RunningRequests:
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
+        self._most_requests = client.info.max_requests  # of an owner in the engine; None: no limit
+        self._num_requests: Counter[str] = Counter()  # in the engine, by owner
         self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
         self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
         self.entries = CostLedger(MAX_KEPT_ENTRIES, "log-probabilities of answers that are not streamed")
@@ -32,6 +36,12 @@ class RunningRequests:
     def __len__(self) -> int:
         return len(self._engine_ids)
 
+    def check_room(self, owner: str) -> None:
+        """Refuse a request that the engine would refuse, before its body is read, checked and tokenized."""
+        if self._most_requests is not None and self._num_requests[owner] >= self._most_requests:
+            raise to_api_error(QueueFull(f"Rate limit reached: this key has {self._most_requests} unfinished requests, as many as run and "
+                                         "wait at most (--max-num-seqs and --max-queue): try again later", "max_queue"))
+
     @contextmanager
     def track(self, owner: str, response_id: str, engine_ids: tuple[str, ...], tokens: int) -> Iterator[None]:
         """Keep a request in the table while it is being answered. `tokens`: of its prompts."""
@@ -41,10 +51,12 @@ class RunningRequests:
             raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
         self._tokens.add(owner, tokens)
         self._engine_ids[owner, response_id] = engine_ids
+        self._num_requests[owner] += len(engine_ids)
         try:
             yield
         finally:
             del self._engine_ids[owner, response_id]
+            self._num_requests[owner] -= len(engine_ids)
             self._tokens.release(owner, tokens)
 
     @asynccontextmanager

@@ -9,15 +9,17 @@ tokenizer is not, and cannot be interrupted; its work is bounded by the limits o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from minivllm.server.errors import RETRY_AFTER, ApiError
 
-WORKERS = 2  # threads; they share Python's global lock, so more would not be faster
+WORKERS = 3  # threads; they share Python's global lock, so more would not be faster
+MOST_OF_ONE = 2  # threads of one owner: its long texts leave one to the others
 WORK_SECONDS = 10.0  # time limit of one job
 MAX_QUEUED = 32 * 2**20  # characters of one owner's jobs that wait
 Value = TypeVar("Value")
@@ -94,6 +96,7 @@ class TextWorkers:
         self._changed = threading.Condition()
         self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()  # by owner, the one whose turn it is first
         self._queued: dict[str, int] = {}  # characters by owner
+        self._running: Counter[str] = Counter()  # jobs by owner
         self._threads: list[threading.Thread] = []
 
     async def run(self, owner: str, size: int, work: Callable[[], Value]) -> Value:
@@ -128,18 +131,20 @@ class TextWorkers:
 
     def _serve(self) -> None:
         while True:
-            try:
-                self._next().run()
-            except WorkTooSlow:  # it arrived just after its job had ended
-                continue
+            owner, job = self._next()
+            with contextlib.suppress(WorkTooSlow):  # it arrived just after its job had ended
+                job.run()
+            with self._changed:
+                self._running[owner] -= 1
 
-    def _next(self) -> _Job:
+    def _next(self) -> tuple[str, _Job]:
         with self._changed:
-            while not self._queues:
+            while (owner := next((name for name in self._queues if self._running[name] < MOST_OF_ONE), None)) is None:
                 self._changed.wait()
-            owner, jobs = self._queues.popitem(last=False)
+            jobs = self._queues.pop(owner)
             job = jobs.popleft()
             self._queued[owner] -= job.size
+            self._running[owner] += 1
             if jobs:
                 self._queues[owner] = jobs  # at the end: the other owners are next
-            return job
+            return owner, job

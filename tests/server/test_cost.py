@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ import pytest
 from minivllm.config import ServerConfig
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.errors import InvalidInput
-from minivllm.server import cost, work
+from minivllm.server import cost, generation, work
 from minivllm.server.cost import CostLedger, check_entries
 from minivllm.server.errors import ApiError
+from minivllm.server.formatters import CompletionFormatter
 from minivllm.server.work import WORKERS, TextWorkers
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
@@ -91,7 +93,39 @@ def test_no_operation_of_a_template_makes_a_huge_value(expression: str) -> None:
 def blocked(workers: TextWorkers) -> tuple[threading.Event, list[asyncio.Task[None]]]:
     """Occupy all workers until the event is set."""
     gate = threading.Event()
-    return gate, [asyncio.ensure_future(workers.run("", 1, lambda: gate.wait() and None)) for _ in range(WORKERS)]
+    return gate, [asyncio.ensure_future(workers.run(f"x{i}", 1, lambda: gate.wait() and None)) for i in range(WORKERS)]
+
+
+def test_one_owner_leaves_a_thread_to_others() -> None:
+    async def run() -> None:
+        workers, gate = TextWorkers(), threading.Event()
+        hostile = [asyncio.ensure_future(workers.run("hostile", 1, lambda: gate.wait() and None)) for _ in range(10)]
+        await asyncio.sleep(0)
+        assert await workers.run("good", 1, lambda: "done") == "done"
+        gate.set()
+        await asyncio.gather(*hostile)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_log_probabilities_are_written_off_the_event_loop(live: LiveServer, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    body = {"prompt": [5] * 50, "n": 3, "echo": True, "logprobs": 1, "stream": stream}
+    threads: set[str] = set()
+    before = CompletionFormatter.format_logprobs
+
+    def spy(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return before(*arguments)
+
+    monkeypatch.setattr(CompletionFormatter, "format_logprobs", spy)
+    answers = []
+    for limit in (10**6, 100):
+        monkeypatch.setattr(generation, "LARGE_ANSWER", limit)
+        text = httpx.post(live.url + "/v1/completions", json=body).text
+        answers.append(sorted(re.findall(r'"token_logprobs":\[.*?\]', text)))
+    assert len(answers[0]) >= 3 and answers[0] == answers[1]
+    assert len(threads) > 1, "the event loop's, and another one"
 
 
 def test_a_job_is_dropped_if_its_client_leaves_and_owners_take_turns() -> None:
@@ -138,6 +172,25 @@ def test_an_answer_with_log_probabilities_releases_what_it_kept(live: LiveServer
     monkeypatch.setattr(ledger, "_limit", 3)
     status, answer = post(live, "/v1/completions", body)
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded") and ledger._kept == {}
+
+
+def test_more_requests_than_the_engine_takes_are_refused_before_they_are_read(tokenizer_folder: Path) -> None:
+    engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
+    with scripted_server(engine, api_key=("good", "hostile")) as live, ThreadPoolExecutor(2) as pool:
+        live.server.running._most_requests = 2
+
+        def send(key: str, body: bytes = b'{"prompt": [5]}') -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+            return httpx.post(live.url + "/v1/completions", content=body, headers=headers, timeout=60)
+
+        running = [pool.submit(send, "hostile") for _ in range(2)]
+        live.wait_until(lambda: len(live.server.running) == 2)
+        refused = send("hostile", b"no JSON")
+        assert refused.status_code == 429 and "2 unfinished requests" in refused.text and refused.headers["retry-after"]
+        assert send("good", b"no JSON").status_code == 400
+        engine.gate.release(100)  # type: ignore[union-attr]
+        assert [answer.result(60).status_code for answer in running] == [200, 200]
+        assert send("hostile").status_code == 200
 
 
 def test_prompts_of_unfinished_requests_are_limited(tokenizer_folder: Path) -> None:
