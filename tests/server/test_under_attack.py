@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,23 +148,13 @@ def test_a_full_queue_refuses_with_429_and_the_queued_requests_are_answered(fold
         second = pool.submit(post, live, body(SHARED, 3))
         while httpx.get(live.url + "/load").json()["server_load"] < 2:
             pass
-        thirds = [response.result() for response in _post_while_held(steps, live)]
+        thirds = [post(live, body(SHARED, 3, stream=stream)) for stream in (False, True)]  # refused while the engine is held
         for third in thirds:
             assert third.status_code == 429 and int(third.headers["retry-after"]) >= 1, third.text
             assert third.json()["error"]["type"] == "RateLimitError" and third.headers["content-type"] == "application/json"
         steps.release()
         assert first.result(60).status_code == second.result(60).status_code == 200
         assert post(live, body(SHARED, 3)).status_code == 200, "later the queue has room again"
-
-
-def _post_while_held(steps: Stepped, live: LiveServer) -> list[Future[httpx.Response]]:
-    """Send two requests too many. The engine handles them before the next step."""
-    with ThreadPoolExecutor(2) as pool:
-        responses = [pool.submit(post, live, body(SHARED, 3, stream=stream)) for stream in (False, True)]
-        while httpx.get(live.url + "/load").json()["server_load"] < 4:
-            pass
-        steps.one_step()
-        return responses
 
 
 def test_a_failed_step_fails_only_its_own_requests_and_leaves_nothing_in_the_prefix_cache(folder: Path, greedy: Callable[..., str]) -> None:
