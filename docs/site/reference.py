@@ -363,8 +363,11 @@ A model is a folder in Hugging Face's layout, a hub id, or a GGUF file
 The columns are read from the table in `minivllm/families/`. `config` means that config.json decides. The last column lists the variants
 whose logits `tests/models/test_parity.py` compares with those of Transformers: in one step, in chunks, and token by token, with the plain
 PyTorch kernels and with the compiled ones of a CPU.
-""", table(("class", "model_type", "GGUF", "norm", "positions", "window", "MLP", "biases", "tested variants"), rows),
-        """Rotary scaling: `linear`, `dynamic`, `llama3`, `yarn`. Anything else that would change the logits is an error that names its key
+""", table(("class", "model_type", "GGUF", "norm", "block", "positions", "window", "MLP", "biases", "tested variants"), rows),
+        """Blocks, where f is attention or the MLP: pre, x + f(norm(x)); post, norm(x + f(x)); output, x + norm(f(x)); sandwich,
+x + norm(f(norm(x))); parallel, x + attention(norm(x)) + mlp(norm(x)).
+
+Rotary scaling: `linear`, `dynamic`, `llama3`, `yarn`, `longrope`. Anything else that would change the logits is an error that names its key
 in config.json.
 
 ## Sizes of some models
@@ -386,7 +389,7 @@ def tested_variants() -> dict[str, list[str]]:
 
 
 def _properties(family: Family) -> tuple[str, ...]:
-    """Norm, positions, window, MLP and biases of a row of the table of families."""
+    """Norm, block, positions, window, MLP and biases of a row of the table of families."""
     def said(source: Any, words: dict[Any, str]) -> str:
         if isinstance(source, Key):
             return "config"
@@ -395,13 +398,17 @@ def _properties(family: Family) -> tuple[str, ...]:
         return words[source] if isinstance(source, (bool, str, int, type(None))) else "config"
 
     model, attention, mlp = family.model, family.attention, family.mlp
-    norm = said(model["norm"], {"rms": "RMSNorm", "layer": "LayerNorm"}) + (", also of q and k" if attention["qk_norm"] else "")
-    positions = "learned" if attention.get("rope", 0) is None else "rotary, in some layers" if "rope" in attention else "rotary"
+    qk_norm = attention["qk_norm"]
+    norm = said(model["norm"], {"rms": "RMSNorm", "layer": "LayerNorm"})
+    norm += (", of q and k if config" if callable(qk_norm) else ", also of q and k") if qk_norm else ""
+    positions = "learned" if attention.get("rope", 0) is None else "rotary, by layer" if "rope" in attention else "rotary"
+    positions += ", of a part of each head" if {"partial", "dim"} & family.rope.keys() else ""
+    block = family.block.partition("_")[0] if isinstance(family.block, str) else "config"
     gated = "gated" if mlp["gated"] else "plain"
     biases = {part: said(source, {True: "yes", False: "no"}) for part, source in (
         ("qkv", attention["qkv_bias"]), ("output", attention["out_bias"]), ("MLP", mlp["bias"]))}
     same = set(biases.values())
-    return (norm, positions, said(attention["window"], {None: "none"}), gated,
+    return (norm, block, positions, said(attention["window"], {None: "none"}), gated,
             same.pop() if len(same) == 1 else ", ".join(f"{part}: {value}" for part, value in biases.items()))
 
 

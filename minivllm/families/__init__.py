@@ -8,7 +8,7 @@ layers and the memory planner read this package. The planner must run without to
 """
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family, PerLayer
-from minivllm.families.modules import LinearSpec, TensorSpec, embedding_spec, linear_specs, tensor_specs
+from minivllm.families.modules import LinearSpec, TensorSpec, embedding_spec, head_order, linear_specs, row_order, tensor_specs
 from minivllm.families.spec import (
     AttentionSpec,
     KVGroup,
@@ -23,5 +23,6 @@ from minivllm.families.table import FAMILIES, parse_config
 
 __all__ = [
     "FAMILIES", "AttentionSpec", "Config", "Family", "KVGroup", "Key", "LayerSpec", "LinearSpec", "MLPSpec", "ModelSpec", "PerLayer",
-    "RopeSpec", "TensorSpec", "embedding_spec", "kv_groups", "linear_specs", "num_kv_tensors", "parse_config", "read", "tensor_specs",
+    "RopeSpec", "TensorSpec", "embedding_spec", "head_order", "kv_groups", "linear_specs", "num_kv_tensors", "parse_config", "read",
+    "row_order", "tensor_specs",
 ]

@@ -4,6 +4,7 @@ Transformers 4 and 5 name some keys differently; both spellings are read.
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +21,12 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "num_hidden_layers": (1, 10_000), "hidden_size": (1, 2**20), "word_embed_proj_dim": (1, 2**20), "intermediate_size": (1, 2**24),
     "ffn_dim": (1, 2**24), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16), "head_dim": (1, 2**16),
     "vocab_size": (1, 2**26), "max_position_embeddings": (1, _ANY), "original_max_position_embeddings": (1, _ANY),
-    "sliding_window": (1, _ANY), "rms_norm_eps": (0.0, 1.0), "norm_epsilon": (0.0, 1.0),
+    "sliding_window": (1, _ANY), "rms_norm_eps": (0.0, 1.0), "norm_epsilon": (0.0, 1.0), "layer_norm_eps": (0.0, 1.0),
+    "layer_norm_epsilon": (0.0, 1.0), "partial_rotary_factor": (1e-6, 1.0), "rotary_dim": (2, 2**16), "n_inner": (1, 2**24),
+    "ffn_hidden_size": (1, 2**24), "seq_length": (1, _ANY), "num_kv_heads": (1, 2**16), "sliding_window_pattern": (1, 10_000),
+    "query_pre_attn_scalar": (1e-6, 1e9), "attention_multiplier": (0.0, 1e6), "attn_logit_softcapping": (1e-3, 1e6),
+    "final_logit_softcapping": (1e-3, 1e6), "logit_scale": (0.0, 1e6), "logits_scaling": (1e-6, 1e6), "embedding_multiplier": (0.0, 1e6),
+    "residual_multiplier": (1e-6, 1e6),
     "rope_theta": (1.0, 1e15), "factor": (1.0, 1e6), "beta_fast": (0.0, 1e6),
     "beta_slow": (0.0, 1e6), "low_freq_factor": (0.0, 1e6), "high_freq_factor": (0.0, 1e6), "attention_factor": (0.0, 1e3),
     "mscale": (0.0, 1e3), "mscale_all_dim": (0.0, 1e3),
@@ -68,6 +74,11 @@ def only(value: Any, key: Key) -> Callable[[Config], Any]:
     return read_default
 
 
+def nullable(name: str, kind: type, default: Any) -> Callable[[Config], Any]:
+    """A key whose explicit null means None. A missing key means `default`."""
+    return lambda config: read(config, Key(name, kind, None)) if name in config else default
+
+
 def num_layers(config: Config) -> int:
     return int(read(config, Key("num_hidden_layers", int)))
 
@@ -113,6 +124,7 @@ def kv_heads(config: Config) -> int:
 # config.json's names of activation functions -> ours
 _ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
 }
 
 
@@ -144,56 +156,120 @@ def windows_by_layer(config: Config) -> tuple[int | None, ...]:
     if types is None:
         first = read(config, Key("max_window_layers", int, 28))
         return tuple(window if i >= first else None for i in range(layers))
-    if len(types) != layers:
-        raise model_error(f"config.json: layer_types has {len(types)} entries, but num_hidden_layers is {layers}")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise model_error(f"config.json: layer type {shown(kind)} is not supported; full_attention and sliding_attention are")
+    _check_types(types, layers)
     if window is None and "sliding_attention" in types:
         raise model_error("config.json: layer_types names sliding_attention, but use_sliding_window is off or sliding_window is null")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
+def _check_types(types: list[Any], layers: int) -> None:
+    if len(types) != layers:
+        raise model_error(f"config.json: layer_types has {len(types)} entries, but num_hidden_layers is {layers}")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise model_error(f"config.json: layer type {shown(kind)} is not supported; full_attention and sliding_attention are")
+
+
+def layer_types(config: Config, pattern: int) -> list[str]:
+    """`layer_types`, or windows in all layers but each `sliding_window_pattern`-th (by default each `pattern`-th)."""
+    types, layers = read(config, Key("layer_types", list, None)), num_layers(config)
+    if types is None:
+        each = read(config, Key("sliding_window_pattern", int, pattern))
+        return ["sliding_attention" if (i + 1) % each else "full_attention" for i in range(layers)]
+    _check_types(types, layers)
+    return types
+
+
+def windows_by_type(pattern: int) -> Callable[[Config], list[int | None]]:
+    """One window per layer, from `layer_types`. A missing `sliding_window` means 4096, an explicit null full attention everywhere."""
+    def read_windows(config: Config) -> list[int | None]:
+        window = one_window(4096)(config)
+        return [window if kind == "sliding_attention" else None for kind in layer_types(config, pattern)]
+    return read_windows
+
+
 # --- rotary embedding ----------------------------------------------------------------------------------------------
 
 
-def rope(config: Config, max_len: int) -> tuple[RopeSpec, int]:
-    """-> (rotary embedding, context length with its scaling applied). max_len: `max_position_embeddings`, in tokens.
+def rope(config: Config, max_len: int, *, head: int, partial: float | None = None, dim: int = 0,
+         interleaved: bool = False) -> tuple[RopeSpec, int]:
+    """-> (rotary embedding, context length with its scaling applied). max_len: `max_position_embeddings`, in tokens. head: head_dim.
 
+    partial: default of `partial_rotary_factor`, the part of a head's dimensions that is rotated; None: only 1 is supported. dim: number of
+    these dimensions, for families that state it otherwise. interleaved: see `RopeSpec`.
     Transformers 5 writes all keys into `rope_parameters`. Transformers 4 writes `rope_theta` and an optional `rope_scaling`.
     """
+    spec, length = _rope(config, max_len, head, partial, dim)
+    return dataclasses.replace(spec, interleaved=interleaved), length
+
+
+def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: int) -> tuple[RopeSpec, int]:
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping) or any(isinstance(v, Mapping) for v in params.values()):
         raise model_error("config.json: rotary parameters per layer type are not supported")
     both = {**config, **{key: value for key, value in params.items() if value is not None}}  # a key in both has the inner value
-    partial = read(both, Key("partial_rotary_factor", float, 1.0))
-    if partial != 1.0:
-        raise model_error(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0 is")
+    part = read(both, Key("partial_rotary_factor", float, partial or 1.0))
+    if part != 1.0:
+        dim = int(head * part)
+        if partial is None:
+            raise model_error(f"config.json: partial_rotary_factor {part} is not supported, only 1.0 is")
+        if dim < 2:
+            raise model_error(f"config.json: partial_rotary_factor {part} rotates less than two of {head} dimensions")
     theta = read(both, Key("rope_theta", float, 10000.0))
     kind = params.get("rope_type") or params.get("type") or "default"
     original = read(both, Key("original_max_position_embeddings", int, max_len))
     if kind == "default":
-        return RopeSpec(theta=theta, original_max_len=max_len), max_len
+        return RopeSpec(theta=theta, dim=dim, original_max_len=max_len), max_len
+    if kind == "longrope":
+        return _longrope(RopeSpec(theta=theta, dim=dim, scaling="longrope", original_max_len=original), params, max_len, head), max_len
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise model_error(f"config.json: rope type {shown(kind)} is not supported; default, linear, dynamic, llama3 and yarn are")
+        raise model_error(f"config.json: rope type {shown(kind)} is not supported; default, linear, dynamic, llama3, yarn and longrope are")
     factor = read(params, Key("factor", float, max_len / original if kind == "yarn" else REQUIRED))
     if kind == "llama3":  # max_position_embeddings is already the length after scaling
         low, high = read(params, Key("low_freq_factor", float)), read(params, Key("high_freq_factor", float))
         if not low < high:
             raise model_error(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}")
-        return RopeSpec(theta=theta, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low,
+        return RopeSpec(theta=theta, dim=dim, scaling="llama3", factor=factor, original_max_len=original, low_freq_factor=low,
                         high_freq_factor=high), max_len
     if kind == "yarn":  # max_position_embeddings may be the length before or after scaling
         fast, slow = read(params, Key("beta_fast", float, 0.0)) or 32.0, read(params, Key("beta_slow", float, 0.0)) or 1.0
         if theta == 1.0:
             raise model_error("config.json: rope_theta must be above 1 for rope type 'yarn'")
-        return RopeSpec(theta=theta, scaling="yarn", factor=factor, original_max_len=original, beta_fast=fast, beta_slow=slow,
+        return RopeSpec(theta=theta, dim=dim, scaling="yarn", factor=factor, original_max_len=original, beta_fast=fast, beta_slow=slow,
                         truncate=read(params, Key("truncate", bool, True)),
                         attention_factor=_yarn_attention_factor(params, factor)), max(max_len, _scaled(original, factor))
-    if kind == "dynamic" and head_dim(config) == 2:
+    if kind == "dynamic" and (dim or head) == 2:
         raise model_error("config.json: head_dim must be above 2 for rope type 'dynamic'")
-    return RopeSpec(theta=theta, scaling="linear" if kind == "linear" else "dynamic", factor=factor,
+    return RopeSpec(theta=theta, dim=dim, scaling="linear" if kind == "linear" else "dynamic", factor=factor,
                     original_max_len=max_len), _scaled(max_len, factor)
+
+
+def _longrope(spec: RopeSpec, params: Config, max_len: int, head: int) -> RopeSpec:
+    """LongRoPE (Ding et al. 2024): two lists of divisors, and sharper attention the more the context is extended."""
+    def divisors(name: str) -> tuple[float, ...]:
+        values, pairs = read(params, Key(name, list)), (spec.dim or head) // 2
+        if len(values) != pairs or not all(type(x) in (int, float) and 0 < x < 1e9 for x in values):
+            raise model_error(f"config.json: {name} must be a list of {pairs} positive numbers")
+        return tuple(map(float, values))
+
+    factor = read(params, Key("factor", float, max(max_len / spec.original_max_len, 1.0)))
+    sharper = math.sqrt(1 + math.log(factor) / math.log(max(spec.original_max_len, 2)))
+    return dataclasses.replace(spec, factor=factor, attention_factor=read(params, Key("attention_factor", float, sharper)),
+                               short_factors=divisors("short_factor"), long_factors=divisors("long_factor"))
+
+
+def rope_by_type(config: Config, kind: str) -> Config:
+    """config.json with the rotary parameters of one layer type.
+
+    Transformers 4 wrote `rope_scaling` and `rope_theta` for full attention, and `rope_local_base_freq` for layers with a window. If that is
+    missing, both have the same base."""
+    both = config.get("rope_parameters")
+    if isinstance(both, Mapping) and any(isinstance(params, Mapping) for params in both.values()):
+        return {**config, "rope_scaling": None, "rope_parameters": both.get(kind) or {}}
+    if kind == "full_attention":
+        return config
+    return {**config, "rope_scaling": None, "rope_parameters": None,
+            "rope_theta": read(config, Key("rope_local_base_freq", float, config.get("rope_theta")))}
 
 
 def _scaled(length: int, factor: float) -> int:

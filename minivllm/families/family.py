@@ -24,7 +24,8 @@ class PerLayer(NamedTuple):
 
 Source: TypeAlias = Any  # a value | Key | Callable[[Config], value] | PerLayer
 Fields: TypeAlias = Mapping[str, Source]
-Names: TypeAlias = Mapping[str, tuple[str, ...]]  # our module -> the checkpoint modules whose rows are stacked; {i}: layer number
+# Our module -> a tuple of the checkpoint modules whose rows are stacked, or a function that gives it; {i}: layer number, {h}: head.
+Names: TypeAlias = Mapping[str, Source]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,23 +37,30 @@ class Family:
     mlp: Fields
     names: Names = field(repr=False)
     block: Source = "pre"
+    rope: Fields = field(default_factory=dict)  # options of `config_json.rope`, if `attention` has no rope
+    aliases: Mapping[str, str] = field(default_factory=dict)  # a key of config.json -> this family's name for it
 
     def variant(
         self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}, block: Source = None,  # noqa: B006
+        rope: Fields = {}, aliases: Mapping[str, str] = {},  # noqa: B006
     ) -> Family:
         """The same family with some fields and names replaced. The defaults are only read."""
         return Family(model={**self.model, **model}, attention={**self.attention, **attention}, mlp={**self.mlp, **mlp},
-                      names={**self.names, **names}, block=self.block if block is None else block)
+                      names={**self.names, **names}, block=self.block if block is None else block,
+                      rope={**self.rope, **rope}, aliases={**self.aliases, **aliases})
 
     def parse(self, architecture: str, config: Config) -> ModelSpec:
         """The specification that a parsed config.json describes. Raises `ModelError` naming the key."""
+        config = {**{ours: config[theirs] for ours, theirs in self.aliases.items() if theirs in config}, **config}
         layers = config_json.num_layers(config)
         model = {name: _value(source, config) for name, source in self.model.items()}
+        names = {module: _value(source, config) for module, source in self.names.items()}
         attention = dict(self.attention)
         if "rope" not in attention:
-            attention["rope"], model["max_model_len"] = config_json.rope(config, model["max_model_len"])
+            options = {name: _value(source, config) for name, source in {"head": attention["head_dim"], **self.rope}.items()}
+            attention["rope"], model["max_model_len"] = config_json.rope(config, model["max_model_len"], **options)
         columns = (_by_layer(fields, config, layers) for fields in (attention, self.mlp, {"block": self.block}))
-        return ModelSpec(architecture=architecture, dtype=config_json.dtype(config), names=self.names, layers=tuple(
+        return ModelSpec(architecture=architecture, dtype=config_json.dtype(config), names=names, layers=tuple(
             LayerSpec(attention=AttentionSpec(**a), mlp=MLPSpec(**m), **b) for a, m, b in zip(*columns, strict=True)), **model)
 
 

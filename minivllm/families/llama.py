@@ -24,7 +24,7 @@ LLAMA = Family(
         "num_kv_heads": config_json.kv_heads,
         "head_dim": config_json.head_dim,
         "window": None,
-        "qk_norm": False,
+        "qk_norm": None,
         "qkv_bias": Key("attention_bias", bool, False),
         "out_bias": Key("attention_bias", bool, False),
     },
@@ -59,6 +59,6 @@ QWEN2 = LLAMA.variant(
     mlp={"bias": False},
 )
 QWEN3 = QWEN2.variant(attention={
-    "qkv_bias": Key("attention_bias", bool, False), "out_bias": Key("attention_bias", bool, False), "qk_norm": True,
+    "qkv_bias": Key("attention_bias", bool, False), "out_bias": Key("attention_bias", bool, False), "qk_norm": "head",
     "head_dim": Key("head_dim", int, 128),
 })

@@ -5,11 +5,19 @@ How a linear layer's weight is stored (one matrix, or packed integers with scale
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from minivllm.families.spec import ModelSpec
+from minivllm.families.spec import AttentionSpec, ModelSpec
+
+# The norms of a layer, by its block.
+NORMS: Mapping[str, tuple[str, ...]] = {
+    "pre": ("attn_norm", "mlp_norm"), "post": ("attn_norm", "mlp_norm"), "output": ("attn_out_norm", "mlp_out_norm"),
+    "sandwich": ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm"), "parallel": ("attn_norm", "mlp_norm"),
+    "parallel_one_norm": ("attn_norm",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,8 @@ class LinearSpec:
     bias: bool
     # How tensor-parallel ranks split W. column: by rows (outputs). row: by columns (inputs), so outputs are summed over ranks.
     parallel: Literal["column", "row"] | None
+    heads: AttentionSpec | None = None  # of a qkv layer whose rows differ in order from those of checkpoints: see `row_order`
+    transposed: bool = False  # checkpoints store a plain matrix as [cols, rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class TensorSpec:
 
     name: str  # ours: layers.3.attn_norm.weight
     shape: tuple[int, ...]
-    checkpoint_name: str
+    checkpoint_names: tuple[str, ...]  # equal parts, joined along the first dimension
     kind: Literal["table", "scale", "bias"]
 
 
@@ -53,11 +63,40 @@ def tensor_specs(spec: ModelSpec) -> dict[str, TensorSpec]:
     return {tensor.name: tensor for tensor in _tensors(spec)}
 
 
+def head_order(a: AttentionSpec) -> tuple[int, ...] | None:
+    """Our order of the dimensions of a head of q or k: entry d is the checkpoint's dimension. None: the same order.
+
+        checkpoint, 4 of 6 rotated    a b | a' b' | c d        (a, a') is a pair that is rotated; interleaved: a a' b b' | c d
+        ours                          a b c | a' b' d          dimension d is paired with d + head_dim / 2
+
+    Scores do not depend on an order that q and k share. So kernels know one kind of rotation only, of all dimensions; the angle of those
+    that are not rotated is 0 (`layers/rope.py`).
+    """
+    if a.rope is None or (not a.rope.interleaved and a.rope.dim in (0, a.head_dim)):
+        return None
+    dim = a.rope.dim or a.head_dim
+    pairs, rest = dim // 2, (a.head_dim - dim) // 2
+    first, second = (range(0, dim, 2), range(1, dim, 2)) if a.rope.interleaved else (range(pairs), range(pairs, dim))
+    return (*first, *range(dim, dim + rest), *second, *range(dim + rest, a.head_dim))
+
+
+def row_order(a: AttentionSpec) -> tuple[int, ...]:
+    """Our order of the rows of a qkv layer, q then k then v: entry n is the checkpoint's row."""
+    d, group, order = a.head_dim, a.num_heads // a.num_kv_heads, head_order(a) or range(a.head_dim)
+    first_v = a.num_heads + a.num_kv_heads
+    q, k, v = (list(heads) for heads in (range(a.num_heads), range(a.num_heads, first_v), range(first_v, first_v + a.num_kv_heads)))
+    if a.grouped_qkv:  # heads of the checkpoint: those of q that share a KV head, then its k and v
+        q = [h // group * (group + 2) + h % group for h in q]
+        k, v = ([h * (group + 2) + group + i for h in range(a.num_kv_heads)] for i in (0, 1))
+    return (*(h * d + i for heads in (q, k) for h in heads for i in order), *(h * d + i for h in v for i in range(d)))
+
+
 def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
     def linear(module: str, rows: tuple[int, ...], cols: int, bias: bool = False, parallel: Literal["column", "row"] | None = None,
-               layer: int | None = None) -> LinearSpec:
+               layer: int | None = None, heads: AttentionSpec | None = None) -> LinearSpec:
         ours = module if layer is None else f"layers.{layer}.{module}"
-        return LinearSpec(ours, rows, cols, tuple(name.format(i=layer) for name in spec.names[module]), bias, parallel)
+        return LinearSpec(ours, rows, cols, tuple(name.format(i=layer) for name in spec.names[module]), bias, parallel, heads,
+                          spec.transposed and layer is not None)
 
     hidden = spec.hidden_size
     if spec.embed_size != hidden:
@@ -65,7 +104,8 @@ def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
         yield linear("project_out", (spec.embed_size,), hidden)
     for i, layer in enumerate(spec.layers):
         a, m = layer.attention, layer.mlp
-        yield linear("qkv", (a.q_size, a.kv_size, a.kv_size), hidden, a.qkv_bias, "column", i)
+        reordered = a if a.grouped_qkv or head_order(a) is not None else None
+        yield linear("qkv", (a.q_size, a.kv_size, a.kv_size), hidden, a.qkv_bias, "column", i, reordered)
         yield linear("o", (hidden,), a.q_size, a.out_bias, "row", i)
         if m.gated:
             yield linear("gate_up", (m.intermediate_size, m.intermediate_size), hidden, m.bias, "column", i)
@@ -73,26 +113,33 @@ def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
             yield linear("up", (m.intermediate_size,), hidden, m.bias, "column", i)
         yield linear("down", (hidden,), m.intermediate_size, m.bias, "row", i)
     if not spec.tied:
-        yield linear("head", (spec.vocab_size,), spec.embed_size, parallel="column")
+        yield linear("head", (spec.vocab_size,), spec.embed_size, spec.head_bias, "column")
 
 
 def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
-    def norm(module: str, layer: int | None = None, size: int = spec.hidden_size,
-             bias: bool = spec.norm == "layer") -> Iterator[TensorSpec]:
+    def norm(module: str, layer: int | None = None, shape: tuple[int, ...] = (spec.hidden_size,),
+             bias: bool = spec.norm == "layer" and spec.norm_bias) -> Iterator[TensorSpec]:
         ours, (theirs,) = module if layer is None else f"layers.{layer}.{module}", spec.names[module]
-        yield TensorSpec(f"{ours}.weight", (size,), f"{theirs.format(i=layer)}.weight", "scale")
-        if bias:
-            yield TensorSpec(f"{ours}.bias", (size,), f"{theirs.format(i=layer)}.bias", "bias")
+        kinds: dict[str, Literal["scale", "bias"]] = {"weight": "scale", "bias": "bias"} if bias else {"weight": "scale"}
+        for suffix, kind in kinds.items():
+            if "{h}" in theirs:  # checkpoints have one module per head
+                names = tuple(f"{theirs.format(i=layer, h=h)}.{suffix}" for h in range(shape[0]))
+                yield TensorSpec(f"{ours}.{suffix}", (math.prod(shape),), names, kind)
+            else:
+                yield TensorSpec(f"{ours}.{suffix}", shape, (f"{theirs.format(i=layer)}.{suffix}",), kind)
 
     if spec.learned_positions:
         yield TensorSpec("positions.weight", (spec.learned_positions + spec.position_offset, spec.hidden_size),
-                         f"{spec.names['positions'][0]}.weight", "table")
+                         (f"{spec.names['positions'][0]}.weight",), "table")
+    if spec.embed_norm:
+        yield from norm("embed_norm")
     for i, layer in enumerate(spec.layers):
         if spec.norm_affine:
-            yield from norm("attn_norm", i)
-            yield from norm("mlp_norm", i)
-        if layer.attention.qk_norm:
-            yield from norm("q_norm", i, layer.attention.head_dim, bias=False)
-            yield from norm("k_norm", i, layer.attention.head_dim, bias=False)
+            for module in NORMS[layer.block]:
+                yield from norm(module, i)
+        a = layer.attention
+        for module, heads in (("q_norm", a.num_heads), ("k_norm", a.num_kv_heads)) if a.qk_norm else ():
+            shapes = {"width": (heads * a.head_dim,), "layer_by_head": (heads, a.head_dim)}
+            yield from norm(module, i, shapes.get(a.qk_norm or "", (a.head_dim,)), bias=a.qk_norm == "layer")
     if spec.final_norm and spec.norm_affine:
         yield from norm("norm")

@@ -38,7 +38,7 @@ OPT = Family(
         "head_dim": config_json.head_dim,
         "window": None,
         "rope": None,
-        "qk_norm": False,
+        "qk_norm": None,
         "qkv_bias": Key("enable_bias", bool, True),
         "out_bias": Key("enable_bias", bool, True),
     },

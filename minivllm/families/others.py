@@ -1,4 +1,4 @@
-"""Families that differ from Llama in a few fields: SmolLM3, Phi-3 and Phi-4, OLMo, StarCoder2."""
+"""Families that differ from Llama in a few fields: SmolLM3, Phi-3 and Phi-4, OLMo, StarCoder2, Granite, GLM-4, EXAONE 4."""
 from __future__ import annotations
 
 from minivllm.families import config_json
@@ -9,7 +9,8 @@ from minivllm.families.spec import RopeSpec, model_error
 
 
 def _smollm3_rope(config: Config) -> tuple[RopeSpec, int]:
-    return config_json.rope({"rope_theta": 2000000.0, **config}, read(config, Key("max_position_embeddings", int, 32768)))
+    return config_json.rope({"rope_theta": 2000000.0, **config}, read(config, Key("max_position_embeddings", int, 32768)),
+                            head=config_json.head_dim(config))
 
 
 def _every_fourth_without(config: Config) -> tuple[RopeSpec | None, ...]:
@@ -22,6 +23,49 @@ def _every_fourth_without(config: Config) -> tuple[RopeSpec | None, ...]:
     return tuple(rope if each else None for each in rotated)
 
 
+def _granite_eps(config: Config) -> float:
+    """Granite adds `residual_multiplier` times each output. Dividing all hidden states by it gives the same model without the factor:
+    norms cancel it, if their epsilon is divided by its square."""
+    return float(read(config, Key("rms_norm_eps", float, 1e-6)) / read(config, Key("residual_multiplier", float, 1.0)) ** 2)
+
+
+def _olmo3_ropes(config: Config) -> list[RopeSpec]:
+    """Scaling applies to layers with full attention only."""
+    by_type = {kind: _olmo3_rope(config, kind)[0] for kind in ("full_attention", "sliding_attention")}
+    return [by_type[kind] for kind in config_json.layer_types(config, 4)]
+
+
+def _olmo3_rope(config: Config, kind: str) -> tuple[RopeSpec, int]:
+    length = read(config, Key("max_position_embeddings", int, 2048))
+    params = config_json.rope_by_type({"rope_theta": 500000.0, **config}, kind)
+    return config_json.rope(params, length, head=config_json.head_dim(config))
+
+
+def _exaone4_types(config: Config) -> list[str]:
+    """The pattern may be a text such as LLLG. Without a window, all layers have full attention."""
+    pattern = config.get("sliding_window_pattern")
+    if isinstance(pattern, str) and pattern:
+        config = {**config, "sliding_window_pattern": len(pattern)}
+    if config_json.one_window(4096)(config) is None:
+        return ["full_attention"] * config_json.num_layers(config)
+    return config_json.layer_types(config, 4)
+
+
+def _exaone4_windows(config: Config) -> list[int | None]:
+    window = config_json.one_window(4096)(config)
+    return [window if kind == "sliding_attention" else None for kind in _exaone4_types(config)]
+
+
+def _exaone4_rope(config: Config) -> tuple[RopeSpec, int]:
+    return config_json.rope(config, read(config, Key("max_position_embeddings", int, 2048)), head=config_json.head_dim(config))
+
+
+def _exaone4_ropes(config: Config) -> list[RopeSpec | None]:
+    """If some layers have a window, only these rotate."""
+    rope, windows = _exaone4_rope(config)[0], _exaone4_windows(config)
+    return [rope if window is not None or config_json.one_window(4096)(config) is None else None for window in windows]
+
+
 SMOLLM3 = LLAMA.variant(
     model={"max_model_len": lambda config: _smollm3_rope(config)[1], "tied": Key("tie_word_embeddings", bool, True)},
     attention={"window": config_json.only(None, Key("use_sliding_window", bool, False)), "rope": PerLayer(_every_fourth_without)},
@@ -30,6 +74,7 @@ PHI3 = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 4096), "norm_eps": Key("rms_norm_eps", float, 1e-5)},
     attention={"window": config_json.one_window(None), "qkv_bias": False, "out_bias": False},
     mlp={"bias": False},
+    rope={"partial": 1.0},
     names={"qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
 )
 OLMO = LLAMA.variant(
@@ -56,4 +101,45 @@ STARCODER2 = LLAMA.variant(
         "bias": Key("use_bias", bool, True),
     },
     names={"up": ("layers.{i}.mlp.c_fc",), "down": ("layers.{i}.mlp.c_proj",)},
+)
+OLMO2 = LLAMA.variant(
+    model={"norm_eps": Key("rms_norm_eps", float, 1e-5)},
+    attention={"qk_norm": "width"},
+    mlp={"bias": False},
+    block="output",
+    names={"attn_out_norm": ("layers.{i}.post_attention_layernorm",), "mlp_out_norm": ("layers.{i}.post_feedforward_layernorm",)},
+)
+OLMO3 = OLMO2.variant(
+    model={"max_model_len": lambda config: _olmo3_rope(config, "full_attention")[1]},
+    attention={"window": PerLayer(config_json.windows_by_type(4)), "rope": PerLayer(_olmo3_ropes)},
+)
+EXAONE4 = OLMO2.variant(
+    model={"max_model_len": lambda config: _exaone4_rope(config)[1]},
+    attention={"qk_norm": "head", "qkv_bias": False, "out_bias": False, "window": PerLayer(_exaone4_windows),
+               "rope": PerLayer(_exaone4_ropes)},
+)
+GRANITE = LLAMA.variant(
+    model={
+        "norm_eps": _granite_eps,
+        "embed_scale": lambda config: (read(config, Key("embedding_multiplier", float, 1.0))
+                                       / read(config, Key("residual_multiplier", float, 1.0))),
+        "logit_scale": lambda config: 1 / read(config, Key("logits_scaling", float, 1.0)),
+    },
+    attention={"multiplier": Key("attention_multiplier", float, 1.0)},
+)
+GLM = LLAMA.variant(
+    model={"max_model_len": Key("max_position_embeddings", int, 131072), "norm_eps": Key("rms_norm_eps", float, 1.5625e-07)},
+    attention={
+        "num_kv_heads": Key("num_key_value_heads", int, 2),
+        "head_dim": Key("head_dim", int, 128),
+        "qkv_bias": Key("attention_bias", bool, True),
+        "out_bias": False,
+    },
+    mlp={"bias": False},
+    rope={"partial": 0.5, "interleaved": True},
+    names={"gate_up": ("layers.{i}.mlp.gate_up_proj",)},
+)
+GLM4 = GLM.variant(
+    block="sandwich",
+    names={"attn_out_norm": ("layers.{i}.post_self_attn_layernorm",), "mlp_out_norm": ("layers.{i}.post_mlp_layernorm",)},
 )

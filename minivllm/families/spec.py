@@ -3,7 +3,7 @@
     ModelSpec
       layers[i]: LayerSpec ── attention: AttentionSpec   heads, window, rotary embedding, norms of q and k, biases
                            ├─ mlp: MLPSpec               width, activation, gated or plain, biases
-                           └─ block: "pre" | "post"      where the norms are
+                           └─ block: one of BLOCKS       where the norms are, and whether attention and MLP are parallel
 
 Layers may differ in every field of a `LayerSpec`. Code that needs a property of a layer reads it from that layer.
 """
@@ -17,6 +17,22 @@ from typing import Literal
 from minivllm.errors import ModelError
 
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+GATED_ACTIVATIONS = ("silu", "gelu_tanh")
+QK_NORMS = (
+    None,
+    "head",  # RMSNorm of each head, with one weight for all heads of q and one for those of k (Qwen3)
+    "width",  # RMSNorm over all heads of q at once, and over those of k (OLMo 2)
+    "layer",  # LayerNorm of each head, with one weight and bias for all heads of q, and for those of k (Phi)
+    "layer_by_head",  # LayerNorm of each head, with a weight per head (Cohere)
+)
+BLOCKS = (
+    "pre",  # x + f(norm(x)): attention, then MLP
+    "post",  # norm(x + f(x)) (OPT-350m)
+    "output",  # x + norm(f(x)) (OLMo 2)
+    "sandwich",  # x + norm(f(norm(x))) (Gemma 2)
+    "parallel",  # x + attention(norm(x)) + mlp(norm(x)), with two norms (GPT-NeoX)
+    "parallel_one_norm",  # the same with one norm (GPT-J)
+)
 
 
 def model_error(message: str) -> ModelError:
@@ -29,7 +45,9 @@ class RopeSpec:
     """Rotary position embedding: its base, and how its frequencies are stretched beyond the trained context length."""
 
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    dim: int = 0  # dimensions of a head that are rotated, the first ones; 0: all
+    interleaved: bool = False  # checkpoints pair dimension 2 i with 2 i + 1, as GPT-J; else dimension i with i + dim / 2
+    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     original_max_len: int = 0  # trained context length, in tokens
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are stretched by `factor` ...
@@ -37,7 +55,9 @@ class RopeSpec:
     beta_fast: float = 32.0  # yarn: dimensions with more turns than this over the original length are kept ...
     beta_slow: float = 1.0  # ... those with fewer turns than this are stretched by `factor`
     truncate: bool = True  # yarn: round these two borders outwards to whole dimensions
-    attention_factor: float = 1.0  # yarn: factor on cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: factor on cos and sin
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of the frequencies, if no longer context than the original one is served ...
+    long_factors: tuple[float, ...] = ()  # ... and if a longer one is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +69,12 @@ class AttentionSpec:
     head_dim: int
     window: int | None  # keys that a query attends to, its own included; None: all earlier ones
     rope: RopeSpec | None  # None: no rotation
-    qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
+    qk_norm: str | None  # norm of q and k before the rotation: one of QK_NORMS
     qkv_bias: bool
     out_bias: bool
+    multiplier: float | None = None  # factor on the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    grouped_qkv: bool = False  # checkpoints have one matrix, with the rows of q, k and v of the first KV head, then of the second, ...
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
@@ -60,12 +82,15 @@ class AttentionSpec:
         _require(self.num_heads % self.num_kv_heads == 0,
                  f"num_attention_heads {self.num_heads} must be a multiple of num_key_value_heads {self.num_kv_heads}")
         _require(self.rope is None or self.head_dim % 2 == 0, f"a rotary head_dim must be even, got {self.head_dim}")
+        _require(self.rope is None or (self.rope.dim % 2 == 0 and 0 <= self.rope.dim <= self.head_dim),
+                 f"the rotated dimensions must be an even number up to head_dim, got {self.rope and self.rope.dim} of {self.head_dim}")
+        _require(self.qk_norm in QK_NORMS, f"qk_norm {self.qk_norm!r} is not supported")
         _require(self.window is None or self.window >= 1, f"a sliding window must be at least 1, got {self.window}")
 
     @property
     def scale(self) -> float:
         """Factor on the scores."""
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.multiplier is None else self.multiplier
 
     @property
     def q_size(self) -> int:
@@ -88,8 +113,8 @@ class MLPSpec:
     def __post_init__(self) -> None:
         _require(self.intermediate_size >= 1, f"intermediate_size must be at least 1, got {self.intermediate_size}")
         _require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is not supported")
-        _require(not self.gated or self.activation == "silu",
-                 f"a gated MLP with activation {self.activation!r} is not supported, only with 'silu'")
+        _require(not self.gated or self.activation in GATED_ACTIVATIONS,
+                 f"a gated MLP with activation {self.activation!r} is not supported, only with {' and '.join(GATED_ACTIVATIONS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +123,10 @@ class LayerSpec:
 
     attention: AttentionSpec
     mlp: MLPSpec
-    block: Literal["pre", "post"]  # pre: x + f(norm(x)); post: norm(x + f(x))
+    block: str  # one of BLOCKS
 
     def __post_init__(self) -> None:
-        _require(self.block in ("pre", "post"), f"block {self.block!r} is not supported; pre and post are")
+        _require(self.block in BLOCKS, f"block {self.block!r} is not supported; {', '.join(BLOCKS)} are")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +148,20 @@ class ModelSpec:
     position_offset: int  # row of position 0 in that table
     embed_size: int  # width of the embedding table; projected in and out if it is not hidden_size
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(repr=False, hash=False)  # module -> checkpoint modules
+    norm_bias: bool = True  # LayerNorms have a bias
+    norm_offset: float = 0.0  # added to the norms' stored weights (Gemma: 1)
+    embed_norm: bool = False  # a norm of the embeddings (BLOOM)
+    embed_scale: float = 1.0  # factor on the embeddings, rounded to the model's dtype
+    head_bias: bool = False  # of the output head
+    logit_scale: float = 1.0  # factor on the logits
+    logit_softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    transposed: bool = False  # checkpoints store the layers' plain matrices as [inputs, outputs] (GPT-2)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "max_model_len", "embed_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(len(self.layers) >= 1, "a model needs at least one layer")
+        _require(not (self.tied and self.head_bias), "an output head with a bias cannot be tied (tie_word_embeddings)")
         _require(not self.learned_positions or self.max_model_len <= self.learned_positions,
                  f"max_model_len {self.max_model_len} exceeds the {self.learned_positions} learned positions; lower it")
 

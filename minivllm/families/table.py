@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from minivllm.errors import NotSupportedYet, shown
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family
+from minivllm.families.gemma import GEMMA, GEMMA2, GEMMA3
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from minivllm.families.opt import OPT
-from minivllm.families.others import OLMO, PHI3, SMOLLM3, STARCODER2
+from minivllm.families.others import EXAONE4, GLM, GLM4, GRANITE, OLMO, OLMO2, OLMO3, PHI3, SMOLLM3, STARCODER2
+from minivllm.families.parallel import COHERE, COHERE2, GPT_J, GPT_NEOX, PHI, STABLELM
 from minivllm.families.spec import ModelSpec, model_error
 
 FAMILIES: Mapping[str, Family] = {
@@ -21,12 +23,30 @@ FAMILIES: Mapping[str, Family] = {
     "Phi3ForCausalLM": PHI3,
     "OlmoForCausalLM": OLMO,
     "Starcoder2ForCausalLM": STARCODER2,
+    "GemmaForCausalLM": GEMMA,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
+    "PhiForCausalLM": PHI,
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO3,
+    "GraniteForCausalLM": GRANITE,
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": GLM4,
+    "Exaone4ForCausalLM": EXAONE4,
+    "CohereForCausalLM": COHERE,
+    "Cohere2ForCausalLM": COHERE2,
+    "StableLmForCausalLM": STABLELM,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "GPTJForCausalLM": GPT_J,
 }
 # The class of a config.json that names only its model_type, as older exporters and many hand-written files do.
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "opt": "OPTForCausalLM", "smollm3": "SmolLM3ForCausalLM", "phi3": "Phi3ForCausalLM", "olmo": "OlmoForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "phi": "PhiForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "granite": "GraniteForCausalLM",
+    "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM", "exaone4": "Exaone4ForCausalLM", "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM",
 }
 
 
@@ -47,7 +67,7 @@ def parse_config(config: Config, families: Mapping[str, Family] = FAMILIES, meth
 
 def _architecture(config: Config, families: Mapping[str, Family]) -> str:
     """The first supported class under `architectures`. Without any, the class of `model_type`."""
-    named, supported = read(config, Key("architectures", list, [])), ", ".join(families)
+    named, supported = read(config, Key("architectures", list, [])), _some(families)
     for name in named:
         if isinstance(name, str) and name in families:
             return name
@@ -58,5 +78,10 @@ def _architecture(config: Config, families: Mapping[str, Family]) -> str:
     if not kind:
         raise model_error(f"config.json names no model class under 'architectures' and no model_type; supported: {supported}")
     if MODEL_TYPES.get(kind) not in families:
-        raise model_error(f"the model_type {shown(kind)} is not supported; supported: {', '.join(MODEL_TYPES)}")
+        raise model_error(f"the model_type {shown(kind)} is not supported; supported: {_some(MODEL_TYPES)}")
     return MODEL_TYPES[kind]
+
+
+def _some(names: Mapping[str, object]) -> str:
+    shown_names = list(names)[:8]
+    return ", ".join(shown_names) + (f" and {len(names) - 8} more (docs/models.md)" if len(names) > 8 else "")

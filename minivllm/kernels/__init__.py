@@ -40,8 +40,9 @@ class Ops:
     lora_linear: Callable[..., Tensor | None]  # lora_delta and fused_linear in one; None: not for these shapes
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
-    rope_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+    rope_angles: Callable[[Tensor, Tensor, float | Tensor, torch.dtype], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_tanh_and_mul: Callable[[Tensor], Tensor]
     silu: Callable[[Tensor], Tensor]
     relu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
@@ -76,6 +77,7 @@ REFERENCE = Ops(
     layer_norm=norm.layer_norm,
     rope_angles=rope.rope_angles,
     silu_and_mul=activation.silu_and_mul,
+    gelu_tanh_and_mul=activation.gelu_tanh_and_mul,
     silu=activation.silu,
     relu=activation.relu,
     gelu=activation.gelu,

@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from minivllm.families import LinearSpec, ModelSpec
+from minivllm.families import AttentionSpec, LinearSpec, ModelSpec, head_order
 from minivllm.kernels.layout import KVLayer
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.linear import Linear
-from minivllm.layers.norm import Norm
+from minivllm.layers.norm import Norm, QKNorm
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines: [T, 1, head_dim]
 
@@ -40,26 +40,51 @@ class LastTokens:
 
 
 class Attention:
-    __slots__ = ("_rope", "_self_attention", "_softcap", "_store_kv", "group", "o", "qk_norm", "qkv", "scale")
+    __slots__ = ("_other_norm", "_rope", "_self_attention", "_softcap", "_store_kv", "group", "o", "out_norm", "qk_norm", "qkv", "scale")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec], layer: int, group: int,
-                 rope: int, norm: Norm | None) -> None:
-        """group, rope: index of this layer's KV group, and of its rotary embedding. norm: of the input, in a pre-norm layer."""
+                 rope: int, norm: Norm | None, out_norm: Norm | None = None) -> None:
+        """group, rope: index of this layer's KV group, and of its rotary embedding.
+
+        norm: of the input. out_norm: of the output, before the residual is added."""
         name, attention = f"layers.{layer}", spec.layers[layer].attention
         self.scale, self._softcap, self.group, self._rope = attention.scale, attention.softcap, group, rope
         self.qkv = Linear.load(build, take, linears[f"{name}.qkv"], norm=norm)
         self.o = Linear.load(build, take, linears[f"{name}.o"])
+        self.out_norm = out_norm
         self.qk_norm: tuple[Tensor, float] | None = None  # weights [H + Hk, D], one row per head, and epsilon
-        if attention.qk_norm:
-            q, k = take(f"{name}.q_norm.weight"), take(f"{name}.k_norm.weight")
-            self.qk_norm = torch.cat((q.expand(attention.num_heads, -1), k.expand(attention.num_kv_heads, -1))), spec.norm_eps
+        self._other_norm: QKNorm | None = None
+        if attention.qk_norm is not None:
+            q, k = (self._load_qk(build, take, spec, attention, f"{name}.{which}_norm.weight") for which in "qk")
+            if attention.qk_norm == "head":
+                self.qk_norm = torch.cat((q.expand(attention.num_heads, -1), k.expand(attention.num_kv_heads, -1))), spec.norm_eps
+            else:
+                biases = None
+                if attention.qk_norm == "layer":
+                    qb, kb = (self._load_qk(build, take, spec, attention, f"{name}.{which}_norm.bias") for which in "qk")
+                    biases = qb, kb
+                self._other_norm = QKNorm(build, attention, (q, k), biases, spec.norm_eps)
         self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
 
-    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
-        """x: [T, hidden] -> x + attention(norm(x)); x may be overwritten. Stores this layer's keys and values in `kv`.
+    @staticmethod
+    def _load_qk(build: BuildContext, take: Take, spec: ModelSpec, attention: AttentionSpec, name: str) -> Tensor:
+        """A weight or bias of the norms of q or k, in our order of a head's dimensions."""
+        tensor, order = take(name), head_order(attention)
+        if spec.norm_offset and name.endswith("weight"):
+            tensor = (tensor.float() + spec.norm_offset).to(tensor.dtype)
+        if attention.qk_norm == "width" and order is None:
+            return tensor
+        heads = tensor.view(-1, attention.head_dim)
+        heads = heads if order is None else heads[:, list(order)]
+        return heads.flatten() if attention.qk_norm == "width" else heads
 
-        With `last`, only the rows of its B tokens: [B, hidden]."""
-        qkv, g = self.qkv(x, lora=step.lora), self.group
+    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None, normed: Tensor | None = None) -> Tensor:
+        """x: [T, hidden] -> x + out_norm(attention(norm(x))); x may be overwritten. Stores this layer's keys and values in `kv`.
+
+        With `last`, only the rows of its B tokens: [B, hidden]. normed: the input of the projection, if it is not x."""
+        qkv, g = self.qkv(x if normed is None else normed, lora=step.lora), self.group
+        if self._other_norm is not None:
+            self._other_norm(qkv)
         if last is not None:
             # On a GPU, a decode's attention kernel may start before the kernel before it has ended, and then loads cached keys. Here some
             # of these keys are new. The two gathers in between are ordinary launches: they wait for the store, and attention for them.
@@ -67,4 +92,6 @@ class Attention:
             qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
         heads = self._self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale, rope=step.rotations[self._rope],
                                      qk_norm=self.qk_norm, softcap=self._softcap)
-        return self.o(heads, residual=x, lora=step.lora)
+        if self.out_norm is None:
+            return self.o(heads, residual=x, lora=step.lora)
+        return x.add_(self.out_norm(self.o(heads, lora=step.lora)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,14 +11,15 @@ from minivllm.families import LinearSpec, ModelSpec, embedding_spec
 from minivllm.kernels.layout import InputBatch
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.linear import Linear
+from minivllm.layers.norm import load_norm
 from minivllm.quantization.base import Matmul
 from minivllm.quantization.dense import DENSE
 
 
 class Embedding:
-    """A table lookup. OPT adds a projection to the hidden size and a learned vector per position."""
+    """A table lookup, perhaps with a factor or a norm. OPT adds a projection to the hidden size and a learned vector per position."""
 
-    __slots__ = ("_dtype", "positions", "project", "table")
+    __slots__ = ("_dtype", "_scale", "norm", "positions", "project", "table")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec]) -> None:
         method, self._dtype = build.method(embedding_spec(spec)), build.dtype
@@ -27,10 +29,16 @@ class Embedding:
         self.table: Tensor | Matmul = tensors["weight"] if method is DENSE else method.build(tensors, rows, build.ops)
         self.project = Linear.load(build, take, linears["project_in"]) if spec.embed_size != spec.hidden_size else None
         self.positions = take("positions.weight")[spec.position_offset :] if spec.learned_positions else None
+        self.norm = load_norm(build, take, spec, "embed_norm") if spec.embed_norm else None
+        self._scale = torch.tensor(spec.embed_scale, dtype=build.dtype).item()
 
     def __call__(self, batch: InputBatch) -> Tensor:
         """-> [T, hidden], freshly allocated."""
         x = self.rows(batch.tokens)
+        if self._scale != 1.0:
+            x.mul_(self._scale)
+        if self.norm is not None:
+            x = self.norm(x)
         if self.project is not None:
             x = self.project(x)
         return x if self.positions is None else x + F.embedding(batch.positions, self.positions)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minivllm.errors import ModelError
-from minivllm.families import LinearSpec
+from minivllm.families import LinearSpec, row_order
 from minivllm.kernels.layout import AdapterWeights
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.norm import Norm, RMSNorm
@@ -27,6 +27,21 @@ from minivllm.quantization.dense import DENSE
 _ROWS_AT_ONCE = 64  # of the identity matrix
 
 
+class ReorderedMatmul(Matmul):
+    """A product whose outputs are put into another order, for methods whose weights cannot be reordered."""
+
+    __slots__ = ("_matmul", "_order")
+
+    def __init__(self, matmul: Matmul, order: Tensor) -> None:
+        """order: [N] int64, the output of `matmul` at each place."""
+        self._matmul, self._order = matmul, order
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Matmul`."""
+        y = self._matmul(x, None).index_select(-1, self._order)
+        return y if bias is None else y.add_(bias)
+
+
 class Linear:
     """act(norm(x) W^T + bias) + residual. Also for fused layers (qkv, gate_up), whose rows come from several checkpoint tensors."""
 
@@ -34,7 +49,7 @@ class Linear:
 
     def __init__(self, build: BuildContext, matmul: Matmul, *, bias: Tensor | None = None, norm: Norm | None = None,
                  activation: str | None = None, adapters: AdapterWeights | None = None) -> None:
-        """bias: [N]. norm: of the input. activation: silu_and_mul, for rows [gate | up], or silu, relu, gelu, gelu_tanh.
+        """bias: [N]. norm: of the input. activation: see `Epilogue`.
         adapters: the slots of LoRA adapters of this layer."""
         self._matmul, self._norm, self.adapters = matmul, norm, adapters
         self._lora_delta = build.ops.lora_delta
@@ -50,8 +65,15 @@ class Linear:
         tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
         bias = take(f"{spec.name}.bias") if spec.bias else None
         adapters = None if build.adapters is None else build.adapters.layer(spec.name)
+        order = None if spec.heads is None else torch.tensor(row_order(spec.heads), device=build.device)
+        if order is not None:
+            bias = None if bias is None else bias[order]
+            if method.rows_in_any_order:
+                tensors = {suffix: tensor[order] for suffix, tensor in tensors.items()}
         try:
             matmul = method.build(tensors, spec.rows, build.ops)
+            if order is not None and not method.rows_in_any_order:
+                matmul = ReorderedMatmul(matmul, order)
         except ModelError as error:
             raise ModelError(f"{spec.name}: {error}", error.param) from error
         return cls(build, matmul, bias=bias, norm=norm, activation=activation, adapters=adapters)
@@ -77,7 +99,7 @@ class Linear:
         return torch.cat([self._matmul(rows, None).T for rows in identity.split(_ROWS_AT_ONCE)], dim=1)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, lora: Any = None) -> Tensor:
-        """x: [T, K] -> [T, N], or [T, N / 2] after silu_and_mul. residual: of the result's shape; it may be overwritten.
+        """x: [T, K] -> [T, N], or [T, N / 2] after a gated activation. residual: of the result's shape; it may be overwritten.
         lora: from ops.prepare_lora; None: no token has an adapter."""
         if self._unfusable_norm is not None:
             x = self._unfusable_norm(x)

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from minivllm.families import ModelSpec
+from minivllm.families import AttentionSpec, ModelSpec
 from minivllm.layers.build import BuildContext, Take
 
 
@@ -38,10 +39,36 @@ class LayerNorm:
 Norm: TypeAlias = RMSNorm | LayerNorm
 
 
-def load_norm(build: BuildContext, take: Take, spec: ModelSpec, name: str) -> Norm:
-    """The norm `name`: RMSNorm or LayerNorm, as the model's specification states."""
+def load_norm(build: BuildContext, take: Take, spec: ModelSpec, name: str, scale: float = 1.0) -> Norm:
+    """The norm `name`: RMSNorm or LayerNorm, as the model's specification states. scale: factor on its output, folded into its weights."""
     weight = take(f"{name}.weight") if spec.norm_affine else None
+    if weight is not None and (spec.norm_offset or scale != 1.0):
+        weight = (weight.float() + spec.norm_offset).mul_(scale).to(weight.dtype)
     if spec.norm == "layer":
-        return LayerNorm(build, weight, take(f"{name}.bias") if spec.norm_affine else None, spec.norm_eps)
+        bias = take(f"{name}.bias") if spec.norm_affine and spec.norm_bias else None
+        return LayerNorm(build, weight, bias if bias is None or scale == 1.0 else bias * scale, spec.norm_eps)
     assert weight is not None
     return RMSNorm(build, weight, spec.norm_eps)
+
+
+class QKNorm:
+    """A norm of queries and keys that attention kernels do not have: RMSNorm over all heads, or LayerNorm of each head."""
+
+    __slots__ = ("_biases", "_eps", "_norm", "_sizes", "_weights")
+
+    def __init__(self, build: BuildContext, spec: AttentionSpec, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None,
+                 eps: float) -> None:
+        """weights, biases: of q and of k. For "width": [heads * head_dim], else [heads or 1, head_dim]."""
+        self._weights, self._biases, self._eps = weights, biases, eps
+        self._sizes = (spec.q_size, spec.kv_size, spec.kv_size)
+        self._norm = build.ops.rms_norm if spec.qk_norm == "width" else None
+
+    def __call__(self, qkv: Tensor) -> None:
+        """Normalizes q and k in place; qkv: [T, q_size + 2 * kv_size]."""
+        for i, (x, weight) in enumerate(zip(qkv.split(self._sizes, -1), self._weights, strict=False)):
+            if self._norm is not None:
+                x.copy_(self._norm(x.contiguous(), weight, self._eps))
+                continue
+            heads = x.unflatten(-1, (-1, weight.shape[-1]))
+            y = F.layer_norm(heads.float(), heads.shape[-1:], eps=self._eps) * weight
+            heads.copy_(y if self._biases is None else y + self._biases[i])

@@ -6,17 +6,19 @@ At position p, a head's d-th pair of dimensions is rotated by p * theta^(-2d/D):
     dynamic   a larger theta: the slow pairs are interpolated most, the fast ones least (NTK-aware scaling)
     llama3    slow pairs are slower by `factor`, fast ones unchanged, with a smooth transition between two wavelengths
     yarn      as llama3, with the transition given in turns over the original length, and sharper attention (Peng et al. 2023)
+    longrope  a divisor for each pair, found by search: one set up to the original length, and one beyond it (Ding et al. 2024)
 
-Dynamic scaling depends on a length. Transformers recomputes theta from the longest sequence of a call, but cached keys keep the
-theta with which they were computed. Here one theta serves all requests: that of the served `max_model_len`. If it is at most the
-original length, there is no scaling, exactly as in Transformers. If it is longer, theta is the one that Transformers computes for
-a prompt of `max_model_len` tokens. So a request's tokens never depend on other requests in the batch.
+Dynamic scaling and longrope depend on a length. Transformers chooses anew for the longest sequence of a call, but cached keys keep the
+frequencies with which they were computed. Here one choice serves all requests: that for the served `max_model_len`. If it is at most the
+original length, dynamic scaling has no effect, exactly as in Transformers. If it is longer, the frequencies are those that Transformers
+computes for a prompt of `max_model_len` tokens. So a request's tokens never depend on other requests in the batch.
 """
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivllm.families import RopeSpec
@@ -26,21 +28,23 @@ from minivllm.layers.build import BuildContext
 class RotaryEmbedding:
     """positions -> the cosines and sines that all layers of a step share."""
 
-    __slots__ = ("_angles", "dtype", "inv_freq", "scale")
+    __slots__ = ("_angles", "dtype", "inv_freq", "scales")
 
     def __init__(self, build: BuildContext, rope: RopeSpec, head_dim: int, max_model_len: int) -> None:
-        self.inv_freq = inverse_frequencies(rope, head_dim, max_model_len).to(build.device)  # [head_dim / 2] fp32
-        self.scale = rope.attention_factor
+        dim = rope.dim or head_dim
+        padding = (0, (head_dim - dim) // 2)  # dimensions that are not rotated have angle 0 and no factor
+        self.inv_freq = F.pad(inverse_frequencies(rope, dim, max_model_len), padding).to(build.device)  # [head_dim / 2] fp32
+        self.scales = F.pad(torch.full((dim // 2,), rope.attention_factor), padding, value=1.0).to(build.device)
         self.dtype = build.dtype
         self._angles = build.ops.rope_angles
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [T] -> (cos, signed sin): [T, 1, head_dim]."""
-        return self._angles(positions, self.inv_freq, self.scale, self.dtype)
+        return self._angles(positions, self.inv_freq, self.scales, self.dtype)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int, max_model_len: int) -> Tensor:
-    """-> [head_dim / 2] fp32: radians per position of each pair of dimensions."""
+    """-> [head_dim / 2] fp32: radians per position of each pair of dimensions. head_dim: only the rotated dimensions."""
     theta = rope.theta
     if rope.scaling == "dynamic":
         length = max(max_model_len, rope.original_max_len)
@@ -51,6 +55,8 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, max_model_len: int) -> Te
         return inv_freq / rope.factor
     if rope.scaling == "llama3":
         return _llama3(rope, inv_freq)
+    if rope.scaling == "longrope":
+        return inv_freq / torch.tensor(rope.long_factors if max_model_len > rope.original_max_len else rope.short_factors)
     if rope.scaling == "yarn":
         return _yarn(rope, inv_freq, head_dim)
     return inv_freq

@@ -23,7 +23,7 @@ from minivllm.lora.peft_config import CONFIG_FILE, PARAM, PeftConfig
 WEIGHTS_FILE, PICKLED_FILE = "adapter_model.safetensors", "adapter_model.bin"
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.[^.]+)?\.weight")  # an adapter's name may stand before "weight"
 PREFIX = "base_model.model."  # of PEFT's own wrappers
-_WRAPPERS = frozenset({"base_model", "model", "decoder", "language_model", "transformer", "module", "_orig_mod"})
+_WRAPPERS = frozenset({"base_model", "model", "decoder", "language_model", "transformer", "gpt_neox", "module", "_orig_mod"})
 _OTHERS = {  # parts of names of tensors that this engine does not apply -> what they are
     "lora_embedding_": "an adapter of the embeddings", "lora_magnitude_vector": "DoRA", "modules_to_save": "modules_to_save",
     "token_adapter": "trained tokens", ".lora_B.bias": "lora_bias", "embed_tokens": "the embeddings", "lm_head": "the output head",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minivllm.families import row_order
 from minivllm.kernels.layout import AdapterWeights
 from minivllm.lora.adapter import Adapter, ModuleDelta
 from minivllm.lora.layout import AdaptedLinear, AdapterLayout
@@ -86,13 +87,12 @@ def _weights(slots: Tensor, adapted: AdaptedLinear, rank: int) -> AdapterWeights
 
 
 def _deltas(adapter: Adapter, adapted: AdaptedLinear) -> Iterator[ModuleDelta | None]:
-    """One entry per part of a linear layer. A checkpoint module for all parts is split; its parts share A."""
+    """One entry per part of a linear layer, its rows of B in our order. A checkpoint module for all parts is split; its parts share A."""
     linear = adapted.linear
-    if len(linear.checkpoint_names) == len(linear.rows):
-        yield from (adapter.modules.get(name) for name in linear.checkpoint_names)
-        return
-    delta = adapter.modules.get(linear.checkpoint_names[0])
-    start = 0
-    for rows in linear.rows:
-        yield None if delta is None else ModuleDelta(delta.a, delta.b[start : start + rows], delta.scaling)
+    order = torch.arange(sum(linear.rows)) if linear.heads is None else torch.tensor(row_order(linear.heads))
+    separate, start = len(linear.checkpoint_names) == len(linear.rows), 0
+    for part, rows in enumerate(linear.rows):
+        delta = adapter.modules.get(linear.checkpoint_names[part if separate else 0])
+        mine = order[start : start + rows] - (start if separate else 0)
+        yield None if delta is None else ModuleDelta(delta.a, delta.b[mine], delta.scaling)
         start += rows

@@ -7,6 +7,7 @@ The batch and the KV cache are arguments of each call. The model itself never ch
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minivllm.families import ModelSpec, RopeSpec, kv_groups, linear_specs
+from minivllm.families.modules import NORMS
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
 from minivllm.layers.build import BuildContext, Take
@@ -26,7 +28,7 @@ from minivllm.models.streaming import DecoderLayer, StreamedLayer, WeightStream
 
 
 class PreNormLayer:
-    """x + attention(norm(x)), then the same with the MLP. Attention and MLP each apply their own norm."""
+    """x + attention(norm(x)), then the same with the MLP. Attention and MLP each apply their norms of inputs and of outputs."""
 
     __slots__ = ("attention", "index", "mlp")
 
@@ -51,6 +53,24 @@ class PostNormLayer:
         return self.mlp_norm(self.mlp(x, (step if last is None else last.step).lora))
 
 
+class ParallelLayer:
+    """x + attention(norm(x)) + mlp(norm(x)), with one norm or two (GPT-J; GPT-NeoX, Black et al. 2022)."""
+
+    __slots__ = ("attention", "attn_norm", "index", "mlp", "mlp_norm")
+
+    def __init__(self, index: int, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm | None) -> None:
+        """mlp_norm: None if it is attn_norm."""
+        self.index, self.attention, self.mlp, self.attn_norm, self.mlp_norm = index, attention, mlp, attn_norm, mlp_norm
+
+    def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
+        normed = self.attn_norm(x)
+        inner, lora = normed if self.mlp_norm is None else self.mlp_norm(x), step.lora
+        if last is not None:
+            inner, lora = inner.index_select(0, last.rows), last.step.lora
+        inner = self.mlp.up(inner, lora=lora)  # before attention, which overwrites x
+        return self.mlp.down(inner, residual=self.attention(x, step, kv, last, normed), lora=lora)
+
+
 class Decoder:
     """A decoder-only transformer over a paged KV cache."""
 
@@ -65,14 +85,21 @@ class Decoder:
         self.layers: list[DecoderLayer] = []
         for i, layer in enumerate(spec.layers):
             rope = ropes.setdefault((layer.attention.rope, layer.attention.head_dim), len(ropes))
-            attn_norm, mlp_norm = (load_norm(build, take, spec, f"layers.{i}.{name}") for name in ("attn_norm", "mlp_norm"))
-            before = layer.block == "pre"
-            attention = Attention(spec, build, take, linears, i, group_of[i], rope, attn_norm if before else None)
-            mlp = MLP(layer.mlp, build, take, linears, i, mlp_norm if before else None)
-            built = PreNormLayer(i, attention, mlp) if before else PostNormLayer(i, attention, mlp, attn_norm, mlp_norm)
+            norms = {name: load_norm(build, take, spec, f"layers.{i}.{name}") for name in NORMS[layer.block]}
+            before = {} if layer.block in ("post", "parallel", "parallel_one_norm") else norms
+            attention = Attention(spec, build, take, linears, i, group_of[i], rope, before.get("attn_norm"), before.get("attn_out_norm"))
+            mlp = MLP(layer.mlp, build, take, linears, i, before.get("mlp_norm"), before.get("mlp_out_norm"))
+            built: DecoderLayer = PreNormLayer(i, attention, mlp)
+            if layer.block == "post":
+                built = PostNormLayer(i, attention, mlp, norms["attn_norm"], norms["mlp_norm"])
+            elif not before:
+                built = ParallelLayer(i, attention, mlp, norms["attn_norm"], norms.get("mlp_norm"))
             self.layers.append(built if stream is None else stream.add(built))
         self.ropes = [None if rope is None else RotaryEmbedding(build, rope, head_dim, spec.max_model_len) for rope, head_dim in ropes]
-        norm = load_norm(build, take, spec, "norm") if spec.final_norm else None
+        # A power of two changes no digit of the final norm's weights, so it costs nothing there.
+        fold = spec.logit_scale if spec.final_norm and spec.norm_affine and math.frexp(spec.logit_scale)[0] == 0.5 else 1.0
+        self._logit_scale, self._softcap = spec.logit_scale / fold, spec.logit_softcap
+        norm = load_norm(build, take, spec, "norm", fold) if spec.final_norm else None
         self.project_out: Linear | None = None
         if spec.embed_size != spec.hidden_size:
             self.project_out, norm = Linear.load(build, take, linears["project_out"], norm=norm), None
@@ -121,7 +148,11 @@ class Decoder:
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """hidden: [L, hidden] of `forward`, only the needed rows -> [L, vocab] in `dtype`; None: in the dtype of the output head."""
         logits = self.head(hidden if self.project_out is None else self.project_out(hidden))
-        return logits if dtype is None else logits.to(dtype)
+        if dtype is not None:
+            logits = logits.to(dtype)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _prepare(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int, only: int | None = None) -> StepContext:
         """only: prepare attention for this KV group alone."""

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # Exporters give the same tensors different prefixes: with or without an output head, the decoder alone, inside a larger model, or
 # wrapped by torch.compile or by data parallelism. A name is compared without all of these.
-PREFIXES = ("model.", "decoder.", "language_model.", "transformer.", "base_model.", "module.", "_orig_mod.")
+PREFIXES = ("model.", "decoder.", "language_model.", "transformer.", "gpt_neox.", "base_model.", "module.", "_orig_mod.")
 
 
 class Buffer(NamedTuple):

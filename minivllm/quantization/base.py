@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from minivllm.families import LinearSpec
 
@@ -77,7 +77,8 @@ class Epilogue:
 
     norm: tuple[Tensor, float] | None = None  # weight [K] and epsilon of an RMSNorm of x
     bias: Tensor | None = None  # [N]
-    activation: str | None = None  # silu_and_mul (of [gate | up]: N becomes N / 2), silu, relu, gelu or gelu_tanh
+    # silu_and_mul or gelu_tanh_and_mul (of [gate | up]: N becomes N / 2), silu, relu, gelu or gelu_tanh
+    activation: str | None = None
 
 
 class Matmul(Protocol):
@@ -104,6 +105,9 @@ class Matmul(Protocol):
 
 class LinearMethod(Protocol):
     """A storage format for the weights of linear layers, and how to multiply with it."""
+
+    # Whether every tensor of `parameters` has one row per output, so that outputs can be reordered before `build`.
+    rows_in_any_order: ClassVar[bool] = False
 
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """Checkpoint suffix -> tensor, for a layer with these outputs per part and these inputs."""

@@ -46,6 +46,7 @@ class DenseMethod(LinearMethod):
     """See `LinearMethod`."""
 
     type_name = ""
+    rows_in_any_order = True
 
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """One matrix [sum of rows, cols]."""

@@ -69,6 +69,7 @@ class GGUFMethod(LinearMethod):
     """Weights of one type. See `LinearMethod`."""
 
     kind: str
+    rows_in_any_order = True
     block: Block = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -127,7 +127,10 @@ def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) 
 
 
 def _tensor(tensor: TensorSpec) -> Parameter:
-    return Parameter(tensor.shape, (Source(tensor.checkpoint_name, tensor.shape),), dummy=1.0 if tensor.kind == "scale" else "normal")
+    parts = len(tensor.checkpoint_names)
+    shape = (tensor.shape[0] // parts, *tensor.shape[1:])
+    return Parameter(tensor.shape, tuple(Source(name, shape) for name in tensor.checkpoint_names),
+                     dummy=1.0 if tensor.kind == "scale" else "normal")
 
 
 def linear_parameters(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:

@@ -31,6 +31,7 @@ class OnlineMethod(LinearMethod):
     """See `LinearMethod`."""
 
     kind: Literal["fp8", "int8"]
+    rows_in_any_order = True
 
     @property
     def type_name(self) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from minivllm import LLM, LoRARequest, SamplingParams
 from minivllm.lora.peft_config import APPLIED, INERT, REFUSED, AdaptedModules
 from tests.lora.adapters import ATTENTION, EVERY, write_adapter
+from tests.models.tiny import make_hf
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17, 18, 19]
 # (rank, modules, further settings): 8 adapters of different ranks and modules
@@ -60,6 +61,21 @@ def check(base: Path, adapters: list[Path], prompts: list[list[int]]) -> None:
             for token, found in entry.items():
                 assert abs(found.logprob - logprobs[position, token].item()) < 1e-4, (request, position)
         assert output.outputs[0].token_ids == [int(logprobs[-1].argmax())]
+
+
+@pytest.mark.parametrize(("family", "settings", "modules"), [
+    ("GPTNeoX", {}, ["query_key_value", "dense", "dense_h_to_4h"]), ("Glm", {"num_key_value_heads": 2}, ["q_proj", "k_proj", "v_proj"]),
+    ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16}, ["q_proj", "gate_proj", "up_proj", "down_proj"]),
+])
+def test_adapters_of_layers_with_reordered_rows_or_another_gate_equal_peft(
+    family: str, settings: dict[str, Any], modules: list[str], tmp_path: Path,
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is an extra for tests")
+    hf = make_hf(family, **{"hidden_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, **settings})
+    hf.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(hf, peft.LoraConfig(r=4, lora_alpha=4, target_modules=modules, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    check(tmp_path / "base", [tmp_path / "adapter"], [PROMPT, PROMPT[2:]])
 
 
 NAMES = [f"model.layers.{layer}.{module}" for layer in (0, 1, 11) for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
 from minivllm.families import FAMILIES, ModelSpec, kv_groups, num_kv_tensors, parse_config
+from minivllm.families.table import MODEL_TYPES
 from minivllm.quantization.methods import parameters
 
 LLAMA_3_1_8B = {
@@ -123,7 +124,7 @@ def test_the_first_supported_architecture_of_those_named_is_used() -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM"),
+    ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported; supported: LlamaForCausalLM"),
     ({"architectures": None, "model_type": None}, "names no model class"),
     ({"hidden_size": None}, "'hidden_size' must be of type int"),
     ({"num_hidden_layers": "32"}, "'num_hidden_layers' must be of type int, got '32'"),
@@ -137,7 +138,8 @@ def test_the_first_supported_architecture_of_those_named_is_used() -> None:
     ({"hidden_act": "sinus"}, "hidden_act 'sinus' is not supported"),
     ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not supported"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "no 'short_factor'"),
+    ({"rope_scaling": {"rope_type": "sparse", "factor": 2.0}}, "rope type 'sparse' is not supported"),
     ({"rope_scaling": {"rope_type": "linear"}}, "no 'factor'"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be between 1 and 1000000"),
     ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
@@ -289,7 +291,7 @@ def test_without_architectures_the_model_type_decides(named: Any, kind: Any, arc
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"architectures": [], "model_type": "gemma2"}, "the model_type 'gemma2' is not supported; supported: llama, mistral"),
+    ({"architectures": [], "model_type": "mamba"}, "the model_type 'mamba' is not supported; supported: llama, mistral"),
     ({"architectures": [], "model_type": 7}, "'model_type' must be of type str, got 7"),
     ({"architectures": "LlamaForCausalLM"}, "'architectures' must be of type list, got 'LlamaForCausalLM'"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
@@ -311,8 +313,10 @@ def test_the_table_is_read_without_torch() -> None:
 
 
 def test_the_table_has_these_families() -> None:
-    names = ("Llama", "Mistral", "Qwen2", "Qwen3", "OPT", "SmolLM3", "Phi3", "Olmo", "Starcoder2")
-    assert set(FAMILIES) == {f"{name}ForCausalLM" for name in names}
+    names = ("Llama", "Mistral", "Qwen2", "Qwen3", "OPT", "SmolLM3", "Phi3", "Olmo", "Starcoder2", "Gemma", "Gemma2", "Gemma3", "Phi",
+             "Olmo2", "Olmo3", "Granite", "Glm", "Glm4", "Exaone4", "Cohere", "Cohere2", "StableLm", "GPTNeoX", "GPTJ")
+    assert set(FAMILIES) >= {f"{name}ForCausalLM" for name in names}
+    assert set(MODEL_TYPES.values()) == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("architecture", "change", "message"), [
@@ -320,7 +324,14 @@ def test_the_table_has_these_families() -> None:
     ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window True is not supported, only False is"),
     ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "rope has 2 values for 32 layers"),
     ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, got 0"),
-    ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported"),
+    ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0]}}, "short_factor must be a list of 64 positive"),
+    ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [True] * 64}}, "short_factor must be a list of 64 positive"),
+    ("PhiForCausalLM", {"partial_rotary_factor": 0.01}, "partial_rotary_factor 0.01 rotates less than two of 128 dimensions"),
+    ("PhiForCausalLM", {"partial_rotary_factor": 0.37}, "the rotated dimensions must be an even number up to head_dim, got 47"),
+    ("GPTJForCausalLM", {"rotary_dim": 130}, "the rotated dimensions must be an even number up to head_dim, got 130 of 128"),
+    ("GPTJForCausalLM", {"tie_word_embeddings": True}, "an output head with a bias cannot be tied"),
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+    ("Gemma2ForCausalLM", {"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, but num_hidden_layers is 32"),
 ])
 def test_variants_of_these_families_without_kernels_are_refused(architecture: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):

@@ -15,11 +15,13 @@ from minivllm.families import FAMILIES, kv_groups, parse_config
 from minivllm.families.config_json import one_window
 from minivllm.families.llama import MISTRAL
 from minivllm.kernels import REFERENCE, Ops
+from minivllm.quantization.dense import DenseMethod
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits, load, make_hf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LAYER_TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,6 +72,38 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Starcoder2", {"num_key_value_heads": 1, "use_bias": False, "tie_word_embeddings": False, "sliding_window": 7, "bos_token_id": 0,
                        "eos_token_id": 1}),
     "opt, no final norm": ("OPT", {"_remove_final_layer_norm": True}),
+    "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 24}),
+    "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7,
+                          "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {"num_key_value_heads": 1, "head_dim": 24, "num_hidden_layers": 4, "layer_types": LAYER_TYPES, "sliding_window": 7,
+                          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                                              "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
+    "phi": ("Phi", TOKENS),
+    "phi, 2 KV heads, norms of q and k": ("Phi", {"num_key_value_heads": 2, "qk_layernorm": True, **TOKENS}),
+    "phi3, longrope, partial": ("Phi3", {
+        "num_key_value_heads": 2, "original_max_position_embeddings": 16, "rope_parameters": {
+            "rope_type": "longrope", "partial_rotary_factor": 0.75, "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+            "long_factor": [1.5, 2.0, 2.5, 3.0, 3.5, 4.0]}, **TOKENS}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
+    "olmo3, yarn in layers with full attention": ("Olmo3", {
+        "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 7,
+        "rope_parameters": {"full_attention": {**YARN, "rope_theta": 1e4},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "granite": ("Granite", {"num_key_value_heads": 2, "embedding_multiplier": 12.0, "logits_scaling": 3.0, "residual_multiplier": 0.22,
+                            "attention_multiplier": 0.1, "attention_bias": True, "rms_norm_eps": 0.01}),
+    "glm": ("Glm", {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1}),
+    "glm4": ("Glm4", {"num_key_value_heads": 1, "head_dim": 24, "attention_bias": False, "pad_token_id": 0, "eos_token_id": 1}),
+    "exaone4": ("Exaone4", {"num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 7}),
+    "exaone4, no window": ("Exaone4", {"num_key_value_heads": 2, "sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "cohere": ("Cohere", {"num_key_value_heads": 2, "logit_scale": 0.5, **TOKENS}),
+    "cohere, norms of q and k": ("Cohere", {"num_key_value_heads": 2, "use_qk_norm": True, "attention_bias": True, "logit_scale": 0.7,
+                                            **TOKENS}),
+    "cohere2": ("Cohere2", {"num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 7, "logit_scale": 2.0, **TOKENS}),
+    "stablelm": ("StableLm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm, parallel, norms of q and k": ("StableLm", {"num_key_value_heads": 2, "use_parallel_residual": True, "qk_layernorm": True}),
+    "gpt-neox": ("GPTNeoX", {}),
+    "gpt-neox, sequential, no biases": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast"}),
+    "gpt-j": ("GPTJ", {"rotary_dim": 8, **TOKENS}),
 }
 
 
@@ -156,6 +190,29 @@ def test_dynamic_rope_up_to_the_original_length_is_unscaled_as_in_transformers(t
     tokens = list(range(24))
     model = load(tmp_path, dataclasses.replace(spec, max_model_len=24))
     close(Paged(model, 24).run((0, tokens)), hf_logits(hf, tokens))
+
+
+@pytest.mark.parametrize("served", [16, 17])
+def test_longrope_uses_its_long_factors_if_more_than_the_original_length_is_served(served: int, tmp_path: Path) -> None:
+    family, config = MODELS["phi3, longrope, partial"]
+    hf = make_hf(family, **{"hidden_size": 64, **config})
+    hf.save_pretrained(tmp_path)
+    tokens = [(7 * i) % 97 for i in range(served)]  # Transformers chooses the factors by the length of the prompt
+    model = load(tmp_path, dataclasses.replace(load(tmp_path).spec, max_model_len=served))
+    close(Paged(model, served).run((0, tokens)), hf_logits(hf, tokens))
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "glm", "phi"])
+def test_outputs_are_reordered_after_the_product_if_a_weight_cannot_be_reordered(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family, config = MODELS[name]
+    hf = make_hf(family, **{"hidden_size": 64, **config})
+    hf.save_pretrained(tmp_path)
+    monkeypatch.setattr(DenseMethod, "rows_in_any_order", False)
+    model, tokens = load(tmp_path), list(range(40, 60))
+    monkeypatch.undo()
+    close(Paged(model, 20).run((0, tokens)), hf_logits(hf, tokens))
 
 
 @pytest.mark.parametrize("served", [31, 48])

@@ -24,7 +24,8 @@ def make_hf(family: str, **config: Any) -> transformers.PreTrainedModel:
     base = OPT if family == "OPT" else BASE
     cls = getattr(transformers, f"{family}ForCausalLM")
     torch.manual_seed(0)
-    model = cls(getattr(transformers, f"{family}Config")(**{**base, **config})).eval().float()
+    config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))
+    model = cls(config_class(**{**base, **config})).eval().float()
     with torch.no_grad():
         for name, p in model.named_parameters():
             # With norm weights of 1 and biases of 0, a test could not see that a weight is swapped, dropped or added twice.

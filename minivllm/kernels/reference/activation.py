@@ -11,6 +11,12 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """The same with GELU's tanh approximation: x = [gate | up]: [T, 2 * I] -> gelu_tanh(gate) * up: [T, I]."""
+    gate, up = x.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
 def silu(x: Tensor) -> Tensor:
     return F.silu(x)
 

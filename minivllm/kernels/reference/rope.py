@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-def rope_angles(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions: [T], inv_freq: [D / 2] fp32 -> (cos, signed sin), [T, 1, D] each, times `scale`.
+def rope_angles(positions: Tensor, inv_freq: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions: [T], inv_freq: [D / 2] fp32 -> (cos, signed sin), [T, 1, D] each, times `scale`: one number or [D / 2] fp32.
 
     Computed once per step for all layers. So no table is needed, which would limit the positions.
     """

@@ -1,0 +1,69 @@
+"""Gemma 1, 2 and 3 (text): scaled embeddings, norm weights stored as w - 1, a GELU gate; from Gemma 2 on also norms of outputs."""
+from __future__ import annotations
+
+from minivllm.families import config_json
+from minivllm.families.config_json import Config, Key, read
+from minivllm.families.family import PerLayer
+from minivllm.families.llama import LLAMA
+from minivllm.families.spec import RopeSpec
+
+
+def _activation(config: Config) -> str:
+    """Early files name GELU and mean its tanh approximation."""
+    name = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
+    return "gelu_tanh" if name == "gelu" else config_json.activation(Key("hidden_act", str))({"hidden_act": name})
+
+
+_causal = config_json.only(None, Key("use_bidirectional_attention", bool, False))
+
+
+def _multiplier(config: Config) -> float:
+    _causal(config)
+    return float(read(config, Key("query_pre_attn_scalar", float, 256.0)) ** -0.5)
+
+
+def _gemma3_ropes(config: Config) -> list[RopeSpec]:
+    """`max_position_embeddings` is the context length after scaling."""
+    by_type, length, head = {}, read(config, Key("max_position_embeddings", int, 131072)), read(config, Key("head_dim", int, 256))
+    for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4)):
+        params = config_json.rope_by_type({"rope_theta": theta, "rope_local_base_freq": 1e4, **config}, kind)
+        by_type[kind] = config_json.rope(params, length, head=head)[0]
+    return [by_type[kind] for kind in config_json.layer_types(config, 6)]
+
+
+GEMMA = LLAMA.variant(
+    model={
+        "max_model_len": Key("max_position_embeddings", int, 8192),
+        "tied": Key("tie_word_embeddings", bool, True),
+        "norm_offset": 1.0,
+        "embed_scale": lambda config: read(config, Key("hidden_size", int)) ** 0.5,
+    },
+    attention={"head_dim": Key("head_dim", int, 256), "window": _causal},
+    mlp={"activation": _activation, "bias": False},
+)
+GEMMA2 = GEMMA.variant(
+    model={"logit_softcap": config_json.nullable("final_logit_softcapping", float, 30.0)},
+    attention={
+        "multiplier": _multiplier,
+        "softcap": config_json.nullable("attn_logit_softcapping", float, 50.0),
+        "window": PerLayer(config_json.windows_by_type(2)),
+    },
+    block="sandwich",
+    names={
+        "attn_out_norm": ("layers.{i}.post_attention_layernorm",),
+        "mlp_norm": ("layers.{i}.pre_feedforward_layernorm",),
+        "mlp_out_norm": ("layers.{i}.post_feedforward_layernorm",),
+    },
+)
+GEMMA3 = GEMMA2.variant(
+    model={
+        "max_model_len": Key("max_position_embeddings", int, 131072),
+        "logit_softcap": config_json.nullable("final_logit_softcapping", float, None),
+    },
+    attention={
+        "qk_norm": "head",
+        "softcap": config_json.nullable("attn_logit_softcapping", float, None),
+        "window": PerLayer(config_json.windows_by_type(6)),
+        "rope": PerLayer(_gemma3_ropes),
+    },
+)
