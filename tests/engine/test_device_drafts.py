@@ -5,6 +5,7 @@ The proposer of these tests knows which token followed each token in the plain a
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,16 @@ def test_nothing_is_proposed_in_steps_of_many_sequences(folder: Path, plain: Tok
 def test_no_token_changes_on_a_gpu(folder: Path, k: int) -> None:
     """The step and the proposer are captured CUDA graphs, and the host plans ahead. n-gram lookup is a proposer on the device too."""
     on_gpu: dict[str, Any] = {"device": "cuda", "max_num_seqs": 8}  # few graphs
-    expected = answers(folder, **on_gpu)
+    has_grammars = find_spec("llguidance") is not None
+    wanted = {name: some for name, some in WANTED.items() if has_grammars or some[1].structured_outputs is None}
+    expected = answers(folder, wanted, **on_gpu)
     engine = build(folder, Followers(expected, k), **on_gpu)
     for _ in range(2):
-        assert generate(engine, WANTED)[0] == expected
+        assert generate(engine, wanted)[0] == expected
     counts = engine.stats().drafts
     assert counts is not None and 20 < counts.num_accepted < counts.num_drafts - 20
     engine.close()
-    assert answers(folder, speculative_config=ngram(k), **on_gpu) == expected
+    assert answers(folder, wanted, speculative_config=ngram(k), **on_gpu) == expected
 
 
 def test_sampled_drafts_keep_the_distribution(folder: Path, plain: Tokens) -> None:
