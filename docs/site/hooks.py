@@ -78,7 +78,7 @@ def lesson_titles() -> list[dict[str, str]]:
     """Entries of the navigation: one per lesson, with the first line of its README."""
     titles = []
     for page in matching(["lessons/*/README.md"]):
-        title = (ROOT / page).read_text(encoding="utf-8").splitlines()[0].removeprefix("# Lesson ")
+        title = (ROOT / page).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("Lesson ")
         titles.append({title: page})
     return titles
 

@@ -36,9 +36,8 @@ class Ops:
     grouped_linear: Callable[..., Tensor]  # as fused_linear
     grouped_rows: Callable[[Any, Tensor, torch.dtype], Tensor]
     prepare_lora: Callable[[Tensor, Tensor], Any]  # once per step that has LoRA adapters
-    lora_shrink: Callable[..., Tensor]
-    lora_expand: Callable[..., Tensor]
-    lora_linear: Callable[..., Tensor | None]  # fused_linear, lora_shrink and lora_expand in one; None: not for these shapes
+    lora_delta: Callable[..., tuple[Tensor, Tensor]]
+    lora_linear: Callable[..., Tensor | None]  # lora_delta and fused_linear in one; None: not for these shapes
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, float | Tensor, torch.dtype], tuple[Tensor, Tensor]]
@@ -72,8 +71,7 @@ REFERENCE = Ops(
     grouped_linear=grouped.grouped_linear,
     grouped_rows=grouped.grouped_rows,
     prepare_lora=lora.prepare_lora,
-    lora_shrink=lora.lora_shrink,
-    lora_expand=lora.lora_expand,
+    lora_delta=lora.lora_delta,
     lora_linear=lora.lora_linear,
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
@@ -118,8 +116,7 @@ def select(device: torch.device) -> Ops:
         grouped_linear=triton.grouped.grouped_linear,
         grouped_rows=triton.grouped.grouped_rows,
         prepare_lora=triton.lora.prepare_lora,
-        lora_shrink=triton.lora.lora_shrink,
-        lora_expand=triton.lora.lora_expand,
+        lora_delta=triton.lora.lora_delta,
         lora_linear=triton.lora.lora_linear,
         silu_and_mul=triton.activation.silu_and_mul,
         rms_norm=triton.norm.rms_norm,

@@ -193,15 +193,18 @@ def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:
 # --- LoRA adapters on a GPU ----------------------------------------------------------------------------------------
 
 LORA_FEW_ROWS = 256  # rows; more are multiplied in tiles of tokens. Not measured
-LORA_SHRINK_BLOCK = 512  # inputs that a program multiplies with 16 rows of A at a time: 32 registers of a thread. Not measured
-LORA_SHRINK_SPLIT = 1024  # inputs per program where no norm needs all of them. Not measured
-LORA_EXPAND_COLUMNS = 256  # columns per program. Not measured
+LORA_SHRINK_ELEMENTS = 8192  # numbers of A that a program multiplies with at a time; H200, few rows: with 4096 a few percent longer
+LORA_SHRINK_INPUTS = 4096  # of them in one row of A, at most
+LORA_EXPAND_COLUMNS = 256  # columns per program; H200: the same with 512
+LORA_WARPS = 2  # of a program for few rows; H200: with 4 the kernels take 8% longer
+LORA_COPIES = 8  # of what all programs of one row wait for; H200: 1 to 16 differ by 1%
+LORA_CALLS = 128  # kernels whose words are filled at a time: 32 layers
 
 
-def lora_shrink_tile(k: int, norm: bool) -> tuple[int, int]:
-    """(inputs at a time, inputs per program) of a shrink of few rows with k inputs. Not measured."""
-    block = min(next_power_of_2(k), LORA_SHRINK_BLOCK)
-    return block, -(-k // block) * block if norm or k <= LORA_SHRINK_SPLIT else LORA_SHRINK_SPLIT
+def lora_shrink_tile(k: int) -> tuple[int, int]:
+    """(inputs, rows of A) that a program multiplies at a time, for k inputs."""
+    block_k = min(next_power_of_2(k), LORA_SHRINK_INPUTS)
+    return block_k, min(16, LORA_SHRINK_ELEMENTS // block_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,7 @@ class LoRATile:
 
 
 LORA_TILE = LoRATile(64, 128, 128)  # not measured; compiled for sm_89
-assert LORA_SHRINK_SPLIT % LORA_SHRINK_BLOCK == 0
+assert LORA_SHRINK_INPUTS <= LORA_SHRINK_ELEMENTS
 
 # --- packed weights on a GPU ----------------------------------------------------------------------------------------
 

@@ -45,14 +45,14 @@ class ReorderedMatmul(Matmul):
 class Linear:
     """act(norm(x) W^T + bias) + residual. Also for fused layers (qkv, gate_up), whose rows come from several checkpoint tensors."""
 
-    __slots__ = ("_activation", "_epilogue", "_lora_expand", "_lora_shrink", "_matmul", "_norm", "_unfusable_norm", "adapters")
+    __slots__ = ("_activation", "_epilogue", "_lora_delta", "_matmul", "_norm", "_unfusable_norm", "adapters")
 
     def __init__(self, build: BuildContext, matmul: Matmul, *, bias: Tensor | None = None, norm: Norm | None = None,
                  activation: str | None = None, adapters: AdapterWeights | None = None) -> None:
         """bias: [N]. norm: of the input. activation: see `Epilogue`.
         adapters: the slots of LoRA adapters of this layer."""
         self._matmul, self._norm, self.adapters = matmul, norm, adapters
-        self._lora_shrink, self._lora_expand = build.ops.lora_shrink, build.ops.lora_expand
+        self._lora_delta = build.ops.lora_delta
         fusible = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
         self._unfusable_norm = None if fusible is not None else norm
         self._epilogue = Epilogue(fusible, bias, activation)
@@ -118,18 +118,16 @@ class Linear:
         return y if residual is None else residual.add_(y)
 
     def _adapted(self, x: Tensor, residual: Tensor | None, adapters: AdapterWeights, lora: Any) -> Tensor:
-        """With the tokens' LoRA adapters: in one kernel, or shrink, the product with its norm and residual, and expand."""
+        """With the tokens' LoRA adapters: in one kernel, or what they add first, and then the product with that as its residual."""
         whole = self._epilogue
         y = self._matmul.adapted(x, whole, residual, adapters, lora)
         if y is not None:
             return y
-        h = self._lora_shrink(x, adapters, lora, norm=whole.norm)
-        gated, early = whole.activation == "silu_and_mul", residual if whole.activation is None else None
-        y = self._matmul.fused(x, Epilogue(whole.norm, whole.bias), early)
+        late = residual if self._activation is not None else None
+        delta, x = self._lora_delta(x, adapters, lora, norm=whole.norm, residual=residual if late is None else None)
+        y = self._matmul.fused(x, Epilogue(None, whole.bias), delta)
         if y is None:
-            y = self._matmul(x if whole.norm is None or self._norm is None else self._norm(x), whole.bias)
-            y = y if early is None else early.add_(y)
-        y = self._lora_expand(y, h, adapters, lora, gated=gated)
-        if self._activation is not None and not gated:
+            y = delta.add_(self._matmul(x, whole.bias))
+        if self._activation is not None:
             y = self._activation(y)
-        return y if residual is None or early is not None else residual.add_(y)
+        return y if late is None else late.add_(y)

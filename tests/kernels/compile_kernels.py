@@ -157,30 +157,30 @@ def packed_variants() -> Iterator[dict[str, Any]]:
 
 
 def lora_variants() -> Iterator[dict[str, Any]]:
-    """Adapters of a 0.6B model, in slots of rank 16 (which one row needs) and 64."""
-    tensors = ("out", "y", "x", "a", "b", "weight", "norm_weight", "bias", "residual")
-    rows: dict[str, Any] = {**dict.fromkeys(tensors, "*bf16"), **dict.fromkeys(("stride", "rows", "num_tokens"), "i32"), "h": "*fp32",
+    """Adapters of a 0.6B model, in slots of rank 16 and 64."""
+    tensors = ("out", "y", "x", "normed", "a", "b", "weight", "norm_weight", "bias", "residual", "h")
+    rows: dict[str, Any] = {**dict.fromkeys(tensors, "*bf16"), **dict.fromkeys(("stride", "rows", "num_tokens"), "i32"), "words": "*i32",
                             "slots": "*i32", "ranks": "*i32", "eps": "fp32"}
-    layers = (("qkv", 4096, 1024, 3, False, (2048, 3072)), ("gate_up", 3072, 1024, 2, True, (3072, 6144)),
-              ("down", 1024, 3072, 1, False, (1024, 1024)))
+    layers = (("qkv", 4096, 1024, 3, False, (2048, 3072)), ("gate_up", 6144, 1024, 2, True, (3072, 6144)),
+              ("o", 1024, 2048, 1, False, (1024, 1024)), ("down", 1024, 3072, 1, False, (1024, 1024)))
     for layer, n, k, parts, gated, (end0, end1) in layers:
-        tile = tuning.linear_tile(1, n, k, gated, ARCH)
-        flags = dict(N=n, END0=end0, END1=end1, GATED=gated, PDL=PDL)
-        yield measure(f"decode {layer} with an adapter", lora._one_row, rows,
-                      {**flags, "K": k, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "NORM": parts > 1, "ADD": parts == 1,
-                       "BIAS": False, "BLOCK_A": min(tile.block_k, tuning.LORA_SHRINK_BLOCK)}, num_warps=tile.num_warps)
-        width, (block_k, split_k) = 64 * parts, tuning.lora_shrink_tile(k, parts > 1)
-        common = dict(R=64, WIDTH=width)
-        yield measure(f"decode shrink before {layer}", lora._shrink_rows, rows,
-                      dict(K=k, BLOCK_K=block_k, SPLIT_K=split_k, NORM=parts > 1, PDL=PDL, **common), num_warps=4)
-        yield measure(f"decode expand after {layer}", lora._expand_rows, rows,
-                      dict(SPLITS=-(-k // split_k), BLOCK_N=tuning.LORA_EXPAND_COLUMNS, **flags, **common), num_warps=4)
-        if not gated:
-            many, tokens = tuning.LORA_TILE, {**rows, "h": "*bf16"}
-            yield measure(f"prefill shrink before {layer}", lora._shrink_tiles, tokens,
-                          dict(K=k, BLOCK_M=many.block_m, BLOCK_K=many.block_k, **common), num_warps=4, num_stages=2)
-            yield measure(f"prefill expand after {layer}", lora._expand_tiles, tokens,
-                          dict(N=n, END0=end0, END1=end1, BLOCK_M=many.block_m, BLOCK_N=many.block_n, **common), num_warps=4, num_stages=2)
+        one, many = tuning.linear_tile(1, n // (1 + gated), k, gated, ARCH), tuning.LORA_TILE
+        (block_k, block_r), ends = tuning.lora_shrink_tile(k), dict(END0=end0, END1=end1)
+        flags = dict(NORM=parts > 1, ADD=parts == 1, PDL=PDL)
+        for rank in (16, 64):
+            common = dict(K=k, R=rank, WIDTH=rank * parts, BLOCK_R=block_r, **flags, **ends)
+            yield measure(f"decode {layer} with an adapter of rank {rank}", lora._one_row, rows,
+                          dict(N=n // (1 + gated), BLOCK_N=one.block_n, BLOCK_K=one.block_k, BLOCK_A=block_k, COPIES=tuning.LORA_COPIES,
+                               COPY=rank * parts, GATED=gated, BIAS=False, **common), num_warps=one.num_warps)
+            blocks = -(-n // tuning.LORA_EXPAND_COLUMNS)
+            yield measure(f"decode before {layer}, adapters of rank {rank}", lora._few_rows, rows,
+                          dict(N=n, BLOCKS=blocks, BLOCK_N=tuning.LORA_EXPAND_COLUMNS, BLOCK_K=block_k, **common),
+                          num_warps=tuning.LORA_WARPS)
+        tokens = dict(R=64, WIDTH=64 * parts, BLOCK_M=many.block_m)
+        yield measure(f"prefill shrink before {layer}", lora._shrink_tiles, rows, dict(K=k, BLOCK_K=many.block_k, **tokens),
+                      num_warps=4, num_stages=2)
+        yield measure(f"prefill expand before {layer}", lora._expand_tiles, rows,
+                      dict(N=n, BLOCK_N=many.block_n, ADD=parts == 1, **ends, **tokens), num_warps=4, num_stages=2)
 
 
 def small_variants() -> Iterator[dict[str, Any]]:

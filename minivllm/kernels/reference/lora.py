@@ -2,6 +2,8 @@
 
     x [T, K] ── shrink ──▶ h [T, parts * R] ── expand ──▶ y [T, N] += ...       R: the largest rank, far below K and N
 
+In a layer y is the residual (or zeros), and the sum is the residual of the layer's own product: see `lora_delta`.
+
 The tokens of one adapter are multiplied together. Tokens of the base model (slot -1) are left alone.
 """
 from __future__ import annotations
@@ -13,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivllm.kernels.layout import AdapterWeights
-from minivllm.kernels.reference.activation import silu_and_mul
 from minivllm.kernels.reference.norm import rms_norm
 
 Tokens: TypeAlias = slice | Tensor  # indices of the T tokens
@@ -31,18 +32,16 @@ def prepare_lora(slots: Tensor, ranks: Tensor) -> AdapterGroups:
     return tuple(groups)
 
 
-def lora_shrink(x: Tensor, weights: AdapterWeights, groups: AdapterGroups, norm: tuple[Tensor, float] | None = None) -> Tensor:
-    """x: [T, K] -> x A^T of each token's adapter: [T, parts * R]. norm: weight and epsilon of an RMSNorm of x before."""
-    if norm is not None:
-        x = rms_norm(x, *norm)
+def lora_shrink(x: Tensor, weights: AdapterWeights, groups: AdapterGroups) -> Tensor:
+    """x: [T, K] -> x A^T of each token's adapter: [T, parts * R]."""
     h = x.new_zeros(len(x), weights.a.shape[1])
     for slot, tokens in groups:
         h[tokens] = F.linear(x[tokens], weights.a[slot])
     return h
 
 
-def lora_expand(y: Tensor, h: Tensor, weights: AdapterWeights, groups: AdapterGroups, gated: bool = False) -> Tensor:
-    """y [T, N] += h B^T of each token's adapter, in place; h: of `lora_shrink`. gated: y is [gate | up], the result silu(gate) * up."""
+def lora_expand(y: Tensor, h: Tensor, weights: AdapterWeights, groups: AdapterGroups) -> Tensor:
+    """y [T, N] += h B^T of each token's adapter, in place; h: of `lora_shrink`."""
     rank = weights.rank
     for slot, tokens in groups:
         start = 0
@@ -50,7 +49,19 @@ def lora_expand(y: Tensor, h: Tensor, weights: AdapterWeights, groups: AdapterGr
             columns = slice(start, start + rows)
             y[tokens, columns] += F.linear(h[tokens, part * rank : (part + 1) * rank], weights.b[slot, columns])
             start += rows
-    return silu_and_mul(y) if gated else y
+    return y
+
+
+def lora_delta(
+    x: Tensor, weights: AdapterWeights, groups: AdapterGroups, *, norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x: [T, K] -> (what the adapters add to the product [T, N], plus `residual`; norm(x) [T, K]). May overwrite `residual`.
+
+    norm: weight and epsilon of an RMSNorm; without it the second result is x.
+    """
+    x = x if norm is None else rms_norm(x, *norm)
+    y = x.new_zeros(len(x), sum(weights.rows)) if residual is None else residual
+    return lora_expand(y, lora_shrink(x, weights, groups), weights, groups), x
 
 
 def lora_linear(
