@@ -404,7 +404,7 @@ def _properties(family: Family) -> tuple[str, ...]:
     positions = "learned" if attention.get("rope", 0) is None else "rotary, by layer" if "rope" in attention else "rotary"
     positions += ", of a part of each head" if {"partial", "dim"} & family.rope.keys() else ""
     block = family.block.partition("_")[0] if isinstance(family.block, str) else "config"
-    gated = "gated" if mlp["gated"] else "plain"
+    gated = ("gated" if mlp["gated"] else "plain") + (", experts" if family.sparse is not False else "")
     biases = {part: said(source, {True: "yes", False: "no"}) for part, source in (
         ("qkv", attention["qkv_bias"]), ("output", attention["out_bias"]), ("MLP", mlp["bias"]))}
     same = set(biases.values())

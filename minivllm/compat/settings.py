@@ -67,7 +67,7 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("pipeline parallelism", pipeline_parallel_size=1),
     *_refused("data parallelism", data_parallel_size=1, data_parallel_size_local=(None, 1), data_parallel_rank=(None, 0),
               data_parallel_start_rank=(None, 0), data_parallel_hybrid_lb=False, data_parallel_external_lb=False),
-    *_refused("mixture of experts", enable_expert_parallel=False, enable_eplb=False, eplb_config=None, num_redundant_experts=0,
+    *_refused("expert parallelism", enable_expert_parallel=False, enable_eplb=False, eplb_config=None, num_redundant_experts=0,
               all2all_backend=None, enable_dbo=False),
     *_refused("LoRA adapters that depend on images or audio, or on the context length", default_mm_loras=None,
               long_lora_scaling_factors=None),

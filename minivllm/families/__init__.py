@@ -8,13 +8,25 @@ layers and the memory planner read this package. The planner must run without to
 """
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family, PerLayer
-from minivllm.families.modules import LinearSpec, TensorSpec, embedding_spec, head_order, linear_specs, row_order, tensor_specs
+from minivllm.families.modules import (
+    ExpertsSpec,
+    LinearSpec,
+    TensorSpec,
+    active_weights,
+    embedding_spec,
+    expert_specs,
+    head_order,
+    linear_specs,
+    row_order,
+    tensor_specs,
+)
 from minivllm.families.spec import (
     AttentionSpec,
     KVGroup,
     LayerSpec,
     MLPSpec,
     ModelSpec,
+    MoESpec,
     RopeSpec,
     kv_groups,
     num_kv_tensors,
@@ -22,7 +34,7 @@ from minivllm.families.spec import (
 from minivllm.families.table import FAMILIES, parse_config
 
 __all__ = [
-    "FAMILIES", "AttentionSpec", "Config", "Family", "KVGroup", "Key", "LayerSpec", "LinearSpec", "MLPSpec", "ModelSpec", "PerLayer",
-    "RopeSpec", "TensorSpec", "embedding_spec", "head_order", "kv_groups", "linear_specs", "num_kv_tensors", "parse_config", "read",
-    "row_order", "tensor_specs",
+    "FAMILIES", "AttentionSpec", "Config", "ExpertsSpec", "Family", "KVGroup", "Key", "LayerSpec", "LinearSpec", "MLPSpec", "MoESpec",
+    "ModelSpec", "PerLayer", "RopeSpec", "TensorSpec", "active_weights", "embedding_spec", "expert_specs", "head_order", "kv_groups",
+    "linear_specs", "num_kv_tensors", "parse_config", "read", "row_order", "tensor_specs",
 ]

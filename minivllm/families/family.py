@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.families import config_json
 from minivllm.families.config_json import Config, Key, read
-from minivllm.families.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, model_error
+from minivllm.families.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, model_error
 
 
 class PerLayer(NamedTuple):
@@ -30,7 +30,7 @@ Names: TypeAlias = Mapping[str, Source]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One architecture. `model`, `attention`, `mlp`: fields of ModelSpec, AttentionSpec and MLPSpec -> their sources."""
+    """One architecture. `model`, `attention`, `mlp`, `moe`: fields of ModelSpec, AttentionSpec, MLPSpec and MoESpec -> their sources."""
 
     model: Fields
     attention: Fields
@@ -39,15 +39,18 @@ class Family:
     block: Source = "pre"
     rope: Fields = field(default_factory=dict)  # options of `config_json.rope`, if `attention` has no rope
     aliases: Mapping[str, str] = field(default_factory=dict)  # a key of config.json -> this family's name for it
+    moe: Fields = field(default_factory=dict)
+    sparse: Source = False  # whether a layer has experts, `moe`, instead of `mlp`
 
     def variant(
         self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}, block: Source = None,  # noqa: B006
-        rope: Fields = {}, aliases: Mapping[str, str] = {},  # noqa: B006
+        rope: Fields = {}, aliases: Mapping[str, str] = {}, moe: Fields = {}, sparse: Source = None,  # noqa: B006
     ) -> Family:
         """The same family with some fields and names replaced. The defaults are only read."""
         return Family(model={**self.model, **model}, attention={**self.attention, **attention}, mlp={**self.mlp, **mlp},
                       names={**self.names, **names}, block=self.block if block is None else block,
-                      rope={**self.rope, **rope}, aliases={**self.aliases, **aliases})
+                      rope={**self.rope, **rope}, aliases={**self.aliases, **aliases}, moe={**self.moe, **moe},
+                      sparse=self.sparse if sparse is None else sparse)
 
     def parse(self, architecture: str, config: Config) -> ModelSpec:
         """The specification that a parsed config.json describes. Raises `ModelError` naming the key."""
@@ -59,9 +62,12 @@ class Family:
         if "rope" not in attention:
             options = {name: _value(source, config) for name, source in {"head": attention["head_dim"], **self.rope}.items()}
             attention["rope"], model["max_model_len"] = config_json.rope(config, model["max_model_len"], **options)
-        columns = (_by_layer(fields, config, layers) for fields in (attention, self.mlp, {"block": self.block}))
+        columns = [_by_layer(fields, config, layers) for fields in (attention, self.mlp, {"block": self.block})]
+        sparse = [layer["sparse"] for layer in _by_layer({"sparse": self.sparse}, config, layers)]
+        moe = _by_layer(self.moe if any(sparse) else {}, config, layers)
         return ModelSpec(architecture=architecture, dtype=config_json.dtype(config), names=names, layers=tuple(
-            LayerSpec(attention=AttentionSpec(**a), mlp=MLPSpec(**m), **b) for a, m, b in zip(*columns, strict=True)), **model)
+            LayerSpec(attention=AttentionSpec(**a), mlp=MoESpec(**e) if has_experts else MLPSpec(**m), **b)
+            for a, m, b, e, has_experts in zip(*columns, moe, sparse, strict=True)), **model)
 
 
 def _value(source: Source, config: Config) -> Any:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from minivllm.families.spec import AttentionSpec, ModelSpec
+from minivllm.families.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec
 
 # The norms of a layer, by its block.
 NORMS: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ class LinearSpec:
     parallel: Literal["column", "row"] | None
     heads: AttentionSpec | None = None  # of a qkv layer whose rows differ in order from those of checkpoints: see `row_order`
     transposed: bool = False  # checkpoints store a plain matrix as [cols, rows]
+    expert: bool = False  # one of the experts of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,36 @@ class TensorSpec:
     name: str  # ours: layers.3.attn_norm.weight
     shape: tuple[int, ...]
     checkpoint_names: tuple[str, ...]  # equal parts, joined along the first dimension
-    kind: Literal["table", "scale", "bias"]
+    kind: Literal["table", "scale", "bias", "weight"]
+    dtype: str | None = None  # None: the model's
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """One product of all experts of a layer, stacked: a weight [num_experts, sum of rows, cols], with one part more than `LinearSpec`.
+
+    Checkpoints store each expert's matrices, or one tensor of three dimensions for all of them.
+    """
+
+    name: str  # ours: layers.3.experts_gate_up
+    num_experts: int
+    rows: tuple[int, ...]  # outputs of each part, of one expert
+    cols: int
+    checkpoint_names: tuple[str, ...]  # one per part; {e}: number of the expert
+    fused_name: str  # of the tensor of three dimensions
+    bias: bool
+    parallel: Literal["column", "row"]
+
+    @cached_property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """The part p of expert e, at index e * parts + p: layers.3.experts_gate_up.e.p."""
+        return tuple(LinearSpec(f"{self.name}.{e}.{p}", (rows,), self.cols, (name.format(e=e),), self.bias, self.parallel, expert=True)
+                     for e in range(self.num_experts) for p, (rows, name) in enumerate(zip(self.rows, self.checkpoint_names, strict=True)))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.num_experts * sum(self.rows) * (self.cols + self.bias)
 
 
 def embedding_spec(spec: ModelSpec) -> LinearSpec:
@@ -56,6 +87,27 @@ def embedding_spec(spec: ModelSpec) -> LinearSpec:
 def linear_specs(spec: ModelSpec) -> dict[str, LinearSpec]:
     """Every linear layer, by our name. A tied output head is not among them: its weight is the embedding table."""
     return {linear.name: linear for linear in _linears(spec)}
+
+
+def expert_specs(spec: ModelSpec) -> dict[str, ExpertsSpec]:
+    """The products of the experts of every layer, by our name. They are not among `linear_specs`."""
+    found = {}
+    for i, layer in enumerate(spec.layers):
+        if isinstance(m := layer.mlp, MoESpec):
+            for module, rows, cols, parallel in (("experts_gate_up", (m.intermediate_size,) * 2, spec.hidden_size, "column"),
+                                                 ("experts_down", (spec.hidden_size,), m.intermediate_size, "row")):
+                names = tuple(name.format(i=i, e="{e}") for name in spec.names[module])
+                fused = spec.names[f"{module}_fused"][0].format(i=i)
+                found[f"layers.{i}.{module}"] = ExpertsSpec(
+                    f"layers.{i}.{module}", m.num_experts, rows, cols, names, fused, m.bias, parallel)  # type: ignore[arg-type]
+    return found
+
+
+def active_weights(spec: ModelSpec, prefix: str = "") -> int:
+    """Numbers of the linear layers whose names begin with `prefix` that one token is multiplied with: of its top_k experts only."""
+    linears = sum(sum(linear.rows) * linear.cols for name, linear in linear_specs(spec).items() if name.startswith(prefix))
+    return linears + sum(3 * m.top_k * m.intermediate_size * spec.hidden_size for m in (layer.mlp for layer in spec.layers)
+                         if isinstance(m, MoESpec))
 
 
 def tensor_specs(spec: ModelSpec) -> dict[str, TensorSpec]:
@@ -103,15 +155,15 @@ def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
         yield linear("project_in", (hidden,), spec.embed_size)
         yield linear("project_out", (spec.embed_size,), hidden)
     for i, layer in enumerate(spec.layers):
-        a, m = layer.attention, layer.mlp
+        a = layer.attention
         reordered = a if a.grouped_qkv or head_order(a) is not None else None
         yield linear("qkv", (a.q_size, a.kv_size, a.kv_size), hidden, a.qkv_bias, "column", i, reordered)
         yield linear("o", (hidden,), a.q_size, a.out_bias, "row", i)
-        if m.gated:
-            yield linear("gate_up", (m.intermediate_size, m.intermediate_size), hidden, m.bias, "column", i)
-        else:
-            yield linear("up", (m.intermediate_size,), hidden, m.bias, "column", i)
-        yield linear("down", (hidden,), m.intermediate_size, m.bias, "row", i)
+        m, prefix = (layer.mlp, "") if isinstance(layer.mlp, MLPSpec) else (layer.mlp.shared, "shared_")
+        if m is not None:
+            up = ("gate_up", (m.intermediate_size, m.intermediate_size)) if m.gated else ("up", (m.intermediate_size,))
+            yield linear(f"{prefix}{up[0]}", up[1], hidden, m.bias, "column", i)
+            yield linear(f"{prefix}down", (hidden,), m.intermediate_size, m.bias, "row", i)
     if not spec.tied:
         yield linear("head", (spec.vocab_size,), spec.embed_size, spec.head_bias, "column")
 
@@ -141,5 +193,16 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
         for module, heads in (("q_norm", a.num_heads), ("k_norm", a.num_kv_heads)) if a.qk_norm else ():
             shapes = {"width": (heads * a.head_dim,), "layer_by_head": (heads, a.head_dim)}
             yield from norm(module, i, shapes.get(a.qk_norm or "", (a.head_dim,)), bias=a.qk_norm == "layer")
+        if isinstance(m := layer.mlp, MoESpec):
+            theirs = spec.names["router"][0].format(i=i)
+            yield TensorSpec(f"layers.{i}.router.weight", (m.num_experts, spec.hidden_size), (f"{theirs}.weight",), "weight", "float32")
+            if m.router_bias:
+                yield TensorSpec(f"layers.{i}.router.bias", (m.num_experts,), (f"{theirs}.bias",), "bias", "float32")
+            if m.correction:
+                yield TensorSpec(f"layers.{i}.router.correction", (m.num_experts,), (f"{theirs}.e_score_correction_bias",), "bias",
+                                 "float32")
+            if m.shared_gate:
+                yield TensorSpec(f"layers.{i}.shared_gate.weight", (1, spec.hidden_size),
+                                 (f"{spec.names['shared_gate'][0].format(i=i)}.weight",), "weight")
     if spec.final_norm and spec.norm_affine:
         yield from norm("norm")

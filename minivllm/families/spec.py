@@ -2,7 +2,7 @@
 
     ModelSpec
       layers[i]: LayerSpec ── attention: AttentionSpec   heads, window, rotary embedding, norms of q and k, biases
-                           ├─ mlp: MLPSpec               width, activation, gated or plain, biases
+                           ├─ mlp: MLPSpec | MoESpec     width, activation, gated or plain, biases | experts, router, shared expert
                            └─ block: one of BLOCKS       where the norms are, and whether attention and MLP are parallel
 
 Layers may differ in every field of a `LayerSpec`. Code that needs a property of a layer reads it from that layer.
@@ -118,15 +118,53 @@ class MLPSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoESpec:
+    """Mixture of experts (Shazeer et al. 2017): each token is computed by its `top_k` best experts, each of them a gated MLP.
+
+        scores of all experts ── scoring, groups ──▶ the top_k best ── renormalize, scale ──▶ sum of weight * expert(x), + shared(x)
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int  # of one expert
+    # softmax: over all experts, then the best. top_softmax: the best, then softmax over these. sigmoid: each expert for itself
+    scoring: Literal["softmax", "top_softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False  # the weights of a token's experts are divided by their sum
+    scale: float = 1.0  # factor on the weights
+    groups: int = 1  # the experts are divided into this many groups, and only those in the best `top_groups` can be chosen
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"  # a group is as good as its best expert, or as the sum of its two best
+    correction: bool = False  # a bias per expert takes part in the choice, and not in the weights (DeepSeek-V3)
+    router_bias: bool = False
+    bias: bool = False  # of the experts' products
+    clamp: tuple[float, float] | None = None  # (alpha, limit) of gpt-oss: clamped silu(alpha * gate) / alpha * (up + 1)
+    shared: MLPSpec | None = None  # computes every token
+    shared_gate: bool = False  # its output is multiplied by sigmoid(x w)
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "intermediate_size", "groups", "top_groups"):
+            _require(getattr(self, name) >= 1, f"{name} of the experts must be at least 1, got {getattr(self, name)}")
+        _require(self.num_experts % self.groups == 0, f"{self.num_experts} experts cannot be divided into {self.groups} groups (n_group)")
+        _require(self.top_groups <= self.groups, f"topk_group {self.top_groups} exceeds n_group {self.groups}")
+        _require(self.top_k <= self.num_experts // self.groups * self.top_groups,
+                 f"num_experts_per_tok {self.top_k} exceeds the {self.num_experts // self.groups * self.top_groups} experts to choose from")
+        _require(self.group_score == "max" or self.groups == 1 or self.num_experts >= 2 * self.groups,
+                 f"{self.num_experts} experts in {self.groups} groups (n_group): a group needs at least 2")
+        _require(self.shared is None or self.shared.gated, "a shared expert must be gated")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """One decoder layer."""
 
     attention: AttentionSpec
-    mlp: MLPSpec
+    mlp: MLPSpec | MoESpec
     block: str  # one of BLOCKS
 
     def __post_init__(self) -> None:
         _require(self.block in BLOCKS, f"block {self.block!r} is not supported; {', '.join(BLOCKS)} are")
+        _require(isinstance(self.mlp, MLPSpec) or not self.block.startswith("parallel"),
+                 f"experts in a {self.block} block are not supported")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

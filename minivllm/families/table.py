@@ -8,6 +8,7 @@ from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family
 from minivllm.families.gemma import GEMMA, GEMMA2, GEMMA3
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from minivllm.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from minivllm.families.opt import OPT
 from minivllm.families.others import EXAONE4, GLM, GLM4, GRANITE, OLMO, OLMO2, OLMO3, PHI3, SMOLLM3, STARCODER2
 from minivllm.families.parallel import COHERE, COHERE2, GPT_J, GPT_NEOX, PHI, STABLELM
@@ -38,6 +39,10 @@ FAMILIES: Mapping[str, Family] = {
     "StableLmForCausalLM": STABLELM,
     "GPTNeoXForCausalLM": GPT_NEOX,
     "GPTJForCausalLM": GPT_J,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "OlmoeForCausalLM": OLMOE,
 }
 # The class of a config.json that names only its model_type, as older exporters and many hand-written files do.
 MODEL_TYPES: Mapping[str, str] = {
@@ -47,6 +52,8 @@ MODEL_TYPES: Mapping[str, str] = {
     "phi": "PhiForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "granite": "GraniteForCausalLM",
     "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM", "exaone4": "Exaone4ForCausalLM", "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM",
+    "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
 }
 
 

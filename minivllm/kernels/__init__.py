@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels.grouped import GroupedWeight
-from minivllm.kernels.reference import activation, drafts, grouped, kv_cache, linear, lora, norm, rope, sampling
+from minivllm.kernels.reference import activation, drafts, grouped, kv_cache, linear, lora, moe, norm, rope, sampling
 from minivllm.kernels.reference import attention as attn
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ class Ops:
     prepare_lora: Callable[[Tensor, Tensor], Any]  # once per step that has LoRA adapters
     lora_delta: Callable[..., tuple[Tensor, Tensor]]
     lora_linear: Callable[..., Tensor | None]  # lora_delta and fused_linear in one; None: not for these shapes
+    route: Callable[..., tuple[Tensor, Tensor]]
+    fused_experts: Callable[..., Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, float | Tensor, torch.dtype], tuple[Tensor, Tensor]]
@@ -73,6 +75,8 @@ REFERENCE = Ops(
     prepare_lora=lora.prepare_lora,
     lora_delta=lora.lora_delta,
     lora_linear=lora.lora_linear,
+    route=moe.route,
+    fused_experts=moe.fused_experts,
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
     rope_angles=rope.rope_angles,

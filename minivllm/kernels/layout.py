@@ -55,6 +55,17 @@ class AdapterWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The experts of one layer: E gated MLPs with I inner numbers."""
+
+    gate_up: Tensor  # [E, 2 I, H]: rows | gate | up |
+    down: Tensor  # [E, H, I]
+    gate_up_bias: Tensor | None = None  # [E, 2 I]
+    down_bias: Tensor | None = None  # [E, H]
+    clamp: tuple[float, float] | None = None  # see `MoESpec`
+
+
+@dataclass(frozen=True, slots=True)
 class InputBatch:
     """Device tensors of one forward pass, and the host integers that choose kernels without waiting for the device."""
 

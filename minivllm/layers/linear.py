@@ -24,8 +24,6 @@ from minivllm.layers.norm import Norm, RMSNorm
 from minivllm.quantization.base import Epilogue, Matmul
 from minivllm.quantization.dense import DENSE
 
-_ROWS_AT_ONCE = 64  # of the identity matrix
-
 
 class ReorderedMatmul(Matmul):
     """A product whose outputs are put into another order, for methods whose weights cannot be reordered."""
@@ -94,9 +92,8 @@ class Linear:
         return self._norm
 
     def dense_weight(self, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The weight as one matrix [N, K = cols], whatever its method stores: the products with the rows of the identity matrix."""
-        identity = torch.eye(cols, dtype=dtype, device=device)
-        return torch.cat([self._matmul(rows, None).T for rows in identity.split(_ROWS_AT_ONCE)], dim=1)
+        """The weight as one matrix [N, K = cols], whatever its method stores."""
+        return Matmul.dense(self._matmul, 0, cols, device, dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, lora: Any = None) -> Tensor:
         """x: [T, K] -> [T, N], or [T, N / 2] after a gated activation. residual: of the result's shape; it may be overwritten.

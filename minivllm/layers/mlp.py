@@ -18,15 +18,17 @@ class MLP:
     __slots__ = ("down", "out_norm", "up")
 
     def __init__(self, spec: MLPSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec], layer: int,
-                 norm: Norm | None, out_norm: Norm | None = None) -> None:
-        """linears: see `linear_specs`. norm: of the input. out_norm: of the output, before the residual is added."""
+                 norm: Norm | None, out_norm: Norm | None = None, prefix: str = "") -> None:
+        """linears: see `linear_specs`. norm: of the input. out_norm: of the output, before the residual is added.
+
+        prefix: shared_ of a shared expert."""
         self.out_norm = out_norm
-        name = f"layers.{layer}"
+        name = f"layers.{layer}.{prefix}"
         if spec.gated:
-            self.up = Linear.load(build, take, linears[f"{name}.gate_up"], norm=norm, activation=f"{spec.activation}_and_mul")
+            self.up = Linear.load(build, take, linears[f"{name}gate_up"], norm=norm, activation=f"{spec.activation}_and_mul")
         else:
-            self.up = Linear.load(build, take, linears[f"{name}.up"], norm=norm, activation=spec.activation)
-        self.down = Linear.load(build, take, linears[f"{name}.down"])
+            self.up = Linear.load(build, take, linears[f"{name}up"], norm=norm, activation=spec.activation)
+        self.down = Linear.load(build, take, linears[f"{name}down"])
 
     def __call__(self, x: Tensor, lora: Any = None) -> Tensor:
         """x: [T, hidden] -> x + out_norm(mlp(norm(x))); x may be overwritten. lora: see `Linear`."""

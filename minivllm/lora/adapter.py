@@ -27,6 +27,7 @@ _WRAPPERS = frozenset({"base_model", "model", "decoder", "language_model", "tran
 _OTHERS = {  # parts of names of tensors that this engine does not apply -> what they are
     "lora_embedding_": "an adapter of the embeddings", "lora_magnitude_vector": "DoRA", "modules_to_save": "modules_to_save",
     "token_adapter": "trained tokens", ".lora_B.bias": "lora_bias", "embed_tokens": "the embeddings", "lm_head": "the output head",
+    ".experts.": "an expert of a mixture of experts",
 }
 
 
@@ -103,7 +104,7 @@ def _foreign(name: str, folder: Path) -> InvalidInput:
     what = next((what for part, what in _OTHERS.items() if part in name), None)
     if what is not None:
         return NotSupportedYet(f"the adapter in {folder} has the tensor {name} ({what}), which is not supported: train the adapter on "
-                               "linear layers of the decoder only", PARAM)
+                               "other linear layers of the decoder only", PARAM)
     return ModelError(f"the adapter in {folder} has the tensor {name}, and the base model has no such linear layer: use the adapter with "
                       "the model that it was trained for", PARAM)
 

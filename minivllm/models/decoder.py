@@ -14,7 +14,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from minivllm.families import ModelSpec, RopeSpec, kv_groups, linear_specs
+from minivllm.families import ModelSpec, MoESpec, RopeSpec, expert_specs, kv_groups, linear_specs
 from minivllm.families.modules import NORMS
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
@@ -22,6 +22,7 @@ from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.embedding import Embedding
 from minivllm.layers.linear import Linear
 from minivllm.layers.mlp import MLP
+from minivllm.layers.moe import MoE
 from minivllm.layers.norm import Norm, load_norm
 from minivllm.layers.rope import RotaryEmbedding
 from minivllm.models.streaming import DecoderLayer, StreamedLayer, WeightStream
@@ -32,7 +33,7 @@ class PreNormLayer:
 
     __slots__ = ("attention", "index", "mlp")
 
-    def __init__(self, index: int, attention: Attention, mlp: MLP) -> None:
+    def __init__(self, index: int, attention: Attention, mlp: MLP | MoE) -> None:
         self.index, self.attention, self.mlp = index, attention, mlp
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
@@ -45,7 +46,7 @@ class PostNormLayer:
 
     __slots__ = ("attention", "attn_norm", "index", "mlp", "mlp_norm")
 
-    def __init__(self, index: int, attention: Attention, mlp: MLP, attn_norm: Norm, mlp_norm: Norm) -> None:
+    def __init__(self, index: int, attention: Attention, mlp: MLP | MoE, attn_norm: Norm, mlp_norm: Norm) -> None:
         self.index, self.attention, self.mlp, self.attn_norm, self.mlp_norm = index, attention, mlp, attn_norm, mlp_norm
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
@@ -79,7 +80,7 @@ class Decoder:
         self.spec, self.build, self._stream = spec, build, stream
         self.groups = kv_groups(spec)
         group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
-        linears = linear_specs(spec)
+        linears, experts = linear_specs(spec), expert_specs(spec)
         ropes: dict[tuple[RopeSpec | None, int], int] = {}  # each different rotary embedding -> its index
         self.embedding = Embedding(spec, build, take, linears)
         self.layers: list[DecoderLayer] = []
@@ -88,11 +89,13 @@ class Decoder:
             norms = {name: load_norm(build, take, spec, f"layers.{i}.{name}") for name in NORMS[layer.block]}
             before = {} if layer.block in ("post", "parallel", "parallel_one_norm") else norms
             attention = Attention(spec, build, take, linears, i, group_of[i], rope, before.get("attn_norm"), before.get("attn_out_norm"))
-            mlp = MLP(layer.mlp, build, take, linears, i, before.get("mlp_norm"), before.get("mlp_out_norm"))
+            half = (build, take, linears, i, before.get("mlp_norm"), before.get("mlp_out_norm"))
+            mlp = MoE(layer.mlp, *half, experts) if isinstance(layer.mlp, MoESpec) else MLP(layer.mlp, *half)
             built: DecoderLayer = PreNormLayer(i, attention, mlp)
             if layer.block == "post":
                 built = PostNormLayer(i, attention, mlp, norms["attn_norm"], norms["mlp_norm"])
             elif not before:
+                assert isinstance(mlp, MLP)
                 built = ParallelLayer(i, attention, mlp, norms["attn_norm"], norms.get("mlp_norm"))
             self.layers.append(built if stream is None else stream.add(built))
         self.ropes = [None if rope is None else RotaryEmbedding(build, rope, head_dim, spec.max_model_len) for rope, head_dim in ropes]

@@ -27,11 +27,21 @@ from minivllm.errors import ModelError
 from minivllm.families import ModelSpec, parse_config
 from minivllm.layers.build import BuildContext, Take
 from minivllm.models.decoder import Decoder
+from minivllm.models.experts import split_experts
 from minivllm.models.gguf_weights import open_index
 from minivllm.models.streaming import WeightStream
 from minivllm.models.weight_files import GGUF_INDEX, find_weight_files
 from minivllm.quantization.base import LinearMethod, StoredTensor
-from minivllm.quantization.methods import METHODS, Parameter, Source, method_of, parameters, resident_bytes, stored_modules
+from minivllm.quantization.methods import (
+    METHODS,
+    Parameter,
+    Source,
+    experts_notice,
+    method_of,
+    parameters,
+    resident_bytes,
+    stored_modules,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +94,13 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         return _build_decoder(spec, build, DummyWeights(parameters(spec, build.method), build, seed), stream)
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
         spec, checkpoint = resolve_tied(spec, found)
-        checkpoint = adapted(checkpoint, stored_modules(spec, build.method))
+        checkpoint = adapted(split_experts(spec, checkpoint), stored_modules(spec, build.method))
         needed = parameters(spec, build.method)
         check(spec, needed, checkpoint, folder)
         lines = list(dict.fromkeys(method.notice for method in stored_modules(spec, build.method).values()))
         if unused := sum(is_buffer(name, stored.shape, (KV_SCALES,)) for name, stored in checkpoint.items()):
             lines.append(f"{unused} scales for a quantized KV cache in the checkpoint are not used")
+        lines.append(experts_notice(spec, build.method, str(build.dtype).removeprefix("torch.")))
         for line in filter(None, lines):
             print(f"minivllm: {line}", file=sys.stderr, flush=True)
         num_bytes = parameter_bytes(needed, build.dtype)
@@ -221,7 +232,7 @@ def check_header(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
         _without_prefix(name): StoredTensor("a safetensors file", name, shape, DTYPES.get(dtype, dtype), partial(torch.zeros, ()))
         for name, (dtype, shape, _) in tensors.items() if not name.endswith(".weight_shape")}  # compressed-tensors: numbers, not a weight
     spec, checkpoint = resolve_tied(spec, checkpoint)  # two stored copies of a tied matrix count as equal
-    check(spec, parameters(spec, method), adapted(checkpoint, stored_modules(spec, method)), Path(where))
+    check(spec, parameters(spec, method), adapted(split_experts(spec, checkpoint), stored_modules(spec, method)), Path(where))
 
 
 def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Iterator[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minivllm.core.block_math import longest_sequence, max_blocks_held
-from minivllm.families import ModelSpec
+from minivllm.families import ModelSpec, MoESpec
 from minivllm.quantization.methods import ResidentWeight
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -23,6 +23,8 @@ UNLIMITED = 1 << 31  # tokens
 KINDS: Mapping[str, str] = {  # of our modules, by the last part of their names; others are norms
     "embed": "embedding", "positions": "embedding", "qkv": "attention", "o": "attention", "gate_up": "MLP", "up": "MLP", "down": "MLP",
     "head": "output head", "project_in": "projections", "project_out": "projections",
+    "experts_gate_up": "experts", "experts_down": "experts", "router": "experts", "shared_gate_up": "experts", "shared_down": "experts",
+    "shared_gate": "experts",
 }
 
 
@@ -143,6 +145,8 @@ def _attention_numbers(spec: ModelSpec, layer: int) -> int:
 
 
 def _mlp_numbers(spec: ModelSpec, layer: int, activated: bool) -> int:
-    """x, its norm, the first product, and its activation if that is computed already."""
+    """x, its norm, the first product, and its activation if that is computed already. Of experts: all that a token's experts compute."""
     mlp = spec.layers[layer].mlp
+    if isinstance(mlp, MoESpec):
+        return 2 * spec.hidden_size + mlp.top_k * (mlp.intermediate_size + spec.hidden_size)
     return 2 * spec.hidden_size + (1 + mlp.gated + activated) * mlp.intermediate_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minivllm.families import ModelSpec, linear_specs
+from minivllm.families import ModelSpec, active_weights
 from minivllm.planning.gpus import GPU
 from minivllm.quantization.methods import ResidentWeight
 
@@ -91,5 +91,4 @@ def bytes_per_step(spec: ModelSpec, weights: Iterable[ResidentWeight]) -> int:
 
 def _weights(spec: ModelSpec) -> int:
     """Numbers that each token is multiplied with."""
-    linears = {name: sum(linear.rows) * linear.cols for name, linear in linear_specs(spec).items()}
-    return sum(linears.values()) + (spec.vocab_size * spec.embed_size if spec.tied else 0)
+    return active_weights(spec) + (spec.vocab_size * spec.embed_size if spec.tied else 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from minivllm.families import ModelSpec, embedding_spec, linear_specs, parse_config, tensor_specs
+from minivllm.families import ModelSpec, embedding_spec, expert_specs, linear_specs, parse_config, tensor_specs
 
 GIB = 1 << 30
 RESERVE = 2 * GIB  # bytes for the peak of a step, CUDA graphs and the driver; about what a start prints for these models
@@ -67,6 +67,7 @@ def model_named(repository: str) -> SuggestedModel:
 def num_parameters(spec: ModelSpec) -> int:
     """Elements of all weights."""
     linears = sum(sum(linear.rows) * (linear.cols + linear.bias) for linear in (embedding_spec(spec), *linear_specs(spec).values()))
+    linears += sum(experts.size for experts in expert_specs(spec).values())
     return linears + sum(tensor.shape[0] * (tensor.shape[1] if len(tensor.shape) > 1 else 1) for tensor in tensor_specs(spec).values())
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # this module imports without torch, so that memory can be pl
     from minivllm.kernels import Ops
     from minivllm.kernels.layout import AdapterWeights
 
+_ROWS_AT_ONCE = 64  # of the identity matrix: few enough for products that do not quantize their inputs
 DUMMY_SCALE = 2.0**-8  # of random weights: about as large as trained ones, and exact in 16 bits, as those of checkpoints
 DTYPE_BYTES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
@@ -101,6 +102,13 @@ class Matmul(Protocol):
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, for methods that may store an embedding table: ids [T] -> [T, K]."""
         raise TypeError(f"{type(self).__name__} stores no embedding tables")
+
+    def dense(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The weight as one matrix [N = rows, K = cols], whatever is stored: the products with the rows of the identity matrix."""
+        import torch
+
+        identity = torch.eye(cols, dtype=dtype, device=device)
+        return torch.cat([self(some, None).T for some in identity.split(_ROWS_AT_ONCE)], dim=1)
 
 
 class LinearMethod(Protocol):

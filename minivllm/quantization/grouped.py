@@ -48,6 +48,14 @@ class GroupedMatmul(Matmul):
         return self._rows(self.packed, ids, dtype)
 
 
+    def dense(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Matmul`."""
+        import torch
+
+        weight = self._rows(self.packed, torch.arange(rows, device=device), dtype)
+        return weight if self._order is None else torch.empty_like(weight).index_copy_(1, self._order, weight)
+
+
 def check_finite(*factors: Tensor | None) -> None:
     """Raise `ModelError` if a scale or minimum of a weight is infinite or not a number: every answer would be wrong."""
     for values in factors:

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.errors import InvalidInput
-from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, linear_specs, tensor_specs
+from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, expert_specs, linear_specs, tensor_specs
 from minivllm.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, online
-from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
+from minivllm.quantization.base import DTYPE_BYTES, LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
 # quant_method of a checkpoint's config.json -> a function from its quantization_config to the method of each layer
@@ -45,7 +45,8 @@ def method_of(config: Mapping[str, Any], methods: Methods = METHODS, wanted: str
             raise InvalidInput(f"quantization is {wanted!r}, but the checkpoint is not quantized: leave quantization out, or name a "
                                f"checkpoint in that format; {', '.join(ONLINE)} quantize an unquantized one while it is loaded",
                                "quantization")
-        return ONLINE[wanted]()
+        online = ONLINE[wanted]()
+        return lambda linear: DENSE if linear.expert else online(linear)
     return methods[stored](quantization) if stored is not None else all_dense
 
 
@@ -81,15 +82,32 @@ class Parameter:
 def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Parameter]:
     """Every parameter of the model under our own name, e.g. `layers.3.qkv.weight`."""
     found = {name: _tensor(tensor) for name, tensor in tensor_specs(spec).items()}
-    for linear in (embedding_spec(spec), *linear_specs(spec).values()):
+    for linear in all_linears(spec):
         found.update(linear_parameters(linear, method(linear)))
     return found
 
 
+def all_linears(spec: ModelSpec) -> Iterator[LinearSpec]:
+    """Every weight that a method may store: the embedding table, the linear layers, and each matrix of each expert."""
+    yield embedding_spec(spec)
+    yield from linear_specs(spec).values()
+    for experts in expert_specs(spec).values():
+        yield from experts.linears
+
+
+def experts_notice(spec: ModelSpec, method: MethodOf, dtype: str) -> str | None:
+    """A line to print when a quantized model with experts is loaded. dtype: of the loaded experts."""
+    types = sorted({method(linear).type_name for experts in expert_specs(spec).values() for linear in experts.linears} - {""})
+    if types:
+        return f"the experts' weights ({', '.join(types)}) are dequantized to {dtype} while loading: no kernel multiplies packed ones"
+    if expert_specs(spec) and any(method(linear) is not DENSE for linear in linear_specs(spec).values()):
+        return f"the experts' weights are kept in {dtype}: no kernel multiplies packed ones"
+    return None
+
+
 def stored_modules(spec: ModelSpec, method: MethodOf) -> dict[str, LinearMethod]:
     """Every module of a checkpoint that stores a linear layer, or a part of a fused one -> its method."""
-    return {name: method(linear).of_part(i) for linear in (embedding_spec(spec), *linear_specs(spec).values())
-            for i, name in enumerate(linear.checkpoint_names)}
+    return {name: method(linear).of_part(i) for linear in all_linears(spec) for i, name in enumerate(linear.checkpoint_names)}
 
 
 def resident_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> int:
@@ -108,7 +126,10 @@ class ResidentWeight(NamedTuple):
 def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> Iterator[ResidentWeight]:
     """The weights of the loaded model, each module by type."""
     for tensor in tensor_specs(spec).values():
-        yield ResidentWeight(tensor.name.rpartition(".")[0], "", math.prod(tensor.shape) * itemsize)
+        num_bytes = math.prod(tensor.shape) * (itemsize if tensor.dtype is None else DTYPE_BYTES[tensor.dtype])
+        yield ResidentWeight(tensor.name.rpartition(".")[0], "", num_bytes)
+    for experts in expert_specs(spec).values():  # dense, whatever the checkpoint stores
+        yield ResidentWeight(experts.name, "", experts.size * itemsize)
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
         rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
         for type_name, num_bytes in method(linear).bytes_by_type(rows, linear.cols, itemsize, on_gpu).items():
@@ -129,7 +150,7 @@ def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) 
 def _tensor(tensor: TensorSpec) -> Parameter:
     parts = len(tensor.checkpoint_names)
     shape = (tensor.shape[0] // parts, *tensor.shape[1:])
-    return Parameter(tensor.shape, tuple(Source(name, shape) for name in tensor.checkpoint_names),
+    return Parameter(tensor.shape, tuple(Source(name, shape) for name in tensor.checkpoint_names), dtype=tensor.dtype,
                      dummy=1.0 if tensor.kind == "scale" else "normal")
 
 

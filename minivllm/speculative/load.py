@@ -18,7 +18,7 @@ import torch
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput, ModelError
-from minivllm.families import LinearSpec, ModelSpec, linear_specs, parse_config
+from minivllm.families import LinearSpec, MLPSpec, ModelSpec, linear_specs, parse_config
 from minivllm.layers.attention import Attention
 from minivllm.layers.build import BuildContext
 from minivllm.layers.linear import Linear
@@ -217,7 +217,9 @@ def load_head(folder: Path, spec: ModelSpec, build: BuildContext, target: Decode
         linears = linear_specs(spec)
         before = load_norm(build, take, spec, "layers.0.attn_norm") if "layers.0.attn_norm.weight" in needed else None
         attention = Attention(spec, build, take, linears, 0, 0, 0, before)
-        mlp = MLP(spec.layers[0].mlp, build, take, linears, 0, load_norm(build, take, spec, "layers.0.mlp_norm"))
+        if not isinstance(mlp_spec := spec.layers[0].mlp, MLPSpec):
+            raise ModelError(f"{folder}: a head with a mixture of experts is not supported: use a head with an MLP", FIELD)
+        mlp = MLP(mlp_spec, build, take, linears, 0, load_norm(build, take, spec, "layers.0.mlp_norm"))
         fc = Linear.load(build, take, fusion)
         offsets = None if d2t is None else d2t.read().to(build.device, torch.int64)
     head, vocabulary = target.head.without_norm(build), None

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from minivllm.core.plan import NULL_BLOCK
-from minivllm.families import ModelSpec, linear_specs
+from minivllm.families import ModelSpec, MoESpec, active_weights
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.reference.drafts import PlannedStep
@@ -53,7 +53,7 @@ _NOTHING = np.empty(0, np.int64)
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:
     """(tokens, sequences) of the mixed steps to capture. The smaller the model, the larger the steps."""
-    weights = sum(sum(linear.rows) * linear.cols for name, linear in linear_specs(spec).items() if name.startswith("layers."))
+    weights = active_weights(spec, "layers.")
     most = min(max_num_batched_tokens, tuning.LAUNCH_FLOPS / (2 * weights))
     return (*tuning.MIXED_GRAPHS, *((tokens, tuning.DECODE_GRAPHS[-1]) for tokens in tuning.LARGE_MIXED_GRAPHS if tokens <= most))
 
@@ -69,7 +69,7 @@ def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
 def graph_bytes(spec: ModelSpec, max_num_seqs: int, max_num_batched_tokens: int, adapters: bool = False) -> int:
     """Bytes to set aside for all graphs; the log says how much they took. They share the memory of the largest one."""
     rows, tokens = min(max_num_seqs, tuning.DECODE_GRAPHS[-1]), mixed_shapes(spec, max_num_batched_tokens)[-1][0]
-    widest = max(layer.mlp.intermediate_size for layer in spec.layers)
+    widest = max(layer.mlp.intermediate_size * (layer.mlp.top_k if isinstance(layer.mlp, MoESpec) else 1) for layer in spec.layers)
     return (256 << 20 if adapters else 128 << 20) + rows * spec.vocab_size * 2 + tokens * (32 * spec.hidden_size + 8 * widest)
 
 

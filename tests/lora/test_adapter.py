@@ -65,7 +65,7 @@ def test_a_setting_that_is_not_applied_is_refused_by_name(
     ("base_model.model.lm_head.lora_A.weight", (4, 32), "the output head"),
     ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "DoRA"),
     ("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", (4, 32), "no such linear layer"),
-    ("base_model.model.model.layers.0.mlp.experts.lora_A.weight", (4, 32), "no such linear layer"),
+    ("base_model.model.model.layers.0.mlp.experts.lora_A.weight", (4, 32), "an expert of a mixture of experts"),
     ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (4, 48), r"q_proj.lora_A.weight is \[4, 48\], and the base model"),
     ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", (32, 4), "only lora_B"),
 ])

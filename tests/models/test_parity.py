@@ -23,6 +23,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LAYER_TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -71,6 +72,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2, no biases, untied, window 7": (
         "Starcoder2", {"num_key_value_heads": 1, "use_bias": False, "tie_word_embeddings": False, "sliding_window": 7, "bos_token_id": 0,
                        "eos_token_id": 1}),
+    "mixtral": ("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 5, "sliding_window": 7}),
+    "qwen2-moe": ("Qwen2Moe", {"num_key_value_heads": 2, **QWEN_EXPERTS, "shared_expert_intermediate_size": 40}),
+    "qwen3-moe, a dense layer": ("Qwen3Moe", {"num_key_value_heads": 2, **QWEN_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "olmoe": ("Olmoe", {"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 3, "eos_token_id": 1}),
     "opt, no final norm": ("OPT", {"_remove_final_layer_norm": True}),
     "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 24}),
     "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7,

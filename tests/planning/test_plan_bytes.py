@@ -32,6 +32,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "attention_bias": True},
     "tied": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True, "head_dim": 128},
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 512, "word_embed_proj_dim": 128, "do_layer_norm_before": True},
+    "experts": {"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+                "shared_expert_intermediate_size": 512, "decoder_sparse_step": 2},
 }
 BASE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 320, "max_position_embeddings": 128, "torch_dtype": "float32"}

@@ -42,6 +42,17 @@ def write(
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{suffix}": t.contiguous() for suffix, t in found[0].items()}
             module.weight.data = found[1].float()
+    for name, stacked in hf.named_parameters():  # the experts of a layer
+        if stacked.dim() == 3:
+            del tensors[name]
+            for e, matrix in enumerate(stacked.data):
+                parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)) if "gate_up" in name else {"down_proj": matrix}
+                for part, weight in parts.items():
+                    single = f"{name.rpartition('.')[0]}.{e}.{part}"
+                    found = quantize(single, weight)
+                    tensors |= {f"{single}.{suffix}": t.contiguous() for suffix, t in (found[0] if found else {"weight": weight}).items()}
+                    if found is not None:
+                        weight.copy_(found[1])
     if hf.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     folder.mkdir(exist_ok=True)

@@ -74,8 +74,10 @@ def grouped_rows(packed: PackedGroups, ids: Tensor, dtype: torch.dtype) -> Tenso
         return None if t is None else t.index_select(0, ids)
 
     rest = packed.rest
+    per_scale = packed.shape[0] // len(rest.scales)  # rows: of fp8 blocks, several share a scale
     some = dataclasses.replace(
-        rest, scales=rest.scales.index_select(0, ids), zeros=rest.zeros if isinstance(rest.zeros, int) else rest.zeros.index_select(0, ids),
+        rest, scales=rest.scales.index_select(0, ids // per_scale),
+        zeros=rest.zeros if isinstance(rest.zeros, int) else rest.zeros.index_select(0, ids),
         mins=rows(rest.mins), super_scales=rows(rest.super_scales), super_mins=rows(rest.super_mins))
     planes = tuple(plane.index_select(0, ids) for plane in packed.planes)
     return dequantize(unpack_groups(PackedGroups(planes, some, (len(ids), packed.shape[1])))).to(dtype)

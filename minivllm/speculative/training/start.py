@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivllm.families import MLPSpec
 from minivllm.layers.linear import Linear
+from minivllm.layers.mlp import MLP
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rope import inverse_frequencies
 from minivllm.models.decoder import Decoder, PreNormLayer
@@ -56,7 +58,7 @@ def start_network(target: Decoder, tables: TargetTables, answers: Sequence[Examp
     torch.manual_seed(seed)
     network = HeadNetwork(size, inverse_frequencies(a.rope, a.head_dim, spec.max_model_len)).to(target.build.device)
     last = target.layers[-1]
-    if isinstance(last, PreNormLayer) and m.gated and not (m.bias or a.qkv_bias or a.out_bias or a.qk_norm):
+    if isinstance(last, PreNormLayer) and isinstance(m, MLPSpec) and m.gated and not (m.bias or a.qkv_bias or a.out_bias or a.qk_norm):
         _copy_layer(network, target, last)
     fit(network, tables, answers)
     return network
@@ -69,6 +71,7 @@ def _copy_layer(network: HeadNetwork, target: Decoder, last: PreNormLayer) -> No
     size = network.size
     w = final_norm(target).weight.float()
     w = torch.where(w.abs() < SMALL * w.abs().mean(), SMALL * w.abs().mean(), w)
+    assert isinstance(last.mlp, MLP)
     attn_norm, mlp_norm = last.attention.qkv.norm, last.mlp.up.norm
     assert isinstance(attn_norm, RMSNorm) and isinstance(mlp_norm, RMSNorm)
 

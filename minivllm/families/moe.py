@@ -1,0 +1,101 @@
+"""Mixture-of-experts models: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE. Some or all of their layers have experts instead of one MLP."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from minivllm.families import config_json
+from minivllm.families.config_json import Config, Key, read
+from minivllm.families.family import Family, PerLayer
+from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from minivllm.families.spec import MLPSpec, model_error
+
+
+def num_experts(config: Config) -> int:
+    """Transformers 5 writes num_local_experts where Transformers 4 wrote num_experts."""
+    return int(read(config, Key("num_local_experts", int, None)) or read(config, Key("num_experts", int)))
+
+
+def sparse_layers(config: Config) -> Sequence[bool]:
+    """Every `decoder_sparse_step`-th layer has experts, except those in `mlp_only_layers`."""
+    step, dense = read(config, Key("decoder_sparse_step", int, 1)), read(config, Key("mlp_only_layers", list, []))
+    if step < 1:
+        raise model_error(f"config.json: decoder_sparse_step must be at least 1, got {step}")
+    return [i not in dense and (i + 1) % step == 0 for i in range(config_json.num_layers(config))]
+
+
+def qwen2_windows(config: Config) -> Sequence[int | None]:
+    """Without `layer_types`, every second of the first `max_window_layers` layers has a window if `use_sliding_window` is on."""
+    if config.get("layer_types") is None and read(config, Key("use_sliding_window", bool, False)):
+        first = read(config, Key("max_window_layers", int, 28))
+        types = ["full_attention" if i % 2 or i >= first else "sliding_attention" for i in range(config_json.num_layers(config))]
+        config = {**config, "layer_types": types}
+    return config_json.windows_by_layer(config)
+
+
+def qwen3_window(config: Config) -> int | None:
+    """One window for every layer, if `use_sliding_window` is on."""
+    return config_json.one_window(4096)(config) if read(config, Key("use_sliding_window", bool, False)) else None
+
+
+def shared(size: Key, count: Key | None = None) -> Callable[[Config], MLPSpec | None]:
+    """A shared expert of this size, or of the size of `count` experts. None: there is none."""
+    def read_shared(config: Config) -> MLPSpec | None:
+        width = read(config, size) * (1 if count is None else read(config, count))
+        return MLPSpec(intermediate_size=width, gated=True, activation="silu", bias=False) if width else None
+    return read_shared
+
+
+EXPERT_NAMES = {  # of Qwen, OLMoE and DeepSeek
+    "router": ("layers.{i}.mlp.gate",),
+    "experts_gate_up": ("layers.{i}.mlp.experts.{e}.gate_proj", "layers.{i}.mlp.experts.{e}.up_proj"),
+    "experts_gate_up_fused": ("layers.{i}.mlp.experts.gate_up_proj",),
+    "experts_down": ("layers.{i}.mlp.experts.{e}.down_proj",),
+    "experts_down_fused": ("layers.{i}.mlp.experts.down_proj",),
+    "shared_gate_up": ("layers.{i}.mlp.shared_expert.gate_proj", "layers.{i}.mlp.shared_expert.up_proj"),
+    "shared_down": ("layers.{i}.mlp.shared_expert.down_proj",),
+    "shared_gate": ("layers.{i}.mlp.shared_expert_gate",),
+}
+QWEN_EXPERTS = {
+    "num_experts": num_experts,
+    "top_k": Key("num_experts_per_tok", int),
+    "intermediate_size": Key("moe_intermediate_size", int),
+    "renormalize": Key("norm_topk_prob", bool, False),
+}
+
+
+MIXTRAL = MISTRAL.variant(
+    model={"norm_eps": Key("rms_norm_eps", float, 1e-5)},
+    attention={"window": config_json.one_window(None)},
+    moe={
+        "num_experts": num_experts,
+        "top_k": Key("num_experts_per_tok", int, 2),
+        "intermediate_size": Key("intermediate_size", int),
+        "renormalize": True,
+    },
+    sparse=True,
+    names={
+        **EXPERT_NAMES,
+        "router": ("layers.{i}.block_sparse_moe.gate",),
+        "experts_gate_up": ("layers.{i}.block_sparse_moe.experts.{e}.w1", "layers.{i}.block_sparse_moe.experts.{e}.w3"),
+        "experts_down": ("layers.{i}.block_sparse_moe.experts.{e}.w2",),
+    },
+)
+QWEN2_MOE = QWEN2.variant(
+    attention={"window": PerLayer(qwen2_windows), "qkv_bias": Key("qkv_bias", bool, True)},
+    moe={**QWEN_EXPERTS, "shared": shared(Key("shared_expert_intermediate_size", int)), "shared_gate": True},
+    sparse=PerLayer(sparse_layers),
+    names=EXPERT_NAMES,
+)
+QWEN3_MOE: Family = QWEN3.variant(
+    attention={"window": qwen3_window, "head_dim": config_json.head_dim},
+    moe=QWEN_EXPERTS,
+    sparse=PerLayer(sparse_layers),
+    names=EXPERT_NAMES,
+)
+OLMOE = LLAMA.variant(
+    model={"norm_eps": Key("rms_norm_eps", float, 1e-5), "max_model_len": Key("max_position_embeddings", int, 4096)},
+    attention={"qk_norm": config_json.only("width", Key("clip_qkv", float, None))},
+    moe={**QWEN_EXPERTS, "intermediate_size": Key("intermediate_size", int)},
+    sparse=True,
+    names=EXPERT_NAMES,
+)
