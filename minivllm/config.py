@@ -18,6 +18,7 @@ from minivllm.compat import environment
 from minivllm.compat.settings import VLLM_NAMES, translate
 from minivllm.errors import InvalidInput, nearest, shown
 from minivllm.sampling_params import MAX_LOGPROBS
+from minivllm.scheduling_policy import POLICIES
 from minivllm.speculative_config import MAX_DRAFTS, SpeculativeConfig
 
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
@@ -88,7 +89,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = option(0,
         "maximum number of tokens of one prompt in one step, so that decodes stay fast; 0: only the token budget limits a prompt")
     scheduling_policy: str = option("fcfs",
-        "fcfs: by arrival; priority: by the request's priority (lower first), then by arrival", choices=("fcfs", "priority"))
+        "fcfs: by arrival; priority: by the request's priority (lower first), then by arrival", choices=tuple(POLICIES))
     enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs")
     async_scheduling: bool | None = option(None,
         "plan and launch the next step while the current one runs (default: on for a GPU, off for a CPU)")

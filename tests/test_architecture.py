@@ -38,15 +38,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "sampling_params": ("errors",),
     "speculative_config": ("errors",),
-    "config": ("errors", "sampling_params", "speculative_config", *SPELLINGS),
+    "config": ("errors", "sampling_params", "speculative_config", *SPELLINGS, "scheduling_policy"),
     "compat": (*ENGINE, "cli.flags"),
     "families": ("errors",),
     "outputs": ("core.plan", "engine_request"),
     "engine_request": ("errors", "sampling_params"),
+    "scheduling_policy": ("engine_request",),
     "splitmix64": (),
     "output_parsers": (),
     # the control plane
-    "core": (*INPUT, "outputs", "engine_request"),
+    "core": (*INPUT, "outputs", "engine_request", "scheduling_policy"),
     "planning": (*INPUT, "core.block_math", "quantization.methods"),  # no torch: plans are made before anything is loaded
     # the data plane: each layer may import the layers below it
     "kernels": (*BRIDGE, "splitmix64"),
@@ -86,8 +87,8 @@ CONFINED = {
 # Circles that still have to be removed, each as the set of its modules.
 KNOWN_CIRCLES: set[frozenset[str]] = set()
 STANDARD_LIBRARY_ONLY = (
-    "errors", "sampling_params", "speculative_config", "config", "families", "outputs", "engine_request", "splitmix64", "core", "planning",
-    "output_parsers", "course")
+    "errors", "sampling_params", "speculative_config", "config", "families", "outputs", "engine_request", "scheduling_policy", "splitmix64",
+    "core", "planning", "output_parsers", "course")
 OUTSIDE = ("lessons", "notebooks", "bench", "tests", "docs")  # they import the package; the package never imports them
 
 

@@ -70,11 +70,11 @@ class Request:
         "waiting",
     )
 
-    def __init__(self, new: EngineRequest, seed: int, stop_rule: StopRule, order: tuple[int, int], root_hash: bytes) -> None:
+    def __init__(self, new: EngineRequest, seed: int, stop_rule: StopRule, order: tuple[float, int], root_hash: bytes) -> None:
         self.new = new
         self.seed = seed  # 64 bits
         self.stop_rule = stop_rule
-        self.order = order  # (priority or 0, arrival number)
+        self.order = order  # (rank, arrival number)
         self.root_hash = root_hash  # parent hash of its first block
         self.sequences: list[Sequence] = []
         self.num_unforked = new.params.n - 1

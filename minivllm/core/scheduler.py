@@ -15,7 +15,8 @@ only the budget that decodes leave. So every decode gets its token in every step
 `max_num_batched_tokens` tokens. A decode waits only if it lacks blocks because sequences with higher priority need them, or if it needs
 the value of its last token first.
 
-**Every request finishes** (within one priority class). A sequence that needs a block takes it from the one with the lowest priority.
+**Every request finishes**, unless requests with lower ranks never stop arriving (see `scheduling_policy`). A sequence that needs a block
+takes it from the one with the lowest priority.
 The sequence with the highest priority can preempt all others, and admission control has checked that it fits alone. So it finishes,
 and then the next one has the highest priority.
 """
@@ -39,6 +40,7 @@ from minivllm.core.step_result import confirm_step, fail_step, release_plan
 from minivllm.core.stopping import StopRule
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
+from minivllm.scheduling_policy import POLICIES, Policy
 
 __all__ = ["QueueFull", "Scheduler", "SchedulerConfig", "SchedulerStats", "SequenceUpdate", "sequence_id"]
 
@@ -77,10 +79,13 @@ class Scheduler:
     sequences pause after each token. When all of them have theirs, call `choose_beams` with the beams to continue. Forks share
     all full blocks, so a beam costs one partly filled block. A paused beam keeps its row and blocks until no other sequence can
     continue without them.
+
+    `policy` ranks the requests in place of the one that `config.policy` names: to try one that has no name yet.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
         self.config = config
+        self._policy = policy or POLICIES[config.policy]
         self._admission = AdmissionControl(config)
         self._state = SchedulerState(config)
         self.pool, self.offload = self._state.kv.pool, self._state.kv.offload
@@ -98,9 +103,10 @@ class Scheduler:
             raise InvalidInput(f"request id {new.request_id!r} is in use: choose another", "request_id")
         max_tokens_total = self._admission.max_tokens_total(new)
         self.check_room(new.owner)
-        priority = new.priority if self.config.policy == "priority" else 0
+        rank = self._policy(new)
+        assert rank == rank, "the rank of a policy is a number, and not NaN: NaN has no place in an order"
         rule = StopRule.of(new.params, self.config.eos_token_ids, max_tokens_total - len(new.prompt_token_ids))
-        request = Request(new, seed, rule, (priority, state.next_arrival), root_hash(new.adapter_id, new.cache_salt))
+        request = Request(new, seed, rule, (rank, state.next_arrival), root_hash(new.adapter_id, new.cache_salt))
         state.next_arrival += 1
         state.requests[new.request_id] = request
         state.waiting.push(state.new_sequence(request, 0, list(new.prompt_token_ids), max_tokens_total))

@@ -4,8 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minivllm.errors import InvalidInput
-
-POLICIES = ("fcfs", "priority")
+from minivllm.scheduling_policy import POLICIES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,5 +149,5 @@ class SchedulerState:
         return [*self.running, *self.preempted_beams, *self.waiting.sequences()]
 
 
-def _order(sequence: Sequence) -> tuple[int, int, int]:
+def _order(sequence: Sequence) -> tuple[float, int, int]:
     return sequence.order

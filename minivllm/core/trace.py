@@ -7,7 +7,7 @@
     {"event":"abort","request_id":"r7"}                                   `abort`
 
 A row of a plan names its request instead of repeating the parameters and the prompt. Recording ends at `MAX_BYTES`, after a whole line, and
-what was recorded can be replayed.
+what was recorded can be replayed. `gzip` makes a trace about ten times smaller, and `read` reads it then too.
 
 The scheduler uses no clock and no randomness, so these lines determine its plans. `replay` repeats the calls on a new scheduler,
 without a model, and every plan must be exactly equal. A wrong plan that was recorded once can thus be examined again and again.
@@ -17,6 +17,7 @@ without a model, and every plan must be exactly equal. A wrong plan that was rec
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import logging
 from collections import OrderedDict
@@ -240,12 +241,12 @@ class Trace:
 
 
 def read(path: str | Path) -> Trace:
-    """Read a trace. Raises `InvalidInput` naming the first line that is not valid."""
+    """Read a trace; one compressed with gzip if its name ends with .gz. Raises `InvalidInput` naming the first line that is not valid."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             return _read(file, str(path))
-    except OSError as error:
-        raise InvalidInput(f"cannot read the trace {str(path)!r}: {error.strerror}", "trace") from None
+    except (OSError, EOFError) as error:
+        raise InvalidInput(f"cannot read the trace {str(path)!r}: {getattr(error, 'strerror', None) or error}", "trace") from None
     except UnicodeDecodeError:
         raise InvalidInput(f"{str(path)!r} is not a trace: it is not text", "trace") from None
 

@@ -1,7 +1,7 @@
 """Sequences that wait for a row and blocks.
 
-Each owner has a queue of its requests in the order (priority, arrival number), and each request its waiting sequences in the order of
-their child index. Under the FCFS policy all priorities count as 0. A preempted sequence keeps its order, so it returns to a position
+Each owner has a queue of its requests in the order (rank, arrival number), and each request its waiting sequences in the order of
+their child index. The scheduling policy gives the rank. A preempted sequence keeps its order, so it returns to a position
 before every later arrival. No other rule protects it. `FairShare` decides which owner is next.
 """
 from __future__ import annotations
@@ -19,9 +19,9 @@ class _OwnerQueue:
     __slots__ = ("heap", "num_sequences", "orders", "requests")
 
     def __init__(self) -> None:
-        self.requests: dict[tuple[int, int], Request] = {}  # by order
-        self.heap: list[tuple[int, int]] = []  # their orders, and those of requests that have left
-        self.orders: set[tuple[int, int]] = set()  # all in the heap
+        self.requests: dict[tuple[float, int], Request] = {}  # by order
+        self.heap: list[tuple[float, int]] = []  # their orders, and those of requests that have left
+        self.orders: set[tuple[float, int]] = set()  # all in the heap
         self.num_sequences = 0
 
     @property

@@ -10,6 +10,7 @@ from minivllm.core.plan import StepPlan, StepResult, Stop
 from minivllm.core.scheduler import Scheduler, SchedulerConfig, SequenceUpdate
 from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
+from minivllm.scheduling_policy import Policy
 from tests.core.fake_executor import FakeExecutor, Model, expected_outputs, stop_rule
 
 GRAMMAR = StructuredOutputsParams(choice=("a", "b"))  # a request with a grammar is never planned past a token whose value is unknown
@@ -30,9 +31,10 @@ class Harness:
 
     def __init__(
         self, config: SchedulerConfig, *, chaos: random.Random | None = None, drafts: bool = False, stop_strings: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, policy)
         self.executor = FakeExecutor(config, chaos, drafts)
         self.stop_strings = stop_strings
         self.requests: dict[str, EngineRequest] = {}

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
+from minivllm.scheduling_policy import POLICIES
 from tests.core.harness import GRAMMAR, Harness
 
 WINDOWS = [(None,), (None,), (3,), (None, 4), (None, 7, 2), (1, None)]
@@ -25,7 +26,7 @@ CONFIGS = st.builds(
     num_blocks=st.integers(6, 50), block_size=st.sampled_from([1, 2, 3, 4, 8]), max_num_seqs=st.integers(1, 6),
     max_num_batched_tokens=st.sampled_from([2, 3, 5, 9, 17, 64]), max_model_len=st.sampled_from([16, 24, 40]),
     kv_windows=st.sampled_from(WINDOWS), enable_prefix_caching=st.booleans(),
-    long_prefill_token_threshold=st.sampled_from([0, 0, 2, 5]), policy=st.sampled_from(["fcfs", "priority"]),
+    long_prefill_token_threshold=st.sampled_from([0, 0, 2, 5]), policy=st.sampled_from(sorted(POLICIES)),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 0, 5, 40]), swap_fixed_cost=st.sampled_from([0.0, 3.0]),
     swap_cost_per_token=st.sampled_from([0.0, 0.5]), eos_token_ids=st.sampled_from([(), (5,)]), max_loras=st.sampled_from([1, 2]),
     num_device_drafts=st.sampled_from([0, 3]),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import json
 from collections import deque
 from pathlib import Path
@@ -33,6 +34,7 @@ from minivllm.core.trace_summary import summarize
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
+from minivllm.scheduling_policy import POLICIES
 from tests.core.harness import GRAMMAR
 
 EOS = 7
@@ -82,7 +84,7 @@ configs = st.builds(
     lambda base, budget, seqs, **kw: SchedulerConfig(
         num_blocks=base, max_num_batched_tokens=budget, max_num_seqs=seqs, eos_token_ids=(EOS,), **kw),
     st.integers(14, 40), st.integers(3, 40), st.integers(1, 6), block_size=st.sampled_from([4, 5]),
-    max_model_len=st.just(48), enable_prefix_caching=st.booleans(), policy=st.sampled_from(["fcfs", "priority"]),
+    max_model_len=st.just(48), enable_prefix_caching=st.booleans(), policy=st.sampled_from(sorted(POLICIES)),
     planning_depth=st.integers(0, 1), num_host_blocks=st.sampled_from([0, 20]), swap_fixed_cost=st.just(0.0),
     kv_windows=st.sampled_from([(None,), (None,), (8,)]),
 )
@@ -375,7 +377,8 @@ def test_a_request_that_can_never_fit_is_reported_as_refused() -> None:
     assert simulation.refused == ("r0",) and simulation.steps == ()
 
 
-def test_step_costs_are_fitted_to_step_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0.0, 1.5])
+def test_step_costs_are_fitted_to_step_times_also_if_one_step_was_slow(tmp_path: Path, delay: float) -> None:
     path = tmp_path / "run.jsonl"
     true = StepCost(base=3e-3, per_token=2e-5, per_context=4e-7)
     config = SchedulerConfig(num_blocks=64, block_size=4, max_num_batched_tokens=16, max_model_len=48)
@@ -385,7 +388,7 @@ def test_step_costs_are_fitted_to_step_times(tmp_path: Path) -> None:
         scheduler.add(new_request(i, (5 * i + 3, 12, 1, True, 0, None), 0.0))
     now = 1.0
     while (plan := scheduler.schedule(now)) is not None:
-        now += true.seconds(plan)
+        now += true.seconds(plan) + delay * (plan.step_id == 2)  # it compiled a kernel
         scheduler.update(plan, answer(plan), {}, now)
     writer.close()
     found = StepCost.fit(read(path))
@@ -419,6 +422,20 @@ def test_the_command_summarizes_replays_and_compares(tmp_path: Path, capsys: pyt
     row = next(line.split() for line in table.splitlines() if line.startswith("preemptions"))
     assert int(row[1]) > 0 and row[2] == "0", "preemptions with the recorded settings, none with 200 blocks"
     assert run_command("--synthetic", "5", "--rate", "100", "--compare", "max_num_seqs=1") == 0
+
+
+def test_a_compressed_trace_is_read_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    small_run(path)
+    packed = tmp_path / "run.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(packed) == read(path)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(InvalidInput, match=r"cannot read the trace .*\.gz"):
+        read(packed)
+    packed.write_bytes(path.read_bytes())
+    with pytest.raises(InvalidInput, match=r"cannot read the trace .*Not a gzipped file"):
+        read(packed)
 
 
 def test_the_command_ends_with_1_if_a_plan_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
