@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         action.set_defaults(command_parser=action)
         if name != "status":
-            action.add_argument("lesson", metavar="NN", help="number of a lesson, such as 01, or capstone-engine")
+            action.add_argument("lesson", metavar="NN", help="number of a lesson, such as 01, or capstone-engine or capstone-policy")
         if name == "start":
             action.add_argument("--force", action="store_true", help="start again; your file is kept, with .old behind its name")
         if name == "check":

@@ -62,6 +62,12 @@ def _server() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+def run_with_package(folder: Path) -> str:
+    """Run a lesson that imports minivllm as a script -> what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(LESSONS.parent)}
+    return subprocess.run([sys.executable, folder / "lesson.py"], env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def run_lesson_alone(folder: Path) -> str:
     """Run the lesson as a script from its own folder -> what it prints. It may import neither minivllm nor another lesson."""
     server = _server()
