@@ -46,6 +46,14 @@ def task_2_the_old_sums_are_scaled(lesson):
         assert not wrong, "wrong even if the first block has the largest score: add this block's weights and its weighted values"
 
 
+def task_2_each_head_alone(lesson):
+    q, k, v = _qkv(6)
+    part = lesson.add_block(_empty(lesson, q), q, k, v)
+    assert part.total.shape == (len(q),), f"each of the {len(q)} heads has its own sum of weights: got the shape {list(part.total.shape)}"
+    assert torch.allclose(part.output(), lesson.attend_plain(q, k, v), atol=1e-4), (
+        "wrong with several heads: each has its own scores. Sum its weights over the tokens only, the last dimension")
+
+
 def task_2_large_scores(lesson):
     q, k, v = _qkv(4)
     part = lesson.add_block(lesson.add_block(_empty(lesson, q), q * 40, k[:2], v[:2]), q * 40, k[2:], v[2:])

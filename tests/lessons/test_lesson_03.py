@@ -16,6 +16,7 @@ MISTAKES = [
             "a block that is not in the table"),
     Mistake(1, "return cache.k[table[index], :used]", "return cache.k[table[index], :used].clone()", "a view"),
     Mistake(2, "total = part.total * shrink + weights.sum(-1)", "total = part.total + weights.sum(-1)", "OLD best"),
+    Mistake(2, "total = part.total * shrink + weights.sum(-1)", "total = part.total * shrink + weights.sum()", "over the tokens only"),
     Mistake(2, "weighted = part.weighted * shrink[:, None] +", "weighted = part.weighted +", "multiply both old sums"),
     Mistake(2, "best = torch.maximum(part.best, scores.amax(-1))", "best = scores.amax(-1)", "largest score"),
     Mistake(3, "total = a.total * shrink_a + b.total * shrink_b", "total = a.total + b.total", "relative to its own best score"),

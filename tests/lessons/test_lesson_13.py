@@ -17,12 +17,14 @@ MISTAKES = [
     Mistake(1, STEP, STEP.replace(".half().float()", ""), "round them before"),
     Mistake(1, "zeros = (-low / scales).round()", "zeros = -low / scales + 0.3", "round the zero point"),
     Mistake(1, ".round() + zeros[:, :, None]).clamp(0, 15)", ".floor() + zeros[:, :, None]).clamp(0, 15)", "half a step at most"),
+    Mistake(1, ".round() + zeros[:, :, None]).clamp(0, 15)", ".round() + zeros[:, :, None])", "both rounded up"),
     Mistake(2, "return codes[:, 0::2] | (codes[:, 1::2] << 4)", "return codes[:, 1::2] | (codes[:, 0::2] << 4)", "EVEN column"),
     Mistake(2, "torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)", "torch.cat([packed & 15, packed >> 4], dim=1)", "in turn"),
     Mistake(3, "quantize(weight * factors, group)", "quantize(weight, group)", "before rounding"),
     Mistake(3, "magnitude.pow(step / 20)", "magnitude.pow(-step / 20)", "all factors are equal"),
     Mistake(3, "magnitude.pow(step / 20)", "magnitude.pow(0)", "all factors are equal"),
     Mistake(4, "return awq(weight, inputs, 64)", "return awq(weight, inputs, 16)", "at most 4.6"),
+    Mistake(4, "return awq(weight, inputs, 64)", "q, f = awq(weight, inputs, 64)\n    return q, 1 / f", "is not the weight any more"),
 ]
 
 
