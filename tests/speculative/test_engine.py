@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from tests.engine.test_drafts import REQUESTS, Tokens, build, generate
+from tests.engine.test_speculation import FORMATS
 from tests.models.tiny import make_hf
 from tests.speculative.heads import write_head
 
@@ -80,6 +82,38 @@ def test_drafts_change_no_token(folder: Path, plain: Tokens, tmp_path: Path, kin
         assert counts.num_accepted >= 0.9 * counts.num_drafts
     assert generate(engine, REQUESTS)[0] == plain  # partly with cached prefixes
     engine.close()
+
+
+EVERY_K = [("itself", k) for k in (2, 5, 6, 7, 8)] + [("head", k) for k in (1, 2, 3, 6, 7, 8)]  # with those above: 1 to 8
+FEW = ("other", "seeded", "grammar")
+
+
+@pytest.fixture(scope="module")
+def plain_in(folder: Path) -> Callable[[str], Tokens]:
+    """The tokens of a few requests without drafts, in a format of weights or cache."""
+    @lru_cache
+    def found(form: str) -> Tokens:
+        return few(folder, form)
+
+    return found
+
+
+def few(folder: Path, form: str, **config: Any) -> Tokens:
+    engine = build(folder, **FORMATS.get(form, {}), **config)
+    found = generate(engine, {name: REQUESTS[name] for name in FEW})[0]
+    counts = engine.stats().drafts
+    assert counts is None or counts.num_drafts > 10
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "k"), EVERY_K)
+def test_every_number_of_drafts_changes_no_token(
+    folder: Path, plain_in: Callable[[str], Tokens], tmp_path: Path, kind: str, k: int,
+) -> None:
+    form = {6: "fp8 cache", 7: "int8 weights"}.get(k, "")
+    config = {"speculative_config": speculative(kind, folder, tmp_path, k), "async_scheduling": k % 2 == 0, "block_size": 8}
+    assert few(folder, form, **config) == plain_in(form)
 
 
 @pytest.mark.parametrize("kind", ["other", "head"])
