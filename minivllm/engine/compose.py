@@ -26,11 +26,11 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
 from minivllm.families import ModelSpec, parse_config
 from minivllm.families.config_json import token_ids
+from minivllm.kernels.tuning import SHARED_TOKENS
 from minivllm.models.decoder import Decoder
 from minivllm.models.hub import ModelFiles, find_model
 from minivllm.quantization.methods import METHODS, method_of
 from minivllm.sampling_params import SamplingParams
-from minivllm.speculative.adaptive import cost_of
 from minivllm.speculative.load import Draft, find_draft
 from minivllm.worker.device import check_kv_cache_dtype, choose_device, choose_dtype
 from minivllm.worker.memory import CacheSize, host_block_count, size_cache
@@ -172,7 +172,7 @@ def _scheduler(config: EngineConfig, worker: Worker, info: EngineInfo) -> Schedu
         long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
         max_queue=config.max_queue, planning_depth=int(ahead), num_host_blocks=worker.num_host_blocks,
         eos_token_ids=info.eos_token_ids, max_loras=info.max_loras, num_device_drafts=worker.num_device_drafts,
-        free_tokens=int(cost_of(info.device).free_tokens),
+        free_tokens=SHARED_TOKENS[info.device.partition(":")[0]],
     )
     if config.trace is None:
         return Scheduler(scheduling)

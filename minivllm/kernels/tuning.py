@@ -327,3 +327,6 @@ NGRAM_BLOCK, NGRAM_WARPS = 2048, 8  # n-gram lookup: positions that a program co
 # for 8, 62 for 16, 118 for 32. cuda: on one H200 a step with 5 drafts of the default model took 0.8 ms and one without 0.67, which is a
 # verify of 0.15. Mistral-7B's shape with 4 drafts took 1.33 times as long, which is 0.3. With the larger number drafts seldom lose.
 SPECULATION = {"cpu": SpeculationCost(3.0, 0.2, 16), "cuda": SpeculationCost(200.0, 0.3)}
+# A step of T tokens takes as long as 1 + T / SHARED_TOKENS empty ones, to share steps between owners (`core/fair_share.py`). The tokens are
+# mostly those of prompts, whose large products take less time per token than the few rows of a verification.
+SHARED_TOKENS = {"cpu": 12, "cuda": 200}
