@@ -81,7 +81,7 @@ class ExpertsSpec:
 
 def embedding_spec(spec: ModelSpec) -> LinearSpec:
     """The embedding table. It is stored like the weight of a linear layer, and is one if the output head is tied to it."""
-    return LinearSpec("embed", (spec.vocab_size,), spec.embed_size, spec.names["embed"], bias=False, parallel="column")
+    return LinearSpec("embed", (spec.vocab_rows,), spec.embed_size, spec.names["embed"], bias=False, parallel="column")
 
 
 def linear_specs(spec: ModelSpec) -> dict[str, LinearSpec]:
@@ -165,7 +165,7 @@ def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
             yield linear(f"{prefix}{up[0]}", up[1], hidden, m.bias, "column", i)
             yield linear(f"{prefix}down", (hidden,), m.intermediate_size, m.bias, "row", i)
     if not spec.tied:
-        yield linear("head", (spec.vocab_size,), spec.embed_size, spec.head_bias, "column")
+        yield linear("head", (spec.vocab_rows,), spec.embed_size, spec.head_bias, "column")
 
 
 def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:

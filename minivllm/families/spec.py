@@ -194,6 +194,7 @@ class ModelSpec:
     logit_scale: float = 1.0  # factor on the logits
     logit_softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     transposed: bool = False  # checkpoints store the layers' plain matrices as [inputs, outputs] (GPT-2)
+    shards: int = 1  # tensor-parallel ranks; heads and widths of the layers are those of one of them
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "max_model_len", "embed_size"):
@@ -206,6 +207,11 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table on one rank."""
+        return -(-self.vocab_size // self.shards)
 
     @property
     def attention_shapes(self) -> tuple[tuple[int, int, int], ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minivllm.kernels import Ops
 from minivllm.lora.slots import AdapterStore
+from minivllm.parallel.group import SINGLE, ParallelGroup
 from minivllm.quantization.methods import MethodOf, all_dense
 
 Take: TypeAlias = Callable[[str], Tensor]  # our name of a parameter -> its tensor, on the device and in its dtype. Each may be taken once
@@ -22,3 +23,4 @@ class BuildContext:
     ops: Ops
     method: MethodOf = all_dense  # how each linear layer stores its weight
     adapters: AdapterStore | None = None  # slots of LoRA adapters; None: the base model only
+    group: ParallelGroup = SINGLE  # the ranks that share the model; the specifications of layers are those of one rank

@@ -17,13 +17,16 @@ from minivllm.quantization.dense import DENSE
 
 
 class Embedding:
-    """A table lookup, perhaps with a factor or a norm. OPT adds a projection to the hidden size and a learned vector per position."""
+    """A table lookup, perhaps with a factor or a norm. OPT adds a projection to the hidden size and a learned vector per position.
 
-    __slots__ = ("_dtype", "_scale", "norm", "positions", "project", "table")
+    A tensor-parallel rank has the rows of some tokens. It looks these up, has zeros for all others, and the ranks' vectors are summed.
+    """
+
+    __slots__ = ("_dtype", "_group", "_num_rows", "_scale", "norm", "positions", "project", "table")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec]) -> None:
         method, self._dtype = build.method(embedding_spec(spec)), build.dtype
-        rows = (spec.vocab_size,)
+        rows, self._group, self._num_rows = (spec.vocab_rows,), build.group, spec.vocab_rows
         tensors = {suffix: take(f"embed.{suffix}") for suffix in method.parameters(rows, spec.embed_size)}
         # A plain table stays [vocab, embed_size]. The output head may need the same weight in another layout.
         self.table: Tensor | Matmul = tensors["weight"] if method is DENSE else method.build(tensors, rows, build.ops)
@@ -45,5 +48,12 @@ class Embedding:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """Rows of the table: tokens [T] -> [T, embed_size], freshly allocated."""
+        if self._group.size == 1:
+            return self._lookup(tokens)
+        tokens = tokens - self._group.rank * self._num_rows
+        elsewhere = (tokens < 0) | (tokens >= self._num_rows)
+        return self._group.all_reduce(self._lookup(tokens.masked_fill(elsewhere, 0)).masked_fill_(elsewhere[:, None], 0))
+
+    def _lookup(self, tokens: Tensor) -> Tensor:
         table = self.table
         return F.embedding(tokens, table) if isinstance(table, Tensor) else table.rows(tokens, self._dtype)

@@ -1,16 +1,19 @@
 """A linear layer, and the order of the operations around its matrix product:
 
-    norm → matmul → + bias → + LoRA → activation → + residual
+    norm → matmul → + bias → + LoRA → activation → + residual → sum over tensor-parallel ranks, if each has some of the inputs
 
 The weight's method may compute all of this in one kernel (`Matmul.fused`). If it has no such kernel, the steps run here, one
 kernel each, so every method works in every layer.
 
 LoRA adapters take part only in steps that have some: then the product is added to what each token's adapter makes of the same input.
 A step without them runs exactly the kernels of a model without adapters.
+
+In a row-parallel layer, only rank 0 adds bias and residual, and then the ranks' outputs are summed: each is counted once.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,14 +46,17 @@ class ReorderedMatmul(Matmul):
 class Linear:
     """act(norm(x) W^T + bias) + residual. Also for fused layers (qkv, gate_up), whose rows come from several checkpoint tensors."""
 
-    __slots__ = ("_activation", "_epilogue", "_lora_delta", "_matmul", "_norm", "_unfusable_norm", "adapters")
+    __slots__ = ("_activation", "_epilogue", "_exchange", "_keeps_residual", "_lora_delta", "_matmul", "_norm", "_unfusable_norm",
+                 "adapters")
 
     def __init__(self, build: BuildContext, matmul: Matmul, *, bias: Tensor | None = None, norm: Norm | None = None,
-                 activation: str | None = None, adapters: AdapterWeights | None = None) -> None:
+                 activation: str | None = None, adapters: AdapterWeights | None = None,
+                 exchange: Callable[[Tensor], Tensor] | None = None, keeps_residual: bool = True) -> None:
         """bias: [N]. norm: of the input. activation: see `Epilogue`.
-        adapters: the slots of LoRA adapters of this layer."""
+        adapters: the slots of LoRA adapters of this layer. exchange: what tensor-parallel ranks do with their outputs.
+        keeps_residual: False: another rank adds it."""
         self._matmul, self._norm, self.adapters = matmul, norm, adapters
-        self._lora_delta = build.ops.lora_delta
+        self._exchange, self._keeps_residual, self._lora_delta = exchange, keeps_residual, build.ops.lora_delta
         fusible = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
         self._unfusable_norm = None if fusible is not None else norm
         self._epilogue = Epilogue(fusible, bias, activation)
@@ -74,17 +80,28 @@ class Linear:
                 matmul = ReorderedMatmul(matmul, order)
         except ModelError as error:
             raise ModelError(f"{spec.name}: {error}", error.param) from error
-        return cls(build, matmul, bias=bias, norm=norm, activation=activation, adapters=adapters)
+        if spec.parallel != "row" or build.group.size == 1:
+            return cls(build, matmul, bias=bias, norm=norm, activation=activation, adapters=adapters)
+        first = build.group.rank == 0
+        return cls(build, matmul, bias=bias if first else None, norm=norm, activation=activation, adapters=adapters,
+                   exchange=build.group.all_reduce, keeps_residual=first)
 
     @classmethod
-    def of_table(cls, build: BuildContext, table: Tensor | Matmul, *, norm: Norm | None = None) -> Linear:
-        """A tied output head: the embedding table [vocab, K] as the weight."""
+    def load_head(cls, build: BuildContext, take: Take, spec: LinearSpec, columns: int, *, norm: Norm | None = None) -> Linear:
+        """The output head, whose logits [T, columns] every rank gets."""
+        head = cls.load(build, take, spec, norm=norm)
+        head._exchange = _gather(build, columns)
+        return head
+
+    @classmethod
+    def of_table(cls, build: BuildContext, table: Tensor | Matmul, columns: int, *, norm: Norm | None = None) -> Linear:
+        """A tied output head: the embedding table [vocab, K] as the weight. columns: tokens of the vocabulary."""
         matmul = DENSE.build({"weight": table}, (len(table),), build.ops) if isinstance(table, Tensor) else table
-        return cls(build, matmul, norm=norm)
+        return cls(build, matmul, norm=norm, exchange=_gather(build, columns))
 
     def without_norm(self, build: BuildContext) -> Linear:
         """The same weight without the norm of its input."""
-        return Linear(build, self._matmul, bias=self._epilogue.bias)
+        return Linear(build, self._matmul, bias=self._epilogue.bias, exchange=self._exchange, keeps_residual=self._keeps_residual)
 
     @property
     def norm(self) -> Norm | None:
@@ -92,12 +109,18 @@ class Linear:
         return self._norm
 
     def dense_weight(self, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The weight as one matrix [N, K = cols], whatever its method stores."""
-        return Matmul.dense(self._matmul, 0, cols, device, dtype)
+        """The weight of all ranks as one matrix [N, K = cols], whatever its method stores."""
+        weight = Matmul.dense(self._matmul, 0, cols, device, dtype)
+        return weight if self._exchange is None else self._exchange(weight.T.contiguous()).T
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, lora: Any = None) -> Tensor:
         """x: [T, K] -> [T, N], or [T, N / 2] after a gated activation. residual: of the result's shape; it may be overwritten.
         lora: from ops.prepare_lora; None: no token has an adapter."""
+        y = self._own(x, residual if self._keeps_residual else None, lora)
+        return y if self._exchange is None else self._exchange(y)
+
+    def _own(self, x: Tensor, residual: Tensor | None, lora: Any) -> Tensor:
+        """This rank's part of the result."""
         if self._unfusable_norm is not None:
             x = self._unfusable_norm(x)
         if lora is not None and self.adapters is not None:
@@ -128,3 +151,7 @@ class Linear:
         if self._activation is not None:
             y = self._activation(y)
         return y if late is None else late.add_(y)
+
+
+def _gather(build: BuildContext, columns: int) -> Callable[[Tensor], Tensor] | None:
+    return partial(build.group.all_gather, columns=columns) if build.group.size > 1 else None

@@ -3,7 +3,8 @@
     x [T, H] ── norm ──┬── router [E] ──▶ ids, weights [T, k] ──▶ sum of weight * expert(x) ──┐
                        └── shared expert, perhaps gated ──────────────────────────────────────┴──▶ + x
 
-The experts' weights are dense and stacked, [E, ...], whatever the checkpoint stores. The router is never quantized.
+The experts' weights are dense and stacked, [E, ...], whatever the checkpoint stores. The router is never quantized. A tensor-parallel
+rank has a part of each expert's width: rank 0 adds x and the biases, and the ranks' outputs are summed.
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from minivllm.quantization.dense import DENSE
 class MoE:
     """x + experts(norm(x)): in place of an `MLP`."""
 
-    __slots__ = ("_fused_experts", "_norm", "_route", "_router", "_shared", "_shared_gate", "experts", "spec")
+    __slots__ = ("_fused_experts", "_group", "_norm", "_route", "_router", "_shared", "_shared_gate", "experts", "spec")
 
     def __init__(self, spec: MoESpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec], layer: int, norm: Norm | None,
                  out_norm: Norm | None, experts: Mapping[str, ExpertsSpec]) -> None:
@@ -37,7 +38,8 @@ class MoE:
                         take(f"{name}.router.correction") if spec.correction else None)
         gate_up, gate_up_bias = load_experts(experts[f"{name}.experts_gate_up"], build, take)
         down, down_bias = load_experts(experts[f"{name}.experts_down"], build, take)
-        self.experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias, spec.clamp)
+        self._group = build.group
+        self.experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias if build.group.rank == 0 else None, spec.clamp)
         self._shared = None if spec.shared is None else MLP(spec.shared, build, take, linears, layer, None, prefix="shared_")
         self._shared_gate = take(f"{name}.shared_gate.weight") if spec.shared_gate else None
 
@@ -50,7 +52,8 @@ class MoE:
                 x = self._shared.down(self._shared.up(h, lora=lora), residual=x, lora=lora)
             else:
                 x = x.addcmul_(self._shared.down(self._shared.up(h, lora=lora), lora=lora), (h @ self._shared_gate.T).sigmoid())
-        return self._fused_experts(h, self.experts, ids, weights, x)
+        x = x if self._group.rank == 0 else torch.zeros_like(x)
+        return self._group.all_reduce(self._fused_experts(h, self.experts, ids, weights, x))
 
 
 def load_experts(spec: ExpertsSpec, build: BuildContext, take: Take) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,17 +55,20 @@ def load_norm(build: BuildContext, take: Take, spec: ModelSpec, name: str, scale
 class QKNorm:
     """A norm of queries and keys that attention kernels do not have: RMSNorm over all heads, or LayerNorm of each head."""
 
-    __slots__ = ("_biases", "_eps", "_norm", "_sizes", "_weights")
+    __slots__ = ("_biases", "_eps", "_group", "_norm", "_sizes", "_weights")
 
     def __init__(self, build: BuildContext, spec: AttentionSpec, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None,
                  eps: float) -> None:
         """weights, biases: of q and of k. For "width": [heads * head_dim], else [heads or 1, head_dim]."""
         self._weights, self._biases, self._eps = weights, biases, eps
         self._sizes = (spec.q_size, spec.kv_size, spec.kv_size)
-        self._norm = build.ops.rms_norm if spec.qk_norm == "width" else None
+        self._norm, self._group = build.ops.rms_norm if spec.qk_norm == "width" else None, build.group
 
     def __call__(self, qkv: Tensor) -> None:
         """Normalizes q and k in place; qkv: [T, q_size + 2 * kv_size]."""
+        if self._norm is not None and self._group.size > 1:
+            self._norm_of_all_ranks(qkv)
+            return
         for i, (x, weight) in enumerate(zip(qkv.split(self._sizes, -1), self._weights, strict=False)):
             if self._norm is not None:
                 x.copy_(self._norm(x.contiguous(), weight, self._eps))
@@ -72,3 +76,11 @@ class QKNorm:
             heads = x.unflatten(-1, (-1, weight.shape[-1]))
             y = F.layer_norm(heads.float(), heads.shape[-1:], eps=self._eps) * weight
             heads.copy_(y if self._biases is None else y + self._biases[i])
+
+    def _norm_of_all_ranks(self, qkv: Tensor) -> None:
+        """RMSNorm over the heads of all ranks, whose sums of squares are added. Ranks with the same KV head have equal means, which count
+        once each."""
+        parts = [x.float() for x in qkv.split(self._sizes, -1)[:2]]
+        means = self._group.all_reduce(torch.cat([x.square().mean(-1, keepdim=True) for x in parts], -1)) / self._group.size
+        for x, y, weight, mean in zip(qkv.split(self._sizes, -1), parts, self._weights, means.split(1, -1), strict=False):
+            x.copy_((y * torch.rsqrt(mean + self._eps)).to(x.dtype) * weight)

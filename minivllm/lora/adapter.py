@@ -56,8 +56,8 @@ def read_adapter(folder: str | Path, layout: AdapterLayout, max_rank: int) -> Ad
     """Read and check an adapter for a model. Raises `InvalidInput` that names the file, the tensor or the setting."""
     folder = Path(folder).expanduser()
     config = PeftConfig.read(folder)
-    known = {name: (adapted.linear, part) for adapted in layout.layers.values()
-             for part, name in enumerate(adapted.linear.checkpoint_names)}
+    known = {name: (adapted.whole, part) for adapted in layout.layers.values()
+             for part, name in enumerate(adapted.whole.checkpoint_names)}
     found: dict[str, dict[str, Tensor]] = {}
     full_names: dict[str, str] = {}  # of modules, as PEFT matches them: model.layers.0.self_attn.q_proj
     for name, tensor in _tensors(folder).items():

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from minivllm.families import LinearSpec, ModelSpec, linear_specs
+from minivllm.parallel.shard import shard_spec
 
 RANK_MULTIPLE = 16  # ranks are padded to it: the smallest inner dimension of a tensor core product
 _ALIGN = 64  # numbers; kernels may rely on aligned rows
@@ -21,9 +22,10 @@ _ALIGN = 64  # numbers; kernels may rely on aligned rows
 class AdaptedLinear(NamedTuple):
     """A linear layer, and where its A [parts * rank, cols] and B [rows, rank] begin in a slot."""
 
-    linear: LinearSpec
+    linear: LinearSpec  # of one tensor-parallel rank
     a: int
     b: int
+    whole: LinearSpec  # of all ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,15 @@ class AdapterLayout:
     size: int  # numbers of a slot
 
     @classmethod
-    def of(cls, spec: ModelSpec, max_rank: int) -> AdapterLayout:
-        """Slots for every linear layer inside the decoder's layers."""
+    def of(cls, spec: ModelSpec, max_rank: int, size: int = 1) -> AdapterLayout:
+        """Slots for every linear layer inside the decoder's layers. size: tensor-parallel ranks, which share each adapter as they share
+        the layers: B of column-parallel layers by outputs, A of row-parallel layers by inputs."""
         rank = -(-max_rank // RANK_MULTIPLE) * RANK_MULTIPLE
-        layers, at = {}, 0
-        for name, linear in linear_specs(spec).items():
+        layers, at, wholes = {}, 0, linear_specs(spec)
+        for name, linear in linear_specs(shard_spec(spec, size)).items():
             if name.startswith("layers."):
                 b = _aligned(at + len(linear.rows) * rank * linear.cols)
-                layers[name] = AdaptedLinear(linear, at, b)
+                layers[name] = AdaptedLinear(linear, at, b, wholes[name])
                 at = _aligned(b + sum(linear.rows) * rank)
         return cls(rank, MappingProxyType(layers), at)
 

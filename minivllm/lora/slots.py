@@ -18,6 +18,8 @@ from minivllm.families import row_order
 from minivllm.kernels.layout import AdapterWeights
 from minivllm.lora.adapter import Adapter, ModuleDelta
 from minivllm.lora.layout import AdaptedLinear, AdapterLayout
+from minivllm.parallel.group import SINGLE, ParallelGroup
+from minivllm.parallel.shard import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,9 @@ class PackedAdapter:
 class AdapterStore:
     """The slots of one device, and the adapters behind them."""
 
-    def __init__(self, layout: AdapterLayout, max_loras: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout = layout
+    def __init__(self, layout: AdapterLayout, max_loras: int, dtype: torch.dtype, device: torch.device,
+                 group: ParallelGroup = SINGLE) -> None:
+        self.layout, self.group = layout, group
         self._slots = torch.zeros((max_loras, layout.size), dtype=dtype, device=device)
         self.ranks = torch.zeros(max_loras, dtype=torch.int32, device=device)  # of the adapter in each slot
         self._host: dict[int, PackedAdapter] = {}
@@ -47,18 +50,20 @@ class AdapterStore:
         adapted = self.layout.layers.get(name)
         return None if adapted is None else _weights(self._slots, adapted, self.layout.rank)
 
-    def pack(self, adapter: Adapter) -> PackedAdapter:
-        """An adapter in the layout of a slot. It may be called on any thread."""
+    def pack(self, adapter: Adapter, rank: int | None = None) -> PackedAdapter:
+        """An adapter in the layout of a slot, for this tensor-parallel rank or another one. It may be called on any thread."""
+        rank, size = self.group.rank if rank is None else rank, self.group.size
         slots = self._slots
         flat = torch.zeros(self.layout.size, dtype=slots.dtype, pin_memory=slots.device.type == "cuda")
         for adapted in self.layout.layers.values():
-            weights, linear = _weights(flat[None], adapted, self.layout.rank), adapted.linear
+            weights, linear, whole = _weights(flat[None], adapted, self.layout.rank), adapted.linear, adapted.whole
+            first, last = span(whole.cols, linear.cols, rank, size)
             start = 0
             for part, (rows, delta) in enumerate(zip(linear.rows, _deltas(adapter, adapted), strict=True)):
                 if delta is not None:
-                    rank = len(delta.a)
-                    weights.a[0, part * self.layout.rank :][:rank] = delta.a
-                    weights.b[0, start : start + rows, :rank] = delta.b.float() * delta.scaling
+                    r, (begin, end) = len(delta.a), span(whole.rows[part], rows, rank, size)
+                    weights.a[0, part * self.layout.rank :][:r] = delta.a[:, first:last]
+                    weights.b[0, start : start + rows, :r] = delta.b[begin:end].float() * delta.scaling
                 start += rows
         return PackedAdapter(flat, adapter.rank)
 
@@ -87,8 +92,9 @@ def _weights(slots: Tensor, adapted: AdaptedLinear, rank: int) -> AdapterWeights
 
 
 def _deltas(adapter: Adapter, adapted: AdaptedLinear) -> Iterator[ModuleDelta | None]:
-    """One entry per part of a linear layer, its rows of B in our order. A checkpoint module for all parts is split; its parts share A."""
-    linear = adapted.linear
+    """One entry per part of a linear layer of all ranks, its rows of B in our order. A checkpoint module for all parts is split; its parts
+    share A."""
+    linear = adapted.whole
     order = torch.arange(sum(linear.rows)) if linear.heads is None else torch.tensor(row_order(linear.heads))
     separate, start = len(linear.checkpoint_names) == len(linear.rows), 0
     for part, rows in enumerate(linear.rows):

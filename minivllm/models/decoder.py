@@ -107,9 +107,9 @@ class Decoder:
         if spec.embed_size != spec.hidden_size:
             self.project_out, norm = Linear.load(build, take, linears["project_out"], norm=norm), None
         if spec.tied:
-            self.head = Linear.of_table(build, self.embedding.table, norm=norm)
+            self.head = Linear.of_table(build, self.embedding.table, spec.vocab_size, norm=norm)
         else:
-            self.head = Linear.load(build, take, linears["head"], norm=norm)
+            self.head = Linear.load_head(build, take, linears["head"], spec.vocab_size, norm=norm)
         if stream is not None:
             stream.start((self.embedding, self.project_out, self.head, *(x for x in self.layers if not isinstance(x, StreamedLayer))))
 

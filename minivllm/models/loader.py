@@ -31,6 +31,7 @@ from minivllm.models.experts import split_experts
 from minivllm.models.gguf_weights import open_index
 from minivllm.models.streaming import WeightStream
 from minivllm.models.weight_files import GGUF_INDEX, find_weight_files
+from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.base import LinearMethod, StoredTensor
 from minivllm.quantization.methods import (
     METHODS,
@@ -85,17 +86,17 @@ Checkpoint = Mapping[str, StoredTensor]  # name without prefix -> tensor
 
 def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildContext, seed: int = 0,
                stream: WeightStream | None = None) -> Decoder:
-    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy".
+    """The model of `spec` with the weights in `folder`, or with random ones for load_format "dummy"; this rank's part of it.
 
     stream: of the layers whose weights stay in host memory; the device never holds more than one of them while they are loaded.
     Raises `ModelError` naming the tensors that are missing, left over, or of another shape or dtype.
     """
     if load_format == "dummy":
-        return _build_decoder(spec, build, DummyWeights(parameters(spec, build.method), build, seed), stream)
+        return _build_decoder(spec, build, DummyWeights(own_parameters(spec, build), build, seed), stream)
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
         spec, checkpoint = resolve_tied(spec, found)
         checkpoint = adapted(split_experts(spec, checkpoint), stored_modules(spec, build.method))
-        needed = parameters(spec, build.method)
+        needed = own_parameters(spec, build)
         check(spec, needed, checkpoint, folder)
         lines = list(dict.fromkeys(method.notice for method in stored_modules(spec, build.method).values()))
         if unused := sum(is_buffer(name, stored.shape, (KV_SCALES,)) for name, stored in checkpoint.items()):
@@ -110,9 +111,14 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
 
 
 def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | DummyWeights, stream: WeightStream | None) -> Decoder:
-    model = Decoder(spec, build, take, stream)
+    model = Decoder(shard_spec(spec, build.group.size), build, take, stream)
     assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
+
+
+def own_parameters(spec: ModelSpec, build: BuildContext) -> dict[str, Parameter]:
+    """The parameters of this rank. Raises `InvalidInput` if so many ranks cannot share the model."""
+    return parameters(spec, build.method, build.group.rank, build.group.size)
 
 
 def take_from(needed: Mapping[str, Parameter], checkpoint: Checkpoint, build: BuildContext) -> Take:
@@ -121,8 +127,8 @@ def take_from(needed: Mapping[str, Parameter], checkpoint: Checkpoint, build: Bu
 
 
 def weight_bytes(spec: ModelSpec, build: BuildContext) -> int:
-    """Bytes of all parameters once they are loaded."""
-    return resident_bytes(spec, build.method, build.dtype.itemsize, build.device.type == "cuda")
+    """Bytes of this rank's parameters once they are loaded."""
+    return resident_bytes(shard_spec(spec, build.group.size), build.method, build.dtype.itemsize, build.device.type == "cuda")
 
 
 def parameter_bytes(params: Mapping[str, Parameter], dtype: torch.dtype) -> int:
@@ -149,16 +155,28 @@ class _Stored:
         out = torch.empty(param.shape, dtype=_dtype(param, self.build.dtype), device=self.build.device)
         start = 0
         for source in param.sources:
-            size = source.shape[param.concat_dim] if source.shape else 1  # scalars are joined to a vector
-            out.narrow(param.concat_dim, start, size).copy_(self.checkpoint[source.name].read())
-            start += size
-        assert start == param.shape[param.concat_dim]  # every element was written
+            for piece in pieces(self.checkpoint[source.name].read(), source, param):
+                size = piece.shape[param.concat_dim] if source.shape else 1  # scalars are joined to a vector
+                out.narrow(param.concat_dim, start, size).copy_(piece)
+                start += size
+        assert start == param.shape[param.concat_dim] - param.padding  # every element was written
+        out.narrow(param.concat_dim, start, param.padding).zero_()
         self.bar.update(out.nbytes)
         return out
 
 
+def pieces(tensor: Tensor, source: Source, param: Parameter) -> Iterator[Tensor]:
+    """What this rank holds of a checkpoint's tensor. Memory-mapped pages that no rank's part touches are not read."""
+    if source.cuts is None or param.shard_dim is None:
+        yield tensor
+        return
+    for start, length in source.cuts:
+        yield tensor.narrow(param.shard_dim, start, length)
+
+
 class DummyWeights:
-    """Random weights about as large as trained ones: norms 1, the rest normal with a small deviation. Same seed, same weights."""
+    """Random weights about as large as trained ones: norms 1, the rest normal with a small deviation. Same seed, same weights,
+    whatever the number of ranks."""
 
     def __init__(self, needed: Mapping[str, Parameter], build: BuildContext, seed: int) -> None:
         self.needed, self.build = dict(needed), build
@@ -166,7 +184,19 @@ class DummyWeights:
 
     def __call__(self, name: str) -> Tensor:
         param = self.needed.pop(name)
-        out = torch.empty(param.shape, dtype=_dtype(param, self.build.dtype), device=self.build.device)
+        if all(source.cuts is None for source in param.sources):
+            return self._random(param, param.shape)
+        sizes = [source.shape[param.concat_dim] for source in param.sources]
+        whole = list(param.sources[0].shape)
+        whole[param.concat_dim] = sum(sizes)
+        split = self._random(param, tuple(whole)).split(sizes, param.concat_dim)
+        own = [piece for part, source in zip(split, param.sources, strict=True) for piece in pieces(part, source, param)]
+        out = torch.zeros(param.shape, dtype=own[0].dtype, device=own[0].device)
+        torch.cat(own, param.concat_dim, out=out.narrow(param.concat_dim, 0, out.shape[param.concat_dim] - param.padding))
+        return out
+
+    def _random(self, param: Parameter, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=_dtype(param, self.build.dtype), device=self.build.device)
         if isinstance(param.dummy, float):
             return out.fill_(param.dummy)
         if param.dummy == "bits" or isinstance(param.dummy, int):

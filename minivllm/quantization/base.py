@@ -148,6 +148,11 @@ class LinearMethod(Protocol):
         return type(self).__name__.removesuffix("Method").lower()
 
     @property
+    def reorders_inputs(self) -> bool:
+        """Whether groups of inputs are not neighbors, so that no tensor-parallel rank can have some of the inputs."""
+        return False
+
+    @property
     def notice(self) -> str | None:
         """A line to print when a model with such layers is loaded."""
         return None

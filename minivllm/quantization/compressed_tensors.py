@@ -49,6 +49,11 @@ class IntMethod(LinearMethod):
         """See `LinearMethod`."""
         return f"int{self.bits}"
 
+    @property
+    def reorders_inputs(self) -> bool:
+        """See `LinearMethod`."""
+        return self.ordered and self.group != -1
+
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """See `LinearMethod`."""
         def words(count: int) -> int:

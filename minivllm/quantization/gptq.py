@@ -43,6 +43,11 @@ class GPTQMethod(LinearMethod):
         """See `LinearMethod`."""
         return f"GPTQ int{self.bits}"
 
+    @property
+    def reorders_inputs(self) -> bool:
+        """See `LinearMethod`."""
+        return self.desc_act and self.group != -1
+
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """See `LinearMethod`."""
         def words(count: int) -> int:

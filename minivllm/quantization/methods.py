@@ -1,6 +1,8 @@
 """Which method stores which linear layer, and the resulting parameters of a model."""
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.errors import InvalidInput
 from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, expert_specs, linear_specs, tensor_specs
+from minivllm.parallel.shard import FIELD, grouped_spans, shard_spec, span
 from minivllm.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, online
 from minivllm.quantization.base import DTYPE_BYTES, LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
@@ -55,11 +58,15 @@ def of_separate_file(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"quant_method": "awq" if "w_bit" in config or "zero_point" in config else "gptq", **config}
 
 
+MOST_IN_WORD = 32  # numbers that one word of a packed tensor may store
+
+
 class Source(NamedTuple):
     """One tensor of a checkpoint, named without the prefix ("model." and the like) that varies between exporters."""
 
     name: str
     shape: tuple[int, ...]
+    cuts: tuple[tuple[int, int], ...] | None = None  # (start, length) of what this rank holds along `shard_dim`. None: all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,8 @@ class Parameter:
     dtype: str | None = None  # None: the model's
     dummy: str | float = "normal"  # see ParamSpec
     shard_dim: int | None = None  # tensor-parallel ranks split each source along it; None: every rank holds all of it
+    of_parts: tuple[int, ...] | None = None  # see ParamSpec
+    padding: int = 0  # zeros at the end, along concat_dim: of the last ranks' part of a vocabulary
 
     @property
     def size(self) -> int:
@@ -79,11 +88,16 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def parameters(spec: ModelSpec, method: MethodOf = all_dense) -> dict[str, Parameter]:
-    """Every parameter of the model under our own name, e.g. `layers.3.qkv.weight`."""
-    found = {name: _tensor(tensor) for name, tensor in tensor_specs(spec).items()}
-    for linear in all_linears(spec):
-        found.update(linear_parameters(linear, method(linear)))
+def parameters(spec: ModelSpec, method: MethodOf = all_dense, rank: int = 0, size: int = 1) -> dict[str, Parameter]:
+    """Every parameter of the model under our own name, e.g. `layers.3.qkv.weight`. With several ranks, the parts that this one holds.
+
+    Raises `InvalidInput` if so many ranks cannot share it."""
+    shard = shard_spec(spec, size)
+    found = {tensor.name: _tensor(tensor, part, rank, size)
+             for tensor, part in zip(tensor_specs(spec).values(), tensor_specs(shard).values(), strict=True)}
+    for linear, part in zip(all_linears(spec), all_linears(shard), strict=True):
+        stored = method(linear)
+        found.update(linear_parameters(linear, stored) if size == 1 else _sharded(linear, part, stored, rank, size))
     return found
 
 
@@ -103,6 +117,50 @@ def experts_notice(spec: ModelSpec, method: MethodOf, dtype: str) -> str | None:
     if expert_specs(spec) and any(method(linear) is not DENSE for linear in linear_specs(spec).values()):
         return f"the experts' weights are kept in {dtype}: no kernel multiplies packed ones"
     return None
+
+
+def _sharded(linear: LinearSpec, part: LinearSpec, method: LinearMethod, rank: int, size: int) -> Iterator[tuple[str, Parameter]]:
+    """One rank's parameters of a linear layer. part: its layer of any rank."""
+    whole, parts = dict(linear_parameters(linear, method)), dict(linear_parameters(part, method))
+    by_outputs = linear.parallel == "column"
+    if linear.parallel == "row" and method.reorders_inputs:
+        raise InvalidInput(f"{FIELD} {size} does not fit the quantized weight of {linear.name}: its groups are not neighboring inputs "
+                           "(desc_act, actorder); use one rank, or a checkpoint without it", FIELD)
+    numbers = [*zip(linear.rows, part.rows, strict=True)] if by_outputs else [(linear.cols, part.cols)]
+    spans = [span(total, here, rank, size) for total, here in numbers]
+    starts = [*itertools.accumulate((total for total, _ in numbers), initial=0)]
+    for name, param in whole.items():
+        dim = param.shard_dim
+        if dim is None or linear.parallel is None:
+            yield name, param
+            continue
+        suffix, sources = name.removeprefix(f"{linear.name}."), []
+        for source, i in zip(param.sources, param.of_parts or range(len(param.sources)), strict=True):
+            own = range(len(numbers)) if len(linear.checkpoint_names) < len(linear.rows) and by_outputs else (i,)  # one tensor of all parts
+            total, stored = sum(numbers[j][0] for j in own), source.shape[dim]
+            if stored == 1 and total > MOST_IN_WORD:  # one scale for all, which every rank holds
+                cuts = [(0, 1)]
+            elif name in parts and (suffix == "bias" or _divides(method, part, suffix, dim)):
+                ends = [(starts[j] * (len(own) > 1) + a, starts[j] * (len(own) > 1) + b) for j in own for a, b in (spans[j],)]
+                if linear.heads is not None and linear.heads.grouped_qkv and by_outputs:
+                    ends = grouped_spans(linear.heads, rank, size)
+                cuts = [(a * stored // total, (b - a) * stored // total) for a, b in ends]
+            else:
+                here = sum(numbers[j][1] for j in own)
+                raise InvalidInput(
+                    f"{FIELD} {size} does not fit the quantized weight of {linear.name}: of its {total} "
+                    f"{'outputs' if by_outputs else 'inputs'} a rank would have {here}, and the {stored} entries of {suffix} cannot be "
+                    "divided so; use fewer ranks, or a checkpoint with smaller groups", FIELD)
+            sources.append(source._replace(cuts=tuple(cuts)))
+        shape, held = parts[name].shape, sum(length for source in sources for _, length in source.cuts or ())
+        yield name, dataclasses.replace(param, shape=shape, sources=tuple(sources),
+                                        padding=shape[dim] - held if dim == param.concat_dim else 0)
+
+
+def _divides(method: LinearMethod, part: LinearSpec, suffix: str, dim: int) -> bool:
+    """Whether entries of a tensor end where a rank's part does. Then those of 4096 parts are 4096 times as many."""
+    one, many = method.parameters(part.rows, part.cols), method.parameters(tuple(4096 * n for n in part.rows), 4096 * part.cols)
+    return suffix in many and all(b[dim] == 4096 * a[dim] for a, b in zip(one[suffix].parts, many[suffix].parts, strict=True))
 
 
 def stored_modules(spec: ModelSpec, method: MethodOf) -> dict[str, LinearMethod]:
@@ -147,11 +205,16 @@ def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) 
     return found
 
 
-def _tensor(tensor: TensorSpec) -> Parameter:
-    parts = len(tensor.checkpoint_names)
-    shape = (tensor.shape[0] // parts, *tensor.shape[1:])
-    return Parameter(tensor.shape, tuple(Source(name, shape) for name in tensor.checkpoint_names), dtype=tensor.dtype,
-                     dummy=1.0 if tensor.kind == "scale" else "normal")
+def _tensor(tensor: TensorSpec, part: TensorSpec, rank: int, size: int) -> Parameter:
+    """part: of one rank. The weights of norms of heads are divided as the heads are."""
+    count = len(tensor.checkpoint_names)
+    each = tensor.shape[0] // count
+    sources = [Source(name, (each, *tensor.shape[1:])) for name in tensor.checkpoint_names]
+    if part.shape != tensor.shape:
+        start, end = span(tensor.shape[0], part.shape[0], rank, size)
+        bounds = ((max(start - i * each, 0), min(end - i * each, each)) for i in range(count))
+        sources = [source._replace(cuts=((a, b - a),) if a < b else ()) for source, (a, b) in zip(sources, bounds, strict=True)]
+    return Parameter(part.shape, tuple(sources), dtype=tensor.dtype, dummy=1.0 if tensor.kind == "scale" else "normal", shard_dim=0)
 
 
 def linear_parameters(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:
@@ -165,4 +228,5 @@ def linear_parameters(linear: LinearSpec, method: LinearMethod) -> Iterator[tupl
         names = linear.checkpoint_names if param.of_parts is None else tuple(linear.checkpoint_names[i] for i in param.of_parts)
         sources = tuple(Source(f"{name}.{param.suffix or suffix}", shape) for name, shape in zip(names, param.parts, strict=True))
         shard_dim = {"column": param.output_dim, "row": param.input_dim, None: None}[linear.parallel]
-        yield f"{linear.name}.{suffix}", Parameter(param.shape, sources, param.concat_dim, param.dtype, param.dummy, shard_dim)
+        yield f"{linear.name}.{suffix}", Parameter(param.shape, sources, param.concat_dim, param.dtype, param.dummy, shard_dim,
+                                                        param.of_parts)

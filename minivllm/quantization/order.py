@@ -55,6 +55,7 @@ def _order(g_idx: Tensor, group: int) -> Tensor | None:
     import torch
 
     group = len(g_idx) if group == -1 else group
+    g_idx = g_idx if bool((g_idx < 0).any()) else g_idx - g_idx.min()  # a tensor-parallel rank's inputs begin with another group
     sorted_groups = torch.arange(len(g_idx), device=g_idx.device) // group
     if bool((g_idx == UNORDERED).all()) or torch.equal(g_idx.long(), sorted_groups):
         return None

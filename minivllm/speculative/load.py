@@ -28,6 +28,7 @@ from minivllm.layers.rope import RotaryEmbedding
 from minivllm.models.decoder import Decoder, PreNormLayer
 from minivllm.models.hub import DEFAULT_NAME, describe_model, find_model
 from minivllm.models.loader import Checkpoint, adapted, check, load_model, open_checkpoint, take_from
+from minivllm.parallel.group import SINGLE
 from minivllm.quantization.base import MethodOf
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.methods import METHODS, Parameter, linear_parameters, method_of, parameters, resident_bytes, stored_modules
@@ -194,7 +195,8 @@ def _wrong(message: str) -> InvalidInput:
 
 def load_draft(draft: Draft, target: Decoder) -> DeviceProposer:
     """The proposer, on the target's device and in its dtype. Raises `ModelError` for tensors that are missing, left over or wrong."""
-    settings, build = draft.settings, replace(target.build, method=draft.method, adapters=None)  # LoRA adapters change the target only
+    settings, build = draft.settings, replace(
+        target.build, method=draft.method, adapters=None, group=SINGLE)  # LoRA adapters change the target only; each rank has a whole draft
     options: dict[str, Any] = dict(num_drafts=settings.num_speculative_tokens, group=draft.group,
                                    probabilistic=settings.draft_sample_method == "probabilistic")
     if settings.method == "eagle":

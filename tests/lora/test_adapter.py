@@ -116,7 +116,7 @@ def test_folders_without_readable_weights_are_named(base: Path, layout: AdapterL
 
 def test_a_checkpoint_module_for_all_parts_of_a_layer_is_split() -> None:
     linear = LinearSpec("layers.0.qkv", (6, 2, 2), 8, ("layers.0.qkv_proj",), False, "column")
-    layout = AdapterLayout(16, {linear.name: AdaptedLinear(linear, 0, 384)}, 384 + 160)
+    layout = AdapterLayout(16, {linear.name: AdaptedLinear(linear, 0, 384, linear)}, 384 + 160)
     store = AdapterStore(layout, 1, torch.float32, torch.device("cpu"))
     a, b, x = torch.randn(3, 8), torch.randn(10, 3), torch.randn(5, 8)
     store.add(1, store.pack(Adapter({"layers.0.qkv_proj": ModuleDelta(a, b, 0.5)})))
