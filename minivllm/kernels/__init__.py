@@ -122,6 +122,7 @@ def select(device: torch.device) -> Ops:
         prepare_lora=triton.lora.prepare_lora,
         lora_delta=triton.lora.lora_delta,
         lora_linear=triton.lora.lora_linear,
+        fused_experts=triton.moe.fused_experts,
         silu_and_mul=triton.activation.silu_and_mul,
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,

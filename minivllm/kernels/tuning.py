@@ -330,3 +330,33 @@ SPECULATION = {"cpu": SpeculationCost(3.0, 0.2, 16), "cuda": SpeculationCost(200
 # A step of T tokens takes as long as 1 + T / SHARED_TOKENS empty ones, to share steps between owners (`core/fair_share.py`). The tokens are
 # mostly those of prompts, whose large products take less time per token than the few rows of a verification.
 SHARED_TOKENS = {"cpu": 12, "cuda": 200}
+
+
+# --- mixture of experts on a GPU -----------------------------------------------------------------------------------
+
+MOE_PAIRS_AT_ONCE = 1024  # pairs of a token and an expert that a program looks at together; not measured
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTile:
+    """The work of one program: pairs of one expert, times some of its outputs."""
+
+    block_m: int  # pairs
+    block_n: int  # outputs; twice as many for gate and up
+    block_k: int  # inputs at a time
+    num_warps: int
+    num_stages: int
+
+
+def moe_tile(pairs: int, experts: int, itemsize: int, arch: int) -> ExpertTile:
+    """pairs: tokens times experts per token; experts: of the layer. Not measured. sm_89: fits without spills.
+
+    With few pairs per expert, the time is that of reading weights, and narrow tiles give enough programs. With many, large tiles read
+    each weight less often.
+    """
+    mean, block_k = pairs / experts, 128 // itemsize
+    if mean <= 16:
+        return ExpertTile(16, 32 if pairs <= 64 else 64, block_k, 4, 4)
+    if mean <= 48 or itemsize > 2:
+        return ExpertTile(32, 64, block_k, 4, 3)
+    return ExpertTile(128, 64, block_k, 8, 3) if arch >= 90 else ExpertTile(64, 64, block_k, 8, 3)

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minivllm.kernels import tuning
-from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, norm, packed_weight, sampling
+from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, moe, norm, packed_weight, sampling
 from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
@@ -183,6 +183,25 @@ def lora_variants() -> Iterator[dict[str, Any]]:
                       dict(N=n, BLOCK_N=many.block_n, ADD=parts == 1, **ends, **tokens), num_warps=4, num_stages=2)
 
 
+def expert_variants() -> Iterator[dict[str, Any]]:
+    """The experts of Qwen3-30B-A3B (128, of which 8 compute a token), of Mixtral (8, of which 2 do), and of gpt-oss, with biases."""
+    types = {**dict.fromkeys(("out", "x", "weight", "bias"), "*bf16"), **dict.fromkeys(("order", "starts", "ids"), "*i32"), "pairs": "i32"}
+    for model, hidden, inner, experts, top, clamp in (
+            ("Qwen3-30B-A3B", 2048, 768, 128, 8, False), ("Mixtral", 4096, 14336, 8, 2, False), ("gpt-oss", 2880, 2880, 32, 4, True)):
+        for tokens in (1, 32, 256, 4096):
+            tile = tuning.moe_tile(tokens * top, experts, 2, ARCH)
+            for layer, n, k, gated in (("gate_up", inner, hidden, True), ("down", hidden, inner, False)):
+                yield measure(f"{'decode' if tile.block_m == 16 else 'prefill'} {layer} of {model}'s experts, {tokens} tokens",
+                              moe._expert_product, types,
+                              dict(N=n, K=k, E=experts, PADDED_E=experts, TOP=top if gated else 1, GATED=gated, BIAS=clamp, CLAMP=clamp,
+                                   ALPHA=1.702, LIMIT=7.0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k),
+                              num_warps=tile.num_warps, num_stages=tile.num_stages)
+        yield measure(f"decode pairs of {model}", moe._group_pairs, types, dict(E=experts, BLOCK=tuning.MOE_PAIRS_AT_ONCE), num_warps=4)
+        yield measure(f"decode sum of {model}'s experts", moe._combine,
+                      {**dict.fromkeys(("out", "residual", "outputs"), "*bf16"), "weights": "*fp32", "size": "i32"},
+                      dict(TOP=top, BLOCK=1024), num_warps=4)
+
+
 def small_variants() -> Iterator[dict[str, Any]]:
     types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "eps": "fp32"}
     for width in (576, 1024, 4096):
@@ -227,6 +246,6 @@ def draft_variants() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *small_variants(), *sampling_variants(),
+    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *expert_variants(), *small_variants(), *sampling_variants(),
                 *draft_variants()):
         print(json.dumps(row), flush=True)

@@ -1,4 +1,4 @@
 """Functions of `kernels/reference` in Triton, for NVIDIA GPUs: the same signatures, and tests compare the results."""
-from minivllm.kernels.triton import activation, attention, device, drafts, grouped, linear, lora, norm, packed_weight, rope, sampling
+from minivllm.kernels.triton import activation, attention, device, drafts, grouped, linear, lora, moe, norm, packed_weight, rope, sampling
 
-__all__ = ["activation", "attention", "device", "drafts", "grouped", "linear", "lora", "norm", "packed_weight", "rope", "sampling"]
+__all__ = ["activation", "attention", "device", "drafts", "grouped", "linear", "lora", "moe", "norm", "packed_weight", "rope", "sampling"]
