@@ -24,7 +24,7 @@ if importlib.util.find_spec("minivllm") is None:
     REPOSITORY = ""  # the address from which you would clone the repository
     assert REPOSITORY, "write the address of the minivllm repository (or of your copy of it) in the line above"
     !git clone --quiet --depth 1 {REPOSITORY} minivllm_repository
-    %pip install --quiet "./minivllm_repository[notebooks]"
+    %pip install --quiet ./minivllm_repository matplotlib ipywidgets openai
 if os.path.isdir("minivllm_repository"):
     %cd minivllm_repository/notebooks'''
 
@@ -58,7 +58,9 @@ def main(names: list[str]) -> None:
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-        if first.source != FIRST_CELL:
+        if first.source.startswith(FIRST_CELL.partition("\n")[0]):  # perhaps an older version of it
+            first.source = FIRST_CELL
+        else:
             notebook.cells.insert(notebook.cells.index(first), nbformat.v4.new_code_cell(FIRST_CELL))
         save(execute(notebook), path)
         print(f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size // 1024} KiB")
