@@ -1,4 +1,4 @@
-"""Attacks on a server, with a well-behaved stream beside each of them.  Run: python -m bench.hostile [--pairs] [--markdown]
+"""Attacks on a server, with a well-behaved stream beside each of them.  Run: python -m bench.hostile [--pairs [all]] [--markdown]
 
 Every attack gets a fresh server: a tiny random model on the CPU, its engine in a separate process, bound to 127.0.0.1. Two API keys are
 valid. One belongs to a client that streams completions all the time, the other one to the attacker, which runs in another process and is
@@ -10,7 +10,7 @@ not. `--markdown` prints the tables of docs/security.md.
 
 Attacks with other work on the machine say little: the first one, "busy processors", sends no request and only computes on all cores, so
 its row shows what the load of an attacker's own process does to the stream. Everything takes at most about `--minutes`. Pairs share
-one server and are shorter, and come in an order in which each attack takes part equally often.
+one server and are shorter. `--pairs` runs as many of them as it takes for each attack to take part three times; `--pairs all` runs all.
 """
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from bench.hostile_client import ADMIN_KEY, GOOD_KEY, HOSTILE_KEY, Attack, Targe
 
 SETTINGS = ("--dtype", "float32", "--device", "cpu", "--max-model-len", "1024", "--num-gpu-blocks-override", "1024", "--max-num-seqs", "64",
             "--max-num-batched-tokens", "256", "--log-level", "warning", "--no-access-log", "--max-queue", "64")
+ROUNDS = 3  # of pairs, unless all are wanted; each attack takes part once in a round
 START_SECONDS = 60.0  # for a server or an attacker's process to start
 STILL_BUSY = "still busy"  # beginning of the report of an attacker whose time is over
 MAX_GAP = 2.0  # longest time between two tokens of the stream during an attack, in seconds
@@ -266,11 +267,11 @@ def attack_now(server: HostileServer, attacks: Sequence[Attack], times: Times) -
     return highest, seen
 
 
-def balanced_pairs(attacks: Sequence[Attack]) -> list[tuple[Attack, Attack]]:
-    """All pairs, in rounds in which each attack takes part once (the circle method): a prefix covers all attacks equally often."""
+def balanced_pairs(attacks: Sequence[Attack], rounds: int | None = None) -> list[tuple[Attack, Attack]]:
+    """Pairs in rounds in which each attack takes part once (the circle method; with an odd number all but one). None: all pairs."""
     circle: list[Attack | None] = [*attacks, *([None] if len(attacks) % 2 else [])]
     pairs = []
-    for _ in range(len(circle) - 1):
+    for _ in range(len(circle) - 1 if rounds is None else min(rounds, len(circle) - 1)):
         for first, second in zip(circle[:len(circle) // 2], reversed(circle), strict=False):
             if first is not None and second is not None:
                 pairs.append((first, second))
@@ -326,8 +327,9 @@ def _figures(r: HostileResult) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="attacks whose name contains one of these words")
-    parser.add_argument("--pairs", action="store_true", help="afterwards two attacks at the same time, as many pairs as there is time for")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything; what does not fit is not run, and is counted")
+    parser.add_argument("--pairs", nargs="?", const="some", choices=("some", "all"),
+                        help=f"afterwards two attacks at the same time: {ROUNDS} pairs with each attack, or all pairs")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for everything; what does not fit is not run, and is counted")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown at the end; the rows go to stderr as they come")
     parser.add_argument("--list", action="store_true", help="list the attacks")
     args = parser.parse_args(argv)
@@ -335,10 +337,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list or not chosen:
         print("\n".join(f"{a.name}: {a.limit}" for a in ATTACKS))
         return 0 if args.list else 2
+    from bench.machine import describe, one_line
     from bench.storm import write_model
 
     end, results, pairs = time.monotonic() + 60 * args.minutes, [], []
-    wanted = balanced_pairs([attack for attack in chosen if attack is not REFERENCE]) if args.pairs else []
+    hostile = [attack for attack in chosen if attack is not REFERENCE]
+    wanted = [] if args.pairs is None else balanced_pairs(hostile, None if args.pairs == "all" else ROUNDS)
     show = sys.stderr if args.markdown else sys.stdout
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
@@ -354,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pairs.append(result)
             print(pair_row(result), file=show, flush=True)
     if args.markdown:
-        print(markdown(results, pairs))
+        print(one_line(describe("cpu", 1)) + "\n\n" + markdown(results, pairs))
     print(f"{len(results)} of {len(chosen)} attacks, {len(pairs)} of {len(wanted)} pairs; "
           f"not held: {sum(bool(result.problems) for result in (*results, *pairs))}", file=show)
     return int(len(results) < len(chosen) or any(result.problems for result in (*results, *pairs)))
