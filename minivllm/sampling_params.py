@@ -437,9 +437,11 @@ class SamplingParams:
             raise InvalidInput(f"logit_bias has {len(value)} entries, and at most {MAX_BIASES} are allowed: leave some out", "logit_bias")
         for key, bias in value.items():
             token: Any = key
-            if isinstance(key, str) and key.isdecimal() and len(key) < 20:  # keys of JSON objects are strings
+            if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20:  # keys of JSON objects are strings
                 token = int(key)
             token = whole("a key of logit_bias", token, 0, None, "keys are token ids", field="logit_bias")
+            if token in clean:
+                raise InvalidInput(f"logit_bias has the token {token} twice, as {key!r} and in another form: keep one", "logit_bias")
             clean[token] = max(-100.0, min(100.0, number("logit_bias", bias, -math.inf, math.inf)))
         return clean
 

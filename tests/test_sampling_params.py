@@ -33,6 +33,7 @@ from minivllm.sampling_params import GREEDY_EPSILON
         ("min_tokens", 17), ("logprobs", -2), ("prompt_logprobs", 1.5), ("logit_bias", {"x": 1}),
         ("logit_bias", [1, 2]), ("logit_bias", "5"), ("logit_bias", {1.5: 1}), ("logit_bias", {True: 1}), ("logit_bias", {-1: 1}),
         ("logit_bias", {1: "2"}), ("logit_bias", {1: float("nan")}), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
+        ("logit_bias", {5: 1, "05": 2}), ("logit_bias", {"\N{FULLWIDTH DIGIT FIVE}": 1}),
         ("truncate_prompt_tokens", 2.0), ("logit_bias", {1: float("inf")}), ("logit_bias", {1: 10**400}), ("ignore_eos", 1),
         ("detokenize", None),
     ],

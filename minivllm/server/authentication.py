@@ -35,6 +35,7 @@ RAW_SEND = "minivllm.send"  # scope key of a `send` for body messages that skips
 REFUSALS_PER_SECOND = 50  # of an owner; further ones are delayed
 FREE_OPEN = 16  # open requests of an owner whose refusals are not delayed
 MAX_DELAY = 30.0  # seconds
+SINGLE_HEADERS = frozenset({b"host", b"authorization", b"origin", b"sec-fetch-site", b"content-type", b"content-encoding"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # names that no public DNS server gives an address
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -191,6 +192,10 @@ class AuthenticationMiddleware:
     def _let_in(self, scope: Scope, headers: Headers) -> str:
         """The owner of a request. Raises `ApiError` if it must not enter."""
         rules = self._rules
+        once = [name for name, _ in scope["headers"] if name in SINGLE_HEADERS]
+        if len(once) != len(set(once)):  # a proxy may have checked another one of them than this server would read
+            name = Counter(once).most_common(1)[0][0].decode()
+            raise ApiError(400, f"the header {name} occurs more than once: send it once", code="duplicate_header")
         rules.check_host(headers.get("host", ""))
         if scope["method"] not in SAFE_METHODS:
             rules.check_origin(headers)

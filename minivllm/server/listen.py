@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
@@ -33,6 +34,7 @@ DISCARDING_SECONDS = 2.0  # and how long it may take to read that answer
 READ_SECONDS = 30.0  # for a client to read what the server has written ...
 READ_RATE = 65_536  # ... and one second more for so many bytes
 MAX_PIPELINED = 8  # requests of one connection that are read before the first is answered
+SLICE = 8192  # bytes that are parsed between two looks at the number of requests: a packet may hold thousands of them
 
 
 class Server(uvicorn.Server):
@@ -143,7 +145,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # ends the wait for a head, or the discarding
         self._reading: asyncio.TimerHandle | None = None  # ends the wait for a client that does not read
         self.handshake: TlsConnection | None = None  # the one of HTTPS
-        self._unanswered: list[Any] = []  # uvicorn's cycles of requests; several if the client pipelines
+        self._unanswered: deque[Any] = deque()  # uvicorn's cycles of requests; several if the client pipelines
+        self._held = b""  # received, and parsed once fewer requests are unanswered
 
     # Called by the event loop.
 
@@ -169,6 +172,16 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
+        data, self._held = self._held + data, b""
+        for start in range(0, len(data), SLICE):
+            if len(self._unanswered) > MAX_PIPELINED and self._discarding is None:
+                self._held = data[start:]
+                self._stop_timer()  # the client is not late: it has to wait
+                self.flow.pause_reading()
+                return
+            self._parse(data[start:start + SLICE])
+
+    def _parse(self, data: bytes) -> None:
         if self._discarding is not None:
             self._discarding -= len(data)
             if self._discarding < 0:
@@ -211,9 +224,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.scope["http_version"] == "1.0" and self.cycle is not None:
             self.cycle.__class__ = Http10Cycle
             self.cycle.waiting_for_100_continue = False  # a status that HTTP/1.0 does not have
-        self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
-        if all(cycle is not self.cycle for cycle in self._unanswered):
-            self._unanswered.append(self.cycle)
+        self._unanswered.append(self.cycle)
         if 1 < len(self._unanswered) <= MAX_PIPELINED:
             self.flow.resume_reading()  # uvicorn paused it; without reading, a disconnect would go unnoticed
 
@@ -233,8 +244,20 @@ class HttpProtocol(HttpToolsProtocol):
             self._discard()
             return
         super().on_response_complete()
+        while self._unanswered and self._unanswered[0].response_complete:
+            self._unanswered.popleft()
+        if len(self._unanswered) > MAX_PIPELINED:
+            self.flow.pause_reading()  # uvicorn has resumed it
+        elif self._held and not self.transport.is_closing():
+            self.loop.call_soon(self._parse_held)
         if self.cycle.response_complete and not self.transport.is_closing():
             self._limit.idle[self] = None
+
+    def _parse_held(self) -> None:
+        if self.parser is not None and not self.transport.is_closing():
+            self.data_received(b"")
+            if not self._held and len(self._unanswered) <= MAX_PIPELINED:
+                self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Send the error and close the connection. In the middle of a response the connection can only be closed."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,16 @@ def test_without_a_key_everything_is_401(http: httpx.Client, method: str, path: 
     error = response.json()["error"]
     assert error["type"] == "AuthenticationError" and error["code"] == "invalid_api_key"
     assert "first-key" not in response.text
+
+
+@pytest.mark.parametrize("name", ["authorization", "host", "content-type", "content-encoding", "origin", "sec-fetch-site"])
+def test_a_header_that_decides_is_sent_once(live: LiveServer, name: str) -> None:
+    """A proxy may check the first of two, and this server read the second."""
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:  # usual clients refuse to send these
+        connection.sendall(f"GET /v1/models HTTP/1.1\r\n{name}: x\r\n{name.title()}: y\r\nconnection: close\r\n\r\n".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400") and f"the header {name} occurs more than once: send it once".encode() in answer
 
 
 def test_every_registered_path_but_health_and_the_pages_files_needs_a_key(live: LiveServer) -> None:

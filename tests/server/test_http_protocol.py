@@ -59,6 +59,22 @@ def test_an_endless_head_is_refused(live: LiveServer, start: bytes, more: bytes)
     assert httpx.get(live.url + "/health").status_code == 200
 
 
+def test_a_packet_of_very_many_requests_is_parsed_part_by_part(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is answered, in order, although few are parsed before the first is answered."""
+    most, unpatched = 0, listen.HttpProtocol._parse
+
+    def counted(protocol: listen.HttpProtocol, data: bytes) -> None:
+        nonlocal most
+        unpatched(protocol, data)
+        most = max(most, len(protocol._unanswered))
+
+    monkeypatch.setattr(listen.HttpProtocol, "_parse", counted)
+    count, request = 2000, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    answer = exchange(live, request * count + request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+    assert answer.count(b"HTTP/1.1 200") == count + 1
+    assert most <= listen.MAX_PIPELINED + listen.SLICE // len(request) + 1
+
+
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
