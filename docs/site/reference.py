@@ -340,7 +340,7 @@ def models() -> str:
     kinds = {name: kind for kind, name in MODEL_TYPES.items()}
     tested = tested_variants()
     rows = [(code(name), code(kinds[name]), code(gguf.get(name, "")), *_properties(family),
-             cell("; ".join(tested.get(name.removesuffix("ForCausalLM"), ())).replace(f"{kinds[name]}, ", "")))
+             cell("; ".join(tested.get(name.removesuffix("ForCausalLM").removesuffix("LMHeadModel"), ()))))
             for name, family in FAMILIES.items()]
     sizes = []
     for model in (*MODELS, *COMPARED):
@@ -384,7 +384,8 @@ def tested_variants() -> dict[str, list[str]]:
             for key, value in zip(node.value.keys, node.value.values, strict=True):
                 assert isinstance(key, ast.Constant) and isinstance(value, ast.Tuple)
                 family = ast.literal_eval(value.elts[0])
-                found.setdefault(family, []).append(key.value)
+                variants = found.setdefault(family, [])
+                variants.append(key.value.partition(", ")[2] or key.value)
     return found
 
 
@@ -401,8 +402,10 @@ def _properties(family: Family) -> tuple[str, ...]:
     qk_norm = attention["qk_norm"]
     norm = said(model["norm"], {"rms": "RMSNorm", "layer": "LayerNorm"})
     norm += (", of q and k if config" if callable(qk_norm) else ", also of q and k") if qk_norm else ""
-    positions = "learned" if attention.get("rope", 0) is None else "rotary, by layer" if "rope" in attention else "rotary"
-    positions += ", of a part of each head" if {"partial", "dim"} & family.rope.keys() else ""
+    positions = "ALiBi" if "alibi" in attention else "learned"
+    if attention.get("rope", 0) is not None:
+        positions = "rotary or ALiBi" if "alibi" in attention else "rotary, by layer" if "rope" in attention else "rotary"
+    positions += ", of a part of each head" if {"partial", "dim"} & family.rope.keys() and "rope" not in attention else ""
     block = family.block.partition("_")[0] if isinstance(family.block, str) else "config"
     gated = ("gated" if mlp["gated"] else "plain") + (", experts" if family.sparse is not False else "")
     biases = {part: said(source, {True: "yes", False: "no"}) for part, source in (

@@ -189,6 +189,16 @@ def windows_by_type(pattern: int) -> Callable[[Config], list[int | None]]:
     return read_windows
 
 
+# --- positions -----------------------------------------------------------------------------------------------------
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """A geometric series from 2^(-8 / n), with n heads (Press et al. 2021). If n is no power of two, the other heads are in between."""
+    n = 1 << (heads.bit_length() - 1)
+    between = (2.0 ** (-4.0 * i / n) for i in range(1, 2 * (heads - n), 2))
+    return (*(2.0 ** (-8.0 * i / n) for i in range(1, n + 1)), *between)
+
+
 # --- rotary embedding ----------------------------------------------------------------------------------------------
 
 

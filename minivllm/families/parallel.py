@@ -1,4 +1,4 @@
-"""Families with LayerNorms, most of which compute attention and MLP from the same hidden states: Phi, GPT-NeoX, GPT-J, Cohere, StableLM."""
+"""Families with LayerNorms, most with attention and MLP in parallel: Phi, GPT-NeoX, GPT-J, Cohere, StableLM, Falcon; GPT-2, BLOOM."""
 from __future__ import annotations
 
 from minivllm.families import config_json
@@ -19,10 +19,52 @@ def _inner(key: str, hidden: str = "hidden_size") -> object:
     return lambda config: read(config, Key(key, int, 4 * read(config, Key(hidden, int))))
 
 
+def _falcon_two_norms(config: Config) -> bool:
+    new = read(config, Key("new_decoder_architecture", bool, False))
+    return bool(new and read(config, Key("num_ln_in_parallel_attn", int, 2)) == 2)
+
+
+def _falcon_block(config: Config) -> str:
+    new = read(config, Key("new_decoder_architecture", bool, False))
+    if not new and not read(config, Key("parallel_attn", bool, True)):
+        return "pre"
+    return "parallel" if _falcon_two_norms(config) else "parallel_one_norm"
+
+
+def _falcon_kv_heads(config: Config) -> int:
+    heads = read(config, Key("num_attention_heads", int))
+    if not read(config, Key("new_decoder_architecture", bool, False)) and read(config, Key("multi_query", bool, True)):
+        return 1
+    return int(read(config, Key("num_kv_heads", int, heads)))
+
+
+def _falcon_alibi(config: Config) -> tuple[float, ...] | None:
+    """Falcon scales the bias like the scores."""
+    scale = config_json.head_dim(config) ** -0.5
+    slopes = config_json.alibi_slopes(read(config, Key("num_attention_heads", int)))
+    return tuple(scale * slope for slope in slopes) if read(config, Key("alibi", bool, False)) else None
+
+
+def _falcon_ropes(config: Config) -> list[RopeSpec | None]:
+    rope = None if read(config, Key("alibi", bool, False)) else _falcon_rope(config)[0]
+    return [rope] * config_json.num_layers(config)
+
+
+def _falcon_rope(config: Config) -> tuple[RopeSpec, int]:
+    length = read(config, Key("max_position_embeddings", int, 2048))
+    return config_json.rope(config, length, head=config_json.head_dim(config))
+
+
+def _gpt2_multipliers(config: Config) -> list[float]:
+    scale = config_json.head_dim(config) ** -0.5 if read(config, Key("scale_attn_weights", bool, True)) else 1.0
+    by_layer = read(config, Key("scale_attn_by_inverse_layer_idx", bool, False))
+    return [scale / (i + 1 if by_layer else 1) for i in range(config_json.num_layers(config))]
+
+
 def _cohere2_ropes(config: Config) -> list[RopeSpec | None]:
     """Only layers with a window rotate."""
     length = read(config, Key("max_position_embeddings", int, 8192))
-    rope = config_json.rope({"rope_theta": 500000.0, **config}, length, head=config_json.head_dim(config), interleaved=True)[0]
+    rope = config_json.rope(config, length, head=config_json.head_dim(config), interleaved=True)[0]
     return [rope if kind == "sliding_attention" else None for kind in config_json.layer_types(config, 4)]
 
 
@@ -108,4 +150,81 @@ STABLELM = LLAMA.variant(
     block=_choice(Key("use_parallel_residual", bool, False), "parallel_one_norm", "pre"),
     rope={"partial": 0.25},
     names={"q_norm": ("layers.{i}.self_attn.q_layernorm.norms.{h}",), "k_norm": ("layers.{i}.self_attn.k_layernorm.norms.{h}",)},
+)
+FALCON = LLAMA.variant(
+    model={
+        "max_model_len": lambda config: _falcon_rope(config)[1],
+        "tied": Key("tie_word_embeddings", bool, True),
+        "norm": "layer",
+        "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
+    },
+    attention={
+        "num_kv_heads": _falcon_kv_heads,
+        "rope": PerLayer(_falcon_ropes),
+        "alibi": _falcon_alibi,
+        "qkv_bias": Key("bias", bool, False),
+        "out_bias": Key("bias", bool, False),
+        "grouped_qkv": True,
+    },
+    mlp={
+        "intermediate_size": _inner("ffn_hidden_size"),
+        "gated": False,
+        "activation": config_json.activation(Key("activation", str, "gelu")),
+        "bias": Key("bias", bool, False),
+    },
+    block=_falcon_block,
+    aliases={"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"},
+    names={
+        "embed": ("word_embeddings",),
+        "attn_norm": lambda config: ("h.{i}.ln_attn" if _falcon_two_norms(config) else "h.{i}.input_layernorm",),
+        "mlp_norm": lambda config: ("h.{i}.ln_mlp" if _falcon_two_norms(config) else "h.{i}.post_attention_layernorm",),
+        "qkv": ("h.{i}.self_attention.query_key_value",),
+        "o": ("h.{i}.self_attention.dense",),
+        "up": ("h.{i}.mlp.dense_h_to_4h",),
+        "down": ("h.{i}.mlp.dense_4h_to_h",),
+        "norm": ("ln_f",),
+    },
+)
+BLOOM = FALCON.variant(
+    model={"max_model_len": Key("seq_length", int, 2048), "embed_norm": True},
+    attention={
+        "num_kv_heads": Key("num_attention_heads", int),
+        "window": config_json.only(None, Key("apply_residual_connection_post_layernorm", bool, False)),
+        "rope": None,
+        "alibi": lambda config: config_json.alibi_slopes(read(config, Key("num_attention_heads", int))),
+        "qkv_bias": True,
+        "out_bias": True,
+    },
+    mlp={"intermediate_size": lambda config: 4 * read(config, Key("hidden_size", int)), "activation": "gelu_tanh", "bias": True},
+    block="pre",
+    names={
+        "embed_norm": ("word_embeddings_layernorm",),
+        "attn_norm": ("h.{i}.input_layernorm",),
+        "mlp_norm": ("h.{i}.post_attention_layernorm",),
+    },
+)
+GPT2 = GPT_J.variant(
+    model={
+        "tied": Key("tie_word_embeddings", bool, True),
+        "max_model_len": Key("max_position_embeddings", int, 1024),
+        "learned_positions": Key("max_position_embeddings", int, 1024),
+        "head_bias": False,
+        "transposed": True,
+    },
+    attention={
+        "window": config_json.only(None, Key("add_cross_attention", bool, False)),
+        "rope": None,
+        "multiplier": PerLayer(_gpt2_multipliers),
+        "qkv_bias": True,
+        "out_bias": True,
+    },
+    block="pre",
+    names={
+        "positions": ("wpe",),
+        "qkv": ("h.{i}.attn.c_attn",),
+        "o": ("h.{i}.attn.c_proj",),
+        "mlp_norm": ("h.{i}.ln_2",),
+        "up": ("h.{i}.mlp.c_fc",),
+        "down": ("h.{i}.mlp.c_proj",),
+    },
 )

@@ -11,7 +11,7 @@ from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from minivllm.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from minivllm.families.opt import OPT
 from minivllm.families.others import EXAONE4, GLM, GLM4, GRANITE, OLMO, OLMO2, OLMO3, PHI3, SMOLLM3, STARCODER2
-from minivllm.families.parallel import COHERE, COHERE2, GPT_J, GPT_NEOX, PHI, STABLELM
+from minivllm.families.parallel import BLOOM, COHERE, COHERE2, FALCON, GPT2, GPT_J, GPT_NEOX, PHI, STABLELM
 from minivllm.families.spec import ModelSpec, model_error
 
 FAMILIES: Mapping[str, Family] = {
@@ -43,6 +43,9 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "OlmoeForCausalLM": OLMOE,
+    "GPT2LMHeadModel": GPT2,
+    "FalconForCausalLM": FALCON,
+    "BloomForCausalLM": BLOOM,
 }
 # The class of a config.json that names only its model_type, as older exporters and many hand-written files do.
 MODEL_TYPES: Mapping[str, str] = {
@@ -54,6 +57,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM",
     "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gpt2": "GPT2LMHeadModel", "falcon": "FalconForCausalLM", "bloom": "BloomForCausalLM",
 }
 
 

@@ -60,9 +60,9 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
                 return AttentionTile(1, block_m, 32, 4, 3)
             return AttentionTile(1, block_m, 16, 1, 3)
         return AttentionTile(1, block_m, 128 if row <= 256 else 64 if row <= 512 else 32, 4, 2)
-    if row == 256:
-        return AttentionTile(1, block_m, 32, 4, 3)
-    return AttentionTile(1, block_m, 64 if row < 256 else 32 if row <= 512 else 16, 4, 3 if row < 256 else 2)
+    if row > 256:  # 8 warps: with 4, soft caps spill
+        return AttentionTile(1, block_m, 16, 8, 2)
+    return AttentionTile(1, block_m, 64 if row < 256 else 32, 4, 3)
 
 
 def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile | None:
@@ -91,7 +91,10 @@ def shared_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> A
     row = head_dim * max(itemsize, 2)  # 8 bits become 16 in registers
     if arch >= 90:
         return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 2)
-    return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)
+    if row > 256 or head_dim & (head_dim - 1):  # wide heads and padded ones need registers: smaller tiles
+        block_m = max(16 if row > 256 else 32, next_power_of_2(heads_per_kv))
+        return AttentionTile(block_m // heads_per_kv, block_m, 16 if row > 256 else 32, 4, 2)
+    return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32, 8, 2)
 
 
 def num_splits(programs: int, keys: int, num_sms: int) -> int:
@@ -126,8 +129,11 @@ def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> A
     if arch >= 90:
         block_m = max(64, next_power_of_2(heads_per_kv))
         return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 256 else 32, 4, 3 if row <= 256 else 2)
-    block_m = max(128 if row <= 256 else 64, next_power_of_2(heads_per_kv))
-    return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32 if row <= 256 else 16, 8, 2)
+    if row > 256:
+        block_m = max(32, next_power_of_2(heads_per_kv))
+        return AttentionTile(block_m // heads_per_kv, block_m, 16, 4, 2)
+    block_m = max(128, next_power_of_2(heads_per_kv))
+    return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32, 8, 2)
 
 
 MIN_SKIPPED_TOKENS = 256  # tokens; H200: minimum number of non-final prompt tokens for which skipping them in the last layer pays off

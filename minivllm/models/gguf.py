@@ -26,7 +26,7 @@ import numpy as np
 from minivllm.errors import ModelError
 from minivllm.families import FAMILIES
 from minivllm.models.gguf_config import (
-    ROPE_FACTORS,
+    ROPE_TENSORS,
     Architecture,
     find_architecture,
     make_config,
@@ -42,7 +42,7 @@ from minivllm.models.weight_files import GGUF_INDEX, find_parts
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-CONVERSION = 3  # increased whenever the output of `prepare` changes, so that caches made by older code are not used
+CONVERSION = 4  # increased whenever the output of `prepare` changes, so that caches made by older code are not used
 
 
 class Header(NamedTuple):
@@ -74,13 +74,14 @@ def read_header(path: Path, shown: str | None = None) -> Header:
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     if len(tensors) != (count := _value(readers[0], "split.tensors.count", len(tensors))):
         raise ModelError(f"{names[0]}: its parts have {len(tensors)} tensors, not {count}: download them again", "model")
-    found = _checkpoint_names(names[0], meta.architecture, arch, tensors)
     rows = vocabulary_rows(meta, tensors)
     vocabulary = read_vocabulary(meta, rows)
     ids = special_ids(meta, vocabulary, rows)
     config = make_config(meta, arch, tensors, ids)
+    found = _checkpoint_names(names[0], meta.architecture, config, tensors)
     stored = {target: _stored(names[0], config, arch, tensors[name], places[name]) for name, target in found.items()}
-    types = {name.removeprefix("model.").removesuffix(".weight"): tensor.kind for name, tensor in stored.items() if tensor.is_packed}
+    types = {re.sub(rf"^({'|'.join(PREFIXES)})", "", name).removesuffix(".weight"): tensor.kind
+             for name, tensor in stored.items() if tensor.is_packed}
     return Header(meta, stored, vocabulary, ids, config | {"quantization_config": {"quant_method": "gguf", "types": types}})
 
 
@@ -120,7 +121,15 @@ def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: R
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         if shape[0] != heads * config["head_dim"]:
             raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {heads} heads of {config['head_dim']}", "model")
-    return GGUFTensor(tensor.tensor_type.name, shape, os.path.abspath(file), tensor.data_offset, int(tensor.n_bytes), heads)
+    kv_heads, shift = 0, -arch.norm_offset if tensor.name.endswith("norm.weight") else 0.0
+    if shift and tensor.tensor_type.name != "F32":
+        raise ModelError(f"{path}: tensor {tensor.name!r} has type {tensor.tensor_type.name}, and norms must have F32", "model")
+    if arch.grouped_qkv and ".attn_qkv." in tensor.name:
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        if shape[0] != (rows := (heads + 2 * kv_heads) * config["head_dim"]):
+            raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {rows}", "model")
+    return GGUFTensor(tensor.tensor_type.name, shape, os.path.abspath(file), tensor.data_offset, int(tensor.n_bytes), heads, kv_heads,
+                      shift)
 
 
 def _check_part(path: Path, reader: GGUFReader, number: int, count: int) -> None:
@@ -180,7 +189,10 @@ def _read_metadata(path: Path, reader: GGUFReader) -> Metadata:
     return Metadata(path, values)
 
 
-def _checkpoint_names(path: Path, name: str, arch: Architecture, tensors: Iterable[str]) -> dict[str, str]:
+PREFIXES = (r"model\.", r"transformer\.", r"gpt_neox\.")  # of Hugging Face's modules
+
+
+def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]:
     """GGUF's tensor names -> Hugging Face's: ``blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight``.
 
     The modules are those of the family's row; their names in GGUF come from the table of the gguf package.
@@ -189,13 +201,15 @@ def _checkpoint_names(path: Path, name: str, arch: Architecture, tensors: Iterab
 
     table = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == name), 1)
     modules: dict[str, str] = {}  # of layer 0, and outside the layers
-    for module in (module for parts in FAMILIES[arch.class_name].names.values() for module in parts):
-        prefixed = module if module == "lm_head" else f"model.{module}"
-        if (theirs := table.get_name(prefixed.format(i=0))) is not None:
-            modules[theirs] = prefixed
+    for parts in FAMILIES[config["architectures"][0]].names.values():
+        for module in parts(config) if callable(parts) else parts:
+            for prefixed in (*(prefix.replace("\\", "") + module for prefix in PREFIXES), module):
+                if (theirs := table.get_name(prefixed.format(i=0, h=0))) is not None:
+                    modules[theirs] = prefixed
+                    break
     found = {}
     for tensor in tensors:
-        if tensor == ROPE_FACTORS:
+        if tensor in ROPE_TENSORS:
             continue
         module, _, kind = tensor.rpartition(".")
         layer = match[1] if (match := re.match(r"blk\.(\d+)\.", module)) else ""

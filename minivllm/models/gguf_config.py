@@ -24,16 +24,46 @@ class Architecture:
     model_type: str
     class_name: str
     interleaved_rope: bool = False  # llama.cpp rotates adjacent pairs (0,1)(2,3).. and stores q and k rows in that order
+    further_keys: tuple[str, ...] = ()  # of `FURTHER_KEYS`: those that this architecture has
+    partial_rope: bool = False  # rope.dimension_count may be less than the head width
+    norm_offset: float = 0.0  # that the file's norm weights include and Hugging Face's do not
+    grouped_qkv: bool = False  # Hugging Face stores q, k and v of a KV head together; llama.cpp stores all of q, then k, then v
+    layer_norm: str = ""  # the key of config.json for the epsilon of a LayerNorm; empty: RMSNorm
 
 
+_LAYER_NORM = "attention.layer_norm_epsilon"
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved_rope=True),  # Mistral's files are named llama too
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", norm_offset=1.0),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", norm_offset=1.0,
+                           further_keys=("attn_logit_softcapping", "final_logit_softcapping")),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=1.0,
+                           further_keys=("final_logit_softcapping", "rope.freq_base_swa")),
+    "phi2": Architecture("phi", "PhiForCausalLM", further_keys=(_LAYER_NORM,), partial_rope=True, layer_norm="layer_norm_eps"),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", partial_rope=True),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", further_keys=("attention.sliding_window_pattern",)),
+    "granite": Architecture("granite", "GraniteForCausalLM", interleaved_rope=True,
+                            further_keys=("logit_scale", "embedding_scale", "residual_scale")),
+    "command-r": Architecture("cohere", "CohereForCausalLM", further_keys=(_LAYER_NORM, "logit_scale"), layer_norm="layer_norm_eps"),
+    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM", further_keys=(_LAYER_NORM, "logit_scale"), layer_norm="layer_norm_eps"),
+    "glm4": Architecture("glm4", "Glm4ForCausalLM", partial_rope=True),
+    "exaone4": Architecture("exaone4", "Exaone4ForCausalLM", further_keys=("attention.sliding_window_pattern",)),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", interleaved_rope=True),
+    "stablelm": Architecture("stablelm", "StableLmForCausalLM", further_keys=(_LAYER_NORM, "use_parallel_residual"), partial_rope=True,
+                             layer_norm="layer_norm_eps"),
+    "starcoder2": Architecture("starcoder2", "Starcoder2ForCausalLM", further_keys=(_LAYER_NORM,), layer_norm="norm_epsilon"),
+    "gptneox": Architecture("gpt_neox", "GPTNeoXForCausalLM", further_keys=(_LAYER_NORM, "use_parallel_residual"), partial_rope=True,
+                            grouped_qkv=True, layer_norm="layer_norm_eps"),
+    "falcon": Architecture("falcon", "FalconForCausalLM", further_keys=(_LAYER_NORM,), grouped_qkv=True, layer_norm="layer_norm_epsilon"),
+    "bloom": Architecture("bloom", "BloomForCausalLM", further_keys=(_LAYER_NORM,), grouped_qkv=True, layer_norm="layer_norm_epsilon"),
 }
 
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope (Phi-3)
+ROPE_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 def find_architecture(meta: Metadata) -> Architecture:
@@ -41,7 +71,7 @@ def find_architecture(meta: Metadata) -> Architecture:
     if meta.architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise ModelError(f"{meta.path}: architecture {meta.architecture!r} is not supported; supported: {supported}", "model")
-    check_keys(meta)
+    check_keys(meta, ARCHITECTURES[meta.architecture].further_keys)
     return ARCHITECTURES[meta.architecture]
 
 
@@ -49,7 +79,7 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
     """The config.json: the keys that the decoder needs."""
     get = meta.hparam
     heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = _head_dim(meta, heads, hidden)
+    head_dim, rotated = _head_dim(meta, arch, heads, hidden)
     window = get("attention.sliding_window", 0)
     has_bias = lambda part: f"blk.0.{part}.bias" in tensors  # noqa: E731
     config = {
@@ -62,12 +92,12 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        arch.layer_norm or "rms_norm_eps": get(_LAYER_NORM if arch.layer_norm else "attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": get("context_length"),
         "vocab_size": vocabulary_rows(meta, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(meta, head_dim, tensors),
+        "rope_scaling": _rope_scaling(meta, rotated, tensors),
         "torch_dtype": _dtype(tensors),
         "bos_token_id": ids.bos,
         "eos_token_id": _one_or_list(ids.ends),
@@ -79,8 +109,11 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
             config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     if arch.model_type == "qwen3":
         config["attention_bias"] = has_bias("attn_q")
+    if arch.partial_rope:
+        config["partial_rotary_factor"] = rotated / head_dim
     if window:
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+    config |= _of_architecture(meta, arch, config, tensors)
     _check_sizes(meta, config, tensors)
     return config
 
@@ -102,20 +135,75 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else list(ids) or None
 
 
-def _head_dim(meta: Metadata, heads: int, hidden: int) -> int:
+def _of_architecture(
+    meta: Metadata, arch: Architecture, config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor],
+) -> dict[str, Any]:
+    """Further keys of config.json. Defaults, and what follows from the number of layers, are llama.cpp's rules."""
+    get, kind, layers, head_dim = meta.hparam, meta.architecture, config["num_hidden_layers"], config["head_dim"]
+    has = lambda name: f"blk.0.{name}" in tensors  # noqa: E731
+    if kind in ("gemma", "gemma2", "gemma3"):
+        # The largest models divide scores by another number: the hidden size per head.
+        wide = (kind, layers) in (("gemma2", 46), ("gemma3", 62))
+        common: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"}
+        if kind == "gemma":
+            return common
+        return common | {
+            "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if wide else head_dim,
+            "sliding_window": get("attention.sliding_window", 4096),
+            "attn_logit_softcapping": get("attn_logit_softcapping", 50.0) if kind == "gemma2" else None,
+            "final_logit_softcapping": get("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
+            **({"rope_local_base_freq": get("rope.freq_base_swa", 10000.0)} if kind == "gemma3" else {}),
+        }
+    if kind == "granite":
+        return {"embedding_multiplier": get("embedding_scale", 1.0), "residual_multiplier": get("residual_scale", 1.0),
+                "logits_scaling": get("logit_scale", 1.0), "attention_multiplier": get("attention.scale", 0.0) or head_dim**-0.5,
+                "attention_bias": has("attn_q.bias"), "mlp_bias": has("ffn_up.bias")}
+    if kind in ("olmo2", "exaone4"):
+        pattern = get("attention.sliding_window_pattern", None)
+        if config.get("sliding_window") is None:
+            return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+        other = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if kind == "olmo2" else {}
+        windowed = [(i + 1) % 4 != 0 for i in range(layers)] if pattern is None else pattern
+        return other | {"layer_types": ["sliding_attention" if each else "full_attention" for each in windowed]}
+    if kind in ("command-r", "cohere2"):
+        return {"logit_scale": get("logit_scale"), "use_qk_norm": has("attn_q_norm.weight"), "attention_bias": has("attn_q.bias")}
+    if kind == "glm4":
+        return {"attention_bias": has("attn_q.bias")}
+    if kind == "stablelm":
+        return {"use_qkv_bias": has("attn_q.bias"), "use_parallel_residual": not has("ffn_norm.weight")}
+    if kind == "gptneox":
+        return {"hidden_act": "gelu", "use_parallel_residual": get("use_parallel_residual", True), "attention_bias": has("attn_qkv.bias")}
+    if kind == "falcon":
+        return {"activation": "gelu", "num_kv_heads": config["num_key_value_heads"], "multi_query": config["num_key_value_heads"] == 1,
+                "new_decoder_architecture": has("attn_norm_2.weight"), "parallel_attn": True, "bias": has("attn_qkv.bias"),
+                "ffn_hidden_size": config["intermediate_size"]}
+    if kind == "bloom":
+        return {"seq_length": config["max_position_embeddings"]}
+    return {"hidden_act": {"phi2": "gelu_new", "starcoder2": "gelu_pytorch_tanh"}.get(kind, "silu"),
+            **({"use_bias": has("attn_q.bias"), "tie_word_embeddings": config["tie_word_embeddings"]} if kind == "starcoder2" else {}),
+            **({"use_sliding_window": False} if kind == "smollm3" else {})}
+
+
+def _head_dim(meta: Metadata, arch: Architecture, heads: int, hidden: int) -> tuple[int, int]:
+    """The width of a head, and how many of its dimensions are rotated."""
     keys = meta.hparam("attention.key_length", None)
     if keys is None and hidden % heads:
         meta.fail(f"{meta.architecture}.embedding_length", f"is not a multiple of the {heads} attention heads, and there is no "
                   f"{meta.architecture}.attention.key_length")
     head_dim: int = keys or hidden // heads
-    for name, words in {"rope.dimension_count": "partial rotary embedding is", "attention.value_length": "unequal key and value widths are",
-                        }.items():
-        if meta.hparam(name, head_dim) != head_dim:
-            meta.fail(f"{meta.architecture}.{name}", f"differs from the head width {head_dim}: {words} not supported")
+    rotated: int = meta.hparam("rope.dimension_count", head_dim)
+    if rotated != head_dim and not (arch.partial_rope and rotated < head_dim):
+        meta.fail(f"{meta.architecture}.rope.dimension_count", f"differs from the head width {head_dim}: partial rotary embedding is not "
+                  "supported")
+    if meta.hparam("attention.value_length", head_dim) != head_dim:
+        meta.fail(f"{meta.architecture}.attention.value_length", f"differs from the head width {head_dim}: unequal key and value widths "
+                  "are not supported")
+    if meta.architecture == "granite":
+        return head_dim, rotated
     scale = meta.hparam("attention.scale", 0.0)
     if scale and not math.isclose(scale, head_dim ** -0.5, rel_tol=1e-6):
         meta.fail(f"{meta.architecture}.attention.scale", f"is not supported, only 1 / sqrt(head width) = {head_dim ** -0.5:.6g} is")
-    return head_dim
+    return head_dim, rotated
 
 
 def _check_sizes(meta: Metadata, config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> None:
@@ -147,6 +235,10 @@ def _rope_scaling(meta: Metadata, head_dim: int, tensors: Mapping[str, ReaderTen
     """llama.cpp's rules: a factor without a type is linear, and YaRN starts from the trained length unless told otherwise."""
     get, prefix = meta.hparam, meta.architecture
     kind = get("rope.scaling.type", "linear")
+    if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
+        return {"rope_type": "longrope", "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+                "attention_factor": get("rope.scaling.attn_factor", 1.0),
+                **{key: tensors[name].data.tolist() for key, name in (("long_factor", LONG_FACTORS), ("short_factor", SHORT_FACTORS))}}
     factor = get("rope.scaling.factor", None)
     if factor is None:
         factor = get("rope.scale_linear", 0.0)  # the older name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -49,6 +49,7 @@ FLAG = Kind("true or false", lambda v: type(v) is bool)
 TEXT = Kind("text", lambda v: isinstance(v, str))
 TEXTS = Kind("a list of texts", lambda v: _is_list(v, lambda t: isinstance(t, str)))
 NUMBERS = Kind("a list of finite numbers", lambda v: _is_list(v, _is_number))
+FLAGS = Kind("a list of true and false", lambda v: _is_list(v, lambda i: type(i) is bool))
 INTEGERS = Kind("a list of whole numbers", lambda v: _is_list(v, lambda i: type(i) is int))
 
 # ---- the keys
@@ -62,10 +63,16 @@ ARCHITECTURE_KEYS: Mapping[str, Kind] = {
     "rope.scale_linear": NOT_NEGATIVE, "rope.scaling.attn_factor": POSITIVE, "rope.scaling.original_context_length": SIZE,
     "rope.scaling.yarn_beta_fast": POSITIVE, "rope.scaling.yarn_beta_slow": POSITIVE,
 }
+# Keys behind "{architecture}." that some architectures have, and that `gguf_config` reads for these.
+FURTHER_KEYS: Mapping[str, Kind] = {
+    "attention.layer_norm_epsilon": POSITIVE, "logit_scale": POSITIVE, "embedding_scale": POSITIVE, "residual_scale": POSITIVE,
+    "attn_logit_softcapping": POSITIVE, "final_logit_softcapping": POSITIVE, "rope.freq_base_swa": POSITIVE, "use_parallel_residual": FLAG,
+    "attention.sliding_window_pattern": FLAGS,
+}
 ONLY_TRUE = (True,)
 # Keys behind "{architecture}." that the decoder does not support, with the values that change nothing, beside those of `_is_nothing`.
 MUST_BE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "attention.causal": ONLY_TRUE, "tensor_data_layout": ("Meta AI original pth",),
+    "attention.causal": ONLY_TRUE, "tensor_data_layout": ("Meta AI original pth", "jploski"),
     **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "attention.output_scale", "attention.value_scale",
                      "rope.scaling.alpha", "rope.scaling.yarn_attn_factor"), (1.0,)),
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),  # -1: the default, which is 1 with yarn
@@ -143,11 +150,12 @@ class Metadata:
         """A value behind the architecture's prefix. Some converters repeat it for each layer."""
         key = f"{self.architecture}.{name}"
         value = self._values.get(key)
-        if isinstance(value, list):
+        kind = FURTHER_KEYS[name] if name in FURTHER_KEYS else ARCHITECTURE_KEYS[name]
+        if isinstance(value, list) and kind is not FLAGS:
             if not value or any(v != value[0] for v in value):
                 self.fail(key, "differs between layers, which is not supported")
             value = value[0]
-        return self._checked(key, value, ARCHITECTURE_KEYS[name], default)
+        return self._checked(key, value, kind, default)
 
     def tokenizer(self, name: str, default: Any = None) -> Any:
         """A value behind "tokenizer."."""
@@ -160,12 +168,13 @@ class Metadata:
         print(f"{self.path}: {message}", file=sys.stderr)
 
 
-def check_keys(meta: Metadata) -> None:
-    """Refuse every key that is not read and could change the result."""
+def check_keys(meta: Metadata, further: Collection[str] = ()) -> None:
+    """Refuse every key that is not read and could change the result. further: keys of `FURTHER_KEYS` that are read."""
+    known = {**ARCHITECTURE_KEYS, **{name: FURTHER_KEYS[name] for name in further}}
     for key in meta:
         scope, _, name = key.partition(".")
         if scope == meta.architecture:
-            _check_key(meta, key, name, ARCHITECTURE_KEYS, MUST_BE_NEUTRAL, WITHOUT_EFFECT)
+            _check_key(meta, key, name, known, MUST_BE_NEUTRAL, WITHOUT_EFFECT)
         elif scope == "tokenizer" and not name.startswith("chat_template."):
             _check_key(meta, key, name, TOKENIZER_KEYS, TOKENIZER_MUST_BE_NEUTRAL, TOKENIZER_WITHOUT_EFFECT)
         elif key.startswith("general.sampling."):

@@ -42,6 +42,8 @@ class GGUFTensor:
     offset: int  # in bytes
     size: int  # in bytes
     heads: int = 0  # of a query or key projection whose rows are in llama.cpp's order; 0: in Hugging Face's
+    kv_heads: int = 0  # of a projection of q, k and v that Hugging Face stores by KV head; `heads` are its query heads
+    shift: float = 0.0  # what is added to the numbers: -1 for norms whose weights llama.cpp stores with 1 added
 
     @property
     def is_packed(self) -> bool:
@@ -57,12 +59,15 @@ class GGUFTensor:
         except OSError as error:
             raise ModelError(f"{self.file}: cannot be read: {error.strerror or error}", "model") from error
         rows = raw.reshape(self.shape[0], -1)
+        if self.kv_heads:
+            return by_kv_head(rows, self.heads, self.kv_heads)
         return split_halves(rows, self.heads) if self.heads else rows
 
     def values(self) -> np.ndarray:
         """Its numbers, of `shape`: float32 or float16. bfloat16 ones are raw 16-bit words, because NumPy has no such type."""
         if self.kind in FLOATS:
-            return self.rows().view({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.kind]).reshape(self.shape)
+            values = self.rows().view({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.kind]).reshape(self.shape)
+            return values + np.float32(self.shift) if self.shift else values
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -73,6 +78,15 @@ def split_halves(array: np.ndarray, heads: int) -> np.ndarray:
     """Reorder each head's rows from llama.cpp's pairs (x0 y0 x1 y1 ..) to halves (x0 x1 .. y0 y1 ..). [heads * head_dim, ...]"""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def by_kv_head(array: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """Reorder rows from q, k, v to those of each KV head: its queries, its key, its value. [(heads + 2 * kv_heads) * head_dim, ...]"""
+    group = heads // kv_heads
+    each = array.reshape(heads + 2 * kv_heads, -1, *array.shape[1:])
+    q, k, v = np.split(each, (heads, heads + kv_heads))
+    q = q.reshape(kv_heads, group, *each.shape[1:])
+    return np.concatenate((q, k[:, None], v[:, None]), axis=1).reshape(array.shape)
 
 
 def write_index(path: Path, tensors: Mapping[str, GGUFTensor]) -> None:
@@ -89,9 +103,9 @@ def read_index(path: Path) -> dict[str, GGUFTensor]:
 
 def _checked(tensor: GGUFTensor) -> GGUFTensor:
     """Raise `ValueError` for an entry that `write_index` does not write: an index in a downloaded folder could name any file."""
-    numbers = (*tensor.shape, tensor.offset, tensor.size, tensor.heads)
+    numbers = (*tensor.shape, tensor.offset, tensor.size, tensor.heads, tensor.kv_heads)
     if any(type(number) is not int or number < 0 for number in numbers) or not tensor.shape or not all(tensor.shape) or (
-            tensor.size % tensor.shape[0]) or not str(tensor.file).lower().endswith(".gguf"):
+            tensor.size % tensor.shape[0]) or tensor.shift not in (0, -1) or not str(tensor.file).lower().endswith(".gguf"):
         raise ValueError(f"a wrong entry for {shown(tensor.file)}")
     return tensor
 

@@ -177,7 +177,7 @@ def gguf_head(name: HubName, files: Sequence[str]) -> Iterator[Path]:
 def _read_head(name: HubName, file: str, path: Path) -> None:
     from gguf import GGUFReader
 
-    from minivllm.models.gguf_config import ROPE_FACTORS
+    from minivllm.models.gguf_config import ROPE_TENSORS
     from minivllm.models.gguf_structure import check_structure
 
     size = HEAD_BYTES
@@ -197,7 +197,7 @@ def _read_head(name: HubName, file: str, path: Path) -> None:
             return  # the reader of the header names the damage
         size *= 4
     for tensor in reader.tensors if size < total else ():
-        if tensor.name == ROPE_FACTORS:  # a few numbers that belong to the configuration
+        if tensor.name in ROPE_TENSORS:  # a few numbers that belong to the configuration
             with path.open("r+b") as out:
                 out.seek(tensor.data_offset)
                 out.write(_read_range(name, file, tensor.data_offset, tensor.n_bytes)[0])

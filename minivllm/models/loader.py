@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minivllm.errors import ModelError
-from minivllm.families import ModelSpec, parse_config
+from minivllm.families import ModelSpec, linear_specs, parse_config
 from minivllm.layers.build import BuildContext, Take
 from minivllm.models.decoder import Decoder
 from minivllm.models.experts import split_experts
@@ -94,7 +94,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
     if load_format == "dummy":
         return _build_decoder(spec, build, DummyWeights(own_parameters(spec, build), build, seed), stream)
     with open_checkpoint(folder, safetensors_only=load_format == "safetensors") as found:
-        spec, checkpoint = resolve_tied(spec, found)
+        spec, checkpoint = resolve_tied(spec, upright(spec, found))
         checkpoint = adapted(split_experts(spec, checkpoint), stored_modules(spec, build.method))
         needed = own_parameters(spec, build)
         check(spec, needed, checkpoint, folder)
@@ -261,7 +261,7 @@ def check_header(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
     checkpoint: Checkpoint = {
         _without_prefix(name): StoredTensor("a safetensors file", name, shape, DTYPES.get(dtype, dtype), partial(torch.zeros, ()))
         for name, (dtype, shape, _) in tensors.items() if not name.endswith(".weight_shape")}  # compressed-tensors: numbers, not a weight
-    spec, checkpoint = resolve_tied(spec, checkpoint)  # two stored copies of a tied matrix count as equal
+    spec, checkpoint = resolve_tied(spec, upright(spec, checkpoint))  # two stored copies of a tied matrix count as equal
     check(spec, parameters(spec, method), adapted(split_experts(spec, checkpoint), stored_modules(spec, method)), Path(where))
 
 
@@ -310,6 +310,17 @@ def _spelled(name: str, checkpoint: Checkpoint, spec: ModelSpec) -> str:
     if module not in prefixes and (module == spec.names["head"][0] or not prefixes):
         return name  # Transformers gives the output head no prefix
     return prefixes.get(module, prefixes[""]).most_common(1)[0][0] + name
+
+
+def upright(spec: ModelSpec, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with plain matrices as [outputs, inputs], if it stores those of layers the other way round (GPT-2)."""
+    names = {f"{name}.weight" for linear in linear_specs(spec).values() if linear.transposed for name in linear.checkpoint_names}
+    return {name: dataclasses.replace(stored, shape=stored.shape[::-1], read=partial(_transposed, stored))
+            if name in names and len(stored.shape) == 2 and stored.dtype in CONVERTED else stored for name, stored in checkpoint.items()}
+
+
+def _transposed(stored: StoredTensor) -> Tensor:
+    return stored.read().T
 
 
 def resolve_tied(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:

@@ -92,7 +92,8 @@ def make_case(
     return Case(batch, KVLayer(kv.k.to(device), kv.v.to(device)), q.to(device), keys, values, block_size)
 
 
-def naive_attention(case: Case, *, scale: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+def naive_attention(case: Case, *, scale: float, window: int | None = None, softcap: float | None = None,
+                    alibi: Tensor | None = None) -> Tensor:
     """The definition, for each query and head, with the keys at positions (p - window, p] -> [T, heads, head_dim] float64."""
     out = []
     row = 0
@@ -107,6 +108,8 @@ def naive_attention(case: Case, *, scale: float, window: int | None = None, soft
                 scores = k @ case.q[row, h].double().cpu() * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
+                if alibi is not None:
+                    scores = scores - alibi[h].item() * torch.arange(p - low, -1, -1)
                 weights = torch.exp(scores - scores.max())
                 heads.append(weights @ v / weights.sum())
             out.append(torch.stack(heads))

@@ -109,6 +109,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoX", {}),
     "gpt-neox, sequential, no biases": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast"}),
     "gpt-j": ("GPTJ", {"rotary_dim": 8, **TOKENS}),
+    "gpt2": ("GPT2", TOKENS),
+    "gpt2, scores by layer": ("GPT2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 40, "tie_word_embeddings": False, **TOKENS}),
+    "falcon, 7b's shape": ("Falcon", TOKENS),
+    "falcon, 40b's shape": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 80, **TOKENS}),
+    "falcon, one norm": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True,
+                                    **TOKENS}),
+    "falcon, rw's shape": ("Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, **TOKENS}),
+    "bloom": ("Bloom", TOKENS),
+    "bloom, 6 heads": ("Bloom", {"num_attention_heads": 6, "hidden_size": 96, **TOKENS}),
 }
 
 

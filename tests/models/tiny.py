@@ -22,7 +22,7 @@ OPT = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attenti
 def make_hf(family: str, **config: Any) -> transformers.PreTrainedModel:
     """A random model of `family` ("Llama", "OPT", ...) with `config` over the base sizes. No parameter has its default value."""
     base = OPT if family == "OPT" else BASE
-    cls = getattr(transformers, f"{family}ForCausalLM")
+    cls = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM"))
     torch.manual_seed(0)
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))
     model = cls(config_class(**{**base, **config})).eval().float()

@@ -62,10 +62,10 @@ from minivllm.kernels.tuning import CPU_MAX_QUERIES, CPU_SPLIT_KEYS, CPU_TASK_FL
 LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless stated otherwise, strides in bytes. First those that change with each layer.
 SCALE_BYTES = 4  # from one key's scale to the next: a scale of its value is between
-LAYER_ARGS = struct.Struct("12q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
-(COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, EPS, SCALE, SOFTCAP,
+LAYER_ARGS = struct.Struct("13q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
+(COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, SLOPES, EPS, SCALE, SOFTCAP,
  TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, WIDTH,
- MOST_HEADS, NUM_ARGS) = range(29)
+ MOST_HEADS, NUM_ARGS) = range(30)
 STEP_ARGS = struct.Struct("13q")  # from TABLE on
 
 
@@ -208,11 +208,11 @@ def start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_ne
 
 
 @njit(inline="always")
-def weigh(scores, k_scales, v_scales, peaks, totals, shrink, n, softcap, start, context, window, group, width, cache):
+def weigh(scores, k_scales, v_scales, peaks, totals, shrink, n, softcap, slopes, start, context, window, group, width, cache):
     """Softmax of a tile's scores [width * group, CPU_TILE_KEYS], n of them valid, into weights; `shrink`: factors of the sums so far.
 
     The tile begins at position `start`; the query of new token w is at position context + w. k_scales, v_scales: [CPU_TILE_KEYS] of a
-    quantized cache.
+    quantized cache. slopes: [group] of ALiBi, or 0.
     """
     for r in range(width * group):
         s = scores + r * CPU_TILE_KEYS * 4
@@ -220,6 +220,10 @@ def weigh(scores, k_scales, v_scales, peaks, totals, shrink, n, softcap, start, 
             store(s, load(s, CPU_TILE_KEYS, 0) * load(k_scales, CPU_TILE_KEYS, 0), 0)
         if softcap != 0.0:
             store(s, capped(load(s, CPU_TILE_KEYS, 0), softcap), 0)
+        if slopes != 0:
+            slope = get_f32(slopes + r % group * 4) * np.float32(LOG2_E)
+            for j in range(n):
+                put_f32(s + j * 4, get_f32(s + j * 4) + slope * np.float32(start + j - context - r // group))
         for j in range(n, CPU_TILE_KEYS):
             put_f32(s + j * 4, np.float32(LOWEST))
         if width > 1:  # LOWEST is finite: weights of rows that have seen no key yet vanish with the first key
@@ -362,8 +366,9 @@ def kernel(head_dim: int, group: int, half: int, cache: int) -> Kernel:
                             four_scores(scores + (r * CPU_TILE_KEYS + j) * 4, queries + (first + r) * D * 4, offsets + j * 8,
                                         near + j * 8, keys, D, G, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)
                     tile_scales = h * CPU_TILE_KEYS * 4
+                    slopes = p[SLOPES] if p[SLOPES] == 0 else p[SLOPES] + (first_head + h) * G * 4
                     weigh(scores, k_scales + tile_scales, v_scales + tile_scales, peaks + first * 4, totals + first * 4, shrink, n, softcap,
-                          start, context, p[WINDOW], G, width, CACHE)
+                          slopes, start, context, p[WINDOW], G, width, CACHE)
                     for r in range(0, per_head, G):
                         add_weighted(sums + (first + r) * D * 4, shrink + r * 4, scores + r * CPU_TILE_KEYS * 4, offsets, near, values, n,
                                      D, G, CPU_TILE_KEYS, LANES, CACHE, REGISTERS)

@@ -56,6 +56,7 @@ class DecodeShape(NamedTuple):
     quantized: bool = False  # keys and values are codes of 8 bits
     fp8: bool = False
     native: bool = False  # whether codes are converted by instructions of the GPU
+    alibi: bool = False  # whether scores fall with the distance of the key
 
 
 class Projection(NamedTuple):
@@ -67,6 +68,7 @@ class Projection(NamedTuple):
     cos: Any  # [T, D]
     sin: Any  # [T, D]; it carries the sign of the rotation
     stride: Any  # of qkv, from token to token
+    slopes: Any  # [H] float32 of ALiBi
 
 
 class Cache(NamedTuple):
@@ -151,11 +153,12 @@ def _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE: tl.constexpr):
 
 @triton.jit
 def _absorb_keys(
-    q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, SHAPE: tl.constexpr, SAFE: tl.constexpr = False,
+    q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope, distance, SHAPE: tl.constexpr,
+    SAFE: tl.constexpr = False,
 ):  # fmt: skip
     """Add a tile of keys and values [N, D] to the running averages of queries [M, D]; scale includes log2(e).
 
-    visible: [M or 1, N]. SAFE: a query may have seen no key yet.
+    visible: [M or 1, N]. SAFE: a query may have seen no key yet. slope: [M] of `_slope`; distance: [M or 1, N], key minus query.
     """
     if SHAPE.quantized:
         k = widen(k, q.dtype, SHAPE.fp8, SHAPE.native)
@@ -164,6 +167,8 @@ def _absorb_keys(
         scores = scores * k_scale[None, :]
     if SHAPE.softcap:
         scores = _cap(scores, softcap)
+    if SHAPE.alibi:
+        scores = scores + slope[:, None] * distance.to(tl.float32)
     scores = tl.where(visible, scores, -float("inf"))
     tops = scores
     if SHAPE.quantized:
@@ -183,6 +188,15 @@ def _absorb_keys(
     else:
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return acc, new_peak, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def _slope(projection, head, live_row, SHAPE: tl.constexpr):
+    """ALiBi's slope of the rows of a tile, for scores in base 2: [M]; 0 without ALiBi."""
+    slope = 0.0
+    if SHAPE.alibi:
+        slope = tl.load(projection.slopes + head, mask=live_row, other=0.0) * 1.4426950408889634
+    return slope
 
 
 @triton.jit
@@ -232,7 +246,7 @@ def _keys_per_part(keys, parts, MULTIPLE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_parts"])
 def _shared_attention(
-    parts, projection, cache, scale, softcap, num_tokens, num_parts,  # Parts, Projection, Cache
+    parts, projection, cache, seq_lens, scale, softcap, num_tokens, num_parts,  # Parts, Projection, Cache; [B]
     SHAPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys that all decodes share, for block_q tokens and all query heads of one KV head."""
@@ -266,12 +280,19 @@ def _shared_attention(
     peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
     total = tl.full([SHAPE.block_m], 0.0, tl.float32)
     acc = _empty_sums(SHAPE)
-    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, SHAPE)
+    slope = _slope(projection, head, live_row, SHAPE)
+    position = 0
+    if SHAPE.alibi:
+        seq = token // SHAPE.query_width
+        position = (tl.load(seq_lens + seq, mask=live_row, other=0) - SHAPE.query_width + token % SHAPE.query_width)[:, None]
+    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, slope,
+                                    key[None, :] - position, SHAPE)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tl.arange(0, SHAPE.block_n)
         block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
         k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
-        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, SHAPE)
+        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, slope,
+                                        key[None, :] - position, SHAPE)
     acc = _whole(acc, SHAPE)
     at = part * num_tokens * SHAPE.num_heads + token * SHAPE.num_heads + head
     tl.store(parts.mean + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
@@ -345,7 +366,7 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
 
 
 @triton.jit
-def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_head, dims, scale, softcap, SHAPE: tl.constexpr):
+def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_head, dims, scale, softcap, slope, SHAPE: tl.constexpr):
     """The same for several new tokens: the rows of `q` that are keys serve as a tile of keys, causal among the new tokens.
 
     token: [rows, 1] of the batch; query: [rows] index of the token among the sequence's new ones; slots: those of the new ones.
@@ -380,7 +401,8 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
         if SHAPE.window > 0:
             visible = visible & (query[None, :] > query[:, None] - SHAPE.window)
         queries, factor = _scaled_queries(q, scale, SHAPE)
-        acc, peak, total = _absorb_keys(queries, keys, values, k_scale, v_scale, visible, acc, peak, total, factor, softcap, SHAPE)
+        acc, peak, total = _absorb_keys(queries, keys, values, k_scale, v_scale, visible, acc, peak, total, factor, softcap, slope,
+                                        query[None, :] - query[:, None], SHAPE)
     return acc, peak, total
 
 
@@ -464,16 +486,21 @@ def _decode_attention(
     q = rotated_heads(projection, token, head, dims, live_head, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
     mine = split == used - 1
     scale *= 1.4426950408889634  # log2(e)
+    slope = _slope(projection, head, live_row, SHAPE)
+    position = context
+    if W > 1:
+        position = (context + query)[:, None]
     if W == 1:
         acc, peak, total = _attend_to_new_token(q, projection, token, cache, new_row, mine, kv_head, dims, scale, softcap, SHAPE)
     else:
         acc, peak, total = _attend_to_new_tokens(q, projection, token, query, cache, slots + seq * W, mine, kv_head, dims, scale, softcap,
-                                                 SHAPE)
+                                                 slope, SHAPE)
     q, scale = _scaled_queries(q, scale, SHAPE)
     visible = live_key[None, :]
     if STAGGERED:
         visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
-    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, SHAPE, STAGGERED)
+    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope, key[None, :] - position,
+                                    SHAPE, STAGGERED)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tile
         k, v, live_key, k_scale, v_scale = _fetch(cache, next_block, key, oldest, end, kv_head, dims, SHAPE)
@@ -481,7 +508,8 @@ def _decode_attention(
         visible = live_key[None, :]
         if STAGGERED:
             visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
-        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, SHAPE, STAGGERED)
+        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope,
+                                        key[None, :] - position, SHAPE, STAGGERED)
 
     if STAGGERED:
         total = tl.where(total == 0.0, 1.0, total)  # a query that has seen no key: its weight is 0, since its peak is -inf

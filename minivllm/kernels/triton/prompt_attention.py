@@ -70,19 +70,25 @@ def _position_and_store(
 
 
 @triton.jit
-def _absorb(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-            QUANTIZED: tl.constexpr = False):
+def _absorb(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope, distance, MASK: tl.constexpr,
+            SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, QUANTIZED: tl.constexpr = False):
     """Add a tile of keys [D, N] and values [N, D] to the running averages of queries [M, D]; scale includes log2(e).
 
-    k_scale, v_scale: [N] if QUANTIZED, else unused. See quantized_cache.py."""
+    k_scale, v_scale: [N] if QUANTIZED, else unused. See quantized_cache.py. slope: [M], for scores in base 2, and distance: [M, N], key
+    minus query, if ALIBI."""
     scores = tl.dot(q, k, input_precision="ieee")
     if QUANTIZED:
         scores = scores * k_scale[None, :]
     if SOFTCAP:
         scores = _cap(scores * scale, softcap)
         factor = 1.0
+    elif ALIBI:
+        scores = scores * scale
+        factor = 1.0
     else:
         factor = scale  # multiplied below, in one instruction with the subtraction
+    if ALIBI:
+        scores = scores + slope[:, None] * distance.to(tl.float32)
     if MASK:
         scores = tl.where(visible, scores, -float("inf"))
     if QUANTIZED:
@@ -105,11 +111,11 @@ def _absorb(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap
 @triton.jit(do_not_specialize=["first_seq", "num_seqs", "num_tiles", "table_stride"])
 def _prompt_attention(
     out, q, k, v,  # [T, H, D]; new queries, keys and values as pointers, or k, v as descriptors of [T, heads * D]
-    cache, query_start, seq_lens,  # Cache; [B + 1], [B]
+    cache, query_start, seq_lens, slopes,  # Cache; [B + 1], [B], [H] float32 of ALiBi
     scale, softcap, first_seq, num_seqs, num_tiles, q_stride, k_stride, v_stride, k_column, v_column, table_stride,
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr, ALIBI: tl.constexpr = False,
 ):  # fmt: skip
     tile = num_tiles - 1 - tl.program_id(0)  # the last queries see the most keys, so they start first
     kv_head = tl.program_id(1)
@@ -142,6 +148,9 @@ def _prompt_attention(
     q_tile = tl.load(q + (token * q_stride + head * D)[:, None] + dims[None, :], mask=live_q, other=0.0)
 
     scale *= 1.4426950408889634  # log2(e)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + head, mask=live_row, other=0.0) * 1.4426950408889634
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
@@ -169,8 +178,8 @@ def _prompt_attention(
         visible = live_key[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > (context + query)[:, None] - WINDOW)
-        acc, peak, total = _absorb(q_tile, k_tile, v_tile, k_scale, v_scale, visible, acc, peak, total, scale, softcap, True, SOFTCAP,
-                                   QUANTIZED)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope,
+                                   key[None, :] - (context + query)[:, None], True, SOFTCAP, ALIBI, QUANTIZED)
 
     # The chunk's own keys, counted from the chunk's beginning.
     begin = 0
@@ -192,7 +201,8 @@ def _prompt_attention(
         visible = live_row[:, None]
         if WINDOW > 0:
             visible = key[None, :] > query[:, None] - WINDOW
-        acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, WINDOW > 0, SOFTCAP)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, slope,
+                                   key[None, :] - query[:, None], WINDOW > 0, SOFTCAP, ALIBI)
     for start in range(diagonal, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         if DESCRIPTORS:
@@ -206,7 +216,8 @@ def _prompt_attention(
         visible = key[None, :] <= query[:, None]
         if WINDOW > 0:
             visible = visible & (key[None, :] > query[:, None] - WINDOW)
-        acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, True, SOFTCAP)
+        acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, slope,
+                                   key[None, :] - query[:, None], True, SOFTCAP, ALIBI)
 
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + ((token * NUM_HEADS + head) * D)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)
