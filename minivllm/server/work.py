@@ -30,25 +30,30 @@ class WorkTooSlow(BaseException):
 
 
 class _Job:
-    """One piece of work and the future of its result. `lock` guards `thread`, which is set while it runs."""
+    """One piece of work and the future of its result. `lock` guards `thread`, which is set while it runs.
+
+    Texts may be large, so nothing keeps a job that is done: no timer, and no cycle of an error, its traceback and the frames in it.
+    """
 
     def __init__(self, size: int, work: Callable[[], Any]) -> None:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self.size = size
-        self.work = work
+        self.work: Callable[[], Any] | None = work  # until it begins
+        self.timer: asyncio.TimerHandle | None = None  # ends it at the time limit
         self.lock = threading.Lock()
         self.thread: int | None = None
-        self.started = False
 
     def run(self) -> None:
         """On a worker's thread."""
+        work, self.work = self.work, None
+        assert work is not None
         with self.lock:
-            self.thread, self.started = threading.get_ident(), True
+            self.thread = threading.get_ident()
         try:
             try:
                 self.loop.call_soon_threadsafe(self._limit)
-                result = self.work()
+                result = work()
             finally:
                 with self.lock:
                     self.thread = None
@@ -60,6 +65,8 @@ class _Job:
             self._report(self._fail, RuntimeError(f"{type(error).__name__}: {error}"))
         else:
             self._report(self._finish, result)
+        finally:
+            del self, work
 
     def _report(self, how: Callable[[Any], None], value: Any) -> None:
         try:
@@ -71,7 +78,7 @@ class _Job:
 
     def _limit(self) -> None:
         if not self.future.done():
-            self.loop.call_later(WORK_SECONDS, self._interrupt)
+            self.timer = self.loop.call_later(WORK_SECONDS, self._interrupt)
 
     def _interrupt(self) -> None:
         with self.lock:
@@ -81,12 +88,19 @@ class _Job:
                             code="prompt_too_slow"))
 
     def _finish(self, result: Any) -> None:
+        self._stop_timer()
         if not self.future.done():
             self.future.set_result(result)
 
     def _fail(self, error: Exception) -> None:
+        self._stop_timer()
         if not self.future.done():
             self.future.set_exception(error)
+
+    def _stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class TextWorkers:
@@ -117,6 +131,8 @@ class TextWorkers:
         except asyncio.CancelledError:
             self._drop(owner, job)
             raise
+        finally:
+            del job
 
     def _drop(self, owner: str, job: _Job) -> None:
         """The client has left: forget the job if it has not begun, and interrupt it otherwise."""
@@ -134,6 +150,7 @@ class TextWorkers:
             owner, job = self._next()
             with contextlib.suppress(WorkTooSlow):  # it arrived just after its job had ended
                 job.run()
+            del job  # while the thread waits for the next one
             with self._changed:
                 self._running[owner] -= 1
 

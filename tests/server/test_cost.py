@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from minivllm.server import cost, generation, work
 from minivllm.server.cost import CostLedger, check_entries
 from minivllm.server.errors import ApiError
 from minivllm.server.formatters import CompletionFormatter
+from minivllm.server.strict import StrictModel
 from minivllm.server.work import WORKERS, TextWorkers
 from tests.server.scripted import LiveServer, ScriptedEngine, scripted_server
 
@@ -150,6 +152,31 @@ def test_a_job_is_dropped_if_its_client_leaves_and_owners_take_turns() -> None:
     ran = asyncio.run(run())
     assert sorted(ran) == ["a1", "a3", "b1", "c1"]
     assert ran.index("a3") > 1, "the other owners are served between"
+
+
+@pytest.mark.parametrize("path, body", [
+    (CHAT, {"messages": user("x"), "max_tokens": 1}), (CHAT, {"messages": user("x " * 40_000)}), (CHAT, {"messages": user("") * 3000}),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 1, "user": "u" * 100_000}), ("/v1/completions", {"prompt": 5, "user": "u" * 100_000}),
+    ("/v1/completions", {"prompt": "x " * 40_000}), ("/v1/completions", {"prompt": "x", "logit_bias": dict.fromkeys(range(9000), 1)}),
+    ("/v1/responses", {"input": "x", "max_output_tokens": 1}), ("/v1/responses", {"input": user("x") * 3000}),
+    ("/tokenize", {"prompt": "x " * 200_000}),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_nothing_keeps_a_body_after_its_answer(live: LiveServer, path: str, body: dict[str, Any]) -> None:
+    """Neither a timer nor a cycle of references, which only the garbage collector would find, some hundred requests later."""
+    def kept() -> list[str]:
+        return [type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, (StrictModel, work._Job))]
+
+    gc.collect()
+    gc.disable()
+    try:
+        post(live, path, body)
+        for _ in range(50):
+            if not kept():
+                break
+            assert httpx.get(live.url + "/health").status_code == 200  # the server does what it has yet to do
+        assert kept() == []
+    finally:
+        gc.enable()
 
 
 def test_log_probabilities_that_answers_keep_are_charged_to_their_owner() -> None:
