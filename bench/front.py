@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,6 +85,9 @@ class TalkingEngine:
             else:
                 self._left[request_id] = left - 1
         return deltas
+
+    def when_failed(self, call: Callable[[Exception], None]) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -71,6 +71,8 @@ class EngineConfig:
         "type of cached keys and values; auto: the model's dtype; fp8 (e4m3) and int8: half the memory of 16 bits, so twice the tokens",
         choices=("auto", "fp8", "int8", "float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    tensor_parallel_size: int = option(1,
+        "number of GPUs that share the model, each with a part of every layer; on a CPU, number of processes")
     seed: int = option(0, "seed of dummy weights and of requests without a seed")
     max_model_len: int | None = option(None,
         "maximum number of tokens of prompt and output together (default: the model's own limit, lowered to what the KV cache holds)")
@@ -114,6 +116,7 @@ class EngineConfig:
         check_types(self)
         self._between("block_size", 1, 256)
         self._between("max_num_seqs", 1, 65536)
+        self._between("tensor_parallel_size", 1, 1024)
         self._between("seed", -(2**63), 2**63 - 1)
         self._between("long_prefill_token_threshold", 0, MOST)
         self._between("kv_offloading_size", 0, 2**20)

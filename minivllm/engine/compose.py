@@ -29,11 +29,14 @@ from minivllm.families.config_json import token_ids
 from minivllm.kernels.tuning import SHARED_TOKENS
 from minivllm.models.decoder import Decoder
 from minivllm.models.hub import ModelFiles, find_model
+from minivllm.parallel.group import SINGLE
+from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.methods import METHODS, method_of
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.load import Draft, find_draft
-from minivllm.worker.device import check_kv_cache_dtype, choose_device, choose_dtype
+from minivllm.worker.device import check_kv_cache_dtype, check_ranks, choose_device, choose_dtype
 from minivllm.worker.memory import CacheSize, host_block_count, size_cache
+from minivllm.worker.ranks import Ranks
 from minivllm.worker.worker import DEFAULT_COMPONENTS, Components, LoadedModel, Worker
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
         spec = _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
         device = choose_device(config.device)
+        check_ranks(config.tensor_parallel_size, device)
+        shard_spec(spec, config.tensor_parallel_size)  # raises if so many ranks cannot share it
         check_kv_cache_dtype(config.kv_cache_dtype, choose_dtype(config.dtype, spec.dtype, device), device)
         with with_plan(config, model_config, components.methods):
             check_weights_fit(config, spec, method_of(model_config, components.methods, config.quantization))
@@ -59,12 +64,18 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
 
     files = find_model(config, read_spec)
     spec = read_spec(files.config)
-    draft = None if components.proposer is not None else find_draft(config, spec, files.folder, files.tokenizer_folder)
-    tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
-    eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
-    defaults = sampling_defaults(files.generation_config)
-    with with_plan(config, files.config, components.methods):
-        worker = start_worker(config, spec, files, eos_token_ids=eos, draft=draft, components=components)
+    ranks = Ranks(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
+    try:
+        draft = None if components.proposer is not None else find_draft(config, spec, files.folder, files.tokenizer_folder)
+        tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
+        eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
+        defaults = sampling_defaults(files.generation_config)
+        with with_plan(config, files.config, components.methods):
+            worker = start_worker(config, spec, files, eos_token_ids=eos, draft=draft, components=components, ranks=ranks)
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
     try:
         info = EngineInfo(
             model=files.name, model_folder=str(files.folder),
@@ -102,18 +113,26 @@ def load_target(config: EngineConfig) -> tuple[ModelFiles, Decoder, Tokenizer, t
 
 
 def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eos_token_ids: Sequence[int] = (),
-                 draft: Draft | None = None, components: Components = DEFAULT_COMPONENTS) -> Worker:
-    """Load the model, measure what is left, and allocate the KV cache. `spec.max_model_len` is the length to serve."""
+                 draft: Draft | None = None, components: Components = DEFAULT_COMPONENTS, ranks: Ranks | None = None) -> Worker:
+    """Load the model, measure what is left, and allocate the KV cache. `spec.max_model_len` is the length to serve. ranks: the other
+    tensor-parallel ranks, which do the same at the same time."""
     passed = _Stopwatch()
-    loaded = LoadedModel(config, spec, Path(files.folder), components=components, draft=draft,
+    group = SINGLE
+    if ranks is not None:
+        group = ranks.connect(config, spec, files, tuple(eos_token_ids), components, choose_device(config.device))
+        passed("ranks")
+    loaded = LoadedModel(config, spec, Path(files.folder), components=components, draft=draft, group=group,
                          method=method_of(files.config, components.methods, config.quantization))
     passed("weights and kernels")
-    budget = loaded.available_memory()
+    budget = loaded.available_memory() if ranks is None else ranks.smallest_budget(loaded.available_memory)
     size = size_cache(loaded.cache_settings, loaded.layout, budget)
-    num_host_blocks = host_block_count(config.kv_offloading_size, loaded.layout)
+    num_host_blocks = host_block_count(config.kv_offloading_size / group.size, loaded.layout)
     passed("measuring memory")
     _announce(loaded, size)
-    worker = loaded.allocate(size, num_host_blocks, eos_token_ids=eos_token_ids, ledger=budget.ledger)
+    if ranks is None:
+        worker = loaded.allocate(size, num_host_blocks, eos_token_ids=eos_token_ids, ledger=budget.ledger)
+    else:
+        worker = ranks.allocate(loaded, size, num_host_blocks, eos_token_ids=eos_token_ids, ledger=budget.ledger)
     passed("KV cache and CUDA graphs" if worker.ledger is not None else "KV cache")
     for line in () if worker.ledger is None else worker.ledger.table():
         print(f"minivllm: {line}", file=sys.stderr, flush=True)
@@ -125,6 +144,8 @@ def _announce(loaded: LoadedModel, size: CacheSize) -> None:
     """Print the choices made for the user. The calculation of the cache size is logged."""
     device, dtype, wanted = loaded.device, loaded.dtype, loaded.spec.max_model_len
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    if (ranks := loaded.config.tensor_parallel_size) > 1:
+        where = f"{ranks} x {where}"
     why = ""
     if loaded.config.dtype == "auto" and device.type == "cpu":
         fast = dtype == torch.bfloat16

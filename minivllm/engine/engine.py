@@ -341,6 +341,10 @@ class EngineCore:
         """Make all cached blocks unfindable, also those of running requests."""
         self.scheduler.reset_prefix_cache()
 
+    def when_failed(self, call: Callable[[Exception], None]) -> None:
+        """Call this, from another thread, if the engine cannot go on although no step runs."""
+        self.executor.when_failed(call)
+
     def close(self) -> None:
         """Wait for launched steps, then free all memory. Safe to call twice."""
         if self._closed:

@@ -1,6 +1,7 @@
 """Interface of the object that runs the engine's plans. `minivllm.worker.worker.Worker` implements it in this process, on one device."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from minivllm.core.plan import StepPlan, StepResult
@@ -31,5 +32,8 @@ class Executor(Protocol):
     def add_adapter(self, adapter_id: int, packed: Any) -> None: ...
 
     def remove_adapter(self, adapter_id: int) -> None: ...
+
+    def when_failed(self, call: Callable[[Exception], None]) -> None:
+        """Call this, from another thread, if the executor cannot go on although no step runs."""
 
     def close(self) -> None: ...

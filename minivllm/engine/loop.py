@@ -72,6 +72,8 @@ class Engine(Protocol):
 
     def unload_adapter(self, lora_name: str) -> None: ...
 
+    def when_failed(self, call: Callable[[Exception], None]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -83,7 +85,14 @@ class PreparedCommand:
     error: Exception | None
 
 
-InboxItem: TypeAlias = EngineCommand | PreparedCommand
+@dataclass(frozen=True, slots=True)
+class ExecutorFailed:
+    """To the loop: the executor cannot go on. It may have noticed this while no step ran."""
+
+    error: Exception
+
+
+InboxItem: TypeAlias = EngineCommand | PreparedCommand | ExecutorFailed
 
 
 def run_engine(
@@ -93,6 +102,7 @@ def run_engine(
     engine: Engine | None = None
     try:
         engine = build()
+        engine.when_failed(lambda error: inbox.put(ExecutorFailed(error)))
         send(ReadyMessage(engine.info()))
         engine.warm_up()
         EngineLoop(engine, inbox, send).run()
@@ -174,6 +184,8 @@ class EngineLoop:
                 self._obey(command.number, partial(self.engine.unload_adapter, command.lora_name))
             elif isinstance(command, PreparedCommand):
                 self._continue(command)
+            elif isinstance(command, ExecutorFailed):
+                raise command.error
             else:
                 self._prepare(command)
             if end is not None and time.perf_counter() > end:

@@ -116,7 +116,7 @@ def _named(config: EngineConfig, target: ModelSpec, weights: Path | None) -> tup
         settings = replace(settings, model=_packaged(config, target, weights))
     own = replace(config, model=settings.model, revision=settings.revision, quantization=settings.quantization, tokenizer=None,
                   hf_overrides=None, generation_config="vllm", override_generation_config=None, load_format="auto",
-                  skip_tokenizer_init=True, speculative_config=None)
+                  skip_tokenizer_init=True, speculative_config=None, tensor_parallel_size=1)
     return settings, own, group
 
 

@@ -17,6 +17,14 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
 
 
+def check_ranks(size: int, device: torch.device) -> None:
+    """Raise `InvalidInput` if there are fewer GPUs than tensor-parallel ranks. Rank i has the i-th GPU from `device` on."""
+    if device.type == "cuda" and (device.index or 0) + size > (count := torch.cuda.device_count()):
+        after = f" from number {device.index} on" if device.index else ""
+        raise InvalidInput(f"tensor_parallel_size is {size}, and PyTorch sees {count} GPU{'s' * (count != 1)}{after}: lower it, or check "
+                           "CUDA_VISIBLE_DEVICES and nvidia-smi", "tensor_parallel_size")
+
+
 def choose_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations. checkpoint: the dtype that config.json names.
 

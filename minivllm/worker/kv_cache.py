@@ -13,7 +13,7 @@ copies and moves here work on raw bytes.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +155,13 @@ class KVCache:
                     sizes = [piece.shape[1] * piece.itemsize for piece in self._pieces]
                     for piece, part in zip(self._pieces, staged.split(sizes, dim=1), strict=True):
                         piece.index_copy_(0, blocks, part.contiguous().view(piece.dtype))
+
+    def wait_on_device(self, move_ids: Collection[int]) -> None:
+        """These moves ended on rank 0, so plans may reuse their blocks: what is launched from now on runs after them here too."""
+        for event, moved in self._moving:
+            if not set(moved).isdisjoint(move_ids):
+                torch.cuda.current_stream(self._device).wait_event(event)
+        self._moving = [(event, moved) for event, moved in self._moving if set(moved).isdisjoint(move_ids)]
 
     def finished_moves(self, wait: bool) -> tuple[int, ...]:
         """Ids of moves that ended since the last call, in order; with `wait`, of all that were started."""

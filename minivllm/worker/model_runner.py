@@ -88,6 +88,11 @@ class SampledStep:
         self._num_token_tensors = len(token_ids)
         self._host, self._event = _to_host(tensors)
 
+    @property
+    def error(self) -> str | None:
+        """Why the step failed, as far as the host knows before `wait`."""
+        return self._error
+
     def wait(self) -> StepResult:
         """The step's result; waits for the device if necessary."""
         if self._event is not None:

@@ -32,6 +32,8 @@ from minivllm.models.decoder import Decoder
 from minivllm.models.hub import find_adapter
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
+from minivllm.parallel.group import SINGLE, ParallelGroup
+from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.kv_cache import KVFormat, kv_format
 from minivllm.quantization.methods import METHODS, MethodOf, Methods, all_dense
 from minivllm.sampling.logits_processors import TokenMasks
@@ -43,7 +45,17 @@ from minivllm.speculative_config import SpeculativeConfig
 from minivllm.worker.cuda_graphs import graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
-from minivllm.worker.memory import GIB, CacheSettings, CacheSize, MemoryBudget, MemoryLedger, cpu_budget, cuda_budget, row_bytes
+from minivllm.worker.memory import (
+    GIB,
+    CacheSettings,
+    CacheSize,
+    MemoryBudget,
+    MemoryLedger,
+    available_host_memory,
+    cpu_budget,
+    cuda_budget,
+    row_bytes,
+)
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
 from minivllm.worker.weight_offload import describe, plan_weight_offload
 
@@ -67,26 +79,28 @@ class LoadedModel:
     """A model on a device, before its KV cache exists."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, method: MethodOf = all_dense, draft: Draft | None = None,
-                 components: Components = DEFAULT_COMPONENTS) -> None:
-        """Load the weights in `folder`, and those of the draft. `spec.max_model_len` is the length to serve.
+                 components: Components = DEFAULT_COMPONENTS, group: ParallelGroup = SINGLE) -> None:
+        """Load the weights in `folder`, and those of the draft. `spec.max_model_len` is the length to serve. group: the ranks that share
+        the model.
 
         Raises `InvalidInput` if they do not fit."""
-        self.config, self.spec = config, spec
+        self.config, self.spec, self._num_ranks = config, spec, group.size
+        self._shard = shard = shard_spec(spec, group.size)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, spec.dtype, self.device)
         self.max_num_batched_tokens = token_budget(config, spec.max_model_len, self.device)
         adapters = None
         if config.enable_lora:
-            layout = AdapterLayout.of(spec, config.max_lora_rank)
+            layout = AdapterLayout.of(spec, config.max_lora_rank, group.size)
             with enough_memory(f"{config.max_loras} LoRA slots of {layout.num_bytes(1, self.dtype.itemsize) / GIB:.3f} GiB", "max_loras",
                                "lower it, or max_lora_rank"):
-                adapters = AdapterStore(layout, config.max_loras, self.dtype, self.device)
-        build = BuildContext(self.device, self.dtype, components.ops(self.device), method, adapters)
-        self.layout = KVLayout.of(spec, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype),
+                adapters = AdapterStore(layout, config.max_loras, self.dtype, self.device, group)
+        build = BuildContext(self.device, self.dtype, components.ops(self.device), method, adapters, group)
+        self.layout = KVLayout.of(shard, config.block_size, self.dtype, components.kv_format or kv_format(config.kv_cache_dtype),
                                   None if draft is None else draft.spec)
-        for shape in dict.fromkeys((*spec.attention_shapes, *(() if draft is None else draft.spec.attention_shapes))):
+        for shape in dict.fromkeys((*shard.attention_shapes, *(() if draft is None else draft.spec.attention_shapes))):
             build.ops.warm_up(*shape, self.dtype, self.layout.dtype)
-        offload = plan_weight_offload(config.cpu_offload_gb, spec, method, self.dtype, self.device)
+        offload = plan_weight_offload(config.cpu_offload_gb, shard, method, self.dtype, self.device)
         self._weight_bytes = weight_bytes(spec, build) - offload.saved_bytes  # on the device
         self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize, self.device.type == "cuda")
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
@@ -114,14 +128,14 @@ class LoadedModel:
         """What this rank's KV cache may take. On a GPU this runs the largest steps."""
         config, budget = self.config, self.max_num_batched_tokens
         if self.device.type != "cuda":
-            return cpu_budget(self.cache_settings, self.layout, self._weight_bytes)
+            return cpu_budget(self.cache_settings, self.layout, self._weight_bytes, available_host_memory() // self._num_ranks)
         with enough_memory(f"a step of {budget} tokens", "max_num_batched_tokens", "lower it"):
-            graphs = graph_bytes(self.spec, config.max_num_seqs, budget, config.enable_lora) if self._captures_graphs else 0
+            graphs = graph_bytes(self._shard, config.max_num_seqs, budget, config.enable_lora) if self._captures_graphs else 0
             return cuda_budget(self.cache_settings, self.layout, self.model, config.max_num_seqs, budget, graphs,
                                sampled_drafts(config.speculation))
 
     def allocate(self, size: CacheSize, num_host_blocks: int = 0, *, eos_token_ids: Sequence[int] = (),
-                 ledger: MemoryLedger | None = None) -> Worker:
+                 ledger: MemoryLedger | None = None, worker_class: Callable[..., Worker] | None = None) -> Worker:
         """The KV cache and everything that runs plans on it. ledger: of `available_memory`. Raises `InvalidInput` if they do not fit."""
         config, layout = self.config, self.layout
         field = "num_gpu_blocks_override" if config.num_gpu_blocks_override is not None else "kv_cache_memory_bytes"
@@ -137,9 +151,9 @@ class LoadedModel:
         if ledger is not None:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size, sampled)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
-        return Worker(runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
-                      weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank,
-                      find_adapter=partial(find_adapter, config=config))
+        return (worker_class or Worker)(
+            runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
+            weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank, find_adapter=partial(find_adapter, config=config))
 
 
 class Worker:
@@ -202,6 +216,9 @@ class Worker:
     def drop_rows(self) -> None:
         """Forget everything about rows; plans must admit them again. (The row table is a cache.)"""
         self.runner.drop_rows()
+
+    def when_failed(self, call: Callable[[Exception], None]) -> None:
+        """Call this, from another thread, if the worker cannot go on although no step runs. One device alone never fails so."""
 
     def close(self) -> None:
         """Give all memory back. Safe to call twice."""

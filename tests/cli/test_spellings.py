@@ -85,8 +85,9 @@ def test_a_flag_or_command_without_a_counterpart_gets_a_hint(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["serve", "-tp", "2"], "tensor_parallel_size=2 (tensor parallelism) is not supported yet"),
-    (["serve", "--tp-size", "2"], "tensor_parallel_size=2 (tensor parallelism) is not supported yet"),
+    (["serve", "-pp", "2"], "pipeline_parallel_size=2 (pipeline parallelism) is not supported yet"),
+    (["serve", "-tp", "0"], "tensor_parallel_size must be at least 1, got 0"),
+    (["serve", "--tp-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
     (["serve", "--load-in-4bit"], "load_in_4bit=True (quantization='bitsandbytes' quantizes to 4 bits, 'int8' to 8) is not supported yet"),
     (["serve", "--gpu-memory-utilization", "90"], "gpu_memory_utilization must be in (0, 1], got 90.0; 90% is 0.9"),
 ])

@@ -84,8 +84,9 @@ def test_engine_args_from_a_command_line_are_keywords_of_llm() -> None:
     assert config == EngineConfig(model="m", max_model_len=64, enforce_eager=True, hf_overrides={"a": {"b": 1}})
     assert AsyncEngineArgs.from_cli_args(args).create_engine_config() == config
     assert EngineArgs("m", max_model_len=64, enforce_eager=True, hf_overrides={"a": {"b": 1}}).create_engine_config() == config
-    with pytest.raises(NotSupportedYet, match="tensor_parallel_size=2"):
-        EngineArgs(model="m", tensor_parallel_size=2).create_engine_config()
+    assert EngineArgs(model="m", tensor_parallel_size=2).create_engine_config() == EngineConfig(model="m", tensor_parallel_size=2)
+    with pytest.raises(NotSupportedYet, match="pipeline_parallel_size=2"):
+        EngineArgs(model="m", pipeline_parallel_size=2).create_engine_config()
     with pytest.raises(TypeError, match="EngineArgs has no setting 'max_modellen'; did you mean 'max_model_len'"):
         EngineArgs(max_modellen=3)
     assert AsyncEngineArgs(model="m", max_log_len=10).create_engine_config(usage_context=None) == EngineConfig(model="m")

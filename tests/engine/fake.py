@@ -123,6 +123,9 @@ class FakeExecutor:
                 found.append((column, first, entries))
         return tuple(found)
 
+    def when_failed(self, call: Callable[[Exception], None]) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 

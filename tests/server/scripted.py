@@ -173,6 +173,9 @@ class ScriptedEngine:
         others = (token + 1, token, token + 2, token + 3, token + 4)[:top]
         return TokenLogprobs(token, -0.5, 2, others, tuple(-0.25 * (i + 1) for i in range(len(others))))
 
+    def when_failed(self, call: Callable[[Exception], None]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

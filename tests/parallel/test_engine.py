@@ -1,0 +1,104 @@
+"""An engine with several ranks, each a process: the same tokens as with one, and a clear end if a rank fails.
+
+Starting ranks takes seconds, so a test checks many things with one engine.
+"""
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minivllm import LLM, InvalidInput, LoRARequest, SamplingParams
+from minivllm.config import EngineConfig
+from minivllm.engine.compose import build_engine
+from minivllm.errors import EngineDead
+from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.worker.ranks import LeadingWorker
+from tests.lora.adapters import write_adapter
+from tests.quantization.checkpoints import write
+from tests.quantization.test_awq import quantizer
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+PROMPTS = [list(range(3, 40)), [5, 6, 7], list(range(3, 40)), list(range(60, 10, -1))]
+SETTINGS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "block_size": 4}
+Tokens = list[tuple[int, ...]]
+
+
+def answers(llm: LLM, params: SamplingParams = GREEDY, lora: LoRARequest | None = None, prompts: list[list[int]] = PROMPTS) -> Tokens:
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False, lora_request=lora)
+    llm.llm_engine.core.scheduler.check()
+    return [tuple(child.token_ids) for output in outputs for child in output.outputs]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def pids_of(llm: LLM) -> tuple[int, ...]:
+    worker = llm.llm_engine.core.executor
+    assert isinstance(worker, LeadingWorker)
+    return worker.ranks.pids
+
+
+def test_two_ranks_answer_as_one_until_a_rank_is_killed(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_llama()
+    adapter = LoRARequest("a", 1, str(write_adapter(tmp_path / "a", folder, rank=3)))
+    # 30 blocks hold two of the sequences: others are swapped to host memory. 11 tokens a step cut prompts into chunks.
+    settings = SETTINGS | {"enable_lora": True, "num_gpu_blocks_override": 30, "kv_offloading_size": 0.001, "max_num_batched_tokens": 11}
+    children, seeded = (SamplingParams(temperature=t, seed=4, n=3, max_tokens=8, ignore_eos=True, logprobs=2) for t in (0, 0.9))
+    digits = SamplingParams(temperature=0, max_tokens=8, structured_outputs=StructuredOutputsParams(regex="[0-9]{4}"))
+
+    def everything(llm: LLM) -> list[Tokens]:
+        return [answers(llm), answers(llm), answers(llm, lora=adapter), answers(llm, children), answers(llm, seeded), answers(llm, digits)]
+
+    with LLM(str(folder), **settings) as one:
+        expected = everything(one)
+    assert expected[0] != expected[2], "the adapter changes nothing"
+    with LLM(str(folder), tensor_parallel_size=2, **settings) as llm:
+        assert everything(llm) == expected
+        stats, (pid,) = llm.llm_engine.stats(), pids_of(llm)
+        assert stats.prefix_cache_hits > 0
+        assert stats.num_preemptions > 0
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match=rf"rank 1 of 2 \(process {pid}\) ended unexpectedly \(exit code -9, killed by SIGKILL\)"):
+            answers(llm)
+    assert not is_running(pid)
+
+
+def test_four_ranks_with_a_draft_and_quantized_weights(tmp_path: Path) -> None:
+    """4 ranks share 2 KV heads, so two ranks hold each of them. Every rank has a whole draft: the model itself, whose drafts are right."""
+    folder = tmp_path / "target"
+    write(folder, {"quant_method": "awq", "bits": 4, "group_size": 16}, quantizer(16), hidden_size=64, intermediate_size=128)
+    settings = SETTINGS | {"skip_tokenizer_init": True, "speculative_config": {
+        "method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}}
+    with LLM(str(folder), **settings) as one:
+        expected = answers(one)
+    with LLM(str(folder), tensor_parallel_size=4, **settings) as llm:
+        assert answers(llm) == expected
+        assert answers(llm, prompts=PROMPTS[:1]) == expected[:1]  # drafts pay off in small steps
+        pids = pids_of(llm)
+        assert len(pids) == 3
+        counts = llm.llm_engine.stats().drafts
+        assert counts is not None and sum(counts.accepted_per_position) > 0
+    assert not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"tensor_parallel_size": 3}, "tensor_parallel_size 3 does not fit this model: it has 4 attention heads"),
+    ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
+])
+def test_a_wrong_number_of_ranks_is_refused_before_any_starts(tiny_llama: Callable[..., Path], settings: dict[str, Any], message: str,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minivllm.engine.compose.Ranks", lambda size: pytest.fail("ranks were started"))
+    with pytest.raises(InvalidInput, match=message) as error:
+        build_engine(EngineConfig(model=str(tiny_llama()), **{**SETTINGS, **settings}))
+    assert error.value.param == "tensor_parallel_size"
