@@ -74,7 +74,8 @@ class AttentionSpec:
     out_bias: bool
     multiplier: float | None = None  # factor on the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    alibi: tuple[float, ...] | None = None  # ALiBi: what each head's scores lose per position of distance (Press et al. 2021)
+    # ALiBi: what each head's scores lose per position of distance (Press et al. 2021). A rank's part of a model has the slopes of all ranks.
+    alibi: tuple[float, ...] | None = None
     grouped_qkv: bool = False  # checkpoints have one matrix, with the rows of q, k and v of the first KV head, then of the second, ...
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class AttentionSpec:
         _require(self.rope is None or self.head_dim % 2 == 0, f"a rotary head_dim must be even, got {self.head_dim}")
         _require(self.rope is None or (self.rope.dim % 2 == 0 and 0 <= self.rope.dim <= self.head_dim),
                  f"the rotated dimensions must be an even number up to head_dim, got {self.rope and self.rope.dim} of {self.head_dim}")
-        _require(self.alibi is None or len(self.alibi) == self.num_heads, f"alibi needs one slope for each of {self.num_heads} heads")
+        _require(self.alibi is None or len(self.alibi) % self.num_heads == 0, f"alibi needs one slope for each of {self.num_heads} heads")
         _require(self.qk_norm in QK_NORMS, f"qk_norm {self.qk_norm!r} is not supported")
         _require(self.window is None or self.window >= 1, f"a sliding window must be at least 1, got {self.window}")
 

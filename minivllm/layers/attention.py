@@ -65,7 +65,8 @@ class Attention:
                     qb, kb = (self._load_qk(build, take, spec, attention, f"{name}.{which}_norm.bias") for which in "qk")
                     biases = qb, kb
                 self._other_norm = QKNorm(build, attention, (q, k), biases, spec.norm_eps)
-        self._alibi = None if attention.alibi is None else torch.tensor(attention.alibi, dtype=torch.float32, device=build.device)
+        mine = slice(build.group.rank * attention.num_heads, (build.group.rank + 1) * attention.num_heads)
+        self._alibi = None if attention.alibi is None else torch.tensor(attention.alibi[mine], dtype=torch.float32, device=build.device)
         self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
 
     @staticmethod

@@ -36,6 +36,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows of each head together": ("GPTNeoX", {"hidden_size": 64}),
     "pairs rotated, head with a bias": (
         "GPTJ", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 80, "rotary_dim": 4, "n_positions": 64}),
+    "a slope per head": ("Bloom", {"hidden_size": 64}),
+    "one KV head in the matrix of all": ("Falcon", {"hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1}),
+    "transposed matrices": ("GPT2", {"n_embd": 64, "bos_token_id": 0, "eos_token_id": 1}),
     "experts": ("Qwen2Moe", {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                              "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
     "sandwich norms": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7}),
