@@ -228,6 +228,8 @@ def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: i
             raise model_error(f"config.json: partial_rotary_factor {part} rotates less than two of {head} dimensions")
     theta = read(both, Key("rope_theta", float, 10000.0))
     kind = params.get("rope_type") or params.get("type") or "default"
+    if kind in ("su", "yarn") and "short_factor" in params:
+        kind = "longrope"  # its names in Phi-3's first files
     original = read(both, Key("original_max_position_embeddings", int, max_len))
     if kind == "default":
         return RopeSpec(theta=theta, dim=dim, original_max_len=max_len), max_len

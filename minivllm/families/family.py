@@ -39,21 +39,24 @@ class Family:
     block: Source = "pre"
     rope: Fields = field(default_factory=dict)  # options of `config_json.rope`, if `attention` has no rope
     aliases: Mapping[str, str] = field(default_factory=dict)  # a key of config.json -> this family's name for it
+    text_config: bool = False  # the decoder's keys are in config.json's `text_config`; the encoder of images is left out
     moe: Fields = field(default_factory=dict)
     sparse: Source = False  # whether a layer has experts, `moe`, instead of `mlp`
 
     def variant(
         self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}, block: Source = None,  # noqa: B006
-        rope: Fields = {}, aliases: Mapping[str, str] = {}, moe: Fields = {}, sparse: Source = None,  # noqa: B006
+        rope: Fields = {}, aliases: Mapping[str, str] = {}, moe: Fields = {}, sparse: Source = None, text_config: bool = False,  # noqa: B006
     ) -> Family:
         """The same family with some fields and names replaced. The defaults are only read."""
         return Family(model={**self.model, **model}, attention={**self.attention, **attention}, mlp={**self.mlp, **mlp},
                       names={**self.names, **names}, block=self.block if block is None else block,
                       rope={**self.rope, **rope}, aliases={**self.aliases, **aliases}, moe={**self.moe, **moe},
-                      sparse=self.sparse if sparse is None else sparse)
+                      sparse=self.sparse if sparse is None else sparse, text_config=text_config or self.text_config)
 
     def parse(self, architecture: str, config: Config) -> ModelSpec:
         """The specification that a parsed config.json describes. Raises `ModelError` naming the key."""
+        if self.text_config:
+            config = {**config, **read(config, Key("text_config", dict))}
         config = {**{ours: config[theirs] for ours, theirs in self.aliases.items() if theirs in config}, **config}
         layers = config_json.num_layers(config)
         model = {name: _value(source, config) for name, source in self.model.items()}

@@ -67,3 +67,9 @@ GEMMA3 = GEMMA2.variant(
         "rope": PerLayer(_gemma3_ropes),
     },
 )
+# The models from 4B on also read images. Their text_config leaves out what has the default value.
+GEMMA3_WITH_IMAGES = GEMMA3.variant(
+    model={"vocab_size": Key("vocab_size", int, 262208)},
+    attention={"num_heads": Key("num_attention_heads", int, 8), "num_kv_heads": Key("num_key_value_heads", int, 4)},
+    text_config=True,
+)

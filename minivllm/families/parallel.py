@@ -85,7 +85,12 @@ PHI = LLAMA.variant(
 )
 GPT_NEOX = LLAMA.variant(
     model=_LAYER_NORM,
-    attention={"qkv_bias": Key("attention_bias", bool, True), "out_bias": Key("attention_bias", bool, True), "grouped_qkv": True},
+    attention={
+        "num_kv_heads": Key("num_attention_heads", int),
+        "qkv_bias": Key("attention_bias", bool, True),
+        "out_bias": Key("attention_bias", bool, True),
+        "grouped_qkv": True,
+    },
     mlp={"gated": False, "activation": config_json.activation(Key("hidden_act", str, "gelu")), "bias": True},
     block=_choice(Key("use_parallel_residual", bool, True), "parallel", "pre"),
     rope={"partial": 0.25},
@@ -102,7 +107,7 @@ GPT_NEOX = LLAMA.variant(
 )
 GPT_J = LLAMA.variant(
     model={"norm": "layer", "norm_eps": Key("layer_norm_epsilon", float, 1e-5), "head_bias": True},
-    attention={"qkv_bias": False, "out_bias": False},
+    attention={"num_kv_heads": Key("num_attention_heads", int), "qkv_bias": False, "out_bias": False},
     mlp={
         "intermediate_size": _inner("n_inner"),
         "gated": False,

@@ -74,7 +74,7 @@ class AttentionSpec:
     out_bias: bool
     multiplier: float | None = None  # factor on the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    # ALiBi: what each head's scores lose per position of distance (Press et al. 2021). A rank's part of a model has the slopes of all ranks.
+    # ALiBi: what each head's scores lose per position of distance (Press et al. 2021). A rank's part of a model has all ranks' slopes.
     alibi: tuple[float, ...] | None = None
     grouped_qkv: bool = False  # checkpoints have one matrix, with the rows of q, k and v of the first KV head, then of the second, ...
 

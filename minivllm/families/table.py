@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from minivllm.errors import NotSupportedYet, shown
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family
-from minivllm.families.gemma import GEMMA, GEMMA2, GEMMA3
+from minivllm.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from minivllm.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from minivllm.families.opt import OPT
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3_WITH_IMAGES,
     "PhiForCausalLM": PHI,
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO3,
@@ -52,6 +53,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "opt": "OPTForCausalLM", "smollm3": "SmolLM3ForCausalLM", "phi3": "Phi3ForCausalLM", "olmo": "OlmoForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
     "phi": "PhiForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "granite": "GraniteForCausalLM",
     "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM", "exaone4": "Exaone4ForCausalLM", "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM",

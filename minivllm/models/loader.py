@@ -70,6 +70,7 @@ BUFFERS = (
 )
 KV_SCALES = Buffer(r"(q|k|v|kv)_(scale|zero_point)|(q|k|v)_proj\.output_(scale|zero_point)", lambda shape: True,
                    "scales of a quantized KV cache")
+IMAGES = Buffer(r"(vision_tower|multi_modal_projector)\..*", lambda shape: True, "encoder of images")
 # safetensors' names of dtypes, and torch's. A name that is not here is shown as it is.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -102,6 +103,8 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         if unused := sum(is_buffer(name, stored.shape, (KV_SCALES,)) for name, stored in checkpoint.items()):
             lines.append(f"{unused} scales for a quantized KV cache in the checkpoint are not used")
         lines.append(experts_notice(spec, build.method, str(build.dtype).removeprefix("torch.")))
+        if images := sum(_of_images(spec, name) for name in checkpoint):
+            lines.append(f"{images} tensors of the encoder of images are not used: this engine reads text only")
         for line in filter(None, lines):
             print(f"minivllm: {line}", file=sys.stderr, flush=True)
         num_bytes = parameter_bytes(needed, build.dtype)
@@ -230,7 +233,8 @@ def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoi
     for name, stored in checkpoint.items():
         if name in sources:
             problems += _mismatches(stored, *sources[name])
-        elif not (is_buffer(name, stored.shape) or (spec.tied and name == head) or _is_zero_bias(name, stored, sources)):
+        elif not (is_buffer(name, stored.shape) or _of_images(spec, name) or (spec.tied and name == head)
+                  or _is_zero_bias(name, stored, sources)):
             problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -278,6 +282,11 @@ def _mismatches(stored: StoredTensor, source: Source, param: Parameter) -> Itera
 def is_buffer(name: str, shape: tuple[int, ...], buffers: Collection[Buffer] = (*BUFFERS, KV_SCALES)) -> bool:
     """Whether the model does not need this tensor: config.json determines it, or it is for a quantized KV cache."""
     return any(re.fullmatch(rf"(.*\.)?({buffer.name})", name) is not None and buffer.shape(shape) for buffer in buffers)
+
+
+def _of_images(spec: ModelSpec, name: str) -> bool:
+    """Whether this tensor belongs to the encoder of images of a model whose decoder runs here."""
+    return spec.architecture.endswith("ForConditionalGeneration") and is_buffer(name, (), (IMAGES,))
 
 
 def _is_zero_bias(name: str, stored: StoredTensor, needed: Collection[str]) -> bool:

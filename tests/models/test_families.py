@@ -114,6 +114,55 @@ def test_the_keys_of_transformers_5_mean_the_same_as_those_of_4() -> None:
     assert parse_config(legacy) == parse_config(today)
 
 
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "intermediate_size": 128,
+         "vocab_size": 100, "max_position_embeddings": 64}
+TYPES = ["sliding_attention"] * 3 + ["full_attention"]
+LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+GPT2_NAMES = {"n_embd": 64, "n_head": 4, "n_layer": 4, "vocab_size": 100}
+# Class -> the same model in the spelling of Transformers 4 (or of its first files), and of 5.
+SPELLINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("Gemma3ForCausalLM", {"rope_theta": 5e5, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                           "sliding_window_pattern": 4, "head_dim": 16},
+     {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                          "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}, "layer_types": TYPES, "head_dim": 16}),
+    ("Olmo3ForCausalLM", {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}},
+     {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e6},
+                          "sliding_attention": {"rope_type": "default", "rope_theta": 1e6}}, "layer_types": TYPES}),
+    ("PhiForCausalLM", {"partial_rotary_factor": 0.25, "rope_theta": 500.0},
+     {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25, "rope_theta": 500.0}}),
+    ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", **LONG}, "rope_theta": 500.0, "original_max_position_embeddings": 32},
+     {"rope_parameters": {"rope_type": "longrope", **LONG, "rope_theta": 500.0, "original_max_position_embeddings": 32}}),
+    ("Phi3ForCausalLM", {"rope_scaling": {"type": "su", **LONG}, "rope_theta": 500.0, "original_max_position_embeddings": 32},
+     {"rope_parameters": {"rope_type": "longrope", **LONG, "rope_theta": 500.0, "original_max_position_embeddings": 32}}),
+    ("GPTNeoXForCausalLM", {"rotary_pct": 0.5, "rotary_emb_base": 500},
+     {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}}),
+    ("GlmForCausalLM", {"partial_rotary_factor": 0.5, "rope_theta": 500.0, "head_dim": 16},
+     {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}, "head_dim": 16}),
+    ("Cohere2ForCausalLM", {"rope_theta": 500.0, "sliding_window_pattern": 4},
+     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "layer_types": TYPES}),
+    ("Exaone4ForCausalLM", {"sliding_window_pattern": "LLLG", "rope_theta": 500.0},
+     {"layer_types": TYPES, "sliding_window": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("FalconForCausalLM", {**GPT2_NAMES, "hidden_size": 64, "max_position_embeddings": 64, "n_head_kv": 2,
+                           "new_decoder_architecture": True},
+     {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    ("BloomForCausalLM", {**GPT2_NAMES, "n_embed": 64, "seq_length": 64}, {"seq_length": 64}),
+    ("GPT2LMHeadModel", {**GPT2_NAMES, "n_positions": 64}, {}),
+    ("GPTJForCausalLM", {**GPT2_NAMES, "n_positions": 64, "rotary_dim": 8}, {"rotary_dim": 8}),
+    ("Gemma3ForConditionalGeneration", {"text_config": {**SMALL, "head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}},
+     {"text_config": {**SMALL, "head_dim": 16, "rope_parameters": {
+         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "old", "new"), SPELLINGS)
+def test_both_spellings_of_a_family_mean_the_same(architecture: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    only_own_names = GPT2_NAMES.items() <= old.items()
+    before = parse_config({"architectures": [architecture], **({} if only_own_names else SMALL), **old})
+    assert before == parse_config({"architectures": [architecture], **SMALL, **new})
+    assert len(before.layers) == 4
+
+
 def test_mistral_has_its_window_in_every_layer_unless_null() -> None:
     assert windows(parse_config(MISTRAL_7B_V0_1)) == (4096,) * 32
     assert windows(parse_config({**MISTRAL_7B_V0_1, "sliding_window": None})) == (None,) * 32

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from minivllm.families import FAMILIES, kv_groups, parse_config
 from minivllm.families.config_json import one_window
@@ -17,7 +18,7 @@ from minivllm.families.llama import MISTRAL
 from minivllm.kernels import REFERENCE, Ops
 from minivllm.quantization.dense import DenseMethod
 from tests.models.paged import Paged, make_build
-from tests.models.tiny import hf_logits, load, make_hf
+from tests.models.tiny import BASE, hf_logits, load, make_hf, randomized
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -204,6 +205,19 @@ def test_dynamic_rope_up_to_the_original_length_is_unscaled_as_in_transformers(t
     tokens = list(range(24))
     model = load(tmp_path, dataclasses.replace(spec, max_model_len=24))
     close(Paged(model, 24).run((0, tokens)), hf_logits(hf, tokens))
+
+
+def test_the_decoder_of_a_model_that_also_reads_images_runs_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = {**BASE, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 7, "num_hidden_layers": 6}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14}
+    torch.manual_seed(0)
+    hf = randomized(transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=94, eoi_token_index=95, image_token_index=96)))
+    hf.save_pretrained(tmp_path)
+    tokens = [(7 * i) % 90 for i in range(30)]
+    close(Paged(load(tmp_path), 30).run((0, tokens)), hf_logits(hf, tokens))
+    assert "tensors of the encoder of images are not used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("served", [16, 17])

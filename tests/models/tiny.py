@@ -25,7 +25,12 @@ def make_hf(family: str, **config: Any) -> transformers.PreTrainedModel:
     cls = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM"))
     torch.manual_seed(0)
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))
-    model = cls(config_class(**{**base, **config})).eval().float()
+    return randomized(cls(config_class(**{**base, **config})))
+
+
+def randomized(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model in float32, with random weights of which none has its default value."""
+    model = model.eval().float()
     with torch.no_grad():
         for name, p in model.named_parameters():
             # With norm weights of 1 and biases of 0, a test could not see that a weight is swapped, dropped or added twice.

@@ -58,7 +58,8 @@ def start_network(target: Decoder, tables: TargetTables, answers: Sequence[Examp
     torch.manual_seed(seed)
     network = HeadNetwork(size, inverse_frequencies(a.rope, a.head_dim, spec.max_model_len)).to(target.build.device)
     last = target.layers[-1]
-    if isinstance(last, PreNormLayer) and isinstance(m, MLPSpec) and m.gated and not (m.bias or a.qkv_bias or a.out_bias or a.qk_norm):
+    plain = spec.layers[-1].block == "pre" and not (m.bias or a.qkv_bias or a.out_bias or a.qk_norm)
+    if plain and isinstance(last, PreNormLayer) and isinstance(m, MLPSpec) and m.gated and m.activation == "silu":
         _copy_layer(network, target, last)
     fit(network, tables, answers)
     return network
