@@ -17,7 +17,6 @@ from minivllm.config import LOG_LEVELS, MODEL_DEFAULTS, EngineConfig
 from minivllm.engine_request import LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.lora.peft_config import PeftConfig
-from minivllm.models.hub import find_adapter
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.terminal import configure_logging, print_status
 
@@ -108,6 +107,8 @@ def start(args: argparse.Namespace, max_tokens: int | None = None) -> Iterator[L
     SamplingParams(**overrides)  # refuse wrong values before the model is loaded
     settings = given(args, EngineConfig)
     if args.lora is not None:
+        from minivllm.models.hub import find_adapter
+
         settings = {"enable_lora": True, "max_loras": 1} | settings
         args.lora = str(find_adapter(args.lora, build(EngineConfig, settings)))  # before the model is loaded
         settings = {"max_lora_rank": PeftConfig.read(Path(args.lora)).max_rank} | settings

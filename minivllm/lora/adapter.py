@@ -18,9 +18,8 @@ from torch import Tensor
 from minivllm.errors import InvalidInput, ModelError, NotSupportedYet
 from minivllm.families import LinearSpec
 from minivllm.lora.layout import AdapterLayout
-from minivllm.lora.peft_config import CONFIG_FILE, PARAM, PeftConfig
+from minivllm.lora.peft_config import CONFIG_FILE, PARAM, PICKLED_FILE, WEIGHTS_FILE, PeftConfig
 
-WEIGHTS_FILE, PICKLED_FILE = "adapter_model.safetensors", "adapter_model.bin"
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.[^.]+)?\.weight")  # an adapter's name may stand before "weight"
 PREFIX = "base_model.model."  # of PEFT's own wrappers
 _WRAPPERS = frozenset({"base_model", "model", "decoder", "language_model", "transformer", "gpt_neox", "module", "_orig_mod"})

@@ -11,7 +11,8 @@ from typing import Any
 from minivllm.errors import ModelError, NotSupportedYet, shown
 from minivllm.families.model_folder import check_links, compile_pattern, read_json
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"  # may run code when it is read
 MOST = 1 << 20  # largest rank or alpha: far beyond real adapters
 PARAM = "lora_path"  # the field that an error about an adapter names
 # Ways to start the training that leave the base model's weights alone; the others train beside changed ones.

@@ -458,8 +458,8 @@ print([m for m in ("gguf", "transformers", "torch", "huggingface_hub", "tokenize
 # ---- refused early: config.json, then the method, then the architecture, then files; no weights are downloaded before
 
 HQQ = json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "hqq", "bits": 4}})
-BOTH = json.dumps({"architectures": ["Gemma2ForCausalLM"], "quantization_config": {"quant_method": "hqq"}})  # the method comes first
-GEMMA = json.dumps({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"})
+BOTH = json.dumps({"architectures": ["MambaForCausalLM"], "quantization_config": {"quant_method": "hqq"}})  # the method comes first
+MAMBA = json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "m-Q4_K_M.gguf", "tokenizer.json")
 
 
@@ -470,7 +470,7 @@ def downloaded(calls: list[dict[str, Any]]) -> set[str]:
 
 @pytest.mark.parametrize(("contents", "says"), [
     ({"config.json": HQQ}, "quant_method 'hqq'"), ({"config.json": BOTH}, "quant_method 'hqq'"),
-    ({"config.json": GEMMA}, "the architecture Gemma2ForCausalLM is not supported"),
+    ({"config.json": MAMBA}, "the architecture MambaForCausalLM is not supported"),
     ({"config.json": "{}", "quantize_config.json": '{"bits": 4}'}, "quant_method 'gptq'"),
     ({"config.json": "{}", "quant_config.json": '{"w_bit": 4}'}, "quant_method 'awq'"),
     ({"config.json": "{"}, "not readable as JSON"),
@@ -485,7 +485,7 @@ def test_a_repository_that_cannot_run_is_refused_before_anything_large_is_downlo
 
 
 @pytest.mark.parametrize(("config", "says"), [
-    (HQQ, "quant_method 'hqq'"), (BOTH, "quant_method 'hqq'"), (GEMMA, "Gemma2ForCausalLM is not supported")])
+    (HQQ, "quant_method 'hqq'"), (BOTH, "quant_method 'hqq'"), (MAMBA, "MambaForCausalLM is not supported")])
 def test_a_folder_without_weights_is_refused_for_its_config_first(tmp_path: Path, config: str, says: str) -> None:
     refused(make_folder(tmp_path / "m", config=config, weights=None), says, check=parse_config)
 
@@ -531,8 +531,8 @@ def test_a_gguf_tag_must_fit_one_file(fake_hub: Any, name: str, says: str) -> No
 
 
 @pytest.mark.parametrize(("arch", "kind", "settings", "says"), [
-    ("gemma2", Q.F32, {}, "owner/name/m-Q4_K_M.gguf: architecture 'gemma2' is not supported; supported: llama"),
-    ("gemma2", Q.F64, {}, "architecture 'gemma2'"),  # before the types of its tensors
+    ("mamba", Q.F32, {}, "owner/name/m-Q4_K_M.gguf: architecture 'mamba' is not supported; supported: llama"),
+    ("mamba", Q.F64, {}, "architecture 'mamba'"),  # before the types of its tensors
     ("llama", Q.F64, {}, "has type F64, which is not a type for weights"),
     ("llama", Q.F32, {"hf_overrides": {"hidden_act": "no_such_function"}}, "no_such_function"),  # its configuration
 ])

@@ -45,8 +45,9 @@ def tensors(part: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         return
     seen.add(id(part))
     if isinstance(part, torch.Tensor):
-        if (storage := part.untyped_storage().data_ptr()) not in seen:
-            seen.add(storage)
+        opaque = part.layout == torch._mkldnn  # a CPU with bfloat16 instructions packs weights in a form without a storage
+        if opaque or (storage := part.untyped_storage().data_ptr()) not in seen:
+            seen.update(() if opaque else (storage,))
             yield part
     elif isinstance(part, dict | list | tuple):
         for item in part.values() if isinstance(part, dict) else part:
@@ -57,11 +58,16 @@ def tensors(part: Any, seen: set[int]) -> Iterator[torch.Tensor]:
             yield from tensors(getattr(part, name, None), seen)
 
 
+def held_bytes(part: Any) -> int:
+    """Bytes of the tensors that an object holds."""
+    return sum(t.numel() * t.element_size() if t.layout == torch._mkldnn else t.untyped_storage().nbytes() for t in tensors(part, set()))
+
+
 def loaded_bytes(model: Decoder) -> int:
     """Bytes of the weights. Norms of heads are kept once per head, and rotary frequencies are no weights."""
     heads = sum((a.num_heads + a.num_kv_heads - 2) * a.head_dim * 2 for a in (layer.attention for layer in model.spec.layers) if a.qk_norm)
     parts = [model.embedding, model.layers, model.head, model.project_out]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors(parts, set())) - heads
+    return held_bytes(parts) - heads
 
 
 @pytest.mark.parametrize("quantization", [None, "awq", "gptq", "fp8", "int8", "Q4_K_M", "Q8_0"])

@@ -22,7 +22,7 @@ from minivllm.quantization.gptq import GPTQMethod
 from minivllm.quantization.online import OnlineMethod
 from minivllm.quantization.packing import pack_bits
 from minivllm.quantization.parts import PartsMethod
-from tests.planning.test_plan_bytes import tensors
+from tests.planning.test_plan_bytes import held_bytes
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -64,7 +64,7 @@ def check(method: LinearMethod, rows: tuple[int, ...], cols: int) -> None:
     torch.manual_seed(0)
     for ops, on_gpu in ((REFERENCE, False), (FOR_GPU, True)):
         matmul = method.build({name: loaded(name, param, method) for name, param in method.parameters(rows, cols).items()}, rows, ops)
-        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors(matmul, set()))
+        held = held_bytes(matmul)
         assert held == method.resident_bytes(rows, cols, 2, on_gpu), (method, on_gpu)
 
 
