@@ -13,6 +13,7 @@ from minivllm.engine.plan_model import gpu_here, plan_model, slot_bytes
 from minivllm.errors import NotEnoughMemory
 from minivllm.families import ModelSpec
 from minivllm.models.hub_repository import hub_in_reach
+from minivllm.parallel.shard import shard_spec
 from minivllm.planning.suggested_models import described, models_that_fit
 from minivllm.quantization.methods import MethodOf, Methods, resident_bytes
 from minivllm.worker.device import choose_device, choose_dtype
@@ -23,11 +24,11 @@ from minivllm.worker.weight_offload import plan_weight_offload
 def check_weights_fit(config: EngineConfig, spec: ModelSpec, method: MethodOf) -> None:
     """Raise `ModelError` if the weights alone exceed the memory. This runs before they are downloaded."""
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, spec.dtype, device)
+    dtype, spec = choose_dtype(config.dtype, spec.dtype, device), shard_spec(spec, config.tensor_parallel_size)  # what each GPU has
     offload = plan_weight_offload(config.cpu_offload_gb, spec, method, dtype, device)
     needed = resident_bytes(spec, method, dtype.itemsize, device.type == "cuda") - offload.saved_bytes + slot_bytes(config, spec, dtype)
     if device.type != "cuda":
-        total = host_memory()
+        total, needed = host_memory(), needed * config.tensor_parallel_size
         if needed > total:
             raise NotEnoughMemory(f"the weights need {needed / GIB:.1f} GiB in {str(dtype)[6:]}, and this machine has {total / GIB:.1f} "
                                   "GiB of memory: use a smaller model, or a dtype of fewer bytes", "model")

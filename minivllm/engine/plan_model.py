@@ -19,6 +19,7 @@ from minivllm.errors import InvalidInput
 from minivllm.families import ModelSpec, linear_specs, parse_config
 from minivllm.kernels import tuning
 from minivllm.lora.layout import AdapterLayout
+from minivllm.parallel.shard import shard_spec
 from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, smallest_change
 from minivllm.planning.gpus import GPU, card_here
 from minivllm.planning.memory_plan import MIB, MemoryPlan, step_peak, weights_by_kind
@@ -77,8 +78,10 @@ def plan_model(config: EngineConfig, model_config: Mapping[str, Any], gpu: GPU |
     planner = _Planner(config, model_config, gpu, methods)
     found = planner.evaluate([] if quantization is None else [Change("", quantization=quantization)])
     change = () if found.fits else planner.smallest_change(found, quantization)
-    notes = () if quantization is None else (f"what if: weights stored as {quantization}, as its usual tools store them",)
-    return ModelPlan(memory=found, roofline=planner.roofline(quantization), change=change, notes=notes)
+    notes = [] if quantization is None else [f"what if: weights stored as {quantization}, as its usual tools store them"]
+    if config.tensor_parallel_size > 1:
+        notes.append("the figures are those of one rank; predicted times are without the exchange between ranks")
+    return ModelPlan(memory=found, roofline=planner.roofline(quantization), change=change, notes=tuple(notes))
 
 
 def check_settings(config: EngineConfig) -> Callable[[Mapping[str, Any]], object]:
@@ -105,7 +108,8 @@ class _Planner:
 
     def __init__(self, config: EngineConfig, model_config: Mapping[str, Any], gpu: GPU | None, methods: Methods = METHODS) -> None:
         self.config, self.model_config, self.gpu, self.methods = config, model_config, gpu, methods
-        self.spec = parse_config(model_config, methods=methods)
+        self.num_ranks = config.tensor_parallel_size
+        self.spec = shard_spec(parse_config(model_config, methods=methods), self.num_ranks)  # the plan is for one GPU of several
         self.dtype = self._dtype()
         self.draft = describe_draft(config, self.spec)
         if config.max_model_len is not None and config.max_model_len > self.spec.max_model_len:
@@ -150,7 +154,7 @@ class _Planner:
         parts: dict[str, int] = {}
         offloaded = self._offload(config, quantization).saved_bytes
         if self.gpu is None:
-            total = usable = available_host_memory()
+            total = usable = available_host_memory() // self.num_ranks
             num_bytes = cpu_budget(request, layout, sum(weights.values()), max(0, usable - sum(weights.values()))).num_bytes
         else:
             total = self.gpu.memory
@@ -159,11 +163,15 @@ class _Planner:
             num_bytes = usable - sum(weights.values()) + offloaded - sum(parts.values())
         num_blocks = request.num_blocks or max(request.cache_bytes or num_bytes, 0) // layout.block_bytes
         return MemoryPlan(
-            device="CPU" if self.gpu is None else self.gpu.title, total=total, usable=usable, weights=weights, offloaded=offloaded,
+            device=self._device(), total=total, usable=usable, weights=weights, offloaded=offloaded,
             **parts, dtype=str(self.dtype).removeprefix("torch."), kv_dtype=str(layout.dtype).removeprefix("torch."),
             block_bytes=layout.block_bytes, block_size=config.block_size, num_blocks=num_blocks,
             windows=layout.windows, chunk=request.chunk, max_model_len=spec.max_model_len,
             length_is_explicit=config.max_model_len is not None)
+
+    def _device(self) -> str:
+        name = "CPU" if self.gpu is None else self.gpu.title
+        return name if self.num_ranks == 1 else f"each of {self.num_ranks} x {name}"
 
     def _offload(self, config: EngineConfig, quantization: str | None) -> WeightOffload:
         """The layers in host memory. (A start also checks that this memory is large enough.)"""

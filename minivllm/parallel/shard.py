@@ -5,7 +5,7 @@
     embed, head    by tokens of the vocabulary, padded to a multiple of the ranks
     the rest       on every rank
 
-With fewer KV heads than ranks, several ranks hold the same KV head. Shapes are equal on all ranks, so one specification describes all but ALiBi's slopes.
+With fewer KV heads than ranks, several ranks hold the same KV head. Shapes are equal on all ranks.
 """
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ MOST_RANKS = 64  # that an error suggests
 
 
 def shard_spec(spec: ModelSpec, size: int, rank: int = 0) -> ModelSpec:
-    """The specification of one of `size` ranks; ranks differ only in the slopes of ALiBi. Raises `InvalidInput` naming what does not divide, and the sizes that do."""
+    """The specification of one of `size` ranks. Ranks differ only in the slopes of ALiBi.
+
+    Raises `InvalidInput` naming what does not divide, and the sizes that do."""
     if size == 1:
         return spec
     problem = _problem(spec, size)

@@ -64,7 +64,7 @@ class Roofline:
 
     @property
     def _head(self) -> int:
-        return self.spec.vocab_size * self.spec.embed_size
+        return self.spec.vocab_rows * self.spec.embed_size
 
     def _attention_flops(self, queries: int, keys: float) -> float:
         """Of all layers; keys: mean number that a query sees."""
@@ -91,4 +91,4 @@ def bytes_per_step(spec: ModelSpec, weights: Iterable[ResidentWeight]) -> int:
 
 def _weights(spec: ModelSpec) -> int:
     """Numbers that each token is multiplied with."""
-    return active_weights(spec) + (spec.vocab_size * spec.embed_size if spec.tied else 0)
+    return active_weights(spec) + (spec.vocab_rows * spec.embed_size if spec.tied else 0)

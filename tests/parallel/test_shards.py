@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from minivllm.config import EngineConfig
+from minivllm.engine.plan_model import plan_model
 from minivllm.errors import InvalidInput
 from minivllm.families import parse_config
 from minivllm.kernels import REFERENCE
@@ -18,6 +20,7 @@ from minivllm.layers.build import BuildContext
 from minivllm.models.loader import DummyWeights, load_model, open_checkpoint, own_parameters, pieces
 from minivllm.parallel.group import ParallelGroup
 from minivllm.parallel.shard import shard_spec
+from minivllm.planning.gpus import find_gpu
 from minivllm.quantization.methods import METHODS, method_of, parameters
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import make_hf, read_spec
@@ -177,3 +180,15 @@ def test_a_rank_keeps_its_part_only(tmp_path: Path) -> None:
     whole = sum(param.size for param in parameters(spec).values())
     assert len(set(sizes)) == 1
     assert sizes[0] < 0.3 * whole
+
+
+def test_a_plan_is_for_one_gpu_of_several() -> None:
+    """The planned weights are those that a rank loads: half of the model, but for the norms."""
+    one, two = (plan_model(EngineConfig(tensor_parallel_size=size), CONFIG, find_gpu("h200")) for size in (1, 2))
+    build = BuildContext(torch.device("cpu"), torch.bfloat16, REFERENCE, group=ParallelGroup(1, 2))
+    assert two.memory.weight_bytes == sum(param.size for param in own_parameters(parse_config(CONFIG), build).values()) * 2
+    assert 0.5 < two.memory.weight_bytes / one.memory.weight_bytes < 0.51
+    assert two.memory.token_bytes * 2 == one.memory.token_bytes
+    assert two.memory.device == "each of 2 x NVIDIA H200"
+    assert one.roofline is not None and two.roofline is not None
+    assert two.roofline.tpot(1).floor < 0.51 * one.roofline.tpot(1).floor
