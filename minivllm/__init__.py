@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from minivllm.engine_request import LoRARequest as LoRARequest
     from minivllm.errors import InvalidInput as InvalidInput
     from minivllm.outputs import CompletionOutput as CompletionOutput
+    from minivllm.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
+    from minivllm.outputs import PoolingRequestOutput as PoolingRequestOutput
     from minivllm.outputs import RequestOutput as RequestOutput
+    from minivllm.outputs import ScoringRequestOutput as ScoringRequestOutput
     from minivllm.sampling_params import BeamSearchParams as BeamSearchParams
+    from minivllm.sampling_params import PoolingParams as PoolingParams
     from minivllm.sampling_params import SamplingParams as SamplingParams
     from minivllm.sampling_params import StructuredOutputs as StructuredOutputs
     from minivllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
@@ -47,12 +51,16 @@ _HOME = {
     "AsyncLLM": "minivllm.engine.async_llm",
     "BeamSearchParams": "minivllm.sampling_params",
     "CompletionOutput": "minivllm.outputs",
+    "EmbeddingRequestOutput": "minivllm.outputs",
     "EngineConfig": "minivllm.config",
     "InvalidInput": "minivllm.errors",
     "LLM": "minivllm.engine.llm",
     "LoRARequest": "minivllm.engine_request",
     "LLMEngine": "minivllm.engine.llm_engine",
+    "PoolingParams": "minivllm.sampling_params",
+    "PoolingRequestOutput": "minivllm.outputs",
     "RequestOutput": "minivllm.outputs",
+    "ScoringRequestOutput": "minivllm.outputs",
     "SamplingParams": "minivllm.sampling_params",
     "StructuredOutputs": "minivllm.sampling_params",
     "StructuredOutputsParams": "minivllm.sampling_params",

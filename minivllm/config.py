@@ -17,7 +17,7 @@ from typing import Any
 from minivllm.compat import environment
 from minivllm.compat.settings import VLLM_NAMES, translate
 from minivllm.errors import InvalidInput, nearest, shown
-from minivllm.sampling_params import MAX_LOGPROBS
+from minivllm.sampling_params import MAX_LOGPROBS, PoolingParams
 from minivllm.scheduling_policy import POLICIES
 from minivllm.speculative_config import MAX_DRAFTS, SpeculativeConfig
 
@@ -102,6 +102,9 @@ class EngineConfig:
     speculative_config: dict[str, Any] | None = option(  # noqa: RUF009
         None, f"speculative decoding: method (ngram, draft_model or eagle), num_speculative_tokens (1 to {MAX_DRAFTS} drafts per step) and "
         "model (the draft; not for ngram); for ngram also prompt_lookup_min and prompt_lookup_max (default: 5 each)", metavar="JSON")
+    pooler_config: dict[str, Any] | None = option(  # noqa: RUF009
+        None, "defaults of embeddings: pooling_type (LAST, the default, or MEAN), use_activation (false: vectors are not scaled to length "
+        "1) and dimensions", metavar="JSON")
     enable_lora: bool = option(False, "serve LoRA adapters beside the model: requests name one, and a batch may have several")
     max_loras: int = option(MAX_LORAS, "number of LoRA adapters that one step may use; each has a slot in the device's memory")
     max_lora_rank: int = option(MAX_LORA_RANK, "largest rank of a LoRA adapter, 1 to 512; it sets the size of the slots")
@@ -139,7 +142,7 @@ class EngineConfig:
             given = self.gpu_memory_utilization
             hint = f"; {given:g}% is {given / 100:g}" if 1 < given <= 100 else ""
             raise InvalidInput(f"gpu_memory_utilization must be in (0, 1], got {given}{hint}", "gpu_memory_utilization")
-        _ = self.speculation
+        _ = self.speculation, self.pooling
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
@@ -150,6 +153,22 @@ class EngineConfig:
         value = getattr(self, name)
         if value is not None and not low <= value <= high:
             raise InvalidInput(f"{name} must be {f'at least {low}' if value < low else f'at most {high}'}, got {shown(value)}", name)
+
+    @property
+    def pooling(self) -> PoolingParams:
+        """`pooler_config`, checked."""
+        given = dict(self.pooler_config or {})
+        if "seq_pooling_type" in given:
+            given["pooling_type"] = given.pop("seq_pooling_type")  # vLLM's newer name
+        known = ("pooling_type", "use_activation", "normalize", "dimensions", "task")
+        for name in given:
+            if name not in known:
+                raise InvalidInput(f"pooler_config has no entry {name!r}{nearest(str(name), known)}: the entries are {', '.join(known)}",
+                                   "pooler_config")
+        try:
+            return PoolingParams(**given)
+        except InvalidInput as error:
+            raise type(error)(f"pooler_config: {error}", "pooler_config") from None
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

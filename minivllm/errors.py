@@ -39,6 +39,10 @@ class UnknownField(InvalidInput):
     """A field that a request must not have, because no version of the API has it."""
 
 
+class RequestFailed(RuntimeError):
+    """A request ended without its result, because of a failed step or a bug. The message is the reason."""
+
+
 class EngineDead(RuntimeError):
     """The engine loop ended, so no request is answered any more. The message is the reason."""
 

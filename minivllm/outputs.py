@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine_request import LoRARequest
@@ -88,6 +88,7 @@ class OutputDelta(NamedTuple):
     metrics: RequestMetrics | None = None  # in the last delta
     error: str | None = None
     error_param: str | None = None  # the request's field that caused the error, if it is one field
+    pooled: bytes | None = None  # in the last delta of a request with pooling: its vector, as float32
 
 
 @dataclass
@@ -125,3 +126,48 @@ class RequestOutput:
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None
     kv_transfer_params: None = None
+
+
+@dataclass
+class PoolingOutput:
+    """The vector of one prompt (vLLM's class)."""
+
+    data: Any  # torch.Tensor [size] float32
+
+
+@dataclass
+class EmbeddingOutput:
+    """The vector of one prompt as numbers (vLLM's class)."""
+
+    embedding: list[float]  # its entries
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of entries."""
+        return len(self.embedding)
+
+
+@dataclass
+class ScoringOutput:
+    """How similar two prompts are (vLLM's class)."""
+
+    score: float  # cosine similarity, from -1 to 1
+
+
+@dataclass
+class PoolingRequestOutput:
+    """The result of a request with `PoolingParams`, with vLLM's attribute names."""
+
+    request_id: str  # the engine's id of the request
+    outputs: Any  # PoolingOutput; of `LLM.embed` an EmbeddingOutput, of `LLM.score` a ScoringOutput
+    prompt_token_ids: list[int]  # the prompt as the model sees it; of a score both prompts
+    finished: bool = True  # always true
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache had
+
+
+class EmbeddingRequestOutput(PoolingRequestOutput):
+    """What `LLM.embed` returns: `outputs` is an `EmbeddingOutput`."""
+
+
+class ScoringRequestOutput(PoolingRequestOutput):
+    """What `LLM.score` returns: `outputs` is a `ScoringOutput`."""

@@ -38,6 +38,7 @@ MAX_REGEX = 1 << 14  # characters
 # If any amount were allowed, small models would sometimes generate whitespace until max_tokens.
 JSON_WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
 MAX_NESTING = 64  # nested objects and arrays in a JSON schema
+POOLING_TYPES = ("LAST", "MEAN")
 
 # vLLM's parameters that request nothing with these values. What others request is not built.
 NEUTRAL: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -276,6 +277,59 @@ class BeamSearchParams:
         refuse_unbuilt(temperature=temperature, include_stop_str_in_output=include_stop_str_in_output)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolingParams:
+    """How the final hidden states of a prompt become one vector (vLLM's class; `pooling_type` is this project's).
+
+    Raises `InvalidInput` naming the field, the value and the range. A field that is None has the engine's default (`pooler_config`).
+    """
+
+    truncate_prompt_tokens: int | None = None  # keep only this many of the prompt's last tokens; -1: as many as the context holds
+    dimensions: int | None = None  # keep only the first entries of the vector; None: all
+    use_activation: bool | None = None  # scale the vector to length 1, after `dimensions` has shortened it
+    normalize: bool | None = None  # older name of `use_activation`
+    task: str | None = None  # "embed", the only task
+    pooling_type: str | None = None  # "LAST": the state of the last token; "MEAN": the mean over all tokens
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.dimensions is not None:
+            put("dimensions", whole("dimensions", self.dimensions, 1, None, "leave it out for all"))
+        for name in ("use_activation", "normalize"):
+            if getattr(self, name) is not None:
+                put(name, _boolean(name, getattr(self, name)))
+        if self.normalize is not None:
+            if self.use_activation not in (None, self.normalize):
+                raise InvalidInput("normalize is an older name of use_activation: give one of them", "normalize")
+            put("use_activation", self.normalize)
+            put("normalize", None)
+        if self.task not in (None, "embed"):
+            raise NotSupportedYet(f"the pooling task {self.task!r} is not supported yet: use 'embed', or leave task out", "task")
+        if self.pooling_type is not None:
+            kind = str(self.pooling_type).upper()
+            if kind not in POOLING_TYPES:
+                raise InvalidInput(f"pooling_type must be one of {', '.join(POOLING_TYPES)}, got {self.pooling_type!r}", "pooling_type")
+            put("pooling_type", kind)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the hidden states of all prompt tokens are needed, so that no cached prefix can be used."""
+        return self.pooling_type == "MEAN"
+
+    def complete(self, defaults: PoolingParams) -> PoolingParams:
+        """The same with the defaults of an engine."""
+        names = ("dimensions", "use_activation", "pooling_type")
+        chosen: dict[str, Any] = {name: value if (value := getattr(self, name)) is not None else getattr(defaults, name) for name in names}
+        return dataclasses.replace(self, task="embed", **chosen)
+
+    def sampling(self) -> SamplingParams:
+        """The parameters of a request that computes its prompt and samples nothing."""
+        keep = self.truncate_prompt_tokens
+        return SamplingParams(temperature=0, max_tokens=0, detokenize=False, truncate_prompt_tokens=keep, pooling=self)
+
+
 @dataclass(kw_only=True)
 class SamplingParams:
     """Sampling settings of one request. Raises `InvalidInput` naming the field, the value and the range."""
@@ -308,6 +362,7 @@ class SamplingParams:
 
     # Token sequences of `bad_words`, filled in by the engine, which has the tokenizer.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    pooling: PoolingParams | None = field(default=None, repr=False)  # set by `PoolingParams.sampling`
 
     guided_decoding: InitVar[Any] = None  # vLLM's older name of `structured_outputs`
 
@@ -379,7 +434,7 @@ class SamplingParams:
     def _check_counts(self, put: Callable[[str, object], None]) -> None:
         """Numbers of tokens and of log-probabilities."""
         if self.max_tokens is not None:
-            low = 0 if self.prompt_logprobs is not None else 1
+            low = 1 if self.prompt_logprobs is None and self.pooling is None else 0
             put("max_tokens", whole("max_tokens", self.max_tokens, low, None, "the number of tokens to generate"))
         put("min_tokens", whole("min_tokens", self.min_tokens, 0, None, "0 turns it off"))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -462,7 +517,7 @@ class SamplingParams:
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
         """Like the constructor, but an unknown name raises `InvalidInput`."""
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "bad_words_token_ids"]
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in ("bad_words_token_ids", "pooling")]
         for name in kwargs:
             if name in NEUTRAL:
                 raise NotSupportedYet(f"{name} ({NEUTRAL[name][0]}) is not supported yet: leave it out", name)

@@ -45,7 +45,8 @@ FLAG_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("-d", "--detach", "--daemon"), "run it with nohup or under a service manager"),
     **dict.fromkeys(("-md", "--model-draft", "--draft-model"), "use --speculative-config with the entry model"),
     **dict.fromkeys(("--lora", "--lora-adapters", "--adapter"), "use --enable-lora --lora-modules NAME=FOLDER"),
-    **dict.fromkeys(("--embedding", "--embeddings", "--rerank"), "embeddings are not supported yet"),
+    **dict.fromkeys(("--embedding", "--embeddings"), "every server answers /v1/embeddings; --pooler-config has its settings"),
+    "--rerank": "reranking is not supported yet; every server answers /score",
     **dict.fromkeys(("-p", "--prompt"), "give the prompt as the argument, as in `minivllm complete PROMPT`; a port is --port"),
     "--bf16": "use --dtype bfloat16", "--jinja": "chat templates are always Jinja templates", "--device-map": "use --device",
     "--keepalive": "the model stays loaded until the server stops", "--keep-alive": "the model stays loaded until the server stops",
@@ -65,5 +66,5 @@ COMMAND_HINTS: Mapping[str, str] = {
     "help": "minivllm --help, or minivllm COMMAND --help", "version": "minivllm --version",
     "create": "give a folder or a .gguf file as MODEL; --chat-template FILE replaces its template",
     "push": "use `hf upload`", "login": "use `hf auth login`", "search": "search at https://huggingface.co/models",
-    "embed": "embeddings are not supported yet",
+    "embed": "every server answers /v1/embeddings",
 }

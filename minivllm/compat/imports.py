@@ -33,6 +33,7 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "minivllm.entrypoints.llm": {"LLM": "minivllm.engine.llm"},
     "minivllm.engine.arg_utils": _ENGINE_ARGS,
     "minivllm.engine.async_llm_engine": {**_ASYNC, "AsyncLLMEngine": "minivllm.engine.async_llm", **_ENGINE_ARGS},
+    "minivllm.pooling_params": {"PoolingParams": "minivllm.sampling_params"},
     "minivllm.lora.request": {"LoRARequest": "minivllm.engine_request"},
     "minivllm.distributed": _DISTRIBUTED,
     "minivllm.distributed.parallel_state": _DISTRIBUTED,
@@ -53,7 +54,7 @@ MODULES: Mapping[str, Mapping[str, str]] = {
 # Packages of vLLM for features that are not built. Importing one is an error that says so.
 UNBUILT: Mapping[str, str] = {
     "minivllm.assets": "example images and sounds", "minivllm.multimodal": "images and audio", "minivllm.model_executor": "vLLM's models",
-    "minivllm.platforms": "plug-ins for devices", "minivllm.plugins": "plug-ins", "minivllm.pooling_params": "models for pooling",
+    "minivllm.platforms": "plug-ins for devices", "minivllm.plugins": "plug-ins",
     "minivllm.tokenizers": "other tokenizers", "minivllm.envs": "settings from the environment", "minivllm.executor": "several workers",
     "minivllm.v1.sample": "Python logits processors", "minivllm.v1.core": "vLLM's scheduler", "minivllm.v1.worker": "vLLM's workers",
     "minivllm.attention": "other attention backends", "minivllm.spec_decode": "speculative decoding",

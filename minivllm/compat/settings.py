@@ -84,7 +84,6 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
               offload_params=None),
     *_refused("sleep mode", enable_sleep_mode=False),
     *_refused("prompts as embeddings", enable_prompt_embeds=False),
-    *_refused("models for pooling and classification", pooler_config=None, override_pooler_config=None),
     *_refused("Python logits processors", logits_processors=None, logits_processor_pattern=None),
     *_refused("weights that another program sends", weight_transfer_config=None),
     *_refused("KV transfer between engines", kv_transfer_config=None, kv_events_config=None, ec_transfer_config=None),
@@ -94,7 +93,8 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("full attention in place of a sliding window", disable_sliding_window=False),
     *_refused("other kinds of logprobs", logprobs_mode=("raw_logprobs", "default")),
     *_refused("another format of config.json", config_format=("auto", "hf"), hf_config_path=None),
-    *_refused("tasks other than text generation", task=("auto", "generate"), runner=("auto", "generate"), convert=("auto", "none")),
+    *_refused("tasks other than text generation and embeddings", task=("auto", "generate", "embed", "embedding"),
+              runner=("auto", "generate", "pooling"), convert=("auto", "none", "embed")),
     *_refused("another implementation of a model", model_impl=("auto", "vllm")),
     *_refused("another tokenizer", tokenizer_mode=("auto", "slow", "hf")),
     *_inert("model code of a checkpoint is never run; a model that needs it is refused by its architecture",
@@ -164,8 +164,8 @@ LLM_SETTINGS: tuple[VllmSetting, ...] = tuple(_inert(
     "it is a setting of the server", served_model_name=None, reasoning_parser="", tool_call_parser=None, enable_auto_tool_choice=False))
 # Methods of vLLM's `LLM`, `LLMEngine` and `AsyncLLM` for features that are not built.
 LLM_METHODS: Mapping[str, str] = {
-    "encode": "models for pooling", "embed": "embedding models", "classify": "classification models", "reward": "reward models",
-    "score": "scoring models", "sleep": "sleep mode", "wake_up": "sleep mode", "collective_rpc": "calls to several workers",
+    "classify": "classification models", "reward": "reward models",
+    "sleep": "sleep mode", "wake_up": "sleep mode", "collective_rpc": "calls to several workers",
     "apply_model": "functions that run inside a worker",
     "pin_lora": "LoRA adapters that never leave the device",
     "pause_generation": "pausing", "resume_generation": "pausing", "add_request": "streams that are not read with generate",
@@ -190,7 +190,8 @@ ENGINE_ALIASES = (
     Alias("num_speculative_tokens", "speculative_config", key="num_speculative_tokens"),
     Alias("ngram_prompt_lookup_max", "speculative_config", key="prompt_lookup_max"),
     Alias("ngram_prompt_lookup_min", "speculative_config", key="prompt_lookup_min"),
-    Alias("speculative_disable_by_batch_size", "speculative_config", key="disable_by_batch_size"))
+    Alias("speculative_disable_by_batch_size", "speculative_config", key="disable_by_batch_size"),
+    Alias("override_pooler_config", "pooler_config"))
 SERVER_ALIASES = (Alias("uvicorn_log_level", "log_level"), Alias("disable_uvicorn_access_log", "access_log", negated=True))
 
 # Other spellings of values of this project's settings.

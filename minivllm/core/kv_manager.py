@@ -56,8 +56,10 @@ class KVManager:
         """The longest cached prefix. It leaves out the last token, which must be computed to sample the next one.
 
         A prompt logprob is computed from the position before its token, so a match ends before the first one still to be returned.
+        The mean of all hidden states needs every position, and the cache has keys and values only.
         """
-        limit = len(sequence.tokens) - 1
+        pooling = sequence.request.new.params.pooling
+        limit = 0 if pooling is not None and pooling.needs_all else len(sequence.tokens) - 1
         if sequence.prompt_logprobs_from is not None:
             limit = min(limit, sequence.prompt_logprobs_from - 1)
         if not self._config.enable_prefix_caching or limit < self._size:

@@ -113,6 +113,8 @@ class StepResult:
     token_ids: tuple[tuple[int, ...], ...]  # one token per sample; more when drafts were accepted
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()  # () if no sample needs any
     prompt_logprobs: tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...] = ()  # (column, position of the first, entries)
+    # Of requests with pooling: (column, first position, number of positions, float32 sum of their final hidden states)
+    pooled: tuple[tuple[int, int, int, bytes], ...] = ()
     finished_moves: tuple[int, ...] = ()
     # Per sample: tokens proposed for the next step. None: the sequence continues without waiting for proposals. (): as before
     drafts: tuple[tuple[int, ...] | None, ...] = ()

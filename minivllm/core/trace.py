@@ -33,7 +33,7 @@ from minivllm.core.scheduler import Scheduler, SchedulerConfig
 from minivllm.core.stopping import StopRule
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput
-from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
+from minivllm.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
 
 VERSION = 3
 MAX_BYTES = 1 << 30
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (
     SchedulerConfig, EngineRequest, LoRARequest, SamplingParams, StructuredOutputsParams, StepPlan, RowAdmission, BlockCopy, BlockMove,
-    StepResult, TokenLogprobs, Stop)}
+    StepResult, TokenLogprobs, Stop, PoolingParams)}
 _DEFAULTS = {name: {f.name: f.default for f in dataclasses.fields(c)} for name, c in _CLASSES.items()}
 
 
@@ -182,7 +182,7 @@ class TraceWriter:
         return replace(row, params=named, token_ids=row.token_ids[len(request.prompt_token_ids):])
 
     def update(self, now: float, result: StepResult, stops: Mapping[int, Stop]) -> None:
-        self._line(event="update", now=now, result=result, stops=list(stops.items()))
+        self._line(event="update", now=now, result=replace(result, pooled=()) if result.pooled else result, stops=list(stops.items()))
         self._file.flush()
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
-from minivllm.outputs import CompletionOutput, Logprob, OutputDelta, RequestMetrics, RequestOutput
+from minivllm.errors import RequestFailed
+from minivllm.outputs import CompletionOutput, Logprob, OutputDelta, PoolingOutput, PoolingRequestOutput, RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind
 
 
@@ -22,6 +23,9 @@ class OutputBuilder:
         self._kind = params.output_kind
         self._reported = [(0, 0, False)] * params.n  # of each completion: tokens, characters, finished; used with DELTA only
         self.num_tokens = 0
+        self._pooled: bytes | None = None
+        self._error: str | None = None
+        self._pools = params.pooling is not None
         self.output = RequestOutput(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(request.prompt_token_ids),
             outputs=[CompletionOutput(index=i, lora_request=request.lora_request) for i in range(params.n)],
@@ -48,6 +52,7 @@ class OutputBuilder:
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, delta.num_cached_tokens)
         if delta.finish_reason is None:
             return False
+        self._pooled, self._error = delta.pooled, delta.error
         completion.text = "".join(self._texts[delta.index])
         completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
         if delta.metrics is not None:
@@ -56,8 +61,24 @@ class OutputBuilder:
         self.output.finished = self._unfinished == 0
         return self.output.finished
 
-    def so_far(self) -> RequestOutput | None:
+    def vector(self) -> bytes:
+        """The float32 vector of a finished request with pooling. Raises `RequestFailed` if it ended without one."""
+        if self._pooled is None:
+            raise RequestFailed(f"the prompt of request {self.output.request_id!r} has no vector: {self._error or 'it was aborted'}")
+        return self._pooled
+
+    def pooling_output(self) -> PoolingRequestOutput:
+        """The result of a finished request with pooling."""
+        import torch
+
+        output = self.output
+        return PoolingRequestOutput(output.request_id, PoolingOutput(torch.frombuffer(bytearray(self.vector()), dtype=torch.float32)),
+                                    output.prompt_token_ids, num_cached_tokens=output.num_cached_tokens)
+
+    def so_far(self) -> RequestOutput | PoolingRequestOutput | None:
         """What the request's `output_kind` reports now, in objects that later deltas do not change. None: nothing."""
+        if self._pools:
+            return None if self._unfinished else self.pooling_output()
         if self._kind is RequestOutputKind.FINAL_ONLY and self._unfinished:
             return None
         completions = []

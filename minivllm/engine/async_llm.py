@@ -25,8 +25,8 @@ from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import LoRARequest
 from minivllm.errors import EngineDead, InvalidInput, refuse_unbuilt
-from minivllm.outputs import RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.outputs import PoolingRequestOutput, RequestOutput
+from minivllm.sampling_params import PoolingParams, SamplingParams
 
 
 class AsyncLLM(UnbuiltMethods):
@@ -66,7 +66,23 @@ class AsyncLLM(UnbuiltMethods):
                 for delta in deltas:
                     builder.add(delta)
                 if (output := builder.so_far()) is not None:
+                    assert isinstance(output, RequestOutput)
                     yield output
+
+    async def encode(
+        self, prompt: Prompt, pooling_params: PoolingParams | None = None, request_id: str | None = None, lora_request: Any = None,
+        trace_headers: Any = None, priority: int = 0, tokenization_kwargs: Any = None,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Yield the vector of a prompt, once, as `LLM.encode` returns it."""
+        refuse_unbuilt(trace_headers=trace_headers, tokenization_kwargs=tokenization_kwargs)
+        name = request_id if request_id is not None else f"async-{next(self._numbers)}"
+        text, request = prepare_request(name, prompt, pooling_params or PoolingParams(), self.tokenizer, self.client.info.max_model_len,
+                                        priority=priority, lora_request=lora_request)
+        builder = OutputBuilder(name, text, request, self.tokenizer)
+        async with aclosing(self.client.generate(request)) as stream:
+            async for deltas in stream:
+                if any(builder.add(delta) for delta in deltas):
+                    yield builder.pooling_output()
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Load an adapter before the first request that has it."""

@@ -21,6 +21,7 @@ from minivllm.core.trace import RecordingScheduler, TraceWriter
 from minivllm.engine.engine import EngineCore
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.model_choice import BetterModels, check_weights_fit, with_plan
+from minivllm.engine.pooling import default_pooling
 from minivllm.engine.speculation import Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput, ModelError
@@ -86,6 +87,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             max_logprobs=config.max_logprobs, kv_cache_dtype=_name(worker.kv_cache_dtype),
             max_requests=None if config.max_queue is None else config.max_queue + min(config.max_num_seqs, worker.max_num_batched_tokens),
             max_loras=config.max_loras if config.enable_lora else 0, max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
+            max_queue=config.max_queue, embedding_size=spec.embed_size, pooling=config.pooling.complete(default_pooling(files.folder)),
         )
         scheduler = _scheduler(config, worker, info)
         if (line := better.line(worker.device)) is not None:

@@ -26,6 +26,7 @@ from minivllm.engine.grammar_compiler import DEFAULT_SECONDS, GrammarCompiler
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.output_processor import OutputProcessor
+from minivllm.engine.pooling import check_dimensions
 from minivllm.engine.preparation import RequestPreparation
 from minivllm.engine.prompts import Prompt, check_params, check_prompt, prepare_request
 from minivllm.engine.speculation import Speculation
@@ -34,7 +35,7 @@ from minivllm.engine.watch import EngineView, Watch
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput
 from minivllm.outputs import DraftCounts, OutputDelta
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import PoolingParams, SamplingParams
 from minivllm.splitmix64 import MASK, output
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class EngineCore:
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, arrival_time: float | None = None,
+        self, request_id: str, prompt: Prompt, params: SamplingParams | PoolingParams, *, arrival_time: float | None = None,
         priority: int = 0, cache_salt: str | None = None, beam_search: bool = False, lora_request: LoRARequest | None = None,
     ) -> None:
         """Queue a request. Raises `InvalidInput` for a request that this engine can never answer. The output ends at `max_model_len`.
@@ -199,9 +200,13 @@ class EngineCore:
         if request.beam_search and params.structured_outputs is not None:
             raise InvalidInput("beam search with structured_outputs is not supported: leave one of them out", "structured_outputs")
         check_prompt(request.prompt_token_ids, self.vocab_size, self.max_model_len, params.max_tokens)
+        if params.pooling is not None:
+            pooling = params.pooling.complete(self._info.pooling)
+            check_dimensions(pooling, self._info.embedding_size)
+            params = replace(params, pooling=pooling)
         complete = check_params(params, self.tokenizer, self.vocab_size, self._info.max_logprobs)
         adapter_id = 0 if request.lora_request is None else self._adapters.use(request.lora_request)
-        return request if complete is params and adapter_id == request.adapter_id else replace(
+        return request if complete is request.params and adapter_id == request.adapter_id else replace(
             request, params=complete, adapter_id=adapter_id)
 
     def _seed_for(self, params: SamplingParams) -> int:
@@ -286,7 +291,7 @@ class EngineCore:
         stops = self._outputs.advance_grammars(plan, result)
         deltas = self._end_failed()
         stops = self._outputs.push_text(plan, result, stops)
-        self._outputs.collect_prompt_logprobs(plan, result)
+        self._outputs.collect_prompts(plan, result)
         return deltas + self._end_failed(), stops
 
     def _end_failed(self) -> list[OutputDelta]:

@@ -26,15 +26,23 @@ from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.metrics import EngineMetrics
 from minivllm.engine.metrics_reader import Metric, read_metrics
+from minivllm.engine.pooling import cosine, floats
 from minivllm.engine.prompts import Prompt, checked_lora, prepare_request
 from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput, refuse_unbuilt
-from minivllm.outputs import RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from minivllm.sampling_params import PoolingParams, SamplingParams
 
 log = logging.getLogger(__name__)
 
-_OfflineRequest: TypeAlias = tuple[Prompt, SamplingParams, LoRARequest | None, int]  # with its adapter and its priority
+_OfflineRequest: TypeAlias = tuple[Prompt, SamplingParams | PoolingParams, LoRARequest | None, int]  # with its adapter and its priority
 Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": ...}
 
 
@@ -149,6 +157,73 @@ class LLM(UnbuiltMethods):
         request_ids = [f"beam-{self._new_id()}" for _ in every]
         return beam_search(self.llm_engine, request_ids, every, params, _lora_list(lora_request, len(every)))
 
+    # -- embeddings -----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | Sequence[PoolingParams] | None = None, *,
+        use_tqdm: bool | Callable[..., Any] = True, lora_request: Any = None, pooling_task: str | None = None,
+        truncate_prompt_tokens: int | None = None, tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """The vector of each prompt as a tensor, `outputs.data` [size] float32. `embed` gives the same as numbers.
+
+        `pooling_params` is one object for all prompts, or a list with one for each. `truncate_prompt_tokens` is an older form of its field.
+        """
+        return [builder.pooling_output() for builder in self._pool(
+            prompts, pooling_params, use_tqdm, lora_request, pooling_task, truncate_prompt_tokens, tokenization_kwargs)]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None, lora_request: Any = None,
+        truncate_prompt_tokens: int | None = None, tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """An embedding of each prompt, `outputs.embedding`: its pooled hidden states, scaled to length 1 unless the parameters say no.
+
+        Any model serves. One that was trained for embeddings gives useful ones.
+        """
+        return [
+            EmbeddingRequestOutput(builder.output.request_id, EmbeddingOutput(floats(builder.vector())), builder.output.prompt_token_ids,
+                                   num_cached_tokens=builder.output.num_cached_tokens)
+            for builder in self._pool(prompts, pooling_params, use_tqdm, lora_request, "embed", truncate_prompt_tokens, tokenization_kwargs)
+        ]
+
+    def score(
+        self, data_1: Prompt | Sequence[Prompt], data_2: Prompt | Sequence[Prompt], /, *, use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None, lora_request: Any = None, truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How similar prompts are: the cosine of their embeddings, `outputs.score`. One prompt with each of several, or pair by pair."""
+        first, second = _as_list(data_1), _as_list(data_2)
+        if len(first) not in (1, len(second)):
+            raise InvalidInput(f"{len(first)} prompts cannot be compared with {len(second)}: give one, or as many", "data_1")
+        builders = self._pool(
+            [*first, *second], pooling_params, use_tqdm, lora_request, "embed", truncate_prompt_tokens, tokenization_kwargs)
+        results = []
+        for i, two in enumerate(builders[len(first):]):
+            one = builders[i if len(first) > 1 else 0]
+            results.append(ScoringRequestOutput(
+                two.output.request_id, ScoringOutput(cosine(one.vector(), two.vector())),
+                one.output.prompt_token_ids + two.output.prompt_token_ids,
+                num_cached_tokens=one.output.num_cached_tokens + two.output.num_cached_tokens))
+        return results
+
+    def _pool(
+        self, prompts: Prompt | Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams] | None,
+        use_tqdm: bool | Callable[..., Any], lora_request: Any, task: str | None, truncate: int | None, tokenization_kwargs: Any,
+    ) -> list[OutputBuilder]:
+        refuse_unbuilt(tokenization_kwargs=tokenization_kwargs)
+        every = _as_list(prompts)
+        one_each = list(params) if isinstance(params, Sequence) else [PoolingParams() if params is None else params] * len(every)
+        if not all(isinstance(p, PoolingParams) for p in one_each):
+            raise InvalidInput("pooling_params must be PoolingParams or a list of them", "pooling_params")
+        if len(one_each) != len(every):
+            raise InvalidInput(f"{len(every)} prompts, but {len(one_each)} PoolingParams: give one for all or one each", "pooling_params")
+        given = {"task": task, "truncate_prompt_tokens": truncate}
+        change: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return self._run_all([
+            (prompt, dataclasses.replace(p, **change), lora, 0)
+            for prompt, p, lora in zip(every, one_each, _lora_list(lora_request, len(every)), strict=True)
+        ], use_tqdm)
+
     def get_tokenizer(self) -> Any:
         """The Transformers tokenizer where that package is installed, else the engine's own."""
         return self.llm_engine.get_tokenizer()
@@ -229,10 +304,13 @@ class LLM(UnbuiltMethods):
         return list(params)
 
     def _run(self, requests: Sequence[_OfflineRequest], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        return [builder.output for builder in self._run_all(requests, use_tqdm)]
+
+    def _run_all(self, requests: Sequence[_OfflineRequest], use_tqdm: bool | Callable[..., Any]) -> list[OutputBuilder]:
         """Add requests as long as the engine's queue has room, run steps, and collect the deltas."""
         engine, core, metrics = self.llm_engine, self.llm_engine.core, self._metrics
         builders: dict[str, OutputBuilder] = {}
-        finished: dict[str, RequestOutput] = {}
+        finished: dict[str, OutputBuilder] = {}
         request_ids: list[str] = []  # of the prompts that were added
         progress = _Progress(len(requests), use_tqdm)
         try:
@@ -246,14 +324,14 @@ class LLM(UnbuiltMethods):
                     core.add(request)
                     builders[request_ids[i]] = OutputBuilder(request_ids[i], text, request, core.tokenizer)
                     if metrics is not None:
-                        metrics.added(request_ids[i], request.arrival_time, len(request.prompt_token_ids), params.n)
+                        metrics.added(request_ids[i], request.arrival_time, len(request.prompt_token_ids), request.params.n)
                 deltas = engine.advance()
                 if metrics is not None:
                     metrics.observe(deltas, core.stats())
                 for delta in deltas:
                     builder = builders.get(delta.request_id)  # None: the caller added this request through `llm_engine`
                     if builder is not None and builder.add(delta):
-                        finished[delta.request_id] = builders.pop(delta.request_id).output
+                        finished[delta.request_id] = builders.pop(delta.request_id)
                         progress.done(builder)
         finally:
             progress.close()

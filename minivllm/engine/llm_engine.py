@@ -23,8 +23,8 @@ from minivllm.engine.metrics import EngineStats
 from minivllm.engine.prompts import Prompt, prepare_request
 from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput, refuse_unbuilt
-from minivllm.outputs import OutputDelta, RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.outputs import OutputDelta, PoolingRequestOutput, RequestOutput
+from minivllm.sampling_params import PoolingParams, SamplingParams
 
 
 class LLMEngine(UnbuiltMethods):
@@ -42,7 +42,7 @@ class LLMEngine(UnbuiltMethods):
         return cls(build_engine(engine_args.create_engine_config()))
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, arrival_time: Any = None, lora_request: Any = None,
+        self, request_id: str, prompt: Prompt, params: SamplingParams | PoolingParams, arrival_time: Any = None, lora_request: Any = None,
         tokenization_kwargs: Mapping[str, Any] | None = None, trace_headers: Mapping[str, str] | None = None, priority: int = 0,
     ) -> str:
         """Queue a request and return its id. `arrival_time` is a reading of `time.time()`, as in vLLM; None: now.
@@ -88,7 +88,7 @@ class LLMEngine(UnbuiltMethods):
             self._builders.pop(request_id, None)
             self._unreported.pop(request_id, None)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[RequestOutput | PoolingRequestOutput]:
         """Run one step. Returns an output, of its `output_kind`, for each request that advanced since the last call."""
         self.advance()
         advanced, self._unreported = self._unreported, {}

@@ -16,7 +16,7 @@ from minivllm.engine.watch import EngineView
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta
-from minivllm.sampling_params import MAX_LOGPROBS
+from minivllm.sampling_params import MAX_LOGPROBS, PoolingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,9 @@ class EngineInfo:
     max_loras: int = 0  # LoRA adapters that a step may use; 0: the engine takes no adapters
     max_lora_rank: int = 0
     max_requests: int | None = None  # that run or wait at most; None: no limit
+    max_queue: int | None = None  # that wait at most; None: no limit
+    embedding_size: int = 0  # entries of an embedding without `dimensions`; 0: not known
+    pooling: PoolingParams = PoolingParams(pooling_type="LAST", use_activation=True)  # noqa: RUF009  frozen; defaults of embeddings
 
     def get_vocab_size(self) -> int:
         """vLLM's name of `vocab_size`."""

@@ -24,6 +24,7 @@ from minivllm.engine.detokenizer import SequenceText
 from minivllm.engine.grammar import GrammarMasks, SequenceGrammar
 from minivllm.engine.grammar_text import Matcher
 from minivllm.engine.mask_budget import MaskAccount, MaskBudget
+from minivllm.engine.pooling import PooledPrompt
 from minivllm.engine.speculation import SequenceDrafts, Speculation
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
@@ -58,6 +59,7 @@ class RequestState:
     arrival_time: float
     first_step: int  # plans launched before it may name an earlier request of the same id
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # [prompt length]; None: not wanted, or sent already
+    pooled: PooledPrompt | None = None
     sequences: dict[int, SequenceState] = field(default_factory=dict)  # by index
     masks: MaskAccount = field(default_factory=MaskAccount)  # what its grammar's masks have cost
 
@@ -116,6 +118,8 @@ class OutputProcessor:
         state = RequestState(request.request_id, params, request.arrival_time, first_step, masks=MaskAccount(request.owner))
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None] * len(prompt)
+        if params.pooling is not None:
+            state.pooled = PooledPrompt(params.pooling, len(prompt))
         self._requests[state.id] = state
         for index, name in enumerate(sequence_ids(state.id, params)):
             sequence = SequenceState(state, name, index)
@@ -124,7 +128,7 @@ class OutputProcessor:
             if grammar is not None:
                 sequence.grammar = SequenceGrammar(grammar)
                 self._num_grammars += 1
-            if self._speculation is not None and not request.beam_search:
+            if self._speculation is not None and not request.beam_search and state.pooled is None:
                 sequence.drafts = self._speculation.start(prompt)
             state.sequences[index] = self._sequences[name] = sequence
 
@@ -313,8 +317,15 @@ class OutputProcessor:
                 self._fail(sequence, bug)
         return replace(result, drafts=tuple(found))
 
-    def collect_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
-        """They arrive in chunks, each with its first position. A chunk that is recomputed after a preemption repeats its values."""
+    def collect_prompts(self, plan: StepPlan, result: StepResult) -> None:
+        """Logprobs and hidden states of prompts. They arrive in chunks. A chunk recomputed after a preemption repeats its values."""
+        for column, first, count, data in result.pooled:
+            sequence = self._sequences.get(plan.request_ids[column])
+            if sequence is not None and plan.step_id >= sequence.request.first_step and sequence.request.pooled is not None:
+                try:
+                    sequence.request.pooled.add(first, count, data)
+                except Exception as bug:
+                    self._fail(sequence, bug)
         for column, first, entries in result.prompt_logprobs:
             sequence = self._sequences.get(plan.request_ids[column])
             if sequence is None or plan.step_id < sequence.request.first_step:
@@ -350,6 +361,7 @@ class OutputProcessor:
         delta = OutputDelta(
             update.request_id, update.index, tokens, text, logprobs, reason, update.stop_reason, update.num_cached_tokens,
             None if prompt_logprobs is None else tuple(prompt_logprobs), metrics, result.error if reason == "error" else None,
+            pooled=None if request.pooled is None or reason != "length" else request.pooled.vector(),
         )
         if reason is not None:
             self._forget(sequence)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput, nearest, refuse_unbuilt, shown
-from minivllm.sampling_params import SamplingParams, whole
+from minivllm.sampling_params import PoolingParams, SamplingParams, whole
 
 # Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. A dict may have a "cache_salt": see `EngineRequest`.
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -82,7 +82,7 @@ def _ids(ids: Any) -> tuple[int, ...]:
 
 
 def prepare_request(
-    request_id: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, max_model_len: int, *,
+    request_id: str, prompt: Prompt, params: SamplingParams | PoolingParams, tokenizer: Tokenizer | None, max_model_len: int, *,
     arrival_time: float | None = None, priority: int = 0, cache_salt: str | None = None, beam_search: bool = False,
     lora_request: LoRARequest | None = None,
 ) -> tuple[str | None, EngineRequest]:
@@ -91,8 +91,10 @@ def prepare_request(
     The prompt is truncated here, so that the ids that a frontend reports are those that the engine gets. `max_tokens` is lowered to what
     the context leaves, so that a longer output ends with the finish reason "length".
     """
+    if isinstance(params, PoolingParams):
+        params = params.sampling()
     if not isinstance(params, SamplingParams):
-        raise InvalidInput(f"params must be SamplingParams, got {type(params).__name__}", "params")
+        raise InvalidInput(f"params must be SamplingParams or PoolingParams, got {type(params).__name__}", "params")
     params = params.clone()  # the caller may change its own later
     text, every, salt = read_prompt(prompt, tokenizer)
     token_ids = tuple(truncate(every, params.truncate_prompt_tokens, max_model_len, params.max_tokens))

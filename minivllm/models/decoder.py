@@ -101,7 +101,7 @@ class Decoder:
         self.ropes = [None if rope is None else RotaryEmbedding(build, rope, head_dim, spec.max_model_len) for rope, head_dim in ropes]
         # A power of two changes no digit of the final norm's weights, so it costs nothing there.
         fold = spec.logit_scale if spec.final_norm and spec.norm_affine and math.frexp(spec.logit_scale)[0] == 0.5 else 1.0
-        self._logit_scale, self._softcap = spec.logit_scale / fold, spec.logit_softcap
+        self._fold, self._logit_scale, self._softcap = fold, spec.logit_scale / fold, spec.logit_softcap
         norm = load_norm(build, take, spec, "norm", fold) if spec.final_norm else None
         self.project_out: Linear | None = None
         if spec.embed_size != spec.hidden_size:
@@ -146,6 +146,15 @@ class Decoder:
         """Call this at the end of a step that is captured, and before its replay. See `models/streaming.py`."""
         if self._stream is not None:
             self._stream.settle()
+
+    @torch.inference_mode()
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """hidden: [L, hidden] of `forward` -> [L, embed_size] after the final norm and the output projection: Transformers' last states."""
+        if self.project_out is not None:
+            return self.project_out(hidden)
+        norm = self.head.norm
+        normed = hidden if norm is None else norm(hidden)
+        return normed if self._fold == 1.0 else normed / self._fold
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:

@@ -29,6 +29,8 @@ from minivllm.server.logprobs import NumberedTokens
 from minivllm.server.openapi import body_of, describe
 from minivllm.server.page import FILES, add_page
 from minivllm.server.parsed_chat import ParsedChatFormatter
+from minivllm.server.pooling import add_pooling
+from minivllm.server.pooling_protocol import EmbeddingRequest, ScoreRequest
 from minivllm.server.prepare import Preprocessor
 from minivllm.server.protocol import (
     IGNORED_HEADER,
@@ -43,7 +45,7 @@ from minivllm.server.responses import add_responses
 from minivllm.server.responses_protocol import ResponsesRequest
 
 BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, AbortRequest,
-          LoadAdapterRequest, UnloadAdapterRequest)
+          LoadAdapterRequest, UnloadAdapterRequest, EmbeddingRequest, ScoreRequest)
 
 
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None) -> FastAPI:
@@ -60,6 +62,7 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     app.state.frontend = frontend
     _add_generation(app, frontend, preprocessor)
     add_responses(app, frontend, preprocessor)
+    add_pooling(app, frontend, preprocessor)
     _add_tokenization(app, frontend, preprocessor)
     _add_queries(app, frontend)
     add_control(app, frontend)

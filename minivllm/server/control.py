@@ -24,10 +24,11 @@ from minivllm.server.protocol import AbortRequest, LoadAdapterRequest, UnloadAda
 
 # First parts of the paths that vLLM's and OpenAI's servers have besides. Naming them says that the client made no typing error.
 NOT_BUILT = {
-    "/v1/embeddings": "embeddings", "/v1/score": "scoring", "/score": "scoring", "/v1/rerank": "reranking", "/rerank": "reranking",
-    "/v2/rerank": "reranking", "/v1/messages": "Anthropic's messages",
+    "/v1/rerank": "reranking (use /score)", "/rerank": "reranking (use /score)",
+    "/v2/rerank": "reranking (use /score)", "/v1/messages": "Anthropic's messages",
     "/v1/audio": "audio", "/v1/realtime": "audio", "/v1/images": "images",
-    "/v1/videos": "videos", "/pooling": "pooling", "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping",
+    "/v1/videos": "videos", "/pooling": "pooling (use /v1/embeddings)",
+    "/classify": "classification", "/sleep": "sleeping", "/wake_up": "sleeping",
     "/api": "Ollama's API (use /v1/chat/completions)", "/completion": "llama.cpp's API (use /v1/completions)",
     "/props": "llama.cpp's API (use /server_info)", "/slots": "llama.cpp's API (use /load)", "/generate": "TGI's API (use /v1/completions)",
     "/pause": "pausing", "/resume": "pausing", "/is_paused": "pausing", "/start_profile": "profiles (use LLM.start_profile)",

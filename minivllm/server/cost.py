@@ -19,6 +19,9 @@ MAX_TOKENIZED = 2**18  # characters, or tokens, of a text that is only tokenized
 MAX_ENTRIES = 2**18  # log-probabilities in one answer; about 500 bytes each while the answer is built
 MAX_KEPT_ENTRIES = 2**21  # in all answers that are being built
 MAX_REPEATED = 2**22  # characters, or token ids, of prompts that an answer with several choices repeats for each of them
+MAX_INPUTS = 2048  # texts of one request for embeddings (OpenAI's limit), or of both sides of a score
+MAX_NUMBERS = 2**22  # of the vectors of one answer; 4 bytes each while they are collected, about 20 as JSON
+MAX_KEPT_NUMBERS = 2**24  # of the vectors of all answers that are being built
 MAX_PENDING_TOKENS = 2**24  # of the prompts of all unfinished requests; about 25 bytes each
 
 
@@ -26,6 +29,18 @@ def check_choices(prompts: int, n: int, limit: int) -> None:
     if prompts * n > limit:
         raise InvalidInput(f"{prompts} prompts times n={n} make {prompts * n} completions, and one request may have {limit}: "
                            "send several requests (--max-choices sets the limit)", "n")
+
+
+def check_inputs(count: int, param: str) -> None:
+    if count > MAX_INPUTS:
+        raise InvalidInput(f"{param} has {count} texts, and one request may have {MAX_INPUTS}: send several requests", param)
+
+
+def check_vectors(count: int, size: int, param: str) -> None:
+    """Numbers of an answer with vectors."""
+    if count * size > MAX_NUMBERS:
+        raise InvalidInput(f"{count} vectors of {size} numbers each make {count * size}, and one answer may have {MAX_NUMBERS}: send fewer "
+                           "texts, or lower dimensions", param)
 
 
 def check_length(characters: int, max_model_len: int, param: str) -> None:

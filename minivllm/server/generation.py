@@ -178,11 +178,12 @@ def _rest(work: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Non
 
 
 async def merge_streams(
-    client: EngineClient, requests: tuple[EngineRequest, ...], shortcut: Shortcut | None = None,
+    client: EngineClient, requests: tuple[EngineRequest, ...], shortcut: Shortcut | None = None, parallel: int | None = None,
 ) -> AsyncGenerator[PromptDeltas, None]:
     """The deltas of several engine requests, in the order of arrival. The first failure ends all of them; so does closing.
 
     `shortcut` is passed on only for a single request (see `EngineClient.outputs`): several could send out of order.
+    parallel: most requests in the engine at a time; None: all.
     """
     if len(requests) == 1:
         async with aclosing(client.generate(requests[0], shortcut)) as stream:
@@ -191,18 +192,21 @@ async def merge_streams(
         return
     arrived: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = asyncio.Queue()
 
-    async def forward(index: int) -> None:
-        try:
-            async with aclosing(client.generate(requests[index])) as stream:
-                async for deltas in stream:
-                    arrived.put_nowait((index, deltas))
-            arrived.put_nowait((index, None))
-        except Exception as error:
-            arrived.put_nowait((index, error))
+    remaining = iter(range(len(requests)))
 
-    tasks = [asyncio.create_task(forward(index)) for index in range(len(requests))]
+    async def forward() -> None:
+        for index in remaining:  # all tasks share it
+            try:
+                async with aclosing(client.generate(requests[index])) as stream:
+                    async for deltas in stream:
+                        arrived.put_nowait((index, deltas))
+                arrived.put_nowait((index, None))
+            except Exception as error:
+                arrived.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(forward()) for _ in range(min(parallel or len(requests), len(requests)))]
     try:
-        unfinished = len(tasks)
+        unfinished = len(requests)
         while unfinished:
             index, item = await arrived.get()
             if isinstance(item, Exception):

@@ -62,6 +62,10 @@ COMPONENTS: dict[str, JsonSchema] = {
         "usage": record({"input_tokens": INTEGER, "output_tokens": INTEGER, "total_tokens": INTEGER}),
     }),
     "Model": _CARD,
+    "Embeddings": record({**_GENERATED, "object": {"const": "list"}, "data": array(record({
+        "object": {"const": "embedding"}, "index": INTEGER, "embedding": {"anyOf": [array(NUMBER), STRING]}}))}),
+    "Scores": record({**_GENERATED, "object": {"const": "list"}, "data": array(record({
+        "object": {"const": "score"}, "index": INTEGER, "score": NUMBER}))}),
 }
 
 # Path -> schema of a successful response. Paths that are missing here do not respond with JSON.
@@ -69,6 +73,9 @@ RESPONSES: dict[str, JsonSchema] = {
     "/v1/completions": ref("Completion"),
     "/v1/chat/completions": ref("ChatCompletion"),
     "/v1/responses": ref("Response"),
+    "/v1/embeddings": ref("Embeddings"),
+    "/v1/score": ref("Scores"),
+    "/score": ref("Scores"),
     "/v1/responses/{response_id}": {"anyOf": [
         ref("Response"), record({"id": STRING, "object": {"const": "response"}, "deleted": {"const": True}})]},
     "/v1/responses/{response_id}/input_items": record({"object": {"const": "list"}, "data": array({"type": "object"}), "has_more": BOOLEAN,
@@ -87,6 +94,7 @@ RESPONSES: dict[str, JsonSchema] = {
     "/abort_requests": record({"aborted": array(STRING)}),
 }
 STREAMS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
+QUEUED = STREAMS | {"/v1/embeddings", "/v1/score", "/score"}  # their requests go to the engine
 OTHER_MEDIA = dict.fromkeys(("/metrics", "/ping", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"), "text/plain")
 OPEN = frozenset({"/health"})
 
@@ -100,6 +108,8 @@ _GENERATING = {429: "the queue is full; Retry-After says when to try again"}
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "CompletionRequest": {"prompt": "The capital of France is", "max_tokens": 16}, "ResponsesRequest": {"input": "Why is the sky blue?"},
     "ChatRequest": {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64, "stream": True},
+    "EmbeddingRequest": {"input": ["The capital of France is Paris."]},
+    "ScoreRequest": {"text_1": "Paris", "text_2": ["The capital of France", "A kind of bread"]},
     "TokenizeRequest": {"prompt": "The capital of France is"}, "DetokenizeRequest": {"tokens": [5, 6, 7]}, "AbortRequest": {"all": True},
     "LoadAdapterRequest": {"lora_name": "sql-lora", "lora_path": "/adapters/sql"}, "UnloadAdapterRequest": {"lora_name": "sql-lora"},
 }
@@ -139,7 +149,7 @@ def _responses(path: str, has_body: bool, secured: bool) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": record({"data": STRING}, event=STRING)}  # one event
     if path in OTHER_MEDIA or not content:
         content[OTHER_MEDIA.get(path, "*/*")] = {"schema": STRING}
-    errors = {**_ALWAYS, **(_WITH_BODY if has_body else {}), **(_GENERATING if path in STREAMS else {})}
+    errors = {**_ALWAYS, **(_WITH_BODY if has_body else {}), **(_GENERATING if path in QUEUED else {})}
     if secured and path not in OPEN:
         errors[401] = "a valid API key is required"
     return {"200": {"description": "success", "content": content}, **{str(status): _failure(why) for status, why in sorted(errors.items())}}

@@ -37,7 +37,9 @@ class Preprocessor:
         body.check()
         self._frontend.check_model(body.model)
         check_choices(len(body.prompt), body.n or 1, self._frontend.config.max_choices)
-        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in await self._completion_prompts(body, owner)]
+        every = await self.encode(body.prompt, owner, param="prompt", add_special_tokens=body.add_special_tokens is not False,
+                                  keeps_end=body.truncate_prompt_tokens is not None)
+        prompts = [self._truncated(body, prompt, DEFAULT_OUTPUT) for prompt in every]
         echo = await self._echo(body, prompts, owner) if body.echo else None
         prepare = partial(self._prepared, "cmpl-", owner, body, prompts, ignored, default_output=DEFAULT_OUTPUT, echo=echo)
         return await self._frontend.handle(owner, body.size, prepare)
@@ -57,23 +59,25 @@ class Preprocessor:
         tokenizer = self._frontend.need_tokenizer("messages")
         return await self._frontend.workers.run(owner, body.size, lambda: self._chat.prompt(body, tokenizer, ignored))
 
-    async def _completion_prompts(self, body: CompletionRequest, owner: str) -> list[list[int]]:
-        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    async def encode(
+        self, prompts: Sequence[str] | Sequence[list[int]], owner: str, *, param: str, add_special_tokens: bool, keeps_end: bool,
+    ) -> list[list[int]]:
+        """The token ids of each prompt. param: its field. keeps_end: it will be truncated, so a text may be longer than the context."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
-            prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
-            for prompt in prompts:
-                check_vocabulary("prompt", prompt, self._frontend.client.info.vocab_size)
-            return prompts
-        tokenizer = self._frontend.need_tokenizer("prompt")
-        encode = partial(tokenizer.encode, add_special_tokens=body.add_special_tokens is not False)
-        keeps_end = body.truncate_prompt_tokens is not None  # then a text may be longer than the context
+            token_ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+            for prompt in token_ids:
+                check_vocabulary(param, prompt, self._frontend.client.info.vocab_size)
+            return token_ids
+        tokenizer = self._frontend.need_tokenizer(param)
+        encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens)
 
         def tokenize() -> list[list[int]]:
             for text in texts:
                 if keeps_end:
-                    check_tokenized(len(text), self._max_model_len, "prompt", "characters")
+                    check_tokenized(len(text), self._max_model_len, param, "characters")
                 else:
-                    check_tokens(text, encode, self._max_model_len, "prompt")
+                    check_tokens(text, encode, self._max_model_len, param)
             return [encode(text) for text in texts]
 
         return await self._frontend.tokenize(owner, sum(map(len, texts)), tokenize)
@@ -98,12 +102,7 @@ class Preprocessor:
     ) -> PreparedRequest:
         frontend = self._frontend
         frontend.check_alive()  # the engine may have died since the body was read
-        if body.priority and frontend.client.info.scheduling_policy != "priority":
-            raise InvalidInput("priority has no effect on this server: leave it out, or start the server with --scheduling-policy priority",
-                               "priority")
-        request_id = prefix + (body.request_id or uuid.uuid4().hex)
-        engine_id = f"{owner}:{request_id}" if owner else request_id  # ids belong to an owner
-        salt = f"{owner}:{body.cache_salt or ''}" if owner and not frontend.config.share_prefix_cache else body.cache_salt
+        request_id, engine_id, salt = self.identity(prefix, body.request_id, body.priority, body.cache_salt, owner)
         now = time.monotonic()
         self._check_logprobs(body)
         structure = body.structure()
@@ -128,6 +127,19 @@ class Preprocessor:
             return_token_ids=bool(body.return_token_ids), return_prompt_logprobs=body.prompt_logprobs is not None, echo=echo,
             ignored=tuple(ignored), output=output,
         )
+
+    def identity(
+        self, prefix: str, request_id: str | None, priority: int | None, cache_salt: str | None, owner: str,
+    ) -> tuple[str, str, str | None]:
+        """(the response's id, its id in the engine, salt of the prefix cache). Checks the priority."""
+        frontend = self._frontend
+        if priority and frontend.client.info.scheduling_policy != "priority":
+            raise InvalidInput("priority has no effect on this server: leave it out, or start the server with --scheduling-policy priority",
+                               "priority")
+        response_id = prefix + (request_id or uuid.uuid4().hex)
+        engine_id = f"{owner}:{response_id}" if owner else response_id  # ids belong to an owner
+        salt = f"{owner}:{cache_salt or ''}" if owner and not frontend.config.share_prefix_cache else cache_salt
+        return response_id, engine_id, salt
 
     def _check_entries(self, requests: Sequence[EngineRequest]) -> None:
         params, prompts = requests[0].params, [request.prompt_token_ids for request in requests]

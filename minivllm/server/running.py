@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from minivllm.core.admission import QueueFull
 from minivllm.engine.client import EngineClient
 from minivllm.errors import InvalidInput
-from minivllm.server.cost import MAX_KEPT_ENTRIES, MAX_PENDING_TOKENS, CostLedger
+from minivllm.server.cost import MAX_KEPT_ENTRIES, MAX_KEPT_NUMBERS, MAX_PENDING_TOKENS, CostLedger
 from minivllm.server.errors import ApiError, to_api_error
 
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
@@ -30,6 +30,7 @@ class RunningRequests:
         self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
         self.entries = CostLedger(MAX_KEPT_ENTRIES, "log-probabilities of answers that are not streamed")
         self._tokens = CostLedger(MAX_PENDING_TOKENS, "prompt tokens")
+        self._numbers = CostLedger(MAX_KEPT_NUMBERS, "numbers of vectors")
         self.ending = False  # the server is shutting down: streams that would never end stop now
         self.stopping = False  # no further request may start
 
@@ -43,21 +44,34 @@ class RunningRequests:
                                          "wait at most (--max-num-seqs and --max-queue): try again later", "max_queue"))
 
     @contextmanager
-    def track(self, owner: str, response_id: str, engine_ids: tuple[str, ...], tokens: int) -> Iterator[None]:
-        """Keep a request in the table while it is being answered. `tokens`: of its prompts."""
+    def track(
+        self, owner: str, response_id: str, engine_ids: tuple[str, ...], tokens: int, parallel: int | None = None,
+    ) -> Iterator[None]:
+        """Keep a request in the table while it is being answered. `tokens`: of its prompts. `parallel`: most prompts in the engine at a
+        time; None: all."""
+        in_engine = len(engine_ids) if parallel is None else min(parallel, len(engine_ids))
         if self.stopping:
             raise _shutting_down()
         if (owner, response_id) in self._engine_ids:
             raise InvalidInput("request_id is in use by a running request: choose another", "request_id")
         self._tokens.add(owner, tokens)
         self._engine_ids[owner, response_id] = engine_ids
-        self._num_requests[owner] += len(engine_ids)
+        self._num_requests[owner] += in_engine
         try:
             yield
         finally:
             del self._engine_ids[owner, response_id]
-            self._num_requests[owner] -= len(engine_ids)
+            self._num_requests[owner] -= in_engine
             self._tokens.release(owner, tokens)
+
+    @contextmanager
+    def charged(self, owner: str, numbers: int) -> Iterator[None]:
+        """Charge the numbers of the vectors that an answer will have, while it is being built."""
+        self._numbers.add(owner, numbers)
+        try:
+            yield
+        finally:
+            self._numbers.release(owner, numbers)
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:

@@ -35,6 +35,7 @@ from minivllm.kernels.upload import upload
 Array = np.ndarray[Any, Any]
 _NONE = np.empty(0, np.int64)
 _NO_SLOTS = np.empty(0, np.int32)
+_LAST, _ALL = 1, 2  # what a row's pooling needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,18 @@ class PromptSpan:
     first: int
     count: int
     k: int  # alternatives per position
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpan:
+    """Tokens of one request whose final hidden states are added up."""
+
+    request: int  # index into the plan's columns
+    index: int  # of the sequence, in the batch's order
+    first: int  # position of the first token
+    begin: int  # the tokens are [begin, end) of the T tokens; of the request's last token only, or of all that this step computes
+    end: int
+    every: bool  # all that this step computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,7 @@ class Columns:
     prompt_spans: tuple[PromptSpan, ...]
     prompt_rows: Array  # [P] of the T tokens: their logits predict prompt tokens whose logprobs are needed
     prompt_index: Array  # [P] of those prompt tokens, in the flat token table
+    pool_spans: tuple[PoolSpan, ...]
     adapter_slots: Array  # [T] int32: slot of each token's LoRA adapter, -1 for the base model; [0] if no token has one
     drafting: DraftColumns | None = None  # of a worker with a proposer
     all_hidden: bool = False  # hidden states of all tokens are needed
@@ -83,7 +97,7 @@ class Columns:
     def last_only(self) -> bool:
         """Whether the last layer computes each sequence's last token only. It pays from MIN_SKIPPED_TOKENS other tokens on."""
         pays = len(self.token_index) - len(self.rows) >= tuning.MIN_SKIPPED_TOKENS
-        return pays and not self.prompt_spans and not self.has_drafts and not self.all_hidden
+        return pays and not (self.prompt_spans or self.has_drafts or self.all_hidden or any(span.every for span in self.pool_spans))
 
     @property
     def has_drafts(self) -> bool:
@@ -95,12 +109,14 @@ class Columns:
         """Whether a captured graph can compute it.
 
         Each sequence has at most one sample, which uses its own row's parameters. If there are drafts, all sequences are decodes of one
-        width. No prompt logprobs are needed.
+        width. No prompt logprobs and no pooling are needed.
         """
         if self.padded:
             return True
         rows_of_a_sample = self.query_width if self.has_drafts else 1
-        if self.prompt_spans or (rows_of_a_sample > 1 and not self.num_decodes == len(self.rows) == len(self.source) / rows_of_a_sample):
+        if self.prompt_spans or self.pool_spans:
+            return False
+        if rows_of_a_sample > 1 and not self.num_decodes == len(self.rows) == len(self.source) / rows_of_a_sample:
             return False
         sources = self.source[::rows_of_a_sample]
         return len(set(sources.tolist())) == len(sources) and bool((self.rows[self.source] == self.sample_rows).all())
@@ -184,6 +200,7 @@ class RowTable:
         self._logprobs_from = np.full(num_rows, -1, np.int64)  # first prompt position whose logprobs are still needed; -1: none
         self._prompt_k = np.zeros(num_rows, np.int64)
         self._adapter_slot = np.full(num_rows, -1, np.int32)
+        self._pooling = np.zeros(num_rows, np.int8)  # 0: none; _LAST: the last prompt token; _ALL: every prompt token
         self._num_with_logprobs = 0  # rows that need prompt logprobs; usually none, and then no row is checked
         self._flat_tokens = self.tokens.view(-1)
         self.proposals, self._all_hidden = proposals, all_hidden
@@ -207,6 +224,7 @@ class RowTable:
         self._adapter_slot.fill(-1)
         self._logprobs_from.fill(-1)
         self._num_with_logprobs = 0
+        self._pooling.fill(0)
 
     # -- what plans say about rows --------------------------------------------------------------------------------------
 
@@ -241,6 +259,7 @@ class RowTable:
                 self.lengths[row] = len(a.token_ids)
             self._need_logprobs(row, -1 if a.prompt_logprobs_from is None else max(a.prompt_logprobs_from, 1))  # nothing predicts token 0
             self._prompt_k[row] = a.params.prompt_logprobs or 0
+            self._pooling[row] = 0 if a.params.pooling is None else _ALL if a.params.pooling.needs_all else _LAST
             self._adapter_slot[row] = a.adapter_slot
 
     def _append(self, group: int, row: int, blocks: tuple[int, ...]) -> None:
@@ -336,7 +355,8 @@ class RowTable:
             token_index=token_rows * self._stride + positions, positions=positions, slots=slots,
             draft_index=draft_index, drafts=drafts, source=source, logits_rows=query_start[source + 1] - 1 - back,
             sample_rows=sample_rows, sample_positions=sample_positions, sample_index=sample_rows * self._stride + sample_positions,
-            prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index, adapter_slots=adapter_slots,
+            prompt_spans=spans, prompt_rows=span_rows, prompt_index=span_index,
+            pool_spans=self._pool_spans(plan, batch_index, query_start), adapter_slots=adapter_slots,
             shared_keys=self._shared_keys(rows, int(starts.min())) if checks_sharing else 0, all_hidden=self._all_hidden)
         if not self.proposals:
             return columns
@@ -426,6 +446,22 @@ class RowTable:
             batch_rows.append(query_start[i if batch_index is None else batch_index[i]] + targets - 1 - start)
             index.append(row * self._stride + targets)
         return tuple(spans), np.concatenate(batch_rows), np.concatenate(index)
+
+    def _pool_spans(self, plan: StepPlan, batch_index: Array | None, query_start: Array) -> tuple[PoolSpan, ...]:
+        """The tokens of this step whose final hidden states requests with pooling need."""
+        spans: list[PoolSpan] = []
+        if not self._pooling.any():
+            return ()
+        for i in np.flatnonzero(self._pooling[list(plan.rows)]).tolist():
+            row, start, end = plan.rows[i], plan.starts[i], plan.starts[i] + plan.num_tokens[i]
+            every, complete = self._pooling[row] == _ALL, end == self._num_prompt[row]
+            if complete:
+                self._pooling[row] = 0
+            if every or complete:
+                index = i if batch_index is None else int(batch_index[i])
+                begin, after = int(query_start[index]), int(query_start[index + 1])
+                spans.append(PoolSpan(i, index, start if every else end - 1, begin if every else after - 1, after, bool(every)))
+        return tuple(spans)
 
 
 def lag(known_ends: Tensor, lengths: Tensor) -> Tensor:

@@ -352,7 +352,7 @@ class StepGraphs:
 
     def widened(self, c: Columns) -> Columns:
         """Decodes with different numbers of drafts, lengthened to one captured width. Other columns are returned as they are."""
-        if not c.has_drafts or c.prompt_spans:
+        if not c.has_drafts or c.prompt_spans or c.pool_spans:
             return c
         longest = int(c.query_lens.max())
         width = next((width for width in self._widths if width >= longest), None)

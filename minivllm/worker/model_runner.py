@@ -32,7 +32,7 @@ from minivllm.sampling.rejection import DraftProbabilities, rows_kept
 from minivllm.sampling.sampler import LogprobColumns, Sampler, parts_of
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.base import DeviceProposer
-from minivllm.worker.batch import Columns, Packed, RowTable
+from minivllm.worker.batch import Columns, Packed, PoolSpan, RowTable
 from minivllm.worker.cuda_graphs import MAX_LOGITS_ROWS, StepGraphs, VerifiedStep
 from minivllm.worker.drafts import DraftRunner, Proposals
 from minivllm.worker.kv_cache import KVCache
@@ -77,14 +77,16 @@ class SampledStep:
 
     def __init__(self, step: LaunchedStep, kv: KVCache, token_ids: Sequence[Tensor] = (),
                  logprobs: Sequence[tuple[int, LogprobColumns]] = (), prompt_logprobs: Sequence[LogprobColumns] = (),
-                 error: str | None = None, order: Array | None = None, proposals: Proposals | None = None) -> None:
+                 error: str | None = None, order: Array | None = None, proposals: Proposals | None = None,
+                 pooled: Tensor | None = None) -> None:
         """token_ids: together the tokens of all logits rows. logprobs: (first logits row, columns). order[i]: index among `token_ids` of
-        the token of logits row i. None: the order is the same."""
+        the token of logits row i. None: the order is the same. pooled: [N, hidden] float32, of the N spans to pool."""
         self._step, self._kv, self._error, self._order = step, kv, error, order
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
-        self._proposals = proposals
+        self._proposals, self._pooled = proposals, pooled
         tensors = [*(() if proposals is None else (proposals.kept, proposals.drafts)), *token_ids,
-                   *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors())]
+                   *(t for _, c in logprobs for t in c.tensors()), *(t for c in prompt_logprobs for t in c.tensors()),
+                   *(() if pooled is None else (pooled,))]
         self._num_token_tensors = len(token_ids)
         self._host, self._event = _to_host(tensors)
 
@@ -117,9 +119,16 @@ class SampledStep:
                 for i, entry in zip(columns.index.tolist(), some, strict=True):
                     entries[offset + i] = entry
         prompt = [e for columns in self._prompt_logprobs for e in columns.entries([next(host) for _ in columns.tensors()])]
+        pooled = () if self._pooled is None else next(host).numpy()
         token_ids, logprobs = by_sample(plan, tokens, entries, kept)
         return StepResult(step_id=plan.step_id, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=self._by_request(prompt),
-                          finished_moves=moves, failed=self._step.failed, drafts=drafts)
+                          finished_moves=moves, failed=self._step.failed, drafts=drafts, pooled=tuple(
+                              (span.request, span.first, span.end - span.begin, row.tobytes())
+                              for span, row in zip(self._pool_spans, pooled, strict=True)))
+
+    @property
+    def _pool_spans(self) -> tuple[PoolSpan, ...]:
+        return () if self._pooled is None or not isinstance(self._step.work, EagerStep) else self._step.work.packed.columns.pool_spans
 
     def _by_request(self, entries: list[TokenLogprobs]) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]:
         parts, at = [], 0
@@ -271,7 +280,7 @@ class ModelRunner:
                     sampled = torch.cat(tokens) if tokens else before.long()
                     kept = self._drafts.verify(packed.columns, before, sampled, packed.shift)
                     proposals = self._drafts.propose(packed, hidden, self._drafts.count(packed.columns, kept))
-                return SampledStep(step, self.kv, tokens, logprobs, prompt_logprobs, proposals=proposals)
+                return SampledStep(step, self.kv, tokens, logprobs, prompt_logprobs, proposals=proposals, pooled=self._pool(packed, hidden))
         except (RuntimeError, MemoryError) as failure:
             error = _failure(step.plan, failure)
         return SampledStep(step, self.kv, error=error)
@@ -342,6 +351,18 @@ class ModelRunner:
                 wide = slice(some, some + self.sampler.wide_rows)
                 columns.append(LogprobColumns.of(logits[wide].float(), targets[wide], np.arange(len(targets[wide])), k[part][wide]))
         return columns
+
+    def _pool(self, packed: Packed, hidden: Tensor) -> Tensor | None:
+        """[N, hidden] float32: for each of the spans to pool, the sum of its final hidden states. None: there are none.
+
+        Each span is added up by a separate kernel, so that a sum does not depend on what else the step computes."""
+        spans = packed.columns.pool_spans
+        if not spans:
+            return None
+        last_only = packed.columns.last_only  # then `hidden` has one row for each sequence
+        rows = torch.cat([hidden[span.index : span.index + 1] if last_only else hidden[span.begin : span.end] for span in spans])
+        states = self.model.final_hidden(rows).split([span.end - span.begin for span in spans])
+        return torch.stack([some.sum(0, dtype=torch.float32) for some in states])
 
 
 def _failure(plan: StepPlan, error: Exception) -> str:

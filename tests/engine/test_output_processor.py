@@ -71,7 +71,7 @@ def test_a_plan_launched_before_a_request_came_says_nothing_about_it(tokenizer: 
     entry = TokenLogprobs(6, -1.0, 1)
     for step_id in (2, 3):
         result = StepResult(step_id, ((a,),), prompt_logprobs=((0, step_id - 2, (entry,)),))
-        outputs.collect_prompt_logprobs(plan("x", step_id=step_id), result)
+        outputs.collect_prompts(plan("x", step_id=step_id), result)
     push(outputs, {"x": (a,)}, step_id=3)
     (delta,) = assemble(outputs, "x", (a,))
     assert (delta.text, delta.prompt_logprobs) == ("a", (None, entry))

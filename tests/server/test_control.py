@@ -115,7 +115,7 @@ def test_paths_of_other_servers_are_404_and_say_what_they_are(live: LiveServer) 
                 error = response.json()["error"]
                 assert response.status_code == 404 and error["code"] == "not_supported" and what in error["message"]
                 assert response.headers["x-should-retry"] == "false"
-        assert "x-should-retry" not in http.post("/v1/embeddingsx").headers
+        assert "x-should-retry" not in http.post("/v1/moderationsx").headers
 
 
 def test_the_official_client_does_not_retry_what_is_not_built(live: LiveServer) -> None:
@@ -123,8 +123,8 @@ def test_the_official_client_does_not_retry_what_is_not_built(live: LiveServer) 
     transport = httpx.Client(event_hooks={"request": [lambda request: sent.append(request.url.path)]})
     with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=2, http_client=transport) as api:
         calls: list[Callable[[], object]] = [
-            lambda: api.embeddings.create(model="m", input="x"), lambda: api.moderations.create(input="x"),
-            lambda: api.images.generate(prompt="x"), lambda: api.audio.speech.create(input="x", model="m", voice="alloy"),
+            lambda: api.moderations.create(input="x"), lambda: api.images.generate(prompt="x"),
+            lambda: api.audio.speech.create(input="x", model="m", voice="alloy"),
             lambda: api.audio.transcriptions.create(file=("a.wav", b"x"), model="m"), lambda: api.files.list(),
             lambda: api.files.create(file=("a.jsonl", b"{}"), purpose="batch"), lambda: api.files.delete("f"),
             lambda: api.batches.retrieve("b"), lambda: api.batches.cancel("b"), lambda: api.fine_tuning.jobs.list(),

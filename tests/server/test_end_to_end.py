@@ -85,6 +85,31 @@ def test_a_seeded_request_samples_the_same_tokens_in_any_batch(api: openai.OpenA
     assert len(set(wanted)) == 3
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_the_requests_of_lm_eval_get_the_log_likelihoods_of_transformers(live: LiveServer, folder: Path, max_tokens: int) -> None:
+    """Its local-completions sends token ids with echo and logprobs=1, and reads each token's logprob and the most probable token."""
+    import torch
+    import transformers
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompts = [[5 + 7 * i % 240 for i in range(length)] for length in (2, 40, 150)]  # of tokens with different texts
+    body = {"model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": max_tokens, "logprobs": 1, "seed": 1234, "echo": True}
+    choices = httpx.post(live.url + "/v1/completions", json=body, timeout=60).json()["choices"]
+    for prompt, choice in zip(prompts, sorted(choices, key=lambda choice: choice["index"]), strict=True):
+        with torch.no_grad():
+            wanted = hf(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        found = choice["logprobs"]
+        assert [len(found[name]) for name in ("tokens", "token_logprobs", "top_logprobs")] == [len(prompt) + max_tokens] * 3
+        assert found["token_logprobs"][0] is None
+        targets = [*prompt[1:], int(wanted[-1].argmax())][:len(prompt) - 1 + max_tokens]
+        expected = [float(wanted[i, token]) for i, token in enumerate(targets)]
+        assert found["token_logprobs"][1:] == pytest.approx(expected, abs=1e-3)
+        for i, token in enumerate(targets):
+            top = found["top_logprobs"][i + 1]
+            assert max(top.values()) == pytest.approx(float(wanted[i].max()), abs=1e-3)
+            assert (found["tokens"][i + 1] == max(top, key=top.get)) == (token == int(wanted[i].argmax()))
+
+
 def test_a_stop_string_ends_the_text_before_it_and_is_the_stop_reason(api: openai.OpenAI) -> None:
     text = api.completions.create(model="tiny", prompt="the cat", temperature=0, max_tokens=40).choices[0].text
     stop = text[5:8]

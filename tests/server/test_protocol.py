@@ -61,7 +61,7 @@ def test_no_field_has_two_classes(kind: type[StrictModel]) -> None:
 def test_every_sampling_parameter_is_honored_refused_or_derived() -> None:
     import dataclasses
 
-    derived = {"logprobs", "max_tokens", "detokenize", "bad_words_token_ids", "structured_outputs", "output_kind"}
+    derived = {"logprobs", "max_tokens", "detokenize", "bad_words_token_ids", "structured_outputs", "output_kind", "pooling"}
     names = {f.name for f in dataclasses.fields(SamplingParams)} - derived
     assert names == set(CompletionRequest.SAMPLING) == set(ChatRequest.SAMPLING)
     assert set(CompletionRequest.SAMPLING) <= set(CompletionRequest.model_fields)
