@@ -5,6 +5,7 @@
     helpers.swatches(ax, {"used": BLUE, "free": GREY})  a legend below the axes that names every color
     llm = helpers.load(trace=path)                      the default model with a small KV cache
     with helpers.serving() as url: ...                  a real server with it
+    begin = helpers.clock()                             measures what this thread computes; other programs do not disturb it
     helpers.play(draw, block_size=(16, [1, 4, 16]))     sliders, or a picture of the first values where there are none
 """
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +168,13 @@ def perplexities() -> tuple[str, dict[str, tuple[float, float]]]:
             megabytes = megabytes / 2 if name == "bf16" or name.endswith("KV") else megabytes - embedding * 2 / 1e6
         found[name] = float(perplexity), megabytes
     return path.stem, found
+
+
+def clock() -> float:
+    """Seconds, to measure work of this thread: its CPU time, which other programs do not disturb, or the wall clock if a GPU computes."""
+    import torch
+
+    return time.perf_counter() if torch.cuda.is_available() else time.thread_time()
 
 
 def machine() -> str:

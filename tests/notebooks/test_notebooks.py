@@ -133,3 +133,15 @@ def test_sliders_where_there_is_a_package_for_them_and_one_picture_elsewhere(
         assert drawn == [16] and not sliders and "draw(block_size=16)" in capsys.readouterr().out
     else:
         assert not drawn and sliders[0]["block_size"]["options"] == [1, 16] and sliders[0]["block_size"]["value"] == 16
+
+
+@pytest.mark.parametrize("gpu, seconds", [(False, 1.0), (True, 2.0)])
+def test_the_clock_counts_this_thread_unless_a_gpu_computes(gpu: bool, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from notebooks import helpers
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(helpers.time, "thread_time", lambda: 1.0)
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: 2.0)
+    assert helpers.clock() == seconds
