@@ -30,7 +30,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "rope_theta": (1.0, 1e15), "factor": (1.0, 1e6), "beta_fast": (0.0, 1e6),
     "beta_slow": (0.0, 1e6), "low_freq_factor": (0.0, 1e6), "high_freq_factor": (0.0, 1e6), "attention_factor": (0.0, 1e3),
     "num_experts": (1, 2**16), "num_local_experts": (1, 2**16), "num_experts_per_tok": (1, 2**16), "moe_intermediate_size": (1, 2**24),
-    "shared_expert_intermediate_size": (0, 2**24), "mscale": (0.0, 1e3), "mscale_all_dim": (0.0, 1e3),
+    "shared_expert_intermediate_size": (0, 2**24),
+    "swiglu_limit": (0.0, 1e6), "swiglu_alpha": (0.0, 1e3), "mscale": (0.0, 1e3), "mscale_all_dim": (0.0, 1e3),
 }
 _DTYPES = {"float32": "float32", "float": "float32", "float64": "float32", "double": "float32", "bfloat16": "bfloat16",
            "float16": "float16", "half": "float16"}

@@ -66,6 +66,7 @@ class ExpertsSpec:
     fused_name: str  # of the tensor of three dimensions
     bias: bool
     parallel: Literal["column", "row"]
+    interleaved: bool = False  # see `MoESpec`
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -99,7 +100,8 @@ def expert_specs(spec: ModelSpec) -> dict[str, ExpertsSpec]:
                 names = tuple(name.format(i=i, e="{e}") for name in spec.names[module])
                 fused = spec.names[f"{module}_fused"][0].format(i=i)
                 found[f"layers.{i}.{module}"] = ExpertsSpec(
-                    f"layers.{i}.{module}", m.num_experts, rows, cols, names, fused, m.bias, parallel)  # type: ignore[arg-type]
+                    f"layers.{i}.{module}", m.num_experts, rows, cols, names, fused, m.bias, parallel,  # type: ignore[arg-type]
+                    m.interleaved)
     return found
 
 
@@ -193,6 +195,8 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
         for module, heads in (("q_norm", a.num_heads), ("k_norm", a.num_kv_heads)) if a.qk_norm else ():
             shapes = {"width": (heads * a.head_dim,), "layer_by_head": (heads, a.head_dim)}
             yield from norm(module, i, shapes.get(a.qk_norm or "", (a.head_dim,)), bias=a.qk_norm == "layer")
+        if a.sinks:
+            yield TensorSpec(f"layers.{i}.sinks", (a.num_heads,), (spec.names["sinks"][0].format(i=i),), "weight", "float32")
         if isinstance(m := layer.mlp, MoESpec):
             theirs = spec.names["router"][0].format(i=i)
             yield TensorSpec(f"layers.{i}.router.weight", (m.num_experts, spec.hidden_size), (f"{theirs}.weight",), "weight", "float32")

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE. Some or all of their layers have experts instead of one MLP."""
+"""Mixture-of-experts models: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and gpt-oss. Some or all layers have experts instead of one MLP."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -98,4 +98,23 @@ OLMOE = LLAMA.variant(
     moe={**QWEN_EXPERTS, "intermediate_size": Key("intermediate_size", int)},
     sparse=True,
     names=EXPERT_NAMES,
+)
+GPT_OSS = LLAMA.variant(
+    model={"norm_eps": Key("rms_norm_eps", float, 1e-5), "max_model_len": Key("max_position_embeddings", int, 131072)},
+    attention={
+        "window": PerLayer(config_json.windows_by_type(2)), "sinks": True, "head_dim": Key("head_dim", int, 64),
+        "qkv_bias": Key("attention_bias", bool, True), "out_bias": Key("attention_bias", bool, True),
+    },
+    moe={
+        "num_experts": num_experts,
+        "top_k": Key("num_experts_per_tok", int, 4),
+        "intermediate_size": Key("intermediate_size", int),
+        "scoring": "top_softmax",
+        "router_bias": True,
+        "bias": True,
+        "interleaved": True,
+        "clamp": lambda config: (read(config, Key("swiglu_alpha", float, 1.702)), read(config, Key("swiglu_limit", float, 7.0))),
+    },
+    sparse=True,
+    names={**EXPERT_NAMES, "router": ("layers.{i}.mlp.router",), "sinks": ("layers.{i}.self_attn.sinks",)},
 )

@@ -76,6 +76,7 @@ class AttentionSpec:
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     # ALiBi: what each head's scores lose per position of distance (Press et al. 2021). A rank's part of a model has all ranks' slopes.
     alibi: tuple[float, ...] | None = None
+    sinks: bool = False  # each head has one more score in its softmax, a parameter, which no value belongs to (gpt-oss)
     grouped_qkv: bool = False  # checkpoints have one matrix, with the rows of q, k and v of the first KV head, then of the second, ...
 
     def __post_init__(self) -> None:
@@ -140,6 +141,7 @@ class MoESpec:
     correction: bool = False  # a bias per expert takes part in the choice, and not in the weights (DeepSeek-V3)
     router_bias: bool = False
     bias: bool = False  # of the experts' products
+    interleaved: bool = False  # checkpoints store all experts as [experts, inputs, outputs], and gate and up by turns (gpt-oss)
     clamp: tuple[float, float] | None = None  # (alpha, limit) of gpt-oss: clamped silu(alpha * gate) / alpha * (up + 1)
     shared: MLPSpec | None = None  # computes every token
     shared_gate: bool = False  # its output is multiplied by sigmoid(x w)

@@ -40,8 +40,8 @@ class LastTokens:
 
 
 class Attention:
-    __slots__ = ("_alibi", "_other_norm", "_rope", "_self_attention", "_softcap", "_store_kv", "group", "o", "out_norm", "qk_norm", "qkv",
-                 "scale")
+    __slots__ = ("_alibi", "_other_norm", "_rope", "_self_attention", "_sinks", "_softcap", "_store_kv", "group", "o", "out_norm",
+                 "qk_norm", "qkv", "scale")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec], layer: int, group: int,
                  rope: int, norm: Norm | None, out_norm: Norm | None = None) -> None:
@@ -65,6 +65,7 @@ class Attention:
                     qb, kb = (self._load_qk(build, take, spec, attention, f"{name}.{which}_norm.bias") for which in "qk")
                     biases = qb, kb
                 self._other_norm = QKNorm(build, attention, (q, k), biases, spec.norm_eps)
+        self._sinks = take(f"{name}.sinks") if attention.sinks else None
         mine = slice(build.group.rank * attention.num_heads, (build.group.rank + 1) * attention.num_heads)
         self._alibi = None if attention.alibi is None else torch.tensor(attention.alibi[mine], dtype=torch.float32, device=build.device)
         self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
@@ -94,7 +95,7 @@ class Attention:
             self._store_kv(qkv, kv, step.slots[g], step.metas[g], rope=step.rotations[self._rope], qk_norm=self.qk_norm)
             qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
         heads = self._self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale, rope=step.rotations[self._rope],
-                                     qk_norm=self.qk_norm, softcap=self._softcap, alibi=self._alibi)
+                                     qk_norm=self.qk_norm, softcap=self._softcap, alibi=self._alibi, sinks=self._sinks)
         if self.out_norm is None:
             return self.o(heads, residual=x, lora=step.lora)
         return x.add_(self.out_norm(self.o(heads, lora=step.lora)))

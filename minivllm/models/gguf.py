@@ -79,7 +79,9 @@ def read_header(path: Path, shown: str | None = None) -> Header:
     ids = special_ids(meta, vocabulary, rows)
     config = make_config(meta, arch, tensors, ids)
     found = _checkpoint_names(names[0], meta.architecture, config, tensors)
-    stored = {target: _stored(names[0], config, arch, tensors[name], places[name]) for name, target in found.items()}
+    stored: dict[str, GGUFTensor] = {}
+    for theirs, target in found.items():
+        stored |= _stored(names[0], config, arch, tensors[theirs], places[theirs], target)
     types = {re.sub(rf"^({'|'.join(PREFIXES)})", "", name).removesuffix(".weight"): tensor.kind
              for name, tensor in stored.items() if tensor.is_packed}
     return Header(meta, stored, vocabulary, ids, config | {"quantization_config": {"quant_method": "gguf", "types": types}})
@@ -113,9 +115,12 @@ def _write_folder(out: Path, header: Header, config: Mapping[str, Any]) -> None:
         _write_json(out / "tokenizer_config.json", tokenizer[1])
 
 
-def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path) -> GGUFTensor:
+def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path,
+            target: str) -> dict[str, GGUFTensor]:
+    """Hugging Face's name -> tensor: one, or one per expert if the name has {e}."""
     shape, heads = tuple(int(n) for n in reversed(tensor.shape)), 0
-    if len(shape) not in (1, 2) or 0 in shape:
+    experts = shape[0] if "{e}" in target else 1
+    if len(shape) not in ((3,) if "{e}" in target else (1, 2)) or 0 in shape:
         raise ModelError(f"{path}: tensor {tensor.name!r} has the shape {list(shape)}, not that of a matrix or a vector", "model")
     if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", tensor.name)):
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
@@ -128,8 +133,10 @@ def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: R
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         if shape[0] != (rows := (heads + 2 * kv_heads) * config["head_dim"]):
             raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {rows}", "model")
-    return GGUFTensor(tensor.tensor_type.name, shape, os.path.abspath(file), tensor.data_offset, int(tensor.n_bytes), heads, kv_heads,
-                      shift)
+    shape = shape[1:] if "{e}" in target else (1, *shape) if target.endswith("shared_expert_gate.weight") else shape
+    size = int(tensor.n_bytes) // experts
+    return {target.replace("{e}", str(e)): GGUFTensor(tensor.tensor_type.name, shape, os.path.abspath(file), tensor.data_offset + e * size,
+                                                      size, heads, kv_heads, shift) for e in range(experts)}
 
 
 def _check_part(path: Path, reader: GGUFReader, number: int, count: int) -> None:
@@ -201,10 +208,10 @@ def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors:
 
     table = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == name), 1)
     modules: dict[str, str] = {}  # of layer 0, and outside the layers
-    for parts in FAMILIES[config["architectures"][0]].names.values():
-        for module in parts(config) if callable(parts) else parts:
+    for key, parts in FAMILIES[config["architectures"][0]].names.items():
+        for module in () if key.endswith("_fused") else parts(config) if callable(parts) else parts:
             for prefixed in (*(prefix.replace("\\", "") + module for prefix in PREFIXES), module):
-                if (theirs := table.get_name(prefixed.format(i=0, h=0))) is not None:
+                if (theirs := table.get_name(prefixed.replace(".{e}", "").format(i=0, h=0))) is not None:  # ffn_gate_exps: all experts
                     modules[theirs] = prefixed
                     break
     found = {}
@@ -216,7 +223,7 @@ def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors:
         target = modules.get(re.sub(r"^blk\.\d+\.", "blk.0.", module))
         if target is None or kind not in ("weight", "bias"):
             raise ModelError(f"{path}: tensor {tensor!r} is not used by this engine's decoder", "model")
-        found[tensor] = f"{target.format(i=layer)}.{kind}"
+        found[tensor] = f"{target.format(i=layer, e='{e}')}.{kind}"
     return found
 
 

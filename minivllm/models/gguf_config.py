@@ -29,6 +29,7 @@ class Architecture:
     norm_offset: float = 0.0  # that the file's norm weights include and Hugging Face's do not
     grouped_qkv: bool = False  # Hugging Face stores q, k and v of a KV head together; llama.cpp stores all of q, then k, then v
     layer_norm: str = ""  # the key of config.json for the epsilon of a LayerNorm; empty: RMSNorm
+    renormalized: bool = False  # the weights of a token's experts are divided by their sum
 
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
@@ -58,7 +59,12 @@ ARCHITECTURES = {
                             grouped_qkv=True, layer_norm="layer_norm_eps"),
     "falcon": Architecture("falcon", "FalconForCausalLM", further_keys=(_LAYER_NORM,), grouped_qkv=True, layer_norm="layer_norm_epsilon"),
     "bloom": Architecture("bloom", "BloomForCausalLM", further_keys=(_LAYER_NORM,), grouped_qkv=True, layer_norm="layer_norm_epsilon"),
+    "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", renormalized=True),
+    "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
 }
+MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", interleaved_rope=True, renormalized=True)  # its files are named llama too
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_gate_exps\.weight")
 
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
@@ -72,7 +78,8 @@ def find_architecture(meta: Metadata) -> Architecture:
         supported = ", ".join(ARCHITECTURES)
         raise ModelError(f"{meta.path}: architecture {meta.architecture!r} is not supported; supported: {supported}", "model")
     check_keys(meta, ARCHITECTURES[meta.architecture].further_keys)
-    return ARCHITECTURES[meta.architecture]
+    has_experts = meta.architecture == "llama" and meta.hparam("expert_count", 0) > 0
+    return MIXTRAL if has_experts else ARCHITECTURES[meta.architecture]
 
 
 def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTensor], ids: SpecialIds) -> dict[str, Any]:
@@ -103,6 +110,8 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
         "eos_token_id": _one_or_list(ids.ends),
         "pad_token_id": ids.pad,
     }
+    if "_moe" in arch.model_type or arch.model_type in ("mixtral", "olmoe"):
+        config |= _experts(meta, arch, tensors, config)
     if arch.model_type == "llama":
         config |= {"attention_bias": has_bias("attn_q"), "mlp_bias": has_bias("ffn_up")}
         if window:
@@ -116,6 +125,27 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
     config |= _of_architecture(meta, arch, config, tensors)
     _check_sizes(meta, config, tensors)
     return config
+
+
+def _experts(meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys about experts. Sizes are those of the tensors."""
+    sparse = {int(match[1]): tensor for name, tensor in tensors.items() if (match := EXPERTS.fullmatch(name))}
+    if not sparse:
+        meta.fail(f"{meta.architecture}.expert_count", "but the file has no tensor of experts, ffn_gate_exps.weight: convert it again")
+    for name, allowed in (("expert_weights_scale", (0.0, 1.0)), ("expert_gating_func", (0, 1)), ("expert_group_count", (0, 1)),
+                          ("expert_weights_norm", (arch.renormalized,))):
+        if meta.hparam(name, allowed[0]) not in allowed:
+            meta.fail(f"{meta.architecture}.{name}", f"is not supported for this architecture, only {allowed[-1]} is")
+    _, inner, count = (int(n) for n in next(iter(sparse.values())).shape)
+    found = {"num_experts_per_tok": meta.hparam("expert_used_count"), "norm_topk_prob": arch.renormalized, "num_local_experts": count,
+             "num_experts": count}
+    if arch.model_type in ("mixtral", "olmoe"):
+        return {**found, "intermediate_size": inner}
+    found |= {"moe_intermediate_size": inner, "mlp_only_layers": [i for i in range(config["num_hidden_layers"]) if i not in sparse]}
+    if arch.model_type == "qwen2_moe":
+        shared = tensors.get(f"blk.{min(sparse)}.ffn_gate_shexp.weight")
+        found["shared_expert_intermediate_size"] = 0 if shared is None else int(shared.shape[1])
+    return found
 
 
 def make_generation_config(meta: Metadata, ids: SpecialIds) -> dict[str, Any]:

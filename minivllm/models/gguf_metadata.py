@@ -56,6 +56,8 @@ INTEGERS = Kind("a list of whole numbers", lambda v: _is_list(v, lambda i: type(
 
 # Keys behind "{architecture}." that are read.
 ARCHITECTURE_KEYS: Mapping[str, Kind] = {
+    "expert_count": COUNT, "expert_used_count": COUNT, "expert_weights_scale": NOT_NEGATIVE, "expert_gating_func": COUNT,
+    "expert_group_count": COUNT, "expert_weights_norm": FLAG,
     "block_count": SIZE, "context_length": SIZE, "embedding_length": SIZE, "feed_forward_length": SIZE, "vocab_size": COUNT,
     "attention.head_count": SIZE, "attention.head_count_kv": SIZE, "attention.key_length": SIZE, "attention.value_length": SIZE,
     "attention.layer_norm_rms_epsilon": POSITIVE, "attention.sliding_window": COUNT, "attention.scale": NOT_NEGATIVE,
@@ -79,15 +81,16 @@ MUST_BE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention.temperature_scale", "attention.temperature_length", "attention.clamp_kqv", "attention.max_alibi_bias",
                      "attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window_pattern", "attention.rope_pattern",
                      "attention.shared_kv_layers", "use_parallel_residual", "attention.q_lora_rank", "attention.kv_lora_rank",
-                     "attention.key_length_mla", "attention.value_length_mla", "expert_count", "nextn_predict_layers",
+                     "attention.key_length_mla", "attention.value_length_mla", "nextn_predict_layers",
                      "embedding_length_per_layer_input", "rope.dimension_sections", "rope.freq_base_per_layer",
                      "rope.scaling.yarn_log_multiplier", "swin_norm", "rescale_every_n_layers"), ()),
 }
-# Keys behind "{architecture}." that cannot change the tokens: those of experts (there are none: see `expert_count`) and of sliding windows
-# in some of the layers (see `attention.sliding_window_pattern`), of embedding and classification, and the epsilon of another kind of norm.
+# Keys behind "{architecture}." that cannot change the tokens: sizes of experts, which their tensors have too, how experts of other
+# architectures are chosen, those of sliding windows in some of the layers (see `attention.sliding_window_pattern`), of embedding and
+# classification, and the epsilon of another kind of norm.
 WITHOUT_EFFECT = (
-    "expert_used_count", "expert_feed_forward_length", "expert_shared_count", "expert_shared_feed_forward_length", "expert_gating_func",
-    "expert_weights_scale", "expert_weights_norm", "expert_group_count", "expert_group_used_count", "expert_group_scale",
+    "expert_feed_forward_length", "expert_shared_count", "expert_shared_feed_forward_length", "expert_group_used_count",
+    "expert_group_scale",
     "experts_per_group", "moe_every_n_layers", "interleave_moe_layer_step", "leading_dense_block_count", "router_logit_softcapping",
     "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa",
     "pooling_type", "classifier.output_labels", "embedding_length_out", "rope.scaling.finetuned", "attention.layer_norm_epsilon",

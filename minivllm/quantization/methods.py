@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 from minivllm.errors import InvalidInput
 from minivllm.families import LinearSpec, ModelSpec, TensorSpec, embedding_spec, expert_specs, linear_specs, tensor_specs
 from minivllm.parallel.shard import FIELD, grouped_spans, shard_spec, span
-from minivllm.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, online
+from minivllm.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mxfp4, online
 from minivllm.quantization.base import DTYPE_BYTES, LinearMethod, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
@@ -21,6 +21,7 @@ Methods: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], MethodOf]]
 METHODS: Methods = MappingProxyType({
     "awq": awq.method_of, "bitsandbytes": bitsandbytes.method_of, "compressed-tensors": compressed_tensors.method_of,
     "fp8": fp8.method_of, "gguf": gguf.method_of, "gptq": gptq.method_of,
+    "mxfp4": mxfp4.method_of,
 })
 # `EngineConfig.quantization` that quantizes an unquantized checkpoint -> the method of each layer
 ONLINE: Mapping[str, Callable[[], MethodOf]] = MappingProxyType({

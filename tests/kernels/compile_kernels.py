@@ -51,7 +51,8 @@ def measure(name: str, fn: Any, types: Mapping[str, Any], constants: Mapping[str
 
 
 def attention_variants() -> Iterator[dict[str, Any]]:
-    projection = Projection(qkv="*bf16", stride="i32", norm_weight="*bf16", eps="fp32", cos="*bf16", sin="*bf16", slopes="*fp32")
+    projection = Projection(qkv="*bf16", stride="i32", norm_weight="*bf16", eps="fp32", cos="*bf16", sin="*bf16", slopes="*fp32",
+                            sinks="*fp32")
     numbers = dict(scale="fp32", softcap="fp32",
                    **dict.fromkeys(("num_seqs", "num_tokens", "num_parts", "table_stride", "splits", "shared_parts", "first"), "i32"))
     tensors = dict(out="*bf16", qk="*bf16", cache_k="*bf16", cache_v="*bf16", slots="*i64", seq_lens="*i32")
@@ -59,7 +60,8 @@ def attention_variants() -> Iterator[dict[str, Any]]:
     codes = Cache(k="*i8", v="*i8", v_pairs="*i16", scales="*bf16", scale_pairs="*i32", block_table="*i32")
     types: dict[str, Any] = dict(parts=Parts(mean="*fp32", log_weight="*fp32", finished="*i32", shared_keys="*i32"),
                                  projection=projection, cache=dense, **numbers, **tensors)
-    prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", "slopes": "*fp32", **dict.fromkeys(
+    prompt = {**types, **dict.fromkeys(("q", "k", "v"), "*bf16"), "query_start": "*i32", "slopes": "*fp32", "sinks": "*fp32",
+              **dict.fromkeys(
         ("first_seq", "num_tiles", "q_stride", "k_stride", "v_stride", "k_column", "v_column"), "i32")}
     shapes = ((2, ((1, 0), (2, 0))), (3, ((1, 0), (5, 1000))), (8, ((8, 0),)))  # heads per KV head, (query width, window)
     few = ((2, ((1, 0), (2, 0))),)
@@ -102,13 +104,15 @@ def attention_variants() -> Iterator[dict[str, Any]]:
 
 
 def other_heads(types: dict[str, Any], prompt: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Heads of Gemma 2 with soft caps, padded ones of Phi-2, and ALiBi."""
-    for head_dim, group, softcap, alibi in ((256, 2, True, False), (80, 1, False, False), (64, 1, False, True)):
-        padded, name = tuning.next_power_of_2(head_dim), f"attention, head_dim {head_dim}, soft cap {softcap}, ALiBi {alibi}"
+    """Heads of Gemma 2 with soft caps, padded ones of Phi-2, ALiBi, and the sinks of gpt-oss."""
+    for head_dim, group, softcap, alibi, sinks in (
+            (256, 2, True, False, False), (80, 1, False, False, False), (64, 1, False, True, False), (64, 8, False, False, True)):
+        padded = tuning.next_power_of_2(head_dim)
+        name = f"attention, head_dim {head_dim}, soft cap {softcap}, ALiBi {alibi}, sinks {sinks}"
         shape = DecodeShape(
             num_heads=group * 8, heads_per_kv=group, head_dim=head_dim, padded_dim=padded, block_size=16, query_width=1, block_q=1,
             block_m=16, block_n=16, split=True, min_keys=tuning.MIN_KEYS_PER_SPLIT, shared=True,
-            shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=0, softcap=softcap, norm=False, rope=not alibi, alibi=alibi)
+            shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=0, softcap=softcap, norm=False, rope=not alibi, alibi=alibi, sinks=sinks)
         tile = tuning.decode_tile(8, 4096, head_dim, group, 2, ARCH)
         yield measure(f"decode {name}", _decode_attention, types,
                       dict(SHAPE=shape._replace(block_m=tile.block_m, block_n=tile.block_n), PDL=PDL),
@@ -121,7 +125,7 @@ def other_heads(types: dict[str, Any], prompt: dict[str, Any]) -> Iterator[dict[
         yield measure(f"prefill {name}", _prompt_attention, prompt,
                       dict(NUM_HEADS=group * 8, HEADS_PER_KV=group, D=head_dim, PADDED_D=padded, BLOCK_SIZE=16, BLOCK_Q=tile.block_q,
                            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=0, SOFTCAP=softcap, DESCRIPTORS=False, QUANTIZED=False,
-                           FP8=False, ALIBI=alibi),
+                           FP8=False, ALIBI=alibi, SINKS=sinks),
                       num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
@@ -271,6 +275,6 @@ def draft_variants() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *expert_variants(), *small_variants(), *sampling_variants(),
-                *draft_variants()):
+    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *expert_variants(), *small_variants(),
+                *sampling_variants(), *draft_variants()):
         print(json.dumps(row), flush=True)

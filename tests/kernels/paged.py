@@ -93,7 +93,7 @@ def make_case(
 
 
 def naive_attention(case: Case, *, scale: float, window: int | None = None, softcap: float | None = None,
-                    alibi: Tensor | None = None) -> Tensor:
+                    alibi: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     """The definition, for each query and head, with the keys at positions (p - window, p] -> [T, heads, head_dim] float64."""
     out = []
     row = 0
@@ -111,7 +111,8 @@ def naive_attention(case: Case, *, scale: float, window: int | None = None, soft
                 if alibi is not None:
                     scores = scores - alibi[h].item() * torch.arange(p - low, -1, -1)
                 weights = torch.exp(scores - scores.max())
-                heads.append(weights @ v / weights.sum())
+                sink = 0.0 if sinks is None else torch.exp(sinks[h].double().cpu() - scores.max())
+                heads.append(weights @ v / (weights.sum() + sink))
             out.append(torch.stack(heads))
             row += 1
     return torch.stack(out)

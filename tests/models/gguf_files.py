@@ -16,12 +16,15 @@ from minivllm.errors import ModelError
 from minivllm.models import gguf as ours
 
 # Rows of 256, which super-blocks need; head_dim is not hidden / heads.
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS = 256, 8, 2, 64, 256, 40, 2
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LAYERS, EXPERTS = 256, 8, 2, 64, 256, 40, 2, 3
+NARROW = ("qwen2moe", "olmoe")  # Transformers' models of these have heads of hidden / heads
 
 
-def shapes(arch: str, *, tied: bool = False, bias: bool = False, rows: int = VOCAB) -> dict[str, tuple[int, ...]]:
+def shapes(arch: str, *, tied: bool = False, bias: bool = False, rows: int = VOCAB,
+           experts: bool = False) -> dict[str, tuple[int, ...]]:
     """Tensors of a tiny model, named as llama.cpp names them."""
-    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    head = HIDDEN // HEADS if arch in NARROW else HEAD_DIM
+    q, kv = HEADS * head, KV_HEADS * head
     out: dict[str, tuple[int, ...]] = {"token_embd.weight": (rows, HIDDEN), "output_norm.weight": (HIDDEN,)}
     if not tied:
         out["output.weight"] = (rows, HIDDEN)
@@ -31,8 +34,18 @@ def shapes(arch: str, *, tied: bool = False, bias: bool = False, rows: int = VOC
                  "ffn_down": (HIDDEN, INNER)}
         if arch == "qwen3":
             block |= {"attn_q_norm": (HEAD_DIM,), "attn_k_norm": (HEAD_DIM,)}
+        if arch.endswith("moe") or experts:
+            for name in ("ffn_gate", "ffn_up", "ffn_down"):
+                block[f"{name}_exps"] = (EXPERTS, *block.pop(name))
+            block["ffn_gate_inp"] = (EXPERTS, HIDDEN)
+        if arch == "qwen2moe":
+            block |= {"ffn_gate_shexp": (512, HIDDEN), "ffn_up_shexp": (512, HIDDEN), "ffn_down_shexp": (HIDDEN, 512),
+                      "ffn_gate_inp_shexp": (HIDDEN,)}
+        if arch in ("qwen3moe", "olmoe"):
+            whole = arch == "olmoe"
+            block |= {"attn_q_norm": (q if whole else head,), "attn_k_norm": (kv if whole else head,)}
         out |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-        if arch == "qwen2" or bias:
+        if arch in ("qwen2", "qwen2moe") or bias:
             out |= {f"blk.{i}.attn_{p}.bias": (rows,) for p, rows in (("q", q), ("k", kv), ("v", kv))}
         if arch == "llama" and bias:
             out[f"blk.{i}.attn_output.bias"] = (HIDDEN,)

@@ -76,6 +76,14 @@ OLMOE_1B_7B = {
     "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 50304,
 }
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+    "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+    "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+    "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                                            "rope_type": "yarn", "truncate": False},
+    "rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088,
+}
 
 
 def windows(spec: ModelSpec) -> tuple[int | None, ...]:
@@ -90,6 +98,7 @@ def size(spec: ModelSpec) -> int:
     (LLAMA_3_1_8B, 8_030_261_248), (MISTRAL_7B_V0_1, 7_241_732_096), (QWEN2_5_7B, 7_615_616_512), (QWEN3_0_6B, 596_049_920),
     (OPT_125M, 125_239_296), (OPT_350M, 331_196_416),
     (MIXTRAL_8X7B, 46_702_792_704), (QWEN1_5_MOE, 14_315_784_192), (QWEN3_30B_A3B, 30_532_122_624), (OLMOE_1B_7B, 6_919_161_856),
+    (GPT_OSS_20B, 20_914_757_184),
 ])
 def test_real_models_have_their_published_number_of_parameters(config: dict[str, Any], count: int) -> None:
     assert size(parse_config(config)) == count

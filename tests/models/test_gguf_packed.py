@@ -21,7 +21,7 @@ from minivllm.models.loader import load_model
 from minivllm.models.weight_files import GGUF_INDEX
 from minivllm.quantization.grouped import GroupedMatmul
 from minivllm.quantization.methods import METHODS, method_of, resident_bytes
-from tests.models.gguf_files import VOCAB, convert, prepare
+from tests.models.gguf_files import NARROW, VOCAB, convert, prepare, refused
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits
 
@@ -55,6 +55,22 @@ def assert_equals_transformers(path: Path) -> Decoder:
 ], ids=["Q4_K_M", "Q5_K tied", "Q4_0 with F16", "Q8_0", "Q2_K with Q4_1"])
 def test_logits_equal_those_of_the_dequantized_model(write_gguf: Callable[..., Path], arch: str, kind: Q, flags: dict[str, Any]) -> None:
     assert_equals_transformers(write_gguf(arch, kind, **flags))
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("llama", Q.Q4_K), ("qwen2moe", Q.Q8_0), ("qwen3moe", Q.Q5_0), ("olmoe", Q.F16)])
+def test_experts_are_read_from_tensors_of_three_dimensions(
+    write_gguf: Callable[..., Path], arch: str, kind: Q, capsys: pytest.CaptureFixture[str],
+) -> None:
+    heads = {"attention.key_length": 32, "attention.value_length": 32} if arch in NARROW else {}
+    path = write_gguf(arch, kind, meta={"expert_count": 3, "expert_used_count": 2, **heads}, experts=True,
+                      kinds={"ffn_gate_inp": Q.F32, "ffn_down_exps": Q.Q8_0})
+    assert_equals_transformers(path)
+    assert "are dequantized to float32 while loading: no kernel multiplies packed ones" in capsys.readouterr().err
+
+
+def test_how_experts_are_chosen_must_be_the_architectures_way(write_gguf: Callable[..., Path]) -> None:
+    for key, value in (("expert_gating_func", 2), ("expert_weights_norm", True), ("expert_weights_scale", 2.5)):
+        refused(write_gguf("qwen2moe", meta={"expert_count": 3, "expert_used_count": 2, key: value}), f"qwen2moe.{key}")
 
 
 def test_a_tied_head_and_the_table_are_one_packed_weight(write_gguf: Callable[..., Path]) -> None:

@@ -77,6 +77,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("Qwen2Moe", {"num_key_value_heads": 2, **QWEN_EXPERTS, "shared_expert_intermediate_size": 40}),
     "qwen3-moe, a dense layer": ("Qwen3Moe", {"num_key_value_heads": 2, **QWEN_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "olmoe": ("Olmoe", {"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 3, "eos_token_id": 1}),
+    "gpt-oss": ("GptOss", {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 7,
+                           "swiglu_limit": 0.5, "rope_parameters": {**YARN, "rope_theta": 1e4, "truncate": False}}),
     "opt, no final norm": ("OPT", {"_remove_final_layer_norm": True}),
     "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 24}),
     "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7,

@@ -105,15 +105,17 @@ def prepare_attention(
 def self_attention(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: NumbaAttentionMeta | reference.ReferenceAttentionMeta, *, scale: float,
     rope: tuple[Tensor, Tensor] | None = None, qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None,
-    alibi: Tensor | None = None,
+    alibi: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """qkv: [T, (H + 2 KV) * D] -> [T, H * D]; writes the T new keys and values to `slots`: [T]. See the reference."""
     if isinstance(meta, reference.ReferenceAttentionMeta):
-        return reference.self_attention(qkv, kv, slots, meta, scale=scale, rope=rope, qk_norm=qk_norm, softcap=softcap, alibi=alibi)
+        return reference.self_attention(qkv, kv, slots, meta, scale=scale, rope=rope, qk_norm=qk_norm, softcap=softcap, alibi=alibi,
+                                        sinks=sinks)
     n, args = meta.num_tokens, meta.args
     if not args.checked:  # once per step: all layers have the same shapes
         _check(qkv, kv, slots, meta, *(rope or ()), *(qk_norm or ())[:1])
-        assert alibi is None or (alibi.shape == (meta.num_heads,) and alibi.dtype == torch.float32 and alibi.is_contiguous())
+        for t in (alibi, sinks):
+            assert t is None or (t.shape == (meta.num_heads,) and t.dtype == torch.float32 and t.is_contiguous())
         args.checked = True
     out = qkv.new_empty((len(qkv), meta.num_heads * meta.block[2]))
     cos, sin = (0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
@@ -121,12 +123,12 @@ def self_attention(
     scales = (0, 0) if kv.scales is None else (kv.scales.data_ptr(), kv.scales.data_ptr() + SCALE_DTYPE.itemsize)
     code.LAYER_ARGS.pack_into(
         args.memory, 0, 0, out.data_ptr(), qkv.data_ptr(), qkv.stride(0) * qkv.itemsize, kv.k.data_ptr(), kv.v.data_ptr(), *scales, norm,
-        cos, sin, slots.data_ptr(), 0 if alibi is None else alibi.data_ptr(), eps, scale, softcap or 0.0)
+        cos, sin, slots.data_ptr(), *(0 if x is None else x.data_ptr() for x in (alibi, sinks)), eps, scale, softcap or 0.0)
     meta.kernel.run(args.address, meta.num_tasks)
     if meta.rest is not None:
         some = None if rope is None else (rope[0][n:], rope[1][n:])
         out[n:] = reference.self_attention(qkv[n:], kv, slots[n:], meta.rest, scale=scale, rope=some, qk_norm=qk_norm, softcap=softcap,
-                                           alibi=alibi)
+                                           alibi=alibi, sinks=sinks)
     return out
 
 

@@ -62,10 +62,10 @@ from minivllm.kernels.tuning import CPU_MAX_QUERIES, CPU_SPLIT_KEYS, CPU_TASK_FL
 LOG2_E = 1.4426950408889634
 # Arguments, 8 bytes each: addresses unless stated otherwise, strides in bytes. First those that change with each layer.
 SCALE_BYTES = 4  # from one key's scale to the next: a scale of its value is between
-LAYER_ARGS = struct.Struct("13q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
-(COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, SLOPES, EPS, SCALE, SOFTCAP,
+LAYER_ARGS = struct.Struct("14q3d")  # the last three are numbers; a softcap of 0 is none, and so are addresses of 0
+(COUNTER, OUT, QKV, QKV_STRIDE, CACHE_K, CACHE_V, SCALES_K, SCALES_V, NORM, COS, SIN, SLOTS, SLOPES, SINKS, EPS, SCALE, SOFTCAP,
  TABLE, TABLE_STRIDE, SEQ_LENS, FIRST_SPLITS, NUM_TASKS, PARTIAL, FINISHED, WINDOW, HEADS, KV_HEADS, BLOCK_SIZE, WIDTH,
- MOST_HEADS, NUM_ARGS) = range(30)
+ MOST_HEADS, NUM_ARGS) = range(31)
 STEP_ARGS = struct.Struct("13q")  # from TABLE on
 
 
@@ -339,6 +339,11 @@ def kernel(head_dim: int, group: int, half: int, cache: int) -> Kernel:
             first_new = max(0, begin - context)
             start_task(p, queries, sums, peaks, totals, seq, first_head, heads, first_new, max(0, end - context - first_new), eps, factor,
                        D, G, width, PAIR, HALF, CACHE)
+            if p[SINKS] != 0 and row == first_row:  # one split of a sequence begins with the sinks
+                for i in range(heads * per_head):
+                    sink = get_f32(p[SINKS] + ((first_head + i // per_head) * G + i % G) * 4)
+                    put_f32(peaks + i * 4, sink * np.float32(LOG2_E))
+                    put_f32(totals + i * 4, np.float32(1.0))
 
             # The next tile's keys are located and prefetched while a tile is computed. The iteration before the first tile only does that.
             table = p[TABLE] + seq * p[TABLE_STRIDE]

@@ -155,15 +155,17 @@ def prepare_attention(
 def self_attention(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: ReferenceAttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None, alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """From a layer's fused projection to its output projection: qkv: [T, (H + 2 KV) * D] -> the heads' outputs [T, H * D].
 
     Writes the T new keys and values to `slots`: [T]. rope: (cos, signed sin) of `rope_angles`. qk_norm: weights [H + KV, D] and epsilon
     of an RMSNorm of each head's queries and keys, before the rotation. alibi: [H] float32, each head's slope: a key d positions before the
-    query has a score that is lower by slope * d (Press et al. 2021).
+    query has a score that is lower by slope * d (Press et al. 2021). sinks: [H] float32, one more score of each head's softmax, without a
+    value: the weights of the keys sum to less than 1.
     """
     q = store_kv(qkv, kv, slots, meta, rope=rope, qk_norm=qk_norm)
-    return attention(q, kv, meta, scale=scale, softcap=softcap, alibi=alibi).reshape(len(qkv), -1)
+    return attention(q, kv, meta, scale=scale, softcap=softcap, alibi=alibi, sinks=sinks).reshape(len(qkv), -1)
 
 
 def store_kv(
@@ -184,36 +186,38 @@ def store_kv(
 
 def attention(
     q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, *, scale: float, softcap: float | None = None, alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """q: [T, num_heads, head_dim] -> the same shape; keys and values come from the cache `kv`."""
     h, hk, d, n = meta.num_heads, meta.num_kv_heads, meta.head_dim, meta.num_decode_tokens
-    slopes = None if alibi is None else alibi.view(hk, -1, 1)
+    slopes, sinks = (None if x is None else x.view(hk, -1, 1) for x in (alibi, sinks))
     if 0 < n == q.shape[0] and meta.order is None:
-        return _decode(q, kv, meta, scale, softcap, slopes).reshape(n, h, d)
+        return _decode(q, kv, meta, scale, softcap, slopes, sinks).reshape(n, h, d)
     out = torch.empty_like(q)
     if meta.num_rows < q.shape[0]:
         out[meta.num_rows :] = 0
     if n:
         grouped = out.view(-1, hk, h // hk, d)
         if meta.order is None:
-            grouped[:n].copy_(_decode(q[:n], kv, meta, scale, softcap, slopes))
+            grouped[:n].copy_(_decode(q[:n], kv, meta, scale, softcap, slopes, sinks))
         else:
-            grouped.index_copy_(0, meta.order, _decode(q.index_select(0, meta.order), kv, meta, scale, softcap, slopes))
+            grouped.index_copy_(0, meta.order, _decode(q.index_select(0, meta.order), kv, meta, scale, softcap, slopes, sinks))
     for chunk in meta.chunks:
         t = chunk.end - chunk.start
         qs = q[chunk.start : chunk.end].view(t, hk, h // hk, d).permute(1, 2, 0, 3)  # [kv_heads, group, t, head_dim]
         ks, vs = (_take(x, scale, chunk.slots, q.dtype).permute(1, 0, 2)[:, None].expand(-1, h // hk, -1, -1)
                   for x, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)))
         # All scores of a head exist at once, unless PyTorch's kernel computes them.
-        step = hk if softcap is None and slopes is None else 1
+        step = hk if softcap is None and slopes is None and sinks is None else 1
         part = torch.cat([_attend(qs[i : i + step], ks[i : i + step], vs[i : i + step], chunk.mask, chunk.mask is None, scale, softcap,
-                                  None if slopes is None else slopes[i : i + step, :, None]) for i in range(0, hk, step)])
+                                  *(None if x is None else x[i : i + step, :, None] for x in (slopes, sinks))) for i in range(0, hk, step)])
         out[chunk.start : chunk.end].view(t, hk, h // hk, d).copy_(part.permute(2, 0, 1, 3))
     return out
 
 
 def _decode(
     q: Tensor, kv: KVLayer, meta: ReferenceAttentionMeta, scale: float, softcap: float | None, slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """q: [decodes, heads, head_dim] in the order of `ReferenceAttentionMeta.order` -> [decodes, kv_heads, group, head_dim]."""
     hk, d = meta.num_kv_heads, meta.head_dim
@@ -223,7 +227,7 @@ def _decode(
     for gather in meta.gathers:
         if isinstance(gather, InPlace):
             ks, vs = (_take(x, s, gather.slots, q.dtype)[None].transpose(1, 2) for x, s in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)))
-            parts.append(_attend(next(rest), ks, vs, None, False, scale, softcap, slopes))
+            parts.append(_attend(next(rest), ks, vs, None, False, scale, softcap, slopes, sinks))
             continue
         for source, scales, target in ((kv.k, kv.k_scale, gather.keys), (kv.v, kv.v_scale, gather.values)):
             pages = source.view(-1, target.shape[1])
@@ -234,7 +238,7 @@ def _decode(
                 target.view(*some.shape, d).copy_(dequantize(pages[gather.pages].view(*some.shape, d), some, target.dtype))
         if gather.hidden is not None:
             gather.rows.index_fill_(1, gather.hidden, 0)
-        parts += [_attend(next(rest), b.keys, b.values, b.mask, False, scale, softcap, slopes) for b in gather.buckets]
+        parts += [_attend(next(rest), b.keys, b.values, b.mask, False, scale, softcap, slopes, sinks) for b in gather.buckets]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -248,11 +252,12 @@ def _take(cache: Tensor, scales: Tensor | None, slots: Tensor | slice, dtype: to
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None,
-            slopes: Tensor | None) -> Tensor:
+            slopes: Tensor | None, sinks: Tensor | None) -> Tensor:
     """softmax(cap(q k^T * scale) + slopes * position of the key + mask) v over [batch, heads, queries or keys, head_dim].
 
-    slopes: of ALiBi, broadcast over the scores. Positions may be counted from any key: softmax does not depend on it."""
-    if softcap is None and slopes is None:
+    slopes: of ALiBi, broadcast over the scores. Positions may be counted from any key: softmax does not depend on it. sinks: as
+    slopes, one more score of each softmax."""
+    if softcap is None and slopes is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     scores = (q @ k.transpose(-1, -2)).float().mul_(scale)
     if softcap is not None:
@@ -264,6 +269,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     elif causal:
         t = q.shape[-2]
         scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    if sinks is not None:
+        return torch.softmax(torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1), -1)[..., :-1].to(v.dtype) @ v
     return torch.softmax(scores, -1).to(v.dtype) @ v
 
 

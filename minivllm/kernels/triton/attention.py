@@ -87,14 +87,15 @@ def prepare_attention(
 def self_attention(
     qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, *, scale: float, rope: tuple[Tensor, Tensor] | None = None,
     qk_norm: tuple[Tensor, float] | None = None, softcap: float | None = None, alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """qkv: [T, (H + 2 KV) * D] -> [T, H * D]; writes the T new keys and values to `slots`: [T]. See the reference."""
     out = torch.empty((qkv.shape[0], meta.num_heads * meta.head_dim), dtype=qkv.dtype, device=qkv.device)
     if meta.num_decodes:
-        _attend_decodes(out, qkv, kv, slots, meta, scale, softcap, rope, qk_norm, alibi)
+        _attend_decodes(out, qkv, kv, slots, meta, scale, softcap, rope, qk_norm, alibi, sinks)
     if meta.num_prompt_tokens:
         qk = _store(qkv, kv, slots, meta, meta.num_decode_tokens, rope, qk_norm)
-        _attend_prompts(out, qk, qkv if kv.scales is None else qk, kv, meta, scale, softcap, alibi)
+        _attend_prompts(out, qk, qkv if kv.scales is None else qk, kv, meta, scale, softcap, alibi, sinks)
     return out
 
 
@@ -108,9 +109,11 @@ def store_kv(
 
 def _projection(
     qkv: Tensor, rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[Tensor, float] | None, alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Projection:
     """Unused fields hold `qkv`: a kernel's pointers must not be None."""
-    return Projection(qkv, *(qk_norm or (qkv, 0.0)), *(rope or (qkv, qkv)), qkv.stride(0), qkv if alibi is None else alibi)
+    return Projection(qkv, *(qk_norm or (qkv, 0.0)), *(rope or (qkv, qkv)), qkv.stride(0),
+                      *(qkv if x is None else x for x in (alibi, sinks)))
 
 
 def _cache(kv: KVLayer, meta: TritonAttentionMeta) -> Cache:
@@ -124,6 +127,7 @@ def _cache(kv: KVLayer, meta: TritonAttentionMeta) -> Cache:
 def _attend_decodes(
     out: Tensor, qkv: Tensor, kv: KVLayer, slots: Tensor, meta: TritonAttentionMeta, scale: float, softcap: float | None,
     rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[Tensor, float] | None, alibi: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     tile, parts = meta.decode_tile, meta.parts
     shape = DecodeShape(
@@ -132,8 +136,8 @@ def _attend_decodes(
         block_m=tile.block_m, block_n=tile.block_n, split=parts is not None, min_keys=tuning.MIN_KEYS_PER_SPLIT,
         shared=meta.shared_parts > 0, shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=meta.window or 0, softcap=softcap is not None,
         norm=qk_norm is not None, rope=rope is not None, quantized=kv.scales is not None, fp8=kv.k.dtype == torch.float8_e4m3fn,
-        native=capability(qkv.device) > 0 and qkv.dtype != torch.float32, alibi=alibi is not None)
-    projection, cache, early = _projection(qkv, rope, qk_norm, alibi), _cache(kv, meta), early_start(qkv.device)
+        native=capability(qkv.device) > 0 and qkv.dtype != torch.float32, alibi=alibi is not None, sinks=sinks is not None)
+    projection, cache, early = _projection(qkv, rope, qk_norm, alibi, sinks), _cache(kv, meta), early_start(qkv.device)
     parts = parts or Parts(out, out, out, out)  # unused
     if meta.shared_parts:
         wide = meta.shared_tile
@@ -168,7 +172,7 @@ def _store(
 
 def _attend_prompts(
     out: Tensor, qk: Tensor, with_values: Tensor, kv: KVLayer, meta: TritonAttentionMeta, scale: float, softcap: float | None,
-    alibi: Tensor | None,
+    alibi: Tensor | None, sinks: Tensor | None,
 ) -> None:
     """Prompt chunks. qk: of `_store`; with_values: [T, H + 2 KV, D], of which only the values are read.
 
@@ -184,11 +188,13 @@ def _attend_prompts(
     if descriptors:
         k, v = TensorDescriptor.from_tensor(k, [tile.block_n, d]), TensorDescriptor.from_tensor(v, [tile.block_n, d])
     launch(_prompt_attention, (tiles, hk),
-        out, qk, k, v, _cache(kv, meta), meta.query_start, meta.seq_lens, qk if alibi is None else alibi, scale, softcap or 0.0,
+        out, qk, k, v, _cache(kv, meta), meta.query_start, meta.seq_lens, *(qk if x is None else x for x in (alibi, sinks)), scale,
+        softcap or 0.0,
         meta.num_decodes, meta.num_seqs, tiles, strides[0], *strides, h * d, (h + hk) * d, meta.block_table.stride(0),
         NUM_HEADS=h, HEADS_PER_KV=h // hk, D=d, PADDED_D=_padded(d), BLOCK_SIZE=meta.block_size,
         BLOCK_Q=tile.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=meta.window or 0, SOFTCAP=softcap is not None,
         DESCRIPTORS=descriptors, QUANTIZED=kv.scales is not None, FP8=kv.k.dtype == torch.float8_e4m3fn, ALIBI=alibi is not None,
+        SINKS=sinks is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -57,6 +57,7 @@ class DecodeShape(NamedTuple):
     fp8: bool = False
     native: bool = False  # whether codes are converted by instructions of the GPU
     alibi: bool = False  # whether scores fall with the distance of the key
+    sinks: bool = False  # whether the softmax of each head has one more score
 
 
 class Projection(NamedTuple):
@@ -69,6 +70,7 @@ class Projection(NamedTuple):
     sin: Any  # [T, D]; it carries the sign of the rotation
     stride: Any  # of qkv, from token to token
     slopes: Any  # [H] float32 of ALiBi
+    sinks: Any  # [H] float32
 
 
 class Cache(NamedTuple):
@@ -511,6 +513,9 @@ def _decode_attention(
         acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope,
                                         key[None, :] - position, SHAPE, STAGGERED)
 
+    if SHAPE.sinks:
+        sink = tl.load(projection.sinks + head, mask=live_row, other=0.0) * 1.4426950408889634
+        total += tl.where(mine, tl.exp2(tl.minimum(sink - peak, 126.0)), 0.0)  # 2^126: the weight of the keys is 0 in float32
     if STAGGERED:
         total = tl.where(total == 0.0, 1.0, total)  # a query that has seen no key: its weight is 0, since its peak is -inf
     mean = _whole(acc, SHAPE) / total[:, None]

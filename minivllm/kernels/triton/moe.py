@@ -130,8 +130,8 @@ def fused_experts(x: Tensor, experts: ExpertWeights, ids: Tensor, weights: Tenso
            starts, N=inner, K=hidden, TOP=top, GATED=True, BIAS=bias is not None, **shared)
     outputs = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     bias = experts.down_bias
-    launch(_expert_product, (triton.cdiv(hidden, tile.block_n), blocks), outputs, activated, experts.down, x if bias is None else bias, order,
-           starts, N=hidden, K=inner, TOP=1, GATED=False, BIAS=bias is not None, **shared)
+    launch(_expert_product, (triton.cdiv(hidden, tile.block_n), blocks), outputs, activated, experts.down, x if bias is None else bias,
+           order, starts, N=hidden, K=inner, TOP=1, GATED=False, BIAS=bias is not None, **shared)
     block = min(1024, triton.next_power_of_2(hidden))
     launch(_combine, (tokens, triton.cdiv(hidden, block)), residual, residual, outputs, weights, hidden, TOP=top, BLOCK=block, num_warps=4)
     return residual

@@ -111,11 +111,11 @@ def _absorb(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap
 @triton.jit(do_not_specialize=["first_seq", "num_seqs", "num_tiles", "table_stride"])
 def _prompt_attention(
     out, q, k, v,  # [T, H, D]; new queries, keys and values as pointers, or k, v as descriptors of [T, heads * D]
-    cache, query_start, seq_lens, slopes,  # Cache; [B + 1], [B], [H] float32 of ALiBi
+    cache, query_start, seq_lens, slopes, sinks,  # Cache; [B + 1], [B], [H] float32 of ALiBi, [H] float32
     scale, softcap, first_seq, num_seqs, num_tiles, q_stride, k_stride, v_stride, k_column, v_column, table_stride,
     NUM_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr, ALIBI: tl.constexpr = False,
+    DESCRIPTORS: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr, ALIBI: tl.constexpr = False, SINKS: tl.constexpr = False,
 ):  # fmt: skip
     tile = num_tiles - 1 - tl.program_id(0)  # the last queries see the most keys, so they start first
     kv_head = tl.program_id(1)
@@ -219,5 +219,8 @@ def _prompt_attention(
         acc, peak, total = _absorb(q_tile, k_tile, v_tile, 0, 0, visible, acc, peak, total, scale, softcap, slope,
                                    key[None, :] - query[:, None], True, SOFTCAP, ALIBI)
 
+    if SINKS:
+        sink = tl.load(sinks + head, mask=live_row, other=0.0) * 1.4426950408889634
+        total += tl.exp2(tl.minimum(sink - peak, 126.0))  # 2^126: the weight of the keys is 0 in float32
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + ((token * NUM_HEADS + head) * D)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=live_q)

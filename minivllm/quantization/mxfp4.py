@@ -1,0 +1,75 @@
+"""MXFP4 experts of gpt-oss: 4-bit floats (e2m1), each 32 inputs with one scale, a power of two (OCP Microscaling Formats 1.0, 2023).
+
+    blocks [N, K / 2] uint8     two codes per byte, the first one in the low half
+    scales [N, K / 32] uint8    exponent + 127
+
+The weights are dequantized while they are loaded: every value is exact in bfloat16. Only experts are stored like this.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from minivllm.families import LinearSpec
+from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
+from minivllm.quantization.dense import DENSE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from minivllm.kernels import Ops
+
+GROUP = 32
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same with a minus
+DUMMY_BELOW = 128  # random bytes below it give scales of at most 1
+
+
+class MXFP4Matmul(Matmul):
+    """A weight that was dequantized."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: [N, K] float32."""
+        self.weight = weight
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [T, K] -> [T, N]."""
+        import torch.nn.functional as F
+
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def dense(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Matmul`."""
+        return self.weight.to(dtype)
+
+
+class MXFP4Method(LinearMethod):
+    """See `LinearMethod`."""
+
+    def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
+        """See `LinearMethod`."""
+        return {"blocks": ParamSpec(tuple((n, cols // 2) for n in rows), dtype="uint8", dummy="bits"),
+                "scales": ParamSpec(tuple((n, cols // GROUP) for n in rows), dtype="uint8", dummy=DUMMY_BELOW)}
+
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> MXFP4Matmul:
+        """See `LinearMethod`."""
+        return MXFP4Matmul(dequantize(tensors["blocks"], tensors["scales"]))
+
+
+def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
+    """-> [N, K] float32."""
+    import torch
+
+    values = torch.tensor([*VALUES, *(-value for value in VALUES)], device=blocks.device)
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(1)
+    return torch.ldexp(values[codes.long()].unflatten(1, (-1, GROUP)), scales.int()[..., None] - 127).flatten(1)
+
+
+METHOD = MXFP4Method()
+
+
+def method_of(config: Mapping[str, Any]) -> MethodOf:
+    """From a quantization_config with quant_method "mxfp4": every expert, and nothing else."""
+    def choose(linear: LinearSpec) -> LinearMethod:
+        return METHOD if linear.expert else DENSE
+    return choose
