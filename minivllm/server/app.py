@@ -56,7 +56,8 @@ def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer 
     app = FastAPI(
         title="minivllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         # Open: load balancers send no key to /health, and the page's files hold no data.
-        middleware=[*_cors(config), Middleware(AuthenticationMiddleware, rules=AccessRules.of(config, {"/health", *FILES}))],
+        middleware=[*_cors(config), Middleware(
+            AuthenticationMiddleware, rules=AccessRules.of(config, {"/health", *FILES}), most_delayed=frontend.max_connections // 4)],
     )
     app.root_path = config.root_path  # a proxy may keep this prefix or remove it
     app.state.frontend = frontend

@@ -115,10 +115,13 @@ class RefusalBrake:
     """Sends refusals of an owner that gets very many at no more than a fixed rate.
 
     Clients that repeat a refused request at once would otherwise take all of the server's time. The rate is kept as in a leaky bucket
-    (GCRA): each refusal moves the owner's next time on by 1 / rate, and waits if that is in the future.
+    (GCRA): each refusal moves the owner's next time on by 1 / rate, and waits if that is in the future. At most `most_delayed` refusals
+    of an owner wait, because each holds a connection; further ones are sent at once, and their connections closed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_delayed: int) -> None:
+        self._most_delayed = most_delayed
+        self._delayed: Counter[str] = Counter()  # refusals that wait, by owner
         self._open: Counter[str] = Counter()  # requests by owner
         self._next: dict[str, float] = {}  # by owner: when its next refusal is due, on the event loop's clock
 
@@ -130,24 +133,31 @@ class RefusalBrake:
         finally:
             self._open[owner] -= 1
 
-    async def delay(self, owner: str) -> None:
-        """Called before a refusal is sent."""
+    async def delay(self, owner: str) -> bool:
+        """Called before a refusal is sent. Returns whether the connection may stay open."""
         now = asyncio.get_running_loop().time()
         due = max(self._next.get(owner, 0.0), now - 1.0) + 1 / REFUSALS_PER_SECOND
         if due <= now or self._open[owner] <= FREE_OPEN:
             self._next[owner] = min(due, now)
-            return
+            return True
+        if self._delayed[owner] >= self._most_delayed:
+            return False
         due = self._next[owner] = min(due, now + MAX_DELAY)
-        await asyncio.sleep(due - now)
+        self._delayed[owner] += 1
+        try:
+            await asyncio.sleep(due - now)
+        finally:
+            self._delayed[owner] -= 1
+        return True
 
 
 class AuthenticationMiddleware:
     """ASGI middleware that applies `AccessRules`. Every response carries `x-request-id`: the client's own if it sent one."""
 
-    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules, most_delayed: int) -> None:
         self._app = app
         self._rules = rules
-        self._brake = RefusalBrake()
+        self._brake = RefusalBrake(most_delayed)
         self._turns = RequestTurns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -166,8 +176,8 @@ class AuthenticationMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if 400 <= message["status"] < 500:
-                    await self._brake.delay(scope[OWNER])
+                if 400 <= message["status"] < 500 and not await self._brake.delay(scope[OWNER]):
+                    MutableHeaders(scope=message)["connection"] = "close"
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 

@@ -133,6 +133,8 @@ class ResponseFormatter(ABC):
     def num_entries(self, prompt: int, deltas: Sequence[OutputDelta]) -> int:
         """About how many log-probabilities, with alternatives, will be written for these new deltas of a prompt."""
         request, entries = self.request, 0
+        if self.num_logprobs is None and not request.return_prompt_logprobs:
+            return 0  # most requests
         repeats = request.n if request.return_prompt_logprobs else 1
         echoed = 0
         if request.echo is not None and self.num_logprobs is not None:

@@ -17,6 +17,7 @@ from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.server.adapters import ServedAdapters
 from minivllm.server.authentication import OWNER
+from minivllm.server.connections import connections_possible
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.parsing import Model, parse
 from minivllm.server.pooling_protocol import PoolingRequest
@@ -37,7 +38,8 @@ class Frontend:
         self.client = client
         self.config = config
         self.tokenizer = tokenizer
-        self.running = RunningRequests(client)
+        self.max_connections = connections_possible(config.max_connections)
+        self.running = RunningRequests(client, max(1, self.max_connections // 2))
         self.workers = TextWorkers()
         self.responses = ResponseStore(config.response_store_size, config.response_store_seconds)
         self.created = int(time.time())
@@ -68,7 +70,7 @@ class Frontend:
             raise too_large
         raw = bytearray()
         try:
-            async with self.running.receiving():
+            async with self.running.receiving(request.scope[OWNER]):
                 async for piece in request.stream():
                     raw += piece
                     if len(raw) > limit:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.config import ServerConfig
-from minivllm.server.connections import ConnectionLimit, connections_possible
+from minivllm.server.connections import ConnectionLimit
 from minivllm.server.errors import RETRY_AFTER, ApiError, encode
 from minivllm.server.running import ENDING_SECONDS, RunningRequests
 from minivllm.server.terminal import print_status
@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, config: ServerConfig, ready: Callable[[], None] = lambda: None) -> None:
-        limit = ConnectionLimit(connections_possible(config.max_connections))
+        limit = ConnectionLimit(app.state.frontend.max_connections)
         context = None if config.ssl_certfile is None else server_context(config.ssl_certfile, config.ssl_keyfile)
 
         def protocol(**arguments: Any) -> asyncio.Protocol | TlsConnection:

@@ -11,7 +11,7 @@ from minivllm.core.admission import QueueFull
 from minivllm.engine.client import EngineClient
 from minivllm.errors import InvalidInput
 from minivllm.server.cost import MAX_KEPT_ENTRIES, MAX_KEPT_NUMBERS, MAX_PENDING_TOKENS, CostLedger
-from minivllm.server.errors import ApiError, to_api_error
+from minivllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
 
@@ -22,12 +22,13 @@ ENDING_SECONDS = 2.0  # the same once the server is shutting down
 class RunningRequests:
     """The HTTP requests that are being answered, by their owner and the id of their response."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, most_receiving: int) -> None:
         self._client = client
+        self._most_receiving = most_receiving  # bodies of one owner: each holds a connection
         self._most_requests = client.info.max_requests  # of an owner in the engine; None: no limit
         self._num_requests: Counter[str] = Counter()  # in the engine, by owner
         self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
-        self._receiving: set[asyncio.Timeout] = set()  # time limits of the bodies that are being received
+        self._receiving: dict[asyncio.Timeout, str] = {}  # time limits of the bodies that are being received, and their owners
         self.entries = CostLedger(MAX_KEPT_ENTRIES, "log-probabilities of answers that are not streamed")
         self._tokens = CostLedger(MAX_PENDING_TOKENS, "prompt tokens")
         self._numbers = CostLedger(MAX_KEPT_NUMBERS, "numbers of vectors")
@@ -74,15 +75,18 @@ class RunningRequests:
             self._numbers.release(owner, numbers)
 
     @asynccontextmanager
-    async def receiving(self) -> AsyncIterator[None]:
-        """Limit the time in which a request's body is received: `BODY_SECONDS`, less during a shutdown."""
+    async def receiving(self, owner: str) -> AsyncIterator[None]:
+        """Limit the time in which a request's body is received: `BODY_SECONDS`, less during a shutdown; and their number."""
+        if len(self._receiving) >= self._most_receiving and sum(map(owner.__eq__, self._receiving.values())) >= self._most_receiving:
+            raise ApiError(429, f"{self._most_receiving} bodies of this key are being received, which takes half of all connections: "
+                           "send them faster", code="rate_limit_exceeded", headers={"retry-after": RETRY_AFTER})
         try:
             async with asyncio.timeout(ENDING_SECONDS if self.ending else BODY_SECONDS) as limit:
-                self._receiving.add(limit)
+                self._receiving[limit] = owner
                 try:
                     yield
                 finally:
-                    self._receiving.discard(limit)
+                    del self._receiving[limit]
         except TimeoutError:
             if self.ending:
                 raise _shutting_down() from None

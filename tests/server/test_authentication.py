@@ -147,8 +147,8 @@ def test_only_administrators_use_their_endpoints(tokenizer_folder: Path) -> None
 def test_only_very_many_refusals_at_a_time_are_delayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(authentication, "REFUSALS_PER_SECOND", 3)
 
-    async def run(num_open: int) -> list[bool]:
-        brake = RefusalBrake()
+    async def run(num_open: int, most_delayed: int = 100) -> list[bool]:
+        brake = RefusalBrake(most_delayed)
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: 7.5)
         with contextlib.ExitStack() as requests:
             for _ in range(num_open):
@@ -157,12 +157,14 @@ def test_only_very_many_refusals_at_a_time_are_delayed(monkeypatch: pytest.Monke
             for _ in range(3):
                 await asyncio.sleep(0)
             done = [task.done() for task in tasks]
+            assert [task.result() for task in tasks if task.done()].count(False) == done.count(False) * (most_delayed == 1)
             for task in tasks:
                 task.cancel()
             return done
 
     assert asyncio.run(run(20)) == [True, True, True, False, False, True]
     assert asyncio.run(run(5)) == [True] * 6
+    assert asyncio.run(run(20, most_delayed=1)) == [True, True, True, False, True, True], "a delayed refusal holds a connection"
 
 
 def test_ids_belong_to_their_key(tokenizer_folder: Path) -> None:

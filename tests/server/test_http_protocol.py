@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -136,6 +137,23 @@ def test_beyond_the_limit_idle_connections_are_closed_for_new_ones(
                 engine.gate.release(100)  # type: ignore[union-attr]
                 assert second.recv(12) == third.recv(12) == b"HTTP/1.1 200"
         assert [record.levelname for record in caplog.records if "max-connections" in record.message] == ["WARNING"]
+
+
+def test_unfinished_bodies_of_one_key_leave_connections_to_others(tokenizer_folder: Path) -> None:
+    def head(key: str) -> bytes:
+        return (f"POST /tokenize HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+                "content-length: 15\r\nconnection: close\r\n\r\n").encode()
+
+    with scripted_server(ScriptedEngine(tokenizer_folder), api_key=("hostile", "other"), max_connections=4) as live, ExitStack() as stack:
+        host, port = live.url.removeprefix("http://").split(":")
+        running = live.server.running
+        for count in (1, 2):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            connection.sendall(head("hostile") + b"{")
+            while len(running._receiving) < count:
+                pass
+        assert exchange(live, head("hostile")).startswith(b"HTTP/1.1 429")
+        assert exchange(live, head("other") + b'{"prompt": "x"}').startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_does_not_read_is_disconnected(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
