@@ -124,6 +124,7 @@ def select(device: torch.device) -> Ops:
         lora_linear=triton.lora.lora_linear,
         fused_experts=triton.moe.fused_experts,
         silu_and_mul=triton.activation.silu_and_mul,
+        gelu_tanh_and_mul=triton.activation.gelu_tanh_and_mul,
         rms_norm=triton.norm.rms_norm,
         rope_angles=triton.rope.rope_angles,
         sample=triton.sampling.sample,

@@ -66,8 +66,11 @@ class Attention:
                     biases = qb, kb
                 self._other_norm = QKNorm(build, attention, (q, k), biases, spec.norm_eps)
         self._sinks = take(f"{name}.sinks") if attention.sinks else None
-        mine = slice(build.group.rank * attention.num_heads, (build.group.rank + 1) * attention.num_heads)
-        self._alibi = None if attention.alibi is None else torch.tensor(attention.alibi[mine], dtype=torch.float32, device=build.device)
+        self._alibi: Tensor | None = None
+        if attention.alibi is not None:  # of all ranks' heads, or of this one's
+            first = build.group.rank * attention.num_heads % len(attention.alibi)
+            slopes = attention.alibi[first : first + attention.num_heads]
+            self._alibi = torch.tensor(slopes, dtype=torch.float32, device=build.device)
         self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
 
     @staticmethod

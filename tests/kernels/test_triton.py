@@ -239,9 +239,10 @@ def test_norms_equal_the_reference(rows: int, width: int, dtype: torch.dtype, se
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 80, 1500])
-def test_silu_and_mul_equals_the_reference(dtype: torch.dtype, width: int) -> None:
-    x = torch.randn(3, 2 * width, device=DEVICE).to(dtype)
-    close(activation.silu_and_mul(x), activation_reference.silu_and_mul(x))
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
+def test_gated_activations_equal_the_reference(name: str, dtype: torch.dtype, width: int) -> None:
+    x = 3 * torch.randn(3, 2 * width, device=DEVICE).to(dtype)
+    close(getattr(activation, name)(x), getattr(activation_reference, name)(x))
 
 
 @pytest.mark.parametrize("half", [4, 10, 64])

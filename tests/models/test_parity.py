@@ -264,7 +264,7 @@ def test_layers_with_different_windows_are_in_groups_of_equal_size_over_the_same
     assert [(g.window, g.layers) for g in groups] == [(None, (0, 2)), (6, (1, 3))]
 
 
-@pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen3", "opt-350m's shape"])
+@pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen3", "opt-350m's shape", "gemma3", "granite", "cohere"])
 def test_bfloat16_is_as_close_to_fp32_as_transformers_own_bfloat16(name: str, tmp_path: Path) -> None:
     family, config = MODELS[name]
     hf = make_hf(family, **config)

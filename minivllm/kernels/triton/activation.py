@@ -1,4 +1,4 @@
-"""The middle of a gated MLP, silu(gate) * up, in one pass over memory."""
+"""The middle of a gated MLP, silu(gate) * up or gelu(gate) * up, in one pass over memory."""
 from __future__ import annotations
 
 import torch
@@ -18,7 +18,16 @@ def silu_mul(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _silu_and_mul(out, x, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def gelu_tanh_mul(gate, up, dtype: tl.constexpr):
+    """gelu_tanh(gate) * up for float32 values, rounded as `silu_mul` rounds."""
+    gate = gate.to(dtype).to(tl.float32)
+    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    gelu = (gate * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))).to(dtype).to(tl.float32)  # (1 + tanh(z)) / 2
+    return gelu * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _silu_and_mul(out, x, size, BLOCK: tl.constexpr, PDL: tl.constexpr, GELU: tl.constexpr = False):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < size
@@ -27,14 +36,27 @@ def _silu_and_mul(out, x, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
     gate = tl.load(x + row * 2 * size + columns, mask=live, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * size + size + columns, mask=live, other=0.0).to(tl.float32)
-    y = silu_mul(gate, up, out.dtype.element_ty)
+    if GELU:
+        y = gelu_tanh_mul(gate, up, out.dtype.element_ty)
+    else:
+        y = silu_mul(gate, up, out.dtype.element_ty)
     tl.store(out + row * size + columns, y.to(out.dtype.element_ty), mask=live)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """x = [gate | up]: [T, 2 * I] -> [T, I]."""
+    return _gated(x, False)
+
+
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """x = [gate | up]: [T, 2 * I] -> [T, I]."""
+    return _gated(x, True)
+
+
+def _gated(x: Tensor, gelu: bool) -> Tensor:
     rows, double = x.shape
     out = torch.empty(rows, double // 2, dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(double // 2))
-    launch(_silu_and_mul, (rows, triton.cdiv(double // 2, block)), out, x, double // 2, BLOCK=block, num_warps=4, **early_start(x.device))
+    launch(_silu_and_mul, (rows, triton.cdiv(double // 2, block)), out, x, double // 2, BLOCK=block, GELU=gelu, num_warps=4,
+           **early_start(x.device))
     return out
