@@ -116,6 +116,8 @@ def main() -> None:
     torch.set_num_threads(1)
     letters = sorted(set(TEXT))
     text = [letters.index(letter) for letter in TEXT]
+    print(f"a step of one sequence of Qwen3-0.6B on an A100: {1.19e9 / 2039e6:.2f} ms of reading weights, {1.2e9 / 312e9:.3f} ms of "
+          "arithmetic\n")
     print("greedy decoding of a text with 4 records; guesses from the text so far")
     print("  k   steps   rows   tokens per step")
     for k in (0, 1, 2, 4, 8):
