@@ -39,7 +39,8 @@ PARITY = DOCS.parent / "tests" / "models" / "test_parity.py"
 NOTE = "This page is written by `python docs/site/reference.py` from the code."
 CLASSES = (  # in the order in which a reader meets them; the rest of `minivllm.__all__` are other names of these
     "LLM", "SamplingParams", "StructuredOutputsParams", "BeamSearchParams", "LoRARequest", "TextPrompt", "TokensPrompt", "RequestOutput",
-    "CompletionOutput", "PoolingParams", "EmbeddingRequestOutput", "ScoringRequestOutput", "PoolingRequestOutput", "AsyncLLM", "LLMEngine", "InvalidInput")
+    "CompletionOutput", "PoolingParams", "EmbeddingRequestOutput", "ScoringRequestOutput", "PoolingRequestOutput", "AsyncLLM",
+    "LLMEngine", "InvalidInput")
 WIDTH = 100  # characters of a signature in one line
 
 

@@ -17,8 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from minivllm.errors import ModelError, shown
-from minivllm.lora.peft_config import PICKLED_FILE, WEIGHTS_FILE
-from minivllm.lora.peft_config import CONFIG_FILE
+from minivllm.lora.peft_config import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from minivllm.models.weight_files import find_parts
 
 Result = TypeVar("Result")
