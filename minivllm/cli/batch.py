@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from minivllm.errors import InvalidInput, nearest, unknown_field
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/score", "/score")
 _FIELDS = ("custom_id", "method", "url", "body")
 Application: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI: scope, receive, send
 

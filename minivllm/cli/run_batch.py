@@ -20,8 +20,8 @@ FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run-batch", help="answer a file of requests",
-        description="Answer a file of requests in OpenAI's batch format: one per line, to /v1/chat/completions, /v1/completions or "
-                    "/v1/responses. A wrong line is answered with an error and does not affect the others.")
+        description="Answer a file of requests in OpenAI's batch format: one per line, to /v1/chat/completions, /v1/completions, "
+                    "/v1/responses, /v1/embeddings or /v1/score. A wrong line is answered with an error and does not affect the others.")
     add_model_argument(parser)
     parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="requests, one JSON object per line")
     parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="responses, in the same order; overwritten if it exists")

@@ -47,7 +47,7 @@ def test_every_line_gets_a_response_in_order_and_wrong_lines_get_errors(
         "",
         request("text", "/v1/completions", prompt="the hat"),
         request("field", "/v1/completions", prompt="the hat", temprature=1),
-        request("path", "/v1/embeddings", input="x"),
+        request("path", "/v1/rerank", query="x"),
         request("stream", "/v1/completions", prompt="the hat", stream=True),
         request("response", "/v1/responses", input="the cat", max_output_tokens=6),  # and max_tokens, which is not its name there
         json.dumps({"custom_id": "\ud800", "url": "/v1/completions", "body": 5}),
@@ -67,6 +67,15 @@ def test_every_line_gets_a_response_in_order_and_wrong_lines_get_errors(
     assert bodies["long"]["choices"][0]["text"].startswith(text)
     assert "did you mean 'temperature'" in entries[4]["error"]["error"]["message"]
     assert "3 of 11 requests were answered, 8 have errors" in capsys.readouterr().err
+
+
+def test_lines_may_ask_for_embeddings_and_scores(folder: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"custom_id": url, "url": url, "body": body}) for url, body in (
+        ("/v1/embeddings", {"input": ["the cat", "a hat"]}), ("/score", {"text_1": "the cat", "text_2": ["the cat", "a hat"]}))]
+    vectors, scores = (entry["response"]["body"]["data"] for entry in run(folder, tmp_path, lines))
+    one, two = (entry["embedding"] for entry in vectors)
+    assert [entry["score"] for entry in scores] == pytest.approx([1, sum(a * b for a, b in zip(one, two, strict=True))], abs=1e-4)
+
 
 
 def test_requests_to_responses_are_answered(folder: str, tmp_path: Path) -> None:
