@@ -47,8 +47,11 @@ class Engine:
     def check_kernels(self) -> dict[str, Any]:
         """Compare the engine's kernels with the reference kernels, at full size: see bench/kernel_check.py."""
         from bench.kernel_check import check
+        from minivllm.worker.ranks import LeadingWorker
         from minivllm.worker.worker import Worker
 
         executor = self.llm.llm_engine.core.executor
+        if isinstance(executor, LeadingWorker):  # a step outside of plans would wait for the other ranks
+            return {"not_compared": "tensor-parallel ranks; tests/parallel/test_gpu.py compares their tokens with those of one"}
         assert isinstance(executor, Worker)
         return check(executor.runner.model, executor.runner.kv.layout, self.generate)

@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minivllm import LLM, InvalidInput, LoRARequest, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.engine.compose import build_engine
 from minivllm.errors import EngineDead
+from minivllm.kernels import Ops, select
+from minivllm.quantization.methods import METHODS
 from minivllm.sampling_params import StructuredOutputsParams
-from minivllm.worker.ranks import LeadingWorker
+from minivllm.worker.ranks import LeadingWorker, Ranks
+from minivllm.worker.worker import Components
 from tests.lora.adapters import write_adapter
 from tests.quantization.checkpoints import write
 from tests.quantization.test_awq import quantizer
@@ -90,6 +96,23 @@ def test_four_ranks_with_a_draft_and_quantized_weights(tmp_path: Path) -> None:
         counts = llm.llm_engine.stats().drafts
         assert counts is not None and sum(counts.accepted_per_position) > 0
     assert not any(map(is_running, pids))
+
+
+def broken_elsewhere(device: torch.device) -> Ops:
+    """The kernels of rank 0. Other ranks, whose program is no file, have none."""
+    if sys.argv[0] == "-c":
+        raise RuntimeError("no kernels here")
+    return select(device)
+
+
+def test_a_rank_that_fails_while_it_loads_is_named(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Ranks] = []
+    monkeypatch.setattr("minivllm.engine.compose.Ranks", lambda size: started.append(Ranks(size)) or started[0])
+    with pytest.raises(EngineDead, match=r"^tensor-parallel rank 1 of 2 failed: RuntimeError: no kernels here$"):
+        build_engine(EngineConfig(model=str(tiny_llama()), tensor_parallel_size=2, **SETTINGS),
+                     Components(methods=dict(METHODS), ops=broken_elsewhere))
+    assert not any(map(is_running, started[0].pids))
+    assert "minivllm-ranks" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(("settings", "message"), [
