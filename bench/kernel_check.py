@@ -14,7 +14,7 @@ missing key among hundreds, for example, or errors of attention that random weig
 A wrong kernel can be fast, so no figures are printed for kernels that fail. The reference unpacks quantized weights before each product
 (bench/unpacked.py), and quantizes the inputs of fp8 products where the kernels do.
 
-    python -m bench.kernel_check --noise qwen3-0.6b [--stored awq]        prints the difference of bfloat16 and float32
+    python -m bench.kernel_check --noise qwen3-0.6b [--stored awq]    prints the difference of bfloat16 and float32
 """
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ from minivllm.models.decoder import Decoder
 from minivllm.models.loader import DummyWeights
 from minivllm.models.streaming import WeightStream
 from minivllm.planning.what_if import quantization_config
-from minivllm.quantization.base import MethodOf
 from minivllm.quantization.methods import METHODS, method_of, parameters
 from minivllm.worker.kv_cache import KVLayout
 
@@ -192,18 +191,18 @@ def check(model: Decoder, layout: KVLayout, greedy: Callable[[list[WorkloadReque
     return result | ({"refused": "; ".join(refused)} if refused else {})
 
 
-def noise(shape: str, stored: str = "") -> dict[str, float]:
-    """Weights -> difference of the reference in bfloat16 and in float32. On a CPU, with a small vocabulary.
+def noise(shape: str, stored: str = "", device: str = "cpu") -> dict[str, float]:
+    """Weights -> difference of the reference in bfloat16 and in float32, with a small vocabulary.
 
     stored: a storage of `bench.run --stored`, "fp8" for `quantization="fp8"`, or "": with random weights of two standard deviations. Else
-    with `load_format="dummy"`'s weights, in a model of the same depth and an eighth of the width, times the square root of 8: so layers
-    change their input as much as at full width.
+    with `load_format="dummy"`'s weights. On a CPU the model then has the same depth and an eighth of the width, and weights times the
+    square root of 8: so layers change their input as much as at full width.
     """
-    config = {**models.config_of(shape), "vocab_size": 2000}
-    if stored:
-        config |= {name: config[name] // 8 for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")}
-        if stored != "fp8":
-            config["quantization_config"] = dict(quantization_config(stored, parse_config(config), METHODS))
+    config, narrow = {**models.config_of(shape), "vocab_size": 2000}, bool(stored) and device == "cpu"
+    if narrow:
+        config |= {name: max(1, config[name] // 8) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")}
+    if stored not in ("", "fp8"):
+        config["quantization_config"] = dict(quantization_config(stored, parse_config(config), METHODS))
     spec, method = parse_config(config, methods=METHODS), method_of(config, wanted="fp8" if stored == "fp8" else None)
     ops = dataclasses.replace(REFERENCE, pack_weight=lambda weight, dtype: weight.to(dtype), grouped_linear=_with_quantized_inputs)
     steps = (((0, 40), (1, 7), (2, 60)), ((0, 1), (1, 1), (2, 5)), ((0, 1), (1, 1), (2, 1)), ((2, 1),))
@@ -211,8 +210,8 @@ def noise(shape: str, stored: str = "") -> dict[str, float]:
     for std in (0.0,) if stored else (0.02, 0.04):
         logits = []
         for dtype in (torch.bfloat16, torch.float32):
-            take = _Rounded(spec, method, std)
-            build = BuildContext(torch.device("cpu"), dtype, ops, method)
+            build = BuildContext(torch.device(device), dtype, ops, method)
+            take = _Rounded(spec, build, std, 8**0.5 if narrow else 1.0)
             logits.append(Trial(Decoder(spec, build, partial(take, dtype)), KVLayout.of(spec, 16, dtype), steps).run())
         name = f"{stored} of load_format dummy" if stored else f"standard deviation {std}"
         found[name] = max(apart(*pair) for pair in zip(*logits, strict=True))
@@ -222,11 +221,11 @@ def noise(shape: str, stored: str = "") -> dict[str, float]:
 class _Rounded:
     """Random weights that are the same in bfloat16 and in float32."""
 
-    def __init__(self, spec: ModelSpec, method: MethodOf, std: float) -> None:
-        """std: of matrices; 0: that of load_format "dummy"."""
-        self.std, self.parameters = std, parameters(spec, method)
-        build = BuildContext(torch.device("cpu"), torch.bfloat16, REFERENCE, method)
-        self.dummy, self.generator = DummyWeights(self.parameters, build, 0), torch.Generator().manual_seed(0)
+    def __init__(self, spec: ModelSpec, build: BuildContext, std: float, factor: float) -> None:
+        """std: of matrices; 0: that of load_format "dummy", times `factor` in layers."""
+        self.std, self.factor, self.parameters = std, factor, parameters(spec, build.method)
+        self.dummy = DummyWeights(self.parameters, dataclasses.replace(build, dtype=torch.bfloat16), 0)
+        self.generator = torch.Generator(build.device).manual_seed(0)
 
     def __call__(self, dtype: torch.dtype, name: str) -> Tensor:
         wanted = self.parameters[name]
@@ -234,7 +233,7 @@ class _Rounded:
         if wanted.dummy == "normal" and self.std:
             out.normal_(0.0, self.std, generator=self.generator)
         elif wanted.dummy == "normal" and name.startswith("layers."):
-            out *= 8**0.5
+            out *= self.factor
         return out.to(dtype) if wanted.dtype is None else out
 
 
@@ -254,9 +253,10 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", choices=models.SHAPES, required=True, metavar="SHAPE")
     parser.add_argument("--stored", default="", metavar="STORAGE", help="awq, gptq, Q4_K_M ... as in bench.run, or fp8")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: quantized models at full width")
     args = parser.parse_args()
     with torch.inference_mode():
-        for name, distance in noise(args.noise, args.stored).items():
+        for name, distance in noise(args.noise, args.stored, args.device).items():
             print(f"{args.noise}, weights with {name}: bfloat16 is {distance:.4f} from float32")
 
 
