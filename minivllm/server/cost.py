@@ -22,6 +22,7 @@ MAX_REPEATED = 2**22  # characters, or token ids, of prompts that an answer with
 MAX_INPUTS = 2048  # texts of one request for embeddings (OpenAI's limit), or of both sides of a score
 MAX_NUMBERS = 2**22  # of the vectors of one answer; 4 bytes each while they are collected, about 20 as JSON
 MAX_KEPT_NUMBERS = 2**24  # of the vectors of all answers that are being built
+MAX_BODY_BYTES = 2**28  # of all bodies that are being received or parsed
 MAX_PENDING_TOKENS = 2**24  # of the prompts of all unfinished requests; about 25 bytes each
 
 

@@ -68,16 +68,19 @@ class Frontend:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
-        raw = bytearray()
+        raw, owner = bytearray(), request.scope[OWNER]
         try:
-            async with self.running.receiving(request.scope[OWNER]):
+            async with self.running.receiving(owner):
                 async for piece in request.stream():
+                    self.running.bodies.add(owner, len(piece))
                     raw += piece
                     if len(raw) > limit:
                         raise too_large
+            return await self.handle(owner, len(raw), lambda: parse(kind, bytes(raw)))
         except ClientDisconnect:  # the response has no reader
             raise ApiError(400, "the connection was closed before the whole body had arrived") from None
-        return await self.handle(request.scope[OWNER], len(raw), lambda: parse(kind, bytes(raw)))
+        finally:
+            self.running.bodies.release(owner, len(raw))
 
     async def handle(self, owner: str, size: int, work: Callable[[], Value]) -> Value:
         """Handle the values of a body of `size` bytes: at once if it is short, else by a worker."""

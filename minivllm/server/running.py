@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from minivllm.core.admission import QueueFull
 from minivllm.engine.client import EngineClient
 from minivllm.errors import InvalidInput
-from minivllm.server.cost import MAX_KEPT_ENTRIES, MAX_KEPT_NUMBERS, MAX_PENDING_TOKENS, CostLedger
+from minivllm.server.cost import MAX_BODY_BYTES, MAX_KEPT_ENTRIES, MAX_KEPT_NUMBERS, MAX_PENDING_TOKENS, CostLedger
 from minivllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 
 _PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
@@ -30,6 +30,7 @@ class RunningRequests:
         self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
         self._receiving: dict[asyncio.Timeout, str] = {}  # time limits of the bodies that are being received, and their owners
         self.entries = CostLedger(MAX_KEPT_ENTRIES, "log-probabilities of answers that are not streamed")
+        self.bodies = CostLedger(MAX_BODY_BYTES, "bytes of bodies")
         self._tokens = CostLedger(MAX_PENDING_TOKENS, "prompt tokens")
         self._numbers = CostLedger(MAX_KEPT_NUMBERS, "numbers of vectors")
         self.ending = False  # the server is shutting down: streams that would never end stop now

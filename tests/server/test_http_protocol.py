@@ -156,6 +156,26 @@ def test_unfinished_bodies_of_one_key_leave_connections_to_others(tokenizer_fold
         assert exchange(live, head("other") + b'{"prompt": "x"}').startswith(b"HTTP/1.1 200")
 
 
+def test_bytes_of_bodies_are_charged_while_they_arrive(tokenizer_folder: Path) -> None:
+    def head(key: str, length: int) -> bytes:
+        return (f"POST /tokenize HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+                f"content-length: {length}\r\nconnection: close\r\n\r\n").encode()
+
+    with scripted_server(ScriptedEngine(tokenizer_folder), api_key=("hostile", "other")) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        ledger = live.server.running.bodies
+        ledger._limit = 50_000
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head("hostile", 50_000) + b" " * 40_000)
+            while sum(ledger._kept.values()) < 40_000:
+                pass
+            answer = exchange(live, head("hostile", 50_000) + b" " * 40_000)
+            assert answer.startswith(b"HTTP/1.1 429") and b"hold 50000 bytes of bodies" in answer
+            assert exchange(live, head("other", 20_000) + b'{"prompt": "x"}'.ljust(20_000)).startswith(b"HTTP/1.1 200")
+        while ledger._kept:  # the server notices that the client has left
+            pass
+
+
 def test_a_client_that_does_not_read_is_disconnected(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its requests produce would be kept in memory, without a limit."""
     monkeypatch.setattr(listen, "READ_SECONDS", 0.05)
