@@ -108,7 +108,11 @@ def generation_failed() -> ApiError:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """The error that a client gets for any exception."""
+    """The error that a client gets for any exception. An error of the client loses its traceback: the frames in it hold the request's
+    body, and a refusal may be delayed.
+    """
+    if isinstance(error, (ApiError, InvalidInput)):
+        error.__traceback__ = error.__context__ = error.__cause__ = None
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):

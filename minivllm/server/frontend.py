@@ -81,6 +81,7 @@ class Frontend:
             raise ApiError(400, "the connection was closed before the whole body had arrived") from None
         finally:
             self.running.bodies.release(owner, len(raw))
+            raw.clear()  # a refusal, which may be delayed, has no use for it
 
     async def handle(self, owner: str, size: int, work: Callable[[], Value]) -> Value:
         """Handle the values of a body of `size` bytes: at once if it is short, else by a worker."""

@@ -170,6 +170,8 @@ class HttpProtocol(HttpToolsProtocol):
         for cycle in self._unanswered:
             cycle.disconnected = cycle.disconnected or not cycle.response_complete
             cycle.message_event.set()
+            cycle.body = bytearray()  # nothing reads it, and uvicorn's objects refer to each other until the garbage collector runs
+        self._held = b""
 
     def data_received(self, data: bytes) -> None:
         data, self._held = self._held + data, b""
@@ -241,6 +243,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self._in_body and self.cycle.response_complete:  # the rest of the request is not wanted
             self.server_state.total_requests += 1
+            self.cycle.body = bytearray()
             self._discard()
             return
         super().on_response_complete()

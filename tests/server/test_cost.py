@@ -17,6 +17,7 @@ from minivllm.config import ServerConfig
 from minivllm.engine.chat_template import ChatTemplate
 from minivllm.errors import InvalidInput
 from minivllm.server import cost, generation, work
+from minivllm.server.authentication import RefusalBrake
 from minivllm.server.cost import CostLedger, check_entries
 from minivllm.server.errors import ApiError
 from minivllm.server.formatters import CompletionFormatter
@@ -163,9 +164,6 @@ def test_a_job_is_dropped_if_its_client_leaves_and_owners_take_turns() -> None:
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_nothing_keeps_a_body_after_its_answer(live: LiveServer, path: str, body: dict[str, Any]) -> None:
     """Neither a timer nor a cycle of references, which only the garbage collector would find, some hundred requests later."""
-    def kept() -> list[str]:
-        return [type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), (StrictModel, work._Job))]
-
     gc.collect()
     gc.disable()
     try:
@@ -177,6 +175,31 @@ def test_nothing_keeps_a_body_after_its_answer(live: LiveServer, path: str, body
         assert kept() == []
     finally:
         gc.enable()
+
+
+def kept() -> list[str]:
+    """Names of the types of bodies and jobs that exist."""
+    return [type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), (StrictModel, work._Job))]
+
+
+def test_a_delayed_refusal_keeps_no_body(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of refusals may wait for up to 30 s. The traceback of an error would keep the body in its frames."""
+    seen: list[list[str]] = []
+
+    async def delay(brake: RefusalBrake, owner: str) -> bool:
+        seen.append(kept())
+        return True
+
+    monkeypatch.setattr(RefusalBrake, "delay", delay)
+    gc.collect()
+    gc.disable()
+    try:
+        for field, value in (("logit_bias", dict.fromkeys(range(5000), 1)), ("temperature", 9), ("n", 999)):
+            body = {"prompt": "x", field: value}
+            assert post(live, "/v1/completions", body)[0] == 400
+    finally:
+        gc.enable()
+    assert seen == [[], [], []]
 
 
 def test_log_probabilities_that_answers_keep_are_charged_to_their_owner() -> None:

@@ -40,7 +40,7 @@ ATTRIBUTES = [
     (HttpToolsProtocol, ("cycle", "flow", "transport", "loop", "server_state"), "all of HttpProtocol"),
     (RequestResponseCycle, ("response_started", "response_complete", "disconnected", "message_event"),
      "errors of the HTTP parser, and disconnects of pipelined requests"),
-    (RequestResponseCycle, ("more_body", "keep_alive"), "closing a connection after an early answer"),
+    (RequestResponseCycle, ("more_body", "keep_alive", "body"), "closing a connection after an early answer"),
     (RequestResponseCycle, ("chunked_encoding", "expected_content_length", "waiting_for_100_continue"), "streams over HTTP/1.0"),
 ]
 
