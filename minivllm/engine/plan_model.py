@@ -194,7 +194,8 @@ class _Planner:
             "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
                               Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked)
             + DraftProbabilities.peak_bytes(config.max_num_seqs, sampled, spec.vocab_size),
-            "graphs": 0 if config.enforce_eager else graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),
+            "graphs": 0 if config.enforce_eager or any(group.latent for group in layout.groups) else
+            graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),
             "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size, sampled),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),
         }
@@ -205,7 +206,7 @@ class _Planner:
         given = [] if quantization is None else [Change("", quantization=quantization)]
         recent = gpu is None or gpu.arch >= FP8_ARCH
         keeping: list[Change] = []
-        if config.kv_cache_dtype == "auto":
+        if config.kv_cache_dtype == "auto" and all(layer.attention.latent is None for layer in self.spec.layers):
             kind = "fp8" if recent else "int8"
             keeping.append(Change(f"--kv-cache-dtype {kind}", {"kv_cache_dtype": kind}))
         if config.max_model_len is not None:

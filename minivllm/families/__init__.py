@@ -23,6 +23,7 @@ from minivllm.families.modules import (
 from minivllm.families.spec import (
     AttentionSpec,
     KVGroup,
+    LatentSpec,
     LayerSpec,
     MLPSpec,
     ModelSpec,
@@ -34,7 +35,7 @@ from minivllm.families.spec import (
 from minivllm.families.table import FAMILIES, parse_config
 
 __all__ = [
-    "FAMILIES", "AttentionSpec", "Config", "ExpertsSpec", "Family", "KVGroup", "Key", "LayerSpec", "LinearSpec", "MLPSpec", "MoESpec",
-    "ModelSpec", "PerLayer", "RopeSpec", "TensorSpec", "active_weights", "embedding_spec", "expert_specs", "head_order", "kv_groups",
-    "linear_specs", "num_kv_tensors", "parse_config", "read", "row_order", "tensor_specs",
+    "FAMILIES", "AttentionSpec", "Config", "ExpertsSpec", "Family", "KVGroup", "Key", "LatentSpec", "LayerSpec", "LinearSpec", "MLPSpec",
+    "MoESpec", "ModelSpec", "PerLayer", "RopeSpec", "TensorSpec", "active_weights", "embedding_spec", "expert_specs", "head_order",
+    "kv_groups", "linear_specs", "num_kv_tensors", "parse_config", "read", "row_order", "tensor_specs",
 ]

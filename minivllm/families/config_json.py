@@ -31,6 +31,9 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "beta_slow": (0.0, 1e6), "low_freq_factor": (0.0, 1e6), "high_freq_factor": (0.0, 1e6), "attention_factor": (0.0, 1e3),
     "num_experts": (1, 2**16), "num_local_experts": (1, 2**16), "num_experts_per_tok": (1, 2**16), "moe_intermediate_size": (1, 2**24),
     "shared_expert_intermediate_size": (0, 2**24),
+    "n_routed_experts": (1, 2**16), "n_shared_experts": (0, 2**10),
+    "n_group": (1, 2**16), "topk_group": (1, 2**16), "q_lora_rank": (1, 2**20), "kv_lora_rank": (1, 2**20), "qk_nope_head_dim": (1, 2**16),
+    "qk_rope_head_dim": (1, 2**16), "v_head_dim": (1, 2**16), "num_nextn_predict_layers": (0, 10_000),
     "swiglu_limit": (0.0, 1e6), "swiglu_alpha": (0.0, 1e3), "mscale": (0.0, 1e3), "mscale_all_dim": (0.0, 1e3),
 }
 _DTYPES = {"float32": "float32", "float": "float32", "float64": "float32", "double": "float32", "bfloat16": "bfloat16",

@@ -37,7 +37,7 @@ class LinearSpec:
     parallel: Literal["column", "row"] | None
     heads: AttentionSpec | None = None  # of a qkv layer whose rows differ in order from those of checkpoints: see `row_order`
     transposed: bool = False  # checkpoints store a plain matrix as [cols, rows]
-    expert: bool = False  # one of the experts of a layer
+    dense: bool = False  # in memory it is a plain matrix, and has no LoRA adapters: an expert, or `LatentSpec`'s kv_b
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ExpertsSpec:
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
         """The part p of expert e, at index e * parts + p: layers.3.experts_gate_up.e.p."""
-        return tuple(LinearSpec(f"{self.name}.{e}.{p}", (rows,), self.cols, (name.format(e=e),), self.bias, self.parallel, expert=True)
+        return tuple(LinearSpec(f"{self.name}.{e}.{p}", (rows,), self.cols, (name.format(e=e),), self.bias, self.parallel, dense=True)
                      for e in range(self.num_experts) for p, (rows, name) in enumerate(zip(self.rows, self.checkpoint_names, strict=True)))
 
     @property
@@ -147,10 +147,10 @@ def row_order(a: AttentionSpec) -> tuple[int, ...]:
 
 def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
     def linear(module: str, rows: tuple[int, ...], cols: int, bias: bool = False, parallel: Literal["column", "row"] | None = None,
-               layer: int | None = None, heads: AttentionSpec | None = None) -> LinearSpec:
+               layer: int | None = None, heads: AttentionSpec | None = None, dense: bool = False) -> LinearSpec:
         ours = module if layer is None else f"layers.{layer}.{module}"
         return LinearSpec(ours, rows, cols, tuple(name.format(i=layer) for name in spec.names[module]), bias, parallel, heads,
-                          spec.transposed and layer is not None)
+                          spec.transposed and layer is not None, dense)
 
     hidden = spec.hidden_size
     if spec.embed_size != hidden:
@@ -159,8 +159,18 @@ def _linears(spec: ModelSpec) -> Iterator[LinearSpec]:
     for i, layer in enumerate(spec.layers):
         a = layer.attention
         reordered = a if a.grouped_qkv or head_order(a) is not None else None
-        yield linear("qkv", (a.q_size, a.kv_size, a.kv_size), hidden, a.qkv_bias, "column", i, reordered)
-        yield linear("o", (hidden,), a.q_size, a.out_bias, "row", i)
+        if (latent := a.latent) is not None:
+            queries = a.num_heads * (latent.nope_dim + latent.rope_dim)
+            if latent.q_rank is None:
+                yield linear("q", (queries,), hidden, parallel="column", layer=i)
+            else:
+                yield linear("q_a", (latent.q_rank,), hidden, a.qkv_bias, layer=i)
+                yield linear("q_b", (queries,), latent.q_rank, parallel="column", layer=i)
+            yield linear("kv_a", (a.head_dim,), hidden, a.qkv_bias, layer=i)
+            yield linear("kv_b", (a.num_heads * (latent.nope_dim + latent.value_dim),), latent.rank, parallel="column", layer=i, dense=True)
+        else:
+            yield linear("qkv", (a.q_size, a.kv_size, a.kv_size), hidden, a.qkv_bias, "column", i, reordered)
+        yield linear("o", (hidden,), a.q_size if latent is None else a.num_heads * latent.value_dim, a.out_bias, "row", i)
         m, prefix = (layer.mlp, "") if isinstance(layer.mlp, MLPSpec) else (layer.mlp.shared, "shared_")
         if m is not None:
             up = ("gate_up", (m.intermediate_size, m.intermediate_size)) if m.gated else ("up", (m.intermediate_size,))
@@ -195,6 +205,9 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
         for module, heads in (("q_norm", a.num_heads), ("k_norm", a.num_kv_heads)) if a.qk_norm else ():
             shapes = {"width": (heads * a.head_dim,), "layer_by_head": (heads, a.head_dim)}
             yield from norm(module, i, shapes.get(a.qk_norm or "", (a.head_dim,)), bias=a.qk_norm == "layer")
+        if a.latent is not None:
+            for module, size in (("q_a_norm", a.latent.q_rank), ("kv_a_norm", a.latent.rank)):
+                yield from norm(module, i, (size,), bias=False) if size is not None else ()
         if a.sinks:
             yield TensorSpec(f"layers.{i}.sinks", (a.num_heads,), (spec.names["sinks"][0].format(i=i),), "weight", "float32")
         if isinstance(m := layer.mlp, MoESpec):

@@ -61,6 +61,30 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2): all heads share one cached vector per token, the latent and a rotated key.
+
+        x ── q_a, norm, q_b ──▶ each head's query   | nope_dim | rope_dim |
+        x ── kv_a ──▶ | latent, normed: rank | rotated key: rope_dim |     cached
+        kv_b: latent ──▶ each head's key (nope_dim) and value (value_dim)
+    """
+
+    q_rank: int | None  # width between q_a and q_b; None: one projection, q
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool = True  # checkpoints pair rotated dimension 2 i with 2 i + 1
+    norm_eps: float = 1e-6  # of the norms of the latents
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "nope_dim", "rope_dim", "value_dim"):
+            _require(getattr(self, name) >= 1, f"{name} of latent attention must be at least 1, got {getattr(self, name)}")
+        _require(self.rope_dim % 2 == 0, f"qk_rope_head_dim must be even, got {self.rope_dim}")
+        _require(self.q_rank is None or self.q_rank >= 1, f"q_lora_rank must be at least 1, got {self.q_rank}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """Self-attention of one layer."""
 
@@ -76,6 +100,7 @@ class AttentionSpec:
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     # ALiBi: what each head's scores lose per position of distance (Press et al. 2021). A rank's part of a model has all ranks' slopes.
     alibi: tuple[float, ...] | None = None
+    latent: LatentSpec | None = None  # then there is one KV head, whose head_dim is rank + rope_dim
     sinks: bool = False  # each head has one more score in its softmax, a parameter, which no value belongs to (gpt-oss)
     grouped_qkv: bool = False  # checkpoints have one matrix, with the rows of q, k and v of the first KV head, then of the second, ...
 
@@ -88,6 +113,8 @@ class AttentionSpec:
         _require(self.rope is None or (self.rope.dim % 2 == 0 and 0 <= self.rope.dim <= self.head_dim),
                  f"the rotated dimensions must be an even number up to head_dim, got {self.rope and self.rope.dim} of {self.head_dim}")
         _require(self.alibi is None or len(self.alibi) % self.num_heads == 0, f"alibi needs one slope for each of {self.num_heads} heads")
+        _require(self.latent is None or (self.num_kv_heads, self.head_dim) == (1, self.latent.rank + self.latent.rope_dim),
+                 "latent attention has one KV head of its rank and rotated dimensions")
         _require(self.qk_norm in QK_NORMS, f"qk_norm {self.qk_norm!r} is not supported")
         _require(self.window is None or self.window >= 1, f"a sliding window must be at least 1, got {self.window}")
 
@@ -198,6 +225,7 @@ class ModelSpec:
     head_bias: bool = False  # of the output head
     logit_scale: float = 1.0  # factor on the logits
     logit_softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    extra_layers: int = 0  # in checkpoints, behind the layers: they predict further tokens, and are not used
     transposed: bool = False  # checkpoints store the layers' plain matrices as [inputs, outputs] (GPT-2)
     shards: int = 1  # tensor-parallel ranks; heads and widths of the layers are those of one of them
 
@@ -220,8 +248,9 @@ class ModelSpec:
 
     @property
     def attention_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """The different (heads, KV heads, head dimension) of the layers."""
-        return tuple(dict.fromkeys((a.num_heads, a.num_kv_heads, a.head_dim) for a in (layer.attention for layer in self.layers)))
+        """The different (heads, KV heads, head dimension) of the layers, without those of latent attention, which have no kernels."""
+        return tuple(dict.fromkeys((a.num_heads, a.num_kv_heads, a.head_dim) for a in (layer.attention for layer in self.layers)
+                                   if a.latent is None))
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -249,16 +278,17 @@ class KVGroup:
     head_dim: int
     window: int | None  # None: full attention
     layers: tuple[int, ...]
+    latent: bool = False  # keys and values are the same cached vectors: see `LatentSpec`
 
 
 def kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
     """Group the layers by attention shape and window, into groups of nearly equal size, so that few of the cache's tensors stay unused."""
-    layers_of: dict[tuple[int, int, int, int | None], list[int]] = {}
+    layers_of: dict[tuple[int, int, int, int | None, bool], list[int]] = {}
     for i, layer in enumerate(spec.layers):
         a = layer.attention
         # A window of at least max_model_len never hides a key, so such a layer counts as full attention.
         window = None if a.window is None or a.window >= spec.max_model_len else a.window
-        layers_of.setdefault((a.num_heads, a.num_kv_heads, a.head_dim, window), []).append(i)
+        layers_of.setdefault((a.num_heads, a.num_kv_heads, a.head_dim, window, a.latent is not None), []).append(i)
     counts = [len(layers) for layers in layers_of.values()]
 
     def unused(size: int) -> int:  # tensors without a layer, summed over all groups of this size
@@ -267,7 +297,7 @@ def kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
     # The largest size with at most an eighth unused. Fewer groups are better: each costs a block table and a gather per step.
     size = max(s for s in range(1, max(counts) + 1) if unused(s) * 8 <= spec.num_layers)
     return tuple(
-        KVGroup(*shape, layers=tuple(layers[at : at + size]))
+        KVGroup(*shape[:4], layers=tuple(layers[at : at + size]), latent=shape[4])
         for shape, layers in layers_of.items()
         for at in range(0, len(layers), size)
     )

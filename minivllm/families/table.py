@@ -8,7 +8,7 @@ from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import Family
 from minivllm.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from minivllm.families.moe import GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from minivllm.families.moe import DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from minivllm.families.opt import OPT
 from minivllm.families.others import EXAONE4, GLM, GLM4, GRANITE, OLMO, OLMO2, OLMO3, PHI3, SMOLLM3, STARCODER2
 from minivllm.families.parallel import BLOOM, COHERE, COHERE2, FALCON, GPT2, GPT_J, GPT_NEOX, PHI, STABLELM
@@ -48,6 +48,8 @@ FAMILIES: Mapping[str, Family] = {
     "FalconForCausalLM": FALCON,
     "BloomForCausalLM": BLOOM,
     "GptOssForCausalLM": GPT_OSS,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }
 # The class of a config.json that names only its model_type, as older exporters and many hand-written files do.
 MODEL_TYPES: Mapping[str, str] = {
@@ -61,6 +63,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel", "falcon": "FalconForCausalLM", "bloom": "BloomForCausalLM",
     "olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 
 

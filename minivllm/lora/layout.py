@@ -43,7 +43,7 @@ class AdapterLayout:
         rank = -(-max_rank // RANK_MULTIPLE) * RANK_MULTIPLE
         layers, at, wholes = {}, 0, linear_specs(spec)
         for name, linear in linear_specs(shard_spec(spec, size)).items():
-            if name.startswith("layers."):
+            if name.startswith("layers.") and not linear.dense:
                 b = _aligned(at + len(linear.rows) * rank * linear.cols)
                 layers[name] = AdaptedLinear(linear, at, b, wholes[name])
                 at = _aligned(b + sum(linear.rows) * rank)

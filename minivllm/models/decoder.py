@@ -20,6 +20,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
 from minivllm.layers.build import BuildContext, Take
 from minivllm.layers.embedding import Embedding
+from minivllm.layers.latent_attention import LatentAttention, attention_ops
 from minivllm.layers.linear import Linear
 from minivllm.layers.mlp import MLP
 from minivllm.layers.moe import MoE
@@ -33,7 +34,7 @@ class PreNormLayer:
 
     __slots__ = ("attention", "index", "mlp")
 
-    def __init__(self, index: int, attention: Attention, mlp: MLP | MoE) -> None:
+    def __init__(self, index: int, attention: Attention | LatentAttention, mlp: MLP | MoE) -> None:
         self.index, self.attention, self.mlp = index, attention, mlp
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
@@ -46,7 +47,7 @@ class PostNormLayer:
 
     __slots__ = ("attention", "attn_norm", "index", "mlp", "mlp_norm")
 
-    def __init__(self, index: int, attention: Attention, mlp: MLP | MoE, attn_norm: Norm, mlp_norm: Norm) -> None:
+    def __init__(self, index: int, attention: Attention | LatentAttention, mlp: MLP | MoE, attn_norm: Norm, mlp_norm: Norm) -> None:
         self.index, self.attention, self.mlp, self.attn_norm, self.mlp_norm = index, attention, mlp, attn_norm, mlp_norm
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
@@ -85,17 +86,19 @@ class Decoder:
         self.embedding = Embedding(spec, build, take, linears)
         self.layers: list[DecoderLayer] = []
         for i, layer in enumerate(spec.layers):
-            rope = ropes.setdefault((layer.attention.rope, layer.attention.head_dim), len(ropes))
+            a = layer.attention
+            rope = ropes.setdefault((a.rope, a.head_dim if a.latent is None else a.latent.rope_dim), len(ropes))
             norms = {name: load_norm(build, take, spec, f"layers.{i}.{name}") for name in NORMS[layer.block]}
             before = {} if layer.block in ("post", "parallel", "parallel_one_norm") else norms
-            attention = Attention(spec, build, take, linears, i, group_of[i], rope, before.get("attn_norm"), before.get("attn_out_norm"))
+            attention = (Attention if a.latent is None else LatentAttention)(
+                spec, build, take, linears, i, group_of[i], rope, before.get("attn_norm"), before.get("attn_out_norm"))
             half = (build, take, linears, i, before.get("mlp_norm"), before.get("mlp_out_norm"))
             mlp = MoE(layer.mlp, *half, experts) if isinstance(layer.mlp, MoESpec) else MLP(layer.mlp, *half)
             built: DecoderLayer = PreNormLayer(i, attention, mlp)
             if layer.block == "post":
                 built = PostNormLayer(i, attention, mlp, norms["attn_norm"], norms["mlp_norm"])
             elif not before:
-                assert isinstance(mlp, MLP)
+                assert isinstance(mlp, MLP) and isinstance(attention, Attention)
                 built = ParallelLayer(i, attention, mlp, norms["attn_norm"], norms.get("mlp_norm"))
             self.layers.append(built if stream is None else stream.add(built))
         self.ropes = [None if rope is None else RotaryEmbedding(build, rope, head_dim, spec.max_model_len) for rope, head_dim in ropes]
@@ -169,7 +172,7 @@ class Decoder:
     def _prepare(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int, only: int | None = None) -> StepContext:
         """only: prepare attention for this KV group alone."""
         metas = tuple(
-            None if only not in (None, g) else self.build.ops.prepare_attention(
+            None if only not in (None, g) else attention_ops(self.build, group.latent).prepare_attention(
                 batch, g, block_size=block_size, num_heads=group.num_heads, num_kv_heads=group.kv_heads, head_dim=group.head_dim,
                 window=group.window, dtype=self.build.dtype, cache_dtype=kv[group.layers[0]].k.dtype,
             )

@@ -102,6 +102,10 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
         lines = list(dict.fromkeys(method.notice for method in stored_modules(spec, build.method).values()))
         if unused := sum(is_buffer(name, stored.shape, (KV_SCALES,)) for name, stored in checkpoint.items()):
             lines.append(f"{unused} scales for a quantized KV cache in the checkpoint are not used")
+        if any(_of_extra_layers(spec, name) for name in checkpoint):
+            lines.append("the layers that predict further tokens (num_nextn_predict_layers) are not used")
+        if build.device.type == "cuda" and any(layer.attention.latent is not None for layer in spec.layers):
+            lines.append("latent attention is computed by PyTorch's functions, and steps are not captured in CUDA graphs")
         lines.append(experts_notice(spec, build.method, str(build.dtype).removeprefix("torch.")))
         if images := sum(_of_images(spec, name) for name in checkpoint):
             lines.append(f"{images} tensors of the encoder of images are not used: this engine reads text only")
@@ -233,7 +237,7 @@ def check(spec: ModelSpec, needed: Mapping[str, Parameter], checkpoint: Checkpoi
     for name, stored in checkpoint.items():
         if name in sources:
             problems += _mismatches(stored, *sources[name])
-        elif not (is_buffer(name, stored.shape) or _of_images(spec, name) or (spec.tied and name == head)
+        elif not (is_buffer(name, stored.shape) or _of_images(spec, name) or _of_extra_layers(spec, name) or (spec.tied and name == head)
                   or _is_zero_bias(name, stored, sources)):
             problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file}")
     if problems:
@@ -287,6 +291,12 @@ def is_buffer(name: str, shape: tuple[int, ...], buffers: Collection[Buffer] = (
 def _of_images(spec: ModelSpec, name: str) -> bool:
     """Whether this tensor belongs to the encoder of images of a model whose decoder runs here."""
     return spec.architecture.endswith("ForConditionalGeneration") and is_buffer(name, (), (IMAGES,))
+
+
+def _of_extra_layers(spec: ModelSpec, name: str) -> bool:
+    """Whether this is of a layer that predicts further tokens (DeepSeek-V3's multi-token prediction)."""
+    match = re.match(r"layers\.(\d{1,9})\.", name)
+    return match is not None and spec.num_layers <= int(match[1]) < spec.num_layers + spec.extra_layers
 
 
 def _is_zero_bias(name: str, stored: StoredTensor, needed: Collection[str]) -> bool:

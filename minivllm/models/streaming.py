@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minivllm.kernels.layout import AdapterWeights, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
+from minivllm.layers.latent_attention import LatentAttention
 from minivllm.quantization.base import Matmul
 
 NUM_BUFFERS = 2
@@ -32,7 +33,9 @@ class DecoderLayer(Protocol):
     """One layer of a decoder."""
 
     index: int
-    attention: Attention
+
+    @property
+    def attention(self) -> Attention | LatentAttention: ...
 
     def __call__(self, x: Tensor, step: StepContext, kv: KVLayer, last: LastTokens | None = None) -> Tensor:
         """x: [T, hidden] -> the same shape; x may be overwritten. With `last`, only the rows of its tokens: [B, hidden]."""

@@ -53,6 +53,8 @@ def _problem(spec: ModelSpec, size: int) -> str | None:
     for layer in spec.layers:
         heads, kv_heads, mlp = layer.attention.num_heads, layer.attention.num_kv_heads, layer.mlp
         shared = mlp.shared if isinstance(mlp, MoESpec) else None
+        if layer.attention.latent is not None:
+            return "its attention is latent, which is not divided yet"
         if heads % size:
             return f"it has {heads} attention heads, which {size} does not divide"
         if kv_heads % size and size % kv_heads:

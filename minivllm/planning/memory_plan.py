@@ -22,6 +22,7 @@ TYPICAL_REQUEST = 2000  # tokens of prompt and output
 UNLIMITED = 1 << 31  # tokens
 KINDS: Mapping[str, str] = {  # of our modules, by the last part of their names; others are norms
     "embed": "embedding", "positions": "embedding", "qkv": "attention", "o": "attention", "gate_up": "MLP", "up": "MLP", "down": "MLP",
+    **dict.fromkeys(("q", "q_a", "q_b", "kv_a", "kv_b", "sinks"), "attention"),
     "head": "output head", "project_in": "projections", "project_out": "projections",
     "experts_gate_up": "experts", "experts_down": "experts", "router": "experts", "shared_gate_up": "experts", "shared_down": "experts",
     "shared_gate": "experts",

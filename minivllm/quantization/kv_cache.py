@@ -19,6 +19,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from minivllm.errors import InvalidInput
 from minivllm.families import KVGroup
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference.kv_cache import SCALE_DTYPE
@@ -83,6 +84,35 @@ class QuantizedKV:
         return KVLayer(k, v, pieces[2].view(SCALE_DTYPE).view(*shape, 2))
 
 
+@dataclass(frozen=True, slots=True)
+class LatentKV:
+    """Latent attention: one vector per token, which is the key and the value of its one head. [num_blocks, block_size, 1, head_dim]"""
+
+    head_dim: int
+    dtype: torch.dtype
+
+    def piece_bytes(self, block_size: int) -> tuple[int, ...]:
+        """See `KVCacheSpec`."""
+        return (block_size * self.head_dim * self.dtype.itemsize,)
+
+    def view(self, pieces: Sequence[Tensor], block_size: int) -> KVLayer:
+        """See `KVCacheSpec`. Keys and values share their memory: both are written, with equal numbers."""
+        vectors = pieces[0].view(self.dtype).view(len(pieces[0]), block_size, 1, self.head_dim)
+        return KVLayer(vectors, vectors)
+
+
+def unquantized(group: KVGroup, dtype: torch.dtype) -> KVCacheSpec:
+    """Keys and values in the model's dtype."""
+    return LatentKV(group.head_dim, dtype) if group.latent else DenseKV.of(group, dtype)
+
+
+def _quantized(group: KVGroup, dtype: torch.dtype) -> KVCacheSpec:
+    if group.latent:
+        raise InvalidInput("a quantized KV cache is not supported for latent attention, whose vectors are small already: leave "
+                           "kv_cache_dtype out", "kv_cache_dtype")
+    return QuantizedKV(group.kv_heads, group.head_dim, dtype)
+
+
 KVFormat: TypeAlias = Callable[[KVGroup, torch.dtype], KVCacheSpec]  # (KV group, the model's dtype) -> storage of its layers
 
 # kv_cache_dtype -> dtype of a quantized cache
@@ -92,5 +122,5 @@ QUANTIZED: Mapping[str, torch.dtype] = MappingProxyType({"fp8": torch.float8_e4m
 def kv_format(kv_cache_dtype: str) -> KVFormat:
     """The storage that a value of `kv_cache_dtype` names. A value that is not in `QUANTIZED` is the model's own dtype."""
     if kv_cache_dtype not in QUANTIZED:
-        return DenseKV.of
-    return lambda group, dtype: QuantizedKV(group.kv_heads, group.head_dim, QUANTIZED[kv_cache_dtype])
+        return unquantized
+    return lambda group, _: _quantized(group, QUANTIZED[kv_cache_dtype])

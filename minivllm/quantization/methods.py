@@ -50,7 +50,7 @@ def method_of(config: Mapping[str, Any], methods: Methods = METHODS, wanted: str
                                f"checkpoint in that format; {', '.join(ONLINE)} quantize an unquantized one while it is loaded",
                                "quantization")
         online = ONLINE[wanted]()
-        return lambda linear: DENSE if linear.expert else online(linear)
+        return lambda linear: DENSE if linear.dense else online(linear)
     return methods[stored](quantization) if stored is not None else all_dense
 
 
@@ -191,7 +191,7 @@ def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: b
         yield ResidentWeight(experts.name, "", experts.size * itemsize)
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
         rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
-        for type_name, num_bytes in method(linear).bytes_by_type(rows, linear.cols, itemsize, on_gpu).items():
+        for type_name, num_bytes in (DENSE if linear.dense else method(linear)).bytes_by_type(rows, linear.cols, itemsize, on_gpu).items():
             yield ResidentWeight(linear.name, type_name, num_bytes)
         if linear.bias:
             yield ResidentWeight(linear.name, "", sum(linear.rows) * itemsize)

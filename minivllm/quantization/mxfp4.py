@@ -71,5 +71,5 @@ METHOD = MXFP4Method()
 def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From a quantization_config with quant_method "mxfp4": every expert, and nothing else."""
     def choose(linear: LinearSpec) -> LinearMethod:
-        return METHOD if linear.expert else DENSE
+        return METHOD if linear.dense else DENSE
     return choose

@@ -26,7 +26,7 @@ from minivllm.families import KVGroup, ModelSpec, kv_groups, num_kv_tensors
 from minivllm.kernels import Ops
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.upload import upload
-from minivllm.quantization.kv_cache import DenseKV, KVCacheSpec, KVFormat
+from minivllm.quantization.kv_cache import KVCacheSpec, KVFormat, unquantized
 
 _CACHE_LINE = 64  # bytes
 _BLOCKS_STAGED = 8  # blocks in the staging memory of a move
@@ -47,7 +47,7 @@ class KVLayout:
             raise ModelError(f"layers with KV pages of different sizes ({sorted(map(sum, sizes))} bytes) are not supported yet", "model")
 
     @classmethod
-    def of(cls, spec: ModelSpec, block_size: int, dtype: torch.dtype, kv_format: KVFormat = DenseKV.of,
+    def of(cls, spec: ModelSpec, block_size: int, dtype: torch.dtype, kv_format: KVFormat = unquantized,
            draft: ModelSpec | None = None) -> KVLayout:
         """The layout of a model whose activations have this dtype, and of its draft."""
         groups = kv_groups(spec)

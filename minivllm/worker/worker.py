@@ -122,7 +122,7 @@ class LoadedModel:
 
     @property
     def _captures_graphs(self) -> bool:
-        return self.device.type == "cuda" and not self.config.enforce_eager
+        return self.device.type == "cuda" and not self.config.enforce_eager and not any(group.latent for group in self.layout.groups)
 
     def available_memory(self) -> MemoryBudget:
         """What this rank's KV cache may take. On a GPU this runs the largest steps."""

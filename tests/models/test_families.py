@@ -84,6 +84,23 @@ GPT_OSS_20B = {
                                             "rope_type": "yarn", "truncate": False},
     "rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088,
 }
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"], "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944,
+    "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1,
+    "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
+    "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                                            "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy",
+    "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
+}
+DEEPSEEK_V3 = {
+    **DEEPSEEK_V2_LITE, "architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 3, "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
 
 
 def windows(spec: ModelSpec) -> tuple[int | None, ...]:
@@ -98,7 +115,7 @@ def size(spec: ModelSpec) -> int:
     (LLAMA_3_1_8B, 8_030_261_248), (MISTRAL_7B_V0_1, 7_241_732_096), (QWEN2_5_7B, 7_615_616_512), (QWEN3_0_6B, 596_049_920),
     (OPT_125M, 125_239_296), (OPT_350M, 331_196_416),
     (MIXTRAL_8X7B, 46_702_792_704), (QWEN1_5_MOE, 14_315_784_192), (QWEN3_30B_A3B, 30_532_122_624), (OLMOE_1B_7B, 6_919_161_856),
-    (GPT_OSS_20B, 20_914_757_184),
+    (GPT_OSS_20B, 20_914_757_184), (DEEPSEEK_V2_LITE, 15_706_484_224), (DEEPSEEK_V3, 671_026_419_200),
 ])
 def test_real_models_have_their_published_number_of_parameters(config: dict[str, Any], count: int) -> None:
     assert size(parse_config(config)) == count

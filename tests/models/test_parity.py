@@ -25,6 +25,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LAYER_TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "n_routed_experts": 8, "n_group": 4,
+          "topk_group": 2, "moe_intermediate_size": 24, "n_shared_experts": 2, "num_key_value_heads": 4}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -79,6 +81,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 3, "eos_token_id": 1}),
     "gpt-oss": ("GptOss", {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 7,
                            "swiglu_limit": 0.5, "rope_parameters": {**YARN, "rope_theta": 1e4, "truncate": False}}),
+    "deepseek-v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+                                   "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5}),
+    "deepseek-v3, yarn": ("DeepseekV3", {**LATENT, "q_lora_rank": 20, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+                                         "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
     "opt, no final norm": ("OPT", {"_remove_final_layer_norm": True}),
     "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 24}),
     "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7,

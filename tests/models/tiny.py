@@ -35,6 +35,9 @@ def randomized(model: transformers.PreTrainedModel) -> transformers.PreTrainedMo
         for name, p in model.named_parameters():
             # With norm weights of 1 and biases of 0, a test could not see that a weight is swapped, dropped or added twice.
             p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name and name.endswith("weight") else 0.2 * torch.randn_like(p))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     return model
 
 

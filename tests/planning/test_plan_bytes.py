@@ -34,6 +34,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 512, "word_embed_proj_dim": 128, "do_layer_norm_before": True},
     "experts": {"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
                 "shared_expert_intermediate_size": 512, "decoder_sparse_step": 2},
+    "latent": {"architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+               "q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "n_group": 4,
+               "topk_group": 2, "first_k_dense_replace": 1},
 }
 BASE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 320, "max_position_embeddings": 128, "torch_dtype": "float32"}

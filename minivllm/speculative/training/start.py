@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minivllm.families import MLPSpec
+from minivllm.layers.attention import Attention
 from minivllm.layers.linear import Linear
 from minivllm.layers.mlp import MLP
 from minivllm.layers.norm import RMSNorm
@@ -59,7 +60,7 @@ def start_network(target: Decoder, tables: TargetTables, answers: Sequence[Examp
     network = HeadNetwork(size, inverse_frequencies(a.rope, a.head_dim, spec.max_model_len)).to(target.build.device)
     last = target.layers[-1]
     plain = spec.layers[-1].block == "pre" and not (m.bias or a.qkv_bias or a.out_bias or a.qk_norm)
-    if plain and isinstance(last, PreNormLayer) and isinstance(m, MLPSpec) and m.gated and m.activation == "silu":
+    if plain and isinstance(last, PreNormLayer) and isinstance(m, MLPSpec) and a.latent is None and m.gated and m.activation == "silu":
         _copy_layer(network, target, last)
     fit(network, tables, answers)
     return network
@@ -72,7 +73,7 @@ def _copy_layer(network: HeadNetwork, target: Decoder, last: PreNormLayer) -> No
     size = network.size
     w = final_norm(target).weight.float()
     w = torch.where(w.abs() < SMALL * w.abs().mean(), SMALL * w.abs().mean(), w)
-    assert isinstance(last.mlp, MLP)
+    assert isinstance(last.mlp, MLP) and isinstance(last.attention, Attention)
     attn_norm, mlp_norm = last.attention.qkv.norm, last.mlp.up.norm
     assert isinstance(attn_norm, RMSNorm) and isinstance(mlp_norm, RMSNorm)
 
