@@ -88,6 +88,9 @@ class StepPipeline:
             return self._executor.sample(launched, masks)
         except Exception as error:
             return FailedLaunch(error)
+        except BaseException as interruption:  # Ctrl-C in `LLM.generate`: the step failed, and later ones need to know
+            self._in_flight.append((plan, FailedLaunch(RuntimeError(f"the step was interrupted by {type(interruption).__name__}"))))
+            raise
 
     def take(self) -> tuple[StepPlan, StepResult]:
         """Wait for the oldest plan's result. A failed step gives a result with `error`; a lost device raises `EngineDead`."""

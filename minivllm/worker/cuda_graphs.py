@@ -166,12 +166,14 @@ class Graph:
             self._propose()
         torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # NCCL's watchdog thread asks for events meanwhile, which must not end the capture.
+        mode = "thread_local" if self._model.build.group.size > 1 else "global"
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
         if self._drafts is not None:  # a separate graph: a step may be sampled again before it
             self._second = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._second, pool=self._graph.pool()):
+            with torch.cuda.graph(self._second, pool=self._graph.pool(), capture_error_mode=mode):
                 self._proposed = self._propose()  # [B, k] int64
 
     def _run(self) -> None:

@@ -124,7 +124,8 @@ def main(pipe: int, lifeline: int) -> None:
         os._exit(1)  # rank 0 is gone
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+        if not isinstance(error, InvalidInput):
+            print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             _send(connection, RankFailed(reason, error if isinstance(error, InvalidInput) else None))
         os._exit(1)  # without the destructors of a group that may wait for other ranks
@@ -302,6 +303,9 @@ class Ranks:
             yield
         except (RuntimeError, OSError) as error:
             self.fail(f"{type(error).__name__}: {error}", error)
+        except BaseException as error:  # such as Ctrl-C in `LLM.generate`: the other ranks are in the middle of an exchange
+            self._note(EngineDead(f"rank 0 of {self.size} was interrupted by {type(error).__name__}, so the ranks do not agree any more"))
+            raise
 
     def fail(self, reason: str, cause: Exception | None = None) -> NoReturn:
         """End the engine because of an error on rank 0, or of the one on another rank that caused it."""

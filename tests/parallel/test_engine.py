@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from minivllm.errors import EngineDead
 from minivllm.kernels import Ops, select
 from minivllm.quantization.methods import METHODS
 from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.ranks import LeadingWorker, Ranks
 from minivllm.worker.worker import Components
 from tests.lora.adapters import write_adapter
@@ -80,8 +81,10 @@ def test_two_ranks_answer_as_one_until_a_rank_is_killed(tiny_llama: Callable[...
     assert not is_running(pid)
 
 
-def test_four_ranks_with_a_draft_and_quantized_weights(tmp_path: Path) -> None:
-    """4 ranks share 2 KV heads, so two ranks hold each of them. Every rank has a whole draft: the model itself, whose drafts are right."""
+def test_four_ranks_with_a_draft_and_quantized_weights_until_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 ranks share 2 KV heads, so two ranks hold each of them. Every rank has a whole draft: the model itself, whose drafts are right.
+
+    Ctrl-C in a step leaves the other ranks in the middle of it, so the engine ends."""
     folder = tmp_path / "target"
     write(folder, {"quant_method": "awq", "bits": 4, "group_size": 16}, quantizer(16), hidden_size=64, intermediate_size=128)
     settings = SETTINGS | {"skip_tokenizer_init": True, "speculative_config": {
@@ -95,7 +98,17 @@ def test_four_ranks_with_a_draft_and_quantized_weights(tmp_path: Path) -> None:
         assert len(pids) == 3
         counts = llm.llm_engine.stats().drafts
         assert counts is not None and sum(counts.accepted_per_position) > 0
+        monkeypatch.setattr(ModelRunner, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answers(llm)
+        monkeypatch.undo()
+        with pytest.raises(EngineDead, match="rank 0 of 4 was interrupted by KeyboardInterrupt"):
+            answers(llm)
     assert not any(map(is_running, pids))
+
+
+def interrupted(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def broken_elsewhere(device: torch.device) -> Ops:
