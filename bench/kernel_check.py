@@ -200,7 +200,8 @@ def noise(shape: str, stored: str = "", device: str = "cpu") -> dict[str, float]
     """
     config, narrow = {**models.config_of(shape), "vocab_size": 2000}, bool(stored) and device == "cpu"
     if narrow:
-        config |= {name: max(1, config[name] // 8) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")}
+        sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        config |= {name: max(1, config[name] // 8) for name in sizes}
     if stored not in ("", "fp8"):
         config["quantization_config"] = dict(quantization_config(stored, parse_config(config), METHODS))
     spec, method = parse_config(config, methods=METHODS), method_of(config, wanted="fp8" if stored == "fp8" else None)
