@@ -234,7 +234,9 @@ class _Planner:
             return None
         layout = KVLayout.of(self.spec, self.config.block_size, self.dtype, kv_format(self.config.kv_cache_dtype))
         stored = (self.model_config.get("quantization_config") or {}).get("quant_method")
-        return Roofline(self.spec, self.gpu, bytes_per_step(self.spec, self.weights(self.config, quantization)), layout.token_bytes,
+        weights = self.weights(self.config, quantization)
+        return Roofline(self.spec, self.gpu, bytes_per_step(self.spec, weights), layout.token_bytes,
                         token_budget(self.config, self.spec.max_model_len, torch.device("cuda")),
                         fp8="fp8" in (quantization, self.config.quantization, stored),
-                        streamed=self._offload(self.config, quantization).step_bytes)
+                        streamed=self._offload(self.config, quantization).step_bytes,
+                        expert_bytes=sum(w.num_bytes for w in weights if ".experts_" in w.name))

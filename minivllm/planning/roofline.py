@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minivllm.families import ModelSpec, active_weights
+from minivllm.families import ModelSpec, MoESpec, active_weights
 from minivllm.planning.gpus import GPU
 from minivllm.quantization.methods import ResidentWeight
 
@@ -45,12 +45,13 @@ class Roofline:
     chunk: int  # tokens of a prompt in one step
     fp8: bool = False  # products of many rows multiply in fp8
     streamed: int = 0  # bytes of weights that each step reads from host memory
+    expert_bytes: int = 0  # of `weight_bytes`: those of the experts, of which a step reads those that its tokens choose
 
     def tpot(self, batch: int, context: int = CONTEXT) -> Prediction:
         """Time per output token of `batch` sequences, each with `context` tokens before it."""
         keys = batch * sum(self.kv_token_bytes * min(context, layer.attention.window or context) for layer in self.spec.layers)
         flops = batch * (2 * _weights(self.spec) + self._attention_flops(1, context))
-        return self._step(keys, flops, 0.0, LAYER_MS if batch == 1 else LAYER_MS_OF_BATCH)
+        return self._step(batch, keys, flops, 0.0, LAYER_MS if batch == 1 else LAYER_MS_OF_BATCH)
 
     def ttft(self, tokens: int) -> Prediction:
         """Time to the first token of a prompt, without a queue."""
@@ -58,7 +59,7 @@ class Roofline:
         for start in range(0, tokens, self.chunk):
             count = min(self.chunk, tokens - start)
             products = count * 2 * (_weights(self.spec) - self._head) + 2 * self._head
-            step = self._step(0, products, self._attention_flops(count, start + count / 2), LAYER_MS_OF_BATCH)
+            step = self._step(count, 0, products, self._attention_flops(count, start + count / 2), LAYER_MS_OF_BATCH)
             floor, expected = floor + step.floor, expected + step.expected
         return Prediction(floor, expected)
 
@@ -70,12 +71,17 @@ class Roofline:
         """Of all layers; keys: mean number that a query sees."""
         return sum(4 * queries * min(keys, layer.attention.window or keys) * layer.attention.q_size for layer in self.spec.layers)
 
-    def _step(self, keys: int, products: float, attention: float, layer_ms: float) -> Prediction:
+    def _unread(self, tokens: int) -> float:
+        """Bytes of the experts that none of these tokens chooses, if each chooses its experts at random."""
+        moe = next((layer.mlp for layer in self.spec.layers if isinstance(layer.mlp, MoESpec)), None)
+        return 0.0 if moe is None else self.expert_bytes * (1 - moe.top_k / moe.num_experts) ** tokens
+
+    def _step(self, tokens: int, keys: int, products: float, attention: float, layer_ms: float) -> Prediction:
         """keys: bytes read. products, attention: FLOP of prompts (a decode's attention is bound by its bytes)."""
         gpu = self.gpu
         assert gpu.bandwidth is not None and gpu.tflops is not None
         rate = (gpu.fp8_tflops or gpu.tflops) if self.fp8 else gpu.tflops
-        reading, computing = (self.weight_bytes + keys) / gpu.bandwidth / 1e6, products / rate / 1e9  # ms
+        reading, computing = (self.weight_bytes - self._unread(tokens) + keys) / gpu.bandwidth / 1e6, products / rate / 1e9  # ms
         attending, streaming = attention / gpu.tflops / 1e9, self.streamed / gpu.pcie / 1e6
         floor = max(reading, computing + attending, streaming)
         expected = max(reading / REACHED_BANDWIDTH,

@@ -225,6 +225,16 @@ def test_predictions_agree_with_what_was_measured_on_an_h200() -> None:
     assert speed.ttft(8000).expected == pytest.approx(202.5, rel=0.1) and speed.ttft(8000).floor < 202.5
 
 
+def test_a_decode_reads_the_experts_that_its_tokens_choose() -> None:
+    config = {**MISTRAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    dense, experts = plan(gpu=GPUS["h200"]).roofline, plan(config, GPUS["h200"]).roofline
+    assert dense is not None and experts is not None
+    assert experts.expert_bytes == 32 * 8 * 3 * 4096 * 14336 * 2
+    one = experts.tpot(1).floor - dense.tpot(1).floor  # two experts instead of one MLP, and the router
+    assert one == pytest.approx(experts.expert_bytes / 8 / 4.8e9, rel=0.01)
+    assert experts.tpot(64).floor > 3 * experts.tpot(1).floor  # nearly all experts
+
+
 def test_a_step_takes_longer_for_more_bytes_and_never_less_than_its_arithmetic() -> None:
     dense, packed = plan().roofline, plan(quantization="awq").roofline
     assert dense is not None and packed is not None

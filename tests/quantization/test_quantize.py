@@ -346,6 +346,12 @@ def test_what_does_not_fit_the_model_is_refused(
     assert not any((tmp_path / "out").glob("*"))
 
 
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    make_hf("Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24).save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match="is a mixture of experts .*gate_up_proj.*, which cannot be quantized here yet"):
+        run(tmp_path / "source", tmp_path / "out", method="rtn")
+
+
 def test_a_model_that_makes_no_numbers_is_refused(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     source = shutil.copytree(tiny_llama(), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")

@@ -82,6 +82,10 @@ def _check_shapes(model: Any, config: QuantizeConfig, say: Callable[[str], objec
     if config.method == "awq" and kind not in FOLDS:
         raise InvalidInput(f"method awq must know which module makes the inputs of each layer, and does not for model_type {kind!r}, only "
                            f"for {', '.join(FOLDS)}: use gptq", "method")
+    experts = next((name for name, weight in decoder_layers(model).named_parameters() if "experts" in name and weight.dim() == 3), None)
+    if experts is not None:
+        raise ModelError(f"model_type {kind!r} is a mixture of experts ({experts}), which cannot be quantized here yet: serve it as it is, "
+                         "or with quantization='fp8', which leaves the experts as they are", "model")
     shapes = {name: tuple(module.weight.shape) for name, module in linears_of(decoder_layers(model)[0]).items()}
     if not shapes:
         raise ModelError(f"the decoder layers of model_type {kind!r} have no linear layers: this model cannot be quantized", "model")
