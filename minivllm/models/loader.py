@@ -118,7 +118,7 @@ def load_model(spec: ModelSpec, folder: Path, load_format: str, build: BuildCont
 
 
 def _build_decoder(spec: ModelSpec, build: BuildContext, take: _Stored | DummyWeights, stream: WeightStream | None) -> Decoder:
-    model = Decoder(shard_spec(spec, build.group.size, build.group.rank), build, take, stream)
+    model = Decoder(shard_spec(spec, build.group.size), build, take, stream)
     assert not take.needed, f"parameters that no layer took: {list(take.needed)}"
     return model
 

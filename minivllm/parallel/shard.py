@@ -18,8 +18,8 @@ FIELD = "tensor_parallel_size"
 MOST_RANKS = 64  # that an error suggests
 
 
-def shard_spec(spec: ModelSpec, size: int, rank: int = 0) -> ModelSpec:
-    """The specification of one of `size` ranks. Ranks differ only in the slopes of ALiBi.
+def shard_spec(spec: ModelSpec, size: int) -> ModelSpec:
+    """The specification of one of `size` ranks.
 
     Raises `InvalidInput` naming what does not divide, and the sizes that do."""
     if size == 1:
@@ -29,14 +29,11 @@ def shard_spec(spec: ModelSpec, size: int, rank: int = 0) -> ModelSpec:
         sizes = ", ".join(str(n) for n in range(1, MOST_RANKS + 1) if _problem(spec, n) is None)
         raise InvalidInput(f"{FIELD} {size} does not fit this model: {problem}; use one of {sizes}", FIELD)
     layers = tuple(dataclasses.replace(
-        layer, mlp=_shard_mlp(layer.mlp, size), attention=_shard_attention(layer.attention, size, rank)) for layer in spec.layers)
+        layer, mlp=_shard_mlp(layer.mlp, size),
+        attention=dataclasses.replace(layer.attention, num_heads=layer.attention.num_heads // size,
+                                      num_kv_heads=max(1, layer.attention.num_kv_heads // size)),
+    ) for layer in spec.layers)
     return dataclasses.replace(spec, layers=layers, shards=size)
-
-
-def _shard_attention(a: AttentionSpec, size: int, rank: int) -> AttentionSpec:
-    heads = a.num_heads // size
-    alibi = None if a.alibi is None else a.alibi[rank * heads : (rank + 1) * heads]
-    return dataclasses.replace(a, num_heads=heads, num_kv_heads=max(1, a.num_kv_heads // size), alibi=alibi)
 
 
 def _shard_mlp(mlp: MLPSpec | MoESpec, size: int) -> MLPSpec | MoESpec:

@@ -45,11 +45,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed matrices": ("GPT2", {"n_embd": 64, "bos_token_id": 0, "eos_token_id": 1}),
     "experts": ("Qwen2Moe", {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                              "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
-    "one matrix of inputs by outputs": ("GPT2", IDS),
-    "one KV head among the queries' rows": ("Falcon", IDS),
     "two KV heads among the queries' rows": (
         "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 80, **IDS}),
-    "slopes of heads": ("Bloom", IDS),
+    "sinks, experts with biases": ("GptOss", {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3,
+                                              "sliding_window": 7, **IDS}),
     "sandwich norms": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7}),
 }
 
