@@ -102,7 +102,6 @@ GPT_NEOX = LLAMA.variant(
         "up": ("layers.{i}.mlp.dense_h_to_4h",),
         "down": ("layers.{i}.mlp.dense_4h_to_h",),
         "norm": ("final_layer_norm",),
-        "head": ("embed_out",),
     },
 )
 GPT_J = LLAMA.variant(

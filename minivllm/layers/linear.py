@@ -66,7 +66,8 @@ class Linear:
     def load(cls, build: BuildContext, take: Take, spec: LinearSpec, *, norm: Norm | None = None, activation: str | None = None) -> Linear:
         """The layer of `spec`, with its weight in the format of its method."""
         method = build.method(spec)
-        tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(spec.rows, spec.cols)}
+        rows = spec.rows if len(spec.checkpoint_names) == len(spec.rows) else (sum(spec.rows),)  # parts that are stored by themselves
+        tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(rows, spec.cols)}
         bias = take(f"{spec.name}.bias") if spec.bias else None
         adapters = None if build.adapters is None else build.adapters.layer(spec.name)
         order = None if spec.heads is None else torch.tensor(row_order(spec.heads), device=build.device)
@@ -75,7 +76,7 @@ class Linear:
             if method.rows_in_any_order:
                 tensors = {suffix: tensor[order] for suffix, tensor in tensors.items()}
         try:
-            matmul = method.build(tensors, spec.rows, build.ops)
+            matmul = method.build(tensors, rows, build.ops)
             if order is not None and not method.rows_in_any_order:
                 matmul = ReorderedMatmul(matmul, order)
         except ModelError as error:

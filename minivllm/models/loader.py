@@ -391,7 +391,7 @@ def _open(file: Path, shown: str, stack: ExitStack) -> list[StoredTensor]:
 def _without_prefix(name: str) -> str:
     while (prefix := next((p for p in PREFIXES if name.startswith(p)), None)) is not None:
         name = name[len(prefix) :]
-    return name
+    return f"lm_head.{name[len('embed_out.') :]}" if name.startswith("embed_out.") else name  # GPT-NeoX's name of the output head
 
 
 def _open_safetensors(file: Path, shown: str, stack: ExitStack) -> list[StoredTensor]:

@@ -13,7 +13,8 @@ from minivllm.quantization.base import LinearMethod, MethodOf
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.parts import PartsMethod
 
-PREFIXES = ("model.", "model.decoder.", "")  # in front of our name of a module ("lm_head" has none). Lists contain any of these names
+# In front of our name of a module ("lm_head" has none). Lists contain any of these names.
+PREFIXES = ("model.", "model.decoder.", "", "transformer.", "gpt_neox.", "language_model.model.", "model.language_model.")
 
 
 def by_name(choose: Callable[[str], LinearMethod]) -> MethodOf:
@@ -32,7 +33,7 @@ def full_names(name: str) -> tuple[str, ...]:
 
 def in_block(name: str) -> bool:
     """Whether a module belongs to a decoder layer. AWQ and GPTQ quantize only these, and the output head if asked to."""
-    return name.startswith("layers.")
+    return name.startswith(("layers.", "h."))
 
 
 def contains_any(name: str, parts: list[str]) -> bool:

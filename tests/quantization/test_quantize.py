@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from minivllm.cli.main import main
 from minivllm.errors import InvalidInput, ModelError
+from minivllm.families import parse_config
+from minivllm.quantization.methods import METHODS, method_of
 from minivllm.quantization.packing import unpack_awq, unpack_bits, unpack_gptq, unpack_gptq_zeros
 from minivllm.quantization.quantize import calibration
 from minivllm.quantization.quantize.awq import LLAMA, awq
@@ -25,7 +28,8 @@ from minivllm.quantization.quantize.groups import Grid, RoundedWeight, round_to_
 from minivllm.quantization.quantize.run import quantize
 from minivllm.quantization.quantize.settings import QuantizeConfig
 from minivllm.quantization.quantize.statistics import observed, output_error
-from tests.models.tiny import hf_logits, make_hf
+from tests.models.paged import Paged, make_build
+from tests.models.tiny import hf_logits, load, make_hf
 from tests.quantization import checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -276,6 +280,24 @@ def test_transformers_loads_what_it_has_packages_for(method: str, tiny_llama: Ca
     model.load_state_dict(dequantized(tmp_path / "out"))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert distance(logits(theirs), logits(model)) < (0.2 if method == "fp8" else 1e-3)
+
+
+@pytest.mark.parametrize(("family", "settings"), [
+    ("GPTNeoX", {}), ("Glm", {"num_key_value_heads": 2, "head_dim": 16}), ("Bloom", {}),
+    ("Gemma2", {"head_dim": 16, "num_key_value_heads": 2}),
+], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("method", ["rtn", "fp8"])
+def test_families_with_another_order_of_rows_have_the_logits_of_their_dequantized_weights(
+    method: str, family: str, settings: dict[str, Any], tmp_path: Path,
+) -> None:
+    hf = make_hf(family, **{"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **settings})
+    hf.save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out", method=method)
+    hf.load_state_dict(dequantized(tmp_path / "out"), strict=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    model = load(tmp_path / "out", parse_config(config, methods=METHODS), replace(make_build(), method=method_of(config)))
+    tokens = list(range(40, 60))
+    torch.testing.assert_close(Paged(model, 20).run((0, tokens)), hf_logits(hf, tokens), atol=2e-3, rtol=0.0)
 
 
 def test_large_outputs_are_split_into_files_with_an_index(

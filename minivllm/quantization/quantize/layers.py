@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of a causal language model's decoder layers."""
-    return model.get_decoder().layers
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    return decoder.h if layers is None else layers  # GPT-J, Falcon and BLOOM call them h
 
 
 def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
