@@ -67,6 +67,34 @@ async def _drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> i
     return 0 if answer.exception() else status_of(answer.result())
 
 
+async def unfinished_bodies(target: Target) -> str:
+    """300 bodies of 4 MB that lack their last bytes."""
+    head = target.head("/v1/completions", f"content-length: {4 * 10**6}")
+    bodies = await asyncio.gather(*(_unfinished(target, head) for _ in range(300)))
+    return f"300 bodies, refused with {tally(status for status in bodies if status)}"
+
+
+async def _unfinished(target: Target, head: bytes) -> int:
+    """The status of an answer that comes before the end of the body; 0: none came."""
+    reader, writer = await target.connect()
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        async with asyncio.timeout(target.hold):
+            writer.write(head + b" " * 3_900_000)
+            return status_of(await reader.read(64))
+    writer.transport.abort()
+    return 0
+
+
+async def pipelined(target: Target) -> str:
+    """Ten times 12,000 small requests in a row on one connection, without a key and without reading an answer."""
+    for _ in range(10):
+        _, writer = await target.connect()
+        writer.write(b"GET /health HTTP/1.1\r\n\r\n" * 12_000)
+        await asyncio.sleep(0.5)
+        writer.transport.abort()
+    return "10 connections, left after 0.5 s"
+
+
 async def many_children(target: Target) -> str:
     """As many children as are allowed, with long outputs, in several requests."""
     body = {"prompt": "x", "n": 128, "max_tokens": 900, "ignore_eos": True}
@@ -125,6 +153,8 @@ ATTACKS = (
     REFERENCE,
     Attack("trailers", "bytes of a request that are neither head nor body", trailers, expected=r"after \d{1,4} KiB"),
     Attack("silent connections", "seconds for a head; connections", silent_connections, expected=r"^(\d+) opened, \1 closed"),
+    Attack("unfinished bodies", "bytes of bodies that are being received", unfinished_bodies, expected="^300 bodies, refused with 429"),
+    Attack("pipelined", "requests of a connection that are parsed before the first is answered", pipelined),
     Attack("many children", "rows shared between keys", many_children),
     Attack("long tokenize", "characters of a text", long_tokenize),
     Attack("many messages", "messages, and characters in all fields", many_messages),
