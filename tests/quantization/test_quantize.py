@@ -290,7 +290,8 @@ def test_transformers_loads_what_it_has_packages_for(method: str, tiny_llama: Ca
 def test_families_with_another_order_of_rows_have_the_logits_of_their_dequantized_weights(
     method: str, family: str, settings: dict[str, Any], tmp_path: Path,
 ) -> None:
-    hf = make_hf(family, **{"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **settings})
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    hf = make_hf(family, **{**sizes, **settings})
     hf.save_pretrained(tmp_path / "in")
     run(tmp_path / "in", tmp_path / "out", method=method)
     hf.load_state_dict(dequantized(tmp_path / "out"), strict=False)
@@ -370,7 +371,7 @@ def test_what_does_not_fit_the_model_is_refused(
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     make_hf("Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24).save_pretrained(tmp_path / "source")
-    with pytest.raises(ModelError, match="is a mixture of experts .*gate_up_proj.*, which cannot be quantized here yet"):
+    with pytest.raises(ModelError, match=r"is a mixture of experts .*gate_up_proj.*, which cannot be quantized here yet"):
         run(tmp_path / "source", tmp_path / "out", method="rtn")
 
 
