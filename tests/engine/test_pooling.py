@@ -1,6 +1,7 @@
 """Embeddings: the pooled hidden states that Transformers computes, whatever the engine does meanwhile."""
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from minivllm import LLM, LoRARequest, PoolingParams, SamplingParams
+from minivllm import LLM, AsyncLLM, LoRARequest, PoolingParams, PoolingRequestOutput, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.core.trace import read, replay
 from minivllm.engine.pooling import PooledPrompt, default_pooling
 from minivllm.errors import InvalidInput, NotSupportedYet, RequestFailed
+from minivllm.kernels import tuning
 from tests.models.tiny import make_hf
 
 if TYPE_CHECKING:
@@ -47,6 +49,14 @@ class Reference:
 def prompts_of(lengths: tuple[int, ...], vocabulary: int = 320) -> list[list[int]]:
     rng = random.Random(0)
     return [[rng.randrange(2, vocabulary) for _ in range(n)] for n in lengths]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_of_both_kinds() -> Iterator[None]:
+    """Short steps in which the last layer computes all tokens, and longer ones in which it computes last tokens only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "MIN_SKIPPED_TOKENS", 6)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +278,17 @@ def test_an_adapter_changes_the_vector(tiny_llama: Callable[..., Path], tmp_path
     with engine(tiny_llama(), enable_lora=True, max_num_batched_tokens=8) as llm:
         check(llm, prompts, MEAN, with_adapter.mean, lora_request=LoRARequest("a", 1, str(tmp_path)))
         check(llm, prompts, MEAN, reference.mean)
+
+
+def test_async_llm_yields_one_vector(tiny_llama: Callable[..., Path], reference: Reference) -> None:
+    (prompt,) = prompts_of((30,))
+
+    async def main() -> list[PoolingRequestOutput]:
+        async with AsyncLLM(str(tiny_llama()), dtype="float32", device="cpu", num_gpu_blocks_override=100, max_num_batched_tokens=8) as llm:
+            return [output async for output in llm.encode({"prompt_token_ids": prompt}, MEAN)]
+
+    (output,) = asyncio.run(main())
+    torch.testing.assert_close(output.outputs.data, reference.mean(prompt), rtol=1e-4, atol=1e-4)
 
 
 def test_a_trace_with_embeddings_can_be_replayed(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

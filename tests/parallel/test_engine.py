@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from minivllm import LLM, InvalidInput, LoRARequest, SamplingParams
+from minivllm import LLM, InvalidInput, LoRARequest, PoolingParams, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.engine.compose import build_engine
 from minivllm.errors import EngineDead
@@ -40,6 +40,11 @@ def answers(llm: LLM, params: SamplingParams = GREEDY, lora: LoRARequest | None 
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False, lora_request=lora)
     llm.llm_engine.core.scheduler.check()
     return [tuple(child.token_ids) for output in outputs for child in output.outputs]
+
+
+def embeddings(llm: LLM) -> list[list[float]]:
+    params = [PoolingParams(pooling_type=kind) for kind in ("MEAN", "LAST", "LAST", "MEAN")]
+    return [output.outputs.embedding for output in llm.embed(PROMPTS, pooling_params=params, use_tqdm=False)]  # type: ignore[arg-type]
 
 
 def is_running(pid: int) -> bool:
@@ -68,10 +73,12 @@ def test_two_ranks_answer_as_one_until_a_rank_is_killed(tiny_llama: Callable[...
         return [answers(llm), answers(llm), answers(llm, lora=adapter), answers(llm, children), answers(llm, seeded), answers(llm, digits)]
 
     with LLM(str(folder), **settings) as one:
-        expected = everything(one)
+        expected, vectors = everything(one), embeddings(one)
     assert expected[0] != expected[2], "the adapter changes nothing"
     with LLM(str(folder), tensor_parallel_size=2, **settings) as llm:
         assert everything(llm) == expected
+        for vector, wanted in zip(embeddings(llm), vectors, strict=True):
+            assert vector == pytest.approx(wanted, abs=1e-5)
         stats, (pid,) = llm.llm_engine.stats(), pids_of(llm)
         assert stats.prefix_cache_hits > 0
         assert stats.num_preemptions > 0

@@ -164,6 +164,7 @@ class ScriptedEngine:
                 logprobs=None if wanted is None else tuple(self.logprobs(t, wanted) for t in token_ids),
                 finish_reason=None if left else ("stop" if token_ids and token_ids[-1] == EOS else "length"),
                 num_cached_tokens=4, prompt_logprobs=prompt_logprobs,
+                pooled=None if request.params.pooling is None else bytes(4 * 8),  # eight zeros
             )
             prompt_logprobs = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import numpy as np
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minivllm.core.plan import BlockCopy, RowAdmission, StepPlan
 from minivllm.kernels import tuning
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import PoolingParams, SamplingParams
 from minivllm.worker.batch import Packed, RowTable
 
 CPU = torch.device("cpu")
@@ -283,3 +283,28 @@ def test_prompt_logprobs_cover_each_needed_position_exactly_once_for_any_chunks(
         ]
         at += count
     assert told == list(range(max(owed_from, 1), min(at + 1, num_prompt)))
+
+
+@given(st.integers(1, LENGTH), st.sampled_from(["LAST", "MEAN"]), st.lists(st.integers(1, 9), min_size=1, max_size=20))
+def test_pooling_gets_each_position_once_or_the_last_one_and_no_graph_computes_it(num_prompt, kind, chunks):
+    table = RowTable(ROWS, 1, LENGTH, 4, CPU)
+    pooled, at, tokens = [], 0, list(range(100, 100 + num_prompt))
+    params = PoolingParams(pooling_type=kind).sampling()
+    for chunk in chunks:
+        count = min(chunk, num_prompt - at)
+        if not count:
+            break
+        admitted = () if at else (admission(6, [1, 2], [[1]]), replace(admission(3, tokens, [list(range(1, 13))]), params=params))
+        the_plan = plan([6, 3], [0, at], [2, count], admitted=admitted)
+        table.apply(the_plan)
+        packed = table.pack(the_plan)
+        spans = packed.columns.pool_spans
+        assert packed.columns.simple == (not spans)
+        for span in spans:
+            assert (span.request, span.every) == (1, kind == "MEAN")
+            positions = packed.batch.positions[span.begin:span.end].tolist()
+            assert packed.batch.tokens[span.begin:span.end].tolist() == [tokens[p] for p in positions]
+            assert positions[0] == span.first and span.end <= packed.columns.query_start[span.index + 1]
+            pooled += positions
+        at += count
+    assert pooled == (list(range(at)) if kind == "MEAN" else [num_prompt - 1] * (at == num_prompt))
