@@ -114,7 +114,7 @@ def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["llama, biases", "qwen3", "qwen2, alternating windows", "opt-125m's shape", "opt-350m's shape",
-                                  "galactica's shape"])
+                                  "galactica's shape", "qwen2-moe", "gpt-oss", "deepseek-v3, yarn"])
 @pytest.mark.parametrize("streamed", [(1, 2, 3, 4), (0, 2, 4), range(5), (3,)], ids=str)
 def test_every_family_computes_the_same(name: str, streamed: Sequence[int], tmp_path: Path) -> None:
     resident, stream = both(spec_of(name, tmp_path), streamed)
