@@ -22,6 +22,7 @@ from minivllm.errors import EngineDead
 from minivllm.kernels import Ops, select
 from minivllm.quantization.methods import METHODS
 from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.worker.device import check_ranks
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.ranks import LeadingWorker, Ranks
 from minivllm.worker.worker import Components
@@ -145,3 +146,12 @@ def test_a_wrong_number_of_ranks_is_refused_before_any_starts(tiny_llama: Callab
     with pytest.raises(InvalidInput, match=message) as error:
         build_engine(EngineConfig(model=str(tiny_llama()), **{**SETTINGS, **settings}))
     assert error.value.param == "tensor_parallel_size"
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_ranks(2, torch.device("cuda", 0))
+    with pytest.raises(InvalidInput, match="tensor_parallel_size is 4, and PyTorch sees 2 GPUs: lower it, or check CUDA_VISIBLE_DEVICES"):
+        check_ranks(4, torch.device("cuda", 0))
+    with pytest.raises(InvalidInput, match="tensor_parallel_size is 2, and PyTorch sees 2 GPUs from number 1 on"):
+        check_ranks(2, torch.device("cuda", 1))
