@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,12 @@ import torch
 from torch import Tensor
 
 from minivllm.families import MoESpec
+from minivllm.kernels import REFERENCE
 from minivllm.kernels.layout import ExpertWeights
 from minivllm.kernels.reference import moe as reference
+from tests.models.paged import Paged, make_build
+from tests.models.test_parity import MODELS
+from tests.models.tiny import hf_logits, load, make_hf
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLAMP = (1.702, 0.5)
@@ -118,3 +124,17 @@ def test_pairs_are_grouped_by_expert_in_their_order(tokens: int, top: int, num_e
     flat = ids.flatten().tolist()
     assert order.tolist() == sorted(range(len(flat)), key=lambda p: flat[p])
     assert starts.tolist() == [sum(e < expert for e in flat) for expert in range(num_experts + 1)]
+
+
+def test_gpt_oss_with_tritons_experts_and_sinks_has_the_logits_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from minivllm.kernels.triton import attention, moe
+
+    family, config = MODELS["gpt-oss"]
+    hf = make_hf(family, **config)
+    hf.save_pretrained(tmp_path)
+    ops = replace(REFERENCE, fused_experts=moe.fused_experts, prepare_attention=attention.prepare_attention,
+                  self_attention=attention.self_attention, store_kv=attention.store_kv)
+    paged, tokens = Paged(load(tmp_path, build=make_build(device=DEVICE, ops=ops)), 11), [(11 * i) % 97 for i in range(11)]
+    got = torch.cat([paged.run((0, tokens[:10])), paged.run((0, tokens[10:]))])
+    torch.testing.assert_close(got, hf_logits(hf, tokens), atol=1e-4, rtol=0.0)
