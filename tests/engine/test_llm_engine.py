@@ -208,16 +208,31 @@ async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
     return [output async for output in outputs][-1]
 
 
+class _GateThatCloses(threading.Event):
+    """It closes before the third step, so that the first tokens arrive alone."""
+
+    steps = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.steps += 1
+        if self.steps == 3:
+            self.clear()
+        return super().wait(timeout)
+
+
 def test_async_and_list_outputs_agree_under_truncation_and_past_the_limit(llm: LLM) -> None:
     params = greedy(max_tokens=5000, truncate_prompt_tokens=20, n=2)
     prompt = list(range(3, 60))
     expected_output, again = llm.generate([prompt, prompt], params, use_tqdm=False)
-    gate = threading.Event()
+    gate = _GateThatCloses()
     gate.set()
 
     async def main() -> None:
         async with _Async(ThreadClient.start_with(lambda: make_engine(FakeExecutor(gate=gate)))) as llm:
-            outputs = [output async for output in llm.generate(prompt, params)]
+            outputs = []
+            async for output in llm.generate(prompt, params):
+                outputs.append(output)
+                gate.set()
             assert all(output.prompt_token_ids == prompt[-20:] for output in outputs)
             assert [len(o.outputs[0].token_ids) for o in outputs] != [108] * len(outputs), "earlier outputs are not changed by later ones"
             last = outputs[-1]
