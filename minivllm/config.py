@@ -60,6 +60,10 @@ class EngineConfig:
         "where the sampling defaults come from; auto: the model's generation_config.json; vllm: no defaults of the model; or a folder")
     override_generation_config: dict[str, Any] | None = option(  # noqa: RUF009
         None, "entries that replace those of generation_config.json", metavar="JSON")
+    model_impl: str = option("auto",
+        "code that runs the model; minivllm: this engine's decoder; transformers: the modeling code of Transformers around this engine's "
+        "paged attention; auto: minivllm, and transformers for an architecture that it does not have; vllm: as minivllm",
+        choices=("auto", "minivllm", "transformers", "vllm"))
     load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
     quantization: str | None = option(None,
         f"format of the weights: {', '.join(QUANTIZATIONS)} (default: as the checkpoint says); fp8, int8 and bitsandbytes (nf4) also "

@@ -355,9 +355,9 @@ def models() -> str:
 
 A model is a folder in Hugging Face's layout, a hub id, or a GGUF file
 ([where the files come from](architecture.md#from-a-name-to-a-folder)). It runs if this page has the class that its config.json names under
-`architectures`. Quantized weights have their own page: [quantization](quantization.md). What fits a small card: [8 GB](8gb.md).
-`minivllm plan MODEL` answers that for any card, before a download. Another family is a row of a table:
-[adding a model family](adding_a_model.md).
+`architectures`; most other decoders of Transformers run too, [in its code](#other-decoders-of-transformers). Quantized weights have their
+own page: [quantization](quantization.md). What fits a small card: [8 GB](8gb.md). `minivllm plan MODEL` answers that for any card, before a
+download. Another family is a row of a table: [adding a model family](adding_a_model.md).
 
 ## Families
 
@@ -371,10 +371,35 @@ x + norm(f(norm(x))); parallel, x + attention(norm(x)) + mlp(norm(x)).
 Rotary scaling: `linear`, `dynamic`, `llama3`, `yarn`, `longrope`. Anything else that would change the logits is an error that names its key
 in config.json.
 
+## Other decoders of Transformers
+
+A class that is not in the table runs in Transformers' own modeling code around this engine's paged attention, which it calls through
+Transformers' `AttentionInterface`. A start prints one line about it. `--model-impl transformers` chooses that code for a class of the table
+too, and `--model-impl minivllm` refuses it. Continuous batching, chunked prefill, the prefix cache, every way of sampling, n-gram
+speculation, a quantized KV cache and the server work. Steps are slower: nothing is fused, and there are no CUDA graphs.
+
+`tests/models/test_transformers_model.py` compares the logits of these classes with Transformers' eager attention, in chunks, token by token
+and in mixed batches:
+
+""", ", ".join(code(f"{name}ForCausalLM") for name in foreign_tested()) + ".", """
+Before weights are loaded, a class that cannot run is refused with the reason: encoder-decoders; models with images or audio; state-space,
+linear-attention and convolution layers; attention that is sparse, not causal, local in chunks, has sinks, or does not go through the
+interface. A small random model of the same class, with two sequences in one row, is compared with Transformers' own attention, which finds
+code that mixes tokens in other places. With these models, quantized weights, LoRA, tensor parallelism, `cpu_offload_gb`, and drafts of a
+model or a head are refused. Weights must be safetensors files. Code in a checkpoint is never run.
+
 ## Sizes of some models
 
 Weights and keys are counted in 16 bits. A model whose files need an account on the hub runs as well.
 """, table(("model", "class", "parameters", "weights, GiB", "KV cache per token, KiB", "context, tokens"), sizes)])
+
+
+def foreign_tested() -> list[str]:
+    """Families that are compared in Transformers' code and have no row in the table."""
+    tree = ast.parse((PARITY.parent / "test_transformers_model.py").read_text(encoding="utf-8"))
+    models = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MODELS")
+    assert isinstance(models, ast.Dict)
+    return sorted(name for key in models.keys if f"{(name := key.value)}ForCausalLM" not in FAMILIES)
 
 
 def tested_variants() -> dict[str, list[str]]:

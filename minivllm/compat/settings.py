@@ -95,7 +95,6 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("another format of config.json", config_format=("auto", "hf"), hf_config_path=None),
     *_refused("tasks other than text generation and embeddings", task=("auto", "generate", "embed", "embedding"),
               runner=("auto", "generate", "pooling"), convert=("auto", "none", "embed")),
-    *_refused("another implementation of a model", model_impl=("auto", "vllm")),
     *_refused("another tokenizer", tokenizer_mode=("auto", "slow", "hf")),
     *_inert("model code of a checkpoint is never run; a model that needs it is refused by its architecture",
             trust_remote_code=False, code_revision=None),

@@ -30,6 +30,7 @@ from minivllm.families.config_json import token_ids
 from minivllm.kernels.tuning import SHARED_TOKENS
 from minivllm.models.decoder import Decoder
 from minivllm.models.hub import ModelFiles, find_model
+from minivllm.models.transformers_model import read_spec
 from minivllm.parallel.group import SINGLE
 from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.methods import METHODS, method_of
@@ -51,8 +52,8 @@ _DEFAULTS = {
 
 def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONENTS) -> EngineCore:
     """Find the model, load it, size the KV cache, and connect all parts."""
-    def read_spec(model_config: Mapping[str, Any]) -> ModelSpec:
-        spec = _with_length(parse_config(model_config, methods=components.methods), config.max_model_len)
+    def checked_spec(model_config: Mapping[str, Any]) -> ModelSpec:
+        spec = _with_length(read_spec(config, model_config, components.methods), config.max_model_len)
         device = choose_device(config.device)
         check_ranks(config.tensor_parallel_size, device)
         shard_spec(spec, config.tensor_parallel_size)  # raises if so many ranks cannot share it
@@ -63,8 +64,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
 
     better = BetterModels(config)
 
-    files = find_model(config, read_spec)
-    spec = read_spec(files.config)
+    files = find_model(config, checked_spec)
+    spec = checked_spec(files.config)
     ranks = Ranks(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
     try:
         draft = None if components.proposer is not None else find_draft(config, spec, files.folder, files.tokenizer_folder)
@@ -111,6 +112,7 @@ def load_target(config: EngineConfig) -> tuple[ModelFiles, Decoder, Tokenizer, t
     assert files.tokenizer_folder is not None
     tokenizer = Tokenizer(files.tokenizer_folder)
     loaded = LoadedModel(config, spec, files.folder, method=method_of(files.config, wanted=config.quantization))
+    assert isinstance(loaded.model, Decoder)
     return files, loaded.model, tokenizer, _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
 
 

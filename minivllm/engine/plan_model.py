@@ -16,9 +16,10 @@ import torch
 
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
-from minivllm.families import ModelSpec, linear_specs, parse_config
+from minivllm.families import ModelSpec, linear_specs
 from minivllm.kernels import tuning
 from minivllm.lora.layout import AdapterLayout
+from minivllm.models.transformers_model import read_spec
 from minivllm.parallel.shard import shard_spec
 from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, smallest_change
 from minivllm.planning.gpus import GPU, card_here
@@ -109,7 +110,7 @@ class _Planner:
     def __init__(self, config: EngineConfig, model_config: Mapping[str, Any], gpu: GPU | None, methods: Methods = METHODS) -> None:
         self.config, self.model_config, self.gpu, self.methods = config, model_config, gpu, methods
         self.num_ranks = config.tensor_parallel_size
-        self.spec = shard_spec(parse_config(model_config, methods=methods), self.num_ranks)  # the plan is for one GPU of several
+        self.spec = shard_spec(read_spec(config, model_config, methods), self.num_ranks)  # the plan is for one GPU of several
         self.dtype = self._dtype()
         self.draft = describe_draft(config, self.spec)
         if config.max_model_len is not None and config.max_model_len > self.spec.max_model_len:
@@ -194,7 +195,7 @@ class _Planner:
             "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
                               Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked)
             + DraftProbabilities.peak_bytes(config.max_num_seqs, sampled, spec.vocab_size),
-            "graphs": 0 if config.enforce_eager or any(group.latent for group in layout.groups) else
+            "graphs": 0 if config.enforce_eager or spec.parameters or any(group.latent for group in layout.groups) else
             graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),
             "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size, sampled),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),

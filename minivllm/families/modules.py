@@ -87,7 +87,7 @@ def embedding_spec(spec: ModelSpec) -> LinearSpec:
 
 def linear_specs(spec: ModelSpec) -> dict[str, LinearSpec]:
     """Every linear layer, by our name. A tied output head is not among them: its weight is the embedding table."""
-    return {linear.name: linear for linear in _linears(spec)}
+    return {} if spec.parameters else {linear.name: linear for linear in _linears(spec)}
 
 
 def expert_specs(spec: ModelSpec) -> dict[str, ExpertsSpec]:

@@ -227,6 +227,7 @@ class ModelSpec:
     logit_softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     extra_layers: int = 0  # in checkpoints, behind the layers: they predict further tokens, and are not used
     transposed: bool = False  # checkpoints store the layers' plain matrices as [inputs, outputs] (GPT-2)
+    parameters: int = 0  # number of weights of a model that other code runs, whose layers do not describe them
     shards: int = 1  # tensor-parallel ranks; heads and widths of the layers are those of one of them
 
     def __post_init__(self) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minivllm.families import ModelSpec, MoESpec, RopeSpec, expert_specs, kv_groups, linear_specs
+from minivllm.families import KVGroup, ModelSpec, MoESpec, RopeSpec, expert_specs, kv_groups, linear_specs
 from minivllm.families.modules import NORMS
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.attention import Attention, LastTokens, StepContext
@@ -27,6 +28,22 @@ from minivllm.layers.moe import MoE
 from minivllm.layers.norm import Norm, load_norm
 from minivllm.layers.rope import RotaryEmbedding
 from minivllm.models.streaming import DecoderLayer, StreamedLayer, WeightStream
+
+
+class LanguageModel(Protocol):
+    """What a worker runs: `Decoder`, or `TransformersModel`."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def build(self) -> BuildContext: ...
+    @property
+    def groups(self) -> tuple[KVGroup, ...]: ...
+    def without_repetition(self) -> LanguageModel: ...
+    def forward(self, batch: InputBatch, kv: Sequence[KVLayer], block_size: int) -> Tensor: ...
+    def final_hidden(self, hidden: Tensor) -> Tensor: ...
+    def settle(self) -> None: ...
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor: ...
 
 
 class PreNormLayer:

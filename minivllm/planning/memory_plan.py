@@ -25,7 +25,7 @@ KINDS: Mapping[str, str] = {  # of our modules, by the last part of their names;
     **dict.fromkeys(("q", "q_a", "q_b", "kv_a", "kv_b", "sinks"), "attention"),
     "head": "output head", "project_in": "projections", "project_out": "projections",
     "experts_gate_up": "experts", "experts_down": "experts", "router": "experts", "shared_gate_up": "experts", "shared_down": "experts",
-    "shared_gate": "experts",
+    "shared_gate": "experts", "parameters": "weights",
 }
 
 

@@ -184,6 +184,9 @@ class ResidentWeight(NamedTuple):
 
 def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> Iterator[ResidentWeight]:
     """The weights of the loaded model, each module by type."""
+    if spec.parameters:
+        yield ResidentWeight("parameters", "", spec.parameters * itemsize)
+        return
     for tensor in tensor_specs(spec).values():
         num_bytes = math.prod(tensor.shape) * (itemsize if tensor.dtype is None else DTYPE_BYTES[tensor.dtype])
         yield ResidentWeight(tensor.name.rpartition(".")[0], "", num_bytes)

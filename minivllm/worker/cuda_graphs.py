@@ -39,7 +39,7 @@ from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.reference.drafts import PlannedStep
 from minivllm.kernels.upload import StaticColumns
-from minivllm.models.decoder import Decoder
+from minivllm.models.decoder import LanguageModel
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS, Sampler
 from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.drafts import DraftRunner
@@ -131,7 +131,7 @@ class Inputs(NamedTuple):
 class Graph:
     """One shape: its static inputs, the recorded step, its static outputs."""
 
-    def __init__(self, shape: GraphShape, model: Decoder, kv: KVCache, table: RowTable, pool: Any,
+    def __init__(self, shape: GraphShape, model: LanguageModel, kv: KVCache, table: RowTable, pool: Any,
                  drafts: DraftRunner | None = None) -> None:
         """drafts: also verify drafts and propose new ones."""
         self._model, self._kv, self._table, self.shape, self._drafts = model, kv, table, shape, drafts
@@ -328,7 +328,7 @@ class VerifiedStep:
 class StepGraphs:
     """All graphs of a runner, captured largest first so that they share memory."""
 
-    def __init__(self, model: Decoder, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int,
+    def __init__(self, model: LanguageModel, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int,
                  query_widths: Sequence[int] = (1,), drafts: DraftRunner | None = None) -> None:
         """query_widths: tokens per captured decode, which is 1 plus its number of drafts. drafts: of a worker with a proposer."""
         self._widths, self._table = sorted(query_widths), table

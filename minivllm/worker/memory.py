@@ -30,7 +30,7 @@ from minivllm.errors import InvalidInput, NotEnoughMemory
 from minivllm.families import linear_specs
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
-from minivllm.models.decoder import Decoder
+from minivllm.models.decoder import LanguageModel
 from minivllm.quantization.dense import DENSE
 from minivllm.sampling.rejection import DraftProbabilities
 from minivllm.sampling.sampler import Sampler
@@ -181,7 +181,7 @@ def available_host_memory() -> int:
 
 
 def cuda_budget(
-    request: CacheSettings, layout: KVLayout, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, graph_bytes: int = 0,
+    request: CacheSettings, layout: KVLayout, model: LanguageModel, max_num_seqs: int, max_num_batched_tokens: int, graph_bytes: int = 0,
     sampled_drafts: int = 0,
 ) -> MemoryBudget:
     """GPU memory for the cache, with the weights loaded already; measures the peak of one step.
@@ -217,7 +217,7 @@ def row_bytes(layout: KVLayout, max_num_seqs: int, max_model_len: int, vocab_siz
 
 @torch.inference_mode()
 def _peak_of_one_step(
-    limit: int, layout: KVLayout, model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, *, graphs: bool,
+    limit: int, layout: KVLayout, model: LanguageModel, max_num_seqs: int, max_num_batched_tokens: int, *, graphs: bool,
 ) -> int:
     """Bytes that the largest steps allocate beyond the weights. All their blocks are the null block of a one-block cache.
 
@@ -247,7 +247,7 @@ def _peak_of_one_step(
 
 
 def compiled_batches(
-    limit: int, layout: KVLayout, model: Decoder, max_num_seqs: int, prompt: list[int], *, graphs: bool,
+    limit: int, layout: KVLayout, model: LanguageModel, max_num_seqs: int, prompt: list[int], *, graphs: bool,
 ) -> Iterator[InputBatch]:
     """Batches that together use every kernel of a model. prompt: lengths of the largest prompts; the rest as `_peak_of_one_step`."""
     device = model.build.device
@@ -264,7 +264,7 @@ def compiled_batches(
             yield _dummy_batch([tokens], [tokens], layout, device)
 
 
-def _dry_step(model: Decoder, kv: Sequence[KVLayer], batch: InputBatch, block_size: int) -> None:
+def _dry_step(model: LanguageModel, kv: Sequence[KVLayer], batch: InputBatch, block_size: int) -> None:
     """Compile the kernels of a step without running them. Its results are undefined and never read."""
     if model.build.adapters is not None:  # a step without LoRA adapters has other kernels
         model.forward(_with_adapters(batch), kv, block_size)
@@ -300,7 +300,7 @@ def _dummy_batch(query_lens: list[int], seq_lens: list[int], layout: KVLayout, d
         query_lens_host=tuple(query_lens), seq_lens_host=tuple(seq_lens))
 
 
-def _dummy_sampling(model: Decoder, hidden: Tensor) -> None:
+def _dummy_sampling(model: LanguageModel, hidden: Tensor) -> None:
     """The largest sampling call: MAX_LOGITS_ROWS rows with every filter."""
     logits = model.logits(hidden[torch.arange(MAX_LOGITS_ROWS, device=hidden.device) % len(hidden)], dtype=None)
     sampler = Sampler(1, logits.shape[-1], hidden.device, ops=model.build.ops)

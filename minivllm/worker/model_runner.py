@@ -26,7 +26,7 @@ from torch import Tensor
 from minivllm.core.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
 from minivllm.kernels import tuning
 from minivllm.kernels.upload import upload
-from minivllm.models.decoder import Decoder
+from minivllm.models.decoder import LanguageModel
 from minivllm.sampling.logits_processors import TokenMasks
 from minivllm.sampling.rejection import DraftProbabilities, rows_kept
 from minivllm.sampling.sampler import LogprobColumns, Sampler, parts_of
@@ -175,7 +175,7 @@ def _to_host(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event 
 class ModelRunner:
     """One model, its KV cache, and the rows of the running sequences."""
 
-    def __init__(self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
+    def __init__(self, model: LanguageModel, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
                  graph_tokens: int = 0, query_widths: Sequence[int] = (1,), proposer: DeviceProposer | None = None,
                  keep_probs: bool = False, most_speculative_seqs: int = tuning.MAX_DRAFT_PROBS_ROWS) -> None:
         """proposer: of drafts. keep_probs: it samples its drafts, so keep their distributions.

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +29,11 @@ from minivllm.layers.build import BuildContext
 from minivllm.lora.adapter import read_adapter
 from minivllm.lora.layout import AdapterLayout
 from minivllm.lora.slots import AdapterStore, PackedAdapter
-from minivllm.models.decoder import Decoder
+from minivllm.models.decoder import LanguageModel
 from minivllm.models.hub import find_adapter
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
+from minivllm.models.transformers_model import ForeignSpec, load_transformers
 from minivllm.parallel.group import SINGLE, ParallelGroup
 from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.kv_cache import KVFormat, kv_format
@@ -69,7 +71,7 @@ class Components:
     methods: Methods = field(default_factory=lambda: METHODS)  # linear methods by the name in a checkpoint's quantization_config
     kv_format: KVFormat | None = None  # how keys and values are stored; None: as kv_cache_dtype says
     ops: Callable[[torch.device], Ops] = select  # kernels of a device
-    proposer: Callable[[Decoder], DeviceProposer] | None = None  # of drafts; None: as speculative_config says
+    proposer: Callable[[Any], DeviceProposer] | None = None  # of drafts; None: as speculative_config says
 
 
 DEFAULT_COMPONENTS = Components()
@@ -105,8 +107,13 @@ class LoadedModel:
         self._weight_bytes += 0 if draft is None else draft.weight_bytes(self.dtype.itemsize, self.device.type == "cuda")
         with enough_memory(f"the weights of {self._weight_bytes / GIB:.2f} GiB", "model", "use a smaller model, or a dtype of fewer bytes"):
             stream = WeightStream(offload.layers, self.device) if offload.layers else None
-            self.model = load_model(spec, folder, config.load_format, build, config.seed, stream)
-            self.proposer = load_draft(draft, self.model) if draft is not None else None
+            self.model: LanguageModel
+            self.proposer: DeviceProposer | None = None
+            if isinstance(spec, ForeignSpec):
+                self.model = load_transformers(spec, folder, config.load_format, build, config.seed)
+            else:
+                self.model = target = load_model(spec, folder, config.load_format, build, config.seed, stream)
+                self.proposer = load_draft(draft, target) if draft is not None else None
             if config.speculation is not None and config.speculation.method == "ngram" and self.device.type == "cuda":
                 self.proposer = NgramLookup(config.speculation, build.ops)
             if components.proposer is not None:
@@ -122,7 +129,8 @@ class LoadedModel:
 
     @property
     def _captures_graphs(self) -> bool:
-        return self.device.type == "cuda" and not self.config.enforce_eager and not any(group.latent for group in self.layout.groups)
+        eager = self.spec.parameters or any(group.latent for group in self.layout.groups)
+        return self.device.type == "cuda" and not self.config.enforce_eager and not eager
 
     def available_memory(self) -> MemoryBudget:
         """What this rank's KV cache may take. On a GPU this runs the largest steps."""
