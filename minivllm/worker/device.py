@@ -19,7 +19,7 @@ def choose_device(wanted: str) -> torch.device:
 
 def check_ranks(size: int, device: torch.device) -> None:
     """Raise `InvalidInput` if there are fewer GPUs than tensor-parallel ranks. Rank i has the i-th GPU from `device` on."""
-    if device.type == "cuda" and (device.index or 0) + size > (count := torch.cuda.device_count()):
+    if size > 1 and device.type == "cuda" and (device.index or 0) + size > (count := torch.cuda.device_count()):
         after = f" from number {device.index} on" if device.index else ""
         raise InvalidInput(f"tensor_parallel_size is {size}, and PyTorch sees {count} GPU{'s' * (count != 1)}{after}: lower it, or check "
                            "CUDA_VISIBLE_DEVICES and nvidia-smi", "tensor_parallel_size")

@@ -63,6 +63,8 @@ def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.F
     argument, value = one_of(f)
     if f.name == "root_path":
         argument, value = ["/llm"], "/llm"
+    if f.name == "pooler_config":
+        argument, value = ['{"normalize": false}'], {"normalize": False}
     if f.name == "max_body_size":
         argument, value = ["7777"], 7777
     # Some flags need another one.

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -119,9 +119,9 @@ def interrupted(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def broken_elsewhere(device: torch.device) -> Ops:
-    """The kernels of rank 0. Other ranks, whose program is no file, have none."""
-    if sys.argv[0] == "-c":
+def broken_elsewhere(process: int, device: torch.device) -> Ops:
+    """The kernels of rank 0, which is this process. Other ranks have none."""
+    if os.getpid() != process:
         raise RuntimeError("no kernels here")
     return select(device)
 
@@ -131,7 +131,7 @@ def test_a_rank_that_fails_while_it_loads_is_named(tiny_llama: Callable[..., Pat
     monkeypatch.setattr("minivllm.engine.compose.Ranks", lambda size: started.append(Ranks(size)) or started[0])
     with pytest.raises(EngineDead, match=r"^tensor-parallel rank 1 of 2 failed: RuntimeError: no kernels here$"):
         build_engine(EngineConfig(model=str(tiny_llama()), tensor_parallel_size=2, **SETTINGS),
-                     Components(methods=dict(METHODS), ops=broken_elsewhere))
+                     Components(methods=dict(METHODS), ops=partial(broken_elsewhere, os.getpid())))
     assert not any(map(is_running, started[0].pids))
     assert "minivllm-ranks" not in {thread.name for thread in threading.enumerate()}
 
