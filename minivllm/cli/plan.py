@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("model", "revision", "hf_overrides", "dtype", "kv_cache_dtype", "max_model_len", "block_size", "gpu_memory_utilization",
           "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "cpu_offload_gb",
-          "enable_lora", "max_loras", "max_lora_rank", "tensor_parallel_size")
+          "enable_lora", "max_loras", "max_lora_rank", "tensor_parallel_size", "model_impl")
 GIB = 1 << 30
 
 
@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
     from minivllm.engine.plan_model import check_settings, plan_model
     from minivllm.models.hub import describe_model
     from minivllm.models.loader import check_header
+    from minivllm.models.transformers_model import ForeignSpec, read_spec
+    from minivllm.quantization.methods import METHODS
 
     gpu = _gpu(args)
     config = build(EngineConfig, given(args, EngineConfig))
     found = describe_model(config, check_settings(config))
-    if found.tensors:
+    if found.tensors and not isinstance(read_spec(config, found.config, METHODS), ForeignSpec):  # Transformers knows the others' names
         check_header(found.config, found.tensors, found.name)
     plan = plan_model(config, found.config, gpu, args.what_if)
     if args.json:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from minivllm.config import EngineConfig
-from minivllm.errors import InvalidInput
+from minivllm.errors import InvalidInput, NotSupportedYet
 from minivllm.families import ModelSpec, linear_specs
 from minivllm.kernels import tuning
 from minivllm.lora.layout import AdapterLayout
@@ -77,9 +77,14 @@ def plan_model(config: EngineConfig, model_config: Mapping[str, Any], gpu: GPU |
         raise InvalidInput(f"quantization is {quantization!r}, but the checkpoint is stored as {stored!r}: leave quantization out, or plan "
                            "the unquantized checkpoint", "quantization")
     planner = _Planner(config, model_config, gpu, methods)
+    if planner.spec.parameters and quantization is not None:
+        raise NotSupportedYet(f"quantization {quantization!r}: {planner.spec.architecture} runs in Transformers' code, unquantized only: "
+                              "leave it out", "quantization")
     found = planner.evaluate([] if quantization is None else [Change("", quantization=quantization)])
     change = () if found.fits else planner.smallest_change(found, quantization)
     notes = [] if quantization is None else [f"what if: weights stored as {quantization}, as its usual tools store them"]
+    if planner.spec.parameters:
+        notes.append(f"{planner.spec.architecture} runs in Transformers' code: no CUDA graphs, and its times are not predicted")
     if config.tensor_parallel_size > 1:
         notes.append("the figures are those of one rank; predicted times are without the exchange between ranks")
     return ModelPlan(memory=found, roofline=planner.roofline(quantization), change=change, notes=tuple(notes))
@@ -230,8 +235,8 @@ class _Planner:
         return smallest_change(lambda changes: self.evaluate([*given, *changes]), keeping, smaller, offload=gpu is not None)
 
     def roofline(self, quantization: str | None) -> Roofline | None:
-        """Predictions for the model as it is, if the card's data sheet is known."""
-        if self.gpu is None or self.gpu.bandwidth is None or self.gpu.tflops is None:
+        """Predictions for the model as it is, if the card's data sheet and the model's layers are known."""
+        if self.spec.parameters or self.gpu is None or self.gpu.bandwidth is None or self.gpu.tflops is None:
             return None
         layout = KVLayout.of(self.spec, self.config.block_size, self.dtype, kv_format(self.config.kv_cache_dtype))
         stored = (self.model_config.get("quantization_config") or {}).get("quant_method")

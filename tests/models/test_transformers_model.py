@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minivllm import LLM, SamplingParams
+from minivllm.cli.main import main
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.families import FAMILIES
@@ -162,6 +163,18 @@ def test_engine(tmp_path: Path) -> None:
             outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
             assert [list(o.outputs[0].token_ids) for o in outputs] == expected
         assert all(o.num_cached_tokens for o in outputs)
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = make("Ministral", MODELS["Ministral"], tmp_path)
+    for gpu in ("cpu", "l4"):
+        assert main(["plan", str(tmp_path), "--gpu", gpu, "--dtype", "float32", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["weight_bytes"] == 4 * sum(p.numel() for p in theirs.parameters())
+        assert found["fits"] and "MinistralForCausalLM runs in Transformers' code" in found["notes"][0] and "tpot_ms" not in found
+    assert main(["plan", str(tmp_path), "--gpu", "l4"]) == 0
+    assert main(["plan", str(tmp_path), "--gpu", "l4", "--quantization", "awq"]) != 0
+    assert "MinistralForCausalLM runs in Transformers' code, unquantized only" in capsys.readouterr().err
 
 
 def test_dummy_weights_and_missing_weights(tmp_path: Path) -> None:
