@@ -1,4 +1,5 @@
 """Checks of lesson 1, for `minivllm course check 01`. A failed assert is the explanation that the learner reads."""
+import math
 import time
 
 import torch
@@ -59,10 +60,12 @@ def task_4_a_faster_cache(lesson):
     tokens, shape = 3000, lesson.Shape(layers=1)
     dice = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, tokens, 1, shape.kv_heads, shape.head_dim, generator=dice)
-    yours, (k, v) = _seconds(lesson.Cache(shape), keys, values)
+    yours, simple, (k, v) = math.inf, math.inf, _seconds(lesson.Cache(shape), keys, values)[1]
     assert torch.equal(k, keys.flatten(0, 1)) and torch.equal(v, values.flatten(0, 1)), (
         "after one `extend` per token, it must return the keys and values of all tokens, oldest first, and no unused slots")
-    simple, _ = _seconds(_CopyingCache(), keys, values)
+    for _ in range(4):  # in turns, and the best counts: the first run after a start, or beside another program, is slower
+        simple = min(simple, _seconds(_CopyingCache(), keys, values)[0])
+        yours = min(yours, _seconds(lesson.Cache(shape), keys, values)[0])
     return f"{yours / tokens * 1e6:.2f} us per token over {tokens} tokens; a cache that copies everything: {simple / tokens * 1e6:.2f} us"
 
 

@@ -1,4 +1,5 @@
 """Checks of lesson 2, for `minivllm course check 02`. A failed assert is the explanation that the learner reads."""
+import math
 import time
 
 
@@ -60,10 +61,13 @@ def task_4_a_fast_free_list(lesson):
     memory.tables["a"], memory.lengths["a"] = first, 300
     memory.release("a")
     memory.tables["b"], memory.lengths["b"] = [], 0
-    start = time.perf_counter()
-    for _ in range(300):
-        assert memory.try_grow("b"), "a released block must be allocated again"
-    return f"{(time.perf_counter() - start) / 300 * 1e6:.2f} us to grow by one block, with 2,000,000 blocks in the free list"
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(60):
+            assert memory.try_grow("b"), "a released block must be allocated again"
+        best = min(best, time.perf_counter() - start)
+    return f"{best / 60 * 1e6:.2f} us to grow by one block, with 2,000,000 blocks in the free list"
 
 
 def _with_sequence(lesson, tokens, table, free):

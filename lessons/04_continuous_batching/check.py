@@ -26,11 +26,34 @@ def task_2_a_step(lesson):
     assert rows[1:] != [["b"], ["b", "c"], ["c"]], "a's row stays empty for one step: admit requests BEFORE the step is computed"
     assert rows == [["a", "b"], ["b", "c"], ["b", "c"]], f"expected a and b, then twice b and c: got {rows}"
     first = lesson.STEP_MS + lesson.TOKEN_MS * 30
+    assert a.times[0] > 0, (
+        f"a's first token has the time at which the step ENDS, {first:.3f} ms; yours has {a.times[0]:.3f}: advance the clock before you "
+        "write `times`")
     assert abs(a.times[0] - lesson.STEP_MS) > 1e-9, "the time of the step does not depend on its tokens: add TOKEN_MS for each of them"
     assert abs(a.times[0] - lesson.STEP_MS - 2 * lesson.TOKEN_MS) > 1e-9, "a first step computes all tokens of the prompt, not one per row"
-    assert abs(a.times[0] - first) < 1e-9, f"the first step computes two prompts of 10 and 20 tokens: {first:.3f} ms, got {a.times[0]:.3f}"
+    assert abs(a.times[0] - first) < 1e-9, (
+        f"the first step computes two prompts of 10 and 20 tokens, so a's first token has the time {first:.3f} ms: yours has "
+        f"{a.times[0]:.3f}")
     assert abs(steps[1].end - steps[1].start - lesson.STEP_MS - lesson.TOKEN_MS * 31) < 1e-9, (
         "the second step computes c's prompt (30 tokens) and one token of b. Ask for `tokens_to_compute` before the token is appended")
+
+
+def task_2_a_batch_that_stays_together(lesson):
+    class Ending(lesson.StaticBatching):
+        """Ends the batch after a surplus token, which would make it endless."""
+
+        def leaving(self, running):
+            return list(running) if any(len(request.times) > request.output for request in running) else super().leaving(running)
+
+    a, b = _request(lesson, "a", 1, 0), _request(lesson, "b", 3, 0)
+    steps = lesson.serve(Ending(), [a, b], 2)
+    for request in (a, b):
+        assert len(request.times) == request.output, (
+            f"with StaticBatching, {request.name} got {len(request.times)} tokens and needs {request.output}: "
+            "a finished request that keeps its row gets no more tokens")
+    assert len(steps) == 3, (
+        f"with StaticBatching, outputs of 1 and 3 tokens took {len(steps)} steps instead of 3: both leave after step 3. Do not remove from "
+        "`running` while you iterate over it: `leaving` may return that same list")
 
 
 def task_2_time_passes_without_work(lesson):
@@ -73,7 +96,8 @@ def task_4_a_better_order(lesson):
         lesson.pick = order
     assert all(len(request.times) == true_output[request.name] for request in requests), "every request must get all of its tokens"
     waits = sorted(request.times[0] - request.arrival for request in requests)
-    return f"time to first token: mean {sum(waits) / len(waits):.0f} ms, longest {waits[-1]:.0f} ms"
+    return (f"time to first token: mean {sum(waits) / len(waits):.0f} ms, longest {waits[-1]:.0f} ms "
+            "(120 requests, 200 per second, 8 rows: more load than in the README's table)")
 
 
 def _request(lesson, name, output, made, prompt=5):

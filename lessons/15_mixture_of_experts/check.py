@@ -13,6 +13,7 @@ def right_weights(x, router, top_k):
 def task_1_the_router(lesson):
     x, router, _ = lesson.example(40)
     ids, weights = lesson.route(x, router, 3)
+    assert not ids.is_floating_point(), "`route` returns (experts, weights), in this order: the first one has fractions"
     assert ids.shape == weights.shape == (40, 3), f"each of 40 tokens has 3 experts: the shapes are [40, 3], got {list(ids.shape)}"
     right_ids, right = right_weights(x, router, 3)
     assert not torch.equal(ids, (-x @ router.T).topk(3).indices), "these are the experts with the SMALLEST scores"
@@ -33,6 +34,7 @@ def task_2_groups(lesson):
     order, begins = order.tolist(), begins.tolist()
     assert sorted(order) == list(range(8)), f"the order has each of the 8 assignments once, got {order}"
     experts = [ids.flatten()[a].item() for a in order]
+    assert experts != sorted(experts, reverse=True), f"the experts must be in ascending order, 0 first: got {experts}"
     assert experts == sorted(experts), f"sorted by expert the assignments belong to {experts}: each expert's must be next to each other"
     assert len(begins) == 6, f"5 experts have 5 beginnings, and the end is the sixth entry: got {len(begins)}. An expert may have none"
     assert begins[0] == 0, f"the first group begins at 0, got {begins}: `cumsum` alone gives the ENDS"

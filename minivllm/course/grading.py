@@ -1,11 +1,13 @@
 """Runs a lesson's `check.py` against a learner's file.
 
 `check.py` has functions `task_N_...(lesson)`, which get the learner's file as a module. A failed `assert` is the explanation that the
-learner reads. A function may return text: the figure of an open task. The checks run in a separate process, with one thread and a
-time limit for each task, because a learner's file may loop, print, exit or crash.
+learner reads. A function may return text: the figure of an open task, the last one, which runs only if all others pass. The same
+check then runs on the lesson's own code, to compare. The checks run in a separate process, with one thread and a time limit for each
+task, because a learner's file may loop, print, exit or crash.
 """
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -16,7 +18,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -32,7 +34,10 @@ class Outcome:
 
 
 def run_checks(checks: Path, answer: Path, tasks: list[int], seconds: float) -> list[Outcome]:
-    """One outcome per task, from another process. `seconds` is the limit of one task."""
+    """One outcome per task, from another process; a single one with task 0 if the file could not be loaded.
+
+    seconds: the limit of one task
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
         results.touch()
@@ -45,10 +50,13 @@ def run_checks(checks: Path, answer: Path, tasks: list[int], seconds: float) -> 
         found = [Outcome(**json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
     stopped = next((o for o in found if o.task == 0), None)  # the file could not be loaded
     if stopped is not None:
-        return [Outcome(task, False, stopped.message) for task in tasks]
+        return [stopped]
     done = {outcome.task: outcome for outcome in found}
     late = next((o for o in found if not o.passed and o.message.startswith("still running")), None)
     lost = "not checked, because an earlier task did not end" if late else f"Python ended before this task was checked ({status})"
+    for task, outcome in done.items():
+        if -task in done and done[-task].passed:  # the figure of the lesson's own code
+            done[task] = replace(outcome, message=f"yours: {outcome.message}\nthe lesson's: {done[-task].message}")
     return [done.get(task) or Outcome(task, False, lost) for task in tasks]
 
 
@@ -61,8 +69,12 @@ def grade(checks: Path, answer: Path, begin: Callable[[int], None] = lambda task
         yield Outcome(0, False, _explain(error, answer, None))
         return
     functions = _by_task(load(checks, "checks"))
+    failed = 0  # the first task that did not pass
     for task, group in functions.items():
         if only not in (None, task):
+            continue
+        if failed and task == max(functions):
+            yield Outcome(task, False, f"needs task {failed}, which does not pass yet")
             continue
         begin(task)
         figures = []
@@ -70,6 +82,7 @@ def grade(checks: Path, answer: Path, begin: Callable[[int], None] = lambda task
             for check in group:
                 figures.append(check(lesson))
         except BaseException as error:
+            failed = failed or task
             yield Outcome(task, False, _explain(error, answer, task))
         else:
             yield Outcome(task, True, "\n".join(figure for figure in figures if figure))
@@ -109,12 +122,27 @@ def _explain(error: BaseException, answer: Path, task: int | None) -> str:
         where = f"line {frames[-1].lineno} (`{(frames[-1].line or '').strip()}`)"
         if isinstance(error, SystemExit):
             return f"{where} ends the program. Remove that line"
-        return f"{where} raises {name}"
+        own = _in_a_task(frames, answer)
+        caller = "" if own in (None, frames[-1]) else f"\nIt was called from your line {own.lineno} (`{(own.line or '').strip()}`)"
+        return f"{where} raises {name}{caller}"
     if isinstance(error, AssertionError) and str(error):
         return str(error)
     if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
         return f"your file has no {error.name!r} any more. Copy it from a new starter file (`course start --force`)"
     return f"the check could not use what your code returned ({name}). Does each function return what its docstring says?"
+
+
+def _in_a_task(frames: list[traceback.FrameSummary], answer: Path) -> traceback.FrameSummary | None:
+    """The innermost of these lines that follows a mark `# TASK n` in its function: a line that the learner wrote, not a given one."""
+    source = answer.read_text(encoding="utf-8")
+    marks = [i for i, line in enumerate(source.splitlines(), 1) if re.match(r" *# TASK \d+: ", line)]
+    functions = [(n.lineno, n.end_lineno or 0) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    for frame in reversed(frames):
+        line = frame.lineno or 0
+        start = max((first for first, last in functions if first <= line <= last), default=line)
+        if any(start < mark < line for mark in marks):
+            return frame
+    return None
 
 
 class _Watch:
@@ -158,6 +186,10 @@ def main(checks: str, answer: str, results: str, seconds: str) -> None:
         watch = _Watch(float(seconds), Path(answer), report)
         for outcome in grade(Path(checks), Path(answer), watch.begin):
             report(outcome)
+        if outcome.passed and outcome.message:
+            task = outcome.task
+            for outcome in grade(Path(checks), Path(checks).with_name("lesson.py"), lambda _: watch.begin(-task), only=task):
+                report(replace(outcome, task=-task))
         watch.stop()
 
 

@@ -75,8 +75,10 @@ def find_lesson(folder: Path, name: str) -> Lesson:
     number = name.partition("_")[0].zfill(2) if name[:1].isdigit() else name.replace("_", "-")
     if number in lessons:
         return lessons[number]
-    hint = nearest(name, [lesson.folder.name for lesson in lessons.values()])
-    raise InvalidInput(f"there is no lesson {name!r}{hint}. Lessons: {', '.join(lessons)}", "lesson")
+    several = [known for known in lessons if name and known.startswith(number)]
+    hint = nearest(name, [lesson.number if lesson.is_capstone else lesson.folder.name for lesson in lessons.values()])
+    hint = f"; did you mean {' or '.join(map(repr, several))}?" if several else hint or "."
+    raise InvalidInput(f"there is no lesson {name!r}{hint} Lessons: {', '.join(lessons)}", "lesson")
 
 
 def _read(folder: Path) -> Lesson:

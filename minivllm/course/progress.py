@@ -31,6 +31,12 @@ def save(lesson: Lesson, outcomes: list[Outcome]) -> None:
     _path(lesson).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
+def passed_of(lesson: Lesson, passed: list[int]) -> str:
+    """"2 of 3 tasks passed": open tasks, which have a figure and no solution, do not count."""
+    written = [task.number for task in lesson.tasks if not task.is_open]
+    return f"{len(set(written) & set(passed))} of {len(written)} tasks passed"
+
+
 def state(lesson: Lesson) -> str:
     """One phrase for `course status`."""
     if not lesson.answer.exists():
@@ -39,5 +45,5 @@ def state(lesson: Lesson) -> str:
     if stored is None:
         return "started, not checked yet"
     passed = stored["passed"]
-    count = f"{len(passed) if isinstance(passed, list) else 0} of {len(lesson.tasks)} tasks passed"
+    count = passed_of(lesson, passed if isinstance(passed, list) else [])
     return count if stored["file"] == _digest(lesson) else f"{count}; changed since that check"

@@ -1,6 +1,7 @@
 """`minivllm course` with a lesson of three lines: start, check and status, and everything that a learner's file may do wrong."""
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,20 +61,26 @@ def test_a_learner_starts_checks_and_sees_the_progress(root: Path, capfd: pytest
     assert main(["course", "status"]) == 0 and main(["course", "start", "7"]) == 0 and main(["course", "status"]) == 0
     shown = capfd.readouterr().out
     assert "07  doubling  not started" in shown and "task 3  points (open" in shown and "started, not checked yet" in shown
+    assert "task 1  double (line 7)" in shown
     text = answer.read_text()
     assert text.count("raise NotImplementedError(\"task") == 2 and "2 * x" not in text and "# TASK 1: twice x" in text
 
     assert main(["course", "check", "07"]) == 1
     shown = capfd.readouterr().out
-    assert "not written yet: line 7" in shown and "0 of 3 tasks passed" in shown
+    assert "not written yet: line 7" in shown and "0 of 2 tasks passed" in shown
     answer.write_text(text.replace('raise NotImplementedError("task 1")', "print('in double'); return 2 * x"))
     assert main(["course", "check", "7"]) == 1
     shown = capfd.readouterr().out
-    assert "in double" in shown and "task 1  passed   double" in shown and "1 of 3" in shown
-    answer.write_text(LESSON)
+    assert "in double" in shown and "task 1  passed   double" in shown and "1 of 2" in shown
+    answer.write_text(text.replace("def double", "def double("))
+    assert main(["course", "check", "7"]) == 1
+    shown = capfd.readouterr().out
+    assert shown.count("is not valid Python") == 1 and "no task was checked" in shown
+    answer.write_text(LESSON.replace("double(double(x))", "24 if x == 5 else 4 * x") + "\n")
     assert main(["course", "status"]) == 0 and main(["course", "check", "07_doubling"]) == 0 and main(["course", "status"]) == 0
     shown = capfd.readouterr().out
-    assert "1 of 3 tasks passed; changed since that check" in shown and "20 points" in shown and "3 of 3 tasks passed\n" in shown
+    assert "1 of 2 tasks passed; changed since that check" in shown and "2 of 2 tasks passed\n" in shown
+    assert "task 3  open     points\n          yours: 24 points\n          the lesson's: 20 points\n" in shown
 
 
 def test_starting_again_keeps_the_old_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,11 +95,33 @@ def test_starting_again_keeps_the_old_file(root: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(("argv", "says"), [
     (["start", "08"], "there is no lesson '08'. Lessons: 07"),
     (["check", "07_dubling"], "lesson_07.py does not exist: run `minivllm course start 07` first"),
-    (["check", "doubling"], "there is no lesson 'doubling'; did you mean '07_doubling'?"),
+    (["check", "doubling"], "there is no lesson 'doubling'; did you mean '07_doubling'? Lessons: 07"),
+    (["start", "capstone"], "did you mean 'capstone-a' or 'capstone-b'? Lessons: 07, capstone-a, capstone-b"),
+    (["start", "capstone_bb"], "did you mean 'capstone-b'? Lessons"),
 ])
 def test_a_wrong_lesson_is_named(root: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+    if "capstone" in says:
+        for name in ("capstone_a", "capstone_b"):
+            shutil.copytree(root / "lessons" / "07_doubling", root / "lessons" / name)
     assert main(["course", *argv]) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "says"), [([], "{start,check,status}"), (["start"], "LESSON"), (["check"], "LESSON")])
+def test_a_missing_argument_is_named(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["course", *argv])
+    assert f"required: {says}" in capsys.readouterr().err
+
+
+def test_a_given_line_is_reported_with_the_learners_line_that_led_to_it(root: Path) -> None:
+    text = "def given(x):\n    return len(x)\n\n\n" + LESSON.replace("double(double(x))", "given(x)")
+    assert explain(root, text)[1] == (
+        "line 2 (`return len(x)`) raises TypeError: object of type 'int' has no len()\nIt was called from your line 14 (`return given(x)`)")
+
+
+def test_an_open_task_is_measured_only_if_all_others_pass(root: Path) -> None:
+    assert explain(root, LESSON.replace("double(double(x))", "5 * x"))[2] == "needs task 2, which does not pass yet"
 
 
 @pytest.mark.parametrize(("old", "new", "says"), [
@@ -127,8 +156,8 @@ def test_a_file_that_loops_or_ends_python_is_explained(root: Path, new: str, say
     assert first.message.replace("line 4: `while True:`", "line 5: `x = x`") == says and not any(outcome.passed for outcome in others)
 
 
-def test_a_loop_outside_of_functions_is_explained_for_every_task(root: Path) -> None:
+def test_a_loop_outside_of_functions_is_explained_once(root: Path) -> None:
     answer = root / "answer.py"
     answer.write_text("while True:\n    pass\n")
     found = run_checks(root / "lessons" / "07_doubling" / "check.py", answer, [1, 2, 3], 0.5)
-    assert all(outcome.message.startswith("still running after 1.5 s, in line ") for outcome in found)
+    assert [outcome.task for outcome in found] == [0] and found[0].message.startswith("still running after 1.5 s, in line ")

@@ -10,6 +10,7 @@ from minivllm.core.simulate import StepCost, simulate, synthetic_requests
 from tests.lessons.loading import Mistake, lesson_folder, load_lesson
 
 COMPUTED = "        computed = sum(request.tokens_to_compute() for request in running)\n"
+LEAVING = "            running = [other for other in running if other is not request]\n"
 MISTAKES = [
     Mistake(1, "return max_running - len(running)", "return 0 if running else max_running", "that is static batching"),
     Mistake(1, "return max_running - len(running)", "return max_running", "3 rows are in use"),
@@ -20,6 +21,12 @@ MISTAKES = [
     Mistake(2, "            now = coming[0].arrival\n", "            now += 100\n", "starts at once"),
     Mistake(2, "            if not request.finished:\n", "            if not request.finished and len(steps) > 1:\n",
             "also makes the first token"),
+    Mistake(2, "            if not request.finished:\n", "            if True:\n", "keeps its row gets no more tokens"),
+    Mistake(2, LEAVING, "            running.remove(request)\n", "while you iterate over it"),
+    Mistake(2, "        now = steps[-1].end\n        for request in running:\n            if not request.finished:\n"
+               "                request.times.append(now)\n",
+            "        for request in running:\n            if not request.finished:\n                request.times.append(now)\n"
+            "        now = steps[-1].end\n", "the step ENDS, 1.620 ms; yours has 0.000"),
     Mistake(3, "request.times[0] - request.arrival for", "request.times[0] for", "counts from the request's arrival"),
     Mistake(3, "for a, b in zip(request.times, request.times[1:]", "for a, b in zip([request.arrival, *request.times], request.times",
             "different causes"),

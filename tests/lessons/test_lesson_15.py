@@ -16,10 +16,12 @@ from tests.lessons.loading import Mistake, lesson_folder, load_lesson
 PLACE = "outputs[places] = experts.compute(e, x[places // ids.shape[1]])"
 MISTAKES = [
     Mistake(1, "return ids, weights / weights.sum(-1, keepdim=True)", "return ids, weights", "add up to"),
+    Mistake(1, "return ids, weights / weights.sum(-1, keepdim=True)", "return weights / weights.sum(-1, keepdim=True), ids",
+            "in this order"),
     Mistake(1, "F.linear(x, router).softmax(-1)", "F.linear(x, router)", "they are probabilities"),
     Mistake(1, "probabilities.topk(top_k, dim=-1)", "probabilities.topk(top_k, dim=-1, largest=False)", "SMALLEST"),
     Mistake(2, "ids.flatten().argsort(stable=True)", "torch.arange(ids.numel())", "must be next to each other"),
-    Mistake(2, "ids.flatten().argsort(stable=True)", "ids.flatten().argsort(stable=True, descending=True)", "must be next to each other"),
+    Mistake(2, "ids.flatten().argsort(stable=True)", "ids.flatten().argsort(stable=True, descending=True)", "ascending order, 0 first"),
     Mistake(2, "F.pad(counts.cumsum(0), (1, 0))", "F.pad(counts.cumsum(0), (0, 1))", "gives the ENDS"),
     Mistake(2, "minlength=num_experts)\n    return order, F.pad", "minlength=0)\n    return order, F.pad", "An expert may have none"),
     Mistake(3, PLACE, "outputs[places] = experts.compute(e, x[places % len(x)])", "a // k"),
