@@ -2,6 +2,7 @@
 
     python -m bench.perplexity --model FOLDER [--quantization fp8] [--kv-cache-dtype fp8]        one line
     python -m bench.perplexity --table [--rows bf16,awq,gptq,rtn] [--work FOLDER]                the default model in all formats
+    python -m bench.perplexity --table --task                             instead of perplexity, the questions of bench/cloze.py
 
 The text is `pydoc_data.topics`, the language reference that every Python brings: 110,000 tokens of SmolLM2, of which the first 51,200 are
 used, in windows of 1,024. `minivllm quantize` calibrates with other text (docstrings of the standard library). A window is a prompt with
@@ -29,6 +30,7 @@ from bench import machine
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOKENS, WINDOW = 51_200, 1024
 CHUNK = 512  # tokens per step
 CACHE_BYTES = 1 << 30  # of the KV cache on a GPU: enough for some windows, so that several processes fit on it
 CHARACTERS = 8  # of text per token that is needed; tokens have 4 on average
@@ -45,6 +47,19 @@ def read_ids(tokenizer: Path, count: int) -> list[int]:
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))[: count * CHARACTERS]
     return Tokenizer(str(tokenizer)).encode(text, add_special_tokens=False)[:count]
+
+
+def measure_task(model: str | None, **options: Any) -> dict[str, Any]:
+    """How many questions one model answers right, with these settings of the engine."""
+    from bench import cloze
+    from minivllm import LLM
+
+    with LLM(model=model, max_model_len=128, max_num_batched_tokens=CHUNK, enable_prefix_caching=False, **options) as llm:
+        info = llm.llm_engine.info()
+        start = time.perf_counter()
+        right, questions = cloze.score(llm)
+        return {"right": right, "questions": questions, "error": cloze.standard_error(right, questions),
+                "weight_bytes": info.weight_bytes, "dtype": info.dtype, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def measure(model: str | None, tokens: int, window: int, **options: Any) -> dict[str, Any]:
@@ -147,7 +162,7 @@ def table(args: argparse.Namespace, common: dict[str, Any]) -> None:
         for file, maker in (("bf16", _source), (path, make)):
             if not (args.work / file).exists():
                 maker(args.work / file)
-        job = {"model": str(args.work / path), "tokens": args.tokens, "window": args.window, **common, **options}
+        job = {"model": str(args.work / path), **kind(args), **common, **options}
         done = subprocess.run([sys.executable, "-m", "bench.perplexity", "--job", json.dumps(job)], stdout=subprocess.PIPE, text=True,
                               check=False)
         if done.returncode:
@@ -156,9 +171,19 @@ def table(args: argparse.Namespace, common: dict[str, Any]) -> None:
             show(name, json.loads(done.stdout.splitlines()[-1]))
 
 
+def kind(args: argparse.Namespace) -> dict[str, int]:
+    """The arguments of `measure`, or none, as `measure_task` has none."""
+    return {} if args.task else {"tokens": args.tokens or TOKENS, "window": args.window or WINDOW}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    return measure(**job) if "tokens" in job else measure_task(**job)
+
+
 def show(name: str, row: dict[str, Any]) -> None:
-    print(f"{name:10} perplexity {row['perplexity']:8.4f}   {row['tokens']:,} tokens   {row['weight_bytes'] / 1e6:7.1f} MB of weights   "
-          f"{row['dtype']}   {row['seconds']:.1f} s", flush=True)
+    score = (f"perplexity {row['perplexity']:8.4f}   {row['tokens']:,} tokens" if "perplexity" in row else
+             f"task {row['right'] / row['questions']:6.1%} +- {row['error']:.1%}   {row['right']} of {row['questions']} right")
+    print(f"{name:10} {score}   {row['weight_bytes'] / 1e6:7.1f} MB of weights   {row['dtype']}   {row['seconds']:.1f} s", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,16 +191,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct)")
     for flag in ("--quantization", "--kv-cache-dtype", "--dtype", "--device"):
         parser.add_argument(flag, help="as for `minivllm serve`")
-    parser.add_argument("--tokens", type=int, default=51_200)
-    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, help=f"of the text (default {TOKENS})")
+    parser.add_argument("--window", type=int, help=f"tokens of a prompt (default {WINDOW})")
+    parser.add_argument("--task", action="store_true", help="answer the questions of bench/cloze.py instead")
     parser.add_argument("--table", action="store_true", help="the default model in all formats")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), help=f"rows of the table: {','.join(ROWS)}")
     parser.add_argument("--work", type=Path, default=Path("/tmp/minivllm-perplexity"), help="folder for the table's models, kept")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:
-        print(json.dumps(measure(**args.job)))
+        print(json.dumps(run(args.job)))
         return
+    if args.task and (args.tokens or args.window):
+        parser.error("--tokens and --window are of the perplexity: leave them or --task out")
     common: dict[str, Any] = {"kv_cache_memory_bytes": CACHE_BYTES} if args.device == "cuda" else {}
     common |= {name: getattr(args, name) for name in ("quantization", "kv_cache_dtype", "dtype", "device") if getattr(args, name)}
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
@@ -183,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         table(args, common)
     else:
-        show(args.model or "default", measure(args.model, args.tokens, args.window, **common))
+        show(args.model or "default", run({"model": args.model, **kind(args), **common}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ MARKERS = "osD^vPX*"
 # What a request does in a step. Every notebook draws these kinds in these colors.
 KINDS = {"waits": GREY, "prompt": BLUE, "output": SKY, "recomputed": ORANGE}
 WIDTH = 9.0  # inches
+warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm, where ipywidgets is missing
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 
 
@@ -168,6 +170,14 @@ def perplexities() -> tuple[str, dict[str, tuple[float, float]]]:
             megabytes = megabytes / 2 if name == "bf16" or name.endswith("KV") else megabytes - embedding * 2 / 1e6
         found[name] = float(perplexity), megabytes
     return path.stem, found
+
+
+def tasks() -> tuple[str, dict[str, tuple[float, float]]]:
+    """The newest saved table of `bench.perplexity --task`: its name, and format -> (share of right answers, its standard error)."""
+    path = sorted(RESULTS.glob("*-task.txt"))[-1]
+    row = re.compile(r"^(\S.*?) +task +([\d.]+)% \+- ([\d.]+)%", re.MULTILINE)
+    found = row.findall(path.read_text(encoding="utf-8"))
+    return path.stem, {name: (float(right) / 100, float(error) / 100) for name, right, error in found}
 
 
 def clock() -> float:

@@ -1,6 +1,7 @@
 """How the notebooks read saved measurements."""
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,15 @@ def test_the_newest_perplexities_are_read_with_16_bit_embeddings(dtype: str, den
         "bf16": 13.1006, "fp8 KV": 13.2085, "awq": 14.9401, "nf4": 16.5843, "Q4_K": 14.1073}
     sizes = {row: round(megabytes) for row, (_, megabytes) in found.items()}
     assert sizes == {"bf16": 269, "fp8 KV": 269, "awq": 115, "nf4": 116, "Q4_K": 100}
+
+
+def test_the_newest_task_scores_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.perplexity import show
+
+    with (tmp_path / "2026-02-01-cpu-task.txt").open("w") as file, contextlib.redirect_stdout(file):
+        print("some machine, 1 threads; commit 0123")
+        for name, right in (("bf16", 92), ("fp8 KV", 61)):
+            show(name, {"right": right, "questions": 122, "error": 0.039, "weight_bytes": 269e6, "dtype": "bfloat16", "seconds": 7.3})
+    (tmp_path / "2026-01-01-cpu-task.txt").write_text("bf16       task  10.0% +- 1.0%   1 of 10 right\n")
+    monkeypatch.setattr(helpers, "RESULTS", tmp_path)
+    assert helpers.tasks() == ("2026-02-01-cpu-task", {"bf16": (0.754, 0.039), "fp8 KV": (0.5, 0.039)})
