@@ -39,17 +39,24 @@ docs: $(VENV)/.installed-docs  ## build the documentation as a site with search:
 clean:  ## remove the environment and the tools' caches (the model cache in ~/.cache/minivllm stays)
 	rm -rf $(VENV) $(VENV)-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# Through a symbolic link, an editable install would change the environment of another clone.
+NO_LINK = @test ! -L $(1) || { echo "$(1) is a symbolic link, so this would change another environment: remove it, or set VENV" >&2; exit 1; }
+
 # One environment. A stamp file is newer than pyproject.toml and constraints.txt if their packages are installed.
 $(VENV)/bin/python:
+	$(call NO_LINK,$(VENV))
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'minivllm needs Python 3.11 or newer, and $(PYTHON) is ' + sys.version.split()[0] + ': try make PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(call NO_LINK,$(VENV))
 	$(VENV)/bin/python -m pip install --editable . --constraint constraints.txt && touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
+	$(call NO_LINK,$(VENV))
 	$(VENV)/bin/python -m pip install --editable ".[$*]" --constraint constraints.txt && touch $@
 
 # The clients need other versions of openai and of its dependencies than constraints.txt has.
 $(VENV)-clients/.installed: pyproject.toml
+	$(call NO_LINK,$(VENV)-clients)
 	$(PYTHON) -m venv $(VENV)-clients && $(VENV)-clients/bin/python -m pip install --editable ".[clients]" && touch $@

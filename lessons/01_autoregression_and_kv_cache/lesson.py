@@ -163,7 +163,7 @@ def generate_with_cache(w: dict[str, Tensor], shape: Shape, prompt: Tensor, n: i
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int = 1, bytes_per_number: int = 2) -> int:
-    """Bytes of a KV cache: 2 (a key and a value) x layers x kv_heads x head_dim numbers per token."""
+    """Bytes of the keys and values of `tokens` tokens in all layers. A key, and a value, has head_dim numbers for each of kv_heads."""
     # TASK 1: return the number of bytes
     return 2 * layers * kv_heads * head_dim * bytes_per_number * tokens
     # END

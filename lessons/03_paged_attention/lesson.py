@@ -152,8 +152,9 @@ def main() -> None:
     for name, out in ways.items():
         traffic = 3 * once if name == "over a copy" else once  # read, write the copy, read the copy
         chain = {"over a copy": "-", "block by block": str(len(table))}.get(name, str(math.ceil(len(table) / 8)))
-        assert torch.allclose(out, plain, atol=1e-5), name
-        print(f"  {name:15s}  {'below 0.00001':>18s}  {traffic:10.2f} MiB  {chain:>25s}")
+        difference = float((out - plain).abs().max())
+        shown = "below 0.00001" if difference < 1e-5 else f"{difference:.5f}"
+        print(f"  {name:15s}  {shown:>18s}  {traffic:10.2f} MiB  {chain:>25s}")
     outputs = [31, 128, 12, 55, 240, 19, 77, 34]
     idle = 1 - sum(outputs) / (len(outputs) * max(outputs))
     print(f"\na batch of {len(outputs)} sequences that make {outputs} tokens "

@@ -159,6 +159,12 @@ def main() -> None:
     requests.append(Request("long", requests[100].arrival, 8000, 10))
     serve(ContinuousBatching(), requests, max_running=32)
     print(f"with one prompt of 8,000 tokens among them, the longest gap between two tokens is {report(requests).longest_gap:.1f} ms")
+    rates = []
+    for rows in (32, 64):
+        requests = chat_requests(200, per_second=1000)
+        serve(ContinuousBatching(), requests, max_running=rows)
+        rates.append(f"{round(report(requests).tokens_per_second, -2):,.0f} tokens/s with {rows} rows")
+    print(f"200 requests, 1000 per second: {', '.join(rates)}")
 
 
 if __name__ == "__main__":

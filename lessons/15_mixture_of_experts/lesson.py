@@ -94,12 +94,12 @@ def rows_of_tiles(ids: Tensor, num_experts: int, height: int) -> int:
 
 
 def with_capacity(x: Tensor, experts: Experts, ids: Tensor, weights: Tensor, factor: float) -> tuple[Tensor, float]:
-    """Each expert has the same number of places, and takes the first tokens of the batch -> outputs, and the share that found no place."""
-    places = math.ceil(factor * ids.numel() / len(experts))
+    """Each expert takes the first `capacity` of its assignments -> outputs, and the share of the assignments that is dropped."""
+    capacity = math.ceil(factor * ids.numel() / len(experts))
     order, begins = group_by_expert(ids, len(experts))
     rank = torch.empty(ids.numel(), dtype=torch.long)  # of each assignment in its group
     rank[order] = torch.arange(ids.numel()) - begins[:-1].repeat_interleave(begins.diff())
-    kept = (rank < places).view(ids.shape)
+    kept = (rank < capacity).view(ids.shape)
     return grouped(x, experts, ids, weights * kept), 1 - float(kept.float().mean())
 
 
@@ -156,7 +156,7 @@ def main() -> None:
         print(f"  tiles of {height:3d} rows   " + "".join(
             f"{rows_of_tiles(ids[:count], EXPERTS, height) / ids[:count].numel():8.1f}" for count in (1, 8, 64, 512)))
 
-    print("\nwith a fixed number of places per expert (capacity), as in training")
+    print("\nwith a fixed capacity per expert, as in training")
     last, one = slice(TOKENS - 8, None), slice(TOKENS - 1, None)
     for factor in (1.0, 1.25, 2.0):
         output, dropped = with_capacity(x, experts, ids, weights, factor)
