@@ -383,10 +383,11 @@ and in mixed batches:
 
 """, ", ".join(code(f"{name}ForCausalLM") for name in foreign_tested()) + ".", """
 Before weights are loaded, a class that cannot run is refused with the reason: encoder-decoders; models with images or audio; state-space,
-linear-attention and convolution layers; attention that is sparse, not causal, local in chunks, has sinks, or does not go through the
-interface. A small random model of the same class, with two sequences in one row, is compared with Transformers' own attention, which finds
-code that mixes tokens in other places. With these models, quantized weights, LoRA, tensor parallelism, `cpu_offload_gb`, and drafts of a
-model or a head are refused. Weights must be safetensors files. Code in a checkpoint is never run.
+linear-attention and convolution layers; KV pages of different sizes; attention that is sparse, not causal, local in chunks, or does not
+go through the interface. A small random model of the same class, with two sequences in one row, is compared with Transformers' own
+attention, which finds code that mixes tokens in other places; a start says so if it left this out. With these models, quantized weights,
+LoRA, tensor parallelism, `cpu_offload_gb`, and drafts of a model or a head are refused. Weights must be safetensors files. Code in a
+checkpoint is never run.
 
 ## Sizes of some models
 

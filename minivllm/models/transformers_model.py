@@ -163,6 +163,8 @@ def describe(architecture: str, config_json: str) -> ForeignSpec:
     config = _config(architecture, json.loads(config_json))
     try:
         layers, vocabulary, parameters = _probe(architecture, config)
+        if len(sizes := {2 * x.num_kv_heads * x.head_dim for x in layers}) > 1:
+            raise _Unsupported(f"its layers have KV pages of different sizes ({sorted(sizes)} numbers a token)")
     except _Unsupported as reason:
         raise model_error(f"the architecture {architecture} is not supported: {reason}") from None
     text = config.get_text_config()
@@ -287,7 +289,9 @@ class _Probe:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: LayerMask, scale: float, softcap: float | None,
                others: Mapping[str, Any]) -> Tensor:
         """See `Step`. Raises `_Unsupported` for attention that the paged kernels do not compute."""
-        names = [name for name, value in others.items() if isinstance(value, Tensor) and name not in ("position_ids", "cache_position")]
+        sinks = others.get("s_aux")
+        known = {"position_ids", "cache_position", *(("s_aux",) if sinks is not None and sinks.shape == q.shape[1:2] else ())}
+        names = [name for name, value in others.items() if isinstance(value, Tensor) and name not in known]
         if names:
             raise _Unsupported(f"its attention takes {', '.join(names)}, which the paged kernels do not")
         if others.get("is_causal") is False or not _sees(mask, 5, 5) or _sees(mask, 5, 6):
@@ -331,7 +335,9 @@ class PagedStep:
         if width < q.shape[-1]:
             v = nn.functional.pad(v, (0, q.shape[-1] - width))
         qkv = torch.cat([x[0].transpose(0, 1).reshape(tokens, -1) for x in (q, k, v)], dim=1)
-        heads = self.self_attention(qkv, self.kv[layer], self.slots[group], self.metas[group], scale=scale, softcap=softcap)
+        sinks = others.get("s_aux")
+        heads = self.self_attention(qkv, self.kv[layer], self.slots[group], self.metas[group], scale=scale, softcap=softcap,
+                                    sinks=None if sinks is None else sinks.float())
         return heads.view(1, tokens, q.shape[1], -1)[..., :width]
 
 
@@ -426,13 +432,17 @@ def load_transformers(spec: ForeignSpec, folder: Path, load_format: str, build: 
 
 def check_logits(spec: ForeignSpec) -> None:
     """Compare a small random model of the same class, with two sequences in one row and a prompt in two chunks, with Transformers' own
-    attention. Raises `ModelError` if the logits differ: some code mixes tokens, or counts their positions, outside of its attention."""
+    attention. Raises `ModelError` if the logits differ: some code mixes tokens, or counts their positions, outside of its attention.
+    Prints one line if there is no model that is small enough."""
     try:
         config = small(spec.config)
         layers, vocabulary, parameters = _probe(spec.architecture, config)
-    except Exception:  # a size that the model's code does not accept: nothing can be compared
-        return
-    if parameters > CHECK_PARAMETERS:
+        if parameters > CHECK_PARAMETERS:
+            raise _Unsupported(f"a small one still has {parameters:,} parameters, and at most {CHECK_PARAMETERS:,} are compared")
+    except Exception as error:  # the model's code may refuse the small sizes in any way
+        reason = str(error) if isinstance(error, _Unsupported) else _line(error)
+        print(f"minivllm: no small model of {spec.architecture} was compared with Transformers' own attention: {reason}",
+              file=sys.stderr, flush=True)
         return
     _register()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode():

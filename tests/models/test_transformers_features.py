@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
-from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.kernels.tuning import SPECULATION, SpeculationCost
 from minivllm.server.run import start_engine
 from tests.conftest import write_tiny_tokenizer
 from tests.models.test_transformers_model import make

@@ -15,6 +15,7 @@ from minivllm.cli.main import main
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.families import FAMILIES
+from minivllm.models import transformers_model
 from minivllm.models.transformers_model import ForeignSpec, TransformersModel, check_logits, load_transformers, read_spec
 from minivllm.quantization.methods import METHODS
 from tests.models.paged import Paged, make_build
@@ -35,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Cwm": {**WINDOWS, **WIDE}, "DeepseekV2": {**LATENT, **GROUPED}, "DeepseekV3": {**LATENT, **GROUPED},
     "Dots1": {**GROUPED, "n_shared_experts": 1},
     "Ernie4_5": {}, "Ernie4_5_Moe": {**EXPERTS, "moe_num_experts": 4}, "ExaoneMoe": EXPERTS, "FlexOlmo": EXPERTS,
+    "Flint": {}, "GptOss": {**EXPERTS, **WINDOWS, **WIDE}, "GraniteSWA": {},
     "GPTBigCode": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}, "Glm4Moe": {**GROUPED, **WIDE},
     "Glm4MoeLite": {**LATENT, **GROUPED}, "GraniteMoe": EXPERTS, "GraniteMoeShared": EXPERTS, "HYV3": EXPERTS, "Helium": WIDE,
     "HunYuanDenseV1": WIDE, "HunYuanMoEV1": {**EXPERTS, **WIDE}, "HyperCLOVAX": {}, "Jais2": WIDE, "Laguna": EXPERTS, "Mellum": EXPERTS,
@@ -100,7 +102,6 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model_type": "mpt", "architectures": ["MptForCausalLM"]}, "computes with the attention mask"),
     ({"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"]}, "does not go through Transformers' AttentionInterface"),
     ({"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"]}, "its attention is sparse"),
-    ({"model_type": "flint", "architectures": ["FlintForCausalLM"]}, "its attention takes s_aux"),
     ({"model_type": "diffllama", "architectures": ["DiffLlamaForCausalLM"]}, "needs one call per layer"),
     ({"model_type": "arcee", "architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM is not supported; supported: Llama"),
     ({"model_type": "no_such", "architectures": ["ArceeForCausalLM"]}, "model_type 'no_such' of ArceeForCausalLM is not one of"),
@@ -143,6 +144,21 @@ def test_code_that_counts_positions_itself_is_refused() -> None:
     assert isinstance(spec, ForeignSpec)
     with pytest.raises(InvalidInput, match="its code computes other logits"):
         check_logits(spec)
+
+
+def test_a_check_that_is_left_out_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = read_spec(EngineConfig(), make_config("Roberta", is_decoder=True), METHODS)
+    assert isinstance(spec, ForeignSpec)
+    monkeypatch.setattr(transformers_model, "CHECK_PARAMETERS", 1000)
+    check_logits(spec)
+    assert "no small model of RobertaForCausalLM was compared with Transformers' own attention: a small one still has" in (
+        capsys.readouterr().err)
+
+
+def test_kv_pages_of_different_sizes_are_refused() -> None:
+    config = make_config("MiMoV2Flash", **WINDOWS, **EXPERTS, num_key_value_heads=2, swa_num_key_value_heads=4)
+    with pytest.raises(InvalidInput, match="MiMoV2FlashForCausalLM is not supported: its layers have KV pages of different sizes"):
+        read_spec(EngineConfig(), config, METHODS)
 
 
 def test_at_least_20_architectures_have_no_row() -> None:
