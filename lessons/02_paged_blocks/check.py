@@ -63,10 +63,10 @@ def task_4_a_fast_free_list(lesson):
     memory.tables["b"], memory.lengths["b"] = [], 0
     best = math.inf
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(60):
             assert memory.try_grow("b"), "a released block must be allocated again"
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return f"{best / 60 * 1e6:.2f} us to grow by one block, with 2,000,000 blocks in the free list"
 
 

@@ -74,9 +74,9 @@ def task_4_faster(lesson):
     logits = 3 * torch.randn(4, 151_936, generator=torch.Generator().manual_seed(0))
     took = math.inf
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.process_time()
         tokens = [lesson.sample(row, (i, 9), top_p=0.9) for i, row in enumerate(logits)]
-        took = min(took, time.perf_counter() - start)
+        took = min(took, time.process_time() - start)
     for i, (row, token) in enumerate(zip(logits, tokens, strict=True)):
         falling = row.sort(descending=True).values
         mass = (falling - falling[0]).exp()

@@ -78,9 +78,9 @@ def task_4_speed(lesson):
         times = []
         for way in (lesson.fastest, lesson.every_expert):
             def once(way=way, count=count):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 way(x[:count], experts, ids[:count], weights[:count])
-                return (time.perf_counter() - begin) * 1e3
+                return (time.process_time() - begin) * 1e3
             times.append(min(once() for _ in range(9)))
         shown.append(f"{count} tokens: {times[0]:.2f} ms, every expert for every token {times[1]:.2f} ms")
     return "; ".join(shown)

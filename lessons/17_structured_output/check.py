@@ -1,4 +1,5 @@
 """Checks of lesson 17, for `minivllm course check 17`. A failed assert is the explanation that the learner reads."""
+import math
 import time
 
 
@@ -80,6 +81,9 @@ def task_4_fast_masks(lesson):
         for letter, mask in zip(text, lesson.masks_of(text, grammar, trie), strict=True):
             assert set(mask) == lesson.allowed_tokens(state, trie), f"the mask before {letter!r} in {text} is wrong"
             state = lesson.derivative(state, letter)
-    start = time.perf_counter()
-    masks = sum(len(lesson.masks_of(text, grammar, trie)) for text in texts[:10])
-    return f"{(time.perf_counter() - start) / masks * 1e3:.3f} ms per mask, in 10 texts with the same grammar ({len(vocabulary)} tokens)"
+    best = math.inf
+    for _ in range(3):
+        start = time.process_time()
+        masks = sum(len(lesson.masks_of(text, grammar, trie)) for text in texts[:10])
+        best = min(best, time.process_time() - start)
+    return f"{best / masks * 1e3:.3f} ms per mask, in 10 texts with the same grammar ({len(vocabulary)} tokens)"

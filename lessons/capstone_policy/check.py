@@ -125,7 +125,7 @@ def task_3_the_bound_holds(lesson):
 
 def task_4_the_best_policy(lesson):
     loads = [lesson.recorded_load(), *map(lesson.made_up_load, (1, 2, 3))]
-    lines = [_judged(lesson, loads, "your policy", lesson.my_policy)]
+    lines = [_judged(lesson, loads, "`my_policy`", lesson.my_policy)]
     for name, policy in POLICIES.items():
         if name not in ("fcfs", "priority"):
             lines.append(_judged(lesson, loads, f"the package's policy {name}", lambda cost, rows, policy=policy: policy, strict=False))
