@@ -125,6 +125,8 @@ def read_spec(config: EngineConfig, found: Mapping[str, Any], methods: Mapping[s
     if first is None:
         raise model_error("config.json names no model class under 'architectures': add it, for model_impl 'transformers'")
     if not _known(first):
+        if found.get("auto_map"):
+            raise model_error(f"the architecture {first} exists only as Python code in the model's folder (auto_map), which is never run")
         parse_config(found, methods=methods)  # says which architectures have a row
         raise model_error(f"the architecture {first} has no causal language model in Transformers: leave model_impl out")
     for name, value, usual in (("quantization", config.quantization, None), ("enable_lora", config.enable_lora, False),
