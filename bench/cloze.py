@@ -69,10 +69,9 @@ def likelihoods(llm: LLM) -> list[list[float]]:
     return [[likelihood(len(tokenizer.encode(prompt))) for _ in answers] for prompt, answers in asked]
 
 
-def score(llm: LLM) -> tuple[int, int]:
-    """(questions answered right, all questions)."""
-    found = likelihoods(llm)
-    return sum(right > max(wrong) for right, *wrong in found), len(found)
+def score(llm: LLM) -> list[bool]:
+    """Per question: whether the right answer has the largest likelihood."""
+    return [right > max(wrong) for right, *wrong in likelihoods(llm)]
 
 
 def standard_error(right: int, count: int) -> float:

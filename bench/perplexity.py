@@ -50,16 +50,16 @@ def read_ids(tokenizer: Path, count: int) -> list[int]:
 
 
 def measure_task(model: str | None, **options: Any) -> dict[str, Any]:
-    """How many questions one model answers right, with these settings of the engine."""
+    """Which questions one model answers right, with these settings of the engine."""
     from bench import cloze
     from minivllm import LLM
 
     with LLM(model=model, max_model_len=128, max_num_batched_tokens=CHUNK, enable_prefix_caching=False, **options) as llm:
         info = llm.llm_engine.info()
         start = time.perf_counter()
-        right, questions = cloze.score(llm)
-        return {"right": right, "questions": questions, "error": cloze.standard_error(right, questions),
-                "weight_bytes": info.weight_bytes, "dtype": info.dtype, "seconds": round(time.perf_counter() - start, 1)}
+        right = cloze.score(llm)
+        return {"right": right, "error": cloze.standard_error(sum(right), len(right)), "weight_bytes": info.weight_bytes,
+                "dtype": info.dtype, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def measure(model: str | None, tokens: int, window: int, **options: Any) -> dict[str, Any]:
@@ -155,6 +155,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
 def table(args: argparse.Namespace, common: dict[str, Any]) -> None:
     """One process per row, because memory that PyTorch keeps would change later rows."""
     args.work.mkdir(parents=True, exist_ok=True)
+    reference: dict[str, Any] | None = None
     for name in ["bf16", *(row for row in ROWS if row != "bf16")]:  # the first is the source of the others
         path, make, options = ROWS[name]
         if name not in args.rows:
@@ -168,7 +169,8 @@ def table(args: argparse.Namespace, common: dict[str, Any]) -> None:
         if done.returncode:
             print(f"{name:10} failed, see above", flush=True)
         else:
-            show(name, json.loads(done.stdout.splitlines()[-1]))
+            row = json.loads(done.stdout.splitlines()[-1])
+            show(name, row, reference := row if name == "bf16" else reference)
 
 
 def kind(args: argparse.Namespace) -> dict[str, int]:
@@ -180,9 +182,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return measure(**job) if "tokens" in job else measure_task(**job)
 
 
-def show(name: str, row: dict[str, Any]) -> None:
-    score = (f"perplexity {row['perplexity']:8.4f}   {row['tokens']:,} tokens" if "perplexity" in row else
-             f"task {row['right'] / row['questions']:6.1%} +- {row['error']:.1%}   {row['right']} of {row['questions']} right")
+def show(name: str, row: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
+    """Print a row. A task's row also counts the questions that only it, and only the reference, answers right: they pair the two."""
+    if "right" in row:
+        right = row["right"]
+        score = f"task {sum(right) / len(right):6.1%} +- {row['error']:.1%}   {sum(right)} of {len(right)} right"
+        if reference is not None:
+            pairs = list(zip(right, reference["right"], strict=True))
+            score += f" (+{pairs.count((True, False))} -{pairs.count((False, True))})"
+    else:
+        score = f"perplexity {row['perplexity']:8.4f}   {row['tokens']:,} tokens"
     print(f"{name:10} {score}   {row['weight_bytes'] / 1e6:7.1f} MB of weights   {row['dtype']}   {row['seconds']:.1f} s", flush=True)
 
 

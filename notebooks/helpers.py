@@ -172,12 +172,15 @@ def perplexities() -> tuple[str, dict[str, tuple[float, float]]]:
     return path.stem, found
 
 
-def tasks() -> tuple[str, dict[str, tuple[float, float]]]:
-    """The newest saved table of `bench.perplexity --task`: its name, and format -> (share of right answers, its standard error)."""
+def tasks() -> tuple[str, dict[str, tuple[float, float, int, int]]]:
+    """The newest saved table of `bench.perplexity --table --task`: its name, and format -> what it says.
+
+    That is the share of right answers, its standard error, and how many answers became right and wrong compared with bf16.
+    """
     path = sorted(RESULTS.glob("*-task.txt"))[-1]
-    row = re.compile(r"^(\S.*?) +task +([\d.]+)% \+- ([\d.]+)%", re.MULTILINE)
+    row = re.compile(r"^(\S.*?) +task +([\d.]+)% \+- ([\d.]+)% .*\(\+(\d+) -(\d+)\)", re.MULTILINE)
     found = row.findall(path.read_text(encoding="utf-8"))
-    return path.stem, {name: (float(right) / 100, float(error) / 100) for name, right, error in found}
+    return path.stem, {name: (float(right) / 100, float(error) / 100, int(won), int(lost)) for name, right, error, won, lost in found}
 
 
 def clock() -> float:

@@ -37,10 +37,12 @@ def test_the_newest_perplexities_are_read_with_16_bit_embeddings(dtype: str, den
 def test_the_newest_task_scores_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.perplexity import show
 
+    rows = {"bf16": [True, True, True, False], "fp8 KV": [True, False, False, True]}
     with (tmp_path / "2026-02-01-cpu-task.txt").open("w") as file, contextlib.redirect_stdout(file):
         print("some machine, 1 threads; commit 0123")
-        for name, right in (("bf16", 92), ("fp8 KV", 61)):
-            show(name, {"right": right, "questions": 122, "error": 0.039, "weight_bytes": 269e6, "dtype": "bfloat16", "seconds": 7.3})
-    (tmp_path / "2026-01-01-cpu-task.txt").write_text("bf16       task  10.0% +- 1.0%   1 of 10 right\n")
+        for name, right in rows.items():
+            row = {"right": right, "error": 0.039, "weight_bytes": 269e6, "dtype": "bfloat16", "seconds": 7.3}
+            show(name, row, {"right": rows["bf16"]})
+    (tmp_path / "2026-01-01-cpu-task.txt").write_text("bf16       task  10.0% +- 1.0%   1 of 10 right (+0 -0)\n")
     monkeypatch.setattr(helpers, "RESULTS", tmp_path)
-    assert helpers.tasks() == ("2026-02-01-cpu-task", {"bf16": (0.754, 0.039), "fp8 KV": (0.5, 0.039)})
+    assert helpers.tasks() == ("2026-02-01-cpu-task", {"bf16": (0.75, 0.039, 0, 0), "fp8 KV": (0.5, 0.039, 1, 2)})
