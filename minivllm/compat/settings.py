@@ -2,7 +2,7 @@
 
     refused   it would change the output or the machine's use, and is not built: an error names it
     inert     it cannot change the output: accepted, and one line says that it has no effect
-    neutral   a value that requests nothing, such as tensor_parallel_size=1: accepted without a line
+    neutral   a value that requests nothing, such as pipeline_parallel_size=1: accepted without a line
 
 `None` is neutral for every setting, as in vLLM, where it means "the default".
 """
