@@ -208,15 +208,17 @@ async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
     return [output async for output in outputs][-1]
 
 
-class _GateThatCloses(threading.Event):
-    """It closes before the third step, so that the first tokens arrive alone."""
+class _FirstTokensAlone(threading.Event):
+    """A gate before whose third step the first output must have been received."""
 
-    steps = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.received = 0, threading.Event()
 
     def wait(self, timeout: float | None = None) -> bool:
         self.steps += 1
         if self.steps == 3:
-            self.clear()
+            self.received.wait()
         return super().wait(timeout)
 
 
@@ -224,7 +226,7 @@ def test_async_and_list_outputs_agree_under_truncation_and_past_the_limit(llm: L
     params = greedy(max_tokens=5000, truncate_prompt_tokens=20, n=2)
     prompt = list(range(3, 60))
     expected_output, again = llm.generate([prompt, prompt], params, use_tqdm=False)
-    gate = _GateThatCloses()
+    gate = _FirstTokensAlone()
     gate.set()
 
     async def main() -> None:
@@ -232,7 +234,7 @@ def test_async_and_list_outputs_agree_under_truncation_and_past_the_limit(llm: L
             outputs = []
             async for output in llm.generate(prompt, params):
                 outputs.append(output)
-                gate.set()
+                gate.received.set()
             assert all(output.prompt_token_ids == prompt[-20:] for output in outputs)
             assert [len(o.outputs[0].token_ids) for o in outputs] != [108] * len(outputs), "earlier outputs are not changed by later ones"
             last = outputs[-1]
