@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from minivllm.engine.plan_model import check_settings, plan_model
     from minivllm.models.hub import describe_model
     from minivllm.models.loader import check_header
-    from minivllm.models.transformers_model import ForeignSpec, read_spec
+    from minivllm.models.transformers_spec import ForeignSpec, read_spec
     from minivllm.quantization.methods import METHODS
 
     gpu = _gpu(args)

@@ -30,7 +30,7 @@ from minivllm.families.config_json import token_ids
 from minivllm.kernels.tuning import SHARED_TOKENS
 from minivllm.models.decoder import Decoder
 from minivllm.models.hub import ModelFiles, find_model
-from minivllm.models.transformers_model import read_spec
+from minivllm.models.transformers_spec import read_spec
 from minivllm.parallel.group import SINGLE
 from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.methods import METHODS, method_of

@@ -19,7 +19,7 @@ from minivllm.errors import InvalidInput, NotSupportedYet
 from minivllm.families import ModelSpec, linear_specs
 from minivllm.kernels import tuning
 from minivllm.lora.layout import AdapterLayout
-from minivllm.models.transformers_model import read_spec
+from minivllm.models.transformers_spec import read_spec
 from minivllm.parallel.shard import shard_spec
 from minivllm.planning.advice import FEWER_SEQS, FEWER_TOKENS, Change, shorter, smallest_change
 from minivllm.planning.gpus import GPU, card_here

@@ -33,7 +33,8 @@ from minivllm.models.decoder import LanguageModel
 from minivllm.models.hub import find_adapter
 from minivllm.models.loader import load_model, weight_bytes
 from minivllm.models.streaming import WeightStream
-from minivllm.models.transformers_model import ForeignSpec, load_transformers
+from minivllm.models.transformers_load import load_transformers
+from minivllm.models.transformers_spec import ForeignSpec
 from minivllm.parallel.group import SINGLE, ParallelGroup
 from minivllm.parallel.shard import shard_spec
 from minivllm.quantization.kv_cache import KVFormat, kv_format

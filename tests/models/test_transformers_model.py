@@ -15,8 +15,10 @@ from minivllm.cli.main import main
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidInput
 from minivllm.families import FAMILIES
-from minivllm.models import transformers_model
-from minivllm.models.transformers_model import ForeignSpec, TransformersModel, check_logits, load_transformers, read_spec
+from minivllm.models import transformers_load
+from minivllm.models.transformers_load import check_logits, load_transformers
+from minivllm.models.transformers_model import TransformersModel
+from minivllm.models.transformers_spec import ForeignSpec, read_spec
 from minivllm.quantization.methods import METHODS
 from tests.models.paged import Paged, make_build
 from tests.models.tiny import hf_logits, randomized
@@ -151,7 +153,7 @@ def test_code_that_counts_positions_itself_is_refused() -> None:
 def test_a_check_that_is_left_out_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spec = read_spec(EngineConfig(), make_config("Roberta", is_decoder=True), METHODS)
     assert isinstance(spec, ForeignSpec)
-    monkeypatch.setattr(transformers_model, "CHECK_PARAMETERS", 1000)
+    monkeypatch.setattr(transformers_load, "CHECK_PARAMETERS", 1000)
     check_logits(spec)
     assert "no small model of RobertaForCausalLM was compared with Transformers' own attention: a small one still has" in (
         capsys.readouterr().err)
