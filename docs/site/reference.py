@@ -24,7 +24,7 @@ from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine.metrics import EngineMetrics
 from minivllm.families import FAMILIES
 from minivllm.families.config_json import Key
-from minivllm.families.family import Family
+from minivllm.families.family import Family, PerLayer
 from minivllm.families.table import MODEL_TYPES
 from minivllm.models.gguf_config import ARCHITECTURES
 from minivllm.planning.suggested_models import COMPARED, GIB, MODELS, SIZE_OF_VALUE, num_parameters
@@ -421,8 +421,6 @@ def _properties(family: Family) -> tuple[str, ...]:
     def said(source: Any, words: dict[Any, str]) -> str:
         if isinstance(source, Key):
             return "config"
-        if getattr(source, "__qualname__", "").startswith("only."):  # one value, and another in config.json is an error
-            return words[None]
         return words[source] if isinstance(source, (bool, str, int, type(None))) else "config"
 
     model, attention, mlp = family.model, family.attention, family.mlp
@@ -431,7 +429,8 @@ def _properties(family: Family) -> tuple[str, ...]:
     norm += (", of q and k if config" if callable(qk_norm) else ", also of q and k") if qk_norm else ""
     positions = "ALiBi" if "alibi" in attention else "learned"
     if attention.get("rope", 0) is not None:
-        positions = "rotary or ALiBi" if "alibi" in attention else "rotary, by layer" if "rope" in attention else "rotary"
+        by_layer = "rope" in attention or isinstance(family.rotated, PerLayer)
+        positions = "rotary or ALiBi" if "alibi" in attention else "rotary, by layer" if by_layer else "rotary"
     positions += ", of a part of each head" if {"partial", "dim"} & family.rope.keys() and "rope" not in attention else ""
     block = family.block.partition("_")[0] if isinstance(family.block, str) else "config"
     gated = ("gated" if mlp["gated"] else "plain") + (", experts" if family.sparse is not False else "")

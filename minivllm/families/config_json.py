@@ -69,12 +69,16 @@ def _within_limits(key: Key, value: Any) -> Any:
     return key.type(value)
 
 
+def check_default(config: Config, key: Key) -> None:
+    """Raise `ModelError` if `key` has another value than its default."""
+    if (found := read(config, key)) != key.default:
+        raise model_error(f"config.json: {key.name} {shown(found)} is not supported, only {shown(key.default)} is")
+
+
 def only(value: Any, key: Key) -> Callable[[Config], Any]:
     """A field with this value, for models whose config.json leaves `key` at its default. Any other value of it is refused."""
     def read_default(config: Config) -> Any:
-        found = read(config, key)
-        if found != key.default:
-            raise model_error(f"config.json: {key.name} {shown(found)} is not supported, only {shown(key.default)} is")
+        check_default(config, key)
         return value
     return read_default
 
@@ -206,19 +210,19 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 # --- rotary embedding ----------------------------------------------------------------------------------------------
 
 
-def rope(config: Config, max_len: int, *, head: int, partial: float | None = None, dim: int = 0,
-         interleaved: bool = False) -> tuple[RopeSpec, int]:
+def rope(config: Config, max_len: int, *, head: int, partial: float | None = None, dim: int = 0, interleaved: bool = False,
+         theta: float = 10000.0) -> tuple[RopeSpec, int]:
     """-> (rotary embedding, context length with its scaling applied). max_len: `max_position_embeddings`, in tokens. head: head_dim.
 
     partial: default of `partial_rotary_factor`, the part of a head's dimensions that is rotated; None: only 1 is supported. dim: number of
-    these dimensions, for families that state it otherwise. interleaved: see `RopeSpec`.
+    these dimensions, for families that state it otherwise. interleaved: see `RopeSpec`. theta: default of `rope_theta`.
     Transformers 5 writes all keys into `rope_parameters`. Transformers 4 writes `rope_theta` and an optional `rope_scaling`.
     """
-    spec, length = _rope(config, max_len, head, partial, dim)
+    spec, length = _rope(config, max_len, head, partial, dim, theta)
     return dataclasses.replace(spec, interleaved=interleaved), length
 
 
-def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: int) -> tuple[RopeSpec, int]:
+def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: int, theta: float) -> tuple[RopeSpec, int]:
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping) or any(isinstance(v, Mapping) for v in params.values()):
         raise model_error("config.json: rotary parameters per layer type are not supported")
@@ -230,7 +234,7 @@ def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: i
             raise model_error(f"config.json: partial_rotary_factor {part} is not supported, only 1.0 is")
         if dim < 2:
             raise model_error(f"config.json: partial_rotary_factor {part} rotates less than two of {head} dimensions")
-    theta = read(both, Key("rope_theta", float, 10000.0))
+    theta = read(both, Key("rope_theta", float, theta))
     kind = params.get("rope_type") or params.get("type") or "default"
     if kind in ("su", "yarn") and "short_factor" in params:
         kind = "longrope"  # its names in Phi-3's first files

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from minivllm.families import config_json
 from minivllm.families.config_json import Config, Key, read
-from minivllm.families.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, model_error
+from minivllm.families.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 
 class PerLayer(NamedTuple):
@@ -38,6 +38,8 @@ class Family:
     names: Names = field(repr=False)
     block: Source = "pre"
     rope: Fields = field(default_factory=dict)  # options of `config_json.rope`, if `attention` has no rope
+    rotated: Source = True  # whether a layer has that rotary embedding
+    fixed: tuple[Key, ...] = ()  # keys of config.json that must have their default value
     aliases: Mapping[str, str] = field(default_factory=dict)  # a key of config.json -> this family's name for it
     text_config: bool = False  # the decoder's keys are in config.json's `text_config`; the encoder of images is left out
     moe: Fields = field(default_factory=dict)
@@ -46,11 +48,13 @@ class Family:
     def variant(
         self, *, model: Fields = {}, attention: Fields = {}, mlp: Fields = {}, names: Names = {}, block: Source = None,  # noqa: B006
         rope: Fields = {}, aliases: Mapping[str, str] = {}, moe: Fields = {}, sparse: Source = None, text_config: bool = False,  # noqa: B006
+        rotated: Source = None, fixed: tuple[Key, ...] = (),
     ) -> Family:
         """The same family with some fields and names replaced. The defaults are only read."""
         return Family(model={**self.model, **model}, attention={**self.attention, **attention}, mlp={**self.mlp, **mlp},
                       names={**self.names, **names}, block=self.block if block is None else block,
-                      rope={**self.rope, **rope}, aliases={**self.aliases, **aliases}, moe={**self.moe, **moe},
+                      rope={**self.rope, **rope}, rotated=self.rotated if rotated is None else rotated, fixed=self.fixed + fixed,
+                      aliases={**self.aliases, **aliases}, moe={**self.moe, **moe},
                       sparse=self.sparse if sparse is None else sparse, text_config=text_config or self.text_config)
 
     def parse(self, architecture: str, config: Config) -> ModelSpec:
@@ -58,13 +62,17 @@ class Family:
         if self.text_config:
             config = {**config, **read(config, Key("text_config", dict))}
         config = {**{ours: config[theirs] for ours, theirs in self.aliases.items() if theirs in config}, **config}
+        for key in self.fixed:
+            config_json.check_default(config, key)
         layers = config_json.num_layers(config)
         model = {name: _value(source, config) for name, source in self.model.items()}
         names = {module: _value(source, config) for module, source in self.names.items()}
         attention = dict(self.attention)
         if "rope" not in attention:
             options = {name: _value(source, config) for name, source in {"head": attention["head_dim"], **self.rope}.items()}
-            attention["rope"], model["max_model_len"] = config_json.rope(config, model["max_model_len"], **options)
+            rope, model["max_model_len"] = config_json.rope(config, model["max_model_len"], **options)
+            rotated = [rope if layer["rotated"] else None for layer in _by_layer({"rotated": self.rotated}, config, layers)]
+            attention["rope"] = PerLayer(lambda _: rotated)
         columns = [_by_layer(fields, config, layers) for fields in (attention, self.mlp, {"block": self.block})]
         sparse = [layer["sparse"] for layer in _by_layer({"sparse": self.sparse}, config, layers)]
         moe = _by_layer(self.moe if any(sparse) else {}, config, layers)
@@ -84,7 +92,5 @@ def _by_layer(fields: Fields, config: Config, layers: int) -> list[dict[str, Any
     """Each layer's fields."""
     shared = {name: _value(source, config) for name, source in fields.items() if not isinstance(source, PerLayer)}
     columns = {name: source.values(config) for name, source in fields.items() if isinstance(source, PerLayer)}
-    for name, values in columns.items():
-        if len(values) != layers:
-            raise model_error(f"config.json: {name} has {len(values)} values for {layers} layers")
+    assert all(len(values) == layers for values in columns.values()), "a source of `PerLayer` checks the lists of config.json that it reads"
     return [{**shared, **{name: values[i] for name, values in columns.items()}} for i in range(layers)]

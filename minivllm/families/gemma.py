@@ -14,11 +14,7 @@ def _activation(config: Config) -> str:
     return "gelu_tanh" if name == "gelu" else config_json.activation(Key("hidden_act", str))({"hidden_act": name})
 
 
-_causal = config_json.only(None, Key("use_bidirectional_attention", bool, False))
-
-
 def _multiplier(config: Config) -> float:
-    _causal(config)
     return float(read(config, Key("query_pre_attn_scalar", float, 256.0)) ** -0.5)
 
 
@@ -38,8 +34,9 @@ GEMMA = LLAMA.variant(
         "norm_offset": 1.0,
         "embed_scale": lambda config: read(config, Key("hidden_size", int)) ** 0.5,
     },
-    attention={"head_dim": Key("head_dim", int, 256), "window": _causal},
+    attention={"head_dim": Key("head_dim", int, 256)},
     mlp={"activation": _activation, "bias": False},
+    fixed=(Key("use_bidirectional_attention", bool, False),),
 )
 GEMMA2 = GEMMA.variant(
     model={"logit_softcap": config_json.nullable("final_logit_softcapping", float, 30.0)},

@@ -95,7 +95,8 @@ QWEN3_MOE: Family = QWEN3.variant(
 )
 OLMOE = LLAMA.variant(
     model={"norm_eps": Key("rms_norm_eps", float, 1e-5), "max_model_len": Key("max_position_embeddings", int, 4096)},
-    attention={"qk_norm": config_json.only("width", Key("clip_qkv", float, None))},
+    attention={"qk_norm": "width"},
+    fixed=(Key("clip_qkv", float, None),),
     moe={**QWEN_EXPERTS, "intermediate_size": Key("intermediate_size", int)},
     sparse=True,
     names=EXPERT_NAMES,
@@ -141,8 +142,7 @@ def latent_scale(config: Config) -> float:
 
 
 def after_first(config: Config) -> Sequence[bool]:
-    """All layers but the first `first_k_dense_replace`, as far as `moe_layer_freq` is 1."""
-    config_json.only(1, Key("moe_layer_freq", int, 1))(config)
+    """All layers but the first `first_k_dense_replace`."""
     return [i >= read(config, Key("first_k_dense_replace", int, 0)) for i in range(config_json.num_layers(config))]
 
 
@@ -172,6 +172,7 @@ DEEPSEEK_V2 = LLAMA.variant(
         "shared": shared(Key("moe_intermediate_size", int), Key("n_shared_experts", int, 0)),
     },
     sparse=PerLayer(after_first),
+    fixed=(Key("moe_layer_freq", int, 1),),
     names={
         **EXPERT_NAMES,
         "shared_gate_up": ("layers.{i}.mlp.shared_experts.gate_proj", "layers.{i}.mlp.shared_experts.up_proj"),

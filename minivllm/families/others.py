@@ -8,19 +8,16 @@ from minivllm.families.llama import LLAMA
 from minivllm.families.spec import RopeSpec, model_error
 
 
-def _smollm3_rope(config: Config) -> tuple[RopeSpec, int]:
-    return config_json.rope({"rope_theta": 2000000.0, **config}, read(config, Key("max_position_embeddings", int, 32768)),
-                            head=config_json.head_dim(config))
-
-
-def _every_fourth_without(config: Config) -> tuple[RopeSpec | None, ...]:
+def _smollm3_rotated(config: Config) -> list[int]:
     """`no_rope_layers` has 1 for each layer whose queries and keys are rotated. By default each fourth is not."""
-    layers, rope = config_json.num_layers(config), _smollm3_rope(config)[0]
     interval = read(config, Key("no_rope_layer_interval", int, 4))
     if interval < 1:
         raise model_error(f"config.json: no_rope_layer_interval must be at least 1, got {interval}")
-    rotated = read(config, Key("no_rope_layers", list, None)) or [int((i + 1) % interval != 0) for i in range(layers)]
-    return tuple(rope if each else None for each in rotated)
+    by_default = [int((i + 1) % interval != 0) for i in range(config_json.num_layers(config))]
+    rotated: list[int] = read(config, Key("no_rope_layers", list, None)) or by_default
+    if len(rotated) != len(by_default):
+        raise model_error(f"config.json: no_rope_layers has {len(rotated)} values for {len(by_default)} layers")
+    return rotated
 
 
 def _granite_eps(config: Config) -> float:
@@ -56,19 +53,16 @@ def _exaone4_windows(config: Config) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in _exaone4_types(config)]
 
 
-def _exaone4_rope(config: Config) -> tuple[RopeSpec, int]:
-    return config_json.rope(config, read(config, Key("max_position_embeddings", int, 2048)), head=config_json.head_dim(config))
-
-
-def _exaone4_ropes(config: Config) -> list[RopeSpec | None]:
+def _exaone4_rotated(config: Config) -> list[bool]:
     """If some layers have a window, only these rotate."""
-    rope, windows = _exaone4_rope(config)[0], _exaone4_windows(config)
-    return [rope if window is not None or config_json.one_window(4096)(config) is None else None for window in windows]
+    return [window is not None or config_json.one_window(4096)(config) is None for window in _exaone4_windows(config)]
 
 
 SMOLLM3 = LLAMA.variant(
-    model={"max_model_len": lambda config: _smollm3_rope(config)[1], "tied": Key("tie_word_embeddings", bool, True)},
-    attention={"window": config_json.only(None, Key("use_sliding_window", bool, False)), "rope": PerLayer(_every_fourth_without)},
+    model={"max_model_len": Key("max_position_embeddings", int, 32768), "tied": Key("tie_word_embeddings", bool, True)},
+    rope={"theta": 2000000.0},
+    rotated=PerLayer(_smollm3_rotated),
+    fixed=(Key("use_sliding_window", bool, False),),
 )
 PHI3 = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 4096), "norm_eps": Key("rms_norm_eps", float, 1e-5)},
@@ -79,8 +73,8 @@ PHI3 = LLAMA.variant(
 )
 OLMO = LLAMA.variant(
     model={"norm": "layer", "norm_affine": False, "norm_eps": 1e-5},
-    attention={"window": config_json.only(None, Key("clip_qkv", float, None))},
     mlp={"bias": False},
+    fixed=(Key("clip_qkv", float, None),),
 )
 STARCODER2 = LLAMA.variant(
     model={
@@ -114,9 +108,8 @@ OLMO3 = OLMO2.variant(
     attention={"window": PerLayer(config_json.windows_by_type(4)), "rope": PerLayer(_olmo3_ropes)},
 )
 EXAONE4 = OLMO2.variant(
-    model={"max_model_len": lambda config: _exaone4_rope(config)[1]},
-    attention={"qk_norm": "head", "qkv_bias": False, "out_bias": False, "window": PerLayer(_exaone4_windows),
-               "rope": PerLayer(_exaone4_ropes)},
+    attention={"qk_norm": "head", "qkv_bias": False, "out_bias": False, "window": PerLayer(_exaone4_windows)},
+    rotated=PerLayer(_exaone4_rotated),
 )
 GRANITE = LLAMA.variant(
     model={

@@ -5,7 +5,6 @@ from minivllm.families import config_json
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import PerLayer
 from minivllm.families.llama import LLAMA
-from minivllm.families.spec import RopeSpec
 
 _LAYER_NORM = {"norm": "layer", "norm_eps": Key("layer_norm_eps", float, 1e-5)}
 
@@ -45,27 +44,15 @@ def _falcon_alibi(config: Config) -> tuple[float, ...] | None:
     return tuple(scale * slope for slope in slopes) if read(config, Key("alibi", bool, False)) else None
 
 
-def _falcon_ropes(config: Config) -> list[RopeSpec | None]:
-    rope = None if read(config, Key("alibi", bool, False)) else _falcon_rope(config)[0]
-    return [rope] * config_json.num_layers(config)
-
-
-def _falcon_rope(config: Config) -> tuple[RopeSpec, int]:
-    length = read(config, Key("max_position_embeddings", int, 2048))
-    return config_json.rope(config, length, head=config_json.head_dim(config))
-
-
 def _gpt2_multipliers(config: Config) -> list[float]:
     scale = config_json.head_dim(config) ** -0.5 if read(config, Key("scale_attn_weights", bool, True)) else 1.0
     by_layer = read(config, Key("scale_attn_by_inverse_layer_idx", bool, False))
     return [scale / (i + 1 if by_layer else 1) for i in range(config_json.num_layers(config))]
 
 
-def _cohere2_ropes(config: Config) -> list[RopeSpec | None]:
+def _cohere2_rotated(config: Config) -> list[bool]:
     """Only layers with a window rotate."""
-    length = read(config, Key("max_position_embeddings", int, 8192))
-    rope = config_json.rope(config, length, head=config_json.head_dim(config), interleaved=True)[0]
-    return [rope if kind == "sliding_attention" else None for kind in config_json.layer_types(config, 4)]
+    return [kind == "sliding_attention" for kind in config_json.layer_types(config, 4)]
 
 
 PHI = LLAMA.variant(
@@ -141,7 +128,8 @@ COHERE = LLAMA.variant(
     rope={"interleaved": True},
 )
 COHERE2 = COHERE.variant(
-    attention={"qk_norm": None, "window": PerLayer(config_json.windows_by_type(4)), "rope": PerLayer(_cohere2_ropes)},
+    attention={"qk_norm": None, "window": PerLayer(config_json.windows_by_type(4))},
+    rotated=PerLayer(_cohere2_rotated),
 )
 STABLELM = LLAMA.variant(
     model={**_LAYER_NORM, "max_model_len": Key("max_position_embeddings", int, 4096)},
@@ -157,14 +145,12 @@ STABLELM = LLAMA.variant(
 )
 FALCON = LLAMA.variant(
     model={
-        "max_model_len": lambda config: _falcon_rope(config)[1],
         "tied": Key("tie_word_embeddings", bool, True),
         "norm": "layer",
         "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
     },
     attention={
         "num_kv_heads": _falcon_kv_heads,
-        "rope": PerLayer(_falcon_ropes),
         "alibi": _falcon_alibi,
         "qkv_bias": Key("bias", bool, False),
         "out_bias": Key("bias", bool, False),
@@ -177,6 +163,7 @@ FALCON = LLAMA.variant(
         "bias": Key("bias", bool, False),
     },
     block=_falcon_block,
+    rotated=lambda config: not read(config, Key("alibi", bool, False)),
     aliases={"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"},
     names={
         "embed": ("word_embeddings",),
@@ -193,7 +180,6 @@ BLOOM = FALCON.variant(
     model={"max_model_len": Key("seq_length", int, 2048), "embed_norm": True},
     attention={
         "num_kv_heads": Key("num_attention_heads", int),
-        "window": config_json.only(None, Key("apply_residual_connection_post_layernorm", bool, False)),
         "rope": None,
         "alibi": lambda config: config_json.alibi_slopes(read(config, Key("num_attention_heads", int))),
         "qkv_bias": True,
@@ -201,6 +187,7 @@ BLOOM = FALCON.variant(
     },
     mlp={"intermediate_size": lambda config: 4 * read(config, Key("hidden_size", int)), "activation": "gelu_tanh", "bias": True},
     block="pre",
+    fixed=(Key("apply_residual_connection_post_layernorm", bool, False),),
     names={
         "embed_norm": ("word_embeddings_layernorm",),
         "attn_norm": ("h.{i}.input_layernorm",),
@@ -216,13 +203,13 @@ GPT2 = GPT_J.variant(
         "transposed": True,
     },
     attention={
-        "window": config_json.only(None, Key("add_cross_attention", bool, False)),
         "rope": None,
         "multiplier": PerLayer(_gpt2_multipliers),
         "qkv_bias": True,
         "out_bias": True,
     },
     block="pre",
+    fixed=(Key("add_cross_attention", bool, False),),
     names={
         "positions": ("wpe",),
         "qkv": ("h.{i}.attn.c_attn",),

@@ -424,7 +424,7 @@ def test_the_table_has_these_families() -> None:
 @pytest.mark.parametrize(("architecture", "change", "message"), [
     ("OlmoForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported, only None is"),
     ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window True is not supported, only False is"),
-    ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "rope has 2 values for 32 layers"),
+    ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 values for 32 layers"),
     ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, got 0"),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0]}}, "short_factor must be a list of 64 positive"),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [True] * 64}}, "short_factor must be a list of 64 positive"),
