@@ -157,10 +157,14 @@ def one_window(default: int | None) -> Callable[[Config], int | None]:
     return read_window
 
 
+def window_if_used(config: Config) -> int | None:
+    """One window for every layer, if `use_sliding_window` is on."""
+    return one_window(4096)(config) if read(config, Key("use_sliding_window", bool, False)) else None
+
+
 def windows_by_layer(config: Config) -> tuple[int | None, ...]:
     """One window per layer, only with `use_sliding_window`: from `layer_types` if given, else in all layers from `max_window_layers`."""
-    enabled = read(config, Key("use_sliding_window", bool, False))
-    window = read(config, Key("sliding_window", int, None)) if enabled and "sliding_window" in config else (4096 if enabled else None)
+    window = window_if_used(config)
     types, layers = read(config, Key("layer_types", list, None)), num_layers(config)
     if types is None:
         first = read(config, Key("max_window_layers", int, 28))

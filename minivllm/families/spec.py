@@ -74,7 +74,6 @@ class LatentSpec:
     nope_dim: int
     rope_dim: int
     value_dim: int
-    interleaved: bool = True  # checkpoints pair rotated dimension 2 i with 2 i + 1
     norm_eps: float = 1e-6  # of the norms of the latents
 
     def __post_init__(self) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 
 from minivllm.errors import NotSupportedYet, shown
 from minivllm.families.config_json import Config, Key, read
+from minivllm.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from minivllm.families.family import Family
 from minivllm.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from minivllm.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from minivllm.families.moe import DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from minivllm.families.moe import GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from minivllm.families.opt import OPT
 from minivllm.families.others import EXAONE4, GLM, GLM4, GRANITE, OLMO, OLMO2, OLMO3, PHI3, SMOLLM3, STARCODER2
 from minivllm.families.parallel import BLOOM, COHERE, COHERE2, FALCON, GPT2, GPT_J, GPT_NEOX, PHI, STABLELM

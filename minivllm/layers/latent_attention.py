@@ -37,15 +37,16 @@ def attention_ops(build: BuildContext, latent: bool) -> Ops:
 class LatentAttention:
     """In place of an `Attention`."""
 
-    __slots__ = ("_kv_norm", "_norm", "_ops", "_q_a", "_q_b", "_rope", "group", "keys", "kv_a", "latent",
+    __slots__ = ("_interleaved", "_kv_norm", "_norm", "_ops", "_q_a", "_q_b", "_rope", "group", "keys", "kv_a", "latent",
                  "num_heads", "o", "scale", "values")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec], layer: int, group: int,
                  rope: int, norm: Norm | None, out_norm: Norm | None = None) -> None:
         """See `Attention`."""
         name, attention = f"layers.{layer}", spec.layers[layer].attention
-        assert attention.latent is not None and out_norm is None
+        assert attention.latent is not None and attention.rope is not None and out_norm is None
         self.latent = latent = attention.latent
+        self._interleaved = attention.rope.interleaved
         self.num_heads, self.scale, self.group, self._rope, self._norm = attention.num_heads, attention.scale, group, rope, norm
         self._ops = REFERENCE
         self._q_a: Linear | None = None
@@ -89,6 +90,6 @@ class LatentAttention:
 
     def _rotated(self, x: Tensor, rotation: Rotation) -> Tensor:
         """x: [T, heads, rope_dim], in the order of checkpoints."""
-        if self.latent.interleaved:
+        if self._interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return apply_rope(x, *rotation)
