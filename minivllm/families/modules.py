@@ -39,6 +39,11 @@ class LinearSpec:
     transposed: bool = False  # checkpoints store a plain matrix as [cols, rows]
     dense: bool = False  # in memory it is a plain matrix, and has no LoRA adapters: an expert, or `LatentSpec`'s kv_b
 
+    @property
+    def stored_rows(self) -> tuple[int, ...]:
+        """Outputs of each tensor of a checkpoint: of each part, or of all parts together."""
+        return self.rows if len(self.checkpoint_names) == len(self.rows) else (sum(self.rows),)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

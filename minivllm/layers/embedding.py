@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minivllm.families import LinearSpec, ModelSpec, embedding_spec
 from minivllm.kernels.layout import InputBatch
-from minivllm.layers.build import BuildContext, Take
+from minivllm.layers.build import BuildContext, Take, stored_tensors
 from minivllm.layers.linear import Linear
 from minivllm.layers.norm import load_norm
 from minivllm.quantization.base import Matmul
@@ -25,11 +25,10 @@ class Embedding:
     __slots__ = ("_dtype", "_group", "_num_rows", "_scale", "norm", "positions", "project", "table")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec]) -> None:
-        method, self._dtype = build.method(embedding_spec(spec)), build.dtype
-        rows, self._group, self._num_rows = (spec.vocab_rows,), build.group, spec.vocab_rows
-        tensors = {suffix: take(f"embed.{suffix}") for suffix in method.parameters(rows, spec.embed_size)}
+        self._dtype, self._group, self._num_rows = build.dtype, build.group, spec.vocab_rows
+        method, tensors = stored_tensors(embedding_spec(spec), build, take)
         # A plain table stays [vocab, embed_size]. The output head may need the same weight in another layout.
-        self.table: Tensor | Matmul = tensors["weight"] if method is DENSE else method.build(tensors, rows, build.ops)
+        self.table: Tensor | Matmul = tensors["weight"] if method is DENSE else method.build(tensors, (spec.vocab_rows,), build.ops)
         self.project = Linear.load(build, take, linears["project_in"]) if spec.embed_size != spec.hidden_size else None
         self.positions = take("positions.weight")[spec.position_offset :] if spec.learned_positions else None
         self.norm = load_norm(build, take, spec, "embed_norm") if spec.embed_norm else None

@@ -23,10 +23,9 @@ from minivllm.kernels import REFERENCE, Ops
 from minivllm.kernels.layout import KVLayer
 from minivllm.kernels.reference.rope import apply_rope
 from minivllm.layers.attention import LastTokens, Rotation, StepContext
-from minivllm.layers.build import BuildContext, Take
+from minivllm.layers.build import BuildContext, Take, dense_weight
 from minivllm.layers.linear import Linear
 from minivllm.layers.norm import Norm, RMSNorm
-from minivllm.quantization.dense import DENSE
 
 
 def attention_ops(build: BuildContext, latent: bool) -> Ops:
@@ -37,7 +36,7 @@ def attention_ops(build: BuildContext, latent: bool) -> Ops:
 class LatentAttention:
     """In place of an `Attention`."""
 
-    __slots__ = ("_interleaved", "_kv_norm", "_norm", "_ops", "_q_a", "_q_b", "_rope", "group", "keys", "kv_a", "latent",
+    __slots__ = ("_interleaved", "_kv_norm", "_norm", "_q_a", "_q_b", "_rope", "group", "keys", "kv_a", "latent",
                  "num_heads", "o", "scale", "values")
 
     def __init__(self, spec: ModelSpec, build: BuildContext, take: Take, linears: Mapping[str, LinearSpec], layer: int, group: int,
@@ -48,7 +47,6 @@ class LatentAttention:
         self.latent = latent = attention.latent
         self._interleaved = attention.rope.interleaved
         self.num_heads, self.scale, self.group, self._rope, self._norm = attention.num_heads, attention.scale, group, rope, norm
-        self._ops = REFERENCE
         self._q_a: Linear | None = None
         if latent.q_rank is None:
             self._q_b = Linear.load(build, take, linears[f"{name}.q"])
@@ -58,11 +56,7 @@ class LatentAttention:
                                     norm=RMSNorm(build, take(f"{name}.q_a_norm.weight"), latent.norm_eps))
         self.kv_a = Linear.load(build, take, linears[f"{name}.kv_a"])
         self._kv_norm = RMSNorm(build, take(f"{name}.kv_a_norm.weight"), latent.norm_eps)
-        kv_b = linears[f"{name}.kv_b"]
-        method = build.method(kv_b)
-        tensors = {suffix: take(f"{kv_b.name}.{suffix}") for suffix in method.parameters(kv_b.rows, kv_b.cols)}
-        weight = tensors["weight"] if method is DENSE else method.build(tensors, kv_b.rows, REFERENCE).dense(
-            kv_b.rows[0], kv_b.cols, build.device, build.dtype)
+        weight = dense_weight(linears[f"{name}.kv_b"], build, take)
         # [H, nope_dim, rank] and [H, value_dim, rank]
         self.keys, self.values = weight.view(self.num_heads, -1, latent.rank).split([latent.nope_dim, latent.value_dim], dim=1)
         self.o = Linear.load(build, take, linears[f"{name}.o"])
@@ -82,9 +76,9 @@ class LatentAttention:
         queries = torch.cat((absorbed, self._rotated(q[..., latent.nope_dim :], rotation)), -1)  # [T, H, rank + rope_dim]
         qkv = torch.cat((queries.flatten(1), key, key), 1)
         if last is not None:
-            self._ops.store_kv(qkv, kv, step.slots[g], step.metas[g])
+            REFERENCE.store_kv(qkv, kv, step.slots[g], step.metas[g])
             qkv, x, step = qkv.index_select(0, last.rows), x.index_select(0, last.rows), last.step
-        heads = self._ops.self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale)
+        heads = REFERENCE.self_attention(qkv, kv, step.slots[g], step.metas[g], scale=self.scale)
         means = heads.view(len(x), self.num_heads, -1)[..., : latent.rank]
         return self.o(torch.einsum("thr,hvr->thv", means, self.values).flatten(1), residual=x, lora=step.lora)
 

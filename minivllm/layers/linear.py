@@ -22,7 +22,7 @@ from torch import Tensor
 from minivllm.errors import ModelError
 from minivllm.families import LinearSpec, row_order
 from minivllm.kernels.layout import AdapterWeights
-from minivllm.layers.build import BuildContext, Take
+from minivllm.layers.build import BuildContext, Take, stored_tensors
 from minivllm.layers.norm import Norm, RMSNorm
 from minivllm.quantization.base import Epilogue, Matmul
 from minivllm.quantization.dense import DENSE
@@ -65,9 +65,7 @@ class Linear:
     @classmethod
     def load(cls, build: BuildContext, take: Take, spec: LinearSpec, *, norm: Norm | None = None, activation: str | None = None) -> Linear:
         """The layer of `spec`, with its weight in the format of its method."""
-        method = build.method(spec)
-        rows = spec.rows if len(spec.checkpoint_names) == len(spec.rows) else (sum(spec.rows),)  # parts that are stored by themselves
-        tensors = {suffix: take(f"{spec.name}.{suffix}") for suffix in method.parameters(rows, spec.cols)}
+        method, tensors = stored_tensors(spec, build, take)
         bias = take(f"{spec.name}.bias") if spec.bias else None
         adapters = None if build.adapters is None else build.adapters.layer(spec.name)
         order = None if spec.heads is None else torch.tensor(row_order(spec.heads), device=build.device)
@@ -76,7 +74,7 @@ class Linear:
             if method.rows_in_any_order:
                 tensors = {suffix: tensor[order] for suffix, tensor in tensors.items()}
         try:
-            matmul = method.build(tensors, rows, build.ops)
+            matmul = method.build(tensors, spec.stored_rows, build.ops)
             if order is not None and not method.rows_in_any_order:
                 matmul = ReorderedMatmul(matmul, order)
         except ModelError as error:

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from minivllm.families import ExpertsSpec, LinearSpec, MoESpec
-from minivllm.kernels import REFERENCE
 from minivllm.kernels.layout import ExpertWeights
-from minivllm.layers.build import BuildContext, Take
+from minivllm.layers.build import BuildContext, Take, dense_weight
 from minivllm.layers.mlp import MLP
 from minivllm.layers.norm import Norm
-from minivllm.quantization.dense import DENSE
 
 
 class MoE:
@@ -62,10 +60,8 @@ def load_experts(spec: ExpertsSpec, build: BuildContext, take: Take) -> tuple[Te
     bias = torch.empty(weight.shape[:2], dtype=build.dtype, device=build.device) if spec.bias else None
     at = 0
     for linear in spec.linears:
-        end, method = at + linear.rows[0], build.method(linear)
-        tensors = {suffix: take(f"{linear.name}.{suffix}") for suffix in method.parameters(linear.rows, linear.cols)}
-        weight.flatten(0, 1)[at:end] = tensors["weight"] if method is DENSE else method.build(tensors, linear.rows, REFERENCE).dense(
-            linear.rows[0], linear.cols, build.device, build.dtype)
+        end = at + linear.rows[0]
+        weight.flatten(0, 1)[at:end] = dense_weight(linear, build, take)
         if bias is not None:
             bias.flatten()[at:end] = take(f"{linear.name}.bias")
         at = end

@@ -113,8 +113,7 @@ def _delta(module: str, sides: Mapping[str, Tensor], linear: LinearSpec, part: i
     if len(sides) < 2:
         raise ModelError(f"the adapter in {folder} has only lora_{next(iter(sides))} for {module}: save the adapter again", PARAM)
     a, b = sides["A"], sides["B"]
-    whole = len(linear.checkpoint_names) < len(linear.rows)  # one checkpoint module for all parts
-    outputs = sum(linear.rows) if whole else linear.rows[part]
+    outputs = linear.stored_rows[part]
     for side, tensor, shape in (("A", a, (rank, linear.cols)), ("B", b, (outputs, rank))):
         if tensor.shape != shape:
             other = "r" if tensor.shape[side == "B"] != rank and tensor.shape[side == "A"] == shape[side == "A"] else "the base model"

@@ -96,7 +96,7 @@ def _deltas(adapter: Adapter, adapted: AdaptedLinear) -> Iterator[ModuleDelta | 
     share A."""
     linear = adapted.whole
     order = torch.arange(sum(linear.rows)) if linear.heads is None else torch.tensor(row_order(linear.heads))
-    separate, start = len(linear.checkpoint_names) == len(linear.rows), 0
+    separate, start = linear.stored_rows == linear.rows, 0
     for part, rows in enumerate(linear.rows):
         delta = adapter.modules.get(linear.checkpoint_names[part if separate else 0])
         mine = order[start : start + rows] - (start if separate else 0)

@@ -137,7 +137,7 @@ def _sharded(linear: LinearSpec, part: LinearSpec, method: LinearMethod, rank: i
             continue
         suffix, sources = name.removeprefix(f"{linear.name}."), []
         for source, i in zip(param.sources, param.of_parts or range(len(param.sources)), strict=True):
-            own = range(len(numbers)) if len(linear.checkpoint_names) < len(linear.rows) and by_outputs else (i,)  # one tensor of all parts
+            own = range(len(numbers)) if linear.stored_rows != linear.rows and by_outputs else (i,)  # one tensor of all parts
             total, stored = sum(numbers[j][0] for j in own), source.shape[dim]
             if stored == 1 and total > MOST_IN_WORD:  # one scale for all, which every rank holds
                 cuts = [(0, 1)]
@@ -193,8 +193,8 @@ def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: b
     for experts in expert_specs(spec).values():  # dense, whatever the checkpoint stores
         yield ResidentWeight(experts.name, "", experts.size * itemsize)
     for linear in (embedding_spec(spec), *linear_specs(spec).values()):
-        rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
-        for type_name, num_bytes in (DENSE if linear.dense else method(linear)).bytes_by_type(rows, linear.cols, itemsize, on_gpu).items():
+        stored = DENSE if linear.dense else method(linear)
+        for type_name, num_bytes in stored.bytes_by_type(linear.stored_rows, linear.cols, itemsize, on_gpu).items():
             yield ResidentWeight(linear.name, type_name, num_bytes)
         if linear.bias:
             yield ResidentWeight(linear.name, "", sum(linear.rows) * itemsize)
@@ -224,11 +224,9 @@ def _tensor(tensor: TensorSpec, part: TensorSpec, rank: int, size: int) -> Param
 
 def linear_parameters(linear: LinearSpec, method: LinearMethod) -> Iterator[tuple[str, Parameter]]:
     """Every parameter of a linear layer, under our own name."""
-    # A checkpoint may hold the parts of a fused layer as one tensor already.
-    rows = linear.rows if len(linear.checkpoint_names) == len(linear.rows) else (sum(linear.rows),)
-    tensors = method.parameters(rows, linear.cols)
+    tensors = method.parameters(linear.stored_rows, linear.cols)
     if linear.bias:  # split along the outputs. A row-parallel layer adds it once, after the sum over ranks
-        tensors["bias"] = ParamSpec(tuple((n,) for n in rows), input_dim=None)
+        tensors["bias"] = ParamSpec(tuple((n,) for n in linear.stored_rows), input_dim=None)
     for suffix, param in tensors.items():
         names = linear.checkpoint_names if param.of_parts is None else tuple(linear.checkpoint_names[i] for i in param.of_parts)
         sources = tuple(Source(f"{name}.{param.suffix or suffix}", shape) for name, shape in zip(names, param.parts, strict=True))
