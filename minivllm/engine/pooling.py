@@ -9,7 +9,6 @@ A sum needs 4 bytes for each entry of the hidden state, so the states themselves
 """
 from __future__ import annotations
 
-import json
 import sys
 from array import array
 from pathlib import Path
@@ -17,17 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from minivllm.errors import InvalidInput
+from minivllm.families.model_folder import check_inside, read_json
 from minivllm.sampling_params import PoolingParams
 
 
 def default_pooling(folder: Path) -> PoolingParams:
-    """The defaults of a model: as its file for sentence-transformers says, else the last token; vectors have length 1."""
+    """The defaults of a model: as its file for sentence-transformers says, else the last token; vectors have length 1.
+
+    Raises `ModelError` if that file is damaged, or a link leads out of the folder to it."""
     path, kind = folder / "1_Pooling" / "config.json", "LAST"
     if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        modes = [name for name, on in values.items() if name.startswith("pooling_mode") and on is True]
+        check_inside(path, folder, "model")
+        modes = [name for name, on in read_json(path).items() if name.startswith("pooling_mode") and on is True]
         if modes not in (["pooling_mode_mean_tokens"], ["pooling_mode_lasttoken"]):
-            print(f"minivllm: {path} asks for {' and '.join(modes) or 'no pooling'}, which is not supported: embeddings are "
+            print(f"minivllm: {path} names {' and '.join(modes) or 'no pooling'}, which is not supported: embeddings are "
                   "the hidden states of last tokens", file=sys.stderr, flush=True)
         kind = "MEAN" if modes == ["pooling_mode_mean_tokens"] else "LAST"
     return PoolingParams(pooling_type=kind, use_activation=True)

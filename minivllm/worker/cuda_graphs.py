@@ -166,7 +166,7 @@ class Graph:
             self._propose()
         torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog thread asks for events meanwhile, which must not end the capture.
+        # NCCL's watchdog thread queries events meanwhile, which must not end the capture.
         mode = "thread_local" if self._model.build.group.size > 1 else "global"
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64

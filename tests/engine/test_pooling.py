@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from minivllm import LLM, AsyncLLM, LoRARequest, PoolingParams, PoolingRequestOu
 from minivllm.config import EngineConfig
 from minivllm.core.trace import read, replay
 from minivllm.engine.pooling import PooledPrompt, default_pooling
-from minivllm.errors import InvalidInput, NotSupportedYet, RequestFailed
+from minivllm.errors import InvalidInput, ModelError, NotSupportedYet, RequestFailed
 from minivllm.kernels import tuning
 from tests.models.tiny import make_hf
 
@@ -242,6 +243,15 @@ def test_a_model_may_say_how_it_pools(tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_text('{"pooling_mode_cls_token": true}')
     assert default_pooling(tmp_path).pooling_type == "LAST"
     assert "pooling_mode_cls_token, which is not supported" in capsys.readouterr().err
+    for damaged in ("{", "[]", '{"a": NaN}'):
+        file.write_text(damaged)
+        with pytest.raises(ModelError, match=re.escape(str(file))):
+            default_pooling(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "1_Pooling").symlink_to(file.parent)
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        default_pooling(model)
 
 
 def test_a_prompt_that_is_drafted_for_has_no_drafts(tiny_llama: Callable[..., Path], reference: Reference) -> None:
