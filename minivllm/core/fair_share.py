@@ -108,8 +108,8 @@ def token_parts(
     needs = {owner: need for owner in {*totals, *waiting} if (need := max(totals.get(owner, 0), waiting.get(owner, 0)))}
     if len(needs) < 2 or not totals:
         return TokenParts()
-    least = min(needs, key=lambda owner: needs[owner])
-    most = needs[least] * 3 // 2 if least in waiting else needs[least] + free_tokens
+    least = min(needs.values())  # of several owners; the lower limit counts, whatever their names are
+    most = min(least * 3 // 2 if owner in waiting else least + free_tokens for owner, need in needs.items() if need == least)
     goals = {owner: min(total, most) for owner, total in totals.items()}
 
     def parts(level: int) -> dict[str, int]:

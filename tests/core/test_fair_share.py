@@ -117,6 +117,13 @@ def test_parts_of_a_step_are_fair(
     assert all(part for owner, part in given_now.items() if wanted[owner]), "every prompt advances"
 
 
+def test_the_parts_of_a_step_do_not_depend_on_the_owners_names() -> None:
+    """Of two owners with equally few tokens one waits for rows. The order of names in a set differs between processes."""
+    for i in range(20):
+        decodes, wanted, waiting = {f"a{i}": 8, f"b{i}": 8}, {"c": 100}, {f"b{i}": 8}
+        assert token_parts(decodes, wanted, waiting, 200, FREE_TOKENS, 0).limit("c", 200) == min(8 * 3 // 2, 8 + FREE_TOKENS)
+
+
 def test_a_request_with_many_children_leaves_rows_to_others_of_the_same_owner() -> None:
     storm = Storm()
     storm.add("", 8, 200, n=64)
