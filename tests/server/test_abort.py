@@ -33,7 +33,9 @@ def live(engine: ScriptedEngine) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def aborts(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
-    """The ids that the server sends to the engine to abort. The engine handles them between two steps."""
+    """The ids that the server sends to the engine to abort. The engine handles them between two steps.
+
+    Wait for them before the next step: requests have 200 tokens, and so many steps may pass before the server notices a disconnect."""
     aborts: queue.SimpleQueue[str] = queue.SimpleQueue()
     abort = live.client.abort
 
@@ -79,28 +81,35 @@ def test_a_disconnect_before_the_first_token_is_noticed(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_disconnect_is_noticed_although_requests_are_pipelined(
-    engine: ScriptedEngine, live: LiveServer, caplog: pytest.LogCaptureFixture, stream: bool,
+    engine: ScriptedEngine, live: LiveServer, aborts: queue.SimpleQueue[str], caplog: pytest.LogCaptureFixture, stream: bool,
 ) -> None:
     """HTTP allows a client to send requests before the first is answered. After a disconnect, none of the waiting ones starts."""
     connection = open_request(live, {"prompt": "x", "stream": stream, "max_tokens": 200}, times=3)
     engine.wait_until(lambda: len(engine.requests) == 1)
     (first,) = engine.requests
     connection.close()
-    engine.run_until(lambda: engine.aborted == [first])
+    assert aborts.get(timeout=30) == first
+    let_one_step_pass(engine)
+    engine.wait_until(lambda: engine.aborted == [first])
     assert httpx.get(live.url + "/load").json()["server_load"] == 0
     assert not engine.requests and caplog.records == []
 
 
-def test_a_disconnect_aborts_every_prompt_of_a_request(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_a_disconnect_aborts_every_prompt_of_a_request(
+    engine: ScriptedEngine, live: LiveServer, aborts: queue.SimpleQueue[str],
+) -> None:
     connection = open_request(live, {"prompt": [[5], [6], [7], [8]], "n": 2, "max_tokens": 200})
     engine.run_until(lambda: len(engine.requests) == 4)
     ids = set(engine.requests)
     connection.close()
+    assert {aborts.get(timeout=30) for _ in ids} == ids
     engine.run_until(lambda: set(engine.aborted) == ids)
     assert not engine.requests
 
 
-def test_a_disconnect_does_not_affect_other_clients(engine: ScriptedEngine, live: LiveServer) -> None:
+def test_a_disconnect_does_not_affect_other_clients(
+    engine: ScriptedEngine, live: LiveServer, aborts: queue.SimpleQueue[str],
+) -> None:
     engine.script = lambda prompt, params, child: [((5,), f"{prompt[0]} ")] * (200 if prompt[0] == 8 else 100)
     answers: list[Any] = []
     body = {"prompt": [9], "max_tokens": 100}
@@ -114,6 +123,7 @@ def test_a_disconnect_does_not_affect_other_clients(engine: ScriptedEngine, live
     engine.run_until(lambda: len(engine.requests) == 2)
     closed = set(engine.requests) - other_ids
     connection.close()
+    assert {aborts.get(timeout=30)} == closed
     engine.run_until(lambda: set(engine.aborted) == closed)
     engine.run_until(lambda: not engine.requests)
     other.join(30)
