@@ -61,7 +61,7 @@ def _status(folder: Path) -> int:
 
 
 def _start(lesson: Any, force: bool) -> int:
-    from minivllm.course.lesson_files import starter
+    from minivllm.course.lesson_files import starter, unwritten_lines
 
     path, shown = lesson.answer, os.path.relpath(lesson.answer)
     if path.exists():
@@ -73,7 +73,7 @@ def _start(lesson: Any, force: bool) -> int:
     path.write_text(text, encoding="utf-8")
     print(f"{shown} is your file for {lesson.label}, which has {len(lesson.tasks)} tasks:")
     for task in lesson.tasks:
-        lines = [str(i) for i, line in enumerate(text.splitlines(), 1) if f'NotImplementedError("task {task.number}")' in line]
+        lines = list(map(str, unwritten_lines(text, task.number)))
         where = f"line{'s' * (len(lines) > 1)} {' and '.join(lines)}"
         print(f"  task {task.number}  {task.title} ({'open: the check prints your figure' if task.is_open else where})")
     print(f"They are described in {os.path.relpath(lesson.folder / 'README.md')}. Then run: {_command('check', lesson.number)}")

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from minivllm.course.lesson_files import MARK, UNWRITTEN, unwritten_lines
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -110,11 +112,10 @@ def _explain(error: BaseException, answer: Path, task: int | None) -> str:
     """What went wrong, for a learner: the check's explanation, or the line of their file."""
     if isinstance(error, SyntaxError) and error.filename == str(answer):
         return f"line {error.lineno} is not valid Python: {error.msg}\n    {(error.text or '').strip()}"
-    blank = re.search(r"NotImplementedError\([\"'](task (\d+))[\"']\)", f"{error!r} {error}")  # a compiler of kernels quotes the line
-    if blank is not None:
-        lines = answer.read_text(encoding="utf-8").splitlines()
-        number = next((i for i, line in enumerate(lines, 1) if f'NotImplementedError("{blank[1]}")' in line), 0)
-        return f"not written yet: line {number}" if blank[2] == str(task) else f"needs {blank[1]}, which is not written yet: line {number}"
+    if (blank := UNWRITTEN.search(f"{error!r} {error}")) is not None:  # a compiler of kernels quotes the line
+        missing = int(blank["task"])
+        where = "".join(f": line {number}" for number in unwritten_lines(answer.read_text(encoding="utf-8"), missing)[:1])
+        return f"not written yet{where}" if missing == task else f"needs task {missing}, which is not written yet{where}"
     while not (frames := [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(answer)]) and error.__cause__:
         error = error.__cause__  # an interpreter of kernels wraps errors
     name = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -135,7 +136,7 @@ def _explain(error: BaseException, answer: Path, task: int | None) -> str:
 def _in_a_task(frames: list[traceback.FrameSummary], answer: Path) -> traceback.FrameSummary | None:
     """The innermost of these lines that follows a mark `# TASK n` in its function: a line that the learner wrote, not a given one."""
     source = answer.read_text(encoding="utf-8")
-    marks = [i for i, line in enumerate(source.splitlines(), 1) if re.match(r" *# TASK \d+: ", line)]
+    marks = [i for i, line in enumerate(source.splitlines(), 1) if MARK.match(line)]
     functions = [(n.lineno, n.end_lineno or 0) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
     for frame in reversed(frames):
         line = frame.lineno or 0

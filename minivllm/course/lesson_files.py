@@ -19,6 +19,7 @@ from minivllm.errors import InvalidInput, nearest
 
 MARK = re.compile(r"^(?P<indent> *)# TASK (?P<task>\d+): (?P<hint>.+)$")
 END = "# END"
+UNWRITTEN = re.compile(r"NotImplementedError\([\"']task (?P<task>\d+)[\"']\)")  # in a starter file, and in what such a line raises
 ANSWERS = "my_lessons"  # folder of the learner's files, beside lessons/
 
 
@@ -99,13 +100,18 @@ def marked_regions(source: str) -> Iterator[tuple[int, int, int]]:
         yield int(match["task"]), i, end
 
 
+def unwritten_lines(text: str, task: int) -> list[int]:
+    """Lines of a learner's file where this task is not written yet. Lines count from 1, as in messages."""
+    return [i for i, line in enumerate(text.splitlines(), 1) if (match := UNWRITTEN.search(line)) and int(match["task"]) == task]
+
+
 def starter(lesson: Lesson) -> str:
     """The text of the learner's file: `lesson.py` without the solutions."""
     source = (lesson.folder / "lesson.py").read_text(encoding="utf-8")
     lines = source.splitlines()
     for task, start, end in reversed(list(marked_regions(source))):
         indent = " " * (len(lines[start]) - len(lines[start].lstrip()))
-        lines[start + 1:end + 1] = [f'{indent}raise NotImplementedError("task {task}")']
+        lines[start + 1:end + 1] = [f'{indent}raise NotImplementedError("task {task}")']  # see UNWRITTEN
     head = [f"# Your file for {lesson.label}. The tasks are described in lessons/{lesson.folder.name}/README.md.",
             "# Replace each line `raise NotImplementedError(...)` with your code. You may change everything else too.",
             f"# To check it: .venv/bin/minivllm course check {lesson.number}"]
