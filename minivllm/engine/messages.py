@@ -43,7 +43,7 @@ class EngineInfo:
     max_lora_rank: int = 0
     max_requests: int | None = None  # that run or wait at most; None: no limit
     max_queue: int | None = None  # that wait at most; None: no limit
-    embedding_size: int = 0  # entries of an embedding without `dimensions`; 0: not known
+    embedding_size: int = 0  # entries of an embedding without `dimensions`
     pooling: PoolingParams = PoolingParams(pooling_type="LAST", use_activation=True)  # noqa: RUF009  frozen; defaults of embeddings
 
     def get_vocab_size(self) -> int:

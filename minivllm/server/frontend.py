@@ -20,8 +20,7 @@ from minivllm.server.authentication import OWNER
 from minivllm.server.connections import connections_possible
 from minivllm.server.errors import ApiError, engine_dead, shorten
 from minivllm.server.parsing import Model, parse
-from minivllm.server.pooling_protocol import PoolingRequest
-from minivllm.server.protocol import SharedFields
+from minivllm.server.protocol import EngineBody
 from minivllm.server.response_store import ResponseStore
 from minivllm.server.running import RunningRequests
 from minivllm.server.work import TextWorkers
@@ -56,7 +55,7 @@ class Frontend:
     async def read(self, request: Request, kind: type[Model]) -> Model:
         """The body, with size, content type, JSON and types checked."""
         self.check_alive()
-        if issubclass(kind, (SharedFields, PoolingRequest)):
+        if issubclass(kind, EngineBody):
             self.running.check_room(request.scope[OWNER])
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):

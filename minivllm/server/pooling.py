@@ -110,8 +110,8 @@ class PoolingPreprocessor:
         model = frontend.check_model(body.model)
         check_inputs(sum(len(inputs) for _, inputs in fields), fields[-1][0])
         params = body.params().complete(info.pooling)
-        check_dimensions(params, info.embedding_size or 2**31)
-        size = min(params.dimensions or info.embedding_size, info.embedding_size or 2**31)
+        check_dimensions(params, info.embedding_size)
+        size = params.dimensions or info.embedding_size
         check_vectors(sum(len(inputs) for _, inputs in fields), size, fields[-1][0])
         prompts: list[tuple[str, Sequence[int]]] = []
         for name, inputs in fields:
@@ -132,7 +132,7 @@ class PoolingPreprocessor:
                 raise InvalidInput(f"{name} has an empty text: send at least one token", name)
             if len(prompt) > context:
                 raise context_error(len(prompt), context, name)
-        request_id, engine_id, salt = self._preprocessor.identity(prefix, body.request_id, body.priority, body.cache_salt, owner)
+        request_id, engine_id, salt = self._preprocessor.identity(prefix, body, owner)
         sampling, now, adapter = params.sampling(), time.monotonic(), frontend.lora_request(body.model)
         return PreparedPooling(id=request_id, owner=owner, model=model, size=size, ignored=ignored, prompts=tuple(
             EngineRequest(

@@ -3,28 +3,19 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import Field, StringConstraints
+from typing import Any, ClassVar, Literal
 
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import PoolingParams
-from minivllm.server.protocol import NO_EFFECT, PromptField
-from minivllm.server.strict import StrictModel
+from minivllm.server.protocol import NO_EFFECT, EngineBody, PromptField
 
 
-class PoolingRequest(StrictModel):
+class PoolingRequest(EngineBody):
     """The fields that embeddings and scores share."""
 
-    model: str | None = None  # a served name or an adapter's name; default: the served model
     truncate_prompt_tokens: int | None = None  # keep only the last so many tokens of each text; -1: as many as the context holds
     add_special_tokens: bool | None = None  # put a BOS token in front of a text, if the model uses one
     pooling_type: Literal["LAST", "MEAN"] | None = None  # the last token's hidden state, or their mean; default: the server's
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)  # lower runs first; with --scheduling-policy priority
-    # cached prefixes are shared only by requests with the same salt
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    # The response's id without its prefix. `/abort_requests` takes it.
-    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
 
     INERT = NO_EFFECT
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = types.MappingProxyType({

@@ -19,7 +19,7 @@ from minivllm.server.errors import context_error
 from minivllm.server.formatters import PreparedRequest
 from minivllm.server.frontend import Frontend
 from minivllm.server.output_spec import OutputSpec
-from minivllm.server.protocol import CompletionRequest, GenerationRequest
+from minivllm.server.protocol import CompletionRequest, EngineBody, GenerationRequest
 
 DEFAULT_OUTPUT = 16  # tokens of a completion without max_tokens; a chat's answer may fill the context
 
@@ -102,7 +102,7 @@ class Preprocessor:
     ) -> PreparedRequest:
         frontend = self._frontend
         frontend.check_alive()  # the engine may have died since the body was read
-        request_id, engine_id, salt = self.identity(prefix, body.request_id, body.priority, body.cache_salt, owner)
+        request_id, engine_id, salt = self.identity(prefix, body, owner)
         now = time.monotonic()
         self._check_logprobs(body)
         structure = body.structure()
@@ -128,17 +128,15 @@ class Preprocessor:
             ignored=tuple(ignored), output=output,
         )
 
-    def identity(
-        self, prefix: str, request_id: str | None, priority: int | None, cache_salt: str | None, owner: str,
-    ) -> tuple[str, str, str | None]:
+    def identity(self, prefix: str, body: EngineBody, owner: str) -> tuple[str, str, str | None]:
         """(the response's id, its id in the engine, salt of the prefix cache). Checks the priority."""
         frontend = self._frontend
-        if priority and frontend.client.info.scheduling_policy != "priority":
+        if body.priority and frontend.client.info.scheduling_policy != "priority":
             raise InvalidInput("priority has no effect on this server: leave it out, or start the server with --scheduling-policy priority",
                                "priority")
-        response_id = prefix + (request_id or uuid.uuid4().hex)
+        response_id = prefix + (body.request_id or uuid.uuid4().hex)
         engine_id = f"{owner}:{response_id}" if owner else response_id  # ids belong to an owner
-        salt = f"{owner}:{cache_salt or ''}" if owner and not frontend.config.share_prefix_cache else cache_salt
+        salt = f"{owner}:{body.cache_salt or ''}" if owner and not frontend.config.share_prefix_cache else body.cache_salt
         return response_id, engine_id, salt
 
     def _check_entries(self, requests: Sequence[EngineRequest]) -> None:

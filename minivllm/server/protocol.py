@@ -98,10 +98,20 @@ class StreamOptions(StrictModel):
     INERT = frozenset({"include_obfuscation"})
 
 
-class SharedFields(StrictModel):
-    """The fields that all generating endpoints take under the same name."""
+class EngineBody(StrictModel):
+    """The fields of every request that goes to the engine."""
 
     model: str | None = None  # a served name or an adapter's name; default: the served model
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)  # lower runs first; with --scheduling-policy priority
+    # cached prefixes are shared only by requests with the same salt
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    # The response's id without its prefix. `/abort_requests` takes it.
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
+
+
+class SharedFields(EngineBody):
+    """The fields that all generating endpoints take under the same name."""
+
     stream: bool | None = None  # send the answer as server-sent events while it is generated
     stream_options: StreamOptions | None = None  # for streams only
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -119,12 +129,7 @@ class SharedFields(StrictModel):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputsFields | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)  # lower runs first; with --scheduling-policy priority
-    # cached prefixes are shared only by requests with the same salt
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     truncate_prompt_tokens: int | None = None  # keep only the last so many prompt tokens; -1: as many as leave room for the output
-    # The response's id without its prefix. `/abort_requests` takes it.
-    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
 
     def check(self) -> None:
         """Rules between fields."""

@@ -76,7 +76,7 @@ class ScriptedEngine:
         return EngineInfo(
             model="org/fake-model", model_folder="/secret/folder", tokenizer_folder=str(self.folder), max_model_len=self.max_model_len,
             vocab_size=320, eos_token_ids=(EOS,), device="cpu", dtype="float32", num_blocks=64, block_size=4,
-            generation_config=self.generation_config, scheduling_policy=self.scheduling_policy,
+            generation_config=self.generation_config, scheduling_policy=self.scheduling_policy, embedding_size=8,
         )
 
     def stats(self) -> EngineStats:
