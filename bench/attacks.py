@@ -25,17 +25,15 @@ async def trailers(target: Target) -> str:
     """60 MiB of trailers behind a chunked body, without a key."""
     reader, writer = await target.connect()
     sent = 0
-    try:
+    with contextlib.suppress(ConnectionError):  # the server has closed the connection, as it should
         writer.write(target.head("/v1/completions", "transfer-encoding: chunked", key=None) + b"2\r\n{}\r\n0\r\n")
         line = b"x: " + b"y" * 60_000 + b"\r\n"
         while sent < 60 * MIB:
             writer.write(line)
             await writer.drain()
             sent += len(line)
-    except ConnectionError:
-        pass
     answer = b""
-    with contextlib.suppress(TimeoutError, ConnectionError):
+    with contextlib.suppress(TimeoutError, ConnectionError):  # then there is no answer, which the report says
         answer = await asyncio.wait_for(reader.read(64), 1)
     writer.close()
     return f"{status_of(answer) or 'closed'} after {sent / 1024:.0f} KiB"
@@ -45,7 +43,7 @@ async def silent_connections(target: Target) -> str:
     """400 connections that send half a head, and then a byte a second until the server's limit of 20 s is over."""
     connections = []
     for _ in range(400):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # refused: the report has the number of those that opened
             connections.append(await target.connect())
     statuses = await asyncio.gather(*(_drip(reader, writer) for reader, writer in connections))
     return f"{len(connections)} opened, {sum(status is not None for status in statuses)} closed by the server"
@@ -77,7 +75,7 @@ async def unfinished_bodies(target: Target) -> str:
 async def _unfinished(target: Target, head: bytes) -> int:
     """The status of an answer that comes before the end of the body; 0: none came."""
     reader, writer = await target.connect()
-    with contextlib.suppress(TimeoutError, ConnectionError):
+    with contextlib.suppress(TimeoutError, ConnectionError):  # no answer
         async with asyncio.timeout(target.hold):
             writer.write(head + b" " * 3_900_000)
             return status_of(await reader.read(64))

@@ -47,8 +47,6 @@ class Target:
         try:
             writer.write(self.head(path, f"content-length: {len(raw)}", key=key) + raw)
             await asyncio.sleep(seconds)
-        except ConnectionError:
-            pass
         finally:
             writer.transport.abort()
 

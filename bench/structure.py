@@ -136,7 +136,7 @@ def files_of_a_decode_step() -> list[str]:
     try:
         engine_loop.run()
     except _OneStepDone:
-        pass
+        pass  # as wanted: `send` raises it
     finally:
         sys.setprofile(None)
     engine.close()

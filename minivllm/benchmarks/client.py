@@ -19,6 +19,7 @@ The first two are what `minivllm bench serve --canned` prints with `--random-out
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
@@ -153,11 +154,9 @@ def _record_usage(outcome: RequestOutcome, body: dict[str, object]) -> None:
 def _error_text(status: int, body: bytes) -> str:
     """The message of an error in OpenAI's shape, or the whole body."""
     text = body.decode("utf-8", "replace").strip()
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # another shape
         error = json.loads(text)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError):
-        pass
     return (f"HTTP {status}: " if status else "") + text[:_MAX_ERROR]
 
 

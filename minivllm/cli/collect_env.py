@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -43,13 +44,11 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def _cpu() -> Iterator[tuple[str, str]]:
     info: dict[str, str] = {}
-    try:
+    with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, colon, value = line.partition(":")
             if colon:
                 info.setdefault(name.strip().lower(), value.strip())
-    except OSError:
-        pass  # not Linux
     yield "CPU", info.get("model name") or platform.processor() or "unknown"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "CPU cores", f"{usable} usable of {os.cpu_count()}"

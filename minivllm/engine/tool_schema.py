@@ -82,7 +82,7 @@ class CheckBudget:
             if self._left > 0:
                 return schema_checker().why_not(schema, self._left)
         except TimeoutError:
-            pass
+            pass  # the budget is spent
         finally:
             self._left -= time.perf_counter() - start
         raise InvalidInput(f"the schemas of tools take more than {self._seconds:g} s to check, or too much memory: make them simpler "

@@ -185,13 +185,11 @@ def _read_head(name: HubName, file: str, path: Path) -> None:
         with path.open("wb") as out:
             out.write(content)
             out.truncate(total)  # the rest is a hole
-        try:
+        with suppress(ValueError, KeyError, IndexError, OverflowError, MemoryError):  # the header is longer, or the file is damaged
             check_structure(path)
             reader = GGUFReader(path)
             if reader.data_offset <= size:
                 break
-        except (ValueError, KeyError, IndexError, OverflowError, MemoryError):  # the header is longer, or the file is damaged
-            pass
         if size >= min(total, MOST_HEAD_BYTES):
             return  # the reader of the header names the damage
         size *= 4
