@@ -188,7 +188,6 @@ class HostileResult:
     """One row of the table."""
 
     name: str
-    limit: str
     seen: str = ""  # what the attacker got
     p99: tuple[float, float, float] = (0.0, 0.0, 0.0)  # before, during, after, in seconds
     longest: float = 0.0  # during
@@ -219,7 +218,7 @@ def run_alone(model: str, attack: Attack) -> HostileResult:
 
 def measure(server: HostileServer, stream: GoodStream, attacks: Sequence[Attack], times: Times) -> HostileResult:
     """These attacks at the same time."""
-    result = HostileResult(" + ".join(a.name for a in attacks), "; ".join(dict.fromkeys(a.limit for a in attacks)))
+    result = HostileResult(" + ".join(a.name for a in attacks))
     failures_before, begin = len(stream.failures), time.monotonic()
     time.sleep(times.quiet)
     quiet_end, before = time.monotonic(), server.memory()
@@ -296,7 +295,7 @@ def run_pairs(model: str, pairs: Sequence[tuple[Attack, Attack]], end: float) ->
                     if result.problems:
                         break
         except RuntimeError as error:
-            yield HostileResult("pairs", "", problems=[str(error)])
+            yield HostileResult("pairs", problems=[str(error)])
             return
 
 
@@ -356,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 results.append(run_alone(folder, attack))
             except RuntimeError as error:
-                results.append(HostileResult(attack.name, attack.limit, problems=[str(error)]))
+                results.append(HostileResult(attack.name, problems=[str(error)]))
             print(row(results[-1]), file=show, flush=True)
         for result in run_pairs(folder, wanted, end):
             pairs.append(result)
