@@ -16,7 +16,6 @@ The other ranks are started without `multiprocessing`, whose daemonic processes 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import pickle
@@ -28,171 +27,44 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from minivllm.config import EngineConfig
 from minivllm.core.plan import StepPlan, StepResult
-from minivllm.errors import EngineDead, InvalidInput
+from minivllm.errors import EngineDead
 from minivllm.families import ModelSpec
 from minivllm.lora.adapter import read_adapter
 from minivllm.lora.slots import PackedAdapter
+from minivllm.models.hub import ModelFiles
 from minivllm.parallel.group import ParallelGroup, file_store
-from minivllm.quantization.methods import method_of
 from minivllm.sampling.logits_processors import TokenMasks
-from minivllm.speculative.load import find_draft
 from minivllm.worker.memory import CacheSize, MemoryBudget
 from minivllm.worker.model_runner import LaunchedStep, ModelRunner, SampledStep
+from minivllm.worker.rank_process import (
+    PROGRAM,
+    AddAdapterCommand,
+    AllocateCommand,
+    DropRowsCommand,
+    LaunchCommand,
+    RankFailed,
+    RankJob,
+    RemoveAdapterCommand,
+    SampleCommand,
+    receive,
+    send,
+)
 from minivllm.worker.worker import DEFAULT_COMPONENTS, Components, LoadedModel, Worker
 
 CLOSE_SECONDS = 10.0  # until a rank that does not end is killed
 REASON_SECONDS = 2.0  # after a failure, for another rank to turn out to be its cause
 EXCHANGE_ERRORS = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "ncclRemoteError")  # what failures of other ranks cause
-_PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[3]); from minivllm.worker.ranks import main; "
-            "main(int(sys.argv[1]), int(sys.argv[2]))")
-
-
-@dataclass(frozen=True, slots=True)
-class RankJob:
-    """What a rank needs to build the same worker as rank 0."""
-
-    rank: int
-    size: int
-    store: Path
-    device_index: int | None  # of its GPU; None: it computes on the CPU
-    num_threads: int
-    config: EngineConfig
-    spec: ModelSpec
-    model_config: Mapping[str, Any]
-    folder: Path
-    tokenizer_folder: Path | None
-    eos_token_ids: tuple[int, ...]
-    components: Components | None  # None: the default ones
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu") if self.device_index is None else torch.device("cuda", self.device_index)
-
-
-class AllocateCommand(NamedTuple):
-    size: CacheSize
-    num_host_blocks: int
-
-
-class LaunchCommand(NamedTuple):
-    plan: StepPlan
-    finished_moves: tuple[int, ...]  # of rank 0, which the plan may rely on
-
-
-class SampleCommand(NamedTuple):
-    masks: TokenMasks | None
-
-
-class AddAdapterCommand(NamedTuple):
-    adapter_id: int
-    packed: PackedAdapter
-
-
-class RemoveAdapterCommand(NamedTuple):
-    adapter_id: int
-
-
-class RankFailed(NamedTuple):
-    """The last message of a rank."""
-
-    reason: str
-    error: InvalidInput | None  # if the user can correct it
-
-
-# ---- the other ranks
-
-def main(pipe: int, lifeline: int) -> None:
-    """Main function of a rank's process. pipe, lifeline: descriptors of a socket and of a pipe that rank 0 holds open."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
-    connection = Connection(pipe)
-    try:
-        _run(connection)
-    except EOFError:
-        os._exit(1)  # rank 0 is gone
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        if not isinstance(error, InvalidInput):
-            print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            _send(connection, RankFailed(reason, error if isinstance(error, InvalidInput) else None))
-        os._exit(1)  # without the destructors of a group that may wait for other ranks
-    os._exit(0)
-
-
-def _end_with_parent(lifeline: int) -> None:
-    os.read(lifeline, 1)  # returns when rank 0 closes the other end, or is gone
-    os._exit(1)
-
-
-def _run(connection: Connection) -> None:
-    job: RankJob = _receive(connection)
-    torch.set_num_threads(job.num_threads)
-    if job.device_index is not None:
-        torch.cuda.set_device(job.device_index)
-    _send(connection, "imported")
-    group = ParallelGroup.connect(file_store(job.store, job.size), job.rank, job.size, job.device)
-    components = job.components or DEFAULT_COMPONENTS
-    with contextlib.redirect_stderr(io.StringIO()):  # rank 0 prints the same lines
-        draft = None if components.proposer is not None else find_draft(job.config, job.spec, job.folder, job.tokenizer_folder)
-        loaded = LoadedModel(job.config, job.spec, job.folder, draft=draft, components=components, group=group,
-                             method=method_of(job.model_config, components.methods, job.config.quantization))
-    _send(connection, "loaded")
-    _receive(connection)
-    _send(connection, replace(loaded.available_memory(), ledger=None))
-    size, num_host_blocks = _receive(connection)
-    worker = loaded.allocate(size, num_host_blocks, eos_token_ids=job.eos_token_ids)
-    _send(connection, "allocated")
-    _serve(worker, connection)
-
-
-def _serve(worker: Worker, connection: Connection) -> None:
-    launched: LaunchedStep | None = None
-    while (command := _receive(connection)) is not None:
-        if isinstance(command, LaunchCommand):
-            worker.runner.kv.wait_on_device(command.finished_moves)
-            launched = worker.launch(command.plan)
-            _check(launched.error)
-        elif isinstance(command, SampleCommand):
-            assert launched is not None
-            _check(worker.sample(launched, command.masks).error)
-        elif isinstance(command, AddAdapterCommand):
-            weights = command.packed.weights
-            worker.add_adapter(command.adapter_id, replace(
-                command.packed, weights=weights.pin_memory() if worker.device.type == "cuda" else weights))
-        elif isinstance(command, RemoveAdapterCommand):
-            worker.remove_adapter(command.adapter_id)
-        else:
-            worker.drop_rows()
-    worker.close()
-
-
-def _check(error: str | None) -> None:
-    if error is not None:  # the other ranks may have computed this step, so no later one can be right
-        raise RuntimeError(error)
-
-
-def _send(connection: Connection, message: Any) -> None:
-    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))  # `Connection.send` would share the memory of tensors
-
-
-def _receive(connection: Connection) -> Any:
-    return pickle.loads(connection.recv_bytes())
-
-
-# ---- rank 0
 
 class Ranks:
     """The processes of all ranks but 0, as rank 0 sees them."""
@@ -210,21 +82,21 @@ class Ranks:
         self._connections: list[Connection] = []
         self._messages: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(size - 1)]
         self._num_threads: int | None = None
+        self._watcher = threading.Thread(target=self._watch, name="minivllm-ranks", daemon=True)
         try:
             for _ in range(size - 1):
                 self._start_one()
+            self._watcher.start()
         except BaseException:
             self.close()
             raise
-        self._watcher = threading.Thread(target=self._watch, name="minivllm-ranks", daemon=True)
-        self._watcher.start()
 
     def _start_one(self) -> None:
         here, there = socket.socketpair()
         with there:
             self._connections.append(Connection(here.detach()))
             self._processes.append(subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(there.fileno()), str(self._lifeline), json.dumps(sys.path)],
+                [sys.executable, "-c", PROGRAM, str(there.fileno()), str(self._lifeline), json.dumps(sys.path)],
                 pass_fds=(there.fileno(), self._lifeline), stdin=subprocess.DEVNULL, start_new_session=True))
 
     @property
@@ -236,15 +108,15 @@ class Ranks:
     def pids(self) -> tuple[int, ...]:
         return tuple(process.pid for process in self._processes)
 
-    def connect(self, config: EngineConfig, spec: ModelSpec, files: Any, eos_token_ids: tuple[int, ...], components: Components,
+    def connect(self, config: EngineConfig, spec: ModelSpec, files: ModelFiles, eos_token_ids: tuple[int, ...], components: Components,
                 device: torch.device) -> ParallelGroup:
-        """Tell the ranks what to load, and meet them. files: a `ModelFiles`."""
+        """Tell the ranks what to load, and meet them."""
         threads, first = torch.get_num_threads(), device.index or 0
         store = self._folder / "store"
         for i in range(1, self.size):
             self._send_to(i, RankJob(
                 i, self.size, store, first + i if device.type == "cuda" else None, max(1, threads // self.size), config, spec, files.config,
-                Path(files.folder), files.tokenizer_folder, eos_token_ids, None if components is DEFAULT_COMPONENTS else components))
+                files.folder, files.tokenizer_folder, eos_token_ids, None if components is DEFAULT_COMPONENTS else components))
         self.gather()
         if device.type == "cpu":  # together the ranks have as many threads as one
             self._num_threads = threads
@@ -264,12 +136,8 @@ class Ranks:
     def allocate(self, loaded: LoadedModel, size: CacheSize, num_host_blocks: int, **options: Any) -> Worker:
         """Every rank's worker; the one of rank 0 passes its calls on."""
         self.send(AllocateCommand(size, num_host_blocks))
-
-        def leading(runner: ModelRunner, **options: Any) -> LeadingWorker:
-            return LeadingWorker(runner, self, **options)
-
         with self.explaining():
-            worker = loaded.allocate(size, num_host_blocks, worker_class=leading, **options)
+            worker = loaded.allocate(size, num_host_blocks, make_worker=partial(LeadingWorker, ranks=self), **options)
         self.gather()
         return worker
 
@@ -289,7 +157,7 @@ class Ranks:
 
     def _send_to(self, rank: int, message: Any) -> None:
         with self.explaining():
-            _send(self._connections[rank - 1], message)
+            send(self._connections[rank - 1], message)
 
     def send_each(self, messages: list[Any]) -> None:
         """messages: for ranks 1, 2, ..."""
@@ -297,7 +165,7 @@ class Ranks:
             self._send_to(rank, message)
 
     @contextlib.contextmanager
-    def explaining(self) -> Any:
+    def explaining(self) -> Iterator[None]:
         """An error that another rank's failure may have caused becomes `EngineDead` with that failure."""
         try:
             yield
@@ -330,7 +198,7 @@ class Ranks:
                 assert isinstance(connection, Connection)
                 rank, message = ranks[connection], None
                 with contextlib.suppress(EOFError, OSError):
-                    message = _receive(connection)
+                    message = receive(connection)
                 if message is not None and not isinstance(message, RankFailed):
                     self._messages[rank - 1].put(message)
                     continue
@@ -379,15 +247,15 @@ class Ranks:
         if self._failure is None:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    _send(connection, None)
+                    send(connection, None)
         for process in self._processes:
             try:
                 process.wait(CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if watcher := getattr(self, "_watcher", None):
-            watcher.join()
+        if self._watcher.is_alive():
+            self._watcher.join()
         for connection in self._connections:
             connection.close()
         os.close(self._held)
@@ -453,7 +321,7 @@ class LeadingWorker(Worker):
     def drop_rows(self) -> None:
         """See `Worker`."""
         super().drop_rows()
-        self.ranks.send("drop rows")
+        self.ranks.send(DropRowsCommand())
 
     def when_failed(self, call: Callable[[Exception], None]) -> None:
         """See `Worker`."""

@@ -144,7 +144,7 @@ class LoadedModel:
                                sampled_drafts(config.speculation))
 
     def allocate(self, size: CacheSize, num_host_blocks: int = 0, *, eos_token_ids: Sequence[int] = (),
-                 ledger: MemoryLedger | None = None, worker_class: Callable[..., Worker] | None = None) -> Worker:
+                 ledger: MemoryLedger | None = None, make_worker: Callable[..., Worker] | None = None) -> Worker:
         """The KV cache and everything that runs plans on it. ledger: of `available_memory`. Raises `InvalidInput` if they do not fit."""
         config, layout = self.config, self.layout
         field = "num_gpu_blocks_override" if config.num_gpu_blocks_override is not None else "kv_cache_memory_bytes"
@@ -160,7 +160,7 @@ class LoadedModel:
         if ledger is not None:
             rows = row_bytes(layout, config.max_num_seqs, size.max_model_len, self.spec.vocab_size, sampled)
             ledger = replace(ledger, rows=rows, cache=size.num_blocks * layout.block_bytes, graphs_taken=runner.graph_bytes)
-        return (worker_class or Worker)(
+        return (make_worker or Worker)(
             runner, max_model_len=size.max_model_len, max_num_batched_tokens=self.max_num_batched_tokens, ledger=ledger,
             weight_bytes=self._weight_bytes, max_lora_rank=config.max_lora_rank, find_adapter=partial(find_adapter, config=config))
 
