@@ -34,7 +34,7 @@ from minivllm.quantization.methods import METHODS, ONLINE, Methods, ResidentWeig
 from minivllm.sampling.rejection import DraftProbabilities
 from minivllm.sampling.sampler import Sampler
 from minivllm.speculative.load import describe_draft
-from minivllm.worker.cuda_graphs import graph_bytes
+from minivllm.worker.cuda_graphs import can_capture, graph_bytes
 from minivllm.worker.device import choose_dtype, dtype_of
 from minivllm.worker.kv_cache import KVLayout
 from minivllm.worker.memory import CacheSettings, available_host_memory, cpu_budget, row_bytes
@@ -200,7 +200,7 @@ class _Planner:
             "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
                               Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked)
             + DraftProbabilities.peak_bytes(config.max_num_seqs, sampled, spec.vocab_size),
-            "graphs": 0 if config.enforce_eager or spec.parameters or any(group.latent for group in layout.groups) else
+            "graphs": 0 if config.enforce_eager or not can_capture(spec, layout) else
             graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),
             "rows": row_bytes(layout, config.max_num_seqs, spec.max_model_len, spec.vocab_size, sampled),
             "other": CONTEXT_BYTES.get(arch, CONTEXT_BYTES[80]) + WORKSPACE_BYTES.get(arch, 8 * MIB),

@@ -43,12 +43,17 @@ from minivllm.models.decoder import LanguageModel
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS, Sampler
 from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.drafts import DraftRunner
-from minivllm.worker.kv_cache import KVCache
+from minivllm.worker.kv_cache import KVCache, KVLayout
 
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 _NOTHING = np.empty(0, np.int64)
+
+
+def can_capture(spec: ModelSpec, layout: KVLayout) -> bool:
+    """Whether graphs can record a model's steps: not those of Transformers' code, nor latent attention, which has no kernel for a GPU."""
+    return not spec.parameters and not any(group.latent for group in layout.groups)
 
 
 def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -45,7 +45,7 @@ from minivllm.speculative.base import DeviceProposer
 from minivllm.speculative.load import Draft, load_draft
 from minivllm.speculative.ngram_lookup import NgramLookup
 from minivllm.speculative_config import SpeculativeConfig
-from minivllm.worker.cuda_graphs import graph_bytes
+from minivllm.worker.cuda_graphs import can_capture, graph_bytes
 from minivllm.worker.device import choose_device, choose_dtype
 from minivllm.worker.kv_cache import KVCache, KVLayout
 from minivllm.worker.memory import (
@@ -130,8 +130,7 @@ class LoadedModel:
 
     @property
     def _captures_graphs(self) -> bool:
-        eager = self.spec.parameters or any(group.latent for group in self.layout.groups)
-        return self.device.type == "cuda" and not self.config.enforce_eager and not eager
+        return self.device.type == "cuda" and not self.config.enforce_eager and can_capture(self.spec, self.layout)
 
     def available_memory(self) -> MemoryBudget:
         """What this rank's KV cache may take. On a GPU this runs the largest steps."""
