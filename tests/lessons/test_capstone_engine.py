@@ -9,7 +9,7 @@ import pytest
 
 from minivllm import LLM, SamplingParams
 from minivllm.course.lesson_files import find_lesson
-from tests.lessons.loading import LESSONS, Mistake, load_lesson
+from tests.lessons.loading import LESSONS, Mistake
 
 MISTAKES = [
     Mistake(1, "        if not self.owners[block]:\n            self.free.remove(block)\n", "", "must leave the free list"),
@@ -27,11 +27,6 @@ MISTAKES = [
     Mistake(6, "                    self.drop_blocks(request)\n            # END", "            # END", "releases all of its blocks"),
     Mistake(7, "max_tokens=4 + 3 * (i % 5)", "max_tokens=0", "must fit"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(LESSONS / "capstone_engine")
 
 
 def test_capstone_and_package_generate_the_same_tokens(lesson: ModuleType, tiny_llama: Callable[..., Path]) -> None:

@@ -5,13 +5,11 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 from minivllm import scheduling_policy
 from minivllm.benchmarks.serving import trace_requests
 from minivllm.core.simulate import nearest_rank
 from minivllm.course.grading import load as load_module
-from tests.lessons.loading import LESSONS, Mistake, load_lesson
+from tests.lessons.loading import LESSONS, Mistake
 
 FOLDER = LESSONS / "capstone_policy"
 WORK = "tokens * (cost.base + rows * cost.per_token)"
@@ -30,11 +28,6 @@ MISTAKES = [
     Mistake(4, "return Aging(cost, rows, patience=5.0)", "return ShortestFirst(cost, rows)", "long requests pay for"),
     Mistake(4, "return Aging(cost, rows, patience=5.0)", "return lambda request: random.random()", "depend on the request only"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(FOLDER)
 
 
 def test_the_load_is_the_one_that_bench_serve_sends(lesson: ModuleType) -> None:

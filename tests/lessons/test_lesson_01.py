@@ -16,7 +16,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.build import BuildContext
 from minivllm.models.decoder import Decoder
 from minivllm.models.loader import load_model
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake, lesson_folder
 
 FOLDER = lesson_folder("01")
 DECODE = "        tokens = torch.tensor(out[-1:])"
@@ -33,11 +33,6 @@ MISTAKES = [
 ]
 NAMES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
          "up": "mlp.up_proj", "down": "mlp.down_proj", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(FOLDER)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from minivllm.core.block_pool import BlockPool
 from minivllm.core.block_table import BlockTable
 from minivllm.planning.allocator_replay import replay, sharegpt_like
 from minivllm.planning.allocators import Allocator, ContiguousAllocator, PagedAllocator
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 SLOT = "return block * self.block_size + position % self.block_size"
 FULL = "== len(table) * self.block_size"
@@ -43,11 +43,6 @@ MISTAKES = [
     Mistake(3, ADMIT, ADMIT_PARTLY, "count first, then allocate"),
     Mistake(4, "return self.free.pop(0)", "return self.free[0]", "allocated twice"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("02"))
 
 
 def test_lesson_and_planning_make_the_same_requests(lesson: ModuleType) -> None:

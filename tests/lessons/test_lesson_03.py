@@ -8,7 +8,7 @@ import torch
 
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import attention as kernel
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 MISTAKES = [
     Mistake(1, "used = min(cache.block_size, length - index * cache.block_size)", "used = cache.block_size", "NaN, on a GPU old keys"),
@@ -25,11 +25,6 @@ MISTAKES = [
     Mistake(4, "attend_blocks(q, cache, table, length).output() for", "attend_gathered(q, cache, table, len(table) * 16) for",
             "0 x NaN is NaN"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("03"))
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])

@@ -7,7 +7,7 @@ import pytest
 
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.core.simulate import StepCost, simulate, synthetic_requests
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 COMPUTED = "        computed = sum(request.tokens_to_compute() for request in running)\n"
 LEAVING = "            running = [other for other in running if other is not request]\n"
@@ -32,11 +32,6 @@ MISTAKES = [
             "different causes"),
     Mistake(4, "    return 0\n", "    return len(waiting)\n", "must return an index"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("04"))
 
 
 @pytest.mark.parametrize(("max_running", "per_second"), [(1, 3), (4, 20), (32, 100)])

@@ -7,7 +7,7 @@ import pytest
 
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.core.simulate import StepCost, simulate, synthetic_requests
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 FORMULA = "return min(request.known - request.computed, budget)"
 ORDER = "for request in decodes + prompts:"
@@ -23,11 +23,6 @@ MISTAKES = [
             "in the NEXT step"),
     Mistake(4, "running = [request for request in running if not request.finished]", "running = []", "must get all of its tokens"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("05"))
 
 
 @pytest.mark.parametrize(("max_running", "max_tokens"), [(8, 32), (64, 100), (64, 512), (64, 8192)])

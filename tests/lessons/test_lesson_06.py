@@ -7,7 +7,7 @@ import pytest
 
 from minivllm.core.scheduler import SchedulerConfig
 from minivllm.core.simulate import StepCost, simulate, synthetic_requests
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 WAIT = "        self.waiting = sorted([request, *self.waiting], key=lambda other: other.arrival)\n"
 SWAPPED = """        if swapped:
@@ -33,11 +33,6 @@ MISTAKES = [
     Mistake(4, "    return running[-1]\n", "    return None\n", "raises AttributeError"),
     Mistake(4, "self.running.remove(request)\n        return now", "self.running.clear()\n        return now", "is stuck"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("06"))
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(80, 16), (90, 16), (98, 13)])

@@ -11,7 +11,7 @@ from minivllm.core.simulate import SimulatedRequest, StepCost, simulate
 from minivllm.core.trace_summary import block_tables
 from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 HASH = "parent = sha256(parent + repr(tokens[start:start + block_size]).encode()).digest()"
 MISTAKES = [
@@ -29,11 +29,6 @@ MISTAKES = [
     Mistake(4, "self.free.insert(len(self.free) if block in self.hash_of else 0, block)",
             "self.free.extend([block] if block in self.hash_of else [])", "all blocks must be free"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("07"))
 
 
 @pytest.mark.parametrize("num_blocks", [512, 160])

@@ -8,7 +8,7 @@ import pytest
 from minivllm.families import parse_config
 from minivllm.planning.gpus import GPUS
 from minivllm.planning.roofline import Roofline
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 MISTAKES = [
     Mistake(1, "return model.weights() * model.bytes_per_number + sequences * context * model.kv_bytes()",
@@ -34,11 +34,6 @@ CONFIGS = {  # as in the models' config.json
                 "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": True,
                 "hidden_act": "silu"},
 }
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("08"))
 
 
 def test_the_cards_are_those_of_plan(lesson: ModuleType) -> None:

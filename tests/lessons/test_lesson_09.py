@@ -8,7 +8,7 @@ import torch
 
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.reference import attention as kernel
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -24,11 +24,6 @@ MISTAKES = [
     Mistake(3, "result = tl.sum(means * weights[:, None], 0) / tl.sum(weights, 0)", "result = tl.sum(means, 0) / PARTS", "plain mean"),
     Mistake(4, "        parts *= 2\n", "        parts *= 3\n", "power of two"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("09"))
 
 
 def test_lesson_and_kernel_give_the_same_attention(lesson: ModuleType) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from minivllm.kernels.reference import sampling
 from minivllm.sampling.noise import row_keys, stream_key
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 KEEP = "    z = z.masked_fill(z < threshold_of(z, **filters), -math.inf)\n"
 CHOOSE = "return int((z + gumbel(random_words(key, len(z)))).argmax())"
@@ -25,11 +25,6 @@ MISTAKES = [
     Mistake(3, "+ GOLDEN * child)", ")", "two children"),
     Mistake(4, "mass = (falling - falling[0]).exp()", "mass = falling.exp() * 0 + 1", "must choose the same token"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("10"))
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [

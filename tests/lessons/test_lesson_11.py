@@ -9,7 +9,7 @@ from minivllm.core.scheduler import SchedulerConfig
 from minivllm.core.simulate import SimulatedRequest, StepCost, simulate
 from minivllm.engine_request import EngineRequest
 from minivllm.sampling_params import SamplingParams
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 FILL = "        self.tokens[:len(tokens)] = tokens\n"
 MISTAKES = [
@@ -24,11 +24,6 @@ MISTAKES = [
     Mistake(3, "start = max(now, device_free)", "start = now", "at the same time"),
     Mistake(4, "return (*sizes[:-1], max(sizes[-1], max(rows)))", "return tuple(range(1, max(rows) + 1))", "at most 8 graphs"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("11"))
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -10,7 +10,7 @@ import torch
 from minivllm.sampling import rejection
 from minivllm.sampling.noise import Purpose
 from minivllm.speculative.ngram import NgramIndex
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 MISTAKES = [
     Mistake(1, "return list(islice(cycle(tokens[end:end + count]), count))", "return tokens[end - length:end]", "what came AFTER"),
@@ -22,11 +22,6 @@ MISTAKES = [
     Mistake(3, "rest = (p - q).clamp_min(0.0)", "rest = p", "not of p again"),
     Mistake(4, "    return 4\n", "    return 4.0 * rate\n", "whole number"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("12"))
 
 
 def test_lesson_and_proposer_guess_the_same(lesson: ModuleType) -> None:

@@ -9,7 +9,7 @@ import torch
 from minivllm.kernels.reference import kv_cache
 from minivllm.quantization.quantize import awq, eight_bit
 from minivllm.quantization.quantize.groups import Grid, nearest_values, round_to_nearest
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 STEP = "scales = ((high - low) / 15).clamp_min(2.0**-14).half().float()"
 MISTAKES = [
@@ -26,11 +26,6 @@ MISTAKES = [
     Mistake(4, "return awq(weight, inputs, 64)", "return awq(weight, inputs, 16)", "at most 4.6"),
     Mistake(4, "return awq(weight, inputs, 64)", "q, f = awq(weight, inputs, 64)\n    return q, 1 / f", "is not the weight any more"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("13"))
 
 
 @pytest.mark.parametrize("group", [16, 64, 128])

@@ -14,7 +14,7 @@ from minivllm.kernels.reference.lora import lora_expand, lora_shrink, prepare_lo
 from minivllm.lora.peft_config import PeftConfig
 from minivllm.sampling_params import SamplingParams
 from tests.core.harness import Harness
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake, lesson_folder
 
 PART = "y[rows] += adapter.scaling * ((x[rows] @ adapter.a.T) @ adapter.b.T)"
 LEAVES = "next(other for other in self.slot_of if not self.users.get(other))"
@@ -33,11 +33,6 @@ MISTAKES = [
     Mistake(3, "        slots.acquire(request.adapter)\n        started", "        started", "acquires its adapter"),
     Mistake(4, "    return waiting\n", "    return waiting[::-1]\n", "at most 80 are allowed"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("14"))
 
 
 def test_lesson_and_kernels_compute_the_same_batch(lesson: ModuleType) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import pytest
 import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -11,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from minivllm.families import MoESpec
 from minivllm.kernels.layout import ExpertWeights
 from minivllm.kernels.reference import moe
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 PLACE = "outputs[places] = experts.compute(e, x[places // ids.shape[1]])"
 MISTAKES = [
@@ -30,11 +29,6 @@ MISTAKES = [
     Mistake(4, "    return grouped(x, experts, ids, weights)\n\n\ndef rows",
             "    return with_capacity(x, experts, ids, weights, 1.0)[0]\n\n\ndef rows", "must not mean another result"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("15"))
 
 
 def test_lesson_and_package_route_and_compute_alike(lesson: ModuleType) -> None:

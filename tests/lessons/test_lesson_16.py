@@ -9,7 +9,7 @@ import torch
 
 from minivllm.parallel.group import ParallelGroup
 from minivllm.parallel.shard import span
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 MLP = 'return group.all_reduce(F.linear(F.silu(gate) * up, inputs_of(layer["down"], group.rank, group.size)))'
 MISTAKES = [
@@ -23,11 +23,6 @@ MISTAKES = [
     Mistake(3, "rows = part[torch.where(mine, tokens - first, 0)] * mine[:, None]", "rows = table[tokens] * mine[:, None]", "from `part`"),
     Mistake(4, "return torch.stack(group.gather(x)).sum(0)", "group.gather(x)\n    return x", "is wrong"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("16"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

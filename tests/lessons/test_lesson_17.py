@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from minivllm.engine.grammar import fill_masks
 from minivllm.engine.grammar_text import VocabularySource, build_matcher
 from minivllm.kernels.reference.sampling import apply_bitmask
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 pytest.importorskip("llguidance")
 
@@ -39,11 +39,6 @@ MISTAKES = [
     Mistake(4, "    return [allowed_tokens(after(start, text[:i]), trie) for i in range(len(text))]\n",
             "    return [allowed_tokens(start, trie)] * len(text)\n", "is wrong"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("17"))
 
 
 def lark(lesson: ModuleType, node: object) -> str:

@@ -17,7 +17,7 @@ from minivllm.engine.tokenizer import Tokenizer
 from minivllm.sampling_params import SamplingParams
 from minivllm.server import formatters
 from tests.conftest import write_tiny_tokenizer
-from tests.lessons.loading import Mistake, lesson_folder, load_lesson
+from tests.lessons.loading import Mistake
 
 KEEP = "keep = next(n for n in range(len(self.stop) - 1, -1, -1) if text.endswith(self.stop[:n]))"
 GOOD = "good = sum(bool(o.times) and o.ttft() <= ttft_ms and o.tpot() <= tpot_ms for o in outcomes)"
@@ -32,11 +32,6 @@ MISTAKES = [
     Mistake(3, "return good / seconds", "return good * len(outcomes[0].times) / seconds", "count those"),
     Mistake(4, "    return 64, None\n", "    return 256, None\n", "64 rows at most"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lesson() -> ModuleType:
-    return load_lesson(lesson_folder("18"))
 
 
 def test_lesson_and_server_send_the_same_pieces_of_text(lesson: ModuleType, tmp_path: Path) -> None:
