@@ -198,6 +198,7 @@ class Model:
             mixed = torch.empty_like(q)  # [tokens, heads, head_dim]
             for start, end, context in contexts:
                 keys, values = cache[i][:, context].repeat_interleave(self.heads // self.kv_heads, dim=2)  # [keys, heads, head_dim]
+                # q queries, k keys, h heads, d head_dim
                 scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * self.head_dim**-0.5
                 later = torch.arange(len(context)) > positions[start:end, None]  # [queries, keys]
                 mixed[start:end] = torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), values)

@@ -57,6 +57,20 @@ def test_a_lesson_has_100_to_200_lines_and_a_capstone_up_to_500(lesson: Lesson) 
     assert 100 <= len(lines) <= (500 if lesson.is_capstone else 200)
 
 
+def unexplained_letters(text: str) -> list[str]:
+    """Letters of the einsums of a text that no comment explains: "h heads, d head_dim"."""
+    comments = " ".join(re.findall(r"#.*", text))
+    letters = {letter for equation in re.findall(r"einsum\(\s*[\"']([^\"']+)", text) for letter in equation if letter.isalpha()}
+    return sorted(letter for letter in letters if not re.search(rf"\b{letter} [a-z]{{2}}", comments))
+
+
+@each_lesson
+def test_a_lesson_explains_its_einsums_and_computes_on_one_thread(lesson: Lesson) -> None:
+    text = source(lesson)
+    assert unexplained_letters(text) == []
+    assert ("torch.set_num_threads(1)" in text.partition("\ndef main(")[2]) == ("import torch\n" in text)
+
+
 @each_lesson
 def test_a_lesson_runs_alone_and_prints_what_its_readme_shows(lesson: Lesson) -> None:
     """Blocks `output` are compared in full. In blocks `output machine` digits may differ: they are times of one machine."""
@@ -208,3 +222,4 @@ def test_the_checks_of_a_readme_can_fail(tmp_path: Path) -> None:
     assert mask("12 steps   in 3.5 ms") == mask("7 steps in 123.45 ms") != mask("7 steps in 123.45 us")
     (tmp_path / "m.py").write_text("A = 1\nclass B:\n    c: int\n    def d(self): ...\n")
     assert symbols(tmp_path / "m.py") == {"A", "B", "B.c", "B.d", "c", "d"}
+    assert unexplained_letters("torch.einsum('qd,kd->qk', a, b)  # q queries, k keys\n") == ["d"]
