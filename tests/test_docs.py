@@ -260,6 +260,13 @@ def test_architecture_names_every_package_and_every_module_of_the_control_plane(
     assert unnamed_modules(text, [*packages, *modules]) == []
 
 
+def test_the_map_of_the_readme_names_every_package_and_every_module_beside_them() -> None:
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("```\nminivllm/\n")[2].partition("```")[0]
+    package = ROOT / "minivllm"
+    names = [*(f"{path.parent.name}/" for path in package.glob("*/__init__.py")), *(path.name for path in package.glob("[!_]*.py"))]
+    assert len(names) > 20 and [name for name in names if not re.search(rf"(^|[ (]){re.escape(name)}", block, re.MULTILINE)] == []
+
+
 def test_replaced_words_do_not_occur() -> None:
     assert replaced_words({path: text for path, text in texts().items() if not path.startswith(NOT_YET_REWORDED)}) == []
 
