@@ -57,6 +57,9 @@ class AsyncLLM(UnbuiltMethods):
             raise InvalidInput("give a prompt", "prompt")
         prompt = forms[0]  # token ids have precedence: older programs give the text with them
         params = sampling_params or self.get_default_sampling_params()
+        if not isinstance(params, SamplingParams):
+            raise InvalidInput(f"sampling_params must be SamplingParams, got {type(params).__name__}: `encode` takes PoolingParams",
+                               "sampling_params")
         name = request_id if request_id is not None else f"async-{next(self._numbers)}"
         text, request = prepare_request(name, prompt, params, self.tokenizer, self.client.info.max_model_len, priority=priority,
                                         lora_request=lora_request)
@@ -75,6 +78,9 @@ class AsyncLLM(UnbuiltMethods):
     ) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Yield the vector of a prompt, once, as `LLM.encode` returns it."""
         refuse_unbuilt(trace_headers=trace_headers, tokenization_kwargs=tokenization_kwargs)
+        if not isinstance(pooling_params, (PoolingParams, type(None))):
+            kind = type(pooling_params).__name__
+            raise InvalidInput(f"pooling_params must be PoolingParams, got {kind}: `generate` takes SamplingParams", "pooling_params")
         name = request_id if request_id is not None else f"async-{next(self._numbers)}"
         text, request = prepare_request(name, prompt, pooling_params or PoolingParams(), self.tokenizer, self.client.info.max_model_len,
                                         priority=priority, lora_request=lora_request)

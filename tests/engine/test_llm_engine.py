@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minivllm import AsyncLLM, LLMEngine, RequestOutput, SamplingParams
+from minivllm import AsyncLLM, LLMEngine, PoolingParams, RequestOutput, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.engine.beam_search import BeamSearchParams
 from minivllm.engine.client import EngineClient, ThreadClient
@@ -220,6 +220,18 @@ class _FirstTokensAlone(threading.Event):
         if self.steps == 3:
             self.received.wait()
         return super().wait(timeout)
+
+
+def test_async_calls_refuse_the_other_kind_of_parameters() -> None:
+    async def main() -> None:
+        async with _Async(ThreadClient.start_with(lambda: make_engine(FakeExecutor()))) as llm:
+            with pytest.raises(InvalidInput, match="SamplingParams, got PoolingParams: `encode`") as error:
+                await anext(llm.generate([3, 4], PoolingParams()))  # type: ignore[arg-type]
+            assert error.value.param == "sampling_params"
+            with pytest.raises(InvalidInput, match="PoolingParams, got SamplingParams: `generate`"):
+                await anext(llm.encode([3, 4], SamplingParams()))  # type: ignore[arg-type]
+
+    asyncio.run(main())
 
 
 def test_async_and_list_outputs_agree_under_truncation_and_past_the_limit(llm: LLM) -> None:
