@@ -1,8 +1,8 @@
-"""The sampling settings of one request: vLLM's `SamplingParams`, checked when it is constructed.
+"""The parameters of one request, checked when they are constructed: `SamplingParams`, and vLLM's classes for beam searches and embeddings.
 
-The object contains no tensors. A user may change its fields, and each assignment is checked. A request gets a copy (`clone`), which goes
-unchanged to the engine and with the plan to the worker. Field names and defaults are vLLM's. Ranges are those of the OpenAI API where it
-states one.
+`SamplingParams` contains no tensors. A user may change its fields, and each assignment is checked. A request gets a copy (`clone`), which
+goes unchanged to the engine and with the plan to the worker. Field names and defaults are vLLM's. Ranges are those of the OpenAI API where
+it states one.
 """
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def random_uuid() -> str:
 
 
 def destroy_distributed_environment() -> None:
-    """There is none: one process computes on one device."""
+    """There is no default process group to destroy: a group belongs to an engine."""
 
 
 def destroy_model_parallel() -> None:
-    """There are no process groups to destroy: one process computes on one device."""
+    """As `destroy_distributed_environment`."""

@@ -55,9 +55,9 @@ MODULES: Mapping[str, Mapping[str, str]] = {
 UNBUILT: Mapping[str, str] = {
     "minivllm.assets": "example images and sounds", "minivllm.multimodal": "images and audio", "minivllm.model_executor": "vLLM's models",
     "minivllm.platforms": "plug-ins for devices", "minivllm.plugins": "plug-ins",
-    "minivllm.tokenizers": "other tokenizers", "minivllm.envs": "settings from the environment", "minivllm.executor": "several workers",
+    "minivllm.tokenizers": "other tokenizers", "minivllm.envs": "settings from the environment", "minivllm.executor": "vLLM's executors",
     "minivllm.v1.sample": "Python logits processors", "minivllm.v1.core": "vLLM's scheduler", "minivllm.v1.worker": "vLLM's workers",
-    "minivllm.attention": "other attention backends", "minivllm.spec_decode": "speculative decoding",
+    "minivllm.attention": "other attention backends", "minivllm.spec_decode": "vLLM's proposers",
     "minivllm.profiler": "vLLM's profiler",
     "minivllm.entrypoints.chat_utils": "vLLM's own server", "minivllm.entrypoints.api_server": "the older demonstration server",
     "minivllm.entrypoints.openai.protocol": "vLLM's own server", "minivllm.entrypoints.openai.cli_args": "vLLM's own server",

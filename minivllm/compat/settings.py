@@ -72,7 +72,7 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("LoRA adapters that depend on images or audio, or on the context length", default_mm_loras=None,
               long_lora_scaling_factors=None),
     *_inert("LoRA adapters have the model's dtype, and none adds tokens", lora_dtype="auto", lora_extra_vocab_size=256),
-    *_inert("LoRA adapters are on one device", fully_sharded_loras=False),
+    *_inert("each rank has the parts of an adapter that belong to its parts of the model", fully_sharded_loras=False),
     *_refused("another length limit for the draft", speculative_max_model_len=None),
     *_refused("tensor parallelism of a draft", speculative_draft_tensor_parallel_size=(None, 1)),
     *_inert("there is one implementation of speculative decoding", use_v2_spec_decode=False),

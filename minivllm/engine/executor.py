@@ -1,4 +1,4 @@
-"""Interface of the object that runs the engine's plans. `minivllm.worker.worker.Worker` implements it in this process, on one device."""
+"""Interface of the object that runs the engine's plans. A `Worker` implements it on one device, and a `LeadingWorker` on several."""
 from __future__ import annotations
 
 from collections.abc import Callable
