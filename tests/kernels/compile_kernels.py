@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 
 from minivllm.kernels import tuning
 from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, moe, norm, packed_weight, sampling
-from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
+from minivllm.kernels.triton.attention_tile import Cache, Projection
+from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 89

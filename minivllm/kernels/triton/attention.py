@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
-from minivllm.kernels.triton.decode_attention import Cache, DecodeShape, Parts, Projection, _decode_attention, _shared_attention
+from minivllm.kernels.triton.attention_tile import Cache, Projection
+from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
 from minivllm.kernels.triton.device import capability, early_start, launch, num_sms
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 from minivllm.kernels.tuning import AttentionTile

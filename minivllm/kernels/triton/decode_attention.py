@@ -20,8 +20,6 @@ With too few sequences to fill the GPU, up to `splits` programs share the keys o
 `min_keys` keys each. The kernel computes from the length how many splits a sequence uses, so that a captured graph serves every length.
 Each program stores its average and the logarithm of its weight. The program that finishes last computes the weighted mean. It adds in
 the order of the splits, so that the result does not depend on which program is last.
-
-The softmax runs online (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023), in base 2.
 """
 from __future__ import annotations
 
@@ -30,7 +28,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from minivllm.kernels.triton.quantized_cache import load_scales, quantize, store_scales, widen, widen_pairs
+from minivllm.kernels.triton.attention_tile import (
+    absorb_keys,
+    alibi_slope,
+    all_dimensions,
+    cap,
+    empty_sums,
+    fetch,
+    rotated_heads,
+    scaled_queries,
+)
+from minivllm.kernels.triton.quantized_cache import quantize, store_scales
 
 
 class DecodeShape(NamedTuple):
@@ -60,30 +68,6 @@ class DecodeShape(NamedTuple):
     sinks: bool = False  # whether the softmax of each head has one more score
 
 
-class Projection(NamedTuple):
-    """The T new tokens' queries, keys and values, and how heads are normalized and rotated."""
-
-    qkv: Any  # [T, H + 2 KV, D]
-    norm_weight: Any  # [H + KV, D]
-    eps: Any
-    cos: Any  # [T, D]
-    sin: Any  # [T, D]; it carries the sign of the rotation
-    stride: Any  # of qkv, from token to token
-    slopes: Any  # [H] float32 of ALiBi
-    sinks: Any  # [H] float32
-
-
-class Cache(NamedTuple):
-    """One layer's cached keys and values."""
-
-    k: Any  # [blocks, block_size, KV, D]
-    v: Any
-    v_pairs: Any  # [blocks, block_size, KV, D / 2] int16 if quantized: the values, two codes each
-    scales: Any  # [blocks, block_size, KV, 2] if quantized: of the keys, and of the values
-    scale_pairs: Any  # [blocks, block_size, KV] int32: the same
-    block_table: Any  # [B, M]
-
-
 class Parts(NamedTuple):
     """Results of programs that share the keys of a sequence: parts of the shared prefix first, then the splits."""
 
@@ -91,153 +75,6 @@ class Parts(NamedTuple):
     log_weight: Any  # [parts, T, H] float32
     finished: Any  # [B, KV] int32: number of splits that have finished; 0 between kernels
     shared_keys: Any  # [1] int32: number of keys that `_shared_attention` has computed
-
-
-@triton.jit
-def rotated_heads(
-    projection, token, head, dims, live, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Heads of a fused projection, normalized per head and rotated: [rows, PADDED_D] of DTYPE.
-
-    token: one for all rows, or [rows, 1]. The rotation pairs dimension d with d + D/2 (mod D). Values are rounded where the reference
-    rounds them. With PDL, everything but the projection is fetched before the kernel waits for the projection.
-    """
-    other = (dims + D // 2) % D
-    if NORM:
-        w = tl.load(projection.norm_weight + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
-        if ROPE:
-            w_partner = tl.load(projection.norm_weight + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
-    if ROPE:
-        live_dim = (dims < D)[None, :]
-        c = tl.load(projection.cos + token * D + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
-        s = tl.load(projection.sin + token * D + dims[None, :], mask=live_dim, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    source = projection.qkv + token * projection.stride
-    x = tl.load(source + head[:, None] * D + dims[None, :], mask=live, other=0.0).to(tl.float32)
-    partner = x
-    if ROPE:
-        partner = tl.load(source + head[:, None] * D + other[None, :], mask=live, other=0.0).to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + projection.eps)[:, None]
-        x = ((x * scale).to(DTYPE).to(tl.float32) * w).to(DTYPE).to(tl.float32)
-        if ROPE:
-            partner = ((partner * scale).to(DTYPE).to(tl.float32) * w_partner).to(DTYPE).to(tl.float32)
-    if ROPE:
-        x = x * c + partner * s
-    return x.to(DTYPE)
-
-
-@triton.jit
-def _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE: tl.constexpr):
-    """Keys and values [N, PADDED_D] at positions `key` in blocks `block`, and which of them lie in [oldest, end): [N] each.
-
-    -> (keys, values, live keys, scales of the keys and of the values: [N] each, and of any value if the cache is not quantized).
-    The rest of a block may hold anything, NaN included, and is never loaded."""
-    KV_HEADS: tl.constexpr = SHAPE.num_heads // SHAPE.heads_per_kv
-    head = (block.to(tl.int64) * SHAPE.block_size + key % SHAPE.block_size) * KV_HEADS + kv_head
-    row = head * SHAPE.head_dim
-    live_key = (key >= oldest) & (key < end)
-    live = live_key[:, None] & (dims < SHAPE.head_dim)[None, :]
-    k = tl.load(cache.k + row[:, None] + dims[None, :], mask=live, other=0.0)
-    k_scale = live_key
-    v_scale = live_key
-    if not SHAPE.quantized:
-        v = tl.load(cache.v + row[:, None] + dims[None, :], mask=live, other=0.0)
-    else:
-        HALF: tl.constexpr = SHAPE.head_dim // 2
-        pairs = tl.arange(0, SHAPE.padded_dim // 2)
-        v = tl.load(cache.v_pairs + (head * HALF)[:, None] + pairs[None, :], mask=live_key[:, None] & (pairs < HALF)[None, :], other=0)
-        k_scale, v_scale = load_scales(cache.scale_pairs, head, live_key)
-    return k, v, live_key, k_scale, v_scale
-
-
-@triton.jit
-def _absorb_keys(
-    q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope, distance, SHAPE: tl.constexpr,
-    SAFE: tl.constexpr = False,
-):  # fmt: skip
-    """Add a tile of keys and values [N, D] to the running averages of queries [M, D]; scale includes log2(e).
-
-    visible: [M or 1, N]. SAFE: a query may have seen no key yet. slope: [M] of `_slope`; distance: [M or 1, N], key minus query.
-    """
-    if SHAPE.quantized:
-        k = widen(k, q.dtype, SHAPE.fp8, SHAPE.native)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
-    if SHAPE.quantized:
-        scores = scores * k_scale[None, :]
-    if SHAPE.softcap:
-        scores = _cap(scores, softcap)
-    if SHAPE.alibi:
-        scores = scores + slope[:, None] * distance.to(tl.float32)
-    scores = tl.where(visible, scores, -float("inf"))
-    tops = scores
-    if SHAPE.quantized:
-        tops = scores + tl.log2(v_scale)[None, :]
-    new_peak = tl.maximum(peak, tl.max(tops, 1))
-    base = new_peak
-    if SAFE:
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    shrink = tl.exp2(peak - base)
-    weights = tl.exp2(scores - base[:, None])
-    if SHAPE.quantized:
-        products = (weights * v_scale[None, :]).to(q.dtype)
-        even, odd = acc
-        v_even, v_odd = widen_pairs(v, q.dtype, SHAPE.fp8, SHAPE.native)
-        acc = (even * shrink[:, None] + tl.dot(products, v_even, input_precision="ieee"),
-               odd * shrink[:, None] + tl.dot(products, v_odd, input_precision="ieee"))
-    else:
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return acc, new_peak, total * shrink + tl.sum(weights, 1)
-
-
-@triton.jit
-def _slope(projection, head, live_row, SHAPE: tl.constexpr):
-    """ALiBi's slope of the rows of a tile, for scores in base 2: [M]; 0 without ALiBi."""
-    slope = 0.0
-    if SHAPE.alibi:
-        slope = tl.load(projection.slopes + head, mask=live_row, other=0.0) * 1.4426950408889634
-    return slope
-
-
-@triton.jit
-def _empty_sums(SHAPE: tl.constexpr):
-    """Sums of no values: [M, D]; for a quantized cache those of even and of odd dimensions."""
-    if SHAPE.quantized:
-        zeros = tl.full([SHAPE.block_m, SHAPE.padded_dim // 2], 0.0, tl.float32)
-        sums = (zeros, zeros)
-    else:
-        sums = tl.full([SHAPE.block_m, SHAPE.padded_dim], 0.0, tl.float32)
-    return sums
-
-
-@triton.jit
-def _whole(sums, SHAPE: tl.constexpr):
-    """Sums [M, D] of all dimensions."""
-    if SHAPE.quantized:
-        even, odd = sums
-        sums = tl.reshape(tl.join(even, odd), [SHAPE.block_m, SHAPE.padded_dim])
-    return sums
-
-
-@triton.jit
-def _scaled_queries(q, scale, SHAPE: tl.constexpr):
-    """-> (queries as tensor cores multiply them with keys, factor of the scores). For a quantized cache in float16, which converts from
-    8 bits without loss: each row [M, D] is divided by its largest magnitude, so that it fits; the factor is then [M, 1]."""
-    if SHAPE.quantized:
-        DOT: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
-        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)[:, None]
-        q = (q.to(tl.float32) / largest).to(DOT)
-        scale = largest * scale
-    return q, scale
-
-
-@triton.jit
-def _cap(scores, softcap):
-    """softcap * tanh(scores / softcap), where scores and result carry a factor log2(e)."""
-    raw = scores * 0.6931471805599453
-    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * raw / softcap) + 1.0)) * 1.4426950408889634
 
 
 @triton.jit
@@ -273,29 +110,29 @@ def _shared_attention(
     live_q = live_row[:, None] & (dims < D)[None, :]
     key = begin + tl.arange(0, SHAPE.block_n)
     block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
-    k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
+    k, v, live_key, k_scale, v_scale = fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
 
     source = tl.where(live_row, token, 0)[:, None]
     q = rotated_heads(projection, source, head, dims, live_q, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
     scale *= 1.4426950408889634  # log2(e)
-    q, scale = _scaled_queries(q, scale, SHAPE)
+    q, scale = scaled_queries(q, scale, SHAPE)
     peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
     total = tl.full([SHAPE.block_m], 0.0, tl.float32)
-    acc = _empty_sums(SHAPE)
-    slope = _slope(projection, head, live_row, SHAPE)
+    acc = empty_sums(SHAPE)
+    slope = alibi_slope(projection, head, live_row, SHAPE)
     position = 0
     if SHAPE.alibi:
         seq = token // SHAPE.query_width
         position = (tl.load(seq_lens + seq, mask=live_row, other=0) - SHAPE.query_width + token % SHAPE.query_width)[:, None]
-    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, slope,
+    acc, peak, total = absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, slope,
                                     key[None, :] - position, SHAPE)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tl.arange(0, SHAPE.block_n)
         block = tl.load(cache.block_table + key // SHAPE.block_size, mask=key < end, other=0)
-        k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
-        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, slope,
+        k, v, live_key, k_scale, v_scale = fetch(cache, block, key, 0, end, kv_head, dims, SHAPE)
+        acc, peak, total = absorb_keys(q, k, v, k_scale, v_scale, live_key[None, :], acc, peak, total, scale, softcap, slope,
                                         key[None, :] - position, SHAPE)
-    acc = _whole(acc, SHAPE)
+    acc = all_dimensions(acc, SHAPE)
     at = part * num_tokens * SHAPE.num_heads + token * SHAPE.num_heads + head
     tl.store(parts.mean + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live_q)
     tl.store(parts.log_weight + at, peak + tl.log2(total), mask=live_row)
@@ -354,7 +191,7 @@ def _attend_to_new_token(q, projection, token, cache, row, mine, kv_head, dims, 
         tl.store(cache.v + row * D + dims, value.to(q.dtype), mask=live_dim)
     score = tl.sum(q.to(tl.float32) * key[None, :], 1) * scale
     if SHAPE.softcap:
-        score = _cap(score, softcap)
+        score = cap(score, softcap)
     if SHAPE.quantized:
         score = score + tl.log2(v_scale)
     peak = tl.where(mine, score, -float("inf"))
@@ -378,7 +215,7 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
     QUERY_ROWS: tl.constexpr = SHAPE.query_width * SHAPE.heads_per_kv
     peak = tl.full([SHAPE.block_m], -float("inf"), tl.float32)
     total = tl.full([SHAPE.block_m], 0.0, tl.float32)
-    acc = _empty_sums(SHAPE)
+    acc = empty_sums(SHAPE)
     if mine:
         rows = tl.arange(0, SHAPE.block_m)
         is_key = (rows >= QUERY_ROWS) & (rows < QUERY_ROWS + SHAPE.query_width)
@@ -402,8 +239,8 @@ def _attend_to_new_tokens(q, projection, token, query, cache, slots, mine, kv_he
         visible = is_key[None, :] & (query[None, :] <= query[:, None])
         if SHAPE.window > 0:
             visible = visible & (query[None, :] > query[:, None] - SHAPE.window)
-        queries, factor = _scaled_queries(q, scale, SHAPE)
-        acc, peak, total = _absorb_keys(queries, keys, values, k_scale, v_scale, visible, acc, peak, total, factor, softcap, slope,
+        queries, factor = scaled_queries(q, scale, SHAPE)
+        acc, peak, total = absorb_keys(queries, keys, values, k_scale, v_scale, visible, acc, peak, total, factor, softcap, slope,
                                         query[None, :] - query[:, None], SHAPE)
     return acc, peak, total
 
@@ -480,7 +317,7 @@ def _decode_attention(
     key = begin + tile
     block = tl.load(table + key // SHAPE.block_size, mask=(key >= oldest) & (key < end), other=0)
     next_block = tl.load(table + (key + SHAPE.block_n) // SHAPE.block_size, mask=key + SHAPE.block_n < end, other=0)
-    k, v, live_key, k_scale, v_scale = _fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE)
+    k, v, live_key, k_scale, v_scale = fetch(cache, block, key, oldest, end, kv_head, dims, SHAPE)
     if W == 1:
         new_row = tl.load(slots + seq) * KV_HEADS + kv_head
 
@@ -488,7 +325,7 @@ def _decode_attention(
     q = rotated_heads(projection, token, head, dims, live_head, D, SHAPE.norm, SHAPE.rope, DTYPE, PDL)
     mine = split == used - 1
     scale *= 1.4426950408889634  # log2(e)
-    slope = _slope(projection, head, live_row, SHAPE)
+    slope = alibi_slope(projection, head, live_row, SHAPE)
     position = context
     if W > 1:
         position = (context + query)[:, None]
@@ -497,20 +334,20 @@ def _decode_attention(
     else:
         acc, peak, total = _attend_to_new_tokens(q, projection, token, query, cache, slots + seq * W, mine, kv_head, dims, scale, softcap,
                                                  slope, SHAPE)
-    q, scale = _scaled_queries(q, scale, SHAPE)
+    q, scale = scaled_queries(q, scale, SHAPE)
     visible = live_key[None, :]
     if STAGGERED:
         visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
-    acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope, key[None, :] - position,
+    acc, peak, total = absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope, key[None, :] - position,
                                     SHAPE, STAGGERED)
     for start in range(begin + SHAPE.block_n, end, SHAPE.block_n):
         key = start + tile
-        k, v, live_key, k_scale, v_scale = _fetch(cache, next_block, key, oldest, end, kv_head, dims, SHAPE)
+        k, v, live_key, k_scale, v_scale = fetch(cache, next_block, key, oldest, end, kv_head, dims, SHAPE)
         next_block = tl.load(table + (key + SHAPE.block_n) // SHAPE.block_size, mask=key + SHAPE.block_n < end, other=0)
         visible = live_key[None, :]
         if STAGGERED:
             visible = visible & (key[None, :] > (context + query)[:, None] - SHAPE.window)
-        acc, peak, total = _absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope,
+        acc, peak, total = absorb_keys(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap, slope,
                                         key[None, :] - position, SHAPE, STAGGERED)
 
     if SHAPE.sinks:
@@ -518,7 +355,7 @@ def _decode_attention(
         total += tl.where(mine, tl.exp2(tl.minimum(sink - peak, 126.0)), 0.0)  # 2^126: the weight of the keys is 0 in float32
     if STAGGERED:
         total = tl.where(total == 0.0, 1.0, total)  # a query that has seen no key: its weight is 0, since its peak is -inf
-    mean = _whole(acc, SHAPE) / total[:, None]
+    mean = all_dimensions(acc, SHAPE) / total[:, None]
     live_q = live_row[:, None] & (dims < D)[None, :]
     row = (seq * W + query) * SHAPE.num_heads + head  # of [T, H]
     if SHAPE.split and used + before > 1:

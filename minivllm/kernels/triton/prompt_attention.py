@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from minivllm.kernels.triton.decode_attention import _cap, rotated_heads
+from minivllm.kernels.triton.attention_tile import cap, rotated_heads
 from minivllm.kernels.triton.quantized_cache import quantize, widen
 
 
@@ -80,7 +80,7 @@ def _absorb(q, k, v, k_scale, v_scale, visible, acc, peak, total, scale, softcap
     if QUANTIZED:
         scores = scores * k_scale[None, :]
     if SOFTCAP:
-        scores = _cap(scores * scale, softcap)
+        scores = cap(scores * scale, softcap)
         factor = 1.0
     elif ALIBI:
         scores = scores * scale
