@@ -56,13 +56,13 @@ class Attention:
         self.qk_norm: tuple[Tensor, float] | None = None  # weights [H + Hk, D], one row per head, and epsilon
         self._other_norm: QKNorm | None = None
         if attention.qk_norm is not None:
-            q, k = (self._load_qk(build, take, spec, attention, f"{name}.{which}_norm.weight") for which in "qk")
+            q, k = (self._load_qk(take, spec, attention, f"{name}.{which}_norm.weight") for which in "qk")
             if attention.qk_norm == "head":
                 self.qk_norm = torch.cat((q.expand(attention.num_heads, -1), k.expand(attention.num_kv_heads, -1))), spec.norm_eps
             else:
                 biases = None
                 if attention.qk_norm == "layer":
-                    qb, kb = (self._load_qk(build, take, spec, attention, f"{name}.{which}_norm.bias") for which in "qk")
+                    qb, kb = (self._load_qk(take, spec, attention, f"{name}.{which}_norm.bias") for which in "qk")
                     biases = qb, kb
                 self._other_norm = QKNorm(build, attention, (q, k), biases, spec.norm_eps)
         self._sinks = take(f"{name}.sinks") if attention.sinks else None
@@ -74,7 +74,7 @@ class Attention:
         self._self_attention, self._store_kv = build.ops.self_attention, build.ops.store_kv
 
     @staticmethod
-    def _load_qk(build: BuildContext, take: Take, spec: ModelSpec, attention: AttentionSpec, name: str) -> Tensor:
+    def _load_qk(take: Take, spec: ModelSpec, attention: AttentionSpec, name: str) -> Tensor:
         """A weight or bias of the norms of q or k, in our order of a head's dimensions."""
         tensor, order = take(name), head_order(attention)
         if spec.norm_offset and name.endswith("weight"):

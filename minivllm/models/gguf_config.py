@@ -122,7 +122,7 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
         config["partial_rotary_factor"] = rotated / head_dim
     if window:
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
-    config |= _of_architecture(meta, arch, config, tensors)
+    config |= _of_architecture(meta, config, tensors)
     _check_sizes(meta, config, tensors)
     return config
 
@@ -165,9 +165,7 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else list(ids) or None
 
 
-def _of_architecture(
-    meta: Metadata, arch: Architecture, config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor],
-) -> dict[str, Any]:
+def _of_architecture(meta: Metadata, config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> dict[str, Any]:
     """Further keys of config.json. Defaults, and what follows from the number of layers, are llama.cpp's rules."""
     get, kind, layers, head_dim = meta.hparam, meta.architecture, config["num_hidden_layers"], config["head_dim"]
     has = lambda name: f"blk.0.{name}" in tensors  # noqa: E731

@@ -47,7 +47,6 @@ class GroupedMatmul(Matmul):
         """ids: [T] -> rows [T, K] of the weight, for an embedding table."""
         return self._rows(self.packed, ids, dtype)
 
-
     def dense(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """See `Matmul`."""
         import torch

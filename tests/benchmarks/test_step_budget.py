@@ -31,7 +31,7 @@ def test_overlapping_time_counts_once_for_the_kernel_that_started_first() -> Non
 
 @pytest.mark.parametrize("name, kind", [
     ("_matvec", "matmul"), ("void gemmSN_TN_kernel", "matmul"), ("_prompt_attention", "attention"), ("_position_and_store", "attention"),
-    ("_combine_chunks", "sampling"), ("_thresholds", "sampling"), ("_rms_norm", OTHER), ("_silu_and_mul", OTHER),
+    ("_combine_chunks", "sampling"), ("_thresholds", "sampling"), ("_rms_norm", OTHER), ("_act_and_mul", OTHER),
     ("Memset (Device)", OTHER)])
 def test_kernels_are_classified_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
@@ -44,7 +44,7 @@ def test_every_triton_kernel_has_an_explicit_class() -> None:
     named = {name: kind_of(name) for name in ours}
     assert {name for name, kind in named.items() if kind == "matmul"} >= {"_matvec", "_few_rows"}
     assert {name for name, kind in named.items() if kind == "sampling"} >= {"_sample_chunks", "_combine_chunks", "_thresholds"}
-    assert {name for name, kind in named.items() if kind == OTHER} >= {"_rms_norm", "_silu_and_mul", "_rope_angles"}
+    assert {name for name, kind in named.items() if kind == OTHER} >= {"_rms_norm", "_act_and_mul", "_rope_angles"}
 
 
 def test_the_lower_bound_is_weights_and_keys_for_a_decode_and_products_for_a_prompt() -> None:

@@ -237,8 +237,9 @@ def small_variants() -> Iterator[dict[str, Any]]:
     for width in (576, 1024, 4096):
         constants = dict(N=width, PADDED=triton.next_power_of_2(width), PDL=PDL)
         yield measure(f"decode rms_norm of {width}", norm._rms_norm, types, constants, num_warps=tuning.norm_warps(width))
-    yield measure("decode silu_and_mul", activation._silu_and_mul, {"out": "*bf16", "x": "*bf16", "size": "i32"},
-                  dict(BLOCK=1024, PDL=PDL), num_warps=4)
+    for name, gelu in (("silu_and_mul", False), ("gelu_tanh_and_mul", True)):
+        yield measure(f"decode {name}", activation._act_and_mul, {"out": "*bf16", "x": "*bf16", "size": "i32"},
+                      dict(GELU=gelu, BLOCK=1024, PDL=PDL), num_warps=4)
 
 
 def sampling_variants() -> Iterator[dict[str, Any]]:

@@ -133,7 +133,7 @@ def store_head(out, scale_at, source, kind, dim, lanes, cache):
 
 
 @njit(inline="always")
-def load_scales(out, scales, offsets, first_head, heads, kv_heads, dim):
+def load_scales(out, scales, offsets, first_head, heads, dim):
     """The scales of a tile's keys for some heads: [heads, CPU_TILE_KEYS] float32. offsets: of the keys, one byte per number."""
     for j in range(CPU_TILE_KEYS):
         at = scales + (get_i64(offsets + j * 8) // dim + first_head) * SCALE_BYTES
@@ -361,8 +361,8 @@ def kernel(head_dim: int, group: int, half: int, cache: int) -> Kernel:
                 n = min(CPU_TILE_KEYS, end - start)
                 near = ahead if following > 0 else offsets
                 if CACHE >= INT8:
-                    load_scales(k_scales, p[SCALES_K], offsets, first_head, heads, kv_heads, D)
-                    load_scales(v_scales, p[SCALES_V], offsets, first_head, heads, kv_heads, D)
+                    load_scales(k_scales, p[SCALES_K], offsets, first_head, heads, D)
+                    load_scales(v_scales, p[SCALES_V], offsets, first_head, heads, D)
                 for h in range(heads):
                     keys, values = p[CACHE_K] + (first_head + h) * ROW_BYTES, p[CACHE_V] + (first_head + h) * ROW_BYTES
                     first = h * per_head

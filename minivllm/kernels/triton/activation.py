@@ -27,7 +27,7 @@ def gelu_tanh_mul(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _silu_and_mul(out, x, size, BLOCK: tl.constexpr, PDL: tl.constexpr, GELU: tl.constexpr = False):
+def _act_and_mul(out, x, size, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < size
@@ -57,6 +57,6 @@ def _gated(x: Tensor, gelu: bool) -> Tensor:
     rows, double = x.shape
     out = torch.empty(rows, double // 2, dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(double // 2))
-    launch(_silu_and_mul, (rows, triton.cdiv(double // 2, block)), out, x, double // 2, BLOCK=block, GELU=gelu, num_warps=4,
+    launch(_act_and_mul, (rows, triton.cdiv(double // 2, block)), out, x, double // 2, GELU=gelu, BLOCK=block, num_warps=4,
            **early_start(x.device))
     return out
