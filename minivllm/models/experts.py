@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minivllm.families import ExpertsSpec, ModelSpec, expert_specs
 from minivllm.quantization.base import StoredTensor
+from minivllm.quantization.mxfp4 import GROUP
 
 FUSED_ROUTER = "layers.{i}.mlp.gate"  # beside such tensors, whatever the router's name is beside single experts
 KINDS = {"": "weight", "_bias": "bias", "_blocks": "blocks", "_scales": "scales"}  # end of the name -> suffix of the tensors of an expert
@@ -35,7 +36,7 @@ def split_experts(spec: ModelSpec, checkpoint: Mapping[str, StoredTensor]) -> Ma
             parts = len(experts.rows)
             for i, linear in enumerate(experts.linears):
                 shape = {"weight": (linear.rows[0], linear.cols), "bias": linear.rows, "blocks": (linear.rows[0], linear.cols // 2),
-                         "scales": (linear.rows[0], linear.cols // 32)}[suffix]
+                         "scales": (linear.rows[0], linear.cols // GROUP)}[suffix]
                 read = partial(_taken, stored, suffix, *divmod(i, parts), parts, experts.interleaved)
                 found[f"{linear.checkpoint_names[0]}.{suffix}"] = replace(stored, shape=shape, read=read)
         layer = experts.name.split(".")[1]
@@ -50,7 +51,8 @@ def _shapes(experts: ExpertsSpec) -> dict[str, tuple[int, ...]]:
     e, rows, cols = experts.num_experts, sum(experts.rows), experts.cols
     if not experts.interleaved:
         return {"weight": (e, rows, cols)}
-    return {"weight": (e, cols, rows), "bias": (e, rows), "blocks": (e, rows, cols // 32, 16), "scales": (e, rows, cols // 32)}
+    groups = cols // GROUP
+    return {"weight": (e, cols, rows), "bias": (e, rows), "blocks": (e, rows, groups, GROUP // 2), "scales": (e, rows, groups)}
 
 
 def _taken(stored: StoredTensor, suffix: str, expert: int, part: int, parts: int, interleaved: bool) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from minivllm.quantization.base import Epilogue, LinearMethod, Matmul, ParamSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from minivllm.kernels import Ops
@@ -40,6 +41,12 @@ class DenseMatmul(Matmul):
             return None
         return self._lora_linear(x, self.weight, epilogue.bias, adapters, lora, norm=epilogue.norm,
                                  gated=epilogue.activation is not None, residual=residual)
+
+    def dense(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Matmul`."""
+        from minivllm.kernels.reference.linear import unpack_weight
+
+        return unpack_weight(self.weight).to(dtype)
 
 
 class DenseMethod(LinearMethod):

@@ -15,7 +15,6 @@ from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from minivllm.kernels import Ops
@@ -23,24 +22,6 @@ if TYPE_CHECKING:
 GROUP = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same with a minus
 DUMMY_BELOW = 128  # random bytes below it give scales of at most 1
-
-
-class MXFP4Matmul(Matmul):
-    """A weight that was dequantized."""
-
-    def __init__(self, weight: Tensor) -> None:
-        """weight: [N, K] float32."""
-        self.weight = weight
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x: [T, K] -> [T, N]."""
-        import torch.nn.functional as F
-
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-    def dense(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """See `Matmul`."""
-        return self.weight.to(dtype)
 
 
 class MXFP4Method(LinearMethod):
@@ -51,9 +32,9 @@ class MXFP4Method(LinearMethod):
         return {"blocks": ParamSpec(tuple((n, cols // 2) for n in rows), dtype="uint8", dummy="bits"),
                 "scales": ParamSpec(tuple((n, cols // GROUP) for n in rows), dtype="uint8", dummy=DUMMY_BELOW)}
 
-    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> MXFP4Matmul:
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
         """See `LinearMethod`."""
-        return MXFP4Matmul(dequantize(tensors["blocks"], tensors["scales"]))
+        return DENSE.build({"weight": dequantize(tensors["blocks"], tensors["scales"])}, rows, ops)
 
 
 def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS[_name(dtype)])
 
 
+def unpack_weight(packed: Tensor) -> Tensor:
+    """The weight [N, K] that `pack_weight` packed."""
+    return packed.to_dense() if packed.is_mkldnn else packed
+
+
 @lru_cache(maxsize=8)
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this PyTorch and this CPU multiply with packed weights.
