@@ -7,7 +7,7 @@ before every later arrival. No other rule protects it. `FairShare` decides which
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from minivllm.core.fair_share import FairShare
 from minivllm.core.request import Request, Sequence, SequenceStatus
@@ -84,13 +84,13 @@ class WaitingQueue:
     def num_sequences_of(self, owner: str) -> int:
         return self._owners[owner].num_sequences if owner in self._owners else 0
 
-    def owners(self) -> Collection[str]:
-        """Owners with waiting sequences."""
-        return {name for name, queue in self._owners.items() if queue.num_sequences}
+    def owners(self) -> list[str]:
+        """Owners with waiting sequences, in the order of their first requests: a set of names has another order in each process."""
+        return [name for name, queue in self._owners.items() if queue.num_sequences]
 
     def firsts(self, num_free_rows: int) -> Iterator[tuple[str, Sequence, int]]:
         """For each owner that may get rows: its first sequence, and how many sequences may start."""
-        owners = self.owners() if num_free_rows else ()
+        owners = self.owners() if num_free_rows else []
         for name in owners:
             queue = self._owners[name]
             num_rows = min(queue.num_sequences, num_free_rows)
@@ -130,7 +130,7 @@ class WaitingQueue:
     def _first_request(self) -> Request | None:
         if len(self._owners) == 1:
             return next(iter(self._owners.values())).first(self._share)
-        owner = min((owner for owner, queue in self._owners.items() if queue.num_sequences), key=self._share.turn, default=None)
+        owner = min(self.owners(), key=self._share.turn, default=None)
         return None if owner is None else self._owners[owner].first(self._share)
 
     def pop(self) -> Sequence:
