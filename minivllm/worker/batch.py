@@ -121,7 +121,6 @@ class Columns:
         sources = self.source[::rows_of_a_sample]
         return len(set(sources.tolist())) == len(sources) and bool((self.rows[self.source] == self.sample_rows).all())
 
-
     def widened(self, width: int, null_index: int) -> Columns:
         """The same decodes with `width` tokens each. A filler is the token at `null_index`; it writes to the null block, and nothing reads
         its results. It has a position after the sequence's own, so the queries before it see the same keys."""
