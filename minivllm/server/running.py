@@ -13,7 +13,7 @@ from minivllm.errors import InvalidInput
 from minivllm.server.cost import MAX_BODY_BYTES, MAX_KEPT_ENTRIES, MAX_KEPT_NUMBERS, MAX_PENDING_TOKENS, CostLedger
 from minivllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 
-_PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_)")
+_PREFIX = re.compile(r"^(cmpl-|chatcmpl-|resp_|embd-|score-)")
 
 BODY_SECONDS = 60.0  # time limit for receiving a request's body
 ENDING_SECONDS = 2.0  # the same once the server is shutting down

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,26 @@ def test_abort_requests_ends_only_the_named_requests(engine: ScriptedEngine, liv
     assert {choice["finish_reason"] for choice in answers["mine"].json()["choices"]} == {"abort"}
     assert answers["mine"].json()["id"] == "cmpl-mine"
     assert [choice["finish_reason"] for choice in answers["other"].json()["choices"]] == ["length"]
+
+
+@pytest.mark.parametrize(("path", "body", "prefix"), [
+    ("/v1/embeddings", {"input": [[5], [6]]}, "embd-"), ("/score", {"text_1": [[5]], "text_2": [[6]]}, "score-")])
+def test_abort_requests_ends_embeddings_and_scores(
+    engine: ScriptedEngine, live: LiveServer, path: str, body: dict[str, Any], prefix: str,
+) -> None:
+    answers: dict[str, Any] = {}
+    other = ask(live, answers, prompt=[7], request_id="other", max_tokens=3)
+    engine.wait_until(lambda: len(engine.requests) == 1)  # its first step waits, so that later commands are handled together
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(httpx.post, live.url + path, json={**body, "request_id": "mine"}, timeout=60)
+        while httpx.get(live.url + "/load").json()["server_load"] < 2:
+            pass
+        aborted = httpx.post(live.url + "/abort_requests", json={"request_ids": ["mine"]}).json()
+        assert engine.gate is not None
+        engine.gate.release(100)
+        assert aborted == {"aborted": [f"{prefix}mine"]}
+        assert answer.result().json()["error"]["code"] == "aborted"
+    other.join(60)
 
 
 def test_abort_requests_accepts_a_full_response_id_or_all(engine: ScriptedEngine, live: LiveServer) -> None:
