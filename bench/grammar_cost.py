@@ -133,7 +133,7 @@ def masks_alone(tokenizer: Tokenizer, eos: int, steps: int) -> list[dict[str, fl
     compiler = GrammarCompiler(tokenizer, (eos,))
     wrapper = TokenizerWrapper(LargeVocabulary(tokenizer, eos))
     start = time.perf_counter()
-    compiler._vocabulary = LLTokenizer(wrapper, eos_token=eos)
+    compiler._vocabulary._built = LLTokenizer(wrapper, eos_token=eos)
     print(f"\na vocabulary of {compiler.num_tokens} entries is indexed in {time.perf_counter() - start:.2f} s")
     start = time.perf_counter()
     grammar = compiler.compile(StructuredOutputs(json=SCHEMA))
