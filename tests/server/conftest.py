@@ -1,10 +1,26 @@
 """Fixtures for all tests of the server. No torch."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import pytest
+
+from tests.server.scripted import LiveServer
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Callable[..., Path]) -> Path:
+    """A tiny model with random weights."""
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def api(live: LiveServer) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of the test file's server, `live`."""
+    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
+        yield api
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minivllm.config import ServerConfig
+import pytest
+
+from minivllm.config import EngineConfig, ServerConfig
 from minivllm.core.plan import TokenLogprobs
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
@@ -25,7 +27,7 @@ from minivllm.outputs import OutputDelta
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import create_app
 from minivllm.server.listen import Server
-from minivllm.server.run import bind, bind_unix
+from minivllm.server.run import bind, bind_unix, start_engine
 
 Steps = list[tuple[tuple[int, ...], str]]
 EOS = 1
@@ -262,4 +264,17 @@ def scripted_server(engine: ScriptedEngine, **settings: Any) -> Iterator[LiveSer
     finally:
         if engine.gate is not None:
             engine.gate.release(1000)
+        client.close()
+
+
+@contextlib.contextmanager
+def serving_model(folder: Path, *, process: bool, **settings: Any) -> Iterator[LiveServer]:
+    """Serve a model under the name "tiny". process: the engine runs in its own process, with one thread."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        client = start_engine(EngineConfig(model=str(folder), **settings), process=process, log_level="warning")
+    try:
+        with serving(client, Tokenizer(folder), served_model_name=("tiny",)) as live:
+            yield live
+    finally:
         client.close()

@@ -29,12 +29,6 @@ def live(engine: ScriptedEngine) -> Iterator[LiveServer]:
         yield live
 
 
-@pytest.fixture(scope="module")
-def api(live: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield api
-
-
 def prompt_text(engine: ScriptedEngine) -> str:
     return engine.tokenizer.decode(engine.seen[-1].prompt)
 

@@ -24,12 +24,6 @@ def live(engine: ScriptedEngine) -> Iterator[LiveServer]:
         yield live
 
 
-@pytest.fixture(scope="module")
-def api(live: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield api
-
-
 def test_a_prompt_is_answered_with_text_and_usage(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     answer = api.completions.create(model=MODEL, prompt="the capital", max_tokens=100)
     prompt, output = len(engine.tokenizer.encode("the capital")), len(engine.tokenizer.encode("Paris 0."))

@@ -1,7 +1,7 @@
 """The server with a tiny real model gives the results of `LLM.generate`, with the engine in a thread or in a process."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,10 @@ import openai
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.config import EngineConfig
-from minivllm.engine.tokenizer import Tokenizer
-from minivllm.server.run import start_engine
-from tests.server.scripted import LiveServer, serving
+from tests.server.scripted import LiveServer, serving_model
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 64, "num_gpu_blocks_override": 128}
 PROMPTS = ["the cat", "the hat and", "then that other thing in the end " * 8, "a"]
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +30,8 @@ def offline(folder: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module", params=["thread", "process"])
 def live(request: pytest.FixtureRequest, folder: Path) -> Iterator[LiveServer]:
-    config = EngineConfig(model=str(folder), **SETTINGS)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")  # for the engine's process
-        client = start_engine(config, process=request.param == "process", log_level="warning")
-    try:
-        with serving(client, Tokenizer(folder), served_model_name=("tiny",)) as live:
-            yield live
-    finally:
-        client.close()
-
-
-@pytest.fixture(scope="module")
-def api(live: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield api
+    with serving_model(folder, process=request.param == "process", **SETTINGS) as live:
+        yield live
 
 
 def test_greedy_completions_equal_generate_complete_and_streamed(api: openai.OpenAI, offline: LLM) -> None:

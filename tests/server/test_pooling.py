@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,14 @@ import openai
 import pytest
 
 from minivllm import LLM, PoolingParams
-from minivllm.config import EngineConfig
-from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
 from minivllm.outputs import OutputDelta
 from minivllm.server import cost, pooling
-from minivllm.server.run import start_engine
-from tests.server.scripted import LiveServer, serving
+from tests.server.scripted import LiveServer, serving_model
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 32, "num_gpu_blocks_override": 128}
 TEXTS = ["the cat", "the hat and", "then that other thing in the end " * 4, "a"]
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +30,8 @@ def offline(folder: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def live(folder: Path) -> Iterator[LiveServer]:
-    client = start_engine(EngineConfig(model=str(folder), max_queue=8, max_num_seqs=4, **SETTINGS), process=False, log_level="warning")
-    try:
-        with serving(client, Tokenizer(folder), served_model_name=("tiny",)) as live:
-            yield live
-    finally:
-        client.close()
-
-
-@pytest.fixture(scope="module")
-def api(live: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield api
+    with serving_model(folder, process=False, max_queue=8, max_num_seqs=4, **SETTINGS) as live:
+        yield live
 
 
 def vectors(offline: LLM, texts: list[str], **params: Any) -> np.ndarray[Any, Any]:

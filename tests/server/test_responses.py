@@ -31,12 +31,6 @@ def live(engine: ScriptedEngine) -> Iterator[LiveServer]:
         yield live
 
 
-@pytest.fixture(scope="module")
-def api(live: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield api
-
-
 def refused(live: LiveServer, **body: Any) -> dict[str, Any]:
     response = httpx.post(live.url + PATH, json=body)
     assert response.status_code == 400, response.text

@@ -13,10 +13,8 @@ import pydantic
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.config import EngineConfig
 from minivllm.engine.tokenizer import Tokenizer
-from minivllm.server.run import start_engine
-from tests.server.scripted import LiveServer, serving
+from tests.server.scripted import LiveServer, serving, serving_model
 
 pytest.importorskip("llguidance")
 
@@ -37,28 +35,10 @@ FORMAT: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "pet", 
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
 def live(folder: Path) -> Iterator[LiveServer]:
     """The engine runs in its own process, so structures and errors are pickled."""
-    config = EngineConfig(model=str(folder), **SETTINGS)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")  # for the engine's process
-        client = start_engine(config, process=True, log_level="warning")
-    try:
-        with serving(client, Tokenizer(folder), served_model_name=("tiny",)) as live:
-            yield live
-    finally:
-        client.close()
-
-
-@pytest.fixture(scope="module")
-def api(live: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0) as api:
-        yield api
+    with serving_model(folder, process=True, **SETTINGS) as live:
+        yield live
 
 
 def complete(api: openai.OpenAI, **body: Any) -> str:

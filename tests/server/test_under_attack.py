@@ -89,11 +89,6 @@ def stepped(folder: Path, **settings: Any) -> Iterator[tuple[Stepped, LiveServer
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
 def greedy(folder: Path) -> Callable[..., str]:
     """The greedy output of an engine without other requests."""
     from minivllm import LLM, SamplingParams
