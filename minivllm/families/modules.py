@@ -52,8 +52,8 @@ class TensorSpec:
     name: str  # ours: layers.3.attn_norm.weight
     shape: tuple[int, ...]
     checkpoint_names: tuple[str, ...]  # equal parts, joined along the first dimension
-    kind: Literal["table", "scale", "bias", "weight"]
     dtype: str | None = None  # None: the model's
+    is_scale: bool = False  # a norm's scale, which is 1 in a model with random weights
 
 
 @dataclass(frozen=True)
@@ -189,17 +189,16 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
     def norm(module: str, layer: int | None = None, shape: tuple[int, ...] = (spec.hidden_size,),
              bias: bool = spec.norm == "layer" and spec.norm_bias) -> Iterator[TensorSpec]:
         ours, (theirs,) = module if layer is None else f"layers.{layer}.{module}", spec.names[module]
-        kinds: dict[str, Literal["scale", "bias"]] = {"weight": "scale", "bias": "bias"} if bias else {"weight": "scale"}
-        for suffix, kind in kinds.items():
+        for suffix in ("weight", "bias") if bias else ("weight",):
             if "{h}" in theirs:  # checkpoints have one module per head
                 names = tuple(f"{theirs.format(i=layer, h=h)}.{suffix}" for h in range(shape[0]))
-                yield TensorSpec(f"{ours}.{suffix}", (math.prod(shape),), names, kind)
+                yield TensorSpec(f"{ours}.{suffix}", (math.prod(shape),), names, is_scale=suffix == "weight")
             else:
-                yield TensorSpec(f"{ours}.{suffix}", shape, (f"{theirs.format(i=layer)}.{suffix}",), kind)
+                yield TensorSpec(f"{ours}.{suffix}", shape, (f"{theirs.format(i=layer)}.{suffix}",), is_scale=suffix == "weight")
 
     if spec.learned_positions:
         yield TensorSpec("positions.weight", (spec.learned_positions + spec.position_offset, spec.hidden_size),
-                         (f"{spec.names['positions'][0]}.weight",), "table")
+                         (f"{spec.names['positions'][0]}.weight",))
     if spec.embed_norm:
         yield from norm("embed_norm")
     for i, layer in enumerate(spec.layers):
@@ -214,17 +213,16 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
             for module, size in (("q_a_norm", a.latent.q_rank), ("kv_a_norm", a.latent.rank)):
                 yield from norm(module, i, (size,), bias=False) if size is not None else ()
         if a.sinks:
-            yield TensorSpec(f"layers.{i}.sinks", (a.num_heads,), (spec.names["sinks"][0].format(i=i),), "weight", "float32")
+            yield TensorSpec(f"layers.{i}.sinks", (a.num_heads,), (spec.names["sinks"][0].format(i=i),), "float32")
         if isinstance(m := layer.mlp, MoESpec):
             theirs = spec.names["router"][0].format(i=i)
-            yield TensorSpec(f"layers.{i}.router.weight", (m.num_experts, spec.hidden_size), (f"{theirs}.weight",), "weight", "float32")
+            yield TensorSpec(f"layers.{i}.router.weight", (m.num_experts, spec.hidden_size), (f"{theirs}.weight",), "float32")
             if m.router_bias:
-                yield TensorSpec(f"layers.{i}.router.bias", (m.num_experts,), (f"{theirs}.bias",), "bias", "float32")
+                yield TensorSpec(f"layers.{i}.router.bias", (m.num_experts,), (f"{theirs}.bias",), "float32")
             if m.correction:
-                yield TensorSpec(f"layers.{i}.router.correction", (m.num_experts,), (f"{theirs}.e_score_correction_bias",), "bias",
-                                 "float32")
+                yield TensorSpec(f"layers.{i}.router.correction", (m.num_experts,), (f"{theirs}.e_score_correction_bias",), "float32")
             if m.shared_gate:
                 yield TensorSpec(f"layers.{i}.shared_gate.weight", (1, spec.hidden_size),
-                                 (f"{spec.names['shared_gate'][0].format(i=i)}.weight",), "weight")
+                                 (f"{spec.names['shared_gate'][0].format(i=i)}.weight",))
     if spec.final_norm and spec.norm_affine:
         yield from norm("norm")

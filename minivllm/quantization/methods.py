@@ -218,7 +218,7 @@ def _tensor(tensor: TensorSpec, part: TensorSpec, rank: int, size: int) -> Param
         start, end = span(tensor.shape[0], part.shape[0], rank, size)
         bounds = ((max(start - i * each, 0), min(end - i * each, each)) for i in range(count))
         sources = [source._replace(cuts=((a, b - a),) if a < b else ()) for source, (a, b) in zip(sources, bounds, strict=True)]
-    return Parameter(part.shape, tuple(sources), dtype=tensor.dtype, dummy=1.0 if tensor.kind == "scale" else "normal",
+    return Parameter(part.shape, tuple(sources), dtype=tensor.dtype, dummy=1.0 if tensor.is_scale else "normal",
                      shard_dim=None if part.shape == tensor.shape else 0)
 
 
