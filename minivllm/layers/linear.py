@@ -63,8 +63,11 @@ class Linear:
         self._activation: Callable[[Tensor], Tensor] | None = None if activation is None else getattr(build.ops, activation)
 
     @classmethod
-    def load(cls, build: BuildContext, take: Take, spec: LinearSpec, *, norm: Norm | None = None, activation: str | None = None) -> Linear:
-        """The layer of `spec`, with its weight in the format of its method."""
+    def load(cls, build: BuildContext, take: Take, spec: LinearSpec, *, norm: Norm | None = None, activation: str | None = None,
+             gathered: int | None = None) -> Linear:
+        """The layer of `spec`, with its weight in the format of its method.
+
+        gathered: columns of the output head's logits, which every rank gets; None: a column-parallel layer's outputs stay divided."""
         method, tensors = stored_tensors(spec, build, take)
         bias = take(f"{spec.name}.bias") if spec.bias else None
         adapters = None if build.adapters is None else build.adapters.layer(spec.name)
@@ -80,17 +83,11 @@ class Linear:
         except ModelError as error:
             raise ModelError(f"{spec.name}: {error}", error.param) from error
         if spec.parallel != "row" or build.group.size == 1:
-            return cls(build, matmul, bias=bias, norm=norm, activation=activation, adapters=adapters)
+            exchange = None if gathered is None else _gather(build, gathered)
+            return cls(build, matmul, bias=bias, norm=norm, activation=activation, adapters=adapters, exchange=exchange)
         first = build.group.rank == 0
         return cls(build, matmul, bias=bias if first else None, norm=norm, activation=activation, adapters=adapters,
                    exchange=build.group.all_reduce, keeps_residual=first)
-
-    @classmethod
-    def load_head(cls, build: BuildContext, take: Take, spec: LinearSpec, columns: int, *, norm: Norm | None = None) -> Linear:
-        """The output head, whose logits [T, columns] every rank gets."""
-        head = cls.load(build, take, spec, norm=norm)
-        head._exchange = _gather(build, columns)
-        return head
 
     @classmethod
     def of_table(cls, build: BuildContext, table: Tensor | Matmul, columns: int, *, norm: Norm | None = None) -> Linear:

@@ -129,7 +129,7 @@ class Decoder:
         if spec.tied:
             self.head = Linear.of_table(build, self.embedding.table, spec.vocab_size, norm=norm)
         else:
-            self.head = Linear.load_head(build, take, linears["head"], spec.vocab_size, norm=norm)
+            self.head = Linear.load(build, take, linears["head"], norm=norm, gathered=spec.vocab_size)
         if stream is not None:
             stream.start((self.embedding, self.project_out, self.head, *(x for x in self.layers if not isinstance(x, StreamedLayer))))
 
