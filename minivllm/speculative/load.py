@@ -155,14 +155,15 @@ def check_draft(settings: SpeculativeConfig, found: Mapping[str, Any], target: M
 
 
 def _check_head(settings: SpeculativeConfig, spec: ModelSpec, target: ModelSpec) -> None:
-    layer = spec.layers[0]
+    layer, a = spec.layers[0], spec.layers[0].attention
     if spec.hidden_size != target.hidden_size:
         raise _wrong(f"model {settings.model!r} has hidden_size {spec.hidden_size} and the target {target.hidden_size}: a head reads the "
                      "hidden states of the target that it was trained with; use a head made for this target")
     if spec.num_layers != 1:
         raise _wrong(f"model {settings.model!r} has num_hidden_layers {spec.num_layers}, and method eagle needs a head of 1 layer: use "
                      "method draft_model for a whole model")
-    if layer.block != "pre" or spec.norm != "rms" or layer.attention.rope is None or layer.attention.window is not None:
+    like_llama = layer.block == "pre" and spec.norm == "rms" and isinstance(layer.mlp, MLPSpec)
+    if not like_llama or a.rope is None or a.window is not None or a.latent is not None:
         raise _wrong(f"model {settings.model!r} has the architecture {spec.architecture}, and the layer of a head must be Llama's: use a "
                      "head in EAGLE's layout")
 
@@ -219,8 +220,8 @@ def load_head(folder: Path, spec: ModelSpec, build: BuildContext, target: Decode
         linears = linear_specs(spec)
         before = load_norm(build, take, spec, "layers.0.attn_norm") if "layers.0.attn_norm.weight" in needed else None
         attention = Attention(spec, build, take, linears, 0, 0, 0, before)
-        if not isinstance(mlp_spec := spec.layers[0].mlp, MLPSpec):
-            raise ModelError(f"{folder}: a head with a mixture of experts is not supported: use a head with an MLP", FIELD)
+        mlp_spec = spec.layers[0].mlp
+        assert isinstance(mlp_spec, MLPSpec)  # see `_check_head`
         mlp = MLP(mlp_spec, build, take, linears, 0, load_norm(build, take, spec, "layers.0.mlp_norm"))
         fc = Linear.load(build, take, fusion)
         offsets = None if d2t is None else d2t.read().to(build.device, torch.int64)

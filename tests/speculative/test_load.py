@@ -52,6 +52,10 @@ def refusal(folder: Path, draft: Path, method: str = "eagle", **entries: Any) ->
     ({"num_hidden_layers": 2}, "has num_hidden_layers 2, and method eagle needs a head of 1 layer: use method draft_model"),
     ({"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 80, "max_position_embeddings": 64},
      "has the architecture OPTForCausalLM, and the layer of a head must be Llama's"),
+    ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+     "has the architecture MixtralForCausalLM, and the layer of a head must be Llama's"),
+    ({"architectures": ["DeepseekV2ForCausalLM"], "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+      "moe_intermediate_size": 8}, "has the architecture DeepseekV2ForCausalLM, and the layer of a head must be Llama's"),
     ({"architectures": ["BertModel"]}, "the architecture BertModel is not supported"),
 ])
 def test_a_head_that_does_not_fit_is_named_with_its_field(folder: Path, tmp_path: Path, config: dict[str, Any], says: str) -> None:
