@@ -82,7 +82,7 @@ def read_header(path: Path, shown: str | None = None) -> Header:
     stored: dict[str, GGUFTensor] = {}
     for theirs, target in found.items():
         stored |= _stored(names[0], config, arch, tensors[theirs], places[theirs], target)
-    types = {re.sub(rf"^({'|'.join(PREFIXES)})", "", name).removesuffix(".weight"): tensor.kind
+    types = {re.sub(rf"^({'|'.join(map(re.escape, PREFIXES))})", "", name).removesuffix(".weight"): tensor.kind
              for name, tensor in stored.items() if tensor.is_packed}
     return Header(meta, stored, vocabulary, ids, config | {"quantization_config": {"quant_method": "gguf", "types": types}})
 
@@ -196,7 +196,7 @@ def _read_metadata(path: Path, reader: GGUFReader) -> Metadata:
     return Metadata(path, values)
 
 
-PREFIXES = (r"model\.", r"transformer\.", r"gpt_neox\.")  # of Hugging Face's modules
+PREFIXES = ("model.", "transformer.", "gpt_neox.")  # of Hugging Face's modules
 
 
 def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]:
@@ -210,7 +210,7 @@ def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors:
     modules: dict[str, str] = {}  # of layer 0, and outside the layers
     for key, parts in FAMILIES[config["architectures"][0]].names.items():
         for module in () if key.endswith("_fused") else parts(config) if callable(parts) else parts:
-            for prefixed in (*(prefix.replace("\\", "") + module for prefix in PREFIXES), module):
+            for prefixed in (*(prefix + module for prefix in PREFIXES), module):
                 if (theirs := table.get_name(prefixed.replace(".{e}", "").format(i=0, h=0))) is not None:  # ffn_gate_exps: all experts
                     modules[theirs] = prefixed
                     break
