@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivllm.kernels.reference.linear import can_pack, fused_linear, linear, pack_weight
+from minivllm.kernels.reference.linear import can_pack, fused_linear, linear, pack_weight, unpack_weight
 
 
 def check(x: Tensor, w: Tensor, b: Tensor | None, packed: Tensor) -> None:
@@ -35,7 +35,9 @@ def test_linear_is_x_times_the_weight_transposed_plus_bias(dtype: torch.dtype, b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_odd_sizes_are_packed_correctly(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x, w = tensors(dtype, (6, shape[1]), shape)
-    check(x, w, None, pack_weight(w, dtype))
+    packed = pack_weight(w, dtype)
+    check(x, w, None, packed)
+    assert torch.equal(unpack_weight(packed), w)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
