@@ -325,6 +325,7 @@ class SpeculationCost:
     free_tokens: float  # a step of T tokens takes as long as reading the weights, times 1 + T / free_tokens
     verify: float  # share of a step's time that is lost by verifying drafts at all
     most_seqs: int = 64  # in steps of more sequences nothing is proposed
+    most_rows: int = 256  # logits rows of a step with drafts. More are sampled in several parts, and on a GPU no graph has them
 
 
 MAX_DRAFT_PROBS_ROWS = 64  # rows for which the distributions of sampled drafts are kept: each takes k times the vocabulary in float32

@@ -51,6 +51,7 @@ def expected_gain(right: float, num_seqs: int, length: int, cost: SpeculationCos
 
 @lru_cache(maxsize=4096)
 def _best_length(right: int, num_seqs: int, most: int, cost: SpeculationCost) -> int:
+    most = min(most, cost.most_rows // num_seqs - 1)
     gains = {length: expected_gain(min(right / _GRID, 0.98), num_seqs, length, cost) for length in range(1, most + 1)}
-    best = max(gains, key=gains.__getitem__)
-    return best if gains[best] > LEAST_GAIN else 0
+    best = max(gains, key=gains.__getitem__, default=0)
+    return best if best and gains[best] > LEAST_GAIN else 0
