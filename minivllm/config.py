@@ -265,6 +265,9 @@ class ServerConfig:
     allow_credentials: bool = option(False, "let those pages send cookies and HTTP credentials")
     permissive: bool = option(False, "ignore unknown request fields instead of refusing them; a response header names them")
     engine_process: bool = option(True, "run the engine in its own process; off: in a thread of the server")
+    data_parallel_size: int = option(1,
+        "number of replicas: engines with the same model, each on its own GPUs or with its part of the CPU's threads, behind this server; "
+        "limits of an engine, such as --max-num-seqs and --max-queue, are those of each replica")
     restart_engine: int = option(0,
         "how many times in a row a dead engine is started again, with pauses of 1 to 30 s; meanwhile requests get 503 with Retry-After. "
         "Afterwards, or with 0, the server ends with status 1", metavar="TIMES")
@@ -296,6 +299,11 @@ class ServerConfig:
         if self.restart_engine and not self.engine_process:
             raise InvalidInput("restart_engine needs an engine in its own process: leave out engine_process=False, or restart_engine",
                                "restart_engine")
+        if not 1 <= self.data_parallel_size <= 1024:
+            raise InvalidInput(f"data_parallel_size must be between 1 and 1024, got {self.data_parallel_size}", "data_parallel_size")
+        if self.data_parallel_size > 1 and not self.engine_process:
+            raise InvalidInput("data_parallel_size needs engines in processes: leave out engine_process=False, or data_parallel_size",
+                               "data_parallel_size")
         if self.drain_timeout < 0:
             raise InvalidInput(f"drain_timeout must be at least 0 seconds, got {self.drain_timeout}", "drain_timeout")
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):

@@ -51,6 +51,10 @@ class EngineRestarting(EngineDead):
     """The same, but the engine is being started again: a request may be sent again in a while."""
 
 
+class ReplicaLost(EngineDead):
+    """The replica that computed a request has stopped after its output had begun. Others continue: the request may be sent again."""
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether it is an error rather than an interruption. A panic of a library in Rust is not an `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

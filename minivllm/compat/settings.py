@@ -65,7 +65,7 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_refused("context parallelism", decode_context_parallel_size=1, prefill_context_parallel_size=1),
     *_refused("several machines", nnodes=1, node_rank=0, master_addr=(None, "127.0.0.1"), master_port=(None, 29501), headless=False),
     *_refused("pipeline parallelism", pipeline_parallel_size=1),
-    *_refused("data parallelism", data_parallel_size=1, data_parallel_size_local=(None, 1), data_parallel_rank=(None, 0),
+    *_refused("replicas on other machines", data_parallel_size_local=(None, 1), data_parallel_rank=(None, 0),
               data_parallel_start_rank=(None, 0), data_parallel_hybrid_lb=False, data_parallel_external_lb=False),
     *_refused("expert parallelism", enable_expert_parallel=False, enable_eplb=False, eplb_config=None, num_redundant_experts=0,
               all2all_backend=None, enable_dbo=False),
@@ -159,8 +159,11 @@ SERVER_SETTINGS: tuple[VllmSetting, ...] = (
 )
 
 # Settings of the server that vLLM's `LLM` accepts too.
-LLM_SETTINGS: tuple[VllmSetting, ...] = tuple(_inert(
-    "it is a setting of the server", served_model_name=None, reasoning_parser="", tool_call_parser=None, enable_auto_tool_choice=False))
+LLM_SETTINGS: tuple[VllmSetting, ...] = (
+    *_inert("it is a setting of the server", served_model_name=None, reasoning_parser="", tool_call_parser=None,
+            enable_auto_tool_choice=False),
+    *_refused("replicas are for minivllm serve", data_parallel_size=1),
+)
 # Methods of vLLM's `LLM`, `LLMEngine` and `AsyncLLM` for features that are not built.
 LLM_METHODS: Mapping[str, str] = {
     "classify": "classification models", "reward": "reward models",

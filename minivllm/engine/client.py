@@ -16,11 +16,11 @@ import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from minivllm.config import EngineConfig
 from minivllm.engine.loop import Engine, InboxItem, run_engine
@@ -95,6 +95,8 @@ class _DeltaStream:
 class EngineClient(ABC):
     """Add, abort, outputs, stats; and `generate`, which combines them. Created by `start`, ended by `close`."""
 
+    _label = "the engine"  # in log messages
+
     def __init__(self) -> None:
         # Guards _streams, _arrived, _replies, _dead, _adapters and _unseen: event loops add streams, another thread receives messages.
         self._lock = threading.Lock()
@@ -109,7 +111,7 @@ class EngineClient(ABC):
         self._closing = False
         self._on_death: Callable[[], None] | None = None
         self._unseen: dict[object, EngineView | None] = {}  # watcher -> what it has not yet looked at
-        self._stats = EngineStats()
+        self._stats: dict[int, EngineStats] = {}  # by number of the engine: 0, or the replica's
         self._view: EngineView | None = None
         self._command_numbers = itertools.count()
         self._started: Future[None] = Future()
@@ -121,7 +123,7 @@ class EngineClient(ABC):
         return cls.start_with(partial(build_engine, config))
 
     @classmethod
-    def start_with(cls, build: Callable[[], Engine], **settings: int) -> Self:
+    def start_with(cls, build: Callable[[], Engine], **settings: Any) -> Self:
         """Like `start`, with the engine that `build` returns, and settings of this kind of client."""
         client = cls(**settings)
         try:
@@ -170,9 +172,25 @@ class EngineClient(ABC):
         if dead:
             call()
 
-    def stats(self) -> EngineStats:
-        """The engine's state after its last step."""
-        return self._stats
+    @property
+    def num_engines(self) -> int:
+        """How many replicas of the engine there are, living or dead."""
+        return 1
+
+    @property
+    def num_live(self) -> int:
+        """How many of them accept requests."""
+        return int(self._dead is None)
+
+    @property
+    def watched(self) -> int:
+        """Number of the engine whose views `watching` gives."""
+        return 0
+
+    def stats(self, engine: int | None = None) -> EngineStats:
+        """The state of an engine after its last step. None: of all engines, as sums."""
+        with self._lock:
+            return EngineStats.total(self._stats.values()) if engine is None else self._stats.get(engine, EngineStats())
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -193,7 +211,13 @@ class EngineClient(ABC):
                 raise InvalidInput(f"request id {request.request_id!r} is in use: choose another", "request_id")
             self._streams[request.request_id] = stream
             self.metrics.added(request.request_id, request.arrival_time, len(request.prompt_token_ids), request.params.n)
-        self._send(request)
+        try:
+            self._send(request)
+        except BaseException:
+            with self._lock:
+                del self._streams[request.request_id]
+                self.metrics.refused(request.request_id)
+            raise
 
     def abort(self, request_id: str) -> None:
         """End a request with all its children; its stream ends with finish reason "abort". Unknown ids are ignored."""
@@ -328,16 +352,16 @@ class EngineClient(ABC):
         else:
             self._die(message)
 
-    def _deliver(self, message: StepMessage) -> None:
+    def _deliver(self, message: StepMessage, engine: int = 0) -> None:
         """Sort a step's deltas by event loop. If an event loop has not yet handled an earlier step, one call handles both."""
         to_call: list[asyncio.AbstractEventLoop] = []
         with self._lock:
-            self._stats = message.stats
+            self._stats[engine] = message.stats
             if message.view is not None:
                 self._view = message.view
                 for watcher, unseen in self._unseen.items():
                     self._unseen[watcher] = message.view if unseen is None else message.view.after(unseen)
-            self.metrics.observe(message.deltas, message.stats)
+            self.metrics.observe(message.deltas, message.stats, engine)
             for delta in message.deltas:
                 stream = self._streams.get(delta.request_id)
                 if stream is None:
@@ -371,13 +395,25 @@ class EngineClient(ABC):
     def _refuse(self, message: RefusedMessage) -> None:
         with self._lock:
             self.metrics.refused(message.request_id)
-            stream = self._streams.get(message.request_id)
-            if stream is not None:
-                stream.unfinished = 0  # no delta will arrive, even if the reader leaves before it gets the error
+        self._fail([message.request_id], message.error)
+
+    def _fail(self, request_ids: Iterable[str] | None, error: Exception) -> None:
+        """End the streams of these requests, or all, with an error: no delta will arrive for them any more."""
+        waiting = []
+        with self._lock:
+            for request_id in list(self._streams) if request_ids is None else request_ids:
+                if self._metrics is not None:
+                    self._metrics.failed(request_id)
+                stream = self._streams.get(request_id)
+                if stream is None:
+                    continue
+                stream.unfinished = 0  # if the reader leaves before the error reaches its event loop, it removes the stream
                 if stream.left:
-                    del self._streams[message.request_id]
-        if stream is not None:
-            _call(stream.loop, partial(stream.fail, message.error))
+                    del self._streams[request_id]
+                else:
+                    waiting.append(stream)
+        for stream in waiting:
+            _call(stream.loop, partial(stream.fail, error))
 
     def _may_restart(self) -> bool:
         """Whether an engine that has just ended will be started again."""
@@ -391,18 +427,16 @@ class EngineClient(ABC):
             self._ended = True
             self._restarting = self._started.done() and not self._closing and self._may_restart()
             self._dead = message.reason
-            self._streams = {name: stream for name, stream in self._streams.items() if not stream.left}
-            streams, replies = list(self._streams.values()), list(self._replies.values())
+            replies = list(self._replies.values())
             self._replies.clear()
-            self._stats = EngineStats()
+            self._stats.clear()
             if self._metrics is not None:
                 self._metrics.engine_ended()
             call = None if self._closing or self._restarting else self._on_death
         if self._started.done() and not self._closing:
-            log.error("the engine has stopped: %s", message.reason)
+            log.error("%s has stopped: %s", self._label, message.reason)
         error = (EngineRestarting if self._restarting else EngineDead)(message.reason)
-        for stream in streams:
-            _call(stream.loop, partial(stream.fail, error))
+        self._fail(None, error)
         for future in replies:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
@@ -436,7 +470,7 @@ class EngineClient(ABC):
             self._dead, self._restarting = None, False
             if self._unseen:
                 self._send(WatchCommand(True))
-        log.warning("the engine runs again")
+        log.warning("%s runs again", self._label)
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -41,6 +41,7 @@ class EngineInfo:
     kv_cache_dtype: str = ""  # of the cached keys and values; "": not known
     max_loras: int = 0  # LoRA adapters that a step may use; 0: the engine takes no adapters
     max_lora_rank: int = 0
+    data_parallel_size: int = 1  # replicas; numbers of blocks are those of one of them
     max_requests: int | None = None  # that run or wait at most; None: no limit
     max_queue: int | None = None  # that wait at most; None: no limit
     embedding_size: int = 0  # entries of an embedding without `dimensions`

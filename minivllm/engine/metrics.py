@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,15 @@ class EngineStats:
     @property
     def kv_cache_usage(self) -> float:
         return self.used_blocks / self.num_blocks if self.num_blocks else 0.0
+
+    @classmethod
+    def total(cls, engines: Collection[EngineStats]) -> EngineStats:
+        """The sums over several engines."""
+        if len(engines) == 1:
+            return next(iter(engines))
+        drafts = [stats.drafts for stats in engines if stats.drafts is not None]
+        sums = {name: sum(getattr(stats, name) for stats in engines) for name in cls.__dataclass_fields__ if name != "drafts"}
+        return cls(**sums, drafts=sum(drafts[1:], drafts[0]) if drafts else None)
 
 
 _SECONDS = (
@@ -72,6 +81,24 @@ class LatencyHistogram:
         return rows
 
 
+# Kind, name, help and value of what an engine reports.
+_OF_ENGINES: tuple[tuple[str, str, str, Callable[[EngineStats], float]], ...] = (
+    ("gauge", "num_requests_running", "Requests in the running batch.", lambda stats: stats.num_running),
+    ("gauge", "num_requests_waiting", "Requests in the queue, preempted ones included.", lambda stats: stats.num_waiting),
+    ("gauge", "kv_cache_usage_perc", "Fraction of KV blocks held by requests; 1 is full.", lambda stats: stats.kv_cache_usage),
+    ("counter", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_cache_queries),
+    ("counter", "prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_cache_hits),
+    ("counter", "num_preemptions", "Preemptions of running requests.", lambda stats: stats.num_preemptions),
+    ("counter", "engine_steps", "Steps of the engine.", lambda stats: stats.num_steps),
+    ("counter", "engine_failed_steps", "Steps that failed. Their requests ended with an error.", lambda stats: stats.num_failed_steps),
+)
+_OF_DRAFTS: tuple[tuple[str, str, Callable[[DraftCounts], float]], ...] = (
+    ("spec_decode_num_drafts", "Steps of a sequence that verified drafts.", lambda counts: counts.num_steps),
+    ("spec_decode_num_draft_tokens", "Drafts verified.", lambda counts: counts.num_drafts),
+    ("spec_decode_num_accepted_tokens", "Drafts accepted.", lambda counts: counts.num_accepted),
+)
+
+
 @dataclass(slots=True)
 class _Tracked:
     """An unfinished request, as the client sees it."""
@@ -83,12 +110,15 @@ class _Tracked:
 
 
 class EngineMetrics:
-    """The metrics of one engine. One thread at a time calls its methods."""
+    """The metrics of one engine, or of several replicas. One thread at a time calls its methods.
 
-    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+    What the engines report has the label `engine` if there are several: the number of the replica. What is measured here has no such label.
+    """
+
+    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic, num_engines: int = 1) -> None:
         self.model = model
         self._clock = clock
-        self._stats = EngineStats()
+        self._stats = [EngineStats()] * num_engines
         self._tracked: dict[str, _Tracked] = {}
         self.prompt_tokens = 0
         self.generation_tokens = 0
@@ -106,15 +136,18 @@ class EngineMetrics:
     def refused(self, request_id: str) -> None:
         self._tracked.pop(request_id, None)
 
-    def engine_ended(self) -> None:
-        """All unfinished requests end with an error. Counters of the next engine's stats start at 0, which Prometheus understands."""
-        self.finished["error"] += sum(tracked.open_children for tracked in self._tracked.values())
-        self._tracked.clear()
-        self._stats = EngineStats()
+    def failed(self, request_id: str) -> None:
+        """A request ends with an error, if it has not ended."""
+        if (tracked := self._tracked.pop(request_id, None)) is not None:
+            self.finished["error"] += tracked.open_children
 
-    def observe(self, deltas: Sequence[OutputDelta], stats: EngineStats) -> None:
-        """Count the deltas of one step, which have just arrived."""
-        self._stats = stats
+    def engine_ended(self) -> None:
+        """Counters of the next engine's stats start at 0, which Prometheus understands."""
+        self._stats = [EngineStats()] * len(self._stats)
+
+    def observe(self, deltas: Sequence[OutputDelta], stats: EngineStats, engine: int = 0) -> None:
+        """Count the deltas of one step of an engine, which have just arrived."""
+        self._stats[engine] = stats
         now = self._clock()
         gaps: dict[float, int] = {}  # time of the last token -> number of streams: few different times, so few observations
         for delta in deltas:
@@ -165,21 +198,19 @@ class EngineMetrics:
 
     def families(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | LatencyHistogram]]]]:
         """(kind, name, help, samples) of every metric."""
-        stats = self._stats
-        gauges: list[tuple[str, str, float]] = [
-            ("num_requests_running", "Requests in the running batch.", stats.num_running),
-            ("num_requests_waiting", "Requests in the queue, preempted ones included.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Fraction of KV blocks held by requests; 1 is full.", stats.kv_cache_usage),
+        labels = [{"engine": str(number)} if len(self._stats) > 1 else {} for number in range(len(self._stats))]
+        for kind, name, text, value_of in _OF_ENGINES:
+            yield kind, name, text, [(label, value_of(stats)) for label, stats in zip(labels, self._stats, strict=True)]
+        for name, text, value in (("prompt_tokens", "Prompt tokens processed.", self.prompt_tokens),
+                                  ("generation_tokens", "Tokens generated.", self.generation_tokens)):
+            yield "counter", name, text, [({}, value)]
+        with_drafts = [(label, stats.drafts) for label, stats in zip(labels, self._stats, strict=True) if stats.drafts is not None]
+        if with_drafts:
+            yield from _of_drafts(with_drafts)
+        ends: list[tuple[dict[str, str], float | LatencyHistogram]] = [
+            ({"finished_reason": reason}, count) for reason, count in self.finished.items()
         ]
-        counters: list[tuple[str, str, float]] = [
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
-            ("num_preemptions", "Preemptions of running requests.", stats.num_preemptions),
-            ("engine_steps", "Steps of the engine.", stats.num_steps),
-            ("engine_failed_steps", "Steps that failed. Their requests ended with an error.", stats.num_failed_steps),
-            ("prompt_tokens", "Prompt tokens processed.", self.prompt_tokens),
-            ("generation_tokens", "Tokens generated.", self.generation_tokens),
-        ]
+        yield "counter", "request_success", "Finished completions, by reason.", ends
         histograms: list[tuple[str, str, LatencyHistogram]] = [
             ("time_to_first_token_seconds", "Time from arrival to the first token.", self.time_to_first_token),
             ("inter_token_latency_seconds", "Time between two tokens of a stream.", self.inter_token_latency),
@@ -188,16 +219,6 @@ class EngineMetrics:
             ("request_prefill_time_seconds", "Time from the first step to the first token.", self.prefill_time),
             ("request_decode_time_seconds", "Time from the first token to the last one.", self.decode_time),
         ]
-        for name, text, value in gauges:
-            yield "gauge", name, text, [({}, value)]
-        for name, text, value in counters:
-            yield "counter", name, text, [({}, value)]
-        if stats.drafts is not None:
-            yield from _of_drafts(stats.drafts)
-        ends: list[tuple[dict[str, str], float | LatencyHistogram]] = [
-            ({"finished_reason": reason}, count) for reason, count in self.finished.items()
-        ]
-        yield "counter", "request_success", "Finished completions, by reason.", ends
         for name, text, histogram in histograms:
             yield "histogram", name, text, [({}, histogram)]
 
@@ -210,16 +231,13 @@ class EngineMetrics:
         return generate_latest(registry)
 
 
-def _of_drafts(counts: DraftCounts) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float | LatencyHistogram]]]]:
-    """vLLM's metrics of speculative decoding; see `EngineMetrics.families`."""
-    for name, text, value in (
-        ("spec_decode_num_drafts", "Steps of a sequence that verified drafts.", counts.num_steps),
-        ("spec_decode_num_draft_tokens", "Drafts verified.", counts.num_drafts),
-        ("spec_decode_num_accepted_tokens", "Drafts accepted.", counts.num_accepted),
-    ):
-        yield "counter", name, text, [({}, value)]
-    positions = enumerate(counts.accepted_per_position or [0])
-    yield "counter", PER_POSITION, "Drafts accepted, by position.", [({"position": str(i)}, count) for i, count in positions]
+def _of_drafts(engines: list[tuple[dict[str, str], DraftCounts]]) -> Iterator[
+        tuple[str, str, str, list[tuple[dict[str, str], float | LatencyHistogram]]]]:
+    """vLLM's metrics of speculative decoding; see `EngineMetrics.families`. engines: labels and counts of each."""
+    for name, text, value_of in _OF_DRAFTS:
+        yield "counter", name, text, [(label, value_of(counts)) for label, counts in engines]
+    yield "counter", PER_POSITION, "Drafts accepted, by position.", [
+        ({**label, "position": str(i)}, count) for label, counts in engines for i, count in enumerate(counts.accepted_per_position or [0])]
 
 
 def _collector(metrics: EngineMetrics) -> Collector:

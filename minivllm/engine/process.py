@@ -147,13 +147,13 @@ class ProcessClient(EngineClient):
     def _may_restart(self) -> bool:
         again = self._restarts.ended()
         if not again and self._restarts.most:
-            log.error("the engine has ended %d times in a row: it is not started again", self._restarts.failures)
+            log.error("%s has ended %d times in a row: it is not started again", self._label, self._restarts.failures)
         return again
 
     def _start_again(self, build: Callable[[], Engine]) -> bool:
         """Wait, and start a process. False: the client was closed meanwhile."""
         counter = self._restarts
-        log.warning("the engine is started again in %g s (attempt %d of %d)", counter.pause, counter.failures, counter.most)
+        log.warning("%s is started again in %g s (attempt %d of %d)", self._label, counter.pause, counter.failures, counter.most)
         if self._close_begun.wait(counter.pause):
             return False
         with self._sending:

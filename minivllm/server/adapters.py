@@ -19,7 +19,7 @@ from pathlib import Path
 from minivllm.config import ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine_request import LoRARequest
-from minivllm.errors import InvalidInput, nearest
+from minivllm.errors import EngineRestarting, InvalidInput, nearest
 from minivllm.server.errors import ApiError, shorten
 
 
@@ -75,8 +75,12 @@ class ServedAdapters:
         self._check_enabled()
         if name not in self._served:
             raise ApiError(404, f"The LoRA adapter `{shorten(name)}` does not exist{nearest(name, self._served)}", param="lora_name")
-        del self._served[name]
-        await asyncio.wrap_future(self._client.unload_adapter(name))
+        adapter = self._served.pop(name)
+        try:
+            await asyncio.wrap_future(self._client.unload_adapter(name))
+        except EngineRestarting:  # it stays, and may be unloaded later
+            self._served[name] = adapter
+            raise
 
     def _adapter(self, name: str, folder: str) -> ServedAdapter:
         return ServedAdapter(LoRARequest(name, next(self._numbers)), folder, int(time.time()))

@@ -171,9 +171,10 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """Status 200 while the engine runs, else 503. Needs no key."""
+        """Status 200 while the engine runs, else 503. With several replicas: while one of them runs, and how many do. Needs no key."""
         frontend.check_alive()
-        return json_response({"status": "ok"})
+        replicas = {"replicas": client.num_engines, "live": client.num_live} if client.num_engines > 1 else {}
+        return json_response({"status": "ok", **replicas})
 
     @app.get("/metrics")
     async def metrics() -> Response:

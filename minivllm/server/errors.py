@@ -21,7 +21,7 @@ from typing import Any
 from starlette.responses import Response
 
 from minivllm.core.admission import QueueFull
-from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, NotSupportedYet, UnknownField
+from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, NotSupportedYet, ReplicaLost, UnknownField
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,9 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(400, f"Unsupported parameter: '{error.param}'. {error.message}", param=error.param, code="unsupported_parameter")
     if isinstance(error, InvalidInput):
         return ApiError(400, error.message, param=error.param, code="unknown_parameter" if isinstance(error, UnknownField) else None)
+    if isinstance(error, ReplicaLost):
+        return ApiError(503, "the replica that computed this request has stopped after the output had begun: send the request again",
+                        code="replica_lost", headers={"retry-after": RETRY_AFTER})
     if isinstance(error, EngineDead):
         return engine_dead(isinstance(error, EngineRestarting))
     log.error("a request failed because of a bug", exc_info=error)

@@ -96,7 +96,7 @@ def constants(frontend: Frontend) -> dict[str, Any]:
 
 def describe(view: EngineView, frontend: Frontend) -> dict[str, Any]:
     """A view as JSON. A sequence is [owner, child, prompt tokens, tokens, computed, cached, blocks, preempted]."""
-    snapshot, stats, metrics = view.snapshot, frontend.client.stats(), frontend.client.metrics
+    snapshot, stats, metrics = view.snapshot, frontend.client.stats(frontend.client.watched), frontend.client.metrics
 
     def rows(sequences: Any) -> list[list[int]]:
         return [[s.owner, s.child, s.num_prompt_tokens, s.num_tokens, s.num_computed, s.num_cached, s.num_blocks, int(s.preempted)]

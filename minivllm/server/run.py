@@ -4,6 +4,7 @@
     (a port in use                                                    SIGTERM: let them finish for up to drain_timeout seconds
      fails at once)                                                   a second signal: exit at once
     the engine dies: running requests get an error, and the server ends with status 1, or the engine is started again (restart_engine)
+    a replica dies (data_parallel_size): the others continue; see engine/replicas.py
 """
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_templ
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import ProcessClient, freeze_heap
+from minivllm.engine.replicas import RoutedClient, share_machine
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.server.terminal import configure_logging, print_status
@@ -49,7 +51,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             print_status(f"minivllm {__version__}: loading {engine_config.model or 'the default model'} ...")
             # Importing the web server's packages takes a second. Do it while the engine loads.
             threading.Thread(target=importlib.import_module, args=("minivllm.server.listen",), daemon=True).start()
-            client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level, restarts=config.restart_engine)
+            client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level, restarts=config.restart_engine,
+                                  replicas=config.data_parallel_size)
             with contextlib.closing(client):
                 _run(client, config, template, listener, begun)
                 status = 0 if client.dead is None or client.restarting else 1  # a service manager restarts the server then
@@ -106,8 +109,12 @@ def build_engine(config: EngineConfig, log_level: str | None) -> EngineCore:
     return compose.build_engine(config)
 
 
-def start_engine(config: EngineConfig, *, process: bool, log_level: str, restarts: int = 0) -> EngineClient:
+def start_engine(config: EngineConfig, *, process: bool, log_level: str, restarts: int = 0, replicas: int = 1) -> EngineClient:
     """A client whose engine accepts requests. With `process`, only the engine's process imports torch."""
+    if replicas > 1:
+        return RoutedClient.start_with(
+            partial(build_engine, config, log_level), replicas=replicas, restarts=restarts, seed=config.seed,
+            prepare=partial(share_machine, config.device, config.tensor_parallel_size))
     if process:
         return ProcessClient.start_with(partial(build_engine, config, log_level), restarts=restarts)
     return ThreadClient.start_with(partial(build_engine, config, None))
@@ -228,6 +235,7 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
         f"model     {name}, {info.dtype} on {info.device}",
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
+        *([f"replicas  {info.data_parallel_size}, each with such a KV cache"] if info.data_parallel_size > 1 else []),
         f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try{hint}:",
         f"curl{socket_flag} {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))

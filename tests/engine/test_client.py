@@ -1,4 +1,4 @@
-"""Clients: an engine in a thread and one in its own process pass the same tests."""
+"""Clients: an engine in a thread, one in its own process, and several in their own processes pass the same tests."""
 from __future__ import annotations
 
 import asyncio
@@ -26,6 +26,7 @@ from minivllm.engine.loop import EngineLoop
 from minivllm.engine.messages import RefusedMessage, ShutdownCommand, StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.process import ProcessClient
+from minivllm.engine.replicas import RoutedClient
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, InvalidInput, ModelError
 from minivllm.outputs import OutputDelta, RequestMetrics
@@ -33,7 +34,7 @@ from minivllm.sampling_params import SamplingParams
 from tests.engine import tokenizers_for_tests as build
 from tests.engine.fake import FakeExecutor, expected, make_engine
 
-CLIENTS = {"thread": ThreadClient, "process": ProcessClient}
+CLIENTS: dict[str, type[EngineClient]] = {"thread": ThreadClient, "process": ProcessClient, "replicas": RoutedClient}
 
 
 # Builders of engines. They are module-level functions, since they are pickled for the child process.
