@@ -122,7 +122,7 @@ class StructuredOutputsParams:
     def __post_init__(self, backend: str | None, disable_fallback: bool, disable_additional_properties: bool) -> None:
         if backend is not None and backend.partition(":")[0] not in BACKENDS:
             raise InvalidInput(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}", f"{self.origin}.backend")
-        given = [name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False]
+        given = self._given()
         if len(given) != 1:
             found = ", ".join(given) or "none"
             raise InvalidInput(f"{self.origin} needs exactly one of {', '.join(STRUCTURES)}, got {found}", self.origin)
@@ -161,7 +161,11 @@ class StructuredOutputsParams:
     @property
     def kind(self) -> str:
         """The name of the given field, one of `STRUCTURES`."""
-        return next(name for name in STRUCTURES if getattr(self, name) is not None and getattr(self, name) is not False)
+        return self._given()[0]
+
+    def _given(self) -> list[str]:
+        found = [name for name in STRUCTURES if getattr(self, name) is not None]
+        return found if self.json_object is not False else [name for name in found if name != "json_object"]
 
     @property
     def where(self) -> str:

@@ -154,18 +154,23 @@ def check_vocabulary(field: str, token_ids: Collection[int], vocab_size: int) ->
         raise InvalidInput(f"token id {low if low < 0 else high} in {field} is outside the vocabulary (0 to {vocab_size - 1})", field)
 
 
+def check_num_logprobs(name: str, count: int | None, vocab_size: int, max_logprobs: int) -> None:
+    """Check how many alternatives per token a field requests. -1: all tokens of the vocabulary, in the field and as the limit."""
+    limit = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
+    if count is not None and (vocab_size if count == -1 else count) > limit:
+        got = f"-1, which means all {vocab_size} tokens" if count == -1 else str(count)
+        raise InvalidInput(f"{name} must be at most {limit}, got {got}: request fewer, or start the engine with a larger max_logprobs "
+                           "(--max-logprobs)", name)
+
+
 def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int, max_logprobs: int) -> SamplingParams:
     """Check parameters against the model, and complete them: `bad_words_token_ids` are the token sequences of `bad_words`."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         check_vocabulary(name, getattr(params, name) or (), vocab_size)
         _check_rows(name, len(getattr(params, name) or ()), params.n)
     for name in ("logprobs", "prompt_logprobs"):
-        count, limit = getattr(params, name), vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
-        if count is None:
-            continue
-        if (vocab_size if count == -1 else count) > limit:
-            raise InvalidInput(f"{name} must be at most {limit}, got {count}: lower it, or raise max_logprobs of the engine", name)
-        if count == -1:
+        check_num_logprobs(name, getattr(params, name), vocab_size, max_logprobs)
+        if getattr(params, name) == -1:
             every: dict[str, Any] = {name: vocab_size}
             params = dataclasses.replace(params, **every)
     if tokenizer is None:

@@ -28,8 +28,8 @@ MAX_PENDING_TOKENS = 2**24  # of the prompts of all unfinished requests; about 2
 
 def check_choices(prompts: int, n: int, limit: int) -> None:
     if prompts * n > limit:
-        raise InvalidInput(f"{prompts} prompts times n={n} make {prompts * n} completions, and one request may have {limit}: "
-                           "send several requests (--max-choices sets the limit)", "n")
+        raise InvalidInput(f"prompts ({prompts}) times n ({n}) is {prompts * n} completions, and one request may have {limit}: "
+                           "send several requests (--max-choices sets the limit)", "n" if n > 1 else "prompt")
 
 
 def check_inputs(count: int, param: str) -> None:

@@ -90,6 +90,7 @@ def context_error(size: int, limit: int, prompt: str, max_tokens: int = 0, param
     if max_tokens:
         need = f"you requested {size + max_tokens} tokens ({size} in the {prompt}, {max_tokens} in the completion)"
         fix = f", or lower {param} to {limit - size}" if size < limit else ""
+    param = param if size < limit else prompt
     message = f"This model's maximum context length is {limit} tokens. However, {need}. Please reduce the length of the {prompt}{fix}."
     return ApiError(400, message, param=param or prompt, code="context_length_exceeded")
 

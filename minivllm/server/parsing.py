@@ -77,4 +77,4 @@ def _describe(first: ErrorDetails) -> ApiError:
         return ApiError(400, f"{param} {message.removeprefix('List ').partition(' after')[0]}: send fewer", param=param)
     if kind == "missing":
         return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
-    return ApiError(400, f"{param} {message.removeprefix('Input ')}, got {shorten(repr(got))}", param=param)
+    return ApiError(400, f"{param} {re.sub('^(Input|String) ', '', message)}, got {shorten(repr(got))}", param=param)

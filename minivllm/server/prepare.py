@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from functools import partial
 
-from minivllm.engine.prompts import check_vocabulary, truncate
+from minivllm.engine.prompts import check_num_logprobs, check_vocabulary, truncate
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput
 from minivllm.server.chat import ChatPreprocessor
@@ -150,12 +150,11 @@ class Preprocessor:
             check_entries(len(requests) * params.n, tokens, max(wanted.values()), prompt_tokens, self._max_model_len, next(iter(wanted)))
 
     def _check_logprobs(self, body: GenerationRequest) -> None:
+        """Under the names that this endpoint has for them. (In a chat, `logprobs` is true or false.)"""
         info = self._frontend.client.info
-        limit = info.vocab_size if info.max_logprobs == -1 else min(info.max_logprobs, info.vocab_size)
         for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
-            count = getattr(body, name, None)
-            if type(count) is int and (count > limit or (count == -1 and limit < info.vocab_size)):
-                raise InvalidInput(f"{name} must be at most {limit}, got {count}: lower it (--max-logprobs sets this server's limit)", name)
+            if type(count := getattr(body, name, None)) is int:
+                check_num_logprobs(name, count, info.vocab_size, info.max_logprobs)
 
     def _max_tokens(self, body: GenerationRequest, prompt_tokens: int, default: int | None) -> int:
         """The output limit for one prompt: the requested one if it fits, else the default or what is left of the context."""

@@ -50,7 +50,7 @@ def user(text: str) -> list[dict[str, str]]:
     ("/tokenize", {"prompt": "x " * 4_000}, "prompt"), ("/detokenize", {"tokens": [5] * 5_000}, "tokens"),
     ("/v1/completions", {"prompt": "x", "stop_token_ids": [5] * 5000}, "stop_token_ids"),
     ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": ["ab"] * 20_000}}, "structured_outputs.choice"),
-    ("/v1/completions", {"prompt": "x", "n": 257}, "n"), ("/v1/completions", {"prompt": ["x"] * 257}, "n"),
+    ("/v1/completions", {"prompt": "x", "n": 257}, "n"), ("/v1/completions", {"prompt": ["x"] * 257}, "prompt"),
     ("/v1/completions", {"prompt": [5], "n": 200, "max_tokens": 100, "logprobs": 20}, "logprobs"),
     (CHAT, {"messages": user("x"), "n": 200, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "logprobs"),
     ("/v1/completions", {"prompt": [[5] * 200] * 200, "max_tokens": 1, "prompt_logprobs": 20}, "prompt_logprobs"),

@@ -96,7 +96,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stop": ["y"] * 1025}, "stop"),
     (COMPLETIONS, {"bad_words": ["y" * 1025]}, "bad_words"),
     (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias"),
-    (COMPLETIONS, {"prompt": [[5]] * 17}, "n"),
+    (COMPLETIONS, {"prompt": [[5]] * 17}, "prompt"),
+    (COMPLETIONS, {"prompt": [[5]] * 9, "n": 2}, "n"),
+    (COMPLETIONS, {"prompt": [5] * 257, "max_tokens": 1}, "prompt"),
     (COMPLETIONS, {"stop": ["a", 5]}, "stop"),
     (COMPLETIONS, {"stop": {"a": 1}}, "stop"),
     (COMPLETIONS, {"stop_token_ids": ["a"]}, "stop_token_ids"),
@@ -198,6 +200,20 @@ def test_a_wrong_field_is_400_and_named(http: httpx.Client, path: str, change: d
     error = error_of(http.post(path, json={**base, **change}), 400)
     assert error["param"] == param, error
     assert param.split(".")[-1] in error["message"] or param.split(".")[0] in error["message"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"cache_salt": ""}, "cache_salt should have at least 1 character, got ''"),
+    ({"logprobs": -1}, "logprobs must be at most 20, got -1, which means all {vocabulary} tokens: request fewer, "),
+    ({"prompt_logprobs": 21}, "prompt_logprobs must be at most 20, got 21: request fewer, "),
+    ({"guided_json": False}, "guided_json must be a JSON schema (an object), got False"),
+    ({"n": 17}, "prompts (1) times n (17) is 17 completions, and one request may have 16: "),
+], ids=["salt", "all logprobs", "prompt logprobs", "no schema", "n"])
+def test_an_error_says_what_was_sent_and_what_is_allowed(
+    http: httpx.Client, engine: ScriptedEngine, change: dict[str, Any], message: str,
+) -> None:
+    error = error_of(http.post(COMPLETIONS, json={"prompt": "x", **change}), 400)
+    assert error["message"].startswith(message.format(vocabulary=engine.info().vocab_size))
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
