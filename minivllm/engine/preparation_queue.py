@@ -72,4 +72,6 @@ class PreparationQueue:
             job.work.run()
         except Exception as failure:
             error = failure
+        except BaseException as panic:  # of a library in Rust: the command must not wait for ever
+            error = RuntimeError(f"{type(panic).__name__}: {panic}")
         self._done(job.command, error)

@@ -132,7 +132,12 @@ class ProcessClient(EngineClient):
                 message = self._connection.recv()
             except (EOFError, OSError):
                 break
-            self._receive(message)
+            try:
+                self._receive(message)
+            except Exception:  # a bug: without this thread, every stream would wait for ever
+                log.exception("a message of the engine could not be handled")
+                self._process.kill()
+                break
         self._process.join(CLOSE_SECONDS)  # its pipe is closed, so it has ended or is about to
         if self._process.is_alive():
             self._process.kill()

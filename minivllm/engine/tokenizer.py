@@ -68,9 +68,16 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. `add_special_tokens`: add those that the model expects around a text, such as BOS."""
+        return self._encode(self._backend, text, add_special_tokens)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a part of a text: without the space that sentencepiece puts in front of a whole text, and without special tokens."""
+        return self._encode(self._without_prefix, text, False)
+
+    def _encode(self, backend: Backend, text: str, add_special_tokens: bool) -> list[int]:
         try:
             # A batch of one: unlike `encode`, it releases Python's global lock, so a server's event loop can run meanwhile.
-            return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+            return list(backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError:
             if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
                 raise InvalidInput("the text holds a lone surrogate, which is not Unicode text: correct it", "prompt") from None
@@ -79,10 +86,6 @@ class Tokenizer:
             if is_failure(error):
                 raise ModelError(f"the tokenizer in {self.folder} failed on a text ({error}): fetch it again", "tokenizer") from error
             raise
-
-    def encode_inside(self, text: str) -> list[int]:
-        """Token ids of a part of a text: without the space that sentencepiece puts in front of a whole text, and without special tokens."""
-        return list(self._without_prefix.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _without_prefix(self) -> Backend:

@@ -197,8 +197,12 @@ class Ranks:
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank, message = ranks[connection], None
-                with contextlib.suppress(EOFError, OSError):
+                try:
                     message = receive(connection)
+                except (EOFError, OSError):
+                    pass
+                except Exception as error:  # without this thread, rank 0 would wait for ever
+                    message = RankFailed(f"its message could not be read ({type(error).__name__}: {error})", None)
                 if message is not None and not isinstance(message, RankFailed):
                     self._messages[rank - 1].put(message)
                     continue

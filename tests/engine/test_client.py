@@ -385,6 +385,21 @@ def test_closing_fails_pending_streams_and_may_be_repeated(kind: str, folder: st
 
 
 @pytest.mark.usefixtures("no_children_left")
+def test_a_bug_while_messages_are_received_ends_the_streams_instead_of_leaving_them_waiting(
+    folder: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = start("process", build_plain, folder)
+
+    def deliver(message: StepMessage) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(client, "_deliver", deliver)
+    with pytest.raises(EngineDead, match="exit code -9"):
+        asyncio.run(asyncio.wait_for(collect(client, ask("r")), 60))
+    client.close()
+
+
+@pytest.mark.usefixtures("no_children_left")
 def test_a_killed_engine_process_is_noticed_and_reaped(folder: str) -> None:
     client = start("process", build_plain, folder)
     assert isinstance(client, ProcessClient) and client.pid is not None

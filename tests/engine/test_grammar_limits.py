@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from minivllm.engine.grammar_compiler import GrammarCompiler, GrammarPreparation
 from minivllm.engine.grammar_trial import TrialCanceled, TrialLimits, TrialReply
 from minivllm.engine.mask_budget import MaskAccount, MaskBudget
 from minivllm.engine.preparation import RequestPreparation
-from minivllm.engine.preparation_queue import PreparationQueue
+from minivllm.engine.preparation_queue import THREADS, PreparationQueue
 from minivllm.engine.prompts import bad_word_ids, check_params
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.engine_request import EngineRequest
@@ -115,6 +116,26 @@ class Gated:
 
     def cancel(self) -> None:
         pass
+
+
+def test_work_on_which_a_library_panics_is_reported_and_the_queue_goes_on() -> None:
+    class PanicException(BaseException):
+        """As libraries in Rust raise it."""
+
+    class Panics:
+        def run(self) -> None:
+            raise PanicException("index out of bounds")
+
+        def cancel(self) -> None:
+            pass
+
+    done: SimpleQueue[Exception | None] = SimpleQueue()
+    queue = PreparationQueue(lambda command, error: done.put(error))
+    for i in range(THREADS + 1):
+        queue.add(request(f"r{i}"), "", Panics())
+        error = done.get(timeout=60)
+        assert isinstance(error, RuntimeError) and str(error) == "PanicException: index out of bounds"
+    queue.close()
 
 
 def test_owners_take_turns_in_the_queue_of_preparations() -> None:

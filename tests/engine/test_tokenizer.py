@@ -101,8 +101,9 @@ def test_an_unreadable_or_missing_tokenizer_is_an_error_that_names_it(tmp_path: 
 
 
 def test_text_that_is_not_unicode_is_refused(ours: dict[str, Tokenizer]) -> None:
-    with pytest.raises(InvalidInput, match="lone surrogate"):
-        ours["byte level"].encode("a\ud800b")
+    for encode in (ours["byte level"].encode, ours["byte level"].encode_inside):
+        with pytest.raises(InvalidInput, match="lone surrogate"):
+            encode("a\ud800b")
 
 
 # -- streaming --------------------------------------------------------------------------------------------------------
@@ -373,8 +374,10 @@ def test_a_text_on_which_the_tokenizer_library_panics_is_a_model_error(tmp_path:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhYmM="}  # one unit, which points outside
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r"the tokenizer in .* failed on a text"):
-        Tokenizer(folder).encode("abc")
+    tokenizer = Tokenizer(folder)
+    for encode in (tokenizer.encode, tokenizer.encode_inside):
+        with pytest.raises(ModelError, match=r"the tokenizer in .* failed on a text"):
+            encode("abc")
 
 
 @pytest.mark.parametrize(("templates", "source"), [
