@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from minivllm import __version__
 from minivllm.config import ServerConfig
@@ -187,6 +188,12 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
         return json_response({"version": __version__})
 
 
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """The methods of the request's path. (Starlette names only those of one of its routes.)"""
+    found = [route for route in app.routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set[str]().union(*(route.methods or () for route in found)))
+
+
 def _add_errors(app: FastAPI) -> None:
     paths = [str(getattr(route, "path", "")) for route in app.routes]
     named = [path for path in paths if path and not path.startswith("/static")]  # in hints
@@ -204,7 +211,8 @@ def _add_errors(app: FastAPI) -> None:
         elif error.status_code == 404:
             message = f"there is nothing at {path!r}{nearest(path, named)}"
         elif error.status_code == 405:
-            message = f"{request.method} is not allowed at {path!r}: use {(error.headers or {}).get('Allow', 'another method')}"
+            allowed = _methods(app, request)
+            message, headers = f"{request.method} is not allowed at {path!r}: use {' or '.join(allowed)}", {"allow": ", ".join(allowed)}
         return ApiError(error.status_code, message, headers=headers, code=code).response()
 
     app.add_exception_handler(HTTPException, http)

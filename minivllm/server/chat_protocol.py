@@ -20,7 +20,7 @@ _INERT_IN_PARTS = ("annotations", "logprobs", "parsed", "prompt_cache_breakpoint
 _TEXT_PART = {"type": "object", "required": ["type", "text"],
               "properties": {"type": {"enum": list(_TEXT_PARTS)}, "text": {"type": "string"}}}
 ContentField: TypeAlias = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}),
+    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}),
 ]
 
 

@@ -56,7 +56,7 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
         })
 
     @app.get("/ping")
-    @app.post("/ping", include_in_schema=False)
+    @app.post("/ping")
     async def ping() -> Response:
         """As /health, without a body."""
         frontend.check_alive()

@@ -301,6 +301,8 @@ def test_an_unknown_path_is_404_with_the_nearest_path_and_a_wrong_method_is_405(
         assert "moderations" not in error_of(http.post(path, json={}), 404)["message"]
     response = http.get(COMPLETIONS)
     assert "POST" in error_of(response, 405)["message"] and response.headers["allow"] == "POST"
+    response = http.post("/v1/responses/resp_1")  # two endpoints
+    assert "use DELETE or GET" in error_of(response, 405)["message"] and response.headers["allow"] == "DELETE, GET"
     error_of(http.get("/v1"), 404)
     error_of(http.get("/v1/models/"), 404)
 
