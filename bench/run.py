@@ -3,6 +3,7 @@
     python -m bench.run --engines minivllm,hf-bf16,hf-fp32 --rows c1,c8,c32,mixed32,ttft1024,memory,start --threads 2
     python -m bench.run --model smollm2-135m --device cuda --engines minivllm-bf16,hf-bf16 --rows bs1,bs32,ttft1024
     python -m bench.run --model mistral-7b --device cuda --load-format dummy --engines minivllm-bf16 --rows bs1,start,coldstart
+    python -m bench.run --model qwen3-0.6b --device cuda --engines minivllm-bf16 --rows long1x32000,long8x32000,long32x8000,longtpot1x32000
     python -m bench.run --model mistral-7b --stored awq --device cuda --load-format dummy --engines minivllm-bf16 --rows bs1,bs8,ttft8000
 
 An engine is a name (minivllm, hf, vllm) and a dtype (bf16, fp32, fp16). Without a dtype minivllm chooses its own; others use bf16. The
@@ -91,8 +92,9 @@ def parse() -> argparse.Namespace:
     if args.stored and args.load_format != "dummy":
         parser.error("--stored is for random weights: add --load-format dummy")
     for row in args.rows.split(","):
-        if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|nano|nano8gb|prefix|memory|start|coldstart", row):
-            parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, nano, nano8gb, prefix, memory, start, coldstart")
+        if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|long(tpot)?[1-9]\d*x[1-9]\d*|nano|nano8gb|prefix|memory|start|coldstart", row):
+            parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, longBxL, longtpotBxL, nano, nano8gb, prefix, "
+                         "memory, start, coldstart")
     return args
 
 

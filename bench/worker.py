@@ -78,7 +78,7 @@ def run(engine: Any, requests: list[WorkloadRequest]) -> float:
 def measure(name: str, engine: Any, repeats: int, max_len: int) -> Row:
     """The figure of one row: the median over `repeats`, each with fresh prompts, after one small warm-up."""
     work = "nano" if name == SMALL_CACHE_ROW else name
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", work).groups()  # type: ignore[union-attr]
+    kind, number, length = re.fullmatch(r"([a-z]+)(\d*)x?(\d*)", work).groups()  # type: ignore[union-attr]
     rows: dict[str, Callable[[int], tuple[float, str]]] = {
         "c": lambda i: throughput(engine, workloads.uniform(int(number), 128, 128, seed=i)),
         "mixed": lambda i: throughput(engine, workloads.mixed(int(number), seed=i)),
@@ -86,10 +86,13 @@ def measure(name: str, engine: Any, repeats: int, max_len: int) -> Row:
         "ttft": lambda i: (1e3 * run(engine, workloads.uniform(1, int(number), 1, seed=i)), "ms"),
         "bs": lambda i: tpot(engine, int(number), i),
         "prefix": lambda i: prefix(engine, i),
+        "long": lambda i: (run(engine, workloads.uniform(int(number), int(length), 1, seed=i)), "s"),
+        "longtpot": lambda i: cached_tpot(engine, int(number), int(length), i),
     }
-    if kind == "ttft" and int(number) + 1 > max_len:
+    tokens = {"ttft": (number, 1), "long": (length, 1), "longtpot": (length, 257)}.get(kind)  # of one request: prompt, output
+    if tokens and int(tokens[0]) + tokens[1] > max_len:
         raise WrongOutput(f"the model holds {max_len} tokens")
-    if kind in ("ttft", "bs"):
+    if kind in ("ttft", "bs", "long", "longtpot"):
         rows[kind](1000)  # warm-up with the same shape, because these rows measure single steps
     values = []
     for i in range(repeats + 2 if kind == "ttft" else repeats):
@@ -107,6 +110,14 @@ def tpot(engine: Any, count: int, seed: int) -> tuple[float, str]:
     """(time for 257 tokens - time for 1 token) / 256, in ms; each with fresh prompts."""
     one = run(engine, workloads.uniform(count, 128, 1, seed=2 * seed))
     many = run(engine, workloads.uniform(count, 128, 257, seed=2 * seed + 1))
+    return 1e3 * (many - one) / 256, "ms"
+
+
+def cached_tpot(engine: Any, count: int, prompt_len: int, seed: int) -> tuple[float, str]:
+    """As `tpot`, but with the same prompts each time, which the first run puts into the prefix cache."""
+    run(engine, workloads.uniform(count, prompt_len, 1, seed))
+    one = run(engine, workloads.uniform(count, prompt_len, 1, seed))
+    many = run(engine, workloads.uniform(count, prompt_len, 257, seed))
     return 1e3 * (many - one) / 256, "ms"
 
 

@@ -1,4 +1,6 @@
-"""vLLM's `LLM`, with its defaults, except max_model_len 16384. It pins its own torch, so it needs another environment."""
+"""vLLM's `LLM`, with its defaults, except max_model_len: 16384, or the model's for rows with long prompts.
+
+It pins its own torch, so it needs another environment."""
 from __future__ import annotations
 
 import json
@@ -18,7 +20,8 @@ class Engine:
             raise SystemExit(f"vLLM cannot be imported by this Python ({error}): run bench.run with one that has it, "
                              "or leave vllm out of --engines") from error
         most = json.loads((Path(job["model"]) / "config.json").read_text())["max_position_embeddings"]
-        options = {"max_model_len": min(MAX_MODEL_LEN, most), **job["options"]}
+        some_long = any(row.startswith("long") for row in job["rows"])
+        options = {"max_model_len": most if some_long else min(MAX_MODEL_LEN, most), **job["options"]}
         self._params = SamplingParams
         self.llm = LLM(model=job["model"], dtype=job["dtype"], skip_tokenizer_init=True, load_format=job["load_format"], **options)
         self.dtype = job["dtype"]

@@ -5,6 +5,8 @@
     mixed32    32 at once                  20..200           20..200          output tokens / s
     ttftL      one                         L                 1                median ms
     bsB        B at once, greedy           128               1, then 257      ms per further output token (TPOT)
+    longBxL    B at once                   L                 1                seconds
+    longtpotBxL    B at once               L, cached         1, then 257      ms per further output token (TPOT)
     nano       256 at once                 100..1024         100..1024        output tokens / s
     nano8gb    nano, with KV cache for 44,800 tokens               output tokens / s
     prefix     64 with a common prefix     2,048 + 64        64               seconds, with the prefix already cached
@@ -34,7 +36,7 @@ def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
 
 
 def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0) -> list[WorkloadRequest]:
-    """`count` greedy requests of one size: rows cN, bsB and ttftL."""
+    """`count` greedy requests of one size: rows cN, bsB, ttftL, longBxL and longtpotBxL."""
     rng = random.Random(seed)
     return [WorkloadRequest(_tokens(rng, prompt_len), output_len) for _ in range(count)]
 

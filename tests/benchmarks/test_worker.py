@@ -64,6 +64,25 @@ def test_a_missing_token_gives_no_figure(monkeypatch: pytest.MonkeyPatch, capsys
     assert "WrongOutput" in rows_of(engine, monkeypatch, capsys)["c2"]["refused"]
 
 
+def test_rows_of_long_prompts_count_their_tokens_and_read_cached_prompts_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[list[WorkloadRequest]] = []
+
+    class Recorder(FakeEngine):
+        def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
+            seen.append(requests)
+            return super().generate(requests)
+
+    rows = rows_of(Recorder, monkeypatch, capsys, rows=["long2x300", "longtpot3x100", "long1x4096", "longtpot1x4000"])
+    assert rows["long2x300"]["unit"] == "s" and rows["longtpot3x100"]["unit"] == "ms"
+    assert [rows[name]["refused"] for name in ("long1x4096", "longtpot1x4000")] == ["WrongOutput: the model holds 4096 tokens"] * 2
+    long, cached = seen[-7:-6], seen[-3:]  # what follows the warm-ups
+    assert [(len(r.prompt_token_ids), r.output_len) for r in long[0]] == [(300, 1)] * 2
+    assert [[(len(r.prompt_token_ids), r.output_len) for r in run] for run in cached] == [[(100, 1)] * 3] * 2 + [[(100, 257)] * 3]
+    assert len({r.prompt_token_ids for run in cached for r in run}) == 3
+
+
 def test_a_missing_vllm_is_a_clear_error(tmp_path: Path) -> None:
     models.write_config("tiny", tmp_path)
     job = {"engine": "vllm", "model": str(tmp_path), "dtype": "bfloat16", "device": "cuda", "threads": 1, "repeats": 1, "rows": ["bs1"],
