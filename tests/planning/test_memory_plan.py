@@ -161,6 +161,11 @@ def test_settings_that_fix_the_cache_must_fit_the_card() -> None:
     assert not found.fits and found.missing > 3 * GIB
 
 
+def test_a_cache_that_a_setting_keeps_small_misses_its_blocks_and_not_the_cards_memory() -> None:
+    found = plan(quantization="awq", num_gpu_blocks_override=101, max_model_len=3200).memory
+    assert not found.fits and found.missing == 100 * found.block_bytes
+
+
 def test_a_length_beyond_the_models_is_refused() -> None:
     with pytest.raises(InvalidInput, match="max_model_len 40000 exceeds the model's context length of 32768"):
         plan(max_model_len=40000)
