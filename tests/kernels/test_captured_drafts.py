@@ -24,6 +24,7 @@ from tests.engine.test_drafts import Tokens
 from tests.kernels.test_captured_steps import CPU, LENGTH, NUM_BLOCKS, ROWS, Repeated, Tiny
 from tests.kernels.test_captured_steps import emulated as emulated
 from tests.kernels.test_captured_steps import plain as plain
+from tests.kernels.test_captured_steps import pytestmark as pytestmark
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PARAMS = (GREEDY, replace(GREEDY, temperature=0.9, seed=5), replace(GREEDY, temperature=1.0, seed=6, top_k=5, logprobs=1),

@@ -12,6 +12,7 @@ from tests.kernels import test_captured_drafts as captured
 from tests.kernels.test_captured_drafts import emulated as emulated
 from tests.kernels.test_captured_drafts import expected as expected
 from tests.kernels.test_captured_drafts import plain as plain
+from tests.kernels.test_captured_drafts import pytestmark as pytestmark
 from tests.kernels.test_captured_steps import Repeated, Tiny
 from tests.models.tiny import read_spec
 from tests.speculative.heads import write_head
