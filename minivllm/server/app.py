@@ -6,6 +6,9 @@
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -23,7 +26,7 @@ from minivllm.server.chat_protocol import ChatRequest, TokenizeRequest
 from minivllm.server.control import add_adapters, add_control, not_built
 from minivllm.server.cost import check_tokenized
 from minivllm.server.errors import ApiError, json_response, shorten, to_api_error
-from minivllm.server.formatters import ChatFormatter, CompletionFormatter, ResponseFormatter
+from minivllm.server.formatters import ChatFormatter, CompletionFormatter, PreparedRequest, ResponseFormatter
 from minivllm.server.frontend import Frontend
 from minivllm.server.generation import GenerationResponse
 from minivllm.server.logprobs import NumberedTokens
@@ -89,14 +92,14 @@ def _cors(config: ServerConfig) -> list[Middleware]:
 def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) -> None:
     names = frontend.tokenizer or NumberedTokens()
 
-    def respond(formatter: ResponseFormatter) -> Response:
-        return GenerationResponse(frontend.client, frontend.running, formatter)
+    def respond(formatter: Callable[..., ResponseFormatter], request: PreparedRequest) -> Response:
+        return GenerationResponse(frontend.client, frontend.running, partial(formatter, request, names))
 
     @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue a prompt."""
         body = await frontend.read(request, CompletionRequest)
-        return respond(CompletionFormatter(await preprocessor.completion(body, request.scope[OWNER]), names))
+        return respond(CompletionFormatter, await preprocessor.completion(body, request.scope[OWNER]))
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
@@ -104,7 +107,7 @@ def _add_generation(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor
         body = await frontend.read(request, ChatRequest)
         prepared = await preprocessor.chat(body, body.ignored_fields(frontend.config.permissive), "chatcmpl-", request.scope[OWNER])
         formatter = ChatFormatter if prepared.output is None else ParsedChatFormatter
-        return respond(formatter(prepared, names))
+        return respond(formatter, prepared)
 
 
 def _add_tokenization(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) -> None:

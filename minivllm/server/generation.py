@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,7 +24,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minivllm.engine.client import EngineClient, Shortcut
+from minivllm.engine.replicas import MAX_ATTEMPTS
 from minivllm.engine_request import EngineRequest
+from minivllm.errors import ReplicaLost
 from minivllm.outputs import OutputDelta
 from minivllm.server.authentication import RAW_SEND
 from minivllm.server.errors import ApiError, generation_failed, json_response, to_api_error
@@ -40,11 +43,13 @@ EVENT_STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cac
 class GenerationResponse(Response):
     """An ASGI response that runs the generation itself, because `receive` reports the client's disconnect only here."""
 
-    def __init__(self, client: EngineClient, running: RunningRequests, formatter: ResponseFormatter) -> None:
+    def __init__(self, client: EngineClient, running: RunningRequests, make_formatter: Callable[[], ResponseFormatter]) -> None:
+        """make_formatter: the response of one attempt; a complete answer may take several."""
         self._client = client
         self._running = running
-        self._formatter = formatter
-        self._request = formatter.request
+        self._make_formatter = make_formatter
+        self._formatter = make_formatter()
+        self._request = self._formatter.request
         self._extra_headers = ignored_header(self._request.ignored)
         self._fast_send: Send | None = None  # set while deltas may be sent from the callback
         self._unsent: asyncio.Future[None] | None = None  # the rest of a send that has to wait for the client
@@ -56,17 +61,36 @@ class GenerationResponse(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._request
         try:
-            engine_ids, tokens = zip(*((prompt.request_id, len(prompt.prompt_token_ids)) for prompt in request.prompts), strict=True)
-            with self._running.track(request.owner, request.id, engine_ids, sum(tokens)):
-                callback = self._send_text if request.stream else None
-                async with aclosing(merge_streams(self._client, request.prompts, callback)) as stream:
-                    if request.stream:
-                        await self._stream(stream, send, scope.get(RAW_SEND, send))
-                        return
-                    response = await self._complete(stream)
+            if request.stream:
+                async with self._deltas(request.prompts, self._send_text) as stream:
+                    await self._stream(stream, send, scope.get(RAW_SEND, send))
+                return
+            response = await self._whole()
         except Exception as error:
             response = to_api_error(error).response()
         await response(scope, receive, send)
+
+    @asynccontextmanager
+    async def _deltas(
+        self, prompts: tuple[EngineRequest, ...], shortcut: Shortcut | None = None,
+    ) -> AsyncGenerator[AsyncGenerator[PromptDeltas, None], None]:
+        engine_ids, tokens = zip(*((prompt.request_id, len(prompt.prompt_token_ids)) for prompt in prompts), strict=True)
+        with self._running.track(self._request.owner, self._request.id, engine_ids, sum(tokens)):
+            async with aclosing(merge_streams(self._client, prompts, shortcut)) as stream:
+                yield stream
+
+    async def _whole(self) -> Response:
+        """The complete answer. The client has seen nothing of it before, so it is computed again if its replica ends."""
+        prompts = self._request.prompts
+        for attempt in range(1, MAX_ATTEMPTS):
+            try:
+                async with self._deltas(prompts) as stream:
+                    return await self._complete(stream)
+            except ReplicaLost:
+                self._formatter = self._make_formatter()
+                prompts = tuple(replace(prompt, request_id=f"{prompt.request_id}~{attempt}") for prompt in self._request.prompts)
+        async with self._deltas(prompts) as stream:
+            return await self._complete(stream)
 
     async def _complete(self, stream: AsyncGenerator[PromptDeltas, None]) -> Response:
         """The whole answer. Its log-probabilities are charged to the owner while they are kept."""

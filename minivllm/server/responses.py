@@ -50,7 +50,7 @@ def add_responses(app: FastAPI, frontend: Frontend, preprocessor: Preprocessor) 
             prepared = await preprocessor.chat(chat, ignored, "resp_", owner)
         prepared = dataclasses.replace(prepared, ignored=tuple(map(conversation.item_name, prepared.ignored)))
         keep = partial(store.put, owner, earlier=earlier, items=conversation.items) if body.store is not False and store.max_bytes else None
-        return GenerationResponse(frontend.client, frontend.running, ResponsesFormatter(prepared, names, body, keep))
+        return GenerationResponse(frontend.client, frontend.running, partial(ResponsesFormatter, prepared, names, body, keep))
 
     def find(request: Request, response_id: str) -> StoredResponse:
         if request.query_params.get("stream", "false") != "false":

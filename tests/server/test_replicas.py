@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,7 @@ def test_a_killed_replica_ends_only_the_streams_that_it_had_and_the_server_conti
         stream = api.completions.create(**request, max_tokens=200_000, stream=True)
         next(stream)
         assert httpx.get(live.url + "/health").json() == {"status": "ok", "replicas": 2, "live": 2}
-        (placement,) = client._placements.values()
-        holder = client._replicas[placement.replica or 0]
-        assert isinstance(holder, ReplicaProcess) and holder.pid is not None
-        os.kill(holder.pid, signal.SIGKILL)
+        os.kill(holder_of_the_only_request(client).pid or 0, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="replica that computed this request has stopped after the output had begun"):
             list(stream)
         assert httpx.get(live.url + "/health").status_code == 200
@@ -51,6 +49,27 @@ def test_a_killed_replica_ends_only_the_streams_that_it_had_and_the_server_conti
         assert httpx.get(live.url + "/server_info").json()["engine"]["data_parallel_size"] == 2
         info = readiness(client.info, ServerConfig(), 8000, "m", False, 1.0)
         assert "replicas  2, each with such a KV cache" in info
+
+
+def holder_of_the_only_request(client: RoutedClient) -> ReplicaProcess:
+    (placement,) = client._placements.values()
+    assert placement.replica is not None
+    holder = client._replicas[placement.replica]
+    assert isinstance(holder, ReplicaProcess)
+    return holder
+
+
+def test_an_answer_that_is_not_streamed_survives_the_end_of_its_replica(client: RoutedClient, tokenizer_folder: Path) -> None:
+    with serving(client, Tokenizer(tokenizer_folder)) as live, ThreadPoolExecutor(1) as pool:
+        body = {"model": client.info.model, "prompt": [5, 6, 7], "max_tokens": 20_000, "logprobs": 1, "request_id": "long"}
+        answer = pool.submit(httpx.post, live.url + "/v1/completions", json=body, timeout=60)
+        live.wait_until(lambda: any(placement.begun for placement in client._placements.values()))
+        holder = holder_of_the_only_request(client)
+        os.kill(holder.pid or 0, signal.SIGKILL)
+        choice = answer.result().json()["choices"][0]
+        assert choice["text"] == "a" * 20_000 and len(choice["logprobs"]["tokens"]) == 20_000
+    assert client.metrics.finished == {"stop": 0, "length": 1, "abort": 0, "error": 1}
+    assert client._streams == {} and client._placements == {}
 
 
 def test_settings_that_do_not_fit_replicas_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
