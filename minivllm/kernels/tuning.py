@@ -55,7 +55,7 @@ def decode_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, item
     if arch >= 90:
         if row == 256:
             if programs <= 128:
-                return AttentionTile(1, block_m, 64 if programs <= 16 else 128, 4, 2)
+                return AttentionTile(1, block_m, 64 if programs <= (64 if keys > LONG_KEYS else 16) else 128, 4, 2)
             if programs <= (1024 if keys > LONG_KEYS else 256):
                 return AttentionTile(1, block_m, 32, 4, 3)
             return AttentionTile(1, block_m, 16, 1, 3)
@@ -159,7 +159,7 @@ assert SHARING_GRAPHS[0] >= MIN_SHARING_DECODES and SHARING_GRAPHS[-1] == DECODE
 # --- linear layers on a GPU ----------------------------------------------------------------------------------------
 
 LINEAR_TILE_ROWS = 16  # rows of x in a tensor core tile
-MAX_WEIGHT = 16 << 20  # elements; H200: cuBLAS is as fast for larger weights and two rows or more
+MAX_WEIGHT = 8 << 20  # elements; H200: for two rows or more, a weight of 16 M elements takes 21 µs, and 13 with cuBLAS
 MAX_WEIGHT_OF_TWO_TILES = 2 << 20  # elements; H200: the same for more rows than one tile holds
 
 
