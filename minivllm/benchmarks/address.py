@@ -16,6 +16,11 @@ class ServerAddress:
     secure: bool = False
     prefix: str = ""
 
+    @property
+    def authority(self) -> str:
+        """Host and port as URLs and Host headers have them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     @classmethod
     def of(cls, url: str) -> ServerAddress:
         """From a base URL, with or without /v1 at its end."""

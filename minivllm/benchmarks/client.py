@@ -166,7 +166,7 @@ class LoadClient:
     def __init__(self, address: ServerAddress, headers: dict[str, str] | None = None) -> None:
         self._address = address
         self._tls = ssl.create_default_context() if address.secure else None
-        lines = {"Host": f"{address.host}:{address.port}", "Accept": "*/*", **(headers or {})}
+        lines = {"Host": address.authority, "Accept": "*/*", **(headers or {})}
         self._lines = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self._idle: list[ClientConnection] = []
 

@@ -38,7 +38,7 @@ def run_serve(args: argparse.Namespace) -> int:
         if args.canned:
             address = ServerAddress("127.0.0.1", stack.enter_context(CannedServers(args.client_processes)).port)
         else:
-            address = ServerAddress.of(args.base_url or f"http://{args.host}:{args.port}")
+            address = ServerAddress(args.host, args.port) if args.base_url is None else ServerAddress.of(args.base_url)
         headers = _headers(args)
         model = args.model or run_fast(first_model(address, headers))
         load = Load(address, args.endpoint, _timed(args, requests, model), args.max_concurrency, headers)
@@ -165,10 +165,10 @@ async def first_model(address: ServerAddress, headers: dict[str, str]) -> str:
     try:
         return str(json.loads(await client.get("/v1/models"))["data"][0]["id"])
     except (OSError, HttpError) as error:
-        raise InvalidInput(f"no OpenAI-compatible server answers at {address.host}:{address.port} ({error}): start one "
+        raise InvalidInput(f"no OpenAI-compatible server answers at {address.authority} ({error}): start one "
                            "(minivllm serve), or give its address with base_url, host or port", "base_url") from None
     except (ValueError, LookupError, TypeError):
-        raise InvalidInput(f"{address.host}:{address.port} does not list its models as OpenAI's API does: give --model", "model") from None
+        raise InvalidInput(f"{address.authority} does not list its models as OpenAI's API does: give --model", "model") from None
     finally:
         client.close()
 

@@ -149,6 +149,11 @@ def test_a_base_url_may_have_several_forms(url: str, address: ServerAddress) -> 
     assert ServerAddress.of(url) == address
 
 
+@pytest.mark.parametrize(("host", "authority"), [("localhost", "localhost:80"), ("::1", "[::1]:80")])
+def test_the_host_header_has_brackets_around_an_ipv6_address(host: str, authority: str) -> None:
+    assert f"\r\nHost: {authority}\r\n" in LoadClient(ServerAddress(host, 80)).prepare("/x", b"").decode()
+
+
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:port", "http://x?y=1", ""])
 def test_an_invalid_base_url_is_refused_by_name(url: str) -> None:
     with pytest.raises(InvalidInput, match="base_url"):
