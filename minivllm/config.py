@@ -64,6 +64,9 @@ class EngineConfig:
         "code that runs the model; minivllm: this engine's decoder; transformers: the modeling code of Transformers around this engine's "
         "paged attention; auto: minivllm, and transformers for an architecture that it does not have; vllm: as minivllm",
         choices=("auto", "minivllm", "transformers", "vllm"))
+    trust_remote_code: bool = option(False,
+        "run Python code from the model's folder if it brings its own architecture or tokenizer (auto_map); that code can do all that "
+        "you can do on this machine, so read it first")
     load_format: str = option("auto", "format of the weights; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy"))
     quantization: str | None = option(None,
         f"format of the weights: {', '.join(QUANTIZATIONS)} (default: as the checkpoint says); fp8, int8 and bitsandbytes (nf4) also "

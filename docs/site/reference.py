@@ -390,8 +390,13 @@ Before weights are loaded, a class that cannot run is refused with the reason: e
 linear-attention and convolution layers; KV pages of different sizes; attention that is sparse, not causal, local in chunks, or does not
 go through the interface. A small random model of the same class, with two sequences in one row, is compared with Transformers' own
 attention, which finds code that mixes tokens in other places; a start says so if it left this out. With these models, quantized weights,
-LoRA, tensor parallelism, `cpu_offload_gb`, and drafts of a model or a head are refused. Weights must be safetensors files. Code in a
-checkpoint is never run.
+LoRA, tensor parallelism, `cpu_offload_gb`, and drafts of a model or a head are refused. Weights must be safetensors files.
+
+A class that exists only as Python code in the model's folder (`auto_map` in its config.json) runs in the same way with
+`--trust-remote-code`, and under the same conditions: its attention must go through Transformers' `AttentionInterface`, and the small random
+model must give the same logits. A start prints the file whose code runs. Without the flag it is refused, and no code of the folder runs:
+[what the flag means](security.md#code-of-a-model). `tests/models/test_remote_code.py` compares such a model's tokens with those of
+`AutoModelForCausalLM`.
 
 ## Models from Python packages
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("model", "revision", "hf_overrides", "dtype", "kv_cache_dtype", "max_model_len", "block_size", "gpu_memory_utilization",
           "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "cpu_offload_gb",
-          "enable_lora", "max_loras", "max_lora_rank", "tensor_parallel_size", "model_impl")
+          "enable_lora", "max_loras", "max_lora_rank", "tensor_parallel_size", "model_impl", "trust_remote_code")
 GIB = 1 << 30
 
 

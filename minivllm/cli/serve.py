@@ -11,7 +11,7 @@ from minivllm.errors import InvalidInput
 # Flags by what they are for; the first group is what an owner of one GPU needs. Fields that no group names are in the last one.
 GROUPS = {
     "most used": ("host", "port", "api_key", "max_model_len", "gpu_memory_utilization", "served_model_name"),
-    "model": ("model", "revision", "tokenizer", "load_format", "dtype", "device", "generation_config", "seed"),
+    "model": ("model", "revision", "tokenizer", "trust_remote_code", "load_format", "dtype", "device", "generation_config", "seed"),
     "chat and tools": ("chat_template", "enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "trust_request_chat_template"),
     "memory": ("kv_cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size", "cpu_offload_gb", "num_gpu_blocks_override", "block_size",
                "enable_prefix_caching"),

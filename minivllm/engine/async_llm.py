@@ -37,7 +37,7 @@ class AsyncLLM(UnbuiltMethods):
         self.config = config
         self.client: EngineClient = start_client(config, process=process)
         folder = self.client.info.tokenizer_folder
-        self.tokenizer = None if folder is None else Tokenizer(folder)
+        self.tokenizer = None if folder is None else Tokenizer(folder, config.trust_remote_code)
         self._numbers = itertools.count()
 
     async def generate(
@@ -111,7 +111,7 @@ class AsyncLLM(UnbuiltMethods):
 
     async def get_tokenizer(self) -> Any:
         """As `LLM.get_tokenizer`."""
-        return public_tokenizer(self.client.info.tokenizer_folder, self.tokenizer)
+        return public_tokenizer(self.client.info, self.tokenizer)
 
     async def get_model_config(self) -> EngineInfo:
         """The model's constants, such as `max_model_len`."""

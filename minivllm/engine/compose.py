@@ -69,7 +69,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
     ranks = Ranks(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
     try:
         draft = None if components.proposer is not None else find_draft(config, spec, files.folder, files.tokenizer_folder)
-        tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder)
+        tokenizer = None if files.tokenizer_folder is None else Tokenizer(files.tokenizer_folder, config.trust_remote_code)
         eos = _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)
         defaults = sampling_defaults(files.generation_config)
         with with_plan(config, files.config, components.methods):
@@ -84,7 +84,8 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             tokenizer_folder=None if files.tokenizer_folder is None else str(files.tokenizer_folder),
             max_model_len=worker.max_model_len, vocab_size=spec.vocab_size, eos_token_ids=eos, device=str(worker.device),
             dtype=_name(worker.dtype), num_blocks=worker.num_blocks, block_size=config.block_size, generation_config=defaults,
-            scheduling_policy=config.scheduling_policy, weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
+            trust_remote_code=config.trust_remote_code, scheduling_policy=config.scheduling_policy,
+            weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
             max_logprobs=config.max_logprobs, kv_cache_dtype=_name(worker.kv_cache_dtype),
             max_requests=None if config.max_queue is None else config.max_queue + min(config.max_num_seqs, worker.max_num_batched_tokens),
             max_loras=config.max_loras if config.enable_lora else 0, max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
@@ -110,7 +111,7 @@ def load_target(config: EngineConfig) -> tuple[ModelFiles, Decoder, Tokenizer, t
     files = find_model(config)
     spec = parse_config(files.config, methods=METHODS)
     assert files.tokenizer_folder is not None
-    tokenizer = Tokenizer(files.tokenizer_folder)
+    tokenizer = Tokenizer(files.tokenizer_folder, config.trust_remote_code)
     loaded = LoadedModel(config, spec, files.folder, method=method_of(files.config, wanted=config.quantization))
     assert isinstance(loaded.model, Decoder)
     return files, loaded.model, tokenizer, _eos_token_ids(files.generation_config, files.config, tokenizer, spec.vocab_size)

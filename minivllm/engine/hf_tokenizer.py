@@ -4,17 +4,22 @@ The engine uses `minivllm.engine.tokenizer`, which starts faster and streams. Bo
 """
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from minivllm.engine.messages import EngineInfo
 from minivllm.errors import InvalidInput
+from minivllm.models.remote_code import announce_tokenizer
 
 
-def public_tokenizer(folder: str | None, fallback: Any) -> Any:
-    """What `get_tokenizer` returns: the Transformers tokenizer of `folder`, or `fallback` if the package is not installed."""
-    if folder is None:
+def public_tokenizer(info: EngineInfo, fallback: Any) -> Any:
+    """What `get_tokenizer` returns: the Transformers tokenizer of an engine, or `fallback` if the package is not installed."""
+    if info.tokenizer_folder is None:
         raise InvalidInput("this engine has no tokenizer (skip_tokenizer_init)", "skip_tokenizer_init")
+    if info.trust_remote_code:
+        announce_tokenizer(Path(info.tokenizer_folder))
     try:
-        return get_tokenizer(folder)
+        return get_tokenizer(info.tokenizer_folder, trust_remote_code=info.trust_remote_code)
     except ImportError:
         return fallback
 

@@ -118,7 +118,7 @@ class LLMEngine(UnbuiltMethods):
 
     def get_tokenizer(self) -> Any:
         """The Transformers tokenizer where that package is installed, else the engine's own."""
-        return public_tokenizer(self.core.info().tokenizer_folder, self.core.tokenizer)
+        return public_tokenizer(self.core.info(), self.core.tokenizer)
 
     @property
     def tokenizer(self) -> Any:

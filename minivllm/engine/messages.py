@@ -34,6 +34,7 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     generation_config: dict[str, Any]  # the model's own sampling defaults: temperature, top_p ...
+    trust_remote_code: bool = False  # clients may run the tokenizer's own code too
     scheduling_policy: str = "fcfs"
     weight_bytes: int = 0  # memory of this rank's weights; 0: not known
     kv_cache_bytes: int = 0  # memory of its KV blocks; 0: not known

@@ -27,6 +27,7 @@ from minivllm.engine.chat_prompt import GENERIC_FORMAT, ChatOptions, write_chat
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.errors import InvalidInput, ModelError, is_failure
 from minivllm.families.model_folder import read_json
+from minivllm.models.remote_code import announce_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -51,10 +52,11 @@ class TextStream(Protocol):
 class Tokenizer:
     """One model's tokenizer. Only its caches change after construction, so requests may share it."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
+        """trust_remote_code: run the folder's own tokenizer code, if there is no tokenizer.json."""
         self.folder = Path(folder)
         config = _read_json(self.folder / "tokenizer_config.json")
-        self._backend = _load_backend(self.folder, config)
+        self._backend = _load_backend(self.folder, config, trust_remote_code)
         self._special_tokens = _special_tokens(self.folder, config)
         _add_tokens(self._backend, config, self._special_tokens)
         self.chat_template = _chat_template(self.folder, config)
@@ -339,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, "tokenizer") if path.is_file() else {}
 
 
-def _load_backend(folder: Path, config: dict[str, Any]) -> Backend:
+def _load_backend(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Backend:
     file = folder / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer as Backend
@@ -351,13 +353,13 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> Backend:
                 raise
             raise ModelError(f"{file} cannot be read ({error}): fetch it again", "tokenizer") from None
     else:
-        backend = _backend_of_transformers(folder, config)
+        backend = _backend_of_transformers(folder, config, trust_remote_code)
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _backend_of_transformers(folder: Path, config: dict[str, Any]) -> Backend:
+def _backend_of_transformers(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Backend:
     known = ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tiktoken.model", "tekken.json")
     if not config and not any((folder / name).is_file() for name in known):
         raise ModelError(
@@ -371,15 +373,20 @@ def _backend_of_transformers(folder: Path, config: dict[str, Any]) -> Backend:
             f"{folder} has no tokenizer.json, and reading its older format needs transformers: pip install transformers",
             "tokenizer",
         ) from None
+    if trust_remote_code:
+        announce_tokenizer(folder)
     try:
-        backend = getattr(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), "backend_tokenizer", None)
-    except Exception as error:
+        backend = getattr(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True),
+                          "backend_tokenizer", None)
+    except (Exception, SystemExit) as error:  # of any code, if it is trusted
         if "trust_remote_code" in str(error):
-            raise ModelError(f"the tokenizer in {folder} needs Python code from the model's folder, which is never run: name a tokenizer "
-                             "that has a tokenizer.json", "tokenizer") from None
+            raise ModelError(f"the tokenizer in {folder} needs Python code from its folder, which is not run: name a tokenizer that has a "
+                             "tokenizer.json, or read that code, and set trust_remote_code (--trust-remote-code) if you trust it",
+                             "tokenizer") from None
         raise ModelError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:300]}", "tokenizer") from error
     if backend is None:
-        raise ModelError(f"the tokenizer in {folder} exists only as Python code and has no fast form", "tokenizer")
+        raise ModelError(f"the tokenizer in {folder} exists only as Python code and has no fast form (backend_tokenizer): name a tokenizer "
+                         "that has a tokenizer.json", "tokenizer")
     return backend
 
 

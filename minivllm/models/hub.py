@@ -33,6 +33,7 @@ from minivllm.models.hub_repository import (
     read_tensors,
 )
 from minivllm.models.packaged import DEFAULT, PACKAGED, packaged_gguf, packaged_model
+from minivllm.models.remote_code import FOLDER
 from minivllm.models.weight_files import find_parts, find_weight_files, read_safetensors_header
 from minivllm.quantization.methods import METHODS, method_of, of_separate_file
 
@@ -93,7 +94,8 @@ def describe_model(config: EngineConfig, check: Check = check_config) -> ModelDe
     given, check = config.model, _overridden(config, check)
     packaged = packaged_model(given)
     if given is not None and packaged is None and _is_remote(given):
-        name = parse_name("model", given, revision=config.revision, cache_dir=config.download_dir, token=config.hf_token)
+        name = parse_name("model", given, revision=config.revision, cache_dir=config.download_dir, token=config.hf_token,
+                          trust_code=config.trust_remote_code)
         if name.gguf is None:
             found = _checked_config(download_config(name), config, check)
             tensors = read_tensors(name)
@@ -203,7 +205,7 @@ def _check_load_format(load_format: str, name: str, is_gguf: bool) -> None:
 def _from_hub(param: str, given: str, config: EngineConfig, check: Check) -> Path:
     """A snapshot in huggingface_hub's cache, or the folder of a GGUF file in it."""
     name = parse_name(param, given, revision=config.revision if param == "model" else config.tokenizer_revision,
-                      cache_dir=config.download_dir, token=config.hf_token)
+                      cache_dir=config.download_dir, token=config.hf_token, trust_code=config.trust_remote_code)
     if param == "model":
         _check_load_format(config.load_format, given, name.gguf is not None)
     if name.gguf is not None:
@@ -250,6 +252,8 @@ def _check_folder(folder: Path, param: str) -> Path:
 def _checked_config(folder: Path, config: EngineConfig, check: Check) -> dict[str, Any]:
     """config.json, with overrides and the separate file of older quantizers. Raises for a model that cannot run here."""
     found = with_overrides(read_json(folder / "config.json"), config.hf_overrides or {})
+    if config.trust_remote_code:
+        found[FOLDER] = str(folder.absolute())  # of its code
     for name in ("quantize_config.json", "quant_config.json"):
         if "quantization_config" not in found and (folder / name).is_file():
             found["quantization_config"] = of_separate_file(read_json(folder / name))

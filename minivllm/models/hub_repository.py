@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from minivllm.errors import ModelError, shown
 from minivllm.lora.peft_config import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 CONFIGS = ["config.json", "quantize_config.json", "quant_config.json"]
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
+CODE = ["*.py"]  # only with trust_remote_code
 SAFETENSORS = "*.safetensors"
 PICKLES = "pytorch_model*.bin"  # read only through torch.load(weights_only=True)
 NOT_WANTED = ["*/*", "consolidated*", "*.index.fp*"]  # copies of the same weights in other formats
@@ -52,9 +53,13 @@ class HubName:
     revision: str | None = None
     cache_dir: str | None = None  # None: the hub client's own
     token: str | None = None  # None: HF_TOKEN
+    trust_code: bool = False  # download Python files too
+
+    def with_code(self, patterns: list[str]) -> list[str]:
+        return [*patterns, *CODE] if self.trust_code else patterns
 
 
-def parse_name(param: str, name: str, **settings: str | None) -> HubName:
+def parse_name(param: str, name: str, **settings: Any) -> HubName:
     """The repository that a name refers to. Raises `ModelError` for what can only be a path."""
     match = _NAME.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")) or len(match["repository"]) > LONGEST_ID:
@@ -73,7 +78,7 @@ def download_model(name: HubName, load_format: str, check: Callable[[Path], obje
     """The folder of a model. `check` raises if the config.json in the folder describes a model that cannot run here, and
     `check_tokenizer` if the tokenizer is missing. Both run before weights are downloaded."""
     check(download_config(name))
-    folder = _snapshot(name, SMALL_FILES)
+    folder = _snapshot(name, name.with_code(SMALL_FILES))
     try:
         check_tokenizer(folder)
     except ModelError:
@@ -81,9 +86,9 @@ def download_model(name: HubName, load_format: str, check: Callable[[Path], obje
         raise
     if load_format == "dummy":
         return folder
-    folder = _snapshot(name, [*SMALL_FILES, SAFETENSORS])
+    folder = _snapshot(name, name.with_code([*SMALL_FILES, SAFETENSORS]))
     if load_format == "auto" and not any(folder.glob(SAFETENSORS)):
-        folder = _snapshot(name, [*SMALL_FILES, PICKLES])
+        folder = _snapshot(name, name.with_code([*SMALL_FILES, PICKLES]))
     if not any(folder.glob(SAFETENSORS)) and not any(folder.glob(PICKLES)):
         _refuse_gguf_only(name)
     return folder
@@ -106,7 +111,7 @@ def download_adapter(name: HubName, check: Callable[[Path], object]) -> Path:
 
 def download_config(name: HubName) -> Path:
     """The folder with a model's config.json."""
-    folder = _snapshot(name, CONFIGS)
+    folder = _snapshot(name, name.with_code(CONFIGS))
     if not (folder / "config.json").is_file():
         files = _file_names(name)
         reason = "it holds only GGUF files" if _gguf_files(files) else not_a_model(files)
@@ -143,7 +148,7 @@ def _refuse_gguf_only(name: HubName) -> None:
 
 def download_tokenizer(name: HubName) -> Path:
     """The folder of a repository's small files."""
-    return _snapshot(name, SMALL_FILES)
+    return _snapshot(name, name.with_code(SMALL_FILES))
 
 
 def download_gguf(name: HubName, check: Callable[[Path, str], object]) -> Path:

@@ -23,7 +23,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.layers.build import BuildContext
 from minivllm.models.transformers_interface import NAME, Unsupported, register
 from minivllm.models.transformers_model import TransformersModel
-from minivllm.models.transformers_spec import ForeignSpec, layer_specs, line_of, model_class, probe
+from minivllm.models.transformers_spec import ForeignSpec, layer_specs, line_of, probe
 
 CHECK_PARAMETERS = 100_000_000  # the self-check is skipped for a model that stays larger than this
 CHECK_TOLERANCE = 1e-3  # of the largest logit
@@ -39,7 +39,7 @@ def load_transformers(spec: ForeignSpec, folder: Path, load_format: str, build: 
     print(f"minivllm: {spec.architecture} runs in Transformers' modeling code around this engine's paged attention, without CUDA graphs",
           file=sys.stderr, flush=True)
     check_logits(spec)
-    cls, config = model_class(spec.architecture, spec.config), copy.deepcopy(spec.config)
+    cls, config = spec.model_class, copy.deepcopy(spec.config)
     if load_format == "dummy":
         with torch.random.fork_rng(devices=[build.device] if build.device.type == "cuda" else []), build.device:
             torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def check_logits(spec: ForeignSpec) -> None:
     Prints one line if there is no model that is small enough."""
     try:
         config = small(spec.config)
-        layers, vocabulary, parameters = probe(spec.architecture, config)
+        layers, vocabulary, parameters = probe(spec.model_class, config)
         if parameters > CHECK_PARAMETERS:
             raise Unsupported(f"a small one still has {parameters:,} parameters, and at most {CHECK_PARAMETERS:,} are compared")
     except Exception as error:  # the model's code may refuse the small sizes in any way
@@ -74,7 +74,7 @@ def check_logits(spec: ForeignSpec) -> None:
     register()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode():
         torch.manual_seed(0)
-        model = model_class(spec.architecture, config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
+        model = spec.model_class._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
         prompts = [torch.randint(3, vocabulary, (length,)) for length in (11, 6)]
         few = dataclasses.replace(spec, layers=layer_specs(layers, spec.hidden_size), vocab_size=vocabulary)
         ours = _in_steps(TransformersModel(few, BuildContext(torch.device("cpu"), torch.float32, REFERENCE), model), prompts)

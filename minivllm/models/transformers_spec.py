@@ -10,16 +10,18 @@ import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minivllm.config import EngineConfig
-from minivllm.errors import NotSupportedYet, shown
+from minivllm.errors import ModelError, NotSupportedYet, shown
 from minivllm.families import FAMILIES, AttentionSpec, LayerSpec, MLPSpec, ModelSpec, parse_config
 from minivllm.families.config_json import dtype as dtype_name
 from minivllm.families.spec import model_error
+from minivllm.models.remote_code import FOLDER, announce_unused, load_class, references
 from minivllm.models.transformers_interface import NAME, LayerMask, Unsupported, head_of, register, row
 
 ROPE_BY_LENGTH = ("dynamic", "longrope")  # kinds of rotary embedding whose frequencies depend on the longest position of a batch
@@ -43,14 +45,18 @@ class ForeignSpec(ModelSpec):
     """A model that runs in Transformers' code. Of its MLPs, norms and checkpoint names it knows nothing: the fields hold placeholders."""
 
     config: Any = field(repr=False, hash=False, compare=False)  # Transformers' configuration
+    model_class: Any = field(repr=False, hash=False, compare=False)  # of Transformers, or of the model's folder
 
 
 def read_spec(config: EngineConfig, found: Mapping[str, Any], methods: Mapping[str, object]) -> ModelSpec:
     """The model that config.json describes: of the table, or run by Transformers, as `model_impl` says.
 
     Raises `ModelError` if neither runs it, and `NotSupportedYet` for settings that Transformers' code does not work with."""
-    names = found.get("architectures") or []
+    own = references(found, "AutoModelForCausalLM")  # in the model's folder
+    names = found.get("architectures") or [reference.rpartition(".")[2] for reference in own]
     in_table = any(name in FAMILIES for name in names if isinstance(name, str)) or not names
+    if config.trust_remote_code and own and (in_table or any(isinstance(name, str) and _known(name) for name in names)):
+        announce_unused(shown(names[0]), shown(own[0]))
     if config.model_impl in ("minivllm", "vllm") or (config.model_impl == "auto" and in_table) or found.get("quantization_config"):
         spec = parse_config(found, methods=methods)  # names a quantization method that it does not know
         if config.model_impl != "transformers":
@@ -59,9 +65,10 @@ def read_spec(config: EngineConfig, found: Mapping[str, Any], methods: Mapping[s
     first = names[0] if names and isinstance(names[0], str) else None
     if first is None:
         raise model_error("config.json names no model class under 'architectures': add it, for model_impl 'transformers'")
-    if not _known(first):
-        if found.get("auto_map"):
-            raise model_error(f"the architecture {first} exists only as Python code in the model's folder (auto_map), which is never run")
+    code = None
+    if not _known(first) and own:
+        code = _trusted_folder(config, found, first)
+    elif not _known(first):
         parse_config(found, methods=methods)  # says which architectures have a row
         raise model_error(f"the architecture {first} has no causal language model in Transformers: leave model_impl out")
     for name, value, usual in (("quantization", config.quantization, None), ("enable_lora", config.enable_lora, False),
@@ -71,7 +78,7 @@ def read_spec(config: EngineConfig, found: Mapping[str, Any], methods: Mapping[s
     if config.speculation is not None and config.speculation.method != "ngram":
         raise NotSupportedYet(f"speculative_config: {first} runs in Transformers' code, which works with method ngram only",
                               "speculative_config")
-    spec = describe(first, json.dumps(found, sort_keys=True))
+    spec = describe(first, json.dumps(found, sort_keys=True), code)
     length = config.max_model_len or spec.max_model_len
     for one in _ropes(spec.config):
         kept = one.get("original_max_position_embeddings") or spec.max_model_len
@@ -79,6 +86,14 @@ def read_spec(config: EngineConfig, found: Mapping[str, Any], methods: Mapping[s
             raise NotSupportedYet(f"Transformers' code changes the rotary frequencies of {first} ({one['rope_type']}) with the longest "
                                   f"sequence of a batch: set max_model_len to at most {kept}", "max_model_len")
     return spec
+
+
+def _trusted_folder(config: EngineConfig, found: Mapping[str, Any], architecture: str) -> Path:
+    """The folder whose code may run. Raises `ModelError` without `trust_remote_code`."""
+    if not config.trust_remote_code:
+        raise ModelError(f"the architecture {architecture} exists only as Python code in the model's folder (auto_map), which is not run: "
+                         "read that code, and set trust_remote_code (--trust-remote-code) if you trust it", "trust_remote_code")
+    return Path(found[FOLDER])
 
 
 def _ropes(config: Any) -> Iterator[dict[str, Any]]:
@@ -95,15 +110,20 @@ def _known(architecture: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def describe(architecture: str, config_json: str) -> ForeignSpec:
-    """The specification of a model, from one forward pass of it without memory. Raises `ModelError` with the reason if it cannot run."""
-    config = _config(architecture, json.loads(config_json))
+def describe(architecture: str, config_json: str, code: Path | None = None) -> ForeignSpec:
+    """The specification of a model, from one forward pass of it without memory. Raises `ModelError` with the reason if it cannot run.
+
+    code: the trusted folder with the code of the architecture; None: Transformers has it."""
+    config = _config(architecture, json.loads(config_json), code)
     try:
-        layers, vocabulary, parameters = probe(architecture, config)
+        cls = model_class(architecture, config, json.loads(config_json), code)
+        layers, vocabulary, parameters = probe(cls, config)
         if len(sizes := {2 * x.num_kv_heads * x.head_dim for x in layers}) > 1:
             raise Unsupported(f"its layers have KV pages of different sizes ({sorted(sizes)} numbers a token)")
     except Unsupported as reason:
         raise model_error(f"the architecture {architecture} is not supported: {reason}") from None
+    except AttributeError as error:
+        raise model_error(f"the architecture {architecture} is not supported: {line_of(error)}") from error
     text = config.get_text_config()
     width, length = int(text.hidden_size), getattr(text, "max_position_embeddings", None)
     if not isinstance(length, int):
@@ -112,7 +132,7 @@ def describe(architecture: str, config_json: str) -> ForeignSpec:
         architecture=architecture, vocab_size=vocabulary, hidden_size=width, max_model_len=length,
         dtype=dtype_name(json.loads(config_json)),
         tied=bool(text.tie_word_embeddings), norm="rms", norm_eps=1e-6, norm_affine=True, final_norm=True, learned_positions=0,
-        position_offset=0, embed_size=width, names={}, parameters=parameters, config=config,
+        position_offset=0, embed_size=width, names={}, parameters=parameters, config=config, model_class=cls,
         layers=layer_specs(layers, width))
 
 
@@ -123,14 +143,16 @@ def layer_specs(layers: Sequence[ForeignLayer], width: int) -> tuple[LayerSpec, 
         out_bias=False, multiplier=x.scale, softcap=x.softcap)) for x in layers)
 
 
-def _config(architecture: str, found: Mapping[str, Any]) -> Any:
+def _config(architecture: str, found: Mapping[str, Any], code: Path | None) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = found.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    own = references(found, "AutoConfig") if code is not None else []
+    if not own and kind not in CONFIG_MAPPING:
         raise model_error(f"config.json: model_type {shown(kind)} of {architecture} is not one of Transformers'")
+    cls = load_class(code, own[0]) if code is not None and own else CONFIG_MAPPING[kind]
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(found))
+        return cls.from_dict(dict(found))
     except Exception as error:  # each configuration class checks its values in another way
         raise model_error(f"config.json is not one of {architecture}: {line_of(error)}") from error
 
@@ -139,9 +161,9 @@ def line_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def probe(architecture: str, config: Any) -> tuple[list[ForeignLayer], int, int]:
+def probe(cls: Any, config: Any) -> tuple[list[ForeignLayer], int, int]:
     """-> (every layer's attention, rows of the output head, number of weights). Raises `Unsupported`."""
-    cls, config = model_class(architecture, config), copy.deepcopy(config)
+    config = copy.deepcopy(config)
     for rope in _ropes(config):
         if rope.get("rope_type") in ROPE_BY_LENGTH:  # they read positions, which have no values here
             rope["rope_type"] = "default"
@@ -178,12 +200,16 @@ def probe(architecture: str, config: Any) -> tuple[list[ForeignLayer], int, int]
     return seen.layers, vocabulary, sum(sizes.values())
 
 
-def model_class(architecture: str, config: Any) -> Any:
-    """The model class. Raises `Unsupported` for one of which its class or configuration says that it cannot run here."""
+def model_class(architecture: str, config: Any, found: Mapping[str, Any], code: Path | None) -> Any:
+    """The model class. Raises `Unsupported` for one of which its class or configuration says that it cannot run here.
+
+    found: config.json, which names the class in the folder `code`."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    cls: Any = getattr(transformers, architecture)
+    cls = getattr(transformers, architecture) if code is None else load_class(code, references(found, "AutoModelForCausalLM")[0])
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise Unsupported("its class is not one of Transformers' models")
     if getattr(config, "is_encoder_decoder", False):
         raise Unsupported("it is an encoder-decoder, and this engine runs decoders")
     if getattr(cls, "_is_stateful", False) or {"mamba", "conv", "recurrent", "linear_attention"} & set(_layer_types(config)):
@@ -192,7 +218,7 @@ def model_class(architecture: str, config: Any) -> Any:
         raise Unsupported("it is multimodal, and this engine takes text only")
     if sparse := [name for name in config.get_text_config().to_dict() if name.startswith("index_topk")]:
         raise Unsupported(f"its attention is sparse ({sparse[0]})")
-    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if code is None and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise Unsupported("Transformers does not list it as a causal language model")
     return cls
 

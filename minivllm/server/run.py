@@ -211,7 +211,7 @@ def build_tokenizer(info: EngineInfo, template: str | None) -> Tokenizer | None:
     """The server tokenizes itself, so that the engine receives token ids. None for an engine without a tokenizer."""
     if info.tokenizer_folder is None:
         return None
-    tokenizer = Tokenizer(info.tokenizer_folder)
+    tokenizer = Tokenizer(info.tokenizer_folder, info.trust_remote_code)
     if template is not None:
         tokenizer.chat_template = ChatTemplate(template)
     return tokenizer

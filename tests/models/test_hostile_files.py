@@ -277,6 +277,6 @@ def test_code_in_a_model_folder_is_neither_run_nor_offered(tmp_path: Path, monke
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilTokenizer: ...\nclass EvilConfig: ...\n")
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(ModelError, match="Python code from the model's folder, which is never run") as error:
+    with pytest.raises(ModelError, match="Python code from its folder, which is not run") as error:
         Tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists() and "\n" not in str(error.value)

@@ -570,6 +570,14 @@ def test_a_folder_without_weights_is_refused_for_its_config_first(tmp_path: Path
     refused(make_folder(tmp_path / "m", config=config, weights=None), says, check=parse_config)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_python_files_are_downloaded_only_if_they_may_run(fake_hub: Any, trusted: bool) -> None:
+    calls = fake_hub(("config.json", "modeling_x.py", "tokenizer.json", "model.safetensors"))
+    folder = find("owner/name", trust_remote_code=trusted, tokenizer="owner/other").folder
+    assert (folder / "modeling_x.py").exists() == trusted
+    assert [("*.py" in call["allow_patterns"]) for call in calls] == [trusted] * len(calls) and len(calls) >= 3
+
+
 GGUFS = ("README.md", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "m-BF16.gguf", "mmproj-m-F16.gguf", "big-F32-00001-of-00002.gguf",
          "big-F32-00002-of-00002.gguf", "cut-IQ2-00001-of-00002.gguf")
 

@@ -107,7 +107,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model_type": "diffllama", "architectures": ["DiffLlamaForCausalLM"]}, "needs one call per layer"),
     ({"model_type": "arcee", "architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM is not supported; supported: Llama"),
     ({"model_type": "x", "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "architectures": ["X"]},
-     "the architecture X exists only as Python code in the model's folder (auto_map), which is never run"),
+     "the architecture X exists only as Python code in the model's folder (auto_map), which is not run: "),
     ({"model_type": "no_such", "architectures": ["ArceeForCausalLM"]}, "model_type 'no_such' of ArceeForCausalLM is not one of"),
     ({"model_type": "arcee", "hidden_size": "x", "architectures": ["ArceeForCausalLM"]}, "config.json is not one of ArceeForCausalLM"),
 )
