@@ -60,6 +60,9 @@ class TalkingEngine:
     def abort_request(self, request_id: str) -> list[OutputDelta]:
         return [OutputDelta(request_id, 0, (), "", finish_reason="abort")] if self._left.pop(request_id, None) else []
 
+    def prepare_ahead(self) -> bool:
+        return False
+
     def warm_up(self) -> None:
         pass
 

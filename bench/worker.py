@@ -39,6 +39,8 @@ def main() -> None:
     run(engine, workloads.uniform(1, 4, 1))
     say({"row": "ready", "seconds": round(time.time() - job["started"], 2), "dtype": engine.dtype,
          "parts": getattr(engine, "start_parts", None)})
+    if hasattr(engine, "finish_start"):
+        engine.finish_start()
     if job["check"]:
         tokens, gaps = engine.generate_with_gaps(workloads.check_requests())
         say({"row": "check", "tokens": tokens, "gaps": gaps})

@@ -34,6 +34,11 @@ class Engine:
         self.start_parts = next((line.removeprefix("started: ") for line in collector.lines if line.startswith("started: ")), None)
         self.dtype = str(self.llm.llm_engine.info().dtype)
 
+    def finish_start(self) -> None:
+        """Capture the CUDA graphs that the start has left for later, so that no row waits for one."""
+        while self.llm.llm_engine.core.prepare_ahead():
+            pass
+
     def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
         """-> the output tokens of each request."""
         prompts = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]

@@ -16,7 +16,7 @@ GROUPS = {
     "memory": ("kv_cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size", "cpu_offload_gb", "num_gpu_blocks_override", "block_size",
                "enable_prefix_caching"),
     "scheduling": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy",
-                   "max_queue", "async_scheduling", "enforce_eager"),
+                   "max_queue", "async_scheduling", "enforce_eager", "cuda_graph_capture"),
     "LoRA adapters": ("enable_lora", "lora_modules", "lora_folders", "max_loras", "max_lora_rank", "max_cpu_loras"),
     "pages of other origins (CORS)": ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"),
 }

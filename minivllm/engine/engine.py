@@ -220,6 +220,10 @@ class EngineCore:
         """Do once what would otherwise delay the steps of other requests: before the first request."""
         self._compiler.warm_up()
 
+    def prepare_ahead(self) -> bool:
+        """Do one short piece of work, of milliseconds, that later steps would otherwise wait for. False: nothing is left."""
+        return self.executor.prepare_ahead()
+
     def check_room(self, owner: str, num_preparing: int) -> None:
         """Raise `QueueFull` if the queue has no room for this owner, counting so many requests that are being prepared."""
         self.scheduler.check_room(owner, num_preparing)

@@ -27,6 +27,9 @@ class Executor(Protocol):
 
     def sample(self, step: Any, masks: TokenMasks | None = None) -> PendingStep: ...
 
+    def prepare_ahead(self) -> bool:
+        """Do one short piece of work that later steps would otherwise wait for. False: nothing is left. It is called between steps."""
+
     def read_adapter(self, folder: str) -> Any: ...
 
     def add_adapter(self, adapter_id: int, packed: Any) -> None: ...

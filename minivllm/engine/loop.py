@@ -1,6 +1,7 @@
 """The engine loop: receives commands, runs the engine's steps, sends messages. It runs in a thread or in a separate process.
 
-The inbox is drained before each step. While there is no work, the loop sleeps in `inbox.get()`; it never polls.
+The inbox is drained before each step. While there is no work, the loop prepares what the start has left for later (CUDA graphs), piece by
+piece until a command arrives. Then it sleeps in `inbox.get()`; it never polls.
 """
 from __future__ import annotations
 
@@ -49,6 +50,8 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def warm_up(self) -> None: ...
+
+    def prepare_ahead(self) -> bool: ...
 
     def check_room(self, owner: str, num_preparing: int) -> None: ...
 
@@ -163,6 +166,8 @@ class EngineLoop:
         commands cannot delay a step for long.
         """
         wait = not self.engine.has_unfinished_requests()
+        while wait and self.inbox.empty() and self.engine.prepare_ahead():
+            pass
         end = None if wait else time.perf_counter() + COMMAND_SECONDS
         for _ in range(max(self.inbox.qsize(), int(wait))):
             try:

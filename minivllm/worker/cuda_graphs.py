@@ -2,7 +2,7 @@
 
 At small batch sizes a step is a chain of kernels of a few microseconds each, and launching them from Python takes longer than
 running them. A graph fixes everything that is not data: the numbers of tokens and sequences, the kernels' grids, the addresses.
-So there is one graph per shape out of a short list, captured at start-up, and a batch is padded to the next shape.
+So there is one graph per shape out of a short list, and a batch is padded to the next shape.
 
     shapes           decodes only: sequences of query_width tokens each;  mixed: prompt chunks and decodes
 
@@ -21,6 +21,11 @@ sequences, because attention splits the keys differently. Some sizes have one mo
 the shared keys once. Larger steps run eagerly: arithmetic bounds them, and Python launches the next kernels while the GPU computes.
 
 Graphs never run at the same time, so all share one memory pool and one tensor for logits: the next step overwrites them.
+
+A start captures the largest graph, which sets the size of the pool. With `cuda_graph_capture="background"` the others follow while the
+engine is idle, from the largest to the smallest, and a step that needs a graph captures it first. So every step runs in the same graph as
+if all had been captured at the start: it may come later, but its tokens are the same. Capturing changes nothing that a sequence uses: the
+step that it runs has padding alone, which is the null row and the null block, and the stream orders it after the steps before it.
 """
 from __future__ import annotations
 
@@ -134,11 +139,11 @@ class Inputs(NamedTuple):
 
 
 class Graph:
-    """One shape: its static inputs, the recorded step, its static outputs."""
+    """One shape: its static inputs and, once it is captured, the recorded step and its static outputs."""
 
-    def __init__(self, shape: GraphShape, model: LanguageModel, kv: KVCache, table: RowTable, pool: Any,
-                 drafts: DraftRunner | None = None) -> None:
+    def __init__(self, shape: GraphShape, model: LanguageModel, kv: KVCache, table: RowTable, drafts: DraftRunner | None = None) -> None:
         """drafts: also verify drafts and propose new ones."""
+        self.captured = False
         self._model, self._kv, self._table, self.shape, self._drafts = model, kv, table, shape, drafts
         tokens, seqs, decodes = shape[:3]
         null_index, rows = table.null_row * table.tokens.shape[1], shape.logits_rows
@@ -163,7 +168,12 @@ class Graph:
         self._null_sample = null_index + 1
         self._before_first = torch.from_numpy(query_start[:-1] - 1).to(model.build.device, torch.int64)  # of each decode's tokens
         self._inputs = StaticColumns(self._padding.flat(), model.build.device)
+
+    def capture(self, pool: Any) -> None:
+        """Record the step. pool: the memory of graphs captured before; None: this is the first one. Later steps on the stream may
+        already be planned, but not launched."""
         self._record(pool)
+        self.captured = True
 
     def _record(self, pool: Any) -> None:
         self._step()  # compiles kernels and fills their caches, which a capture must not do
@@ -171,8 +181,8 @@ class Graph:
             self._propose()
         torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog thread queries events meanwhile, which must not end the capture.
-        mode = "thread_local" if self._model.build.group.size > 1 else "global"
+        # Other threads may use the GPU meanwhile: NCCL's watchdog queries events, and LoRA adapters are read into pinned memory.
+        mode = "thread_local"
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
@@ -331,31 +341,64 @@ class VerifiedStep:
 
 
 class StepGraphs:
-    """All graphs of a runner, captured largest first so that they share memory."""
+    """All graphs of a runner. The largest is captured first, so that the others share its memory."""
 
     def __init__(self, model: LanguageModel, kv: KVCache, table: RowTable, max_num_seqs: int, max_num_batched_tokens: int,
-                 query_widths: Sequence[int] = (1,), drafts: DraftRunner | None = None) -> None:
-        """query_widths: tokens per captured decode, which is 1 plus its number of drafts. drafts: of a worker with a proposer."""
-        self._widths, self._table = sorted(query_widths), table
+                 query_widths: Sequence[int] = (1,), drafts: DraftRunner | None = None, *, only_largest: bool = False) -> None:
+        """query_widths: tokens per captured decode, which is 1 plus its number of drafts. drafts: of a worker with a proposer.
+        only_largest: `capture` and `capture_next` capture the others."""
+        self._widths, self._table, self._model = sorted(query_widths), table, model
         shapes = list(graph_shapes(model.spec, table, max_num_seqs, max_num_batched_tokens, query_widths))
         if model.build.adapters is not None:  # a batch without adapters runs the graphs of an engine without them
             shapes += [shape._replace(adapters=True) for shape in shapes if not shape.sharing]
-        graphs: dict[GraphShape, Graph] = {}
-        pool = None
-        free_before = torch.cuda.mem_get_info(model.build.device)[0]
-        with torch.inference_mode():
-            for shape in sorted(shapes, reverse=True):
-                graphs[shape] = Graph(shape, model, kv, table, pool, drafts)
-                pool = graphs[shape].pool
+        self._free_before = self._free()
+        graphs = {shape: Graph(shape, model, kv, table, drafts) for shape in sorted(shapes, reverse=True)}
+        self._missing, self._pool = list(graphs.values()), None  # the graphs to capture, largest first
         by_size = [graphs[shape] for shape in sorted(shapes, key=lambda shape: (shape.seqs, shape.longest))]
         self._decodes = [graph for graph in by_size if graph.shape.decodes and not graph.shape.sharing]
         self._sharing = [graph for graph in by_size if graph.shape.sharing]
         self._mixed = [graphs[shape] for shape in shapes if not shape.decodes]
         self._token_bytes = kv.layout.token_bytes
-        self.bytes_taken = free_before - torch.cuda.mem_get_info(model.build.device)[0]
+        self._summary = (f"{len(graphs)} CUDA graphs of up to {max(s.decodes for s in shapes)} decodes or "
+                         f"{max((shape.tokens for shape in shapes if not shape.decodes), default=0)} tokens")
         model.build.ops.before_replays(model.build.device)  # compiles it now, before the first request waits for it
-        log.info("captured %d CUDA graphs of up to %d decodes or %d tokens: %d MiB", len(graphs), max(s.decodes for s in shapes),
-                 max((shape.tokens for shape in shapes if not shape.decodes), default=0), self.bytes_taken >> 20)
+        while self.capture_next() and not only_largest:
+            pass
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self._model.build.device)[0]
+
+    @property
+    def num_missing(self) -> int:
+        return len(self._missing)
+
+    def capture_next(self) -> bool:
+        """Capture the largest graph that is missing. False: no other one is missing."""
+        if self._missing:
+            self.capture(self._missing[0])
+        return bool(self._missing)
+
+    def capture(self, graph: Graph) -> bool:
+        """Capture a graph if it is missing. False: there is no memory for it, and all graphs that are missing are given up."""
+        if graph.captured:
+            return True
+        try:
+            with torch.inference_mode():
+                graph.capture(self._pool)
+        except torch.OutOfMemoryError as error:
+            if self._pool is None or self._model.build.group.size > 1:  # the first one; other ranks would wait for this one
+                raise
+            log.warning("no memory for %d of %s (%s): such steps run eagerly, and slower", len(self._missing), self._summary, error)
+            self._missing = []
+            for graphs in (self._decodes, self._sharing, self._mixed):
+                graphs[:] = [graph for graph in graphs if graph.captured]
+            return False
+        self._pool = graph.pool
+        self._missing.remove(graph)
+        self.bytes_taken = self._free_before - self._free()
+        if not self._missing:
+            log.info("captured %s: %d MiB", self._summary, self.bytes_taken >> 20)
+        return True
 
     def widened(self, c: Columns) -> Columns:
         """Decodes with different numbers of drafts, lengthened to one captured width. Other columns are returned as they are."""

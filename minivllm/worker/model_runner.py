@@ -176,12 +176,14 @@ class ModelRunner:
     """One model, its KV cache, and the rows of the running sequences."""
 
     def __init__(self, model: LanguageModel, kv: KVCache, *, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = (),
-                 graph_tokens: int = 0, query_widths: Sequence[int] = (1,), proposer: DeviceProposer | None = None,
-                 keep_probs: bool = False, most_speculative_seqs: int = tuning.MAX_DRAFT_PROBS_ROWS) -> None:
+                 graph_tokens: int = 0, query_widths: Sequence[int] = (1,), only_largest_graph: bool = False,
+                 proposer: DeviceProposer | None = None, keep_probs: bool = False,
+                 most_speculative_seqs: int = tuning.MAX_DRAFT_PROBS_ROWS) -> None:
         """proposer: of drafts. keep_probs: it samples its drafts, so keep their distributions.
         most_speculative_seqs: sequences of the largest step after which drafts are proposed.
         graph_tokens: capture CUDA graphs of decodes, and of mixed steps up to this many tokens; 0: none.
-        query_widths: of the captured decodes, 1 plus their number of drafts."""
+        query_widths: of the captured decodes, 1 plus their number of drafts.
+        only_largest_graph: capture the others when steps need them, and by `capture_next`."""
         self.model, self.kv = model, kv
         groups = kv.layout.groups
         full_attention = [g for g, group in enumerate(groups) if group.window is None]
@@ -195,13 +197,26 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, model.spec.vocab_size, model.build.device, eos_token_ids, model.build.ops, probs)
         self._drafts = None if proposer is None else DraftRunner(
             proposer, kv, self.rows, self.sampler, model.build.ops, most_speculative_seqs)
-        self._graphs = StepGraphs(model, kv, self.rows, max_num_seqs, graph_tokens, query_widths, self._drafts) if graph_tokens else None
+        self._graphs = None if not graph_tokens else StepGraphs(
+            model, kv, self.rows, max_num_seqs, graph_tokens, query_widths, self._drafts, only_largest=only_largest_graph)
         self._only_replays = False  # True: only graphs were replayed since the last call of `before_replays`
 
     @property
     def graph_bytes(self) -> int:
-        """Memory that capturing graphs has taken."""
+        """Memory that capturing graphs has taken so far."""
         return 0 if self._graphs is None else self._graphs.bytes_taken
+
+    @property
+    def graphs_missing(self) -> int:
+        """Number of graphs that are not captured yet."""
+        return 0 if self._graphs is None else self._graphs.num_missing
+
+    def capture_next(self) -> bool:
+        """Capture one of the graphs that are missing. False: no other one is missing. Call it between steps."""
+        if self._graphs is None or not self.graphs_missing:
+            return False
+        self._only_replays = False
+        return self._graphs.capture_next()
 
     def drop_rows(self) -> None:
         """Start with an empty row table. It is a cache of what plans said: every row must be admitted again."""
@@ -251,6 +266,10 @@ class ModelRunner:
         graph = graphs.find(columns)
         if graph is None:
             return None
+        if not graph.captured:
+            self._only_replays = False
+            if not graphs.capture(graph):
+                return None
         changes = self.rows.changes()
         if len(changes[0]) > graph.max_changes:
             self._only_replays = False

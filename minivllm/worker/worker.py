@@ -154,6 +154,7 @@ class LoadedModel:
         speculation, sampled = config.speculation, sampled_drafts(config.speculation)
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0,
+                             only_largest_graph=config.cuda_graph_capture == "background",
                              proposer=self.proposer, query_widths=query_widths(speculation), keep_probs=sampled > 0,
                              most_speculative_seqs=0 if speculation is None else most_speculative_seqs(speculation, self.device.type))
         if ledger is not None:
@@ -199,6 +200,10 @@ class Worker:
     def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """A whole step, waited for."""
         return self.sample(self.launch(plan), masks).wait()
+
+    def prepare_ahead(self) -> bool:
+        """Capture one of the CUDA graphs that the start has left for later. False: no other one is left. Call it between steps."""
+        return self.runner.capture_next()
 
     def read_adapter(self, lora_path: str) -> PackedAdapter:
         """A LoRA adapter in host memory, not known to the worker yet. lora_path: folder or hub id. It may be called on any thread.

@@ -196,6 +196,9 @@ class FakeExecutor:
                 del self.arriving[move.device_block]
                 self.device[move.device_block] = [hash(("junk", plan.step_id))] * size
 
+    def prepare_ahead(self) -> bool:
+        return False
+
     def drop_rows(self) -> None:
         self.rows.clear()
 

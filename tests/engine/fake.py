@@ -126,6 +126,9 @@ class FakeExecutor:
     def when_failed(self, call: Callable[[Exception], None]) -> None:
         pass
 
+    def prepare_ahead(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed = True
 

@@ -96,6 +96,9 @@ class ScriptedEngine:
             self.seen.append(self.requests[request_id])
             self.changed.notify_all()
 
+    def prepare_ahead(self) -> bool:
+        return False
+
     def warm_up(self) -> None:
         pass
 
