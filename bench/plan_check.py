@@ -57,7 +57,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(described))
         config = dataclasses.replace(build(EngineConfig, given(args, EngineConfig)), model=folder, device="cuda", load_format="dummy",
-                                     skip_tokenizer_init=True, quantization=online)
+                                     skip_tokenizer_init=True, quantization=online, cuda_graph_capture="start")
         if args.memory_gib is not None:
             config = dataclasses.replace(config, gpu_memory_utilization=args.memory_gib * GIB / gpu.memory)
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / gpu.memory))

@@ -101,8 +101,8 @@ class EngineConfig:
         "fcfs: by arrival; priority: by the request's priority (lower first), then by arrival", choices=tuple(POLICIES))
     enforce_eager: bool = option(False, "on a GPU: launch every kernel from Python instead of replaying CUDA graphs")
     cuda_graph_capture: str = option("background",
-        "when CUDA graphs are captured; start: all before the engine is ready; background: most of them while the engine is idle, and each "
-        "no later than a step needs it", choices=("background", "start"))
+        "when CUDA graphs are captured; start: all before the engine is ready, as always on several GPUs; background: only the largest one "
+        "then, the others while the engine is idle, and each no later than a step needs it", choices=("background", "start"))
     async_scheduling: bool | None = option(None,
         "plan and launch the next step while the current one runs (default: on for a GPU, off for a CPU)")
     kv_offloading_size: float = option(0.0, "GiB of host memory for KV blocks that do not fit on the device")

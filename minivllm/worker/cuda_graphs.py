@@ -181,8 +181,7 @@ class Graph:
             self._propose()
         torch.cuda.synchronize(self._model.build.device)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile: NCCL's watchdog queries events, and LoRA adapters are read into pinned memory.
-        mode = "thread_local"
+        mode = "thread_local"  # other threads may use the GPU: NCCL's watchdog queries events, LoRA adapters are read into pinned memory
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             logits, self._sampled = self._step()  # [R, V] in the model's dtype, [R] int64
         self._logits = _unowned(logits)
@@ -386,9 +385,10 @@ class StepGraphs:
             with torch.inference_mode():
                 graph.capture(self._pool)
         except torch.OutOfMemoryError as error:
-            if self._pool is None or self._model.build.group.size > 1:  # the first one; other ranks would wait for this one
+            if self._pool is None or self._model.build.group.size > 1:  # the first one; other ranks have captured this one
                 raise
-            log.warning("no memory for %d of %s (%s): such steps run eagerly, and slower", len(self._missing), self._summary, error)
+            log.warning("no memory for %d of %s (%s): such steps run in larger graphs or eagerly, and slower", len(self._missing),
+                        self._summary, error)
             self._missing = []
             for graphs in (self._decodes, self._sharing, self._mixed):
                 graphs[:] = [graph for graph in graphs if graph.captured]

@@ -101,7 +101,7 @@ class MemoryLedger:
     graphs_planned: int
     rows: int  # token table, block tables and what the sampler keeps: allocated with the cache, for max_num_seqs sequences
     cache: int = 0
-    graphs_taken: int = 0  # known once they are captured
+    graphs_taken: int = 0  # by the graphs captured at the start
 
     def table(self) -> tuple[str, str]:
         """Two lines in GiB: the columns' names, and the figures. What is left stays unused: see gpu_memory_utilization."""

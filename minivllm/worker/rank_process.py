@@ -86,10 +86,6 @@ class DropRowsCommand(NamedTuple):
     pass
 
 
-class PrepareAheadCommand(NamedTuple):
-    pass
-
-
 class RankFailed(NamedTuple):
     """The last message of a rank."""
 
@@ -167,8 +163,6 @@ def _serve(worker: Worker, connection: Connection) -> None:
                 command.packed, weights=weights.pin_memory() if worker.device.type == "cuda" else weights))
         elif isinstance(command, RemoveAdapterCommand):
             worker.remove_adapter(command.adapter_id)
-        elif isinstance(command, PrepareAheadCommand):
-            worker.prepare_ahead()
         else:
             assert isinstance(command, DropRowsCommand)
             worker.drop_rows()

@@ -52,7 +52,6 @@ from minivllm.worker.rank_process import (
     AddAdapterCommand,
     AllocateCommand,
     DropRowsCommand,
-    PrepareAheadCommand,
     LaunchCommand,
     RankFailed,
     RankJob,
@@ -306,14 +305,6 @@ class LeadingWorker(Worker):
             raise self.ranks.failure
         self._finished_moves += result.finished_moves
         return result
-
-    def prepare_ahead(self) -> bool:
-        """See `Worker`. Raises `EngineDead` if a rank has failed."""
-        if not self.runner.graphs_missing:
-            return False
-        self.ranks.send(PrepareAheadCommand())
-        with self.ranks.explaining():
-            return super().prepare_ahead()
 
     def read_adapter(self, lora_path: str) -> list[PackedAdapter]:  # type: ignore[override]
         """See `Worker`: every rank's part."""

@@ -154,7 +154,7 @@ class LoadedModel:
         speculation, sampled = config.speculation, sampled_drafts(config.speculation)
         runner = ModelRunner(self.model, kv, max_num_seqs=config.max_num_seqs, max_model_len=size.max_model_len,
                              eos_token_ids=eos_token_ids, graph_tokens=self.max_num_batched_tokens if self._captures_graphs else 0,
-                             only_largest_graph=config.cuda_graph_capture == "background",
+                             only_largest_graph=config.cuda_graph_capture == "background" and self._num_ranks == 1,
                              proposer=self.proposer, query_widths=query_widths(speculation), keep_probs=sampled > 0,
                              most_speculative_seqs=0 if speculation is None else most_speculative_seqs(speculation, self.device.type))
         if ledger is not None:

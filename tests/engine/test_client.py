@@ -487,6 +487,28 @@ def test_an_idle_loop_sleeps(folder: str) -> None:
     assert loop.rounds == rounds
 
 
+def test_an_idle_loop_prepares_piece_by_piece_and_a_request_waits_for_one_piece_at_most(folder: str) -> None:
+    engine, inbox, sent = build_plain(folder), queue.SimpleQueue(), []
+    events: list[str] = []
+    step = engine.step
+
+    def prepare_ahead() -> bool:
+        events.append("piece")
+        if len(events) == 2:
+            inbox.put(ask("a", max_tokens=3))
+        if events.count("piece") == 5:
+            inbox.put(ShutdownCommand())
+        return events.count("piece") < 5
+
+    engine.prepare_ahead = prepare_ahead
+    engine.step = lambda: events.append("step") or step()
+    EngineLoop(engine, inbox, sent.append).run()
+    engine.close()
+    first, last = events.index("step"), len(events) - 1 - events[::-1].index("step")
+    assert events[:first] == ["piece"] * 2 and set(events[first : last + 1]) == {"step"} and events[last + 1 :] == ["piece"] * 3
+    assert any(delta.finish_reason for message in sent for delta in message.deltas)
+
+
 def test_a_request_reaches_the_scheduler_unchanged(folder: str) -> None:
     engine = make_engine(folder=folder, policy="priority")
     request = EngineRequest("r", (5, 6), SamplingParams(stop="x", logit_bias={5: 1.0}), 2.5, priority=3, cache_salt="salt")

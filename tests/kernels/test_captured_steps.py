@@ -45,16 +45,22 @@ class Repeated(cuda_graphs.Graph):
 
     replayed: ClassVar[list[cuda_graphs.GraphShape]] = []
     runs_first: ClassVar[bool] = False  # as before a capture
+    max_captures: ClassVar[int | None] = None  # there is no memory for more
     shared_keys: int  # at the last replay
-    pool = None
+    pool = "pool"
 
     def _record(self, pool: Any) -> None:
+        if self.max_captures is not None:
+            if not self.max_captures:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            Repeated.max_captures -= 1
         if self.runs_first:
             self._step()
             if self._drafts is not None:
                 self._propose()
 
     def _run(self) -> None:
+        assert self.captured
         self.replayed.append(self.shape)
         self.shared_keys = int(self._inputs.tensors[0][0])
         start, lens = self._inputs.tensors[1].tolist(), self._inputs.tensors[3].tolist()
@@ -125,13 +131,14 @@ def test_rows_with_adapters_are_replayed_and_give_the_tokens_of_eager_steps(tmp_
 
 def runner_of(
     tiny: Tiny, block_size: int, query_widths: tuple[int, ...] = (1,), length: int = LENGTH, graph_tokens: int = 32,
+    only_largest_graph: bool = False,
 ) -> ModelRunner:
     model = tiny.with_triton
     kv = KVCache(KVLayout.of(model.spec, block_size, torch.float32), NUM_BLOCKS, 0, CPU, model.build.ops)
     for layer in kv.layers:  # reading a slot that was never written gives NaN
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return ModelRunner(model, kv, max_num_seqs=ROWS, max_model_len=length, eos_token_ids=(3,), graph_tokens=graph_tokens,
-                       query_widths=query_widths)
+                       query_widths=query_widths, only_largest_graph=only_largest_graph)
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(1, 1), (2, 4), (4, 4), (5, 4)])
@@ -196,6 +203,44 @@ def test_a_graph_runs_before_its_first_inputs(plain: Tiny, monkeypatch: pytest.M
     monkeypatch.setattr(Repeated, "runs_first", True)
     runner = runner_of(plain, 4)  # an index out of bounds raises
     assert runner._graphs._mixed and runner._graphs._sharing and not Repeated.replayed
+
+
+def test_graphs_are_captured_while_sequences_run_and_change_nothing_that_these_use(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repeated, "runs_first", True)
+    runner, sequences = runner_of(plain, 4, only_largest_graph=True), sequences_of(plain)[:2]
+    launch, count, missing = runner.launch, runner.graphs_missing, []
+
+    def capture_and_launch(plan: StepPlan) -> LaunchedStep:
+        missing.append(runner.graphs_missing)
+        if len(missing) % 8 == 0:  # as in an idle loop, but sequences run
+            runner.capture_next()
+        return launch(plan)
+
+    monkeypatch.setattr(runner, "launch", capture_and_launch)
+    run(runner, plain.planner(4, 2), sequences, random.Random(1), depth=1)
+    assert [s.outputs for s in sequences] == plain.expected[:2]
+    assert missing[0] == count > missing[1] and len(set(Repeated.replayed)) > 2
+    while runner.capture_next():
+        pass
+    assert not runner.graphs_missing and all(graph.captured for graph in (*runner._graphs._decodes, *runner._graphs._mixed))
+
+
+def test_steps_without_memory_for_their_graph_run_in_a_larger_one_or_eagerly(
+    plain: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Repeated, "max_captures", 2)
+    runner, sequences = runner_of(plain, 4, only_largest_graph=True), sequences_of(plain)[:2]
+    run(runner, plain.planner(4, 2), sequences, random.Random(1), depth=1)
+    assert [s.outputs for s in sequences] == plain.expected[:2]
+    assert 0 < len(set(Repeated.replayed)) <= 2
+    assert not runner.graphs_missing and not runner.capture_next()
+    assert [record.message.startswith("no memory for") for record in caplog.records if record.levelname == "WARNING"] == [True]
+
+
+def test_without_memory_for_the_largest_graph_the_start_fails(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repeated, "max_captures", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner_of(plain, 4, only_largest_graph=True)
 
 
 def test_changed_blocks_are_sent_before_a_graph_that_has_no_room_for_them(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

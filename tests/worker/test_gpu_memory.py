@@ -55,7 +55,7 @@ class Load:
 
 def test_no_memory_is_allocated_after_the_first_steps(tiny_llama: Callable[..., Path]) -> None:
     with LLM(model=str(tiny_llama()), device="cuda", dtype="bfloat16", num_gpu_blocks_override=300, max_num_seqs=ROWS,
-             max_num_batched_tokens=1024) as llm:
+             max_num_batched_tokens=1024, cuda_graph_capture="start") as llm:
         load = Load(llm)
         for kind in KINDS:  # the largest steps there can be of each kind, so that the random ones need no more
             for _ in range(ROWS):
@@ -79,7 +79,7 @@ def test_graphs_of_short_sequences_are_captured_inside_their_tables(tiny_llama: 
     found = []
     for eager in (True, False):
         with LLM(model=str(tiny_llama()), device="cuda", dtype="float32", num_gpu_blocks_override=64, max_num_seqs=4, max_model_len=length,
-                 max_num_batched_tokens=64, enforce_eager=eager) as llm:
+                 max_num_batched_tokens=64, enforce_eager=eager, cuda_graph_capture="start") as llm:
             params = SamplingParams(temperature=0, max_tokens=0 if length == 1 else 99, ignore_eos=True, prompt_logprobs=0)
             found.append([output.outputs[0].token_ids for output in llm.generate([[5], [6], [7]], params, use_tqdm=False)])
             torch.cuda.synchronize()
