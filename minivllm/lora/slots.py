@@ -37,7 +37,7 @@ class AdapterStore:
                  group: ParallelGroup = SINGLE) -> None:
         self.layout, self.group = layout, group
         self._slots = torch.zeros((max_loras, layout.size), dtype=dtype, device=device)
-        self.ranks = torch.zeros(max_loras, dtype=torch.int32, device=device)  # of the adapter in each slot
+        self.ranks = torch.zeros(max_loras + 1, dtype=torch.int32, device=device)  # of the adapter in each slot; the last: no adapter
         self._host: dict[int, PackedAdapter] = {}
 
     @property

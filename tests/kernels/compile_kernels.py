@@ -198,13 +198,13 @@ def lora_variants() -> Iterator[dict[str, Any]]:
         (block_k, block_r), ends = tuning.lora_shrink_tile(k), dict(END0=end0, END1=end1)
         flags = dict(NORM=parts > 1, ADD=parts == 1, PDL=PDL)
         for rank in (16, 64):
-            common = dict(K=k, R=rank, WIDTH=rank * parts, BLOCK_R=block_r, **flags, **ends)
+            common = dict(K=k, R=rank, WIDTH=rank * parts, **flags, **ends)
             yield measure(f"decode {layer} with an adapter of rank {rank}", lora._one_row, rows,
                           dict(N=n // (1 + gated), BLOCK_N=one.block_n, BLOCK_K=one.block_k, BLOCK_A=block_k, COPIES=tuning.LORA_COPIES,
                                COPY=rank * parts, GATED=gated, BIAS=False, **common), num_warps=one.num_warps)
             blocks = -(-n // tuning.LORA_EXPAND_COLUMNS)
             yield measure(f"decode before {layer}, adapters of rank {rank}", lora._few_rows, rows,
-                          dict(N=n, BLOCKS=blocks, BLOCK_N=tuning.LORA_EXPAND_COLUMNS, BLOCK_K=block_k, **common),
+                          dict(N=n, BLOCKS=blocks, BLOCK_N=tuning.LORA_EXPAND_COLUMNS, BLOCK_R=block_r, BLOCK_K=block_k, **common),
                           num_warps=tuning.LORA_WARPS)
         tokens = dict(R=64, WIDTH=64 * parts, BLOCK_M=many.block_m)
         yield measure(f"prefill shrink before {layer}", lora._shrink_tiles, rows, dict(K=k, BLOCK_K=many.block_k, **tokens),

@@ -25,12 +25,12 @@ def backend(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def make(rows: tuple[int, ...], k: int, rank: int, dtype: torch.dtype, device: str) -> tuple[AdapterWeights, Tensor]:
-    """Weights in slots as the engine has them: views with a stride, zeros beyond each adapter's rank. -> (weights, ranks)."""
+    """Weights in slots as the engine has them: views with a stride, zeros beyond each adapter's rank. -> (weights, ranks [SLOTS + 1])."""
     generator = torch.Generator().manual_seed(3)
-    ranks, width = torch.tensor([5, rank, 1], dtype=torch.int32), len(rows) * rank
+    ranks, width = torch.tensor([5, rank, 1, 0], dtype=torch.int32), len(rows) * rank
     slots = torch.zeros(SLOTS, width * k + sum(rows) * rank + 64, dtype=dtype)
     a, b = slots[:, : width * k].unflatten(1, (width, k)), slots[:, width * k : -64].unflatten(1, (sum(rows), rank))
-    for slot, r in enumerate(ranks.tolist()):
+    for slot, r in enumerate(ranks[:SLOTS].tolist()):
         for part in range(len(rows)):
             a[slot, part * rank : part * rank + r] = torch.randn(r, k, generator=generator).to(dtype) / k**0.5
         b[slot, :, :r] = torch.randn(sum(rows), r, generator=generator).to(dtype)

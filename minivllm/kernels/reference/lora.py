@@ -22,7 +22,7 @@ AdapterGroups: TypeAlias = tuple[tuple[int, Tokens], ...]  # (slot, its tokens)
 
 
 def prepare_lora(slots: Tensor, ranks: Tensor) -> AdapterGroups:
-    """What the layers of a step share. slots: [T] int32, -1 for the base model; ranks: [S] int32, of the adapter in each slot."""
+    """What a step's layers share. slots: [T] int32, -1 for the base model; ranks: [S + 1] int32, of the adapter in each slot, then 0."""
     groups: list[tuple[int, Tokens]] = []
     for slot in torch.unique(slots).tolist():
         if slot >= 0:

@@ -14,8 +14,8 @@ A word is a number and the sign that it is there, so that one trip to memory rea
 running, because a GPU starts programs in order. The words of a call are used once. They become EMPTY when a step begins.
 
 No shape depends on the batch's adapters, so captured graphs serve any mix. Ranks are read on the device: an adapter of rank 8 costs no
-more than that in slots for rank 64. Slots and adapters do not change while kernels run early (see `device`), so they are read before
-the wait.
+more than that in slots for rank 64. Slots, ranks and adapters do not change while kernels run early (see `device`), so they are read
+before the wait. A program reads the slot and the rank of its row at the same time: with the rank behind the slot it would wait twice.
 """
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ _LINE = 32  # words of a cache line
 class LoRAStep:
     """What the layers of a step share: the slot of each token, the rank in each slot, and words for the kernels' calls."""
 
-    __slots__ = ("_words", "ranks", "slots")
+    __slots__ = ("_words", "ranks", "row_ranks", "slots")
 
     def __init__(self, slots: Tensor, ranks: Tensor) -> None:
-        """slots: [T] int32, -1 for the base model; ranks: [S] int32."""
+        """slots: [T] int32, -1 for the base model; ranks: [S + 1] int32, the last one 0."""
         self.slots, self.ranks = slots, ranks
+        self.row_ranks = ranks[slots]  # [T]; index -1 is the last rank
         self._words: Tensor | None = None  # those that no call has
 
     def take_words(self, count: int) -> Tensor:
@@ -68,7 +69,10 @@ def _shrink(
     K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COPIES: tl.constexpr, COPY: tl.constexpr,
     NORM: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R numbers of x A^T of one row, into COPIES that are COPY words apart. stride: numbers of a slot. KEEP: store norm(x) too."""
+    """BLOCK_R numbers of x A^T of one row, into COPIES that are COPY words apart. stride: numbers of a slot.
+
+    NORM: of norm(x) A^T, without the norm's scale unless KEEP, which also stores norm(x).
+    """
     first_rank = block * BLOCK_R
     active = first_rank % R < rank
     expected = first_rank % R // _RANKS * _RANKS < rank  # `_expand` waits for RANKS at a time
@@ -80,7 +84,6 @@ def _shrink(
     if NORM:
         first_factor = tl.load(norm_weight + k, mask=live, other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     source = x + row.to(tl.int64) * K
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -95,9 +98,8 @@ def _shrink(
             value *= factor.to(tl.float32)
         tile = first if start == 0 else tl.load(weights + k[None, :], mask=active & live[None, :], other=0.0)
         acc += tile.to(tl.float32) * value[None, :]
-    y = tl.sum(acc, 1)
-    scale = tl.rsqrt(tl.sum(squares, 0) / K + eps) if NORM else 1.0
-    bits = (y * scale).to(tl.int32, bitcast=True)
+    scale = tl.rsqrt(tl.sum(squares, 0) / K + eps) if KEEP else 1.0
+    bits = (tl.sum(acc, 1) * scale).to(tl.int32, bitcast=True)
     bits = tl.where(bits == _EMPTY, _NAN, bits)
     at = words + tl.arange(0, COPIES)[:, None] * COPY + r[None, :]
     tl.store(at, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_R]), mask=expected)
@@ -139,26 +141,47 @@ def _expand(words, rows_b, first, live, rank):
 
 
 @triton.jit
+def _expand_both(words, rows_b, first, first_up, live, rank, N: tl.constexpr, R: tl.constexpr):
+    """`_expand` of gate and up, whose words are R apart and whose rows of B are N apart. It waits for both at the same time."""
+    words += tl.arange(0, _RANKS)
+    acc = tl.zeros([first.shape[0]], tl.float32)
+    acc_up = tl.zeros([first.shape[0]], tl.float32)
+    for start in range(0, rank, _RANKS):
+        tile, tile_up = first, first_up
+        if start > 0:
+            tile = tl.load(rows_b + start, mask=live[:, None], other=0.0)
+            tile_up = tl.load(rows_b + N * R + start, mask=live[:, None], other=0.0)
+        bits, bits_up = tl.load(words + start, volatile=True), tl.load(words + R + start, volatile=True)
+        while tl.min(((bits != _EMPTY) & (bits_up != _EMPTY)).to(tl.int32), 0) == 0:
+            bits, bits_up = tl.load(words + start, volatile=True), tl.load(words + R + start, volatile=True)
+        acc += tl.sum(tile.to(tl.float32) * bits.to(tl.float32, bitcast=True)[None, :], 1)
+        acc_up += tl.sum(tile_up.to(tl.float32) * bits_up.to(tl.float32, bitcast=True)[None, :], 1)
+    return acc, acc_up
+
+
+@triton.jit
 def _one_row(
     out, x, weight, norm_weight, bias, residual, eps,  # as linear._matvec
-    words, a, b, slots, ranks, stride,  # [COPIES, COPY], [S, WIDTH, K], [S, N or 2N, R], [1], [S]
+    words, a, b, slots, ranks, stride,  # [COPIES, COPY], [S, WIDTH, K], [S, N or 2N, R], [1], [1]
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, COPIES: tl.constexpr, COPY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, COPIES: tl.constexpr, COPY: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`linear._matvec` with an adapter. WIDTH: PARTS * R. END0, END1: where the first and the second part of the outputs end.
 
-    The columns of a program belong to one part. BLOCK_R, BLOCK_A: the tile of A that a program multiplies.
+    Each of the first WIDTH programs computes one number of x A^T, since all others wait for it. The columns of a program belong to one
+    part. BLOCK_A: inputs that a program multiplies with A at a time. The next kernel may start at once, so that its programs load
+    their weights while this kernel waits.
     """
-    SENDERS: tl.constexpr = WIDTH // BLOCK_R
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
-    slot = tl.load(slots)
-    rank = tl.load(ranks + slot, mask=slot >= 0, other=0)
-    if program < SENDERS:
-        _shrink(words, x, x, a, 0 * program, program, slot, rank, norm_weight, eps, stride, K, R, BLOCK_R, BLOCK_A, COPIES, COPY, NORM,
-                False, PDL)
+    slot, rank = tl.load(slots), tl.load(ranks)
+    if program < WIDTH:
+        _shrink(words, x, x, a, 0 * program, program, slot, rank, norm_weight, eps, stride, K, R, 1, BLOCK_A, COPIES, COPY, NORM, False,
+                PDL)
         return
-    n0 = (program - SENDERS) * BLOCK_N
+    n0 = (program - WIDTH) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     live_n = n < N
     w = weight + n.to(tl.int64)[:, None] * K
@@ -171,23 +194,25 @@ def _one_row(
         first_up = tl.load(w + N * K + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
         first_b_up = tl.load(rows_b + N * R, mask=live_n[:, None] & (rank > 0), other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     acc, acc_up, squares = row_products(x, w, norm_weight, first, first_up, live_n, N, K, BLOCK_N, BLOCK_K, NORM, GATED)
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps) if NORM else 1.0
-    y = tl.sum(acc, 1) * scale
+    y, added = tl.sum(acc, 1), tl.zeros([BLOCK_N], tl.float32)
     if BIAS:
-        y += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)
+        added += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)
     if ADD:
-        y += tl.load(residual + n, mask=live_n, other=0.0).to(tl.float32)
+        added += tl.load(residual + n, mask=live_n, other=0.0).to(tl.float32)
     words += program % COPIES * COPY
-    part = 0 if GATED else (n0 >= END0).to(tl.int32) + (n0 >= END1).to(tl.int32)
-    y += _expand(words + part * R, rows_b, first_b, live_n, rank)
     if GATED:
-        up = tl.sum(acc_up, 1) * scale
+        up = tl.sum(acc_up, 1)
+        delta, delta_up = _expand_both(words, rows_b, first_b, first_b_up, live_n, rank, N, R)
+        up = (up + delta_up) * scale
         if BIAS:
             up += tl.load(bias + N + n, mask=live_n, other=0.0).to(tl.float32)
-        y = silu_mul(y, up + _expand(words + R, rows_b + N * R, first_b_up, live_n, rank), out.dtype.element_ty)
+        y = silu_mul((y + delta) * scale + added, up, out.dtype.element_ty)
+    else:
+        part = (n0 >= END0).to(tl.int32) + (n0 >= END1).to(tl.int32)
+        y = (y + _expand(words + part * R, rows_b, first_b, live_n, rank)) * scale + added
     tl.store(out + n, y.to(out.dtype.element_ty), mask=live_n)
 
 
@@ -205,18 +230,19 @@ def _columns(block, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr, BLO
 @triton.jit(do_not_specialize=["rows"])
 def _few_rows(
     out, normed, x, residual, norm_weight, eps,  # [rows, N], [rows, K], [rows, K], [rows, N], [K]
-    words, a, b, slots, ranks, stride, rows,  # [rows, WIDTH], [S, WIDTH, K], [S, N, R], [rows], [S]
+    words, a, b, slots, ranks, stride, rows,  # [rows, WIDTH], [S, WIDTH, K], [S, N, R], [rows], [rows]
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = (norm(x) A^T) B^T + residual, and normed = norm(x). BLOCKS: of columns. Others as for `_one_row`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     SENDERS: tl.constexpr = WIDTH // BLOCK_R  # of a row
     program = tl.program_id(0)
     sends = program < rows * SENDERS
     index = tl.where(sends, program, program - rows * SENDERS)
     row = index // tl.where(sends, SENDERS, BLOCKS)
-    slot = tl.load(slots + row)
-    rank = tl.load(ranks + slot, mask=slot >= 0, other=0)
+    slot, rank = tl.load(slots + row), tl.load(ranks + row)
     words += row * WIDTH
     if sends:
         _shrink(words, normed, x, a, row, index % SENDERS, slot, rank, norm_weight, eps, stride, K, R, BLOCK_R, BLOCK_K, 1, 0, NORM, NORM,
@@ -226,7 +252,6 @@ def _few_rows(
     rows_b = b + slot.to(tl.int64) * stride + n[:, None] * R + tl.arange(0, _RANKS)[None, :]
     first = tl.load(rows_b, mask=live[:, None] & (rank > 0), other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     at = row.to(tl.int64) * N + n
     y = tl.zeros([BLOCK_N], tl.float32)
@@ -308,7 +333,7 @@ def lora_delta(
     blocks = sum(triton.cdiv(part, block_n) for part in weights.rows)
     norm_weight, eps = norm or (x, 0.0)
     launch(_few_rows, (rows * (width // block_r + blocks),), out, normed, x, out, norm_weight, eps, step.take_words(rows * width), a, b,
-           step.slots, step.ranks, a.stride(0), rows, BLOCKS=blocks, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_K=block_k,
+           step.slots, step.row_ranks, a.stride(0), rows, BLOCKS=blocks, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_K=block_k,
            NORM=norm is not None, ADD=residual is not None, num_warps=tuning.LORA_WARPS, **common, **early_start(x.device))
     return out, normed
 
@@ -347,13 +372,12 @@ def lora_linear(
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     norm_weight, eps = norm or (x, 0.0)
     end0, end1 = _ends(weights)
-    block_a, block_r = tuning.lora_shrink_tile(k)
     copy = -(-width // _LINE) * _LINE
-    launch(_one_row, (width // block_r + triton.cdiv(n, tile.block_n),),
+    launch(_one_row, (width + triton.cdiv(n, tile.block_n),),
         out, x, weight, norm_weight, x if bias is None else bias, x if residual is None else residual, eps,
-        step.take_words(tuning.LORA_COPIES * copy), weights.a, weights.b, step.slots, step.ranks, weights.a.stride(0),
-        N=n, K=k, R=weights.rank, WIDTH=width, END0=end0, END1=end1, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-        BLOCK_A=block_a, COPIES=tuning.LORA_COPIES, COPY=copy, NORM=norm is not None, GATED=gated, BIAS=bias is not None,
-        ADD=residual is not None, num_warps=tile.num_warps, **early_start(x.device),
+        step.take_words(tuning.LORA_COPIES * copy), weights.a, weights.b, step.slots, step.row_ranks, weights.a.stride(0),
+        N=n, K=k, R=weights.rank, WIDTH=width, END0=end0, END1=end1, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        BLOCK_A=tuning.lora_shrink_tile(k)[0], COPIES=tuning.LORA_COPIES, COPY=copy, NORM=norm is not None, GATED=gated,
+        BIAS=bias is not None, ADD=residual is not None, num_warps=tile.num_warps, **early_start(x.device),
     )  # fmt: skip
     return out
