@@ -339,6 +339,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def models() -> str:
     gguf = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
+    gguf |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama", "Olmo3ForCausalLM": "olmo2"}  # llama.cpp's names for their files
     kinds = {name: kind for kind, name in MODEL_TYPES.items()}
     tested = tested_variants()
     rows = [(code(name), code(kinds[name]), code(gguf.get(name, "")), *_properties(family),
@@ -367,7 +368,8 @@ download. Another family is a row of a table: [adding a model family](adding_a_m
 
 The columns are read from the table in `minivllm/families/`. `config` means that config.json decides. The last column lists the variants
 whose logits `tests/models/test_parity.py` compares with those of Transformers: in one step, in chunks, and token by token, with the plain
-PyTorch kernels and with the compiled ones of a CPU.
+PyTorch kernels and with the compiled ones of a CPU. In bfloat16 the first variant of each family is as close to float32 as Transformers'
+own bfloat16. The column GGUF has llama.cpp's name of the architecture; `tests/models/test_gguf_families.py` compares those files.
 """, table(("class", "model_type", "GGUF", "norm", "block", "positions", "window", "MLP", "biases", "tested variants"), rows),
         """Blocks, where f is attention or the MLP: pre, x + f(norm(x)); post, norm(x + f(x)); output, x + norm(f(x)); sandwich,
 x + norm(f(norm(x))); parallel, x + attention(norm(x)) + mlp(norm(x)).

@@ -44,6 +44,7 @@ ARCHITECTURES = {
                            further_keys=("final_logit_softcapping", "rope.freq_base_swa")),
     "phi2": Architecture("phi", "PhiForCausalLM", further_keys=(_LAYER_NORM,), partial_rope=True, layer_norm="layer_norm_eps"),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", partial_rope=True),
+    "olmo": Architecture("olmo", "OlmoForCausalLM", interleaved_rope=True, further_keys=(_LAYER_NORM,), layer_norm="layer_norm_eps"),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", further_keys=("attention.sliding_window_pattern",)),
     "granite": Architecture("granite", "GraniteForCausalLM", interleaved_rope=True,
                             further_keys=("logit_scale", "embedding_scale", "residual_scale")),
@@ -186,6 +187,10 @@ def _of_architecture(meta: Metadata, config: Mapping[str, Any], tensors: Mapping
         return {"embedding_multiplier": get("embedding_scale", 1.0), "residual_multiplier": get("residual_scale", 1.0),
                 "logits_scaling": get("logit_scale", 1.0), "attention_multiplier": get("attention.scale", 0.0) or head_dim**-0.5,
                 "attention_bias": has("attn_q.bias"), "mlp_bias": has("ffn_up.bias")}
+    if kind == "olmo":
+        if not math.isclose(config["layer_norm_eps"], 1e-5, rel_tol=1e-6):
+            meta.fail(f"{kind}.{_LAYER_NORM}", "is not supported for this architecture, only 1e-5 is")
+        return {}
     if kind in ("olmo2", "exaone4"):
         pattern = get("attention.sliding_window_pattern", None)
         if config.get("sliding_window") is None:

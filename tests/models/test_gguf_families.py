@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from minivllm.errors import ModelError
 from minivllm.families import parse_config
 from minivllm.models import gguf as ours
 from minivllm.models.gguf_config import ARCHITECTURES
@@ -37,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "phi2": ("Phi", IDS, {"rope.dimension_count": 8}),
     "phi3": ("Phi3", {**IDS, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
              {"rope.freq_base": 100.0, "rope.scaling.original_context_length": 16, "rope.scaling.attn_factor": 1.25}),
+    "olmo": ("Olmo", {"eos_token_id": 1}, {}),
     "olmo2": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 7}, {
         "attention.sliding_window": 7, "rope.freq_base": 500000.0, "attention.sliding_window_pattern": [True, True, True, False]}),
     "granite": ("Granite", {"embedding_multiplier": 3.0, "logits_scaling": 1.5, "residual_multiplier": 0.22, "attention_multiplier": 0.2},
@@ -61,8 +63,8 @@ def write(path: Path, arch: str, hf: Any, further: dict[str, Any]) -> None:
     config = hf.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = heads if arch in ("gptneox", "bloom") else getattr(config, "num_kv_heads", None) or config.num_key_value_heads
-    eps = next(getattr(config, name) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
-               if hasattr(config, name))
+    eps = next((getattr(config, name) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+                if hasattr(config, name)), 1e-5)
     meta = {"block_count": layers, "context_length": 64, "embedding_length": 64, "feed_forward_length": 256 if arch in (
         "falcon", "bloom") else config.intermediate_size, "attention.head_count": heads, "attention.head_count_kv": kv_heads,
         RMS_NORM if hasattr(config, "rms_norm_eps") else LAYER_NORM: eps, **further}
@@ -76,7 +78,7 @@ def write(path: Path, arch: str, hf: Any, further: dict[str, Any]) -> None:
         if tied and name == "lm_head.weight":
             continue
         values = tensor.float().numpy()
-        if arch in ("granite", "smollm3") and ("q_proj" in name or "k_proj" in name):  # pairs beside each other
+        if arch in ("granite", "smollm3", "olmo") and ("q_proj" in name or "k_proj" in name):  # pairs beside each other
             n = heads if "q_proj" in name else kv_heads
             values = values.reshape(n, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         if "query_key_value" in name:
@@ -111,6 +113,13 @@ def test_a_file_has_the_logits_of_the_model_that_it_was_made_from(arch: str, tmp
     want = hf_logits(hf, tokens)
     assert want.abs().max() > 0.3
     torch.testing.assert_close(Paged(model, 24).run((0, tokens)), want, atol=1e-4, rtol=0.0)
+
+
+def test_an_epsilon_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    hf = make_hf("Olmo", **SIZES, eos_token_id=1)
+    write(tmp_path / "m.gguf", "olmo", hf, {LAYER_NORM: 1e-6})
+    with pytest.raises(ModelError, match=r"olmo\.attention\.layer_norm_epsilon = .* is not supported for this architecture, only 1e-5 is"):
+        ours.prepare(tmp_path / "m.gguf", tmp_path / "folder")
 
 
 def test_every_architecture_is_compared() -> None:

@@ -270,17 +270,18 @@ def test_layers_with_different_windows_are_in_groups_of_equal_size_over_the_same
     assert [(g.window, g.layers) for g in groups] == [(None, (0, 2)), (6, (1, 3))]
 
 
-@pytest.mark.parametrize("name", ["llama, 9 heads share 3", "qwen3", "opt-350m's shape", "gemma3", "granite", "cohere"])
+@pytest.mark.parametrize("name", {family: name for name, (family, _) in reversed(MODELS.items())}.values())  # the first of each family
 def test_bfloat16_is_as_close_to_fp32_as_transformers_own_bfloat16(name: str, tmp_path: Path) -> None:
+    """By the median token: rounding may choose other experts for a token."""
     family, config = MODELS[name]
-    hf = make_hf(family, **config)
+    hf = make_hf(family, **{"hidden_size": 64, **config})
     hf.save_pretrained(tmp_path)
-    tokens = list(range(40, 60))
+    tokens = random.Random(0).choices(range(97), k=60)
     exact = hf_logits(hf, tokens)
-    got = Paged(load(tmp_path, build=make_build(torch.bfloat16)), 20).run((0, tokens))
+    got = Paged(load(tmp_path, build=make_build(torch.bfloat16)), 60).run((0, tokens))
     assert got.dtype == torch.float32
-    theirs = (hf_logits(hf.bfloat16(), tokens).float() - exact).abs().mean()
-    assert (got - exact).abs().mean() < 1.5 * theirs
+    theirs = hf_logits(hf.bfloat16(), tokens).float()
+    assert (got - exact).abs().mean(dim=1).median() < 1.3 * (theirs - exact).abs().mean(dim=1).median()
 
 
 @pytest.mark.gpu
@@ -288,7 +289,7 @@ def test_bfloat16_is_as_close_to_fp32_as_transformers_own_bfloat16(name: str, tm
 def test_logits_on_a_gpu_equal_those_of_transformers_on_a_cpu(name: str, tmp_path: Path) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
     family, config = MODELS[name]
-    hf = make_hf(family, **config)
+    hf = make_hf(family, **{"hidden_size": 64, **config})
     hf.save_pretrained(tmp_path)
     tokens = [(11 * i) % 97 for i in range(33)]
     model = load(tmp_path, build=make_build(device="cuda"))
