@@ -36,6 +36,7 @@ DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256
            "256 x 200..1800": sorted((random.Random(i).randint(200, 1800) for i in range(256)), reverse=True)}  # fmt: skip
 SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # (keys of each decode, leading keys in the same blocks)
 PROMPTS = (2048, 8000)
+LATER_CHUNKS = ((8192, 16384), (7424, 32000), (256, 32000))  # (tokens of a chunk, keys with it)
 MIN_PREDICTED = 1 << 20  # bytes; for fewer the start and the end of a kernel take longer than the transfer
 KINDS = ("linear", "packed", "decode", "decode8", "prompt", "norm", "sampler")
 PACKED: dict[str, dict[str, Any]] = {  # codes of 4, 6 or 8 bits, and what belongs to each group of inputs
@@ -155,11 +156,16 @@ class Maker:
         for size, (lens, shared) in sharing.items():
             yield self._attention(f"decode attention, shared prefix{of}", size, [1] * len(lens), lens, shared, cache_dtype)
 
-    def prompts(self, lengths: Sequence[int]) -> Iterator[Case]:
+    def prompts(self, lengths: Sequence[int], later: Sequence[tuple[int, int]]) -> Iterator[Case]:
+        """later: (tokens, keys) of chunks after earlier ones."""
         for length in lengths:
             if length <= self.spec.max_model_len:
                 yield self._position(length)
                 yield self._attention("position, store, prompt attention", str(length), [length], [length])
+        for tokens, keys in later:
+            if keys <= self.spec.max_model_len:
+                yield from self._gather(tokens, keys)
+                yield self._attention("the same with earlier keys", f"{tokens} of {keys}", [tokens], [keys])
 
     def _attention(self, name: str, size: str, query_lens: list[int], lens: list[int], shared: int = 0,
                    cache_dtype: torch.dtype | None = None) -> Case:
@@ -202,6 +208,30 @@ class Maker:
 
         moved = 2 * length * a.head_dim * (2 * a.num_heads + 5 * a.num_kv_heads + 2)
         return Case("position and store", str(length), [lambda kv=kv: call(kv) for kv in caches], wrong, moved)
+
+    def _gather(self, tokens: int, keys: int) -> Iterator[Case]:
+        """The copy of keys and values in order before the attention of later chunks, alone, where there is one."""
+        from minivllm.kernels.triton import attention, gathered_prompts
+
+        a, (batch, caches, _) = self.attention, self._step([tokens], [keys])
+        meta = self._prepare(self.ops, batch)
+        ordered = getattr(meta, "ordered", None)
+        if ordered is None or [part.heads for part in ordered.passes] != [a.num_kv_heads]:
+            return
+        qk = self.random(1, a.num_heads + a.num_kv_heads, a.head_dim)
+        out, table = self.random(1, a.num_heads * a.head_dim), batch.block_tables[0][0].long()
+
+        def call(kv: KVLayer) -> Any:
+            with mock.patch.object(gathered_prompts.hopper_kernel(self.device), "attend") as rest:
+                attention._attend_prompts(out, qk, qk, kv, meta, 1.0, None, None, None)
+            return rest.call_args.args[2:4]
+
+        def wrong() -> str:
+            both = zip(call(caches[-1]), (caches[-1].k, caches[-1].v), strict=True)
+            return "".join(compare(got[:keys], cached[table].flatten(0, 1)[:keys].flatten(1), 0.0) for got, cached in both)
+
+        yield Case("gather keys and values", f"{tokens} of {keys}", [lambda kv=kv: call(kv) for kv in caches], wrong,
+                   8 * keys * a.num_kv_heads * a.head_dim)
 
     def _prepare(self, ops: Ops, batch: InputBatch, cache_dtype: torch.dtype | None = None) -> Any:
         a = self.attention
@@ -300,11 +330,12 @@ def compare(got: Tensor, want: Tensor, most: float = WORST) -> str:
 
 
 def cases(maker: Maker, kinds: Sequence[str], rows: Sequence[int], decodes: dict[str, list[int]] = DECODES,
-          sharing: dict[str, tuple[list[int], int]] = SHARING, prompts: Sequence[int] = PROMPTS) -> Iterator[Case]:
+          sharing: dict[str, tuple[list[int], int]] = SHARING, prompts: Sequence[int] = PROMPTS,
+          later: Sequence[tuple[int, int]] = LATER_CHUNKS) -> Iterator[Case]:
     makers = {"linear": lambda: maker.linears(rows), "packed": lambda: maker.packed(rows),
               "decode": lambda: maker.decodes(decodes, sharing),
               "decode8": lambda: (case for kv in QUANTIZED_CACHES for case in maker.decodes(decodes, sharing, kv)),
-              "prompt": lambda: maker.prompts(prompts), "norm": lambda: maker.norms([*rows, *prompts]),
+              "prompt": lambda: maker.prompts(prompts, later), "norm": lambda: maker.norms([*rows, *prompts]),
               "sampler": lambda: maker.samplers(rows)}
     for kind in kinds:
         yield from makers[kind]()

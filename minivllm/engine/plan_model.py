@@ -192,13 +192,21 @@ class _Planner:
         sizes = [sum(linear.rows) * linear.cols for linear in linear_specs(self.spec).values() if method(linear) is not DENSE]
         return min(max(sizes, default=0), tuning.UNPACK_ELEMENTS) * self.dtype.itemsize
 
+    def _ordered(self, config: EngineConfig, spec: ModelSpec, budget: int) -> int:
+        """Bytes of the workspace of `kernels/triton/gathered_prompts.py`, if the model uses it."""
+        sizes = [a.kv_size for a in (layer.attention for layer in spec.layers) if a.head_dim in (64, 128) and a.window is None
+                 and a.softcap is None and a.alibi is None and not a.sinks and self.dtype.itemsize == 2]
+        chunks = ((size, *tuning.filling_chunks(budget, spec.max_model_len, config.max_num_seqs, size)) for size in set(sizes))
+        return max((min(tuning.WORKSPACE_BYTES, 4 * size * seqs * keys) for size, seqs, keys in chunks), default=0)
+
     def _parts(self, config: EngineConfig, spec: ModelSpec, layout: KVLayout, budget: int, unpacked: int) -> dict[str, int]:
         """Bytes on a GPU beside weights and cache."""
         assert self.gpu is not None
         arch, sampled = self.gpu.arch // 10 * 10, sampled_drafts(config.speculation)
         return {
             "step": step_peak(spec, self.dtype.itemsize, budget, spec.max_model_len, config.max_num_seqs,
-                              Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked)
+                              Sampler.peak_bytes(spec.vocab_size, self.dtype.itemsize), unpacked,
+                              self._ordered(config, spec, budget) if arch == 90 else 0)
             + DraftProbabilities.peak_bytes(config.max_num_seqs, sampled, spec.vocab_size),
             "graphs": 0 if config.enforce_eager or not can_capture(spec, layout) else
             graph_bytes(spec, config.max_num_seqs, budget, config.enable_lora),

@@ -82,6 +82,7 @@ class InputBatch:
     last_only: bool = False  # hidden states are needed for the rows of `last_tokens` only
     shared: Tensor | None = None  # [1] int32, if all sequences are decodes: number of leading keys that they have in the same blocks
     query_width: int = 1  # queries of a decode: its newest token and its drafts
+    captured: bool = False  # as part of a CUDA graph: of the host's integers only sums and maxima mean anything
     adapter_slots: Tensor | None = None  # [T] int32: the slot of each token's LoRA adapter, -1 for the base model. None: all are base
 
     @property

@@ -10,6 +10,7 @@ The figures themselves are in docs/performance.md. Numbers that depend on each o
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -134,6 +135,25 @@ def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> A
         return AttentionTile(block_m // heads_per_kv, block_m, 16, 4, 2)
     block_m = max(128, next_power_of_2(heads_per_kv))
     return AttentionTile(block_m // heads_per_kv, block_m, 64 if row <= 128 else 32, 8, 2)
+
+
+MIN_ORDERED_QUERIES = 128  # per key, on average; H200: with fewer, the copy of keys in order takes longer than it saves
+WORKSPACE_BYTES = 128 << 20  # bytes of keys and values that are copied at a time; bounds memory. 32,768 tokens of 8 KV heads of 128
+GATHER_TILE, GATHER_WARPS = 128, 4  # keys of a program that copies; their number is a multiple of the tile of `hopper_attention.py`
+
+
+def gathers(queries: Sequence[int], keys: Sequence[int]) -> bool:
+    """Whether the prompt chunks of a step are computed over keys in order (`gathered_prompts.py`), on Hopper. Each: per sequence. H200."""
+    return sum(q * n for q, n in zip(queries, keys, strict=True)) >= MIN_ORDERED_QUERIES * sum(keys)
+
+
+def filling_chunks(tokens: int, limit: int, max_num_seqs: int, kv_size: int) -> tuple[int, int]:
+    """(sequences, keys of each) whose chunks of `tokens` tokens together fill the workspace, or come as close to that as any step.
+
+    limit: of a sequence, in tokens; kv_size: KV heads times head_dim, numbers of 16 bits each for keys and values."""
+    rows = WORKSPACE_BYTES // (4 * kv_size)
+    seqs = max(1, min(-(-rows // limit), tokens // MIN_ORDERED_QUERIES, max_num_seqs))
+    return seqs, min(limit, max(1, rows // seqs))
 
 
 MIN_SKIPPED_TOKENS = 256  # tokens; H200: minimum number of non-final prompt tokens for which skipping them in the last layer pays off

@@ -124,17 +124,17 @@ def weights_by_kind(weights: Sequence[ResidentWeight], dtype: str) -> dict[tuple
 
 
 def step_peak(spec: ModelSpec, itemsize: int, max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int,
-              sampling: int, unpacked: int = 0) -> int:
+              sampling: int, unpacked: int = 0, ordered: int = 0) -> int:
     """Estimated bytes that the largest step allocates beyond the weights: a model of what `worker/memory.py` measures on a GPU.
 
     The largest step is a prompt of as many tokens as the budget allows. Its peak is in the attention or the MLP of one layer, or, for a
     large vocabulary, in the sampler. sampling: bytes of logits and their copies. unpacked: bytes of the largest piece of a packed weight
-    that a prompt's products unpack.
+    that a prompt's products unpack. ordered: bytes of the keys and values that attention of prompts copies in order.
     """
     length = min(max_model_len, max_num_batched_tokens)
     tokens = length * max(1, min(max_num_batched_tokens // max_model_len, max_num_seqs))
     hidden = tokens * spec.hidden_size * itemsize
-    layer = max(max(tokens * _attention_numbers(spec, i) * itemsize, tokens * _mlp_numbers(spec, i, True) * itemsize,
+    layer = max(max(tokens * _attention_numbers(spec, i) * itemsize + ordered, tokens * _mlp_numbers(spec, i, True) * itemsize,
                     tokens * _mlp_numbers(spec, i, False) * itemsize + unpacked) for i in range(spec.num_layers))
     rotations = len({(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers})
     inputs = tokens * (4 + 8 + 8 + 2 * rotations * spec.layers[0].attention.head_dim * itemsize)

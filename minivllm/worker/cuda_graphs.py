@@ -220,7 +220,7 @@ class Graph:
             num_decodes=shape.decodes, query_lens_host=lens, seq_lens_host=(shape.longest,) * shape.seqs,
             last_only=not shape.decodes and shape.tokens - shape.seqs >= tuning.MIN_SKIPPED_TOKENS and not self._keeps_hidden,
             shared=x.shared_keys if shape.sharing else None,
-            query_width=shape.query_width, adapter_slots=x.adapter_slots if shape.adapters else None,
+            query_width=shape.query_width, captured=True, adapter_slots=x.adapter_slots if shape.adapters else None,
         )
         hidden = all_hidden = self._model.forward(batch, self._kv.layers, self._kv.layout.block_size)
         if len(hidden) > shape.logits_rows:

@@ -235,7 +235,10 @@ def _peak_of_one_step(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    for query_lens, seq_lens in ((prompt, prompt), ([prompt[0]], [limit]), ([1] * len(decodes), decodes)):
+    chunks, keys = tuning.filling_chunks(sum(prompt), limit, max_num_seqs, min(a.attention.kv_size for a in model.spec.layers))
+    later = max(1, min(sum(prompt) // chunks, keys - 1))  # new tokens of each, after earlier ones
+    for query_lens, seq_lens in (
+            (prompt, prompt), ([prompt[0]], [limit]), ([later] * chunks, [keys] * chunks), ([1] * len(decodes), decodes)):
         batch = _dummy_batch(query_lens, seq_lens, layout, device)
         hidden = model.forward(batch if model.build.adapters is None else _with_adapters(batch), kv, layout.block_size)
         _dummy_sampling(model, hidden)
@@ -258,6 +261,7 @@ def compiled_batches(
         yield replace(_dummy_batch([1] * seqs, [limit] * seqs, layout, device), shared=torch.zeros(1, dtype=torch.int32, device=device))
     for last_only in (False, True):
         yield replace(_dummy_batch(prompt, prompt, layout, device), last_only=last_only)
+    yield _dummy_batch([(prompt[0] + 1) // 2], [limit], layout, device)  # a chunk after earlier keys
     # Products with packed weights have several kernels for few rows. Small prompts use all of them, also if few sequences are served.
     if any(model.build.method(linear) is not DENSE for linear in linear_specs(model.spec).values()):
         for tokens in sorted({min(1 << i, prompt[0]) for i in range(1, tuning.PACKED_MAX_ROWS.bit_length())}):

@@ -24,6 +24,7 @@ from minivllm.kernels import tuning
 from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, moe, norm, packed_weight, sampling
 from minivllm.kernels.triton.attention_tile import Cache, Projection
 from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
+from minivllm.kernels.triton.gathered_prompts import _gather
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 89
@@ -31,20 +32,22 @@ PDL = ARCH >= 90
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
-def measure(name: str, fn: Any, types: Mapping[str, Any], constants: Mapping[str, Any], **options: int) -> dict[str, Any]:
+def measure(name: str, fn: Any, types: Mapping[str, Any], constants: Mapping[str, Any], *, source: type[ASTSource] = ASTSource,
+            arch: int = ARCH, **options: int) -> dict[str, Any]:
     """types: argument -> its Triton type, or a named tuple of them. Pointers and strides are multiples of 16, as in real models."""
     signature = {arg: types.get(arg, "constexpr") for arg in fn.arg_names}
     aligned = []
     for i, (arg, kind) in enumerate(signature.items()):
         fields = [((i,), arg, kind)] if isinstance(kind, str) else [((i, j), *field) for j, field in enumerate(kind._asdict().items())]
         aligned += [path for path, field, kind in fields if kind.startswith("*") or "stride" in field]
-    source = ASTSource(fn=fn, signature=signature, constexprs={(fn.arg_names.index(key),): value for key, value in constants.items()},
-                       attrs={path: [["tt.divisibility", 16]] for path in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    kernel = triton.compile(
+        source(fn=fn, signature=signature, constexprs={(fn.arg_names.index(key),): value for key, value in constants.items()},
+               attrs={path: [["tt.divisibility", 16]] for path in aligned}),
+        target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
-        command = [str(PTXAS), "-v", f"--gpu-name=sm_{ARCH}{'a' if PDL else ''}", file.name, "-o", "/dev/null"]
+        command = [str(PTXAS), "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     registers = int(re.findall(r"Used (\d+) registers", log)[0])
@@ -102,6 +105,27 @@ def attention_variants() -> Iterator[dict[str, Any]]:
                       dict(NUM_HEADS=16, KV_HEADS=8, D=head_dim, PADDED_D=head_dim, HEADS=512 // head_dim, NORM=True, ROPE=True,
                            QUANTIZED=quantized, FP8=kv == "fp8"),
                       num_warps=1)
+
+
+def hopper_variants() -> Iterator[dict[str, Any]]:
+    """The prompt attention in Gluon, which only Hopper can run, and the copy before it."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+
+    from minivllm.kernels.triton.hopper_attention import BLOCK_N, _hopper_attention
+
+    layout = NVMMASharedLayout.get_default_for([BLOCK_N.value, 128], bfloat16)
+    numbers = ("first_head", "first_seq", "end_seq", "num_tiles", "q_stride", "k_column", "v_column", "table_stride", "stride")
+    types = {**dict.fromkeys(("out", "q", "keys", "values"), "*bf16"), **dict.fromkeys(numbers, "i32"), "scale": "fp32",
+             **dict.fromkeys(("query_start", "seq_lens", "key_start", "start"), "*i32"),
+             **dict.fromkeys(("k", "v"), f"tensordesc<bf16[{BLOCK_N.value}, 128],{layout!r}>")}
+    yield measure("Hopper prefill attention, head_dim 128", _hopper_attention, types, dict(NUM_HEADS=16, HEADS_PER_KV=2, D=128),
+                  source=GluonASTSource, arch=90, num_warps=4)
+    for dtype, cache in (("*bf16", "*bf16"), ("*bf16", "*i8")):
+        types["cache"] = Cache(k=cache, v=cache, v_pairs=dtype, scales=dtype, scale_pairs=dtype, block_table="*i32")  # type: ignore[assignment]
+        yield measure(f"Hopper gather, {cache}", _gather, types,
+                      dict(KV_HEADS=8, D=128, BLOCK_SIZE=16, TILE=tuning.GATHER_TILE, QUANTIZED=cache == "*i8", FP8=cache == "*i8"),
+                      arch=90, num_warps=tuning.GATHER_WARPS)
 
 
 def other_heads(types: dict[str, Any], prompt: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -277,6 +301,6 @@ def draft_variants() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *expert_variants(), *small_variants(),
-                *sampling_variants(), *draft_variants()):
+    for row in (*attention_variants(), *hopper_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *expert_variants(),
+                *small_variants(), *sampling_variants(), *draft_variants()):
         print(json.dumps(row), flush=True)

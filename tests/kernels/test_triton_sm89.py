@@ -1,4 +1,6 @@
-"""Every Triton kernel compiled for an RTX 4060, without that GPU: at most 99 KB of shared memory per block, and no spilled registers."""
+"""Every Triton kernel compiled for an RTX 4060, without that GPU: at most 99 KB of shared memory per block, and no spilled registers.
+
+The kernels that only Hopper can run are compiled for that, with its 227 KB."""
 from __future__ import annotations
 
 import json
@@ -19,7 +21,8 @@ def test_kernels_fit_an_rtx_4060_and_decode_kernels_spill_no_registers() -> None
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["kernel"].split()[0] for row in rows} == {"decode", "prefill"}
+    assert {row["kernel"].split()[0] for row in rows} == {"decode", "prefill", "Hopper"}
     for row in rows:
-        assert row["shared"] <= 99 * 1024, row
-        assert row["spills"] <= (0 if row["kernel"].startswith("decode") else 64), row
+        kind = row["kernel"].split()[0]
+        assert row["shared"] <= (227 if kind == "Hopper" else 99) * 1024, row
+        assert row["spills"] <= (64 if kind == "prefill" else 0), row

@@ -2,11 +2,13 @@
 
     rows of the fused projection        | decodes                                   |  prompt chunks                             |
     kernels of a layer                  | (_shared_attention ->) _decode_attention  |  _position_and_store -> _prompt_attention  |
+        of long chunks on Hopper        |                                           |  ... -> (_gather ->) _hopper_attention     |
     kernels of the last layer, if it    | _position_and_store of all rows -> the kernels above, of the tokens with logits        |
     skips prompt tokens                 |                                                                                        |
 
 Grids depend only on the numbers of sequences and tokens, which the host knows. So nothing waits for the device, and a step can be
-captured. The kernels: decode_attention.py and prompt_attention.py. The specification: kernels/reference/attention.py.
+captured. (The kernels for Hopper also need bounds of the lengths, and are not captured.) The kernels: decode_attention.py,
+prompt_attention.py, gathered_prompts.py, hopper_attention.py. The specification: kernels/reference/attention.py.
 """
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.triton.attention_tile import Cache, Projection
 from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
 from minivllm.kernels.triton.device import capability, early_start, launch, num_sms
+from minivllm.kernels.triton.gathered_prompts import OrderedKeys, attend_in_order, order_keys
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 from minivllm.kernels.tuning import AttentionTile
 
@@ -47,6 +50,7 @@ class TritonAttentionMeta:
     splits: int  # programs that share the keys of one decode
     shared_parts: int  # programs that share the keys which all decodes have in common; 0: such keys are not treated separately
     parts: Parts | None  # None: one split and no shared part
+    ordered: OrderedKeys | None = None  # None: prompt chunks follow the block table
 
     @property
     def num_decode_tokens(self) -> int:
@@ -79,9 +83,11 @@ def prepare_attention(
         mean = torch.empty((shared_parts + splits, decodes * width, num_heads, head_dim), dtype=torch.float32, device=device)
         finished = torch.zeros((decodes, num_kv_heads), dtype=torch.int32, device=device)
         parts = Parts(mean, mean.new_empty(mean.shape[:-1]), finished, batch.shared if shared_parts else finished)
+    prompt_tokens = sum(batch.query_lens_host) - decodes * width
+    ordered = order_keys(batch, decodes, num_kv_heads, head_dim, window, dtype) if prompt_tokens else None
     return TritonAttentionMeta(
-        num_heads, num_kv_heads, head_dim, block_size, window, decodes, width, batch.num_seqs, sum(batch.query_lens_host) - decodes * width,
-        batch.query_start, batch.seq_lens, batch.block_tables[group], tile, shared_tile, splits, shared_parts, parts,
+        num_heads, num_kv_heads, head_dim, block_size, window, decodes, width, batch.num_seqs, prompt_tokens, batch.query_start,
+        batch.seq_lens, batch.block_tables[group], tile, shared_tile, splits, shared_parts, parts, ordered,
     )  # fmt: skip
 
 
@@ -179,6 +185,11 @@ def _attend_prompts(
 
     From Hopper on, the tensor memory accelerator loads the chunk's own keys and values."""
     h, hk, d = meta.num_heads, meta.num_kv_heads, meta.head_dim
+    if meta.ordered is not None and softcap is None and alibi is None and sinks is None:
+        attend_in_order(out, qk, with_values.view(len(qk), -1), _cache(kv, meta), meta.ordered, meta.query_start, meta.seq_lens,
+                        scale=scale, num_kv_heads=hk, block_size=meta.block_size, quantized=kv.scales is not None,
+                        fp8=kv.k.dtype == torch.float8_e4m3fn)
+        return
     arch, size = capability(qk.device), qk.element_size()
     tile = tuning.prompt_tile(d, h // hk, size, arch)
     chunks = meta.num_seqs - meta.num_decodes
