@@ -209,6 +209,12 @@ class DummyWeights:
         if param.dummy == "bits" or isinstance(param.dummy, int):
             out.view(torch.uint8).random_(0, 256 if isinstance(param.dummy, str) else param.dummy, generator=self.generator)
             return out
+        if isinstance(param.dummy, tuple):
+            blocks = out.random_(0, 256, generator=self.generator).view(-1, len(param.dummy))
+            for i, byte in enumerate(param.dummy):
+                if byte is not None:
+                    blocks[:, i] = byte
+            return out
         if not out.is_floating_point() or out.itemsize > 1:
             return out.normal_(0.0, DUMMY_STD, generator=self.generator)
         wide = torch.empty(out.shape, dtype=self.build.dtype, device=out.device)

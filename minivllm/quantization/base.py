@@ -57,8 +57,9 @@ class ParamSpec:
     # Tensor-parallel ranks split it along one of these dimensions; None: every rank holds all of it.
     output_dim: int | None = 0  # dimension of the layer's outputs, split by column parallelism
     input_dim: int | None = 1  # dimension of the layer's inputs, split by row parallelism
-    # Content for load_format "dummy": normal, random bits, one value (a float), or random bytes below an int.
-    dummy: Literal["normal", "bits"] | float = "normal"
+    # Content for load_format "dummy": normal, random bits, one value (a float), random bytes below an int, or the bytes of a block that is
+    # repeated, of which None stands for random ones.
+    dummy: Literal["normal", "bits"] | float | tuple[int | None, ...] = "normal"
     suffix: str | None = None  # in checkpoints, if it differs from the name in `LinearMethod.parameters`
     of_parts: tuple[int, ...] | None = None  # the parts of the layer that this tensor stores; None: all
 

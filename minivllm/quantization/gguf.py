@@ -9,6 +9,7 @@ dequantized while they are loaded. Source of the layouts: ggml's `ggml-common.h`
 """
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from minivllm.kernels.grouped import GroupedWeight
 
 SLICE = 1 << 24  # codes unpacked at a time, so that temporary tensors stay small
-DUMMY_BELOW = 28  # random bytes below it give float16 scales of at most 0.0035, about those of trained models
+DUMMY_STD = 0.02  # standard deviation of random weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,22 @@ class Block:
     def size(self) -> int:
         """Bytes."""
         return sum(self.fields.values())
+
+    @property
+    def dummy(self) -> tuple[int | None, ...]:
+        """Bytes of random weights with the mean 0: see `ParamSpec`. Codes, and scales and mins of few bits, are random (None)."""
+        middle, code = (2**self.bits - 1) / 2, 2**self.bits / 12**0.5  # mean and standard deviation of random codes
+        unit = code  # standard deviation of weights with the scale 1
+        if "scales" in self.fields:
+            unit *= 2**8 / 12**0.5
+        if "six" in self.fields:  # (code - middle) * scale + middle * (scale - min), with scales and mins from 0 to 63
+            unit = ((code * 63 / 3**0.5) ** 2 + 2 * (middle * 64 / 12**0.5) ** 2) ** 0.5
+        scale = DUMMY_STD / unit
+        numbers = {"scale": scale, "min": middle * scale if "six" in self.fields else -middle * scale}
+        found: list[int | None] = []
+        for name, size in self.fields.items():
+            found += struct.pack("<e", numbers[name]) if name in numbers else [None] * size
+        return tuple(found)
 
 
 BLOCKS: Mapping[str, Block] = MappingProxyType({
@@ -83,7 +100,7 @@ class GGUFMethod(LinearMethod):
     def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
         """The blocks as bytes."""
         width = cols // self.block.weights * self.block.size
-        return {"weight": ParamSpec(tuple((n, width) for n in rows), dtype="uint8", dummy=DUMMY_BELOW)}
+        return {"weight": ParamSpec(tuple((n, width) for n in rows), dtype="uint8", dummy=self.block.dummy)}
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> GroupedMatmul:
         """See `LinearMethod`."""

@@ -78,7 +78,7 @@ class Parameter:
     sources: tuple[Source, ...]
     concat_dim: int = 0
     dtype: str | None = None  # None: the model's
-    dummy: str | float = "normal"  # see ParamSpec
+    dummy: str | float | tuple[int | None, ...] = "normal"  # see ParamSpec
     shard_dim: int | None = None  # tensor-parallel ranks split each source along it; None: every rank holds all of it
     of_parts: tuple[int, ...] | None = None  # see ParamSpec
     padding: int = 0  # zeros at the end, along concat_dim: of the last ranks' part of a vocabulary

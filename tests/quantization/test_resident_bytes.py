@@ -56,7 +56,7 @@ def loaded(name: str, param: ParamSpec, method: LinearMethod) -> Tensor:
     if dtype.is_floating_point:
         return torch.rand(param.shape).mul(4).to(torch.bfloat16).to(dtype)
     out = torch.empty(param.shape, dtype=dtype)
-    out.view(torch.uint8).random_(0, 28 if isinstance(param.dummy, int) else 256)
+    out.view(torch.uint8).random_(0, 28 if isinstance(param.dummy, (int, tuple)) else 256)
     return out
 
 
