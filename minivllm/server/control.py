@@ -22,6 +22,8 @@ from minivllm.server.frontend import Frontend
 from minivllm.server.openapi import body_of
 from minivllm.server.protocol import AbortRequest, LoadAdapterRequest, UnloadAdapterRequest
 
+HIDDEN = ("model", "model_folder", "tokenizer_folder", "trust_remote_code")  # constants that /server_info does not show
+
 # First parts of the paths that vLLM's and OpenAI's servers have besides. Naming them says that the client made no typing error.
 NOT_BUILT = {
     "/v1/rerank": "reranking (use /score)", "/rerank": "reranking (use /score)",
@@ -71,7 +73,7 @@ def add_control(app: FastAPI, frontend: Frontend) -> None:
     async def server_info() -> Response:
         """Version, models, and constants of the engine."""
         constants = dataclasses.asdict(frontend.client.info)
-        shown = {name: value for name, value in constants.items() if name not in ("model", "model_folder", "tokenizer_folder")}
+        shown = {name: value for name, value in constants.items() if name not in HIDDEN}
         return json_response({"version": __version__, "models": frontend.names, "engine": shown})
 
     @app.post("/reset_prefix_cache")

@@ -195,3 +195,8 @@ def test_hints_name_no_file_of_the_page_and_other_servers_apis_are_named(live: L
     for path, words in (("/api/chat", "Ollama's API"), ("/completion", "llama.cpp's API"), ("/chat", "there is nothing at")):
         message = httpx.get(live.url + path).json()["error"]["message"]
         assert words in message and "static" not in message
+
+
+def test_server_info_names_no_folder_and_not_whether_code_of_the_model_may_run(live: LiveServer) -> None:
+    shown = httpx.get(live.url + "/server_info").json()["engine"]
+    assert shown["block_size"] and not {"model", "model_folder", "tokenizer_folder", "trust_remote_code"} & shown.keys()
