@@ -68,6 +68,14 @@ def mixed_shapes(spec: ModelSpec, max_num_batched_tokens: int) -> tuple[tuple[in
     return (*tuning.MIXED_GRAPHS, *((tokens, tuning.DECODE_GRAPHS[-1]) for tokens in tuning.LARGE_MIXED_GRAPHS if tokens <= most))
 
 
+def flops_of_earlier_keys(spec: ModelSpec, query_lens: Array, seq_lens: Array) -> float:
+    """Of the attention of prompt chunks to keys of earlier steps. [B] each."""
+    pairs = query_lens * (seq_lens - query_lens).astype(np.float64)
+    visible = {window: pairs.sum() if window is None else np.minimum(pairs, query_lens * float(window)).sum()
+               for window in {layer.attention.window for layer in spec.layers}}
+    return float(sum(4 * layer.attention.q_size * visible[layer.attention.window] for layer in spec.layers))
+
+
 def sharing_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
     """Numbers of decodes of the graphs that read a shared prefix once, for models with full attention."""
     if max_num_seqs < tuning.MIN_SHARING_DECODES or max_model_len <= tuning.SHARED_KEYS_MULTIPLE:
@@ -422,6 +430,10 @@ class StepGraphs:
             graphs, longest, width = self._decodes, int(columns.seq_lens.max()), columns.query_width
             if not adapters and (n - 1) * columns.shared_keys * self._token_bytes >= tuning.MIN_SHARED_BYTES:
                 graphs = self._sharing
+        else:
+            chunks = slice(columns.num_decodes, None)
+            if flops_of_earlier_keys(self._model.spec, columns.query_lens[chunks], columns.seq_lens[chunks]) > tuning.LAUNCH_FLOPS / 2:
+                return None  # a captured step reads earlier keys with a slower kernel, at half the speed of products at most
         return next((g for g in graphs if tokens <= g.shape.tokens and n <= g.shape.seqs and longest <= g.shape.longest
                      and width == g.shape.query_width and adapters == g.shape.adapters), None)
 

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.models import COMMON, SHAPES
 from minivllm.families import ModelSpec, parse_config
-from minivllm.kernels.tuning import LARGE_MIXED_GRAPHS, MIXED_GRAPHS
-from minivllm.worker.cuda_graphs import graph_bytes, mixed_shapes
+from minivllm.kernels.tuning import LARGE_MIXED_GRAPHS, LAUNCH_FLOPS, MIXED_GRAPHS
+from minivllm.worker.cuda_graphs import flops_of_earlier_keys, graph_bytes, mixed_shapes
 
 
 def spec(name: str, **changes: Any) -> ModelSpec:
@@ -25,6 +26,19 @@ def test_no_large_graph_is_larger_than_a_step_may_be(budget: int) -> None:
     shapes = mixed_shapes(spec("smollm2-135m"), budget)
     assert shapes[: len(MIXED_GRAPHS)] == MIXED_GRAPHS
     assert [tokens for tokens, _ in shapes[len(MIXED_GRAPHS):]] == [tokens for tokens in LARGE_MIXED_GRAPHS if tokens <= budget]
+
+
+def test_chunks_after_many_earlier_keys_run_without_a_graph() -> None:
+    model = spec("qwen3-0.6b")
+
+    def flops(*chunks: tuple[int, int]) -> float:
+        return flops_of_earlier_keys(model, *np.array(chunks).T)
+
+    assert flops((10, 30)) == 28 * 4 * 2048 * 10 * 20
+    assert flops((3000, 3000)) == 0
+    assert flops((256, 2000), (500, 1000)) < LAUNCH_FLOPS / 2 < flops((256, 32000), (1, 30)) < flops((2000, 32000))
+    windowed = spec("mistral-7b", sliding_window=100)
+    assert flops_of_earlier_keys(windowed, *np.array([(10, 30), (10, 500)]).T) == 32 * 4 * 4096 * 10 * (20 + 100)
 
 
 def test_a_model_with_almost_no_weights_does_not_divide_by_zero() -> None:
