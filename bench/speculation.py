@@ -183,7 +183,7 @@ class Scripted:
     Which step has how many right drafts is a sequence of low discrepancy (Weyl, 1916), not chance: few steps have the exact shares.
     """
 
-    needs_hidden = False
+    needs_hidden = stores = False
 
     def __init__(self, model: Decoder, num_drafts: int, acceptance: float) -> None:
         self.num_drafts, size, device = num_drafts, model.spec.vocab_size, model.build.device
@@ -205,6 +205,9 @@ class Scripted:
             token = self.next[token]
             tokens.append(torch.where(right[:, i], token, (token + 1) % len(self.next)))
         return DraftTokens(torch.stack(tokens, 1))
+
+    def store(self, x: ProposalInput) -> None:
+        """See `DeviceProposer`."""
 
 
 def scripted(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -88,6 +88,7 @@ class StepPlan:
     moves_out: tuple[BlockMove, ...] = ()
     moves_in: tuple[BlockMove, ...] = ()
     adapter_loads: tuple[tuple[int, int], ...] = ()  # (slot, adapter): LoRA adapters to bring into slots
+    proposes: bool = True  # False: no sequence needs drafts after this step, so a worker with a proposer makes none
 
     @property
     def total_tokens(self) -> int:
@@ -116,7 +117,8 @@ class StepResult:
     # Of requests with pooling: (column, first position, number of positions, float32 sum of their final hidden states)
     pooled: tuple[tuple[int, int, int, bytes], ...] = ()
     finished_moves: tuple[int, ...] = ()
-    # Per sample: tokens proposed for the next step. None: the sequence continues without waiting for proposals. (): as before
+    # Per sample: tokens proposed for the next step. None: the sequence continues without proposals, and needs none after later steps. ():
+    # there are none now
     drafts: tuple[tuple[int, ...] | None, ...] = ()
     error: str | None = None  # the step failed: none of its tokens may be confirmed
     failed: tuple[tuple[str, str], ...] = ()  # (sequence id, error): rows that could not be prepared; their tokens mean nothing

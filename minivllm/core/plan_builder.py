@@ -92,6 +92,7 @@ class PlanBuilder:
 
     def build(
         self, moves_out: abc.Sequence[BlockMove], moves_in: abc.Sequence[BlockMove], adapter_loads: tuple[tuple[int, int], ...] = (),
+        proposes: bool = True,
     ) -> StepPlan:
         ids = tuple([s.id for s in self.sequences])
         rows = tuple([s.row for s in self.sequences])
@@ -102,7 +103,7 @@ class PlanBuilder:
             sample_rows=rows if only_decodes else tuple([s.row for s in self.sample_sequences]),
             sample_ids=ids if only_decodes else tuple([s.id for s in self.sample_sequences]),
             admitted=tuple(self.admitted), freed_blocks=tuple(self.freed_blocks), copies=tuple(self.copies),
-            moves_out=tuple(moves_out), moves_in=tuple(moves_in), adapter_loads=adapter_loads,
+            moves_out=tuple(moves_out), moves_in=tuple(moves_in), adapter_loads=adapter_loads, proposes=proposes,
         )
 
 

@@ -134,6 +134,7 @@ class Sequence:
         "table",
         "tokens",
         "waits_for_result",
+        "wants_drafts",
     )
 
     def __init__(self, request: Request, index: int, tokens: list[int], max_tokens_total: int, table: BlockTable) -> None:
@@ -155,6 +156,7 @@ class Sequence:
         self.num_known = len(tokens)
         self.drafts: tuple[int, ...] = ()
         self.num_guesses = 0  # drafts of the worker that its next steps verify without waiting for their values
+        self.wants_drafts = True  # whether the worker should propose drafts after its steps; as the newest result says
 
         self.status = SequenceStatus.WAITING
         self.row = NO_ROW

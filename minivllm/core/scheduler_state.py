@@ -36,6 +36,7 @@ class SchedulerState:
         "next_step_id",
         "num_preemptions",
         "num_swaps",
+        "num_unproposed",
         "preempted_beams",
         "prefix_hits",
         "prefix_queries",
@@ -57,6 +58,7 @@ class SchedulerState:
         self.free_rows = list(range(config.max_running - 1, -1, -1))
         self.launched: deque[LaunchedPlan] = deque()  # oldest first
         self.next_step_id = self.next_arrival = 0
+        self.num_unproposed = 0  # steps since the last one after which the worker proposed drafts
         self.num_preemptions = self.num_swaps = self.prefix_queries = self.prefix_hits = 0
         self._num_rowless = 0  # entries of `running` that have left their row
 
@@ -68,6 +70,11 @@ class SchedulerState:
             sequence.waits_for_result = True
         request.sequences.append(sequence)
         return sequence
+
+    @property
+    def has_proposals(self) -> bool:
+        """Whether the worker proposes drafts after every launched plan."""
+        return all(launched.plan.proposes for launched in self.launched)
 
     def start_running(self, sequence: Sequence) -> None:
         """Give the sequence a row. One must be free."""

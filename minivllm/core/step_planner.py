@@ -22,6 +22,7 @@ from minivllm.core.preemption import allocate_slots, blocks_by_owner, make_block
 from minivllm.core.request import Sequence, SequenceStatus
 from minivllm.core.scheduler_state import SchedulerState
 
+PROBE_STEPS = 64  # one of so many steps of sequences whose drafts do not pay makes drafts all the same, to test them
 MAX_PASSED = 64  # waiting sequences without a slot that a step looks behind: bounds the time of planning
 
 
@@ -86,9 +87,23 @@ def launch_plan(state: SchedulerState, plan: PlanBuilder) -> StepPlan | None:
         assert not moves_in
         return None
     state.next_step_id += 1
-    launched = LaunchedPlan(plan.build(moves_out, moves_in, state.adapters.take_loads()), plan)
+    launched = LaunchedPlan(plan.build(moves_out, moves_in, state.adapters.take_loads(), _proposes(state, plan)), plan)
     state.launched.append(launched)
     return launched.plan
+
+
+def _proposes(state: SchedulerState, plan: PlanBuilder) -> bool:
+    """Whether the worker's proposer makes drafts after this step.
+
+    It does not if all sequences are plain decodes whose drafts do not pay. Then one of PROBE_STEPS steps shows whether they would pay
+    again.
+    """
+    if not (state.config.num_device_drafts and plan.sequences):
+        return True
+    only_decodes = plan.num_decodes == len(plan.sequences)
+    proposes = not only_decodes or state.num_unproposed >= PROBE_STEPS - 1 or any(s.wants_drafts for s in plan.sequences)
+    state.num_unproposed = 0 if proposes else state.num_unproposed + 1
+    return proposes
 
 
 # Running sequences.
@@ -107,7 +122,7 @@ def _plan_decodes(state: SchedulerState, plan: PlanBuilder) -> tuple[list[Sequen
             sequences.append(sequence)
             starts.append(start)
         elif _can_be_planned(sequence):
-            if sequence.num_guesses and sequence.num_known - start == 1 and not sequence.needs_values:
+            if sequence.num_guesses and sequence.num_known - start == 1 and not sequence.needs_values and state.has_proposals:
                 most = min(sequence.num_guesses, sequence.max_tokens_total - sequence.num_known - 1)
                 sequence.drafts = (DEVICE_DRAFT,) * most
             if sequence.num_known - start > 1 or sequence.num_known == sequence.num_prompt_tokens:

@@ -117,8 +117,9 @@ def _set_drafts(state: SchedulerState, sequence: Sequence, drafts: tuple[int, ..
     With drafts of the worker, the sequence does not wait for their values: its next plans verify as many.
     """
     sequence.num_guesses = len(drafts or ()) if state.config.num_device_drafts else 0
+    sequence.wants_drafts = drafts is not None
     sequence.awaits_drafts = drafts is not None and not state.config.num_device_drafts
-    if drafts is not None:
+    if drafts or sequence.awaits_drafts:
         sequence.fast_plan_limit = 0
     if drafts and sequence.status is SequenceStatus.RUNNING and not sequence.num_in_flight:
         sequence.drafts = drafts[:sequence.max_tokens_total - sequence.num_known - 1]

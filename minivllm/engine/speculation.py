@@ -3,7 +3,8 @@
     result of a step ─▶ observe: the newest tokens test the last guess ─▶ propose: a new guess, cut to the length that pays ─▶ the scheduler
 
 A guess is tested also if it was not verified: the next tokens show whether it would have been right. So drafts of a request stop while
-they do not pay, and start again when they would, without a step that is spent on the question.
+they do not pay, and start again when they would, without a step that is spent on the question. A proposer on the device takes time for
+each guess. While no request's drafts pay, it makes one guess in PROBE_STEPS steps (`core/step_planner.py`).
 """
 from __future__ import annotations
 
@@ -26,14 +27,16 @@ class SequenceDrafts:
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(FIRST_RIGHT))
     index: NgramIndex | None = None  # of prompt and output; None: not made yet, or not needed
     guess: tuple[int, ...] = ()  # for the tokens after the newest one
+    promising: bool = False  # whether the newest tested draft was right
     counts: DraftCounts = field(default_factory=DraftCounts)
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Test the guess with the tokens that were sampled."""
         guess = self.guess
         for at, token in enumerate(tokens[:len(guess)]):
-            self.acceptance.tested(token == guess[at])
-            if token != guess[at]:
+            self.promising = token == guess[at]
+            self.acceptance.tested(self.promising)
+            if not self.promising:
                 break
 
 
@@ -70,9 +73,10 @@ class Speculation:
     def propose(
         self, drafts: SequenceDrafts, tokens: Sequence[int], num_seqs: int, proposed: tuple[int, ...] | None,
     ) -> tuple[int, ...] | None:
-        """A step of `num_seqs` sequences sampled `tokens` for this one: drafts for its next step. None: it does not wait for any.
+        """A step of `num_seqs` sequences sampled `tokens` for this one: drafts for its next step.
 
-        proposed: by the worker; None: it has no proposer.
+        proposed: by the worker; None: it has no proposer. The result None: drafts do not pay, so the sequence does not wait for any, and
+        the worker need not propose them. It proposes as long as the newest tested draft was right, because they may soon pay.
         """
         self.prepare(drafts)
         drafts.observe(tokens)
@@ -82,6 +86,6 @@ class Speculation:
             proposed = drafts.index.propose(most)
         drafts.guess = guess = proposed or ()
         length = 0 if num_seqs > self._most_seqs else drafts.acceptance.length(num_seqs, most, self._cost)
-        if length == 0 or not (guess or self._waits):
+        if self._on_host and not (guess or self._waits):
             return None
-        return guess[:length]
+        return guess[:length] if length or (drafts.promising and not self._on_host) else None

@@ -5,8 +5,9 @@
 Everything stays on the device: the host does not know yet how many drafts were accepted. So `propose` reads no value on the host, and all
 shapes follow from the shapes of its input. Then it can be captured into a CUDA graph.
 
-A draft's keys and values are extra layers of the target's KV cache, in the same blocks. Every step passes all its tokens, so these layers
-are filled wherever the target's are. Prefix cache, preemption, copy-on-write and offload then work without further code.
+A draft's keys and values are extra layers of the target's KV cache, in the same blocks. Every step passes all its tokens, to `propose` or,
+while drafts do not pay, to `store`. So these layers are filled wherever the target's are. Prefix cache, preemption, copy-on-write and
+offload then work without further code.
 """
 from __future__ import annotations
 
@@ -50,5 +51,8 @@ class DeviceProposer(Protocol):
 
     num_drafts: int  # k
     needs_hidden: bool  # whether it reads the target's hidden states
+    stores: bool  # whether it has keys and values, which every step must store
 
     def propose(self, x: ProposalInput) -> DraftTokens: ...
+    def store(self, x: ProposalInput) -> None:
+        """The keys and values of a step after which no drafts are needed, as `propose` stores them."""

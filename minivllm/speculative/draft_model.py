@@ -18,7 +18,7 @@ from minivllm.speculative.steps import MostProbable, SingleTokens, drafts, in_gr
 class DraftModel:
     """A `DeviceProposer`."""
 
-    needs_hidden = False
+    needs_hidden, stores = False, True
 
     def __init__(self, model: Decoder, *, num_target_layers: int, num_drafts: int, group: int, probabilistic: bool = False) -> None:
         """group: the target's KV group whose blocks the draft uses."""
@@ -28,8 +28,8 @@ class DraftModel:
     @torch.inference_mode()
     def propose(self, x: ProposalInput) -> DraftTokens:
         """See `DeviceProposer`."""
+        self.store(x)
         kv, count = x.kv[self._first :], len(self._model.groups)
-        self._model.forward(in_group(x.batch, self._group, count), kv, x.block_size)
         steps = SingleTokens(x, self._group, count, x.lengths - 1, self.num_drafts, self._model.build.ops)
         best = MostProbable(len(x.newest), x.newest.device, self._model.build.ops)
         token, tokens, probs = x.newest, list[Tensor](), list[Tensor | None]()
@@ -38,6 +38,11 @@ class DraftModel:
             tokens.append(token)
             probs.append(some)
         return drafts(tokens, probs)
+
+    @torch.inference_mode()
+    def store(self, x: ProposalInput) -> None:
+        """See `DeviceProposer`."""
+        self._model.forward(in_group(x.batch, self._group, len(self._model.groups)), x.kv[self._first :], x.block_size)
 
     def _choose(self, hidden: Tensor, x: ProposalInput, i: int, best: MostProbable) -> tuple[Tensor, Tensor | None]:
         """hidden: [B, hidden] -> draft i of each sequence [B] int64, and the distribution it is sampled from [B, V]."""

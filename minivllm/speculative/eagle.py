@@ -30,7 +30,7 @@ from minivllm.speculative.steps import MostProbable, SingleTokens, drafts, in_gr
 class EagleHead:
     """A `DeviceProposer`."""
 
-    needs_hidden = True
+    needs_hidden, stores = True, True
 
     def __init__(self, target: Decoder, fc: Linear, layer: PreNormLayer, attention: AttentionSpec, head: Linear, *, num_drafts: int,
                  group: int, rope: RotaryEmbedding | None, vocabulary: Tensor | None = None, probabilistic: bool = False) -> None:
@@ -44,10 +44,8 @@ class EagleHead:
     @torch.inference_mode()
     def propose(self, x: ProposalInput) -> DraftTokens:
         """See `DeviceProposer`."""
-        assert x.hidden is not None
         kv = x.kv[len(self._target.spec.layers)]
-        feature = self._run(in_group(x.batch, self._group, 1, x.next_tokens), self._norm(x.hidden), kv, x.block_size)
-        feature = feature.index_select(0, x.last)
+        feature = self._first_pass(x).index_select(0, x.last)
         steps = SingleTokens(x, self._group, 1, x.lengths - 1, self.num_drafts - 1, self._target.build.ops)
         best = MostProbable(len(feature), feature.device, self._target.build.ops)
         tokens: list[Tensor] = []
@@ -59,6 +57,17 @@ class EagleHead:
             if i + 1 < self.num_drafts:
                 feature = self._run(steps.batch(i, token), feature, kv, x.block_size)
         return drafts(tokens, probs)
+
+    @torch.inference_mode()
+    def store(self, x: ProposalInput) -> None:
+        """See `DeviceProposer`."""
+        self._first_pass(x)
+
+    def _first_pass(self, x: ProposalInput) -> Tensor:
+        """The features [T, hidden] of the target's step."""
+        assert x.hidden is not None
+        batch = in_group(x.batch, self._group, 1, x.next_tokens)
+        return self._run(batch, self._norm(x.hidden), x.kv[len(self._target.spec.layers)], x.block_size)
 
     def _run(self, batch: InputBatch, hidden: Tensor, kv: KVLayer, block_size: int) -> Tensor:
         """hidden: [T, hidden] of the positions of `batch`, whose tokens are the next ones -> features [T, hidden]."""

@@ -14,7 +14,7 @@ from minivllm.speculative_config import SpeculativeConfig
 class NgramLookup:
     """A `DeviceProposer`."""
 
-    needs_hidden = False
+    needs_hidden = stores = False
 
     def __init__(self, config: SpeculativeConfig, ops: Ops) -> None:
         self.num_drafts, self._lookup, self._find = config.num_speculative_tokens, config.lookup, ops.find_ngrams
@@ -22,3 +22,6 @@ class NgramLookup:
     def propose(self, x: ProposalInput) -> DraftTokens:
         """See `DeviceProposer`."""
         return DraftTokens(self._find(x.text, x.rows, x.lengths, *self._lookup, self.num_drafts))
+
+    def store(self, x: ProposalInput) -> None:
+        """See `DeviceProposer`."""

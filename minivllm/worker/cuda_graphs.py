@@ -46,6 +46,7 @@ from minivllm.kernels.reference.drafts import PlannedStep
 from minivllm.kernels.upload import StaticColumns
 from minivllm.models.decoder import LanguageModel
 from minivllm.sampling.sampler import MAX_LOGITS_ROWS, Sampler
+from minivllm.speculative.base import ProposalInput
 from minivllm.worker.batch import Columns, RowTable
 from minivllm.worker.drafts import DraftRunner
 from minivllm.worker.kv_cache import KVCache, KVLayout
@@ -197,12 +198,19 @@ class Graph:
             self._second = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._second, pool=self._graph.pool(), capture_error_mode=mode):
                 self._proposed = self._propose()  # [B, k] int64
+        if self._stores:
+            self._third = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._third, pool=self._graph.pool(), capture_error_mode=mode):
+                self._store()
 
     def _run(self) -> None:
         self._graph.replay()
 
     def _run_second(self) -> None:
         self._second.replay()
+
+    def _run_third(self) -> None:
+        self._third.replay()
 
     @property
     def pool(self) -> Any:
@@ -245,6 +253,11 @@ class Graph:
         return logits, sampled
 
     @property
+    def _stores(self) -> bool:
+        """Whether a step of this shape may be followed by `_store`: only plain decodes need no drafts."""
+        return self._drafts is not None and self._drafts.proposer.stores and self.shape.decodes > 0 and self.shape.query_width == 1
+
+    @property
     def _keeps_hidden(self) -> bool:
         return self._drafts is not None and self._drafts.proposer.needs_hidden
 
@@ -260,11 +273,18 @@ class Graph:
     def _propose(self) -> Tensor:
         """The proposer's part of the step."""
         assert self._drafts is not None
+        return self._drafts.propose_on_device(self._proposal_input(self._drafts), Inputs.of(self._inputs.tensors).known_ends)
+
+    def _store(self) -> None:
+        """The proposer's part of a step after which no drafts are needed."""
+        assert self._drafts is not None
+        self._drafts.proposer.store(self._proposal_input(self._drafts))
+
+    def _proposal_input(self, drafts: DraftRunner) -> ProposalInput:
         x, batch, shape = Inputs.of(self._inputs.tensors), self._batch, self.shape
         every = shape.query_width if shape.decodes else 1
         last = self._kept + self._before_first if shape.decodes else (batch.query_start[1:].long() - 1).clamp_min(0)
-        return self._drafts.propose_on_device(batch, self._hidden, x.rows, x.token_source, x.known_ends, last, x.temperature[::every],
-                                              x.streams[::every])
+        return drafts.proposal_input(batch, self._hidden, x.rows, x.token_source, last, x.temperature[::every], x.streams[::every])
 
     def verified(self, num_seqs: int) -> VerifiedStep:
         """What the last replay verified, of its first `num_seqs` sequences."""
@@ -274,7 +294,12 @@ class Graph:
             self._run_second()
             return self._proposed[:num_seqs]
 
-        return VerifiedStep(self._kept[:num_seqs], self._before[:rows], self._behind[:num_seqs], propose)
+        def store() -> None:
+            if self._drafts is not None and self._drafts.proposer.stores:
+                assert self._stores
+                self._run_third()
+
+        return VerifiedStep(self._kept[:num_seqs], self._before[:rows], self._behind[:num_seqs], propose, store)
 
     def replay(self, c: Columns, changes: tuple[Array, Array], sampler: Sampler) -> tuple[Tensor, Tensor, Array | None]:
         """Returns logits [R, V] in the model's dtype, sampled tokens [R] int64, and for each logits row of `c` its index among the R
@@ -345,6 +370,7 @@ class VerifiedStep:
     before: Tensor  # [R] int32: drafts at the positions of the sampled tokens
     behind: Tensor  # [B] int64: by how much the plan was ahead
     propose: Callable[[], Tensor]  # runs the proposer: [B, k] int64
+    store: Callable[[], None]  # in place of `propose`, if no drafts are needed
 
 
 class StepGraphs:

@@ -76,33 +76,40 @@ class DraftRunner:
         """Whether the proposer runs after a step of so many sequences."""
         return num_seqs <= self._most_seqs
 
-    def propose(self, packed: Packed, hidden: Tensor, kept: Tensor) -> Proposals:
-        """Drafts for the sequences of a step. hidden: of all T tokens, if the proposer needs them; kept [B]."""
+    def propose(self, packed: Packed, hidden: Tensor, kept: Tensor, proposes: bool) -> Proposals:
+        """Drafts for the sequences of a step. hidden: of all T tokens, if the proposer needs them; kept [B]; proposes: of the plan."""
         c, batch = packed.columns, packed.batch
         d = c.drafting
         assert d is not None
-        if not self.proposes(len(c.rows)):
+        if not self.proposes(len(c.rows)) or not (proposes or self.proposer.stores):
             return Proposals(kept, kept.new_empty((len(kept), 0)), d.own_sample)
         rows, known_ends, num_drafts, streams, temperature = upload(
             [c.rows, d.known_ends, d.num_drafts, self._sampler.streams(c.rows), self._sampler.temperatures(c.rows)], kept.device)
         last = batch.query_start[1:].long() - 1 - num_drafts + kept - 1
         (token_source,) = upload([d.token_source], kept.device)
-        drafts = self.propose_on_device(batch, hidden, rows, token_source, known_ends, last, temperature, streams)
-        return Proposals(kept, drafts, d.own_sample)
+        x = self.proposal_input(batch, hidden, rows, token_source, last, temperature, streams)
+        if not proposes:
+            self.proposer.store(x)
+            return Proposals(kept, kept.new_empty((len(kept), 0)), d.own_sample)
+        return Proposals(kept, self.propose_on_device(x, known_ends), d.own_sample)
 
-    def propose_on_device(self, batch: InputBatch, hidden: Tensor, rows: Tensor, token_source: Tensor, known_ends: Tensor, last: Tensor,
-                          temperature: Tensor, streams: Tensor) -> Tensor:
-        """The drafts [B, k], also written to the token table. It can be captured: see `ProposalInput` for the arguments.
-
-        rows [B]; token_source [T]: the sequence of each token; known_ends [B]: -1 for a sequence without a sample, which keeps its prompt.
-        """
-        table, text = self._rows, self._rows.tokens
+    def proposal_input(self, batch: InputBatch, hidden: Tensor, rows: Tensor, token_source: Tensor, last: Tensor, temperature: Tensor,
+                       streams: Tensor) -> ProposalInput:
+        """It can be captured. rows [B]; token_source [T]: the sequence of each token; see `ProposalInput` for the other arguments."""
+        text = self._rows.tokens
         next_tokens, newest, lengths = self._ops.proposer_inputs(text, rows, token_source, batch.positions, last)
-        found = self.proposer.propose(ProposalInput(
+        return ProposalInput(
             batch, next_tokens, last, newest, lengths, hidden if self.proposer.needs_hidden else None, self._kv.layers,
-            self._kv.layout.block_size, temperature, streams, text, rows))
-        self._ops.write_drafts(text, rows, known_ends, lengths, found.tokens, table.max_model_len)
+            self._kv.layout.block_size, temperature, streams, text, rows)
+
+    def propose_on_device(self, x: ProposalInput, known_ends: Tensor) -> Tensor:
+        """The drafts [B, k], also written to the token table. It can be captured.
+
+        known_ends [B]: -1 for a sequence without a sample, which keeps its prompt.
+        """
+        found = self.proposer.propose(x)
+        self._ops.write_drafts(x.text, x.rows, known_ends, x.lengths, found.tokens, self._rows.max_model_len)
         probabilities = self._sampler.draft_probs
         if found.probs is not None and probabilities is not None:
-            probabilities.store(torch.where(known_ends >= 0, rows, probabilities.num_rows), lengths, found.probs)
+            probabilities.store(torch.where(known_ends >= 0, x.rows, probabilities.num_rows), x.lengths, found.probs)
         return found.tokens

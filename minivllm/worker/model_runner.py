@@ -298,7 +298,7 @@ class ModelRunner:
                 if self._drafts is not None and before is not None and packed.shift is not None:
                     sampled = torch.cat(tokens) if tokens else before.long()
                     kept = self._drafts.verify(packed.columns, before, sampled, packed.shift)
-                    proposals = self._drafts.propose(packed, hidden, self._drafts.count(packed.columns, kept))
+                    proposals = self._drafts.propose(packed, hidden, self._drafts.count(packed.columns, kept), step.plan.proposes)
                 return SampledStep(step, self.kv, tokens, logprobs, prompt_logprobs, proposals=proposals, pooled=self._pool(packed, hidden))
         except (RuntimeError, MemoryError) as failure:
             error = _failure(step.plan, failure)
@@ -310,7 +310,7 @@ class ModelRunner:
         own = None if c.drafting is None else c.drafting.own_sample
         sampled_drafts = self.sampler.draft_probs is not None and c.has_drafts and bool(self.sampler.temperatures(c.sample_rows).any())
         if masks is None and not sampled_drafts and self.sampler.all_plain(c.sample_rows):
-            proposals = None if verified is None or own is None else self._proposals(verified, own)
+            proposals = None if verified is None or own is None else self._proposals(verified, own, step.plan.proposes)
             return SampledStep(step, self.kv, [work.sampled], order=work.order, proposals=proposals)
         self._only_replays = False
         index, draft_index, drafts, source = upload([c.sample_index, c.draft_index, c.drafts, c.source], work.logits.device)
@@ -329,15 +329,19 @@ class ModelRunner:
         if verified is not None and self._drafts is not None and own is not None and before is not None and shift is not None:
             kept = self._drafts.count(c, self._drafts.verify(c, before, choice.token_ids, shift))
             verified.kept.copy_(kept)
-            proposals = self._proposals(verified, own)
+            proposals = self._proposals(verified, own, step.plan.proposes)
         logprobs = () if choice.logprobs is None else ((0, choice.logprobs),)
         return SampledStep(step, self.kv, [choice.token_ids], logprobs, proposals=proposals)
 
-    def _proposals(self, verified: VerifiedStep, own: Array) -> Proposals:
-        """Run the proposer after a replay."""
+    def _proposals(self, verified: VerifiedStep, own: Array, proposes: bool) -> Proposals:
+        """Run the proposer after a replay. proposes: of the plan."""
         assert self._drafts is not None
         kept = verified.kept
-        return Proposals(kept, verified.propose() if self._drafts.proposes(len(own)) else kept.new_empty((len(own), 0)), own)
+        if self._drafts.proposes(len(own)):
+            if proposes:
+                return Proposals(kept, verified.propose(), own)
+            verified.store()
+        return Proposals(kept, kept.new_empty((len(own), 0)), own)
 
     def _sample_eager(
         self, packed: Packed, hidden: Tensor, masks: TokenMasks | None,

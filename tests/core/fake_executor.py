@@ -92,7 +92,7 @@ class Row:
     child: int
     adapter_slot: int
     next_position: int | None = None  # where its next plan must start
-    proposed: list[int] = field(default_factory=list)  # the worker's own drafts for the tokens after the newest one
+    proposed: list[int] | None = field(default_factory=list)  # the worker's own drafts for the tokens after the newest one; None: not made
 
     @property
     def request_id(self) -> str:
@@ -269,6 +269,7 @@ class FakeExecutor:
         for column, row in enumerate(self.rows[r] for r in plan.rows):
             if DEVICE_DRAFT in drafts[column]:
                 assert set(drafts[column]) == {DEVICE_DRAFT}
+                assert row.proposed is not None, "a plan verifies drafts that no step made"
                 drafts[column] = tuple(row.proposed[:len(drafts[column])])
             if column in plan.sample_from:
                 starts[column] = len(row.tokens) - (plan.num_tokens[column] - len(drafts[column]))
@@ -336,7 +337,11 @@ class FakeExecutor:
         assert self.chaos is not None
         proposals: list[tuple[int, ...] | None] = []
         for row in (self.rows[r] for r in plan.sample_rows):
-            tokens, guesses = list(row.tokens), []
+            if not plan.proposes:
+                row.proposed = None
+                proposals.append(() if self.chaos.random() < 0.3 else None)
+                continue
+            tokens, guesses = list(row.tokens), list[int]()
             for _ in range(self.config.num_device_drafts or self.chaos.randint(0, 3)):
                 right = self.model.next_token(tokens, row.seed, row.child)
                 guesses.append(right if self.chaos.random() < 0.7 else (right + 1) % VOCABULARY)

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from minivllm.core.plan import StepPlan, StepResult
+from minivllm.core.plan import DEVICE_DRAFT, StepPlan, StepResult
 from minivllm.core.scheduler import QueueFull, SchedulerConfig, sequence_id
+from minivllm.core.step_planner import PROBE_STEPS
 from minivllm.errors import InvalidInput
 from minivllm.sampling_params import SamplingParams
 from tests.core.fake_executor import Model
@@ -717,3 +718,53 @@ def test_the_request_with_the_lowest_priority_waits_for_a_block_and_keeps_its_ow
     assert [plan.request_ids for plan in h.plans[:5]] == [("first", "second")] * 2 + [("first",)] * 2 + [("second",)]
     assert h.scheduler.stats().num_preemptions == 0
     h.check_answers()
+
+
+# Drafts of the worker.
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_worker_proposes_while_a_sequence_wants_drafts_after_prompts_and_now_and_then(depth: int) -> None:
+    h = make(num_device_drafts=3, planning_depth=depth, max_model_len=400)
+    seen: list[tuple[bool, int]] = []  # of each launched plan: whether it proposes, and its number of drafts
+
+    def step(drafts: tuple[int, ...] | None) -> None:
+        """Launch all plans, and apply one result with these drafts of each sample."""
+        while (plan := h.scheduler.schedule(0.0)) is not None:
+            plans.append(plan)
+            seen.append((plan.proposes, len(plan.drafts[0])))
+        plan = plans.pop(0)
+        found = tuple((7,) for _ in plan.sample_rows)
+        h.scheduler.update(plan, StepResult(plan.step_id, found, drafts=(drafts,) * len(found)), {}, 0.0)
+        h.scheduler.check()
+
+    plans: list[StepPlan] = []
+    h.add(prompt(4), greedy(380), "a")
+    for _ in range(2 * PROBE_STEPS + 2):
+        step(None)
+    assert seen[0] == (True, 0)  # the prompt
+    probes = [i for i, (proposes, _) in enumerate(seen) if proposes][1 + depth :]  # a plan that was launched before the first result
+    assert len(probes) == 2 and probes[1] - probes[0] == PROBE_STEPS
+    seen.clear()
+    for _ in range(5):  # it wants drafts, and the worker has none yet
+        step(())
+    assert seen[1:] == [(True, 0)] * (len(seen) - 1)
+
+
+def test_no_drafts_are_verified_after_a_plan_that_makes_none() -> None:
+    h = make(num_device_drafts=3, planning_depth=1, max_model_len=400)
+    h.add(prompt(4), greedy(380), "a")
+    first, second = h.scheduler.schedule(0.0), h.scheduler.schedule(0.0)
+    assert first is not None and second is not None and second.proposes
+    h.scheduler.update(first, StepResult(first.step_id, ((7,),), drafts=(None,)), {}, 0.0)
+    third = h.scheduler.schedule(0.0)
+    assert third is not None and not third.proposes
+    h.scheduler.update(second, StepResult(second.step_id, ((7,),), drafts=((1, 2, 3),)), {}, 0.0)
+    fourth = h.scheduler.schedule(0.0)  # the drafts of the second plan are behind the token of the third, which made none
+    assert fourth is not None and fourth.drafts == ((),) and fourth.proposes
+    h.scheduler.update(third, StepResult(third.step_id, ((7,),), drafts=((),)), {}, 0.0)
+    fifth = h.scheduler.schedule(0.0)
+    assert fifth is not None and fifth.drafts == ((),) and fifth.proposes
+    h.scheduler.update(fourth, StepResult(fourth.step_id, ((7,),), drafts=((1, 2, 3),)), {}, 0.0)
+    sixth = h.scheduler.schedule(0.0)
+    assert sixth is not None and sixth.drafts == ((DEVICE_DRAFT,) * 3,)

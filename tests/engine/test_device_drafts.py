@@ -43,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
 class Followers:
     """Proposes the token that followed each token most often."""
 
-    needs_hidden = False
+    needs_hidden = stores = False
 
     def __init__(self, found: Tokens, num_drafts: int, probabilistic: bool = False, vocab_size: int = VOCAB) -> None:
         self.num_drafts, self.probabilistic, self.num_calls = num_drafts, probabilistic, 0
@@ -67,6 +67,9 @@ class Followers:
                 token = self.counts[token].argmax(-1)
             tokens.append(token)
         return DraftTokens(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None)
+
+    def store(self, x: ProposalInput) -> None:
+        raise AssertionError("a proposer without keys and values has nothing to store")
 
     @staticmethod
     def check(x: ProposalInput) -> None:

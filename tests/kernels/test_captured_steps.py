@@ -44,6 +44,7 @@ class Repeated(cuda_graphs.Graph):
     """Runs its step instead of replaying it."""
 
     replayed: ClassVar[list[cuda_graphs.GraphShape]] = []
+    num_stores: ClassVar[list[int]] = []
     runs_first: ClassVar[bool] = False  # as before a capture
     max_captures: ClassVar[int | None] = None  # there is no memory for more
     shared_keys: int  # at the last replay
@@ -58,6 +59,8 @@ class Repeated(cuda_graphs.Graph):
             self._step()
             if self._drafts is not None:
                 self._propose()
+            if self._stores:
+                self._store()
 
     def _run(self) -> None:
         assert self.captured
@@ -71,6 +74,10 @@ class Repeated(cuda_graphs.Graph):
 
     def _run_second(self) -> None:
         self._proposed = self._propose()
+
+    def _run_third(self) -> None:
+        self.num_stores.append(1)
+        self._store()
 
 
 @pytest.fixture(scope="module")

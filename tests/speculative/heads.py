@@ -86,10 +86,10 @@ class PagedDraft(Paged):
             layer.v.fill_(torch.nan)
 
     def propose(self, proposer: Any, *work: tuple[int, list[int]], newest: list[int], kept: list[int] | None = None,
-                next_of: dict[int, list[int]] | None = None) -> list[list[int]]:
+                next_of: dict[int, list[int]] | None = None, stores: bool = False) -> list[list[int]]:
         """One step over `work`, then drafts. newest: the token after each sequence's last kept one. kept: how many of its tokens are kept.
 
-        next_of: a prompt's further tokens, for chunks."""
+        next_of: a prompt's further tokens, for chunks. stores: no drafts, keys and values only."""
         before = [len(self.tokens[s]) for s, _ in work]
         batch = self.batch(work)
         hidden = self.model.forward(batch, self.kv, self.block_size)
@@ -107,4 +107,7 @@ class PagedDraft(Paged):
         x = ProposalInput(replace(batch, block_tables=tables), torch.tensor(next_tokens), torch.tensor(last), torch.tensor(newest), lengths,
                           hidden, self.kv, self.block_size, torch.zeros(len(work)), torch.zeros(len(work), dtype=torch.int64),
                           torch.zeros((1, 2), dtype=torch.int32), torch.zeros(len(work), dtype=torch.int64))
+        if stores:
+            proposer.store(x)
+            return []
         return list(proposer.propose(x).tokens.tolist())

@@ -33,7 +33,9 @@ def greedy(model: Any, tokens: list[int], count: int) -> list[int]:
     ("Llama", {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}),
     ("Mistral", {"num_hidden_layers": 2, "sliding_window": 5, "num_key_value_heads": 2}),  # windows in the blocks of full attention
 ])
-def test_drafts_equal_the_drafts_own_generation(target: Decoder, tmp_path: Path, family: str, sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("stores", [False, True])
+def test_drafts_equal_the_drafts_own_generation(target: Decoder, tmp_path: Path, family: str, sizes: dict[str, Any], stores: bool) -> None:
+    """stores: without drafts after one of the steps."""
     oracle = make_hf(family, **sizes)
     oracle.save_pretrained(tmp_path)
     model = load(tmp_path)
@@ -42,9 +44,9 @@ def test_drafts_equal_the_drafts_own_generation(target: Decoder, tmp_path: Path,
     prompts = [[(7 * i + 11 * s) % 97 for i in range(9 + 4 * s)] for s in range(2)]
     paged.propose(proposer, (0, prompts[0][:5]), newest=[prompts[0][5]])
     assert paged.propose(proposer, (0, prompts[0][5:]), newest=[21]) == [greedy(oracle, [*prompts[0], 21], 3)]
-    drafts = paged.propose(proposer, (0, [21]), (1, prompts[1]), newest=[33, 44])
+    drafts = paged.propose(proposer, (0, [21]), (1, prompts[1]), newest=[33, 44], stores=stores)
     first, second = [*prompts[0], 21, 33], [*prompts[1], 44]
-    assert drafts == [greedy(oracle, first, 3), greedy(oracle, second, 3)]
+    assert stores or drafts == [greedy(oracle, first, 3), greedy(oracle, second, 3)]
     # all three drafts of the first sequence are kept, and one of the second's
     drafts = paged.propose(proposer, (0, [33, 5, 6, 70]), (1, [44, 8, 9, 10]), newest=[51, 52], kept=[4, 2])
     assert drafts == [greedy(oracle, [*first, 5, 6, 70, 51], 3), greedy(oracle, [*second, 8, 52], 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from minivllm.kernels.tuning import SPECULATION, SpeculationCost
+from minivllm.worker.drafts import DraftRunner, Proposals
 from tests.engine.test_drafts import REQUESTS, Tokens, build, generate
 from tests.engine.test_speculation import FORMATS
 from tests.models.tiny import make_hf
 from tests.speculative.heads import write_head
+from tests.speculative.skipping import skipping
 
 pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.usefixtures("free_drafts")]
 
@@ -81,6 +84,33 @@ def test_drafts_change_no_token(folder: Path, plain: Tokens, tmp_path: Path, kin
     if kind == "itself":  # its keys and values are those of the target, also after preemption and in chunks
         assert counts.num_accepted >= 0.9 * counts.num_drafts
     assert generate(engine, REQUESTS)[0] == plain  # partly with cached prefixes
+    engine.close()
+
+
+@pytest.mark.parametrize(("kind", "way"), [
+    ("itself", "plain"), ("itself", "ahead"), ("itself", "preempted"), ("itself", "swapped"), ("head", "plain"), ("head", "ahead"),
+    ("head", "preempted")])
+def test_steps_without_proposals_change_no_token_and_lose_no_keys(
+    folder: Path, plain: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, way: str,
+) -> None:
+    """Drafts stop and start again. Those of the model itself are right after a pause too, so its keys and values have no gap."""
+    def recorded(self: DraftRunner, packed: Any, hidden: Any, kept: Any, proposes: bool) -> Proposals:
+        steps.append(proposes)
+        return propose(self, packed, hidden, kept, proposes)
+
+    propose, steps = DraftRunner.propose, list[bool]()
+    monkeypatch.setattr(DraftRunner, "propose", recorded)
+    skipping(monkeypatch, 25)
+    engine = build(folder, speculative_config=speculative(kind, folder, tmp_path, 3), **WAYS[way])
+    assert generate(engine, REQUESTS)[0] == plain
+    assert sum(not before and after for before, after in pairwise(steps)) >= 2 and steps.count(False) >= 10, steps
+    some = {name: REQUESTS[name] for name in ("greedy", "other", "short")}
+    before = engine.stats().drafts
+    assert generate(engine, some)[0] == {name: tokens for name, tokens in plain.items() if name.partition("#")[0] in some}
+    after = engine.stats().drafts
+    assert before is not None and after is not None and after.num_drafts > before.num_drafts
+    if kind == "itself":
+        assert after.num_accepted - before.num_accepted >= 0.9 * (after.num_drafts - before.num_drafts)
     engine.close()
 
 
