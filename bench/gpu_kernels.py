@@ -32,7 +32,8 @@ from minivllm.kernels.reference.kv_cache import quantize
 BLOCK_SIZE = 16
 QUANTUM = 0.08  # limit of the largest error in a quantized cache: rounding may give one of two neighbors, such as 416 and 448 in fp8
 RMS, WORST = 0.01, 0.05  # limits: rms of the error / rms of the reference, largest error / largest value of the reference
-DECODES = {"1 x 192": [192], "1 x 8000": [8000], "8 x 256": [256] * 8, "32 x 256": [256] * 32, "128 x 256": [256] * 128,
+DECODES = {"1 x 192": [192], "1 x 8000": [8000], "1 x 32000": [32000], "8 x 256": [256] * 8, "32 x 256": [256] * 32,
+           "128 x 256": [256] * 128,
            "256 x 200..1800": sorted((random.Random(i).randint(200, 1800) for i in range(256)), reverse=True)}  # fmt: skip
 SHARING = {"64 x 2150, 2048 shared": ([2150] * 64, 2048)}  # (keys of each decode, leading keys in the same blocks)
 PROMPTS = (2048, 8000)

@@ -176,6 +176,32 @@ def linear_variants() -> Iterator[dict[str, Any]]:
                                   num_warps=tile.num_warps)
 
 
+def few_variants() -> Iterator[dict[str, Any]]:
+    """The kernels in Gluon for few decodes and few rows, which only Hopper and later GPUs run."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from minivllm.kernels.triton import hopper_decode, hopper_linear
+
+    projection = Projection(qkv="*bf16", stride="i32", norm_weight="*bf16", eps="fp32", cos="*bf16", sin="*bf16", slopes="*fp32",
+                            sinks="*fp32")
+    types: dict[str, Any] = dict(
+        out="*bf16", parts=Parts(mean="*fp32", log_weight="*fp32", finished="*i32", shared_keys="*i32"), projection=projection,
+        cache=Cache(k="*bf16", v="*bf16", v_pairs="*bf16", scales="*bf16", scale_pairs="*bf16", block_table="*i32"), slots="*i64",
+        seq_lens="*i32", scale="fp32", **dict.fromkeys(("num_seqs", "table_stride", "splits", "min_keys"), "i32"))
+    for warps, head_dim, group in ((4, 128, 2), (8, 128, 8), (4, 64, 4)):
+        constants = dict(NUM_HEADS=8 * group, BLOCK_SIZE=16, NORM=True, PDL=True, **hopper_decode.constants(warps, head_dim, group))
+        yield measure(f"Hopper few decodes, head_dim {head_dim}, {group} heads per KV head, {warps} warps", hopper_decode._hopper_decode,
+                      types, constants, source=GluonASTSource, arch=90, num_warps=warps)
+    types = {**dict.fromkeys(("out", "x", "weight", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32", "rows": "i32"}
+    for layer, n, k, gated in (("qkv", 4096, 1024, False), ("o", 1024, 2048, False), ("gate_up", 3072, 1024, True),
+                               ("down", 1024, 3072, False), ("o", 4096, 4096, False), ("down", 4096, 14336, False)):
+        tile, before = tuning.hopper_linear_tile(8, n, k, gated, 2, 90), layer in ("qkv", "gate_up")
+        assert tile is not None
+        yield measure(f"Hopper {layer} of {n} x {k}, 8 rows", hopper_linear._hopper_rows, types,
+                      dict(N=n, K=k, BLOCK_M=8, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, P=tile.num_warps, NORM=before, GATED=gated,
+                           BIAS=False, ADD=not before, PDL=True), source=GluonASTSource, arch=90, num_warps=tile.num_warps)
+
+
 def packed_formats() -> dict[str, tuple[packed_weight.Format, str]]:
     """Name -> (format, type of its scales)."""
     base = packed_weight.Format(n=0, k=0, inputs=0, bits=4, per_word=4, fp8=False, group=128, rows=1, zero=-1, mins=False, super_group=0,
@@ -301,6 +327,6 @@ def draft_variants() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in (*attention_variants(), *hopper_variants(), *linear_variants(), *packed_variants(), *lora_variants(), *expert_variants(),
-                *small_variants(), *sampling_variants(), *draft_variants()):
+    for row in (*attention_variants(), *hopper_variants(), *linear_variants(), *few_variants(), *packed_variants(), *lora_variants(),
+                *expert_variants(), *small_variants(), *sampling_variants(), *draft_variants()):
         print(json.dumps(row), flush=True)

@@ -157,9 +157,12 @@ def test_new_keys_are_stored_and_queries_rotated_as_in_the_reference(heads: tupl
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", [89, 90])
 def test_decodes_of_any_size_use_kernels_that_are_compiled_at_start(kv_heads: int, head_dim: int, arch: int) -> None:
-    def variant(seqs: int, keys: int) -> tuple[tuning.AttentionTile, bool]:
+    def variant(seqs: int, keys: int) -> tuple[int, tuning.AttentionTile | None, bool]:
         programs = seqs * kv_heads
-        return tuning.decode_tile(programs, keys, head_dim, 2, 2, arch), tuning.num_splits(programs, keys, 132 if arch == 90 else 24) > 1
+        if few := tuning.few_decodes_tile(programs, keys, head_dim, 2, 2, arch):
+            return few.num_warps, None, False
+        split = tuning.num_splits(programs, keys, 132 if arch == 90 else 24) > 1
+        return 0, tuning.decode_tile(programs, keys, head_dim, 2, 2, arch), split
 
     compiled = {variant(seqs, keys) for seqs in tuning.DECODE_GRAPHS for keys in (1, tuning.SHORT_KEYS, 16384)}
     for seqs in range(1, tuning.DECODE_GRAPHS[-1] + 1):

@@ -23,10 +23,10 @@ from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch, KVLayer
 from minivllm.kernels.triton.attention_tile import Cache, Projection
 from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
-from minivllm.kernels.triton.device import capability, early_start, launch, num_sms
+from minivllm.kernels.triton.device import capability, early_start, gluon_kernels, launch, num_sms
 from minivllm.kernels.triton.gathered_prompts import OrderedKeys, attend_in_order, order_keys
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
-from minivllm.kernels.tuning import AttentionTile
+from minivllm.kernels.tuning import AttentionTile, FewDecodesTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class TritonAttentionMeta:
     shared_parts: int  # programs that share the keys which all decodes have in common; 0: such keys are not treated separately
     parts: Parts | None  # None: one split and no shared part
     ordered: OrderedKeys | None = None  # None: prompt chunks follow the block table
+    few_tile: FewDecodesTile | None = None  # None: the kernel of few decodes does not compute this batch
 
     @property
     def num_decode_tokens(self) -> int:
@@ -78,16 +79,19 @@ def prepare_attention(
     # Once the shared keys are read, one tile suits all numbers of decodes.
     programs = 512 if shared_parts else decodes * num_kv_heads
     tile = wide_tile or tuning.decode_tile(programs, keys, head_dim, heads_per_kv, itemsize, arch)
-    parts = None
-    if shared_parts or splits > 1:
-        mean = torch.empty((shared_parts + splits, decodes * width, num_heads, head_dim), dtype=torch.float32, device=device)
+    parts = few_tile = None
+    if decodes and width == 1 and window is None and not shared_parts:
+        few_tile = tuning.few_decodes_tile(programs, keys, head_dim, heads_per_kv, itemsize, arch)
+    most_splits = max(splits, few_tile.splits if few_tile else 1)
+    if shared_parts or most_splits > 1:
+        mean = torch.empty((shared_parts + most_splits, decodes * width, num_heads, head_dim), dtype=torch.float32, device=device)
         finished = torch.zeros((decodes, num_kv_heads), dtype=torch.int32, device=device)
         parts = Parts(mean, mean.new_empty(mean.shape[:-1]), finished, batch.shared if shared_parts else finished)
     prompt_tokens = sum(batch.query_lens_host) - decodes * width
     ordered = order_keys(batch, decodes, num_kv_heads, head_dim, window, dtype) if prompt_tokens else None
     return TritonAttentionMeta(
         num_heads, num_kv_heads, head_dim, block_size, window, decodes, width, batch.num_seqs, prompt_tokens, batch.query_start,
-        batch.seq_lens, batch.block_tables[group], tile, shared_tile, splits, shared_parts, parts, ordered,
+        batch.seq_lens, batch.block_tables[group], tile, shared_tile, splits, shared_parts, parts, ordered, few_tile,
     )  # fmt: skip
 
 
@@ -136,15 +140,20 @@ def _attend_decodes(
     rope: tuple[Tensor, Tensor] | None, qk_norm: tuple[Tensor, float] | None, alibi: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    tile, parts = meta.decode_tile, meta.parts
+    tile, parts, few = meta.decode_tile, meta.parts, meta.few_tile
+    projection, cache, early = _projection(qkv, rope, qk_norm, alibi, sinks), _cache(kv, meta), early_start(qkv.device)
+    if few and rope is not None and softcap is None and alibi is None and sinks is None and (hopper := gluon_kernels("hopper_decode")):
+        hopper.attend_few(out, projection, cache, parts or Parts(out, out, out, out), slots, meta.seq_lens, tile=few, scale=scale,
+                          num_seqs=meta.num_decodes, num_heads=meta.num_heads, num_kv_heads=meta.num_kv_heads, head_dim=meta.head_dim,
+                          block_size=meta.block_size, norm=qk_norm is not None)
+        return
     shape = DecodeShape(
         num_heads=meta.num_heads, heads_per_kv=meta.num_heads // meta.num_kv_heads, head_dim=meta.head_dim,
         padded_dim=_padded(meta.head_dim), block_size=meta.block_size, query_width=meta.query_width, block_q=tile.block_q,
-        block_m=tile.block_m, block_n=tile.block_n, split=parts is not None, min_keys=tuning.MIN_KEYS_PER_SPLIT,
+        block_m=tile.block_m, block_n=tile.block_n, split=meta.splits > 1 or meta.shared_parts > 0, min_keys=tuning.MIN_KEYS_PER_SPLIT,
         shared=meta.shared_parts > 0, shared_multiple=tuning.SHARED_KEYS_MULTIPLE, window=meta.window or 0, softcap=softcap is not None,
         norm=qk_norm is not None, rope=rope is not None, quantized=kv.scales is not None, fp8=kv.k.dtype == torch.float8_e4m3fn,
         native=capability(qkv.device) > 0 and qkv.dtype != torch.float32, alibi=alibi is not None, sinks=sinks is not None)
-    projection, cache, early = _projection(qkv, rope, qk_norm, alibi, sinks), _cache(kv, meta), early_start(qkv.device)
     parts = parts or Parts(out, out, out, out)  # unused
     if meta.shared_parts:
         wide = meta.shared_tile

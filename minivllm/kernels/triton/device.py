@@ -7,17 +7,22 @@ end of a kernel implies the end of all kernels before it.
 """
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+log = logging.getLogger(__name__)
 
 _compile_only: ContextVar[bool] = ContextVar("compile_only", default=False)  # per thread: kernels of other threads still run
 
@@ -35,6 +40,18 @@ def capability(device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors: at least so many programs run at the same time. 16 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+@lru_cache(maxsize=8)
+def gluon_kernels(module: str) -> ModuleType | None:
+    """The module of this package that has kernels in Gluon, an experimental part of Triton. None, with one line in the log, if the
+    installed Triton lacks something that it uses."""
+    try:
+        return import_module(f"minivllm.kernels.triton.{module}")
+    except (ImportError, AttributeError) as error:
+        log.warning("Triton %s lacks a part of Gluon (%s): kernels in Triton's own language replace those of %s.py and are slower",
+                    triton.__version__, error, module)
+        return None
 
 
 @lru_cache(maxsize=8)

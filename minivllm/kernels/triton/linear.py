@@ -8,7 +8,7 @@ addition would take longer than their arithmetic. So one kernel computes each of
     norm -> gate | up   out = silu(x Wg^T) * (x Wu^T)    a program computes the same columns of both
 
 A program computes BLOCK_N output columns. For one row the product is a sum over registers (`_matvec`), for more rows it is a tensor core
-tile (`_few_rows`).
+tile (`_few_rows`, and hopper_linear.py for some shapes on Hopper).
 
 On Hopper each kernel starts before the kernel ahead of it has ended (programmatic dependent launch). It first fetches its weights, which
 no kernel writes, and then waits for its input.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minivllm.kernels import tuning
 from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
-from minivllm.kernels.triton.device import capability, early_start, launch
+from minivllm.kernels.triton.device import capability, early_start, gluon_kernels, launch
 from minivllm.kernels.triton.norm import rms_norm
 
 
@@ -165,13 +165,18 @@ def fused_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """x: [T, K], weight: [N, K] (gated: [2N, K], gate rows first) -> [T, N]. May overwrite `residual`: [T, N]."""
-    rows, k = x.shape
+    (rows, k), arch = x.shape, capability(x.device)
+    n = weight.shape[0] // (2 if gated else 1)
+    direct = tuning.hopper_linear_tile(rows, n, k, gated, x.element_size(), arch)
+    if direct is not None and not (x.dtype == torch.float16 and norm is not None) and (hopper := gluon_kernels("hopper_linear")):
+        out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+        hopper.few_rows(out, x.contiguous(), weight, bias, norm, gated, residual, direct)
+        return out
     if not tuning.fuses(rows, weight.numel(), gated, x.element_size()):
         return _many_rows(x, weight, bias, norm, gated, residual)
     x = x.contiguous()
-    n = weight.shape[0] // (2 if gated else 1)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    tile = tuning.linear_tile(rows, n, k, gated, capability(x.device))
+    tile = tuning.linear_tile(rows, n, k, gated, arch)
     norm_weight, eps = norm or (x, 0.0)
     flags = dict(NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, num_warps=tile.num_warps,
                  **early_start(x.device))
