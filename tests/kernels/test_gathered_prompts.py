@@ -21,6 +21,7 @@ from tests.kernels.paged import Case, forget_new, fused, make_case, naive_attent
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from minivllm.kernels.triton import attention, gathered_prompts
+from minivllm.kernels.triton.device import gluon_kernels
 from minivllm.kernels.triton.gathered_prompts import group, order_keys
 
 CUDA = torch.cuda.is_available()
@@ -166,11 +167,11 @@ def test_an_untested_version_of_triton_means_the_slower_kernel_and_one_line(
 ) -> None:
     monkeypatch.setattr(gathered_prompts, "capability", lambda device: 90)
     monkeypatch.setattr(gathered_prompts.triton, "__version__", "3.9.0")
-    gathered_prompts.hopper_kernel.cache_clear()
+    gluon_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert [gathered_prompts.hopper_kernel(torch.device("cuda", 0)) for _ in range(3)] == [None] * 3
     finally:
-        gathered_prompts.hopper_kernel.cache_clear()
+        gluon_kernels.cache_clear()
     assert len(caplog.records) == 1 and "Triton 3.9.0" in caplog.text
     assert order_keys(chunk(), 0, 1, 64, None, torch.float16) is None  # a CPU

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 log = logging.getLogger(__name__)
+GLUON_TESTED = ("3.6.", "3.7.")  # versions of Triton. Gluon, the language of some kernels, changes from version to version
 
 _compile_only: ContextVar[bool] = ContextVar("compile_only", default=False)  # per thread: kernels of other threads still run
 
@@ -44,13 +45,13 @@ def num_sms(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def gluon_kernels(module: str) -> ModuleType | None:
-    """The module of this package that has kernels in Gluon, an experimental part of Triton. None, with one line in the log, if the
-    installed Triton lacks something that it uses."""
+    """The module of this package whose kernels are in Gluon. None, with one line in the log, if this version of Triton may not run them."""
     try:
+        if not triton.__version__.startswith(GLUON_TESTED):
+            raise ImportError(f"it was tested with {' and '.join(version + 'x' for version in GLUON_TESTED)}")
         return import_module(f"minivllm.kernels.triton.{module}")
-    except (ImportError, AttributeError) as error:
-        log.warning("Triton %s lacks a part of Gluon (%s): kernels in Triton's own language replace those of %s.py and are slower",
-                    triton.__version__, error, module)
+    except (ImportError, AttributeError, TypeError) as error:
+        log.warning("Slower kernels replace those of %s.py, which do not work with Triton %s (%s)", module, triton.__version__, error)
         return None
 
 

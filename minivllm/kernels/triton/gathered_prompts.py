@@ -13,9 +13,7 @@ does not fit alone, some KV heads after the others.
 """
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,11 +25,8 @@ from torch import Tensor
 from minivllm.kernels import tuning
 from minivllm.kernels.layout import InputBatch
 from minivllm.kernels.triton.attention_tile import Cache
-from minivllm.kernels.triton.device import capability, launch
+from minivllm.kernels.triton.device import capability, gluon_kernels, launch
 from minivllm.kernels.triton.quantized_cache import widen
-
-logger = logging.getLogger(__name__)
-TESTED = ("3.6.", "3.7.")  # versions of Triton. Gluon, of which the kernel is made, changes from version to version
 
 
 class Pass(NamedTuple):
@@ -52,19 +47,9 @@ class OrderedKeys(NamedTuple):
     first_token: int | None  # the chunks' keys are rows of the projection from this one on; None: in the workspace
 
 
-@lru_cache(maxsize=8)
 def hopper_kernel(device: torch.device) -> ModuleType | None:
     """The module with the kernel. None: not for this GPU, or not with this version of Triton."""
-    if capability(device) // 10 != 9:
-        return None
-    try:
-        if not triton.__version__.startswith(TESTED):
-            raise ImportError(f"it was tested with {' and '.join(version + 'x' for version in TESTED)}")
-        from minivllm.kernels.triton import hopper_attention
-    except (ImportError, AttributeError, TypeError) as error:
-        logger.warning("Prompts use a slower kernel: the one for Hopper does not work with Triton %s (%s)", triton.__version__, error)
-        return None
-    return hopper_attention
+    return gluon_kernels("hopper_attention") if capability(device) // 10 == 9 else None
 
 
 def order_keys(
