@@ -86,7 +86,8 @@ def number(name: str, value: Any, low: float, high: float, *, open_low: bool = F
     except OverflowError:  # an int that is too large for a float
         finite = False
     if not finite:
-        raise InvalidInput(f"{name} must be a finite number in {span}, got {reprlib.repr(value)}", name)
+        where = "" if math.isinf(low) and math.isinf(high) else f" in {span}"
+        raise InvalidInput(f"{name} must be a finite number{where}, got {reprlib.repr(value)}", name)
     if value < low or value > high or (open_low and value <= low):
         raise InvalidInput(f"{name} must be in {span}, got {value!r}", name)
     return float(value)

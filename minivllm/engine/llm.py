@@ -12,7 +12,7 @@ import numbers
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -29,7 +29,7 @@ from minivllm.engine.metrics_reader import Metric, read_metrics
 from minivllm.engine.pooling import cosine, floats
 from minivllm.engine.prompts import Prompt, checked_lora, prepare_request
 from minivllm.engine_request import LoRARequest
-from minivllm.errors import InvalidInput, refuse_unbuilt
+from minivllm.errors import InvalidInput, refuse_unbuilt, shown
 from minivllm.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -358,8 +358,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list. A list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise InvalidInput(f"prompts are texts or lists of token ids, got {prompts!r}", "prompts")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Set)):  # bytes are not tokens, and a set has no order
+        raise InvalidInput(f"prompts are texts or lists of token ids, got {shown(prompts)}", "prompts")
     every = list(prompts)
     return [every] if every and isinstance(every[0], numbers.Integral) else every  # type: ignore[list-item,return-value]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 
@@ -73,8 +73,8 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
 
 
 def _ids(ids: Any) -> tuple[int, ...]:
-    if not isinstance(ids, Iterable):
-        raise InvalidInput(f"a prompt is text or a list of token ids, got {ids!r}", "prompt")
+    if not isinstance(ids, Iterable) or isinstance(ids, (bytes, bytearray, Set)):  # bytes are not tokens, and a set has no order
+        raise InvalidInput(f"a prompt is text or a list of token ids, got {shown(ids)}", "prompt")
     found = tuple(ids)
     if not set(map(type, found)) <= {int}:  # numpy's integers become plain ones
         found = tuple(whole("a token id", token, 0, None, "token ids are whole numbers", field="prompt") for token in found)

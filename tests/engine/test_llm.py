@@ -104,6 +104,9 @@ def test_the_models_own_defaults_are_used_where_none_are_given(llm: LLM) -> None
 
 
 def test_wrong_arguments_are_refused_and_leave_no_request_behind(llm: LLM) -> None:
+    for wrong in (b"Once", {"Once", "upon"}, 5):  # bytes look like token ids, and a set has no order
+        with pytest.raises(InvalidInput, match="prompts are texts or lists of token ids"):
+            llm.generate(wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="2 prompts, but 1 SamplingParams"):
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
     with pytest.raises(InvalidInput, match="2 prompts, but 3 priorities"):

@@ -28,7 +28,8 @@ def test_every_form_of_prompt_is_read(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [({"promt": "a"}, "did you mean 'prompt'"), ({}, "needs"), ({"prompt": 3}, "needs"), (5, "text or a list"), ([1.5], "whole numbers"),
+    [(b"a cat", "text or a list of token ids, got b'a cat'"), ({5, 6}, "text or a list of token ids, got {5, 6}"),
+     ({"promt": "a"}, "did you mean 'prompt'"), ({}, "needs"), ({"prompt": 3}, "needs"), (5, "text or a list"), ([1.5], "whole numbers"),
      ([True], "whole numbers"), ("\ud800", "lone surrogate"), ({"prompt": "a", "cache_salt": 5}, "cache_salt must be text")],
 )
 def test_everything_else_is_an_error_that_names_the_fix(tokenizer: Tokenizer, prompt: Any, message: str) -> None:
