@@ -62,6 +62,8 @@ class Frontend:
             raise ApiError(415, f"the content type must be application/json, got {media or 'none'!r}")
         if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
             raise ApiError(415, f"the content encoding {encoding!r} is not supported: send the body without one")
+        if (coding := request.headers.get("transfer-encoding", "chunked").strip().lower()) != "chunked":
+            raise ApiError(415, f"the transfer encoding {coding!r} is not supported: send the body with chunked alone, or its length")
         limit = self.config.max_body_size
         too_large = ApiError(413, f"the body is larger than {limit} bytes: send less, or start the server with a larger --max-body-size")
         declared = request.headers.get("content-length", "")

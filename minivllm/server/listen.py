@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
@@ -147,6 +148,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.handshake: TlsConnection | None = None  # the one of HTTPS
         self._unanswered: deque[Any] = deque()  # uvicorn's cycles of requests; several if the client pipelines
         self._held = b""  # received, and parsed once fewer requests are unanswered
+        self._fed = b""  # what the parser is parsing
+        self._repeated_head = False  # see `_unsupported_upgrade_warning`
 
     # Called by the event loop.
 
@@ -195,9 +198,28 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._other_bytes += len(data)
         self._request_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._timer is None and self._other_bytes and not self._in_body:
             self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def _feed(self, data: bytes) -> None:
+        self._fed = data
+        super().data_received(data)
+        self._fed = b""
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn calls this for a request with `Upgrade`, such as Java's client sends (to h2c). HTTP allows to ignore that header. But the
+        parser takes the request for complete after its head, so a body is parsed as that of a second head, which counts for nothing.
+        """
+        upgrade = sys.exception()  # HttpParserUpgrade(where the head ends)
+        assert upgrade is not None
+        rest = self._fed[upgrade.args[0]:]
+        framing = [b"%b: %b\r\n" % header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
+        if framing:
+            self._repeated_head = self.cycle.more_body = True
+            rest = b"POST / HTTP/1.1\r\n%b\r\n%b" % (b"".join(framing), rest)
+        if rest:
+            self._feed(rest)
 
     def pause_writing(self) -> None:
         """The client reads too slowly. Everything that its requests still produce is kept in memory, so this must end."""
@@ -218,6 +240,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_body, self._other_bytes, self._request_bytes = True, 0, 0
+        if self._repeated_head:
+            self._repeated_head = False
+            return
         self._stop_timer()
         self._limit.idle.pop(self, None)
         super().on_headers_complete()

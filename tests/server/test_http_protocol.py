@@ -52,6 +52,39 @@ def test_bytes_that_are_not_http_get_an_error_in_openais_shape_and_a_closed_conn
     assert httpx.get(live.url + "/health").status_code == 200
 
 
+BODY = b'{"prompt": [5], "max_tokens": 1}'
+# The first request of Java's HTTP client to an address with http://
+UPGRADE = (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: Upgrade, HTTP2-Settings\r\n"
+           b"http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nupgrade: h2c\r\n")
+WITH_LENGTH = UPGRADE + b"content-length: %d\r\n\r\n%b" % (len(BODY), BODY)
+IN_CHUNKS = UPGRADE + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+GET_UPGRADE = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n"
+LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("cut", [1, 7, len(WITH_LENGTH) - 5, 1 << 20])
+@pytest.mark.parametrize("requests", [[WITH_LENGTH], [IN_CHUNKS], [GET_UPGRADE], [WITH_LENGTH, GET_UPGRADE, IN_CHUNKS, WITH_LENGTH]],
+                         ids=["length", "chunks", "no body", "several"])
+def test_a_request_to_upgrade_is_answered_as_if_it_were_none(
+    live: LiveServer, requests: list[bytes], cut: int, caplog: pytest.LogCaptureFixture,
+) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    raw = b"".join([*requests, LAST])
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(raw), cut):
+            connection.sendall(raw[start:start + cut])
+        answers = connection.makefile("rb").read()
+    assert answers.count(b"HTTP/1.1 200 OK") == len(requests) + 1 == answers.count(b"HTTP/1.1 "), answers
+    assert "WebSocket" not in caplog.text
+
+
+def test_a_body_whose_transfer_is_compressed_is_415(live: LiveServer) -> None:
+    raw = IN_CHUNKS.replace(b"chunked", b"gzip, chunked").replace(UPGRADE, UPGRADE.replace(b"upgrade: h2c", b"connection: close"))
+    answer = exchange(live, raw)
+    assert answer.startswith(b"HTTP/1.1 415") and b"the transfer encoding 'gzip, chunked' is not supported" in answer
+
+
 @pytest.mark.parametrize("start, more", [(b"GET /", b"a"), (b"GET / HTTP/1.1\r\nx: ", b"a"), (b"GET / HTTP/1.1\r\n", b"x: y\r\n")],
                          ids=["path", "one header", "many headers"])
 def test_an_endless_head_is_refused(live: LiveServer, start: bytes, more: bytes) -> None:

@@ -22,6 +22,7 @@ METHODS = [
     (HttpToolsProtocol, "on_headers_complete", "the limit for headers, and disconnects of pipelined requests"),
     (HttpToolsProtocol, "on_message_complete", "the limit for headers"),
     (HttpToolsProtocol, "data_received", "the limit for headers"),
+    (HttpToolsProtocol, "_unsupported_upgrade_warning", "bodies of requests with Upgrade, as Java's client sends"),
     (HttpToolsProtocol, "connection_made", "the limit for connections"),
     (HttpToolsProtocol, "pause_writing", "the limit for clients that do not read"),
     (HttpToolsProtocol, "resume_writing", "the limit for clients that do not read"),
