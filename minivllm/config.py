@@ -274,6 +274,9 @@ class ServerConfig:
     data_parallel_size: int = option(1,
         "number of replicas: engines with the same model, each on its own GPUs or with its part of the CPU's threads, behind this server; "
         "limits of an engine, such as --max-num-seqs and --max-queue, are those of each replica")
+    data_parallel_backend: str = option("mp",
+        "where the replicas run; mp: processes of this machine; ray: actors on the machines of this machine's Ray cluster (needs "
+        "minivllm[ray])", choices=("mp", "ray"))
     restart_engine: int = option(0,
         "how many times in a row a dead engine is started again, with pauses of 1 to 30 s; meanwhile requests get 503 with Retry-After. "
         "Afterwards, or with 0, the server ends with status 1", metavar="TIMES")
@@ -307,6 +310,9 @@ class ServerConfig:
                                "restart_engine")
         if not 1 <= self.data_parallel_size <= 1024:
             raise InvalidInput(f"data_parallel_size must be between 1 and 1024, got {self.data_parallel_size}", "data_parallel_size")
+        if self.data_parallel_backend == "ray" and not self.engine_process:
+            raise InvalidInput("data_parallel_backend=ray runs engines in Ray's processes: leave out engine_process=False, or it",
+                               "data_parallel_backend")
         if self.data_parallel_size > 1 and not self.engine_process:
             raise InvalidInput("data_parallel_size needs engines in processes: leave out engine_process=False, or data_parallel_size",
                                "data_parallel_size")

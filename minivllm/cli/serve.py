@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if (server.lora_modules or server.lora_folders) and not engine.enable_lora:  # before the model is loaded
         name = "lora_modules" if server.lora_modules else "lora_folders"
         raise InvalidInput(f"{name} has no effect without enable_lora: give --enable-lora too", name)
-    if server.data_parallel_size > 1 and engine.trace is not None:
-        raise InvalidInput("trace records one engine: leave it out, or data_parallel_size", "trace")
+    if (server.data_parallel_size > 1 or server.data_parallel_backend == "ray") and engine.trace is not None:
+        raise InvalidInput("trace records one engine of this machine: leave it out, or the replicas", "trace")
     from minivllm.server.run import serve
 
     return serve(engine, server)

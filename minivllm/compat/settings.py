@@ -114,7 +114,7 @@ ENGINE_SETTINGS: tuple[VllmSetting, ...] = (
     *_inert("the server logs one line per request with access_log", disable_log_requests=False, enable_log_requests=False),
     *_inert("ranks are processes of one machine", distributed_executor_backend=(None, "mp", "uni", "ray"), worker_use_ray=False,
             engine_use_ray=False, ray_workers_use_nsight=False, max_parallel_loading_workers=None, disable_custom_all_reduce=False,
-            data_parallel_backend="mp", data_parallel_address=None, data_parallel_rpc_port=None, distributed_timeout_seconds=None),
+            data_parallel_address=None, data_parallel_rpc_port=None, distributed_timeout_seconds=None),
     *_inert("it has no counterpart in this engine's loader", model_loader_extra_config=None, ignore_patterns=None, use_tqdm_on_load=True,
             pt_load_map_location="cpu", safetensors_load_strategy=None),
     *_inert("it has no counterpart in this engine's scheduler", num_scheduler_steps=1, multi_step_stream_outputs=True,

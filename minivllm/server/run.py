@@ -28,6 +28,7 @@ from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_templ
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import ProcessClient, freeze_heap
+from minivllm.engine.ray_replicas import connect
 from minivllm.engine.replicas import RoutedClient, share_machine
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
@@ -52,7 +53,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             # Importing the web server's packages takes a second. Do it while the engine loads.
             threading.Thread(target=importlib.import_module, args=("minivllm.server.listen",), daemon=True).start()
             client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level, restarts=config.restart_engine,
-                                  replicas=config.data_parallel_size)
+                                  replicas=config.data_parallel_size, ray=config.data_parallel_backend == "ray")
             with contextlib.closing(client):
                 _run(client, config, template, listener, begun)
                 status = 0 if client.dead is None or client.restarting else 1  # a service manager restarts the server then
@@ -109,12 +110,16 @@ def build_engine(config: EngineConfig, log_level: str | None) -> EngineCore:
     return compose.build_engine(config)
 
 
-def start_engine(config: EngineConfig, *, process: bool, log_level: str, restarts: int = 0, replicas: int = 1) -> EngineClient:
-    """A client whose engine accepts requests. With `process`, only the engine's process imports torch."""
-    if replicas > 1:
-        return RoutedClient.start_with(
-            partial(build_engine, config, log_level), replicas=replicas, restarts=restarts, seed=config.seed,
-            prepare=partial(share_machine, config.device, config.tensor_parallel_size))
+def start_engine(
+    config: EngineConfig, *, process: bool, log_level: str, restarts: int = 0, replicas: int = 1, ray: bool = False,
+) -> EngineClient:
+    """A client whose engine accepts requests. With `process`, only the engine's process imports torch. ray: replicas in a Ray cluster."""
+    if ray or replicas > 1:
+        build, gpus_each = partial(build_engine, config, log_level), config.tensor_parallel_size
+        start = partial(RoutedClient.start_with, build, replicas=replicas, restarts=restarts, seed=config.seed)
+        if ray:  # which gives each actor its GPUs
+            return start(make=connect(replicas, gpus_each, config.device))
+        return start(prepare=partial(share_machine, config.device, gpus_each))
     if process:
         return ProcessClient.start_with(partial(build_engine, config, log_level), restarts=restarts)
     return ThreadClient.start_with(partial(build_engine, config, None))

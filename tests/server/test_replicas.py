@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +20,7 @@ from minivllm.engine import restarts
 from minivllm.engine.replicas import ReplicaProcess, RoutedClient, share_machine
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
-from minivllm.server.run import readiness
+from minivllm.server.run import readiness, start_engine
 from tests.server.scripted import serving
 from tests.server.test_restart import build_engine
 
@@ -77,10 +78,18 @@ def test_settings_that_do_not_fit_replicas_are_refused_by_name(capsys: pytest.Ca
         ServerConfig(data_parallel_size=0)
     with pytest.raises(InvalidInput, match="data_parallel_size needs engines in processes"):
         ServerConfig(data_parallel_size=2, engine_process=False)
+    with pytest.raises(InvalidInput, match="data_parallel_backend=ray runs engines in Ray's processes"):
+        ServerConfig(data_parallel_backend="ray", engine_process=False)
     with pytest.raises(InvalidInput, match="replicas are for minivllm serve"):
         EngineConfig.from_kwargs(data_parallel_size=2)
     assert main(["serve", "-dp", "2", "--trace", "t.jsonl"]) == 1
-    assert "trace records one engine" in capsys.readouterr().err
+    assert "trace records one engine of this machine" in capsys.readouterr().err
+
+
+def test_a_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InvalidInput, match=r"data_parallel_backend=ray needs Ray: pip install 'minivllm\[ray\]'"):
+        start_engine(EngineConfig(), process=True, log_level="error", ray=True)
 
 
 def test_each_replica_gets_its_gpus_or_its_part_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
