@@ -11,20 +11,25 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from importlib import import_module
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
+
+from minivllm.kernels.triton import compile_processes
+from minivllm.kernels.triton.compile_processes import CompileProcess
 
 log = logging.getLogger(__name__)
 GLUON_TESTED = ("3.6.", "3.7.")  # versions of Triton. Gluon, the language of some kernels, changes from version to version
-
+MAX_PROCESSES = 32  # that compile; a model has about as many kernels
 _compile_only: ContextVar[bool] = ContextVar("compile_only", default=False)  # per thread: kernels of other threads still run
 
 
@@ -91,16 +96,36 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 class _Loader:
     """An executor for `AsyncCompileMode` that also loads each kernel, because Triton 3.6 compiles a C launcher when a kernel is loaded."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, pool: ThreadPoolExecutor, num_processes: int) -> None:
+        self._pool, self._num_processes = pool, num_processes if compile_processes.may_fork() else 0
+        self._processes: list[CompileProcess] = []
+        self._idle: SimpleQueue[CompileProcess] = SimpleQueue()
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        job = compile_processes.job_of(compile_kernel) if self._num_processes else None
+        if job is not None and not self._processes:  # before the first thread
+            driver.active.get_current_device()  # compiles what the processes need too
+            for _ in range(self._num_processes):
+                self._processes.append(CompileProcess())
+                self._idle.put(self._processes[-1])
+        if not self._processes:
+            self._num_processes = 0
+
         def load() -> Any:
+            if job is not None:
+                process = self._idle.get()  # as many as threads
+                process.compile(job)
+                self._idle.put(process)
             kernel = compile_kernel()
             kernel.run  # noqa: B018  the property loads the kernel
             return kernel
 
         return self._pool.submit(load)
+
+    def close(self) -> None:
+        """End the processes, the last one first: see `CompileProcess.close`."""
+        for process in reversed(self._processes):
+            process.close()
 
 
 @contextmanager
@@ -111,9 +136,10 @@ def compiling_in_parallel() -> Iterator[None]:
     """
     from triton import AsyncCompileMode
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
-    with ThreadPoolExecutor(cpus, initializer=on_this_device) as pool, AsyncCompileMode(_Loader(pool)):
+    threads = ThreadPoolExecutor(cpus, initializer=on_this_device)
+    with threads, closing(_Loader(threads, min(cpus, MAX_PROCESSES))) as loader, AsyncCompileMode(loader):
         before = _compile_only.set(True)
         try:
             yield
