@@ -96,14 +96,18 @@ def test_steps_without_proposals_change_no_token_and_lose_no_keys(
     """Drafts stop and start again. Those of the model itself are right after a pause too, so its keys and values have no gap."""
     def recorded(self: DraftRunner, packed: Any, hidden: Any, kept: Any, proposes: bool) -> Proposals:
         steps.append(proposes)
-        return propose(self, packed, hidden, kept, proposes)
+        keys, slots = self._kv.layers[-1].k.flatten(0, 1), packed.batch.slots[0]  # of the draft
+        keys[slots] = torch.nan
+        found = propose(self, packed, hidden, kept, proposes)
+        assert not keys[slots].isnan().any()
+        return found
 
     propose, steps = DraftRunner.propose, list[bool]()
     monkeypatch.setattr(DraftRunner, "propose", recorded)
     skipping(monkeypatch, 25)
     engine = build(folder, speculative_config=speculative(kind, folder, tmp_path, 3), **WAYS[way])
     assert generate(engine, REQUESTS)[0] == plain
-    assert sum(not before and after for before, after in pairwise(steps)) >= 2 and steps.count(False) >= 10, steps
+    assert sum(not before and after for before, after in pairwise(steps)) >= 2 and steps.count(False) >= 6, steps
     some = {name: REQUESTS[name] for name in ("greedy", "other", "short")}
     before = engine.stats().drafts
     assert generate(engine, some)[0] == {name: tokens for name, tokens in plain.items() if name.partition("#")[0] in some}
