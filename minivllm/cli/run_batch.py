@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +15,7 @@ from minivllm.server.terminal import configure_logging, print_status
 
 # The server settings that have an effect without a server.
 FIELDS = ("served_model_name", "chat_template", "trust_request_chat_template", "enable_auto_tool_choice", "tool_call_parser",
-          "reasoning_parser", "max_choices", "permissive", "lora_modules")
+          "reasoning_parser", "max_choices", "permissive", "lora_modules", "data_parallel_size")
 
 
 def add_parser(commands: Any) -> None:
@@ -25,6 +26,9 @@ def add_parser(commands: Any) -> None:
     add_model_argument(parser)
     parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="requests, one JSON object per line")
     parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="responses, in the same order; overwritten if it exists")
+    parser.add_argument("--ray", action="store_true",
+                        help="answer with Ray Data: engines on the machines of this machine's Ray cluster, as many as --data-parallel-size "
+                             "says (needs minivllm[ray])")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning",
                         help="lowest level of log messages (default: warning)")
     add_config_file(parser)
@@ -41,18 +45,50 @@ def run(args: argparse.Namespace) -> int:
     lines = _read(Path(args.input_file))
     if Path(args.output_file).exists() and Path(args.output_file).samefile(args.input_file):
         raise InvalidInput(f"the responses would overwrite the requests in {args.input_file}: name another output file", "output_file")
+    replicas = server.data_parallel_size
+    if engine.trace is not None and (args.ray or replicas > 1):
+        raise InvalidInput("trace records one engine of this machine: leave it out, or the replicas", "trace")
     configure_logging(args.log_level)
     with _open(Path(args.output_file)) as output:
-        from minivllm.server.app import create_app
-        from minivllm.server.run import build_tokenizer, read_chat_template, start_engine
+        from minivllm.server.run import read_chat_template
 
         template = read_chat_template(server.chat_template)
         print_status(f"loading {engine.model or 'the default model'} ...")
-        with contextlib.closing(start_engine(engine, process=False, log_level=args.log_level)) as client:
-            app = create_app(client, server, build_tokenizer(client.info, template))
-            failed = asyncio.run(_answer(app, lines, 2 * engine.max_num_seqs, output))
+        if args.ray:
+            from minivllm.cli.ray_batch import answer_with_ray
+
+            failed = _write(answer_with_ray(lines, engine, server, template, args.log_level), len(lines), output)
+        else:
+            failed = _answer_here(lines, engine, server, template, args.log_level, output)
     print_status(f"{len(lines) - failed} of {len(lines)} requests were answered, {failed} have errors: {args.output_file}")
     return 0
+
+
+def _answer_here(
+    lines: list[str], engine: EngineConfig, server: ServerConfig, template: str | None, log_level: str, output: IO[str],
+) -> int:
+    """With engines of this machine. Returns the number of errors."""
+    from minivllm.server.app import create_app
+    from minivllm.server.run import build_tokenizer, start_engine
+
+    replicas = server.data_parallel_size
+    with contextlib.closing(start_engine(engine, process=False, log_level=log_level, replicas=replicas)) as client:
+        app = create_app(client, server, build_tokenizer(client.info, template))
+        return asyncio.run(_answer(app, lines, 2 * engine.max_num_seqs * replicas, output))
+
+
+def _write(entries: Iterable[dict[str, Any]], total: int, output: IO[str]) -> int:
+    """Write entries as they come. Returns the number of errors."""
+    from tqdm import tqdm
+
+    from minivllm.server.errors import encode
+
+    failed = 0
+    for entry in tqdm(entries, total=total, desc="Requests", unit="request", dynamic_ncols=True):
+        failed += entry["error"] is not None
+        output.write(encode(entry).decode() + "\n")
+        output.flush()
+    return failed
 
 
 async def _answer(app: Any, lines: list[str], concurrency: int, output: IO[str]) -> int:

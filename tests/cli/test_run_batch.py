@@ -99,3 +99,22 @@ def test_the_input_file_is_not_overwritten(folder: str, tmp_path: Path, capsys: 
     before = source.read_text()
     assert main(["run-batch", "-i", str(source), "-o", str(link), folder]) == 1
     assert "overwrite" in capsys.readouterr().err and source.read_text() == before
+
+
+def test_replicas_give_the_same_file(folder: str, tmp_path: Path) -> None:
+    lines = [request(str(i), "/v1/completions", prompt="the hat " * (1 + i), max_tokens=4 + i) for i in range(6)]
+    texts = []
+    for flags in ([], ["--data-parallel-size", "2"]):
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        source.write_text("\n".join(lines), encoding="utf-8")
+        assert main(["run-batch", "-i", str(source), "-o", str(target), folder, *ENGINE_FLAGS, *flags]) == 0
+        entries = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+        texts.append([(entry["custom_id"], entry["response"]["body"]["choices"][0]["text"]) for entry in entries])
+    assert texts[0] == texts[1]
+
+
+def test_replicas_record_no_trace(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(request("a", "/v1/completions", prompt="x"), encoding="utf-8")
+    assert main(["run-batch", "-i", str(source), "-o", str(tmp_path / "o"), folder, *ENGINE_FLAGS, "-dp", "2", "--trace", "t.jsonl"]) == 1
+    assert "trace records one engine of this machine" in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_an_abort_that_a_replica_takes_to_its_end_still_ends_the_request() -> No
 
 
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("leaves", ["before", "after"])
+@pytest.mark.parametrize("leaves", ["before", "meanwhile", "after"])
 def test_a_reader_that_leaves_as_its_replica_ends_leaves_nothing_behind(begun: bool, leaves: str) -> None:
     client, (first, second) = routed()
 
@@ -222,6 +222,9 @@ def test_a_reader_that_leaves_as_its_replica_ends_leaves_nothing_behind(begun: b
             reading.cancel()
             await settle()
             first.end()
+        elif leaves == "meanwhile":
+            reading.cancel()
+            first.end()  # before the reader has run and left
         else:
             first.end()  # the error is on its way to the event loop when the reader leaves
             reading.cancel()
