@@ -78,13 +78,14 @@ class FewDecodesTile:
 def few_decodes_tile(programs: int, keys: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> FewDecodesTile | None:
     """The tile of few decodes on Hopper, or None: `decode_tile` is faster, or the only one. Arguments as there. H200.
 
-    Merging splits takes 2 µs, so short sequences are split only if there are one or two.
+    About 256 programs have the lowest latency: two per multiprocessor. Short sequences are split into at most 8, since merging takes 2 µs,
+    and long ones into at least 8.
     """
     if arch < 90 or itemsize != 2 or head_dim not in (64, 128) or heads_per_kv > 8:
         return None
     if keys <= LONG_KEYS:
-        return FewDecodesTile(4, 8, 64) if programs <= 16 else FewDecodesTile(8, 1, 64) if programs <= 64 else None
-    return FewDecodesTile(4, max(16, min(32, 256 // programs)), 128) if programs <= 32 else None
+        return FewDecodesTile(4, min(8, 256 // programs), 64) if programs <= 64 else FewDecodesTile(8, 1, 64) if programs <= 128 else None
+    return FewDecodesTile(4, max(8, min(32, 256 // programs)), 64 if programs <= 16 else 128) if programs <= 64 else None
 
 
 def wide_decode_tile(query_width: int, head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> AttentionTile | None:
@@ -200,7 +201,7 @@ assert SHARING_GRAPHS[0] >= MIN_SHARING_DECODES and SHARING_GRAPHS[-1] == DECODE
 # --- linear layers on a GPU ----------------------------------------------------------------------------------------
 
 LINEAR_TILE_ROWS = 16  # rows of x in a tensor core tile
-HOPPER_LINEAR_ROWS = 8  # rows; H200: with more, `hopper_linear.py` is no faster
+HOPPER_LINEAR_ROWS = 8  # rows; H200: with more, `hopper_linear.py` is no faster for weights of more than MAX_WEIGHT
 MAX_WEIGHT = 8 << 20  # elements; H200: for two rows or more, a weight of 16 M elements takes 21 µs, and 13 with cuBLAS
 MAX_WEIGHT_OF_TWO_TILES = 2 << 20  # elements; H200: the same for more rows than one tile holds
 
@@ -235,10 +236,10 @@ def hopper_linear_tile(rows: int, n: int, k: int, gated: bool, itemsize: int, ar
     Small layers have so many bytes on the way that the loop over K has one to three iterations. Large ones with few outputs have too few
     for cuBLAS to fill the GPU.
     """
-    if arch < 90 or itemsize != 2 or not 2 <= rows <= HOPPER_LINEAR_ROWS or n % 32:
-        return None
     small = n * k * (2 if gated else 1) <= MAX_WEIGHT
-    if not small and (gated or n > 4096):
+    if arch < 90 or itemsize != 2 or not 2 <= rows <= (LINEAR_TILE_ROWS if small else HOPPER_LINEAR_ROWS) or n % 16:
+        return None
+    if not small and (gated or n > 6144):
         return None
     block_k = (2048 if k <= 2048 or k % 2048 == 0 else 1024) if small and not gated else 512 if not small and k <= 4096 else 1024
     while k % block_k:
@@ -247,7 +248,7 @@ def hopper_linear_tile(rows: int, n: int, k: int, gated: bool, itemsize: int, ar
         return None
     if small:
         return LinearTile(16, block_k, 4 if block_k == k <= 1024 else 8)
-    return LinearTile(16, block_k, 4) if k <= 4096 else LinearTile(32 if n >= 4096 else 16, block_k, 8)
+    return LinearTile(16, block_k, 4 if k <= 4096 else 8)
 
 
 def fuses(rows: int, weights: int, gated: bool, itemsize: int) -> bool:

@@ -40,9 +40,10 @@ def test_kernels_are_classified_by_name(name: str, kind: str) -> None:
 def test_every_triton_kernel_has_an_explicit_class() -> None:
     ours = {line.split("def ")[1].split("(")[0] for path in Path("minivllm/kernels/triton").glob("*.py")
             for before, line in zip(["", *path.read_text().splitlines()], path.read_text().splitlines(), strict=False)
-            if before.startswith("@triton.jit") and line.startswith("def _")}
+            if before.startswith(("@triton.jit", "@gluon.jit")) and line.startswith("def _")}
     named = {name: kind_of(name) for name in ours}
-    assert {name for name, kind in named.items() if kind == "matmul"} >= {"_matvec", "_few_rows"}
+    assert {name for name, kind in named.items() if kind == "matmul"} >= {"_matvec", "_few_rows", "_hopper_rows"}
+    assert {name for name, kind in named.items() if kind == "attention"} >= {"_decode_attention", "_hopper_decode", "_hopper_attention"}
     assert {name for name, kind in named.items() if kind == "sampling"} >= {"_sample_chunks", "_combine_chunks", "_thresholds"}
     assert {name for name, kind in named.items() if kind == OTHER} >= {"_rms_norm", "_act_and_mul", "_rope_angles"}
 

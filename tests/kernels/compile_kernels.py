@@ -193,12 +193,12 @@ def few_variants() -> Iterator[dict[str, Any]]:
         yield measure(f"Hopper few decodes, head_dim {head_dim}, {group} heads per KV head, {warps} warps", hopper_decode._hopper_decode,
                       types, constants, source=GluonASTSource, arch=90, num_warps=warps)
     types = {**dict.fromkeys(("out", "x", "weight", "norm_weight", "bias", "residual"), "*bf16"), "eps": "fp32", "rows": "i32"}
-    for layer, n, k, gated in (("qkv", 4096, 1024, False), ("o", 1024, 2048, False), ("gate_up", 3072, 1024, True),
-                               ("down", 1024, 3072, False), ("o", 4096, 4096, False), ("down", 4096, 14336, False)):
-        tile, before = tuning.hopper_linear_tile(8, n, k, gated, 2, 90), layer in ("qkv", "gate_up")
+    for layer, rows, n, k, gated in (("qkv", 8, 4096, 1024, False), ("o", 16, 1024, 2048, False), ("gate_up", 16, 3072, 1024, True),
+                                     ("down", 8, 1024, 3072, False), ("qkv", 8, 6144, 4096, False), ("down", 8, 4096, 14336, False)):
+        tile, before = tuning.hopper_linear_tile(rows, n, k, gated, 2, 90), layer in ("qkv", "gate_up")
         assert tile is not None
-        yield measure(f"Hopper {layer} of {n} x {k}, 8 rows", hopper_linear._hopper_rows, types,
-                      dict(N=n, K=k, BLOCK_M=8, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, P=tile.num_warps, NORM=before, GATED=gated,
+        yield measure(f"Hopper {layer} of {n} x {k}, {rows} rows", hopper_linear._hopper_rows, types,
+                      dict(N=n, K=k, BLOCK_M=rows, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, P=tile.num_warps, NORM=before, GATED=gated,
                            BIAS=False, ADD=not before, PDL=True), source=GluonASTSource, arch=90, num_warps=tile.num_warps)
 
 

@@ -1,6 +1,7 @@
 """The Gluon kernels for few decodes and few rows: compiled on Hopper and later, or else in Triton's interpreter on a CPU."""
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -144,9 +145,26 @@ def test_a_norm_in_float16_keeps_the_kernel_that_cannot_overflow(monkeypatch: py
 
 
 def test_tiles_divide_the_weight_and_give_each_warp_whole_instructions() -> None:
-    for n, k, gated in product((96, 576, 1024, 1536, 4096, 151936), (576, 896, 1536, 2560, 3072, 4864, 9728, 14336), (False, True)):
-        tile = tuning.hopper_linear_tile(8, n, k, gated, 2, 90)
+    sizes = product((8, 16), (96, 576, 1024, 1536, 6144, 151936), (576, 896, 1536, 2560, 3072, 4864, 9728, 14336), (False, True))
+    for rows, n, k, gated in sizes:
+        tile = tuning.hopper_linear_tile(rows, n, k, gated, 2, 90)
         assert tile is None or (n % tile.block_n == 0 and k % tile.block_k == 0 and tile.block_k // tile.num_warps >= 32), (n, k, gated)
+
+
+def test_splits_make_256_programs_where_sequences_are_few_enough() -> None:
+    for programs, keys in product(range(1, 65), (1, tuning.LONG_KEYS, tuning.LONG_KEYS + 1, 16384)):
+        tile = tuning.few_decodes_tile(programs, keys, 128, 2, 2, 90)
+        assert tile is not None and tile.min_keys % (16 * tile.num_warps) == 0, "a split begins with a whole tile"
+        if keys <= tuning.LONG_KEYS:
+            assert tile.splits == 8 or programs * tile.splits <= 256 < programs * (tile.splits + 1), programs
+        else:
+            assert tile.splits in (8, 32) or programs * tile.splits <= 256 < programs * (tile.splits + 1), programs
+
+
+def test_more_rows_use_these_kernels_for_small_weights_only() -> None:
+    small, large = (partial(tuning.hopper_linear_tile, n=n, k=4096, gated=False, itemsize=2, arch=90) for n in (1024, 6144))
+    assert [small(rows) is not None for rows in (1, 2, 8, 9, 16, 17)] == [False, True, True, True, True, False]
+    assert [large(rows) is not None for rows in (1, 2, 8, 9, 16, 17)] == [False, True, True, False, False, False]
 
 
 def test_kernels_that_cannot_be_imported_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

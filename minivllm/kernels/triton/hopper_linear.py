@@ -1,11 +1,11 @@
-"""Linear layers of two to eight rows on Hopper and later, in Gluon: weights go from memory directly to the tensor cores' registers.
+"""Linear layers of two to 16 rows on Hopper and later, in Gluon: weights go from memory directly to the tensor cores' registers.
 
 Triton's language takes each tile through shared memory, because threads load it in another order than tensor cores expect it. In Gluon
 the order can be chosen. A product adds up its inputs in any order, so they are permuted until a thread's share of a tile is 16 consecutive
 bytes of a row (k_width 8), for the weight and for x alike. Nothing is exchanged between warps before the sum at the end:
 
     inputs of a tile   | warp 0: KP | warp 1: KP | ... | warp P - 1: KP |      KP: BLOCK_K / P
-    product            weight [P, BLOCK_N, KP] times x [P, KP, 8]              the weight is the left operand, which has 16 rows or more
+    product            weight [P, BLOCK_N, KP] times x [P, KP, 8 or 16]        the weight is the left operand, which has 16 rows or more
 
 The weight's first tile is loaded before the kernel waits for the kernel ahead of it. For small layers this is often the whole weight.
 """
