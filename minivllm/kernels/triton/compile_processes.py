@@ -58,15 +58,21 @@ def may_fork() -> bool:
 
 
 def job_of(compile_kernel: Callable[[], Any]) -> bytes | None:
-    """For `CompileProcess.compile`. compile_kernel: from `AsyncCompileMode`. None: the kernel is in the cache."""
+    """For `CompileProcess.compile`. compile_kernel: from `AsyncCompileMode`. None: the kernel is in the cache, or it cannot be described to
+    another process."""
     parts = inspect.getclosurevars(compile_kernel).nonlocals
+    if not {"src", "target", "options", "env_vars"} <= parts.keys():
+        return None
     source, target, options = parts["src"], parts["target"], parts["options"]
     key = hashlib.sha256(get_cache_key(source, make_backend(target), options, parts["env_vars"]).encode()).hexdigest()
     if get_cache_manager(key).get_group(f"{source.name[:150]}.json"):
         return None
     kernel = source.fn
-    return pickle.dumps((kernel.module, kernel.fn.__qualname__, type(source), source.signature, source.constants, source.attrs, target,
-                         options.__dict__))
+    job = (kernel.module, kernel.fn.__qualname__, type(source), source.signature, source.constants, source.attrs, target, options.__dict__)
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return None
 
 
 def _serve(connection: Connection) -> None:
