@@ -30,7 +30,7 @@ from triton import AsyncCompileMode, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
-from minivllm.kernels.triton import device
+from minivllm.kernels.triton import compile_processes, device
 from kernel_of_this_test import add
 
 class Hopper:
@@ -53,6 +53,8 @@ start(16)
 start(16)
 thread = threading.Thread(target=start, args=(32,))
 thread.start(), thread.join()
+compile_processes._serve, compile_processes.KERNEL_SECONDS = lambda connection: threading.Event().wait(), 0.1
+start(64)
 """
 
 
@@ -61,8 +63,9 @@ def test_processes_compile_what_is_not_in_the_cache_and_only_the_main_thread_sta
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    first, second, in_a_thread = done.stdout.splitlines()
+    first, second, in_a_thread, hanging = done.stdout.splitlines()
     assert first == "2 [True, True, True]", "this process found all kernels in the cache"
     assert second == "0 [True, True, True]", "no process was needed"
     assert in_a_thread == "0 [False, False, False]", "a thread must not fork"
+    assert hanging == "2 [False, False, False]", "processes that hang are ended, and this one compiles"
     assert not done.stderr

@@ -12,6 +12,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import triton
 from triton.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_key, get_cache_manager
+
+KERNEL_SECONDS = 60.0  # a process that takes longer for one kernel is ended: a fork can copy a lock that another thread held
 
 
 class CompileProcess:
@@ -41,9 +44,11 @@ class CompileProcess:
         theirs.close()
 
     def compile(self, job: bytes) -> None:
-        """Compile a kernel into the cache. It does nothing if that fails."""
+        """Compile a kernel into the cache. It does nothing if that fails or takes longer than KERNEL_SECONDS."""
         with contextlib.suppress(OSError, EOFError):
             self._connection.send_bytes(job)
+            if not self._connection.poll(KERNEL_SECONDS):
+                os.kill(self._pid, signal.SIGKILL)  # later calls find the connection closed
             self._connection.recv_bytes()
 
     def close(self) -> None:
