@@ -38,7 +38,7 @@ from minivllm.families import ModelSpec, parse_config
 from minivllm.quantization.methods import parameters
 
 CLASSES = {  # class -> parts of kernel names; all other kernels are "norm, other"
-    "attention": ("_decode_attention", "_hopper_decode", "_prompt_attention", "_position_and_store", "attention", "flash", "fmha"),
+    "attention": ("_hopper_decode", "_gather_keys", "_position_and_store", "attention", "flash", "fmha"),
     "sampling": ("_sample_chunks", "_combine_chunks", "_thresholds", "argmax"),
     "matmul": ("_matvec", "_few_rows", "_hopper_rows", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "matmul", "xmma"),
 }

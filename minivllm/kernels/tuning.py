@@ -161,7 +161,7 @@ def prompt_tile(head_dim: int, heads_per_kv: int, itemsize: int, arch: int) -> A
 
 MIN_ORDERED_QUERIES = 128  # per key, on average; H200: with fewer, the copy of keys in order takes longer than it saves
 WORKSPACE_BYTES = 128 << 20  # bytes of keys and values that are copied at a time; bounds memory. 32,768 tokens of 8 KV heads of 128
-GATHER_TILE, GATHER_WARPS = 128, 4  # keys of a program that copies; their number is a multiple of the tile of `hopper_attention.py`
+GATHER_TILE, GATHER_WARPS = 128, 4  # keys of a program that copies; a multiple of the tile of `hopper_attention.py`
 
 
 def gathers(queries: Sequence[int], keys: Sequence[int]) -> bool:

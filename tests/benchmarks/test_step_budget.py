@@ -31,6 +31,8 @@ def test_overlapping_time_counts_once_for_the_kernel_that_started_first() -> Non
 
 @pytest.mark.parametrize("name, kind", [
     ("_matvec", "matmul"), ("void gemmSN_TN_kernel", "matmul"), ("_prompt_attention", "attention"), ("_position_and_store", "attention"),
+    ("_hopper_attention", "attention"), ("_hopper_decode", "attention"), ("_gather_keys", "attention"), ("_hopper_rows", "matmul"),
+    ("_scatter_gather_elementwise_kernel", OTHER),
     ("_combine_chunks", "sampling"), ("_thresholds", "sampling"), ("_rms_norm", OTHER), ("_act_and_mul", OTHER),
     ("Memset (Device)", OTHER)])
 def test_kernels_are_classified_by_name(name: str, kind: str) -> None:

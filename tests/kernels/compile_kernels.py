@@ -24,7 +24,7 @@ from minivllm.kernels import tuning
 from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, moe, norm, packed_weight, sampling
 from minivllm.kernels.triton.attention_tile import Cache, Projection
 from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
-from minivllm.kernels.triton.gathered_prompts import _gather
+from minivllm.kernels.triton.gathered_prompts import _gather_keys
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 89
@@ -123,7 +123,7 @@ def hopper_variants() -> Iterator[dict[str, Any]]:
                   source=GluonASTSource, arch=90, num_warps=4)
     for dtype, cache in (("*bf16", "*bf16"), ("*bf16", "*i8")):
         types["cache"] = Cache(k=cache, v=cache, v_pairs=dtype, scales=dtype, scale_pairs=dtype, block_table="*i32")  # type: ignore[assignment]
-        yield measure(f"Hopper gather, {cache}", _gather, types,
+        yield measure(f"Hopper gather, {cache}", _gather_keys, types,
                       dict(KV_HEADS=8, D=128, BLOCK_SIZE=16, TILE=tuning.GATHER_TILE, QUANTIZED=cache == "*i8", FP8=cache == "*i8"),
                       arch=90, num_warps=tuning.GATHER_WARPS)
 

@@ -119,8 +119,8 @@ def naive_attention(case: Case, *, scale: float, window: int | None = None, soft
 
 
 def fused(case: Case) -> Tensor:
-    """The fused projection of a case's new tokens: [T, (H + 2 KV) * D], on the device of the queries."""
-    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]).to(case.q.device) for t in (case.keys, case.values)]
+    """The fused projection of a case's new tokens: [T, (H + 2 KV) * D], on the device and in the type of the queries."""
+    new = [torch.cat([t[i][-n:] for i, n in enumerate(case.batch.query_lens_host)]).to(case.q) for t in (case.keys, case.values)]
     return torch.cat((case.q, *new), 1).flatten(1)
 
 

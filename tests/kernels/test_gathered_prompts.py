@@ -104,7 +104,7 @@ def test_the_kernel_computes_what_the_reference_computes(heads: tuple[int, int, 
         case = make_case(shape, heads=heads[0], kv_heads=heads[1], head_dim=heads[2], block_size=16, dtype=dtype, device="cuda")
         case = quantized(case, CACHES[kv]) if kv else case
         want, _ = run(case, kv, specification)
-        for rows in (32000, 1100):
+        for rows in (32000, max(1100, 4224 // heads[1])):  # one KV head of the longest sequence fits
             with on_this_device(rows * heads[1] * heads[2] * 4):
                 got, meta = run(case, kv)
             assert meta.ordered is not None
@@ -160,6 +160,8 @@ def test_only_long_chunks_of_steps_that_are_not_captured_are_gathered(monkeypatc
         lambda: order_keys(chunk(query_lens_host=(100,)), 0, 1, 64, None, torch.float16),
     ]
     assert [make() for make in refused] == [None] * 5
+    monkeypatch.setattr(tuning, "WORKSPACE_BYTES", 1023 * 256)  # 900 keys are padded to 1024 rows of 256 bytes
+    assert order_keys(chunk(), 0, 1, 64, None, torch.float16) is None, "one KV head of the sequence does not fit"
 
 
 def test_an_untested_version_of_triton_means_the_slower_kernel_and_one_line(

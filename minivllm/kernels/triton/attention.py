@@ -2,7 +2,7 @@
 
     rows of the fused projection        | decodes                                   |  prompt chunks                             |
     kernels of a layer                  | (_shared_attention ->) _decode_attention  |  _position_and_store -> _prompt_attention  |
-        of long chunks on Hopper        |                                           |  ... -> (_gather ->) _hopper_attention     |
+        of long chunks on Hopper        |                                           |  ... -> (_gather_keys ->) _hopper_attention|
     kernels of the last layer, if it    | _position_and_store of all rows -> the kernels above, of the tokens with logits        |
     skips prompt tokens                 |                                                                                        |
 

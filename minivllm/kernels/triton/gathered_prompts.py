@@ -106,7 +106,7 @@ def attend_in_order(
                 k, v = torch.empty((2, part.rows, count * d), dtype=qk.dtype, device=qk.device)
                 columns = 0, 0
                 first, end = part.seqs
-                launch(_gather, (triton.cdiv(part.longest, tuning.GATHER_TILE), end - first, count),
+                launch(_gather_keys, (triton.cdiv(part.longest, tuning.GATHER_TILE), end - first, count),
                     k, v, cache, seq_lens, keys.start, first, head, cache.block_table.stride(0), count * d, KV_HEADS=num_kv_heads, D=d,
                     BLOCK_SIZE=block_size, TILE=tuning.GATHER_TILE, QUANTIZED=quantized, FP8=fp8, num_warps=tuning.GATHER_WARPS,
                 )  # fmt: skip
@@ -120,7 +120,7 @@ def _padded(length: int) -> int:
 
 
 @triton.jit(do_not_specialize=["first_seq", "first_head", "table_stride"])
-def _gather(
+def _gather_keys(
     keys, values, cache, seq_lens, start, first_seq, first_head, table_stride, stride,  # keys, values: [rows, stride]; Cache; [B], [B]
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, QUANTIZED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip

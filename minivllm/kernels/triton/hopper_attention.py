@@ -27,11 +27,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from minivllm.kernels import tuning
 from minivllm.kernels.triton.device import launch
 
 ROWS = gl.constexpr(64)  # of a consumer: those that one instruction of a warpgroup multiplies
 BLOCK_N = gl.constexpr(128)  # keys of a tile
 STAGES = gl.constexpr(2)  # tiles of keys, and of values, in shared memory
+assert tuning.GATHER_TILE % BLOCK_N.value == 0, "a tile of gathered keys would end in rows that nothing wrote"
 
 
 class Tiles(NamedTuple):
