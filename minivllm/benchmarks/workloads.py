@@ -11,8 +11,9 @@
     nano8gb    nano, with KV cache for 44,800 tokens               output tokens / s
     prefix     64 with a common prefix     2,048 + 64        64               seconds, with the prefix already cached
 
-Output lengths are exact: end-of-sequence tokens are ignored. A repetition uses new prompts (another seed), so that no engine profits
-from its prefix cache.
+Output lengths are exact: end-of-sequence tokens are ignored. Rows and repetitions need different seeds: prompts of one seed begin with the
+same tokens, whatever their number and length, so a prefix cache that holds one row's prompts would shorten another row. A seed may be a
+string, such as the name of the row and the number of the repetition.
 """
 from __future__ import annotations
 
@@ -35,13 +36,13 @@ def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randint(FIRST_ID, LAST_ID) for _ in range(count))
 
 
-def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0) -> list[WorkloadRequest]:
+def uniform(count: int, prompt_len: int, output_len: int, seed: int | str = 0) -> list[WorkloadRequest]:
     """`count` greedy requests of one size: rows cN, bsB, ttftL, longBxL and longtpotBxL."""
     rng = random.Random(seed)
     return [WorkloadRequest(_tokens(rng, prompt_len), output_len) for _ in range(count)]
 
 
-def mixed(count: int = 32, low: int = 20, high: int = 200, seed: int = 0) -> list[WorkloadRequest]:
+def mixed(count: int = 32, low: int = 20, high: int = 200, seed: int | str = 0) -> list[WorkloadRequest]:
     """Greedy requests of different sizes. The lengths (per request: prompt, then output) are the same for every seed."""
     lengths, rng = random.Random(0), random.Random(seed)
     sizes = [(lengths.randint(low, high), lengths.randint(low, high)) for _ in range(count)]
@@ -56,7 +57,7 @@ def nano(seed: int = 0) -> list[WorkloadRequest]:
 
 
 def shared_prefix(
-    count: int = 64, prefix_len: int = 2048, own_len: int = 64, output_len: int = 64, seed: int = 0
+    count: int = 64, prefix_len: int = 2048, own_len: int = 64, output_len: int = 64, seed: int | str = 0
 ) -> tuple[WorkloadRequest, list[WorkloadRequest]]:
     """A request that puts the prefix into the cache, and requests that start with the prefix."""
     rng = random.Random(seed)

@@ -83,6 +83,24 @@ def test_rows_of_long_prompts_count_their_tokens_and_read_cached_prompts_again(
     assert len({r.prompt_token_ids for run in cached for r in run}) == 3
 
 
+def test_no_prompt_of_a_row_begins_like_one_of_another_row_or_repetition() -> None:
+    runs: list[list[WorkloadRequest]] = []
+
+    class Recorder(FakeEngine):
+        def generate(self, requests: list[WorkloadRequest]) -> list[list[int]]:
+            runs.append(requests)
+            return super().generate(requests)
+
+    heads: list[set[tuple[int, ...]]] = []  # of the prompts that may share: all of a run, or of the runs of a repetition
+    runs_that_share = {"prefix": 2, "longtpot1x300": 3}
+    for name in ("c2", "c8", "mixed32", "ttft200", "ttft400", "bs1", "bs8", "long2x300", "long1x400", "longtpot1x300", "prefix", "nano"):
+        runs.clear()
+        worker.measure(name, Recorder({}), 2, 4096)
+        together = runs_that_share.get(name, 1)
+        heads += [{r.prompt_token_ids[:16] for run in runs[i : i + together] for r in run} for i in range(0, len(runs), together)]
+    assert sum(map(len, heads)) == len(set().union(*heads)), "two rows or repetitions share 16 leading tokens"
+
+
 def test_a_missing_vllm_is_a_clear_error(tmp_path: Path) -> None:
     models.write_config("tiny", tmp_path)
     job = {"engine": "vllm", "model": str(tmp_path), "dtype": "bfloat16", "device": "cuda", "threads": 1, "repeats": 1, "rows": ["bs1"],
