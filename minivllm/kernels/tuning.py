@@ -293,7 +293,7 @@ assert LORA_SHRINK_INPUTS <= LORA_SHRINK_ELEMENTS
 
 PACKED_MAX_ROWS = 64  # rows; more are multiplied by cuBLAS with unpacked slices. Not measured
 PACKED_NORM_ROWS = 8  # rows; with more, every program would compute the norms of too many rows again. Not measured
-MAX_SMALL_PACKED = 8 << 20  # elements: smaller weights have too few outputs for wide blocks. Not measured
+PACKED_ROW_PROGRAMS = 512  # programs of a product of one row, at least, where the weight has the outputs. Not measured
 UNPACK_ELEMENTS = 64 << 20  # elements of an unpacked slice: bounds memory. Slices that are no multiple of 256 outputs were slow on an H200
 UNPACK_ROWS, UNPACK_WORDS = 8, 256  # of a program that unpacks. Not measured
 
@@ -304,34 +304,46 @@ class PackedTile:
 
     block_m: int  # rows of x
     block_n: int  # columns of the output (of gate and up each)
-    words: int  # per warp and iteration, of each row of the weight
+    words: int  # per iteration, of each row of the weight
     num_warps: int
-    parts: int  # into which a program splits the inputs of an iteration, at most num_warps
     num_stages: int  # iterations that are loaded ahead, plus one
     splits: int  # programs that share the inputs of an output
 
 
+def packed_row_tile(n: int, k: int, bits: int, supers: bool, gated: bool) -> tuple[int, int]:
+    """(outputs of a program (of gate and up each), words of each row at a time, 8 per thread) for one row of x [1, k] and [1, n]. supers:
+    whether scales have scales.
+
+    H200, Mistral-7B's shape in AWQ, fp8, Q4_K and (down) Q6_K. With the registers of one thread in view: few rows of long inputs, whose
+    next words are loaded ahead, or more rows of inputs that take one or two iterations.
+    """
+    words = k // (2 if bits == 8 else 4)
+    simple = bits == 4 and not supers
+    if k > 4096:
+        outputs, most = 4 if simple else 2, 512
+    else:
+        wide = bits == 4 and not gated and (simple or n > 4096)
+        outputs, most = 8 if wide else 2 if bits in (5, 6) else 4, 1024
+    while outputs > 2 and n < outputs * PACKED_ROW_PROGRAMS:
+        outputs //= 2
+    return outputs, max(256, min(next_power_of_2(words), most))
+
+
 def packed_tile(rows: int, n: int, k: int, bits: int, gated: bool, arch: int) -> PackedTile:
-    """For x [rows, k] and an output [rows, n] (of gate and up each). H200, with 1, 8 and 32 rows; sm_89.
+    """For x [rows, k] and an output [rows, n] (of gate and up each). H200, with 8 and 32 rows; sm_89.
 
     Few programs with wide blocks read x less often. Enough programs, by splitting the inputs, keep all multiprocessors busy.
     """
     words = k // (2 if bits == 8 else 4)  # of a row
-    if rows == 1:
-        if gated:
-            return PackedTile(1, 32, 64, 4, 4, 2, 1) if bits in (5, 6) else PackedTile(1, 16, 64, 4, 4, 3, 1)
-        if n * k <= MAX_SMALL_PACKED:
-            return PackedTile(1, 16, 64, 8, 8, 3, 1)
-        return PackedTile(1, 32, 64, 4, 4, 3, _splits(n // 32, 512, words // 256))
     if rows <= 16:
         wide = arch >= 90 and not gated and n > 4096
-        return PackedTile(8 if rows <= 8 else 16, 128 if wide else 64, 64, 8 if wide else 4, 1, 3,
+        return PackedTile(8 if rows <= 8 else 16, 128 if wide else 64, 64, 8 if wide else 4, 3,
                           _splits(n // 128, 256, words // 128) if wide else _splits(n // 64, 512, words // 128))
     if arch < 90:
-        return PackedTile(32, 64, 32, 4, 1, 3, min(4, _splits(n // 64, 512, words // 64)))
+        return PackedTile(32, 64, 32, 4, 3, min(4, _splits(n // 64, 512, words // 64)))
     if bits == 4 and n <= 4096 and not gated:
-        return PackedTile(32, 128, 128, 8, 1, 3, _splits(n // 128, 128, words // 256))
-    return PackedTile(32, 128, 64, 8, 1, 3, 1 if bits < 8 and n > 8192 else _splits(n // 128, 256, words // 128))
+        return PackedTile(32, 128, 128, 8, 3, _splits(n // 128, 128, words // 256))
+    return PackedTile(32, 128, 64, 8, 3, 1 if bits < 8 and n > 8192 else _splits(n // 128, 256, words // 128))
 
 
 def _splits(blocks: int, programs: int, most: int) -> int:

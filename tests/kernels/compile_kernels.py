@@ -25,6 +25,7 @@ from minivllm.kernels.triton import activation, drafts, grouped, linear, lora, m
 from minivllm.kernels.triton.attention_tile import Cache, Projection
 from minivllm.kernels.triton.decode_attention import DecodeShape, Parts, _decode_attention, _shared_attention
 from minivllm.kernels.triton.gathered_prompts import _gather_keys
+from minivllm.kernels.triton.packed_row import packed_matvec
 from minivllm.kernels.triton.prompt_attention import _position_and_store, _prompt_attention
 
 ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 89
@@ -210,30 +211,39 @@ def packed_formats() -> dict[str, tuple[packed_weight.Format, str]]:
     return {
         "awq": (base, "*i32"), "q4_k": (q4_k, "*i16"), "q5_k": (q4_k._replace(bits=5), "*i16"),
         "q6_k": (base._replace(bits=6, group=16, zero=32, super_group=256), "*i8"),
+        "q8_0": (base._replace(bits=8, per_word=2, group=32, zero=128), "*fp16"),
         "fp8": (base._replace(bits=8, per_word=2, fp8=True, zero=0, row_scale=True), "*fp32"),
     }
 
 
 def packed_variants() -> Iterator[dict[str, Any]]:
     """Products with packed weights of a 7B model."""
-    types: dict[str, Any] = {"eps": "fp32", "num_rows": "i32", "partial": "*fp32", "finished": "*i32"}
+    types: dict[str, Any] = {"eps": "fp32"}
+    more = {"num_rows": "i32", "partial": "*fp32", "finished": "*i32"}
     formats = packed_formats()
     # The layers with the largest tiles, those that take the most registers, and float16.
-    cases = (("awq", "o", 8, "bf16"), ("awq", "gate_up", 1, "bf16"), ("awq", "gate_up", 32, "bf16"), ("awq", "narrow gate_up", 32, "bf16"),
-             ("q4_k", "gate_up", 8, "bf16"), ("q6_k", "gate_up", 8, "bf16"), ("q6_k", "o", 1, "bf16"), ("fp8", "gate_up", 32, "bf16"),
+    cases = (("awq", "o", 8, "bf16"), ("awq", "o", 1, "bf16"), ("awq", "gate_up", 1, "bf16"), ("awq", "gate_up", 32, "bf16"), ("awq", "narrow gate_up", 32, "bf16"),
+             ("q4_k", "gate_up", 8, "bf16"), ("q6_k", "gate_up", 8, "bf16"), ("q4_k", "gate_up", 1, "bf16"), ("q5_k", "gate_up", 1, "bf16"),
+             ("q6_k", "gate_up", 1, "bf16"), ("q6_k", "down", 1, "bf16"), ("q8_0", "gate_up", 1, "bf16"), ("fp8", "gate_up", 1, "bf16"),
+             ("fp8", "down", 1, "fp16"), ("fp8", "gate_up", 32, "bf16"),
              ("awq", "o", 8, "fp16"), ("q6_k", "gate_up", 8, "fp16"), ("fp8", "o", 8, "fp16"))
     for name, layer, rows, dtype in cases:
         form, scales = formats[name]
-        gated, n, k = layer != "o", {"o": 4096, "gate_up": 28672, "narrow gate_up": 3072}[layer], 4096
+        gated, k = layer.endswith("gate_up"), 14336 if layer == "down" else 4096
+        n = {"gate_up": 28672, "narrow gate_up": 3072}.get(layer, 4096)
         types |= dict.fromkeys(("out", "x", "norm_weight", "bias", "residual"), f"*{dtype}")
-        tile = tuning.packed_tile(rows, n // 2 if gated else n, k, form.bits, gated, ARCH)
-        constants = dict(F=form._replace(n=n, k=k, inputs=k, group=k if form.row_scale else form.group), M=tile.block_m, BN=tile.block_n,
-                         W=tile.words, P=tile.parts, SPLIT=tile.splits, NORM=gated and rows <= tuning.PACKED_NORM_ROWS, GATED=gated,
-                         BIAS=False, ADD=not gated, PDL=PDL, ASM=True)
+        constants = dict(F=form._replace(n=n, k=k, inputs=k, group=16384 if form.row_scale else form.group), GATED=gated, BIAS=False,
+                         NORM=gated and rows <= tuning.PACKED_NORM_ROWS, ADD=not gated, PDL=PDL, ASM=True)
         supers = "*i16" if form.super_group and not form.mins else "*i32"
         planes = packed_weight.Planes(words="*i16", high="*u8", scales=scales, supers=supers)  # type: ignore[arg-type]
-        yield measure(f"decode {layer} in {name}, {rows} rows, {dtype}", grouped._few_rows, {**types, "p": planes}, constants,
-                      num_warps=tile.num_warps, num_stages=tile.num_stages)
+        title, types = f"decode {layer} in {name}, {rows} rows, {dtype}", {**types, "p": planes}
+        if rows == 1:
+            outputs, words = tuning.packed_row_tile(n // 2 if gated else n, k, form.bits, form.super_group > 0, gated)
+            yield measure(title, packed_matvec, types, {**constants, "R": outputs, "W": words}, num_warps=words // 256, num_stages=1)
+            continue
+        tile = tuning.packed_tile(rows, n // 2 if gated else n, k, form.bits, gated, ARCH)
+        constants |= dict(M=tile.block_m, BN=tile.block_n, W=tile.words, SPLIT=tile.splits)
+        yield measure(title, grouped._few_rows, {**types, **more}, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def lora_variants() -> Iterator[dict[str, Any]]:

@@ -53,13 +53,25 @@ def test_products_equal_the_reference(kind: str, rows: int) -> None:
     assert not packed.finished.any(), "every split counter is zero again"
 
 
+@pytest.mark.parametrize(("kind", "outputs"), list(zip(KINDS, itertools.cycle((4, 8, 2)))))
+def test_one_row_is_multiplied_with_several_outputs_at_a_time(kind: str, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gated, with inputs that are no multiple of a program's words, and outputs that are no multiple of its outputs."""
+    monkeypatch.setattr(tuning, "packed_row_tile", lambda *shape: (outputs, 256))
+    weight = on_device(random_weight(kind, n=12, k=1280))
+    x, norm, bias, residual = (t.half().to(DEVICE) for t in (torch.randn(1, 1280), torch.rand(1280) + 0.5, torch.randn(12), torch.randn(1, 6)))
+    options = {"norm": (norm, 1e-5), "bias": bias, "gated": True}
+    want = reference.grouped_linear(x.float(), reference.pack_groups(weight), **_widened(options), residual=residual.float())
+    got = grouped.grouped_linear(x, pack(weight), **options, residual=residual.clone())
+    torch.testing.assert_close(got.float(), want, atol=2e-3 * want.abs().max().item(), rtol=2e-3)
+
+
 def test_inputs_are_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = on_device(random_weight("q4_1", n=48, k=256))
     packed, theirs = pack(weight), reference.pack_groups(weight)
     x, norm = torch.randn(3, 256, device=DEVICE).half(), (torch.ones(256, device=DEVICE).half(), 1e-5)
     for gated, splits in ((False, 3), (True, 2)):
         want = reference.grouped_linear(x.float(), theirs, norm=(norm[0].float(), norm[1]), gated=gated)
-        tile = tuning.PackedTile(4, 16, 16, 2, 1, 3, splits)
+        tile = tuning.PackedTile(4, 16, 16, 2, 3, splits)
         monkeypatch.setattr(tuning, "packed_tile", lambda *shape, tile=tile: tile)
         got = grouped.grouped_linear(x, packed, norm=norm, gated=gated)
         torch.testing.assert_close(got.float(), want, atol=0.01 * want.abs().max().item(), rtol=0.01)
@@ -113,7 +125,7 @@ def test_groups_and_inputs_of_unusual_sizes(bits: int, group: int, k: int, zeros
     weight = weight_of(bits, group, k, zeros=zeros)
     packed, dense = packed_weight.pack_groups(weight), dequantize(weight)
     assert isinstance(packed, reference.PackedGroups) == (group % 16 > 0 and (zeros or group < k)), "only these are left to the reference"
-    for rows in (0, 2):
+    for rows in (0, 1, 2):
         x = torch.randn(rows, k, device=DEVICE).half()
         want = x.float() @ dense.t()
         torch.testing.assert_close(grouped.grouped_linear(x, packed).float(), want, atol=0.02, rtol=0.01)
@@ -145,9 +157,9 @@ def test_bytes_are_those_of_the_reference(kind: str) -> None:
 @pytest.mark.parametrize(("arch", "kilobytes"), [(89, 99), (90, 227)])
 def test_tiles_fit_into_shared_memory(arch: int, kilobytes: int) -> None:
     """An upper bound for every layer's shape: as if all stages of words and inputs were in shared memory."""
-    for rows, n, k, bits, gated in itertools.product((1, 2, 8, 16, 17, 32, 64), (64, 1024, 1536, 3072, 4096, 6144, 14336, 32768),
+    for rows, n, k, bits, gated in itertools.product((2, 8, 16, 17, 32, 64), (64, 1024, 1536, 3072, 4096, 6144, 14336, 32768),
                                                      (576, 1024, 4096, 14336), (4, 5, 6, 8), (False, True)):
         tile = tuning.packed_tile(rows, n, k, bits, gated, arch)
-        words = (1 + gated) * tile.block_n * tile.words * tile.parts * 2  # bytes
-        inputs = tile.block_m * tile.words * tile.parts * (2 if bits == 8 else 4) * 2
+        words = (1 + gated) * tile.block_n * tile.words * 2  # bytes
+        inputs = tile.block_m * tile.words * (2 if bits == 8 else 4) * 2
         assert tile.num_stages * (words + inputs) <= kilobytes * 1024, (rows, n, k, bits, gated, tile)

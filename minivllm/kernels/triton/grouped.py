@@ -1,6 +1,7 @@
 """Products with packed weights, from a few rows to whole prompts.
 
-With few rows, reading the weight takes the time, so its codes are read packed and become numbers in registers (`_few_rows`):
+With few rows, reading the weight takes the time, so its codes are read packed and become numbers in registers (`_few_rows`, and for one
+row `packed_row.py`, which needs no tensor cores):
 
     words  [BLOCK_N, k] ──▶ codes, one plane of four bits at a time ──▶ (code - zero) * scale - min ──▶ tensor cores
     x      [rows, k of that plane] ────────────────────────────────────────────────────────────────────┘
@@ -22,6 +23,7 @@ from minivllm.kernels.triton.activation import silu_and_mul, silu_mul
 from minivllm.kernels.triton.device import capability, early_start, launch
 from minivllm.kernels.triton.fp8 import quantize_rows
 from minivllm.kernels.triton.norm import rms_norm
+from minivllm.kernels.triton.packed_row import packed_matvec
 from minivllm.kernels.triton.packed_weight import Format, PackedWeight
 from minivllm.kernels.triton.unpacked_codes import load_words, small_codes, weights_of_plane
 
@@ -59,55 +61,49 @@ def _sum_of_parts(y, partial, finished, n, live_n, M: tl.constexpr, N: tl.conste
 
 
 @triton.jit
-def _product(tile, value, acc, P: tl.constexpr):
-    """acc + tile [P, BN, W] times value [P, W, M]. A matrix without parts is multiplied with the instruction for a group of four warps."""
-    if P == 1:
-        acc = tl.dot(tile.reshape(tile.shape[1], tile.shape[2]), value.reshape(value.shape[1], value.shape[2]), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(tile, value, acc, input_precision="ieee")
-    return acc
+def _product(tile, value, acc):
+    """acc + tile [1, BN, W] times value [1, W, M]: without the first dimension, the instruction for a group of four warps does it."""
+    left, right = tile.reshape(tile.shape[1], tile.shape[2]), value.reshape(value.shape[1], value.shape[2])
+    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _few_rows(
     out, x, p, norm_weight, bias, residual, eps, num_rows,  # [rows, N], [rows, K], Planes, [K], [N or 2N], [rows, N]
     partial, finished,  # see _sum_of_parts
-    F: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr,
+    F: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BN outputs of M rows, from one of SPLIT parts of the inputs.
-
-    Inside a program the inputs are split again into P parts, so that warps multiply different ones. Their sums are added at the end.
-    """
+    """A program computes BN outputs of M rows, from one of SPLIT parts of the inputs."""
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = dtype == tl.float16  # x times the norm's weight, not yet divided by the norm, may overflow float16
     PLANES: tl.constexpr = F.per_word
     N: tl.constexpr = F.n // 2 if GATED else F.n
     WORDS: tl.constexpr = F.k // PLANES
-    EVEN: tl.constexpr = WORDS % (P * W) == 0 and F.k == F.inputs
-    part = tl.arange(0, P)[:, None, None]
+    EVEN: tl.constexpr = WORDS % W == 0 and F.k == F.inputs
+    zero = tl.zeros([1, 1, 1], tl.int32)
     n = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :, None]
     live_n = n < N
     m = tl.program_id(1) * M + tl.arange(0, M)
     live_m = m < num_rows
-    PER_SPLIT: tl.constexpr = (WORDS + SPLIT * P * W - 1) // (SPLIT * P * W) * P * W  # words
+    PER_SPLIT: tl.constexpr = (WORDS + SPLIT * W - 1) // (SPLIT * W) * W  # words
     begin = tl.program_id(2) * PER_SPLIT
-    columns = part * W + tl.arange(0, W)[None, None, :]  # [P, 1, W]: words of the first iteration
-    at = part * W + tl.arange(0, W)[None, :, None]  # [P, W, 1]: the same
+    columns = tl.arange(0, W)[None, None, :]  # words of the first iteration
+    at = tl.arange(0, W)[None, :, None]  # the same
     inputs = at // 16 * (16 * PLANES) + at % 16  # of plane 0
     if PDL:
         tl.extra.cuda.gdc_wait()
     norm_scale = tl.full([M], 1.0, tl.float32)
     if NORM and HALF:
         norm_scale = _norm_scale(x, m, live_m, eps, F.inputs)
-    acc = tl.zeros([BN, M] if P == 1 else [P, BN, M], tl.float32)
-    acc_up = tl.zeros([BN, M] if P == 1 else [P, BN, M], tl.float32)
-    for start in tl.range(begin, min(WORDS, PER_SPLIT) if SPLIT == 1 else tl.minimum(begin + PER_SPLIT, WORDS), P * W):
+    acc = tl.zeros([BN, M], tl.float32)
+    acc_up = tl.zeros([BN, M], tl.float32)
+    for start in tl.range(begin, min(WORDS, PER_SPLIT) if SPLIT == 1 else tl.minimum(begin + PER_SPLIT, WORDS), W):
         live = live_n if EVEN else live_n & (start + columns < WORDS)
         words = load_words(p, n, start + columns, live, F)
         if GATED:
             words_up = load_words(p, n + N, start + columns, live, F)
-        first = start + part * W
+        first = start + zero
         for i in tl.static_range(PLANES):
             k = start * PLANES + inputs + i * 16
             live_x = live_m[None, None, :] if EVEN else live_m[None, None, :] & (k < F.inputs)
@@ -118,17 +114,16 @@ def _few_rows(
                     value = (value.to(tl.float32) * norm_scale[None, None, :] * factor.to(tl.float32)).to(dtype)
                 else:
                     value *= factor
-            acc = _product(weights_of_plane(p, words, n, first, live_n, i, F, W, dtype, ASM), value, acc, P)
+            acc = _product(weights_of_plane(p, words, n, first, live_n, i, F, W, dtype, ASM), value, acc)
             if GATED:
-                acc_up = _product(weights_of_plane(p, words_up, n + N, first, live_n, i, F, W, dtype, ASM), value, acc_up, P)
+                acc_up = _product(weights_of_plane(p, words_up, n + N, first, live_n, i, F, W, dtype, ASM), value, acc_up)
     if PDL:  # not earlier: programs of the next kernel that wait on some multiprocessors leave this kernel's programs to the others
         tl.extra.cuda.gdc_launch_dependents()
     if NORM and not HALF:  # after the loop, so that the weight's transfers do not wait for it
         norm_scale = _norm_scale(x, m, live_m, eps, F.inputs)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     live_n = n < N
-    y = acc if P == 1 else tl.sum(acc, 0)  # [BN, M]
-    up = acc_up if P == 1 else tl.sum(acc_up, 0)
+    y, up = acc, acc_up
     if small_codes(F, dtype, ASM):
         y, up = y * 65536.0, up * 65536.0
     if SPLIT > 1:
@@ -199,18 +194,23 @@ def grouped_linear(
     x = x.contiguous()
     n = form.n // (2 if gated else 1)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    tile = tuning.packed_tile(rows, n, form.k, form.bits, gated, capability(x.device))
     norm_weight, eps = norm or (x, 0.0)
+    arch = capability(x.device)
+    options = dict(F=form, NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, ASM=_compiled(x.device),
+                   **early_start(x.device))
+    args = out, x, packed.planes, norm_weight, x if bias is None else bias, x if residual is None else residual, eps
+    if rows == 1 and not (form.fp8 and 0 < arch < 89):  # older GPUs have no instruction that converts fp8
+        outputs, words = tuning.packed_row_tile(n, form.k, form.bits, form.super_group > 0, gated)
+        launch(packed_matvec, (triton.cdiv(n, outputs),), *args, R=outputs, W=words, num_warps=words // 256, num_stages=1, **options)
+        return out
+    tile = tuning.packed_tile(rows, n, form.k, form.bits, gated, arch)
     grid = triton.cdiv(n, tile.block_n), triton.cdiv(rows, tile.block_m), tile.splits
     partial = out
     if tile.splits > 1:
         partial = torch.empty(tile.splits * grid[1] * tile.block_m * form.n, dtype=torch.float32, device=x.device)
     launch(_few_rows, grid,
-        out, x, packed.planes, norm_weight, x if bias is None else bias, x if residual is None else residual, eps, rows,
-        partial, packed.finished,
-        F=form, M=tile.block_m, BN=tile.block_n, W=tile.words, P=tile.parts, SPLIT=tile.splits,
-        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, ASM=_compiled(x.device),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(x.device),
+        *args, rows, partial, packed.finished, M=tile.block_m, BN=tile.block_n, W=tile.words, SPLIT=tile.splits,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip
     return out
 

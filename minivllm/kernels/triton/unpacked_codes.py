@@ -90,7 +90,7 @@ def _of_groups(pointer, n, group, live, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _half(pairs, i: tl.constexpr, F16: tl.constexpr):
+def half(pairs, i: tl.constexpr, F16: tl.constexpr):
     """The 16-bit float in half i of each int32, as float32."""
     bits = (pairs >> 16 * i).to(tl.int16)
     return bits.to(tl.float16, bitcast=True).to(tl.float32) if F16 else bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
@@ -167,14 +167,14 @@ def weights_of_plane(p, words, n, first, live_n, i: tl.constexpr, F: tl.constexp
         supers = _of_groups(p.supers, n, above, live_n, F.k // F.super_group)
         G: tl.constexpr = max(1, W // SPAN)
         if F.mins:
-            scales = (numbers & 255).to(tl.float32) * _repeat(_half(supers, 0, True) * UNIT, G)
-            offsets = (numbers >> 8 & 255).to(tl.float32) * _repeat(_half(supers, 1, True) * SHIFT, G)
+            scales = (numbers & 255).to(tl.float32) * _repeat(half(supers, 0, True) * UNIT, G)
+            offsets = (numbers >> 8 & 255).to(tl.float32) * _repeat(half(supers, 1, True) * SHIFT, G)
         else:
-            scales = numbers.to(tl.float32) * _repeat(_half(supers, 0, True) * UNIT, G)
+            scales = numbers.to(tl.float32) * _repeat(half(supers, 0, True) * UNIT, G)
     elif F.mins or F.zero < 0:
-        scales = _half(numbers, 0, F.half_scales) * UNIT
+        scales = half(numbers, 0, F.half_scales) * UNIT
         if F.mins:
-            offsets = _half(numbers, 1, F.half_scales) * SHIFT
+            offsets = half(numbers, 1, F.half_scales) * SHIFT
         else:
             codes -= _repeat(((numbers >> 16 & 255).to(tl.float32) + EXCESS).to(dtype), W)
     else:
