@@ -58,7 +58,8 @@ def test_one_row_is_multiplied_with_several_outputs_at_a_time(kind: str, outputs
     """Gated, with inputs that are no multiple of a program's words, and outputs that are no multiple of its outputs."""
     monkeypatch.setattr(tuning, "packed_row_tile", lambda *shape: (outputs, 256))
     weight = on_device(random_weight(kind, n=12, k=1280))
-    x, norm, bias, residual = (t.half().to(DEVICE) for t in (torch.randn(1, 1280), torch.rand(1280) + 0.5, torch.randn(12), torch.randn(1, 6)))
+    tensors = torch.randn(1, 1280), torch.rand(1280) + 0.5, torch.randn(12), torch.randn(1, 6)
+    x, norm, bias, residual = (t.half().to(DEVICE) for t in tensors)
     options = {"norm": (norm, 1e-5), "bias": bias, "gated": True}
     want = reference.grouped_linear(x.float(), reference.pack_groups(weight), **_widened(options), residual=residual.float())
     got = grouped.grouped_linear(x, pack(weight), **options, residual=residual.clone())

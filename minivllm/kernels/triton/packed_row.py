@@ -7,6 +7,9 @@ It multiplies the codes by x, and its sum by the scale, where the tensor core ke
 
 `packed_weight` has the layout of the codes. Arguments `p` are its `Planes`, and F is its `Format`.
 """
+# Tuples grow in Triton's loops, and it compiles no starred expressions:
+# ruff: noqa: RUF005
+# mypy: disable-error-code=assignment
 from __future__ import annotations
 
 import triton
