@@ -14,6 +14,8 @@ code of every client. Beside them is one placement for each unfinished request: 
     a replica ends     a request whose output has not begun goes to another replica, at most MAX_ATTEMPTS in all, since the request could
                        be what ends them. One whose output has begun gets `ReplicaLost`: another replica might not repeat its tokens
     it starts again    its adapters are loaded first, then it gets requests
+    a full queue       the request goes to a replica that has not refused it. It is refused when all that live have
+    silence            a replica that has requests and has sent no message for SILENT_SECONDS gets none as long as another one answers
 
 Two locks: the streams' lock (see `EngineClient`) may be held when the placements' lock is taken, and not the other way round.
 """
@@ -22,13 +24,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 
+from minivllm.core.admission import QueueFull
 from minivllm.engine.client import EngineClient
 from minivllm.engine.loop import Engine
 from minivllm.engine.messages import (
@@ -49,6 +56,8 @@ from minivllm.outputs import OutputDelta
 from minivllm.splitmix64 import output
 
 MAX_ATTEMPTS = 3  # replicas that a request is sent to, one after the other
+# A step takes milliseconds, but a long prompt on a CPU, or a first step that compiles kernels, takes seconds.
+SILENT_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -61,6 +70,7 @@ class _Placement:
     begun: bool = False  # the reader has some of its output
     aborted: bool = False
     attempts: int = 0
+    full: set[int] = field(default_factory=set)  # replicas whose queue had no room for it
 
 
 class Replica(EngineClient):
@@ -86,7 +96,7 @@ class Replica(EngineClient):
         self._owner.stepped(self._number, message)
 
     def _refuse(self, message: RefusedMessage) -> None:
-        self._owner.refused(message)
+        self._owner.refused(self._number, message)
 
     def _die(self, message: DeadMessage) -> None:
         again = self._ended
@@ -103,16 +113,55 @@ class Replica(EngineClient):
 class ReplicaProcess(Replica, ProcessClient):
     """A replica in a process of this machine."""
 
+    _sender: PipeSender | None = None
+
+    def _spawn(self, build: Callable[[], Engine]) -> None:
+        super()._spawn(build)
+        self._sender = PipeSender(self._connection)
+
+    def _send(self, command: EngineCommand) -> None:
+        if self._sender is not None:
+            self._sender.send(command)
+
+    def _receive_from_one(self) -> None:
+        super()._receive_from_one()
+        assert self._sender is not None
+        self._sender.end()  # before the connection is closed: the process is gone, so no write waits for it
+
+
+class PipeSender:
+    """Writes commands to a pipe on its own thread: a process that does not read its pipe delays no command to another one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._commands: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()  # pickled; None: the end
+        self._thread = threading.Thread(target=self._run, name="minivllm-sender", daemon=True)
+        self._thread.start()
+
+    def send(self, command: EngineCommand) -> None:
+        """Write a command after those before it. It is dropped if the other end of the pipe is closed."""
+        self._commands.put(ForkingPickler.dumps(command))  # here, so that a command that cannot be pickled fails its caller
+
+    def end(self) -> None:
+        """Return when nothing is being written any more."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (command := self._commands.get()) is not None:
+            with contextlib.suppress(OSError):  # the process is gone; the receiver thread notices it too
+                self._connection.send_bytes(command)
+
 
 class RoutedClient(EngineClient):
     """Replicas of one engine, each in its own process."""
 
     def __init__(
         self, replicas: int = 2, restarts: int = 0, seed: int = 0, prepare: Callable[[int, int], None] | None = None,
-        make: Callable[[int], Replica] = ReplicaProcess,
+        make: Callable[[int], Replica] = ReplicaProcess, clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """restarts: of each replica, in a row. seed: of the seeds of requests without one. prepare: called in the process of each replica
-        before its engine is built, with its number and their number. make: a replica's client, from its number of restarts.
+        before its engine is built, with its number and their number. make: a replica's client, from its number of restarts. clock: seconds.
         """
         super().__init__()
         self._replicas = [make(restarts) for _ in range(replicas)]
@@ -124,6 +173,8 @@ class RoutedClient(EngineClient):
         self._placing = threading.Lock()
         self._placements: dict[str, _Placement] = {}
         self._live: set[int] = set()
+        self._clock = clock
+        self._silent_since: dict[int, float] = {}  # of replicas with requests: the last message, or else the first request
         self._router: Router | None = None
         self._watched: int | None = None  # the replica that sends views
         self._watch = False
@@ -206,11 +257,27 @@ class RoutedClient(EngineClient):
         if not self._live:
             return
         assert self._router is not None
+        with_room = self._live - placement.full or self._live
         adapter = None if request.lora_request is None else request.lora_request.lora_name
         placement.replica = self._router.choose(
-            request.request_id, request.prompt_token_ids, self._live, namespace=(adapter, request.cache_salt))
+            request.request_id, request.prompt_token_ids, self._answering(with_room) or with_room,
+            namespace=(adapter, request.cache_salt))
         placement.attempts += 1
+        self._silent_since.setdefault(placement.replica, self._clock())
         self._replicas[placement.replica].send(request)
+
+    def _answering(self, numbers: set[int]) -> set[int]:
+        """Those of these replicas that are not silent. The caller holds the lock."""
+        since = self._clock() - SILENT_SECONDS
+        return {number for number in numbers if self._silent_since.get(number, since) >= since}
+
+    def _heard(self, number: int) -> None:
+        """A replica has sent a message. The caller holds the lock, and has removed the requests that the message ends."""
+        assert self._router is not None
+        if self._router.load(number):
+            self._silent_since[number] = self._clock()
+        else:
+            self._silent_since.pop(number, None)
 
     def _take(self, placement: _Placement) -> None:
         """Forget a request that has left its replica. The caller holds the lock."""
@@ -301,12 +368,22 @@ class RoutedClient(EngineClient):
                     placement.open_children -= 1
                     if not placement.open_children:
                         self._take(placement)
+            if self._router is not None:
+                self._heard(number)
         self._deliver(message, number)
 
-    def refused(self, message: RefusedMessage) -> None:
+    def refused(self, number: int, message: RefusedMessage) -> None:
+        """A replica does not take a request. One that has no room in its queue is not the last word if another has."""
         with self._placing:
             if (placement := self._placements.get(message.request_id)) is not None:
                 self._take(placement)
+                self._heard(number)
+                placement.full.add(number)
+                queue_full = isinstance(message.error, QueueFull) and message.error.param == "max_queue"
+                if queue_full and not placement.aborted and self._live - placement.full:
+                    placement.attempts -= 1  # those count replicas that ended
+                    self._place(placement)
+                    return
         self._refuse(message)
 
     def replica_started(self, number: int) -> None:
@@ -329,6 +406,7 @@ class RoutedClient(EngineClient):
             if self._router is None:
                 return
             self._live.discard(number)
+            self._silent_since.pop(number, None)
             self._router.forget(number)
             if self._watched == number:
                 self._watched = None

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minivllm.core.admission import QueueFull
 from minivllm.engine import replicas, restarts
 from minivllm.engine.messages import (
     AbortCommand,
@@ -25,7 +27,7 @@ from minivllm.engine.messages import (
     WatchCommand,
 )
 from minivllm.engine.metrics import EngineStats
-from minivllm.engine.replicas import MAX_ATTEMPTS, Replica, RoutedClient
+from minivllm.engine.replicas import MAX_ATTEMPTS, SILENT_SECONDS, PipeSender, Replica, RoutedClient
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, ReplicaLost
 from minivllm.outputs import OutputDelta
@@ -74,8 +76,11 @@ class ScriptedReplica(Replica):
         self._receive(StepMessage((OutputDelta(request_id, 0, (5,), "a", finish_reason=finish),), EngineStats(num_running=running)))
 
 
-def routed(number: int = 2, restarts: int = 0) -> tuple[RoutedClient, list[ScriptedReplica]]:
-    client = RoutedClient.start_with(make_engine, replicas=number, restarts=restarts, make=ScriptedReplica)  # type: ignore[arg-type]
+def routed(
+    number: int = 2, restarts: int = 0, clock: Callable[[], float] = lambda: 0.0,
+) -> tuple[RoutedClient, list[ScriptedReplica]]:
+    client = RoutedClient.start_with(
+        make_engine, replicas=number, restarts=restarts, make=ScriptedReplica, clock=clock)
     return client, client._replicas  # type: ignore[return-value]
 
 
@@ -249,6 +254,97 @@ def test_a_refused_request_leaves_nothing_behind_and_its_replica_continues() -> 
     run(main, client)
 
 
+FULL = QueueFull("Rate limit reached: max_queue (3) requests wait already: try again later", "max_queue")
+
+
+def test_a_full_queue_is_an_answer_only_if_all_replicas_that_live_are_full() -> None:
+    client, every = routed(3)
+
+    async def main() -> None:
+        reading = asyncio.create_task(read(client.generate(ask("r"))))
+        refused = asyncio.create_task(read(client.generate(ask("s", prompt=(9,) * 40))))
+        await settle()
+        every[2].end()
+        holder, other = sorted(every[:2], key=lambda replica: "r" not in replica.requests())
+        holder._receive(RefusedMessage("r", FULL))
+        assert other.requests()[-1] == "r" and not reading.done()
+        other.deltas("r", "stop")
+        assert await reading == ["stop"]
+        for _ in range(2):
+            replica = next(replica for number, replica in enumerate(every) if number == client._placements["s"].replica)
+            await settle()
+            assert not refused.done()
+            replica._receive(RefusedMessage("s", FULL))
+        with pytest.raises(QueueFull):
+            await refused
+
+    run(main, client)
+    assert every[0].requests().count("s") == every[1].requests().count("s") == 1
+
+
+def test_other_refusals_and_aborted_requests_are_not_sent_to_another_replica() -> None:
+    client, (first, second) = routed()
+
+    async def main() -> None:
+        for name, error in (("grammar", QueueFull("too much time", "structured_outputs")), ("aborted", FULL)):
+            reading = asyncio.create_task(read(client.generate(ask(name))))
+            await settle()
+            if name == "aborted":
+                client.abort(name)
+            holder = first if name in first.requests() else second
+            holder._receive(RefusedMessage(name, error))
+            with pytest.raises(QueueFull):
+                await reading
+        assert sorted(first.requests() + second.requests()) == ["aborted", "grammar"]
+
+    run(main, client)
+
+
+def test_a_replica_that_does_not_answer_gets_no_request_as_long_as_another_one_does() -> None:
+    now = 0.0
+    client, (first, second) = routed(clock=lambda: now)
+
+    async def main() -> None:
+        nonlocal now
+        tasks = [asyncio.create_task(read(client.generate(ask("stuck"))))]
+        await settle()
+        assert first.requests() == ["stuck"]
+        now = SILENT_SECONDS + 1  # `first` holds the prefix, and has sent nothing. `second` is idle, so its silence means nothing
+        tasks.append(asyncio.create_task(read(client.generate(ask("a", prompt=(5, 6, 7))))))
+        tasks += [asyncio.create_task(read(client.generate(ask(name, prompt=(8,) * 50)))) for name in "bc"]
+        await settle()
+        assert first.requests() == ["stuck"] and second.requests() == ["a", "b", "c"]
+        now *= 2  # both are silent: one is as good as the other
+        tasks.append(asyncio.create_task(read(client.generate(ask("d")))))
+        await settle()
+        assert first.requests() == ["stuck", "d"]
+        first.deltas("stuck")
+        second.deltas("a")  # both answer again
+        tasks.append(asyncio.create_task(read(client.generate(ask("e")))))
+        await settle()
+        assert first.requests()[-1] == "e"
+        for replica, names in ((first, ("stuck", "d", "e")), (second, "abc")):
+            for name in names:
+                replica.deltas(name, "stop")
+        await asyncio.gather(*tasks)
+        assert not client._silent_since
+
+    run(main, client)
+
+
+def test_a_pipe_that_is_not_read_delays_no_caller_and_a_closed_one_ends_the_thread() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    sender = PipeSender(ours)
+    commands = [AbortCommand("x" * 2**22), AbortCommand("last")]  # the first one is larger than the pipe's buffer
+    for command in commands:
+        sender.send(command)
+    assert [theirs.recv(), theirs.recv()] == commands
+    sender.send(commands[0])
+    theirs.close()
+    sender.end()
+    ours.close()
+
+
 def test_a_request_that_cannot_be_sent_leaves_nothing_behind() -> None:
     client, every = routed()
 
@@ -398,13 +494,15 @@ def test_a_killed_replica_loses_no_request_without_output_and_is_started_again(m
     client = RoutedClient.start_with(build_slow, replicas=2, restarts=1)
     first = client._replicas[0]
     assert isinstance(first, replicas.ReplicaProcess) and first.pid is not None
-    os.kill(first.pid, signal.SIGSTOP)  # it takes requests and does not compute them
+    pid = first.pid
+    os.kill(pid, signal.SIGSTOP)  # it takes requests and does not compute them
+    first.send(AbortCommand("x" * 2**22))  # nor does it read: the rest of this waits
 
     async def main() -> None:
         streams = [asyncio.create_task(read(client.generate(ask(str(i), (i + 3,) * 8, max_tokens=4, ignore_eos=True)))) for i in range(6)]
         await settle()
         assert {placement.replica for placement in client._placements.values()} == {0, 1}
-        os.kill(first.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert [reasons[-1] for reasons in await asyncio.gather(*streams)] == ["length"] * 6
         while client.num_live < 2:
             await asyncio.sleep(0.01)
