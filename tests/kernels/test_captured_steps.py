@@ -287,7 +287,8 @@ def test_decodes_with_drafts_are_captured_with_their_width(plain: Tiny, params: 
 def columns(rows: int, tokens: int, longest: int, shared_keys: int = 0, adapters: bool = False) -> batch.Columns:
     decodes = rows if tokens == rows else 0
     return SimpleNamespace(simple=True, rows=range(rows), token_index=range(tokens), num_decodes=decodes, query_width=1,
-                           seq_lens=np.array([longest]), shared_keys=shared_keys, adapter_slots=np.zeros(rows * adapters))
+                           query_lens=np.array([tokens]), seq_lens=np.array([longest]), shared_keys=shared_keys,
+                           adapter_slots=np.zeros(rows * adapters))
 
 
 def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +300,10 @@ def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(m
     graphs._sharing = [graph(4, 4, 4, 64, True)]
     graphs._mixed = [graph(32, 3, 0, 64), graph(128, 6, 0, 64)]
     graphs._token_bytes = 1
+    graphs._model = SimpleNamespace(spec=None)
     monkeypatch.setattr(tuning, "MIN_SHARED_BYTES", 32)
+    flops = {60: tuning.LAUNCH_FLOPS}  # of the earlier keys of prompts, by the length of the sequence
+    monkeypatch.setattr(cuda_graphs, "flops_of_earlier_keys", lambda spec, queries, lens: flops.get(int(lens[0]), 0))
     assert graphs.find(columns(1, 1, 16)) is graphs._decodes[0]
     assert graphs.find(columns(2, 2, 17)) is graphs._decodes[1]
     assert graphs.find(columns(3, 3, 16)) is graphs._decodes[2]
@@ -311,6 +315,7 @@ def test_a_step_runs_in_the_smallest_graph_that_holds_its_rows_tokens_and_keys(m
     assert graphs.find(columns(4, 20, 20)) is graphs._mixed[1]
     assert graphs.find(columns(4, 100, 40)) is graphs._mixed[1]  # more tokens in all than one sequence may have
     assert graphs.find(columns(4, 129, 40)) is None
+    assert graphs.find(columns(3, 20, 60)) is None, "a captured step reads so many earlier keys slowly"
     assert graphs.find(columns(1, 1, 16, adapters=True)) is None
     graphs._decodes.append(graph(4, 4, 4, 64, adapters=True))
     assert graphs.find(columns(1, 1, 16, adapters=True)) is graphs._decodes[3]

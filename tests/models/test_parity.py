@@ -146,7 +146,9 @@ def test_logits_equal_those_of_transformers_in_one_step_in_chunks_and_token_by_t
     model = load(tmp_path, build=make_build(ops=ops))
     rng = random.Random(0)
     tokens = [rng.randrange(97) for _ in range(33)]
-    want = hf_logits(hf, tokens)
+    if family == "Gemma":
+        hf.double()  # in float32 its own logits are 1e-4 from those in float64
+    want = hf_logits(hf, tokens).float()
     assert want.abs().max() > 0.5  # a comparison of zeros would prove nothing
 
     close(Paged(model, 33, seed=1).run((0, tokens)), want)
