@@ -21,7 +21,7 @@ from typing import Any
 
 from minivllm.engine.loop import Engine, InboxItem, run_engine
 from minivllm.engine.messages import DeadMessage, EngineCommand, EngineMessage, ReadyMessage, ShutdownCommand, StepMessage
-from minivllm.engine.replicas import Replica
+from minivllm.engine.replica import Replica
 from minivllm.engine.restarts import RestartCounter
 from minivllm.engine_request import EngineRequest
 from minivllm.errors import InvalidInput

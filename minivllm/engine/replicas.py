@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +30,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 
 from minivllm.core.admission import QueueFull
 from minivllm.engine.client import EngineClient
@@ -48,10 +44,10 @@ from minivllm.engine.messages import (
     WatchCommand,
 )
 from minivllm.engine.metrics import EngineMetrics, EngineStats
-from minivllm.engine.process import ProcessClient
+from minivllm.engine.replica import Replica, ReplicaProcess, build_replica
 from minivllm.engine.routing import Router
 from minivllm.engine_request import EngineRequest, LoRARequest
-from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, ReplicaLost
+from minivllm.errors import EngineDead, EngineRestarting, ReplicaLost
 from minivllm.outputs import OutputDelta
 from minivllm.splitmix64 import output
 
@@ -71,86 +67,6 @@ class _Placement:
     aborted: bool = False
     attempts: int = 0
     full: set[int] = field(default_factory=set)  # replicas whose queue had no room for it
-
-
-class Replica(EngineClient):
-    """What the client of each replica adds to its transport: messages about requests go to the `RoutedClient`."""
-
-    _owner: RoutedClient
-    _number: int
-
-    def join(self, owner: RoutedClient, number: int) -> None:
-        self._owner, self._number, self._label = owner, number, f"replica {number}"
-
-    def send(self, command: EngineCommand) -> None:
-        self._send(command)
-
-    def command(self, make: Callable[[int], EngineCommand]) -> Future[None]:
-        return self._command(make)
-
-    @property
-    def started(self) -> Future[None]:
-        return self._started
-
-    def _deliver(self, message: StepMessage, engine: int = 0) -> None:
-        self._owner.stepped(self._number, message)
-
-    def _refuse(self, message: RefusedMessage) -> None:
-        self._owner.refused(self._number, message)
-
-    def _die(self, message: DeadMessage) -> None:
-        again = self._ended
-        super()._die(message)
-        if not again:
-            self._owner.replica_ended(self._number, message.reason)
-
-    def _revive(self) -> None:
-        super()._revive()
-        if self._dead is None:
-            self._owner.replica_started(self._number)
-
-
-class ReplicaProcess(Replica, ProcessClient):
-    """A replica in a process of this machine."""
-
-    _sender: PipeSender | None = None
-
-    def _spawn(self, build: Callable[[], Engine]) -> None:
-        super()._spawn(build)
-        self._sender = PipeSender(self._connection)
-
-    def _send(self, command: EngineCommand) -> None:
-        if self._sender is not None:
-            self._sender.send(command)
-
-    def _receive_from_one(self) -> None:
-        super()._receive_from_one()
-        assert self._sender is not None
-        self._sender.end()  # before the connection is closed: the process is gone, so no write waits for it
-
-
-class PipeSender:
-    """Writes commands to a pipe on its own thread: a process that does not read its pipe delays no command to another one."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._commands: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()  # pickled; None: the end
-        self._thread = threading.Thread(target=self._run, name="minivllm-sender", daemon=True)
-        self._thread.start()
-
-    def send(self, command: EngineCommand) -> None:
-        """Write a command after those before it. It is dropped if the other end of the pipe is closed."""
-        self._commands.put(ForkingPickler.dumps(command))  # here, so that a command that cannot be pickled fails its caller
-
-    def end(self) -> None:
-        """Return when nothing is being written any more."""
-        self._commands.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (command := self._commands.get()) is not None:
-            with contextlib.suppress(OSError):  # the process is gone; the receiver thread notices it too
-                self._connection.send_bytes(command)
 
 
 class RoutedClient(EngineClient):
@@ -182,7 +98,7 @@ class RoutedClient(EngineClient):
 
     def _start(self, build: Callable[[], Engine]) -> None:
         for number, replica in enumerate(self._replicas):
-            replica._start(partial(_build_replica, self._prepare, number, len(self._replicas), build))
+            replica._start(partial(build_replica, self._prepare, number, len(self._replicas), build))
         started = [replica.started for replica in self._replicas]
         for future in sorted(wait(started, return_when=FIRST_EXCEPTION).done, key=lambda future: future.exception() is None):
             future.result()
@@ -463,27 +379,3 @@ def _all_done(futures: Sequence[Future[None]], finish: Callable[[list[BaseExcept
     for future in futures:
         future.add_done_callback(done)
     return combined
-
-
-def _build_replica(prepare: Callable[[int, int], None] | None, number: int, size: int, build: Callable[[], Engine]) -> Engine:
-    """Runs in the replica's process."""
-    if prepare is not None:
-        prepare(number, size)
-    return build()
-
-
-def share_machine(device: str, gpus_each: int, number: int, size: int) -> None:
-    """Give a replica its part of the machine: its GPUs, or its part of the CPU's threads. Called before PyTorch uses a device."""
-    import torch
-
-    count = 0 if device == "cpu" else torch.cuda.device_count()
-    if not count:
-        torch.set_num_threads(max(1, torch.get_num_threads() // size))
-        return
-    if count < size * gpus_each:
-        raise InvalidInput(
-            f"data_parallel_size={size} needs {size * gpus_each} GPUs, {gpus_each} for each replica, and there are {count}: "
-            f"give at most {count // gpus_each}", "data_parallel_size")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = visible if len(visible) >= size * gpus_each else [str(index) for index in range(count)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number * gpus_each:(number + 1) * gpus_each])

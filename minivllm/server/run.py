@@ -29,7 +29,8 @@ from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import ProcessClient, freeze_heap
 from minivllm.engine.ray_replicas import connect
-from minivllm.engine.replicas import RoutedClient, share_machine
+from minivllm.engine.replica import share_machine
+from minivllm.engine.replicas import RoutedClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.server.terminal import configure_logging, print_status

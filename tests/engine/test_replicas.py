@@ -27,7 +27,8 @@ from minivllm.engine.messages import (
     WatchCommand,
 )
 from minivllm.engine.metrics import EngineStats
-from minivllm.engine.replicas import MAX_ATTEMPTS, SILENT_SECONDS, PipeSender, Replica, RoutedClient
+from minivllm.engine.replica import PipeSender, Replica
+from minivllm.engine.replicas import MAX_ATTEMPTS, SILENT_SECONDS, RoutedClient
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, ReplicaLost
 from minivllm.outputs import OutputDelta

@@ -1,4 +1,4 @@
-"""`--data-parallel-size`: the server with two replicas in processes of their own."""
+"""`--data-parallel-size`: the server with two replicas, each in a separate process."""
 from __future__ import annotations
 
 import os
@@ -17,7 +17,8 @@ import pytest
 from minivllm.cli.main import main
 from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine import restarts
-from minivllm.engine.replicas import ReplicaProcess, RoutedClient, share_machine
+from minivllm.engine.replica import ReplicaProcess, share_machine
+from minivllm.engine.replicas import RoutedClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
 from minivllm.server.run import readiness, start_engine
