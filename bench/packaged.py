@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m bench.packaged [MODEL ..]
 
-Each model runs in a process of its own. It generates 64 tokens after a prompt of 64 tokens, several times. The row has the rate of the
+Each model runs in a separate process. It generates 64 tokens after a prompt of 64 tokens, several times. The row has the rate of the
 fastest round and of the median one, and the resident memory afterwards, with libraries, tokenizer and the touched part of the KV cache.
 A model that is not in the cache is downloaded.
 """

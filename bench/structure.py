@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -134,9 +135,8 @@ def files_of_a_decode_step() -> list[str]:
 
     sys.setprofile(note)
     try:
-        engine_loop.run()
-    except _OneStepDone:
-        pass  # as wanted: `send` raises it
+        with contextlib.suppress(_OneStepDone):  # as wanted: `send` raises it
+            engine_loop.run()
     finally:
         sys.setprofile(None)
     engine.close()

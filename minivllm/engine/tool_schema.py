@@ -8,6 +8,7 @@ Compiling some short schemas takes hours. So schemas of simple keywords are chec
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -79,10 +80,9 @@ class CheckBudget:
         """See `SchemaChecker`. Raises `InvalidInput` when the budget is spent."""
         start = time.perf_counter()
         try:
-            if self._left > 0:
-                return schema_checker().why_not(schema, self._left)
-        except TimeoutError:
-            pass  # the budget is spent
+            with contextlib.suppress(TimeoutError):  # the budget is spent
+                if self._left > 0:
+                    return schema_checker().why_not(schema, self._left)
         finally:
             self._left -= time.perf_counter() - start
         raise InvalidInput(f"the schemas of tools take more than {self._seconds:g} s to check, or too much memory: make them simpler "

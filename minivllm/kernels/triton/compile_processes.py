@@ -84,11 +84,9 @@ def _serve(connection: Connection) -> None:
     """Compile until the connection is closed. Triton 3.6 also compiles a C launcher for each kernel."""
     while True:
         job = connection.recv_bytes()
-        try:
+        with contextlib.suppress(Exception):  # the other process finds the same error, and raises it
             module, name, kind, signature, constants, attrs, target, options = pickle.loads(job)
             source = kind(getattr(importlib.import_module(module), name), signature, constants, attrs)  # of Triton or Gluon
             kernel = triton.compile(source, target=target, options=options)
             driver.active.launcher_cls(kernel.src, kernel.metadata)
-        except Exception:  # the other process finds the same error, and raises it
-            pass
         connection.send_bytes(b"done")
