@@ -148,8 +148,13 @@ def gantt(ax: Any, rows: Mapping[str, Sequence[Span]], *, arrivals: Mapping[str,
     ax.set(ylim=(len(rows), 0), yticks=[y + 0.5 for y in range(len(rows))], yticklabels=list(rows), ylabel="request", xlim=(0, end))
 
 
+def result(name: str) -> dict[str, Any]:
+    """One saved measurement, by the name of its file in `bench/results`. The text beside a picture is about this one, not a later one."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def results(pattern: str) -> dict[str, dict[str, Any]]:
-    """The saved measurements of `bench/results` whose file names match, by name: `results("*h200*.json")`."""
+    """All saved measurements whose file names match, by name: `results("*-cpu-*.json")`. More of them may be saved at any time."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))}
 
 

@@ -58,6 +58,8 @@ def problems(notebook: Any) -> list[str]:
         if (lines := len([line for line in cell.source.splitlines() if line.strip()])) > MAX_LINES:
             found.append(f"cell {number} has {lines} lines, more than {MAX_LINES}")
         found += [f"cell {number} names the color {color}: use those of helpers" for color in re.findall(r"#[0-9a-fA-F]{6}\b", cell.source)]
+        if re.search(r"^\s*\(?\w+,\)?\s*=\s*helpers\.results\(", cell.source, re.MULTILINE):
+            found.append(f"cell {number} needs exactly one saved measurement, and more may be saved: name it with helpers.result")
     machine = {str(Path.home()), str(ROOT), tempfile.gettempdir() + "/"} - {"/"}
     found += [f"an output has a path of one machine: {path}" for path in sorted(machine) if any(path in text for text in texts)]
     return found
@@ -98,9 +100,10 @@ def test_a_planted_problem_is_found() -> None:
     first = nbformat.v4.new_code_cell(FIRST_CELL, execution_count=1)
     good = picture_cell("plt.show()", 2)
     assert problems(nbformat.v4.new_notebook(cells=[first, good])) == []
-    bad = picture_cell("x = '#a0b1c2'\n" * 26 + "plt.show()", 3, saved=False)
+    bad = picture_cell("x = '#a0b1c2'\n" * 25 + "(one,) = helpers.results('*-gpu.json').values()\nplt.show()", 3, saved=False)
     found = "\n".join(problems(nbformat.v4.new_notebook(cells=[good, bad])))
-    for part in ("installs", "top to bottom", "cell 2 has no picture", "27 lines", "#a0b1c2", "a path of one machine"):
+    for part in ("installs", "top to bottom", "cell 2 has no picture", "27 lines", "#a0b1c2", "a path of one machine",
+                 "exactly one saved measurement"):
         assert part in found
 
 
