@@ -339,7 +339,8 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def models() -> str:
     gguf = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
-    gguf |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama", "Olmo3ForCausalLM": "olmo2"}  # llama.cpp's names for their files
+    gguf |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama", "Olmo3ForCausalLM": "olmo2",  # llama.cpp's names for their files
+             "DeepseekV3ForCausalLM": "deepseek2"}
     kinds = {name: kind for kind, name in MODEL_TYPES.items()}
     tested = tested_variants()
     rows = [(code(name), code(kinds[name]), code(gguf.get(name, "")), *_properties(family),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,20 +36,20 @@ from minivllm.models.gguf_config import (
 from minivllm.models.gguf_metadata import Metadata
 from minivllm.models.gguf_structure import OtherByteOrder, check_structure
 from minivllm.models.gguf_tokenizer import SpecialIds, Vocabulary, convert_tokenizer, read_vocabulary, special_ids
-from minivllm.models.gguf_weights import GGUFTensor, write_index, write_safetensors
+from minivllm.models.gguf_weights import GGUFTensor, Indexed, LatentKeysAndValues, write_index, write_safetensors
 from minivllm.models.weight_files import GGUF_INDEX, find_parts
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-CONVERSION = 4  # increased whenever the output of `prepare` changes, so that caches made by older code are not used
+CONVERSION = 5  # increased whenever the output of `prepare` changes, so that caches made by older code are not used
 
 
 class Header(NamedTuple):
     """What a file says before its weights: enough to refuse a model that cannot run here, and to plan its memory."""
 
     meta: Metadata
-    tensors: Mapping[str, GGUFTensor]  # by Hugging Face's names
+    tensors: Mapping[str, Indexed]  # by Hugging Face's names
     vocabulary: Vocabulary | None
     ids: SpecialIds
     config: dict[str, Any]  # config.json
@@ -79,9 +79,12 @@ def read_header(path: Path, shown: str | None = None) -> Header:
     ids = special_ids(meta, vocabulary, rows)
     config = make_config(meta, arch, tensors, ids)
     found = _checkpoint_names(names[0], meta.architecture, config, tensors)
-    stored: dict[str, GGUFTensor] = {}
+    stored: dict[str, Indexed] = {}
     for theirs, target in found.items():
-        stored |= _stored(names[0], config, arch, tensors[theirs], places[theirs], target)
+        if theirs.endswith(LATENT_KEYS):
+            stored[target] = _latent(names[0], config, theirs, tensors, places)
+        else:
+            stored |= _stored(names[0], config, arch, tensors[theirs], places[theirs], target)
     types = {re.sub(rf"^({'|'.join(map(re.escape, PREFIXES))})", "", name).removesuffix(".weight"): tensor.kind
              for name, tensor in stored.items() if tensor.is_packed}
     return Header(meta, stored, vocabulary, ids, config | {"quantization_config": {"quant_method": "gguf", "types": types}})
@@ -116,12 +119,14 @@ def _write_folder(out: Path, header: Header, config: Mapping[str, Any]) -> None:
 
 
 def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path,
-            target: str) -> dict[str, GGUFTensor]:
-    """Hugging Face's name -> tensor: one, or one per expert if the name has {e}."""
+            target: str) -> dict[str, Indexed]:
+    """Hugging Face's name -> tensor: one, or one per expert if the name has {e}, or q, k and v if it has {qkv}."""
     shape, heads = tuple(int(n) for n in reversed(tensor.shape)), 0
     experts = shape[0] if "{e}" in target else 1
-    if len(shape) not in ((3,) if "{e}" in target else (1, 2)) or 0 in shape:
+    if len(shape) not in ((2 if target.endswith(".bias") else 3,) if "{e}" in target else (1, 2)) or 0 in shape:
         raise ModelError(f"{path}: tensor {tensor.name!r} has the shape {list(shape)}, not that of a matrix or a vector", "model")
+    if "{qkv}" in target:
+        return _separate_qkv(path, config, arch, tensor, file, target)
     if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", tensor.name)):
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         if shape[0] != heads * config["head_dim"]:
@@ -134,9 +139,47 @@ def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: R
         if shape[0] != (rows := (heads + 2 * kv_heads) * config["head_dim"]):
             raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {rows}", "model")
     shape = shape[1:] if "{e}" in target else (1, *shape) if target.endswith("shared_expert_gate.weight") else shape
-    size = int(tensor.n_bytes) // experts
-    return {target.replace("{e}", str(e)): GGUFTensor(tensor.tensor_type.name, shape, os.path.abspath(file), tensor.data_offset + e * size,
-                                                      size, heads, kv_heads, shift) for e in range(experts)}
+    transposed = arch.transposed and len(shape) == 2 and tensor.name.startswith("blk.")
+    size, kind = int(tensor.n_bytes) // experts, tensor.tensor_type.name
+    plain = "{e}" not in target and (kind == "MXFP4" or tensor.name == POSITIONS)
+    return {target.replace("{e}", str(e)): GGUFTensor(kind, shape[::-1] if transposed else shape, os.path.abspath(file),
+                                                      tensor.data_offset + e * size, size, heads, kv_heads, shift, transposed, plain)
+            for e in range(experts)}
+
+
+def _separate_qkv(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path,
+                  target: str) -> dict[str, Indexed]:
+    """The rows of q, k and v of a fused tensor, under Hugging Face's three names."""
+    shape, kind = tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name
+    heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    if shape[0] != (heads + 2 * kv_heads) * width:
+        raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {(heads + 2 * kv_heads) * width}", "model")
+    found: dict[str, Indexed] = {}
+    offset = tensor.data_offset
+    for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        size = int(tensor.n_bytes) // shape[0] * count * width
+        found[target.replace("{qkv}", part)] = GGUFTensor(
+            kind, (count * width, *shape[1:]), os.path.abspath(file), offset, size, count if arch.interleaved_rope and part != "v" else 0,
+            is_plain=kind == "MXFP4")
+        offset += size
+    return found
+
+
+def _latent(path: Path, config: Mapping[str, Any], name: str, tensors: Mapping[str, ReaderTensor],
+            places: Mapping[str, Path]) -> LatentKeysAndValues:
+    """kv_b from the tensor `name`, which has its keys, and the one with its values."""
+    heads, nope, rank = (config[key] for key in ("num_attention_heads", "qk_nope_head_dim", "kv_lora_rank"))
+    parts: list[GGUFTensor] = []
+    for theirs, rows, cols in ((name, rank, nope), (name.replace(LATENT_KEYS, LATENT_VALUES), config["v_head_dim"], rank)):
+        if theirs not in tensors:
+            raise ModelError(f"{path}: tensor {theirs!r} is missing", "model")
+        tensor = tensors[theirs]
+        shape = [int(n) for n in reversed(tensor.shape)]
+        if shape not in ([heads, rows, cols], [heads * rows, cols]):
+            raise ModelError(f"{path}: tensor {theirs!r} has the shape {shape}, not {[heads, rows, cols]}", "model")
+        parts.append(GGUFTensor(tensor.tensor_type.name, (heads * rows, cols), os.path.abspath(places[theirs]), tensor.data_offset,
+                                int(tensor.n_bytes), is_plain=True))
+    return LatentKeysAndValues(parts[0], parts[1], heads)
 
 
 def _check_part(path: Path, reader: GGUFReader, number: int, count: int) -> None:
@@ -197,34 +240,55 @@ def _read_metadata(path: Path, reader: GGUFReader) -> Metadata:
 
 
 PREFIXES = ("model.", "transformer.", "gpt_neox.")  # of Hugging Face's modules
+LATENT, LATENT_KEYS, LATENT_VALUES = "attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight"  # whole, or in two parts
+POSITIONS = "position_embd.weight"
 
 
-def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]:
+def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors: Collection[str]) -> dict[str, str]:
     """GGUF's tensor names -> Hugging Face's: ``blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight``.
 
     The modules are those of the family's row; their names in GGUF come from the table of the gguf package.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    table = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == name), 1)
+    known = next((key for key, value in MODEL_ARCH_NAMES.items() if value == name), None)
+    if known is None:
+        raise ModelError(f"{path}: architecture {name!r} is not known to the installed gguf package: pip install --upgrade gguf", "model")
+    table, family = get_tensor_name_map(known, 1), FAMILIES[config["architectures"][0]]
     modules: dict[str, str] = {}  # of layer 0, and outside the layers
-    for key, parts in FAMILIES[config["architectures"][0]].names.items():
+    for key, parts in family.names.items():
         for module in () if key.endswith("_fused") else parts(config) if callable(parts) else parts:
             for prefixed in (*(prefix + module for prefix in PREFIXES), module):
                 if (theirs := table.get_name(prefixed.replace(".{e}", "").format(i=0, h=0))) is not None:  # ffn_gate_exps: all experts
                     modules[theirs] = prefixed
                     break
+    targets: dict[str, str] = {}  # of tensors whose names differ in more than the module
+    if "sinks" in family.names:
+        targets["blk.0.attn_sinks.weight"] = f"model.{family.names['sinks'][0]}"
+    if family.moe.get("correction"):
+        targets["blk.0.exp_probs_b.bias"] = f"model.{family.names['router'][0]}.e_score_correction_bias"
+    if latent := "kv_b" in family.names:
+        targets[f"blk.0.{LATENT_KEYS}"] = f"model.{family.names['kv_b'][0]}.weight"
+    elif "blk.0.attn_q" in modules:
+        modules.setdefault("blk.0.attn_qkv", modules["blk.0.attn_q"].replace(".q_proj", ".{qkv}_proj"))
     found = {}
     for tensor in tensors:
-        if tensor in ROPE_TENSORS:
+        if tensor in ROPE_TENSORS or (latent and _is_read_with_another(tensor, tensors)):
             continue
-        module, _, kind = tensor.rpartition(".")
-        layer = match[1] if (match := re.match(r"blk\.(\d+)\.", module)) else ""
-        target = modules.get(re.sub(r"^blk\.\d+\.", "blk.0.", module))
-        if target is None or kind not in ("weight", "bias"):
+        layer = match[1] if (match := re.match(r"blk\.(\d+)\.", tensor)) else ""
+        first = re.sub(r"^blk\.\d+\.", "blk.0.", tensor)
+        module, _, kind = first.rpartition(".")
+        if first not in targets and (module not in modules or kind not in ("weight", "bias")):
             raise ModelError(f"{path}: tensor {tensor!r} is not used by this engine's decoder", "model")
-        found[tensor] = f"{target.format(i=layer, e='{e}')}.{kind}"
+        found[tensor] = (targets.get(first) or f"{modules[module]}.{kind}").format(i=layer, e="{e}", qkv="{qkv}")
     return found
+
+
+def _is_read_with_another(tensor: str, tensors: Container[str]) -> bool:
+    """Whether this is the second part of kv_b, which is read with the first one, or a copy of the first one beside the whole."""
+    layer, _, name = tensor.rpartition(".attn_")
+    whole = f"{layer}.{LATENT}" in tensors
+    return f"attn_{name}" in ((LATENT_KEYS, LATENT_VALUES) if whole else (LATENT_VALUES,))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,8 @@
-"""A GGUF file's metadata -> the config.json and generation_config.json of the model folder that it was made from."""
+"""A GGUF file's metadata -> the config.json and generation_config.json of the model folder that it was made from.
+
+llama.cpp names fewer architectures than Hugging Face has classes: what a file of `llama`, `olmo2` or `deepseek2` is follows from its keys.
+The class OPT has no name there. GPT-J has one (`gptj`), but no converter and no model.
+"""
 from __future__ import annotations
 
 import math
@@ -30,9 +34,12 @@ class Architecture:
     grouped_qkv: bool = False  # Hugging Face stores q, k and v of a KV head together; llama.cpp stores all of q, then k, then v
     layer_norm: str = ""  # the key of config.json for the epsilon of a LayerNorm; empty: RMSNorm
     renormalized: bool = False  # the weights of a token's experts are divided by their sum
+    transposed: bool = False  # Hugging Face stores the layers' matrices as [inputs, outputs]
+    gating: int = 1  # llama.cpp's number of what makes weights of the router's scores, beside 0: not stated
 
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
+_SIGMOID, _SOFTMAX_OF_CHOSEN = 2, 3  # values of expert_gating_func
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved_rope=True),  # Mistral's files are named llama too
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
@@ -63,6 +70,13 @@ ARCHITECTURES = {
     "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", renormalized=True),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
+    "gpt2": Architecture("gpt2", "GPT2LMHeadModel", further_keys=(_LAYER_NORM,), layer_norm="layer_norm_epsilon", transposed=True),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", gating=_SOFTMAX_OF_CHOSEN),
+    "deepseek2": Architecture("deepseek_v2", "DeepseekV2ForCausalLM", further_keys=(
+        "attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla",
+        "rope.scaling.yarn_log_multiplier", "expert_group_used_count", "leading_dense_block_count")),  # V3 too, see `_deepseek`
+    "chatglm": Architecture("glm", "GlmForCausalLM", partial_rope=True),
+    "mistral3": Architecture("mistral", "MistralForCausalLM", interleaved_rope=True),
 }
 MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", interleaved_rope=True, renormalized=True)  # its files are named llama too
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_gate_exps\.weight")
@@ -111,7 +125,7 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
         "eos_token_id": _one_or_list(ids.ends),
         "pad_token_id": ids.pad,
     }
-    if "_moe" in arch.model_type or arch.model_type in ("mixtral", "olmoe"):
+    if "_moe" in arch.model_type or arch.model_type in ("mixtral", "olmoe", "gpt_oss"):
         config |= _experts(meta, arch, tensors, config)
     if arch.model_type == "llama":
         config |= {"attention_bias": has_bias("attn_q"), "mlp_bias": has_bias("ffn_up")}
@@ -130,23 +144,78 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
 
 def _experts(meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys about experts. Sizes are those of the tensors."""
-    sparse = {int(match[1]): tensor for name, tensor in tensors.items() if (match := EXPERTS.fullmatch(name))}
+    sparse = _sparse_layers(tensors)
     if not sparse:
         meta.fail(f"{meta.architecture}.expert_count", "but the file has no tensor of experts, ffn_gate_exps.weight: convert it again")
-    for name, allowed in (("expert_weights_scale", (0.0, 1.0)), ("expert_gating_func", (0, 1)), ("expert_group_count", (0, 1)),
+    for name, allowed in (("expert_weights_scale", (0.0, 1.0)), ("expert_gating_func", (0, arch.gating)), ("expert_group_count", (0, 1)),
                           ("expert_weights_norm", (arch.renormalized,))):
-        if meta.hparam(name, allowed[0]) not in allowed:
-            meta.fail(f"{meta.architecture}.{name}", f"is not supported for this architecture, only {allowed[-1]} is")
+        _only(meta, name, *allowed)
     _, inner, count = (int(n) for n in next(iter(sparse.values())).shape)
     found = {"num_experts_per_tok": meta.hparam("expert_used_count"), "norm_topk_prob": arch.renormalized, "num_local_experts": count,
              "num_experts": count}
-    if arch.model_type in ("mixtral", "olmoe"):
+    if arch.model_type in ("mixtral", "olmoe", "gpt_oss"):
         return {**found, "intermediate_size": inner}
     found |= {"moe_intermediate_size": inner, "mlp_only_layers": [i for i in range(config["num_hidden_layers"]) if i not in sparse]}
     if arch.model_type == "qwen2_moe":
         shared = tensors.get(f"blk.{min(sparse)}.ffn_gate_shexp.weight")
         found["shared_expert_intermediate_size"] = 0 if shared is None else int(shared.shape[1])
     return found
+
+
+def _sparse_layers(tensors: Mapping[str, ReaderTensor]) -> dict[int, ReaderTensor]:
+    """Layers with experts -> the tensor of their gates."""
+    return {int(match[1]): tensor for name, tensor in tensors.items() if (match := EXPERTS.fullmatch(name))}
+
+
+def _only(meta: Metadata, name: str, *allowed: Any) -> None:
+    """Refuse other values of a key. allowed: the default first, and last the one to name."""
+    if meta.hparam(name, allowed[0]) not in allowed:
+        meta.fail(f"{meta.architecture}.{name}", f"is not supported for this architecture, only {allowed[-1]} is")
+
+
+def _deepseek(meta: Metadata, tensors: Mapping[str, ReaderTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Latent attention and experts of DeepSeek-V2 and V3. Their files have one name; V3's router uses sigmoid.
+
+    Newer files state the widths of latent attention in key_length and value_length, and those of the heads in the keys that end in _mla.
+    """
+    get, kind, layers = meta.hparam, meta.architecture, config["num_hidden_layers"]
+    newer = "_mla" if f"{kind}.attention.key_length_mla" in meta else ""
+    key_length, rotated = f"attention.key_length{newer}", get("rope.dimension_count")
+    keys = get(key_length)
+    if keys <= rotated:
+        meta.fail(f"{kind}.{key_length}", f"must be above {kind}.rope.dimension_count {rotated}: a head's first dimensions are not "
+                  "rotated")
+    found: dict[str, Any] = {
+        "q_lora_rank": get("attention.q_lora_rank", 0) or None, "kv_lora_rank": get("attention.kv_lora_rank"), "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": keys - rotated, "v_head_dim": get(f"attention.value_length{newer}"),
+        "num_key_value_heads": config["num_attention_heads"],
+        "first_k_dense_replace": (first := get("leading_dense_block_count", 0)),
+    }
+    sparse = _sparse_layers(tensors)
+    if [*range(first, layers)] != sorted(sparse):
+        meta.fail(f"{kind}.leading_dense_block_count", f"but of {layers} layers these have experts: {sorted(sparse)}: convert it again")
+    v3 = get("expert_gating_func", 0) == _SIGMOID
+    if v3:
+        found |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    else:
+        _only(meta, "expert_gating_func", 0, 1)
+        _only(meta, "expert_weights_norm", False)
+    if not sparse:
+        return found
+    tensor = sparse[first]
+    _, inner, count = (int(n) for n in tensor.shape)
+    shared = tensors.get(f"blk.{first}.ffn_gate_shexp.weight")
+    groups = get("expert_group_count", 0)
+    if shared is not None and int(shared.shape[1]) % inner:
+        meta.fail(f"{kind}.expert_shared_count", f"but tensor {shared.name!r} has {int(shared.shape[1])} rows, not a multiple of {inner}")
+    return found | {
+        "n_routed_experts": count, "num_experts_per_tok": get("expert_used_count"), "moe_intermediate_size": inner,
+        "n_shared_experts": 0 if shared is None else int(shared.shape[1]) // inner, "norm_topk_prob": get("expert_weights_norm", False),
+        "routed_scaling_factor": get("expert_weights_scale", 0.0) or 1.0, "n_group": max(1, groups),
+        "topk_group": get("expert_group_used_count") if groups > 1 else 1,
+        "topk_method": "noaux_tc" if v3 else "group_limited_greedy" if groups > 1 else "greedy",
+        "scoring_func": "sigmoid" if v3 else "softmax",
+    }
 
 
 def make_generation_config(meta: Metadata, ids: SpecialIds) -> dict[str, Any]:
@@ -212,6 +281,16 @@ def _of_architecture(meta: Metadata, config: Mapping[str, Any], tensors: Mapping
                 "ffn_hidden_size": config["intermediate_size"]}
     if kind == "bloom":
         return {"seq_length": config["max_position_embeddings"]}
+    if kind == "gpt2":
+        return {"n_inner": config["intermediate_size"], "activation_function": "gelu_new"}
+    if kind == "gpt-oss":
+        return {"sliding_window": get("attention.sliding_window") or None, "attention_bias": has("attn_q.bias") or has("attn_qkv.bias")}
+    if kind == "deepseek2":
+        return _deepseek(meta, tensors, config)
+    if kind == "chatglm":
+        return {"attention_bias": has("attn_q.bias") or has("attn_qkv.bias")}
+    if kind == "mistral3":
+        return {"sliding_window": config.get("sliding_window")}  # a missing key would mean 4096
     return {"hidden_act": {"phi2": "gelu_new", "starcoder2": "gelu_pytorch_tanh"}.get(kind, "silu"),
             **({"use_bias": has("attn_q.bias"), "tie_word_embeddings": config["tie_word_embeddings"]} if kind == "starcoder2" else {}),
             **({"use_sliding_window": False} if kind == "smollm3" else {})}
@@ -219,12 +298,16 @@ def _of_architecture(meta: Metadata, config: Mapping[str, Any], tensors: Mapping
 
 def _head_dim(meta: Metadata, arch: Architecture, heads: int, hidden: int) -> tuple[int, int]:
     """The width of a head, and how many of its dimensions are rotated."""
+    rotated: int
+    if meta.architecture == "deepseek2":  # the widths are in `_deepseek`; Transformers' head_dim is the rotated part
+        rotated = meta.hparam("rope.dimension_count")
+        return rotated, rotated
     keys = meta.hparam("attention.key_length", None)
     if keys is None and hidden % heads:
         meta.fail(f"{meta.architecture}.embedding_length", f"is not a multiple of the {heads} attention heads, and there is no "
                   f"{meta.architecture}.attention.key_length")
     head_dim: int = keys or hidden // heads
-    rotated: int = meta.hparam("rope.dimension_count", head_dim)
+    rotated = meta.hparam("rope.dimension_count", head_dim)
     if rotated != head_dim and not (arch.partial_rope and rotated < head_dim):
         meta.fail(f"{meta.architecture}.rope.dimension_count", f"differs from the head width {head_dim}: partial rotary embedding is not "
                   "supported")
@@ -302,12 +385,24 @@ def _own_names(meta: Metadata) -> set[str]:
 def _yarn(meta: Metadata, factor: float, sharpened: float) -> dict[str, Any]:
     scaling = {"rope_type": "yarn", "factor": factor,
                "original_max_position_embeddings": meta.hparam("rope.scaling.original_context_length", meta.hparam("context_length"))}
-    if sharpened != 1.0:  # llama.cpp multiplies YaRN's own sharpening by it, Hugging Face's key replaces YaRN's
-        scaling["attention_factor"] = sharpened * (0.1 * math.log(factor) + 1.0)
     for key in ("beta_fast", "beta_slow"):
         if (value := meta.hparam(f"rope.scaling.yarn_{key}", None)) is not None:
             scaling[key] = value
+    if meta.architecture == "deepseek2":
+        return scaling | _latent_yarn(meta, sharpened)
+    if meta.architecture == "gpt-oss":
+        scaling["truncate"] = False  # as these models were trained; no metadata says so
+    if sharpened != 1.0:  # llama.cpp multiplies YaRN's own sharpening by it, Hugging Face's key replaces YaRN's
+        scaling["attention_factor"] = sharpened * (0.1 * math.log(factor) + 1.0)
     return scaling
+
+
+def _latent_yarn(meta: Metadata, sharpened: float) -> dict[str, Any]:
+    """DeepSeek sharpens the scores by `mscale_all_dim` alone, of which files have a tenth. Cosines and sines keep their size."""
+    if sharpened != 1.0:
+        meta.fail(f"{meta.architecture}.rope.scaling.attn_factor", "is not supported for this architecture, only 1 is")
+    mscale = round(10 * meta.hparam("rope.scaling.yarn_log_multiplier", 0.0), 6)  # the file holds float32
+    return {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {"attention_factor": 1.0}
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float, original: int, low: float = 1.0, high: float = 4.0) -> np.ndarray:

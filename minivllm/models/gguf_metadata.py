@@ -69,7 +69,9 @@ ARCHITECTURE_KEYS: Mapping[str, Kind] = {
 FURTHER_KEYS: Mapping[str, Kind] = {
     "attention.layer_norm_epsilon": POSITIVE, "logit_scale": POSITIVE, "embedding_scale": POSITIVE, "residual_scale": POSITIVE,
     "attn_logit_softcapping": POSITIVE, "final_logit_softcapping": POSITIVE, "rope.freq_base_swa": POSITIVE, "use_parallel_residual": FLAG,
-    "attention.sliding_window_pattern": FLAGS,
+    "attention.sliding_window_pattern": FLAGS, "attention.q_lora_rank": COUNT, "attention.kv_lora_rank": SIZE,
+    "attention.key_length_mla": SIZE, "attention.value_length_mla": SIZE, "rope.scaling.yarn_log_multiplier": NOT_NEGATIVE,
+    "expert_group_used_count": COUNT, "leading_dense_block_count": COUNT,
 }
 ONLY_TRUE = (True,)
 # Keys behind "{architecture}." that the decoder does not support, with the values that change nothing, beside those of `_is_nothing`.

@@ -3,8 +3,9 @@
     Q4_1     scale, min | 16 bytes of codes                                              32 weights
     Q4_K     super-scale, super-min | 8 scales and 8 mins of 6 bits | 128 bytes          256 weights in 8 groups
     Q6_K     128 bytes of low codes | 64 bytes of high codes | 16 scales | super-scale   256 weights in 16 groups
+    MXFP4    exponent | 16 bytes of codes                                                32 weights: gpt-oss's experts
 
-A code of more than four bits is stored as its low four bits and, elsewhere in the block, the rest. Types that are not in `BLOCKS` are
+A code of more than four bits is stored as its low four bits and, elsewhere in the block, the rest. Types that are not in `PACKED` are
 dequantized while they are loaded. Source of the layouts: ggml's `ggml-common.h`, and `gguf.quants`, which is the oracle of the tests.
 """
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec
+from minivllm.quantization import mxfp4
+from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes
 from minivllm.quantization.parts import PartsMethod
@@ -137,6 +139,38 @@ def unpack(raw: Tensor, block: Block) -> GroupedWeight:
     return GroupedWeight(codes=codes, bits=block.bits, scales=scale, zeros=block.zero, mins=None if low is None else -low)
 
 
+class MXFP4BlocksMethod(LinearMethod):
+    """Experts in MXFP4: the codes of `mxfp4.MXFP4Method` in llama.cpp's order, with the exponent in front of each block."""
+
+    type_name = "MXFP4"
+
+    def parameters(self, rows: tuple[int, ...], cols: int) -> dict[str, ParamSpec]:
+        """The blocks as bytes. Random ones have the exponent 2^-7, which makes weights of about `DUMMY_STD`."""
+        width = cols // mxfp4.GROUP * MXFP4_SIZE
+        return {"weight": ParamSpec(tuple((n, width) for n in rows), dtype="uint8", dummy=(127 - 7, *[None] * (MXFP4_SIZE - 1)))}
+
+    def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
+        """See `LinearMethod`."""
+        blocks, scales = repacked_mxfp4(tensors["weight"])
+        return mxfp4.METHOD.build({"blocks": blocks, "scales": scales}, rows, ops)
+
+
+MXFP4_SIZE = 1 + mxfp4.GROUP // 2  # bytes of a block
+PACKED: Mapping[str, LinearMethod] = MappingProxyType({**{kind: GGUFMethod(kind) for kind in BLOCKS}, "MXFP4": MXFP4BlocksMethod()})
+
+
+def repacked_mxfp4(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of MXFP4 blocks, [N, bytes] uint8 -> blocks [N, K / 2] and scales [N, K / 32] of `mxfp4`.
+
+        llama.cpp    exponent | w0 w16 | w1 w17 | .. | w15 w31        here    w0 w1 | w2 w3 | .. | w30 w31        low half first
+    """
+    import torch
+
+    each = raw.unflatten(1, (-1, MXFP4_SIZE))
+    codes = torch.cat((each[..., 1:] & 15, each[..., 1:] >> 4), dim=-1)  # [N, K / 32, 32]
+    return (codes[..., ::2] | codes[..., 1::2] << 4).flatten(1), each[..., 0].contiguous()
+
+
 def _fields(blocks: Tensor, block: Block) -> dict[str, Tensor]:
     """[.., bytes of a block] -> views [.., bytes of the field]."""
     return dict(zip(block.fields, blocks.split(list(block.fields.values()), dim=-1), strict=True))
@@ -176,5 +210,5 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From {"quant_method": "gguf", "types": {"layers.0.mlp.up_proj": "Q4_K", ..}}, which `models.gguf` writes."""
-    types, methods = config["types"], {kind: GGUFMethod(kind) for kind in BLOCKS}
-    return lambda linear: PartsMethod.of(tuple(methods.get(types.get(name), DENSE) for name in linear.checkpoint_names))
+    types = config["types"]
+    return lambda linear: PartsMethod.of(tuple(PACKED.get(types.get(name), DENSE) for name in linear.checkpoint_names))

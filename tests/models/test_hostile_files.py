@@ -179,15 +179,21 @@ def test_a_lying_safetensors_header_is_one_line(tmp_path: Path, content: bytes) 
 
 @pytest.mark.parametrize("change", [
     {"file": "/etc/passwd"}, {"offset": -1}, {"size": 2.5}, {"shape": [0, 4]}, {"shape": []}, {"shape": [3]}, {"heads": True},
-    {"offset": "0"},
+    {"offset": "0"}, {"transposed": 1}, {"is_plain": None},
 ])
 def test_an_index_of_gguf_tensors_cannot_name_other_files_or_odd_numbers(tmp_path: Path, change: dict[str, Any]) -> None:
     entry = {"kind": "F32", "shape": [4], "file": str(tmp_path / "m.gguf"), "offset": 0, "size": 16, "heads": 0}
     (tmp_path / GGUF_INDEX).write_text(json.dumps({"a": entry}))
     assert read_index(tmp_path / GGUF_INDEX)["a"].size == 16
-    (tmp_path / GGUF_INDEX).write_text(json.dumps({"a": {**entry, **change}}))
-    with pytest.raises(ModelError, match="not an index"):
-        read_index(tmp_path / GGUF_INDEX)
+    part = {**entry, "shape": [4, 1]}
+    latent = {"keys": part, "of_values": {**part, "shape": [2, 2], "size": 16}, "heads": 2}
+    (tmp_path / GGUF_INDEX).write_text(json.dumps({"a": latent}))
+    assert read_index(tmp_path / GGUF_INDEX)["a"].shape == (4, 2)
+    for wrong in ({**entry, **change}, {**latent, "of_values": {**part, **change}}, {**latent, "heads": 4}, {**latent, "heads": 0},
+                  {**latent, "heads": True}):
+        (tmp_path / GGUF_INDEX).write_text(json.dumps({"a": wrong}))
+        with pytest.raises(ModelError, match="not an index"):
+            read_index(tmp_path / GGUF_INDEX)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -14,8 +14,9 @@ from minivllm.kernels import REFERENCE
 from minivllm.kernels.grouped import dequantize
 from minivllm.models.loader import DummyWeights
 from minivllm.quantization import gguf as ours
+from minivllm.quantization import mxfp4
 from minivllm.quantization.dense import DENSE
-from minivllm.quantization.gguf import BLOCKS, GGUFMethod, method_of, unpack
+from minivllm.quantization.gguf import BLOCKS, MXFP4_SIZE, PACKED, GGUFMethod, method_of, repacked_mxfp4, unpack
 from minivllm.quantization.methods import Parameter
 from minivllm.quantization.parts import PartsMethod
 from tests.models.paged import make_build
@@ -42,6 +43,30 @@ def test_every_type_has_the_values_of_the_gguf_package_bit_for_bit(kind: str, ro
     weight = unpack(torch.from_numpy(raw), BLOCKS[kind])
     assert np.array_equal(dequantize(weight).numpy(), want)
     assert int(weight.codes.max()) < 1 << weight.bits
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_mxfp4_has_the_values_of_the_gguf_package(rows: int, blocks: int, seed: int) -> None:
+    raw = np.random.default_rng(seed).integers(0, 256, (rows, blocks, MXFP4_SIZE), dtype=np.uint8)
+    raw[..., 0] = np.minimum(raw[..., 0], 252)  # from there on float32 overflows
+    raw = raw.reshape(rows, -1)
+    found = mxfp4.dequantize(*repacked_mxfp4(torch.from_numpy(raw)))
+    assert np.array_equal(found.numpy(), oracle(raw, gguf.GGMLQuantizationType.MXFP4))
+
+
+def test_mxfp4_is_repacked_byte_by_byte() -> None:
+    codes = torch.arange(32, dtype=torch.uint8) % 16
+    stored = torch.cat((torch.tensor([130], dtype=torch.uint8), codes[:16] | codes[16:] << 4))[None]
+    blocks, scales = repacked_mxfp4(stored)
+    assert blocks.tolist() == [[low | low + 1 << 4 for low in (*range(0, 16, 2), *range(0, 16, 2))]] and scales.tolist() == [[130]]
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.MXFP4] == (mxfp4.GROUP, MXFP4_SIZE)
+
+
+def test_random_mxfp4_weights_are_as_large_as_those_of_other_formats() -> None:
+    spec = PACKED["MXFP4"].parameters((64,), 4096)["weight"]
+    raw = DummyWeights({"weight": Parameter(spec.shape, (), dtype=spec.dtype, dummy=spec.dummy)}, make_build(), 0)("weight")
+    values = mxfp4.dequantize(*repacked_mxfp4(raw))
+    assert values.std().item() == pytest.approx(ours.DUMMY_STD, rel=0.2) and abs(values.mean().item()) < 0.15 * ours.DUMMY_STD
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
