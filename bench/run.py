@@ -91,7 +91,11 @@ def parse() -> argparse.Namespace:
         parser.error("--load-format dummy is for a shape of bench/models.py on --device cuda, without --check")
     if args.stored and args.load_format != "dummy":
         parser.error("--stored is for random weights: add --load-format dummy")
-    for row in args.rows.split(","):
+    rows = args.rows.split(",")
+    if repeated := sorted({row for row in rows if rows.count(row) > 1}):
+        parser.error(f"a row is named twice: {', '.join(repeated)}. The second one would find its prompts in the prefix cache: name it "
+                     "once (--repeats measures it several times)")
+    for row in rows:
         if not re.fullmatch(r"(c|mixed|ttft|bs)[1-9]\d*|long(tpot)?[1-9]\d*x[1-9]\d*|nano|nano8gb|prefix|memory|start|coldstart", row):
             parser.error(f"unknown row {row!r}: cN, mixedN, ttftN, bsN, longBxL, longtpotBxL, nano, nano8gb, prefix, "
                          "memory, start, coldstart")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from bench import models, worker
+from bench import models, run, worker
 from minivllm.benchmarks.workloads import WorkloadRequest
 
 
@@ -44,6 +44,14 @@ def rows_of(engine: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     worker.main()
     rows = [json.loads(line.removeprefix("BENCH ")) for line in capsys.readouterr().out.splitlines()]
     return {row.pop("row"): row for row in rows}
+
+
+def test_a_row_that_is_named_twice_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both would send the same prompts to one engine."""
+    monkeypatch.setattr(sys, "argv", ["run", "--rows", "bs1,ttft64,bs8,bs1"])
+    with pytest.raises(SystemExit):
+        run.parse()
+    assert "a row is named twice: bs1. The second one would find its prompts in the prefix cache" in capsys.readouterr().err
 
 
 def test_right_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
