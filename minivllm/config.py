@@ -36,9 +36,9 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, m
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
-def repeatable(help: str, *, metavar: str, nargs: str | int) -> Any:
-    """A field with several strings. Its flag may be given more than once, with `nargs` values each time."""
-    return dataclasses.field(default=(), metadata={"help": help, "choices": None, "metavar": metavar, "nargs": nargs})
+def repeatable(help: str, *, metavar: str) -> Any:
+    """A field with several strings. Its flag takes one or more values, and may be given more than once."""
+    return dataclasses.field(default=(), metadata={"help": help, "choices": None, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,24 +218,23 @@ class ServerConfig:
     ssl_keyfile: str | None = option(None, "private key for HTTPS (PEM)", metavar="FILE")
     ssl_certfile: str | None = option(None, "certificate for HTTPS (PEM)", metavar="FILE")
     api_key: tuple[str, ...] = repeatable(
-        "key that clients must send as a bearer token; may be given several times (default: MINIVLLM_API_KEY or VLLM_API_KEY in the "
-        "environment)",
-        metavar="KEY", nargs=1)
+        "keys, of which clients must send one as a bearer token (default: MINIVLLM_API_KEY or VLLM_API_KEY in the environment)",
+        metavar="KEY")
     admin_key: tuple[str, ...] = repeatable(
-        "key of an administrator, who may also reset the prefix cache, end all requests and watch the engine; may be given several times "
-        "(default: if the server has no keys, clients on this machine may)",
-        metavar="KEY", nargs=1)
+        "keys of administrators, who may also reset the prefix cache, end all requests and watch the engine (default: if the server has "
+        "no keys, clients on this machine may)",
+        metavar="KEY")
     share_prefix_cache: bool = option(False,
         "let requests of different API keys share cached prefixes; the time and `cached_tokens` of a request then tell whether another "
         "key has sent the same beginning")
     served_model_name: tuple[str, ...] = repeatable(
-        "model names that clients may use (default: the model's own)", metavar="NAME", nargs="+")
+        "model names that clients may use (default: the model's own)", metavar="NAME")
     lora_modules: tuple[str, ...] = repeatable(
         "LoRA adapters that requests may name as their model, each NAME=FOLDER with a folder that PEFT has saved, or a hub id (or vLLM's "
-        "JSON form); needs --enable-lora", metavar="NAME=FOLDER", nargs="+")
+        "JSON form); needs --enable-lora", metavar="NAME=FOLDER")
     lora_folders: tuple[str, ...] = repeatable(
         "folders below which administrators may load LoRA adapters at run time, with /v1/load_lora_adapter (default: none, so they "
-        "cannot)", metavar="FOLDER", nargs="+")
+        "cannot)", metavar="FOLDER")
     chat_template: str | None = option(None,
         "file with a Jinja chat template that replaces the model's own; or tool_chatml, the built-in one for ChatML models whose "
         "own template has no tools", metavar="FILE")
@@ -262,12 +261,12 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = repeatable(
         "names of this server that a request's Host header may have; *: all (default: all; without keys on a loopback address: addresses "
         "and names of the local network, because a web page could use its own name for this machine)",
-        metavar="NAME", nargs="+")
+        metavar="NAME")
     allowed_origins: tuple[str, ...] = repeatable(
         "web origins whose pages may call this server (CORS), such as https://example.org; *: all (default: none)",
-        metavar="ORIGIN", nargs="+")
-    allowed_methods: tuple[str, ...] = repeatable("methods that those pages may use (default: all)", metavar="METHOD", nargs="+")
-    allowed_headers: tuple[str, ...] = repeatable("headers that those pages may send (default: all)", metavar="HEADER", nargs="+")
+        metavar="ORIGIN")
+    allowed_methods: tuple[str, ...] = repeatable("methods that those pages may use (default: all)", metavar="METHOD")
+    allowed_headers: tuple[str, ...] = repeatable("headers that those pages may send (default: all)", metavar="HEADER")
     allow_credentials: bool = option(False, "let those pages send cookies and HTTP credentials")
     permissive: bool = option(False, "ignore unknown request fields instead of refusing them; a response header names them")
     engine_process: bool = option(True, "run the engine in its own process; off: in a thread of the server")

@@ -226,7 +226,7 @@ def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None
     parse = _parser_of(f)
     metavar = f.metadata.get("metavar") or _METAVARS.get(parse, f.name.split("_")[-1].upper())
     if kind.startswith("tuple"):
-        group.add_argument(*flags, action="extend", nargs=f.metadata["nargs"], metavar=metavar, **common)
+        group.add_argument(*flags, action="extend", nargs="+", metavar=metavar, **common)
     elif f.metadata.get("choices"):
         group.add_argument(*flags, choices=f.metadata["choices"], type=_spelled_here(f.name, parse), **common)
     else:
@@ -279,7 +279,22 @@ def given(args: argparse.Namespace, *configs: type) -> dict[str, Any]:
         if values.get("model", positional) != positional and "model" in vars(args):
             raise InvalidInput(f"two models were given, {positional!r} and --model {values['model']!r}: give only one", "model")
         values["model"] = positional
+    if values.get("model") is None:
+        _refuse_model_as_key(args)
     return values
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+def _refuse_model_as_key(args: argparse.Namespace) -> None:
+    """`--api-key KEY MODEL` reads MODEL as a second key: the default model would be served, with the name of a model as a key."""
+    for name in ("api_key", "admin_key"):
+        last = (getattr(args, name, None) or [""])[-1]
+        if len(getattr(args, name, ())) > 1 and (last.endswith(".gguf") or _HUB_ID.fullmatch(last) or Path(last).is_dir()):
+            flag = "--" + name.replace("_", "-")
+            raise InvalidInput(f"{flag} takes several keys, and the last one looks like a model: write MODEL in front of {flag}. If it is "
+                               "a key, write it before the other keys", name)
 
 
 def build(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:

@@ -90,8 +90,20 @@ def test_the_model_is_an_argument_or_a_flag_but_not_two_different_ones() -> None
 
 
 def test_keys_and_names_may_be_repeated() -> None:
+    engine, server = parsed("org/model", "--api-key", "a", "c/d", "--api-key", "b")
+    assert server.api_key == ("a", "c/d", "b") and engine.model == "org/model"
     _, server = parsed("--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--served-model-name", "z")
     assert server.api_key == ("a", "b") and server.served_model_name == ("x", "y", "z")
+
+
+def test_a_model_behind_a_key_is_refused(tmp_path: Path) -> None:
+    for flag in ("--api-key", "--admin-key"):
+        for model in ("org/model", "org/model:Q4_K_M", "m.gguf", str(tmp_path)):
+            with pytest.raises(InvalidInput, match=f"{flag} takes several keys, and the last one looks like a model: write MODEL") as error:
+                parsed(flag, "secret", model)
+            assert "secret" not in str(error.value) and model not in str(error.value)  # it may be a key
+    assert parsed("--api-key", "org/key")[1].api_key == ("org/key",)  # one value is a key
+    assert parsed("--api-key", "a", "b")[1].api_key == ("a", "b")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
