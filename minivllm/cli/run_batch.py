@@ -22,7 +22,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run-batch", help="answer a file of requests",
         description="Answer a file of requests in OpenAI's batch format: one per line, to /v1/chat/completions, /v1/completions, "
-                    "/v1/responses, /v1/embeddings or /v1/score. A wrong line is answered with an error and does not affect the others.")
+                    "/v1/responses, /v1/embeddings or /v1/score. A wrong line is answered with an error and does not affect the others. "
+                    "The last message counts such lines; the exit status is 0 if all lines have an entry, even one with an error.")
     add_model_argument(parser)
     parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="requests, one JSON object per line")
     parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="responses, in the same order; overwritten if it exists")
