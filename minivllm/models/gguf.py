@@ -80,11 +80,11 @@ def read_header(path: Path, shown: str | None = None) -> Header:
     config = make_config(meta, arch, tensors, ids)
     found = _checkpoint_names(names[0], meta.architecture, config, tensors)
     stored: dict[str, Indexed] = {}
-    for theirs, target in found.items():
+    for theirs, targets in found.items():
         if theirs.endswith(LATENT_KEYS):
-            stored[target] = _latent(names[0], config, theirs, tensors, places)
+            stored[targets[0]] = _latent(names[0], config, theirs, tensors, places)
         else:
-            stored |= _stored(names[0], config, arch, tensors[theirs], places[theirs], target)
+            stored |= _stored(names[0], config, arch, tensors[theirs], places[theirs], targets)
     types = {re.sub(rf"^({'|'.join(map(re.escape, PREFIXES))})", "", name).removesuffix(".weight"): tensor.kind
              for name, tensor in stored.items() if tensor.is_packed}
     return Header(meta, stored, vocabulary, ids, config | {"quantization_config": {"quant_method": "gguf", "types": types}})
@@ -119,50 +119,56 @@ def _write_folder(out: Path, header: Header, config: Mapping[str, Any]) -> None:
 
 
 def _stored(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path,
-            target: str) -> dict[str, Indexed]:
-    """Hugging Face's name -> tensor: one, or one per expert if the name has {e}, or q, k and v if it has {qkv}."""
-    shape, heads = tuple(int(n) for n in reversed(tensor.shape)), 0
-    experts = shape[0] if "{e}" in target else 1
-    if len(shape) not in ((2 if target.endswith(".bias") else 3,) if "{e}" in target else (1, 2)) or 0 in shape:
+            targets: tuple[str, ...]) -> dict[str, Indexed]:
+    """Hugging Face's name -> tensor: one per target and, if their names have {e}, per expert."""
+    shape, of_experts = tuple(int(n) for n in reversed(tensor.shape)), "{e}" in targets[0]
+    if len(shape) not in ((2 if targets[0].endswith(".bias") else 3,) if of_experts else (1, 2)) or 0 in shape:
         raise ModelError(f"{path}: tensor {tensor.name!r} has the shape {list(shape)}, not that of a matrix or a vector", "model")
-    if "{qkv}" in target:
-        return _separate_qkv(path, config, arch, tensor, file, target)
-    if arch.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", tensor.name)):
-        heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-        if shape[0] != heads * config["head_dim"]:
-            raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {heads} heads of {config['head_dim']}", "model")
-    kv_heads, shift = 0, -arch.norm_offset if tensor.name.endswith("norm.weight") else 0.0
-    if shift and tensor.tensor_type.name != "F32":
-        raise ModelError(f"{path}: tensor {tensor.name!r} has type {tensor.tensor_type.name}, and norms must have F32", "model")
+    experts, shape = (shape[0], shape[1:]) if of_experts else (1, shape)
+    kind, norm = tensor.tensor_type.name, tensor.name.endswith("norm.weight")
+    if norm and arch.norm_offset and kind != "F32":
+        raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}, and norms must have F32", "model")
+    common: dict[str, Any] = {
+        "kind": kind, "file": os.path.abspath(file), "shift": -arch.norm_offset if norm else 0.0,
+        "is_plain": not of_experts and (kind == "MXFP4" or tensor.name == POSITIONS)}
+    if transposed := arch.transposed and len(shape) == 2 and tensor.name.startswith("blk."):
+        common["transposed"] = True
     if arch.grouped_qkv and ".attn_qkv." in tensor.name:
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        if shape[0] != (rows := (heads + 2 * kv_heads) * config["head_dim"]):
-            raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {rows}", "model")
-    shape = shape[1:] if "{e}" in target else (1, *shape) if target.endswith("shared_expert_gate.weight") else shape
-    transposed = arch.transposed and len(shape) == 2 and tensor.name.startswith("blk.")
-    size, kind = int(tensor.n_bytes) // experts, tensor.tensor_type.name
-    plain = "{e}" not in target and (kind == "MXFP4" or tensor.name == POSITIONS)
-    return {target.replace("{e}", str(e)): GGUFTensor(kind, shape[::-1] if transposed else shape, os.path.abspath(file),
-                                                      tensor.data_offset + e * size, size, heads, kv_heads, shift, transposed, plain)
-            for e in range(experts)}
-
-
-def _separate_qkv(path: Path, config: Mapping[str, Any], arch: Architecture, tensor: ReaderTensor, file: Path,
-                  target: str) -> dict[str, Indexed]:
-    """The rows of q, k and v of a fused tensor, under Hugging Face's three names."""
-    shape, kind = tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name
-    heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    if shape[0] != (heads + 2 * kv_heads) * width:
-        raise ModelError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows, not {(heads + 2 * kv_heads) * width}", "model")
+        _parts(path, config, tensor, 3, shape[0])
+        common["kv_heads"] = config["num_key_value_heads"]
     found: dict[str, Indexed] = {}
-    offset = tensor.data_offset
-    for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-        size = int(tensor.n_bytes) // shape[0] * count * width
-        found[target.replace("{qkv}", part)] = GGUFTensor(
-            kind, (count * width, *shape[1:]), os.path.abspath(file), offset, size, count if arch.interleaved_rope and part != "v" else 0,
-            is_plain=kind == "MXFP4")
-        offset += size
+    row, offset = int(tensor.n_bytes) // (experts * shape[0]), tensor.data_offset
+    parts = [*zip(targets, _parts(path, config, tensor, len(targets), shape[0]), strict=True)]
+    for e in range(experts):
+        for target, rows in parts:
+            own = (rows, *shape[1:])
+            own = own[::-1] if transposed else (1, *own) if target.endswith("shared_expert_gate.weight") else own
+            found[target.replace("{e}", str(e))] = GGUFTensor(shape=own, offset=offset, size=row * rows, heads=_heads(
+                path, config, arch, tensor.name, target, rows), **common)
+            offset += row * rows
     return found
+
+
+def _parts(path: Path, config: Mapping[str, Any], tensor: ReaderTensor, count: int, rows: int) -> list[int]:
+    """Rows of each of the parts that are stored as one tensor: q, k and v, or two of equal size."""
+    parts = [rows // count] * count
+    if count == 3:
+        parts = [config["head_dim"] * config[f"num_{name}_heads"] for name in ("attention", "key_value", "key_value")]
+    if sum(parts) != rows:
+        raise ModelError(f"{path}: tensor {tensor.name!r} has {rows} rows, not {sum(parts)}", "model")
+    return parts
+
+
+def _heads(path: Path, config: Mapping[str, Any], arch: Architecture, name: str, target: str, rows: int) -> int:
+    """The heads of a tensor whose rows have another order in llama.cpp; 0: they have not."""
+    if arch.grouped_qkv and ".attn_qkv." in name:
+        return int(config["num_attention_heads"])
+    if not arch.interleaved_rope or (match := re.search(r"\.([qk])_proj\.", target)) is None:
+        return 0
+    heads = int(config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"])
+    if rows != heads * config["head_dim"]:
+        raise ModelError(f"{path}: tensor {name!r} has {rows} rows, not {heads} heads of {config['head_dim']}", "model")
+    return heads
 
 
 def _latent(path: Path, config: Mapping[str, Any], name: str, tensors: Mapping[str, ReaderTensor],
@@ -244,10 +250,11 @@ LATENT, LATENT_KEYS, LATENT_VALUES = "attn_kv_b.weight", "attn_k_b.weight", "att
 POSITIONS = "position_embd.weight"
 
 
-def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors: Collection[str]) -> dict[str, str]:
+def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors: Collection[str]) -> dict[str, tuple[str, ...]]:
     """GGUF's tensor names -> Hugging Face's: ``blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight``.
 
-    The modules are those of the family's row; their names in GGUF come from the table of the gguf package.
+    The modules are those of the family's row; their names in GGUF come from the table of the gguf package. Several names: the parts of a
+    tensor that Hugging Face stores apart.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -269,8 +276,11 @@ def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors:
         targets["blk.0.exp_probs_b.bias"] = f"model.{family.names['router'][0]}.e_score_correction_bias"
     if latent := "kv_b" in family.names:
         targets[f"blk.0.{LATENT_KEYS}"] = f"model.{family.names['kv_b'][0]}.weight"
-    elif "blk.0.attn_q" in modules:
-        modules.setdefault("blk.0.attn_qkv", modules["blk.0.attn_q"].replace(".q_proj", ".{qkv}_proj"))
+    joined = {"blk.0.ffn_gate_up_exps": ("blk.0.ffn_gate_exps", "blk.0.ffn_up_exps"),
+              **({} if latent else {"blk.0.attn_qkv": ("blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v")})}
+    apart = {theirs: tuple(modules.get(part, "") for part in parts) for theirs, parts in joined.items()}
+    by_module = {**{theirs: names for theirs, names in apart.items() if all(names)},
+                 **{theirs: (ours,) for theirs, ours in modules.items()}}
     found = {}
     for tensor in tensors:
         if tensor in ROPE_TENSORS or (latent and _is_read_with_another(tensor, tensors)):
@@ -278,9 +288,10 @@ def _checkpoint_names(path: Path, name: str, config: Mapping[str, Any], tensors:
         layer = match[1] if (match := re.match(r"blk\.(\d+)\.", tensor)) else ""
         first = re.sub(r"^blk\.\d+\.", "blk.0.", tensor)
         module, _, kind = first.rpartition(".")
-        if first not in targets and (module not in modules or kind not in ("weight", "bias")):
+        if first not in targets and (module not in by_module or kind not in ("weight", "bias")):
             raise ModelError(f"{path}: tensor {tensor!r} is not used by this engine's decoder", "model")
-        found[tensor] = (targets.get(first) or f"{modules[module]}.{kind}").format(i=layer, e="{e}", qkv="{qkv}")
+        names = (targets[first],) if first in targets else tuple(f"{ours}.{kind}" for ours in by_module[module])
+        found[tensor] = tuple(ours.format(i=layer, e="{e}") for ours in names)
     return found
 
 

@@ -79,7 +79,7 @@ ARCHITECTURES = {
     "mistral3": Architecture("mistral", "MistralForCausalLM", interleaved_rope=True),
 }
 MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", interleaved_rope=True, renormalized=True)  # its files are named llama too
-EXPERTS = re.compile(r"blk\.(\d+)\.ffn_gate_exps\.weight")
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_gate(_up)?_exps\.weight")  # the gates alone, or each expert's gates and then its up rows
 
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the divisors of Llama 3's rotary frequencies, see `_llama3_rope`
@@ -150,7 +150,7 @@ def _experts(meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTen
     for name, allowed in (("expert_weights_scale", (0.0, 1.0)), ("expert_gating_func", (0, arch.gating)), ("expert_group_count", (0, 1)),
                           ("expert_weights_norm", (arch.renormalized,))):
         _only(meta, name, *allowed)
-    _, inner, count = (int(n) for n in next(iter(sparse.values())).shape)
+    inner, count = next(iter(sparse.values()))
     found = {"num_experts_per_tok": meta.hparam("expert_used_count"), "norm_topk_prob": arch.renormalized, "num_local_experts": count,
              "num_experts": count}
     if arch.model_type in ("mixtral", "olmoe", "gpt_oss"):
@@ -162,9 +162,10 @@ def _experts(meta: Metadata, arch: Architecture, tensors: Mapping[str, ReaderTen
     return found
 
 
-def _sparse_layers(tensors: Mapping[str, ReaderTensor]) -> dict[int, ReaderTensor]:
-    """Layers with experts -> the tensor of their gates."""
-    return {int(match[1]): tensor for name, tensor in tensors.items() if (match := EXPERTS.fullmatch(name))}
+def _sparse_layers(tensors: Mapping[str, ReaderTensor]) -> dict[int, tuple[int, int]]:
+    """Layers with experts -> the inner width of an expert, and the number of experts. Sizes that make no sense fail later."""
+    return {int(match[1]): (int(tensor.shape[1]) // (2 if match[2] else 1), int(tensor.shape[-1]))
+            for name, tensor in tensors.items() if (match := EXPERTS.fullmatch(name)) and len(tensor.shape) == 3}
 
 
 def _only(meta: Metadata, name: str, *allowed: Any) -> None:
@@ -202,8 +203,7 @@ def _deepseek(meta: Metadata, tensors: Mapping[str, ReaderTensor], config: Mappi
         _only(meta, "expert_weights_norm", False)
     if not sparse:
         return found
-    tensor = sparse[first]
-    _, inner, count = (int(n) for n in tensor.shape)
+    inner, count = sparse[first]
     shared = tensors.get(f"blk.{first}.ffn_gate_shexp.weight")
     groups = get("expert_group_count", 0)
     if shared is not None and int(shared.shape[1]) % inner:

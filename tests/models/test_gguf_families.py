@@ -27,7 +27,7 @@ from tests.models.test_parity import LATENT, YARN
 from tests.models.tiny import hf_logits, make_hf
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-FLOATS = re.compile(r"position_embd|ffn_gate_inp|bias$")  # what llama.cpp never quantizes
+FLOATS = re.compile(r"ffn_gate_inp|bias$")  # what llama.cpp never quantizes
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LAYER_NORM, RMS_NORM = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
 LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5],
@@ -58,6 +58,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                                                "routed_scaling_factor": 2.0}, {
         **SPLIT_KV, **EXPERTS, "attention.q_lora_rank": 32, "expert_weights_scale": 2.0, "expert_group_count": 4,
         "expert_group_used_count": 2, "expert_gating_func": 1}),
+    "gpt-oss, fused experts": ("GptOss", GPT_OSS, GPT_OSS_KEYS),
+    "deepseek2, fused experts": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": None, "routed_scaling_factor": 1.0}, {**SPLIT_KV, **EXPERTS}),
     "chatglm": ("Glm", {**IDS, "head_dim": 16}, {"rope.dimension_count": 8}),
     "chatglm, fused qkv": ("Glm", {**IDS, "head_dim": 16}, {"rope.dimension_count": 8}),
     "mistral3": ("Mistral", {"sliding_window": None, "head_dim": 16}, {"attention.key_length": 16, "attention.value_length": 16}),
@@ -93,13 +95,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def experts(name: str, values: np.ndarray, interleaved: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of all experts: gate and up apart, and [experts, outputs, inputs]. interleaved: as in gpt-oss."""
+def experts(name: str, values: np.ndarray, interleaved: bool, fused: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of all experts: gate and up apart unless `fused`, and [experts, outputs, inputs]. interleaved: as in gpt-oss."""
     name, kind = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
     if interleaved and kind == "weight":
         values = values.swapaxes(1, 2)
     if name.endswith("gate_up_proj"):
         halves = (values[:, ::2], values[:, 1::2]) if interleaved else np.split(values, 2, axis=1)
+        if fused:
+            yield f"{name}.{kind}", np.concatenate(halves, axis=1)
+            return
         for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
             yield f"{name.removesuffix('gate_up_proj')}{part}.{kind}", half
     else:
@@ -119,7 +124,7 @@ def converted(arch: str, variant: str, hf: Any) -> Iterator[tuple[str, np.ndarra
     for name, tensor in hf.state_dict().items():
         values = tensor.float().numpy()
         if ".mlp.experts." in name:
-            yield from experts(name, values, arch == "gpt-oss")
+            yield from experts(name, values, arch == "gpt-oss", variant == "fused experts")
         elif "kv_b_proj" in name and "whole" not in variant:
             yield from latent(name, values, hf.config)
         elif arch == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
@@ -133,8 +138,8 @@ def converted(arch: str, variant: str, hf: Any) -> Iterator[tuple[str, np.ndarra
             yield {"sinks": f"{name}.weight"}.get(name.rpartition(".")[2], name.replace("correction_bias", "correction.bias")), values
 
 
-def write(path: Path, name: str, hf: Any, further: dict[str, Any], kind: Q = Q.F32, only: str = "",
-          unpacked: bool = False, extra: dict[str, np.ndarray] | None = None, drop: str = "-") -> None:
+def write(path: Path, name: str, hf: Any, further: dict[str, Any], kind: Q = Q.F32, only: str = "", unpacked: bool = False,
+          extra: dict[str, np.ndarray] | None = None, drop: str = "-") -> None:
     """What convert_hf_to_gguf.py makes of a model, by its description: names, permuted rows, norms with 1 added.
 
     name: the architecture, and a variant. kind: of matrices, or those of them whose llama.cpp name contains `only`. unpacked: the values of
@@ -166,7 +171,11 @@ def write(path: Path, name: str, hf: Any, further: dict[str, Any], kind: Q = Q.F
             values = np.concatenate([part.reshape(-1, *values.shape[1:]) for part in (parts[:, :-2], parts[:, -2], parts[:, -1])])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
+        # llama.cpp joins experts of all architectures if it is told to; gguf's table has that name for some.
+        fused = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj\.(\w+)", name)
         target = table.get_name(name, (".weight", ".bias")) or table.get_name(name.removeprefix("transformer."), (".weight", ".bias"))
+        if fused:
+            target = f"blk.{fused[1]}.ffn_gate_up_exps.{fused[2]}"
         assert target is not None, name
         if drop in target:
             continue
@@ -218,8 +227,9 @@ def test_a_file_has_the_logits_of_the_model_that_it_was_made_from(name: str, tmp
 
 
 @pytest.mark.parametrize(("name", "kind", "only"), [
-    ("gpt2", Q.Q8_0, ""), ("gpt-oss", Q.MXFP4, "exps"), ("gpt-oss", Q.Q8_0, ""), ("deepseek2", Q.Q8_0, ""),
-    ("deepseek2, whole kv_b", Q.MXFP4, ""), ("chatglm, fused qkv", Q.Q4_0, ""),
+    ("gpt2", Q.Q8_0, ""), ("gpt-oss", Q.MXFP4, "exps"), ("gpt-oss, fused experts", Q.MXFP4, "exps"),
+    ("gpt-oss", Q.Q8_0, ""), ("deepseek2", Q.Q8_0, ""),
+    ("deepseek2, whole kv_b", Q.Q8_0, ""), ("deepseek2, whole kv_b", Q.MXFP4, ""), ("chatglm, fused qkv", Q.Q4_0, ""),
 ])
 def test_a_quantized_file_has_the_logits_of_its_values(name: str, kind: Q, only: str, tmp_path: Path) -> None:
     hf = make(name)
@@ -247,7 +257,9 @@ def test_a_whole_kv_b_beside_its_parts_is_the_one_that_is_read(tmp_path: Path) -
     ("deepseek2", {"further": {"attention.key_length_mla": 8}}, "key_length_mla = 8 must be above .*dimension_count 8"),
     ("deepseek2", {"further": {"attention.value_length_mla": 12}}, r"attn_v_b.weight' has the shape \[4, 10, 32\], not \[4, 12, 32\]"),
     ("deepseek2", {"drop": "attn_v_b"}, "'blk.0.attn_v_b.weight' is missing"),
-    ("deepseek2", {"extra": {"blk.1.ffn_gate_up_exps.weight": np.zeros((2, 2), np.float32)}}, "'blk.1.ffn_gate_up_exps.weight'"),
+    ("deepseek2", {"extra": {"blk.1.ffn_gate_up_exps.weight": np.zeros((2, 2), np.float32)}}, "'blk.1.ffn_gate_up_exps.weight' has the sh"),
+    ("deepseek2", {"extra": {"blk.1.ffn_gate_tid2eid.weight": np.zeros(8, np.float32)}}, "'blk.1.ffn_gate_tid2eid.weight' is not used"),
+    ("gpt-oss", {"drop": "ffn_gate_exps", "extra": {"blk.0.ffn_gate_up_exps.weight": np.zeros((5, 7, 64), np.float32)}}, "7 rows, not 6"),
     ("deepseek2, whole kv_b", {"further": {"expert_weights_norm": True}}, "expert_weights_norm = True is not supported .* only False is"),
     ("deepseek2, whole kv_b", {"extra": {"blk.1.exp_probs_b.bias": np.zeros(8, np.float32)}}, "'blk.1.exp_probs_b.bias' is not used"),
     ("gpt-oss", {"further": {"expert_gating_func": 1}}, "gpt-oss.expert_gating_func = 1 is not supported .* only 3 is"),
