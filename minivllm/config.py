@@ -28,6 +28,8 @@ REASONING_PARSERS = ("qwen3", "deepseek_r1")
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MAX_LORAS, MAX_LORA_RANK = 4, 16  # defaults
 MOST = 2**31 - 1  # of counts and lengths, which kernels and the block tables hold as 32-bit integers
+TARGET_QUEUE, UPSCALE_DELAY, DOWNSCALE_DELAY = 5.0, 30.0, 600.0  # defaults of autoscaling; delays in seconds, those of Ray Serve
+SILENT_SECONDS = 10.0  # without a message, after which a replica gets no new requests
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -272,13 +274,27 @@ class ServerConfig:
     engine_process: bool = option(True, "run the engine in its own process; off: in a thread of the server")
     data_parallel_size: int = option(1,
         "number of replicas: engines with the same model, each on its own GPUs or with its part of the CPU's threads, behind this server; "
-        "limits of an engine, such as --max-num-seqs and --max-queue, are those of each replica")
+        "limits of an engine, such as --max-num-seqs and --max-queue, are those of each replica; with --max-replicas: the smallest number")
+    max_replicas: int | None = option(None,
+        "autoscaling: start further replicas while requests wait, up to this number, and end them when they are not needed (default: the "
+        "number is fixed)")
+    target_queue: float | None = option(None,
+        f"autoscaling: requests that wait per replica, above which another replica is started (default: {TARGET_QUEUE:g})",
+        metavar="REQUESTS")
+    upscale_delay: float | None = option(None,
+        f"autoscaling: how long the queues must have been too long (default: {UPSCALE_DELAY:g})", metavar="SECONDS")
+    downscale_delay: float | None = option(None,
+        "autoscaling: how long one replica fewer must have been enough before one is ended "
+        f"(default: {DOWNSCALE_DELAY:g})", metavar="SECONDS")
     data_parallel_backend: str = option("mp",
         "where the replicas run; mp: processes of this machine; ray: actors on the machines of this machine's Ray cluster (needs "
         "minivllm[ray])", choices=("mp", "ray"))
     restart_engine: int = option(0,
         "how many times in a row a dead engine is started again, with pauses of 1 to 30 s; meanwhile requests get 503 with Retry-After. "
         "Afterwards, or with 0, the server ends with status 1", metavar="TIMES")
+    silent_timeout: float | None = option(None,
+        "with --restart-engine: a replica that has requests and has sent nothing for so long is killed and started again; a step, also one "
+        "that compiles kernels, must not take as long (default: 600)", metavar="SECONDS")
     drain_timeout: float = option(30.0, "seconds that running requests have to finish after SIGTERM", metavar="SECONDS")
     access_log: bool = option(True, "log a line for each request")
     log_level: str = option("info", "lowest level of log messages", choices=LOG_LEVELS)
@@ -315,6 +331,7 @@ class ServerConfig:
         if self.data_parallel_size > 1 and not self.engine_process:
             raise InvalidInput("data_parallel_size needs engines in processes: leave out engine_process=False, or data_parallel_size",
                                "data_parallel_size")
+        self._check_autoscaling()
         if self.drain_timeout < 0:
             raise InvalidInput(f"drain_timeout must be at least 0 seconds, got {self.drain_timeout}", "drain_timeout")
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
@@ -334,6 +351,31 @@ class ServerConfig:
         if set(self.admin_key) & set(self.keys()):
             raise InvalidInput("admin_key must differ from all of api_key, because an ordinary key is no administrator's", "admin_key")
         object.__setattr__(self, "allowed_hosts", tuple(name.lower() for name in self.allowed_hosts))
+
+    def _check_autoscaling(self) -> None:
+        least, most = self.data_parallel_size, self.max_replicas
+        if most is not None and not least <= most <= 1024:
+            raise InvalidInput(f"max_replicas must be between data_parallel_size ({least}) and 1024, got {most}", "max_replicas")
+        if most is not None and not self.engine_process:
+            raise InvalidInput("max_replicas needs engines in processes: leave out engine_process=False, or max_replicas", "max_replicas")
+        for name, positive in (("target_queue", True), ("upscale_delay", False), ("downscale_delay", False)):
+            if (value := getattr(self, name)) is None:
+                continue
+            if most is None:
+                raise InvalidInput(f"{name} has no effect without max_replicas: give both, or neither", name)
+            if not math.isfinite(value) or value < 0 or (positive and not value):
+                raise InvalidInput(f"{name} must be {'above' if positive else 'at least'} 0, got {value}", name)
+        if self.silent_timeout is not None:
+            if not (self.restart_engine and self.has_replicas):
+                raise InvalidInput("silent_timeout has no effect without replicas that are started again: give restart_engine, and "
+                                   "data_parallel_size above 1 or max_replicas, or leave it out", "silent_timeout")
+            if not self.silent_timeout > SILENT_SECONDS:
+                raise InvalidInput(f"silent_timeout must be above {SILENT_SECONDS:g} s, got {self.silent_timeout:g}", "silent_timeout")
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether engines run behind a router, even if it is only one."""
+        return self.data_parallel_size > 1 or self.max_replicas is not None or self.data_parallel_backend == "ray"
 
     @property
     def needs_key(self) -> bool:

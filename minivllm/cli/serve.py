@@ -5,7 +5,7 @@ import argparse
 from typing import Any
 
 from minivllm.cli.flags import CommandParser, add_config_file, add_grouped_flags, add_model_argument, build, given
-from minivllm.config import EngineConfig, ServerConfig
+from minivllm.config import TARGET_QUEUE, EngineConfig, ServerConfig
 from minivllm.errors import InvalidInput
 
 # Flags by what they are for; the first group is what an owner of one GPU needs. Fields that no group names are in the last one.
@@ -43,8 +43,12 @@ def run(args: argparse.Namespace) -> int:
     if (server.lora_modules or server.lora_folders) and not engine.enable_lora:  # before the model is loaded
         name = "lora_modules" if server.lora_modules else "lora_folders"
         raise InvalidInput(f"{name} has no effect without enable_lora: give --enable-lora too", name)
-    if (server.data_parallel_size > 1 or server.data_parallel_backend == "ray") and engine.trace is not None:
+    if server.has_replicas and engine.trace is not None:
         raise InvalidInput("trace records one engine of this machine: leave it out, or the replicas", "trace")
+    target = TARGET_QUEUE if server.target_queue is None else server.target_queue
+    if server.max_replicas is not None and engine.max_queue is not None and target >= engine.max_queue:
+        raise InvalidInput(f"no queue is longer than target_queue ({target:g}) with max_queue={engine.max_queue}, so no replica would be "
+                           "started: give a smaller target_queue, or a larger max_queue", "target_queue")
     from minivllm.server.run import serve
 
     return serve(engine, server)

@@ -174,13 +174,23 @@ class EngineClient(ABC):
 
     @property
     def num_engines(self) -> int:
-        """How many replicas of the engine there are, living or dead."""
+        """How many replicas of the engine there are, living or not: with autoscaling the largest number."""
         return 1
 
     @property
     def num_live(self) -> int:
         """How many of them accept requests."""
         return int(self._dead is None)
+
+    @property
+    def num_wanted(self) -> int:
+        """How many there should be now."""
+        return 1
+
+    @property
+    def replica_states(self) -> tuple[str, ...]:
+        """The state of each replica, by its number; empty for an engine without replicas."""
+        return ()
 
     @property
     def watched(self) -> int:
@@ -470,7 +480,7 @@ class EngineClient(ABC):
             self._dead, self._restarting = None, False
             if self._unseen:
                 self._send(WatchCommand(True))
-        log.warning("%s runs again", self._label)
+        log.warning("%s runs%s", self._label, " again" if self._started.done() else "")
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -87,6 +87,7 @@ def build_engine(config: EngineConfig, components: Components = DEFAULT_COMPONEN
             trust_remote_code=config.trust_remote_code, scheduling_policy=config.scheduling_policy,
             weight_bytes=worker.weight_bytes, kv_cache_bytes=worker.kv_cache_bytes,
             max_logprobs=config.max_logprobs, kv_cache_dtype=_name(worker.kv_cache_dtype),
+            max_running=min(config.max_num_seqs, worker.max_num_batched_tokens),
             max_requests=None if config.max_queue is None else config.max_queue + min(config.max_num_seqs, worker.max_num_batched_tokens),
             max_loras=config.max_loras if config.enable_lora else 0, max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
             max_queue=config.max_queue, embedding_size=spec.embed_size, pooling=config.pooling.complete(default_pooling(files.folder)),

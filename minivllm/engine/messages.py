@@ -42,7 +42,8 @@ class EngineInfo:
     kv_cache_dtype: str = ""  # of the cached keys and values; "": not known
     max_loras: int = 0  # LoRA adapters that a step may use; 0: the engine takes no adapters
     max_lora_rank: int = 0
-    data_parallel_size: int = 1  # replicas; numbers of blocks are those of one of them
+    data_parallel_size: int = 1  # replicas that live, whose limits are added up; other numbers are those of one of them
+    max_running: int | None = None  # sequences that run at a time; None: not known
     max_requests: int | None = None  # that run or wait at most; None: no limit
     max_queue: int | None = None  # that wait at most; None: no limit
     embedding_size: int = 0  # entries of an embedding without `dimensions`

@@ -92,6 +92,7 @@ _OF_ENGINES: tuple[tuple[str, str, str, Callable[[EngineStats], float]], ...] = 
     ("counter", "engine_steps", "Steps of the engine.", lambda stats: stats.num_steps),
     ("counter", "engine_failed_steps", "Steps that failed. Their requests ended with an error.", lambda stats: stats.num_failed_steps),
 )
+_OF_REPLICAS = ("Replicas that there should be.", "Replicas that take requests.")
 _OF_DRAFTS: tuple[tuple[str, str, Callable[[DraftCounts], float]], ...] = (
     ("spec_decode_num_drafts", "Steps of a sequence that verified drafts.", lambda counts: counts.num_steps),
     ("spec_decode_num_draft_tokens", "Drafts verified.", lambda counts: counts.num_drafts),
@@ -120,6 +121,7 @@ class EngineMetrics:
         self._clock = clock
         self._stats = [EngineStats()] * num_engines
         self._tracked: dict[str, _Tracked] = {}
+        self.replicas: tuple[int, int] | None = None  # how many there should be, and how many live; None: an engine without replicas
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
@@ -201,6 +203,8 @@ class EngineMetrics:
         labels = [{"engine": str(number)} if len(self._stats) > 1 else {} for number in range(len(self._stats))]
         for kind, name, text, value_of in _OF_ENGINES:
             yield kind, name, text, [(label, value_of(stats)) for label, stats in zip(labels, self._stats, strict=True)]
+        for name, text, number in zip(("num_replicas_wanted", "num_replicas_live"), _OF_REPLICAS, self.replicas or (), strict=False):
+            yield "gauge", name, text, [({}, number)]
         for name, text, value in (("prompt_tokens", "Prompt tokens processed.", self.prompt_tokens),
                                   ("generation_tokens", "Tokens generated.", self.generation_tokens)):
             yield "counter", name, text, [({}, value)]

@@ -23,7 +23,7 @@ from minivllm.engine.loop import Engine, InboxItem, run_engine
 from minivllm.engine.messages import DeadMessage, EngineCommand, EngineMessage, ReadyMessage, ShutdownCommand, StepMessage
 from minivllm.engine.replica import Replica
 from minivllm.engine.restarts import RestartCounter
-from minivllm.engine_request import EngineRequest
+from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import InvalidInput
 from minivllm.outputs import OutputDelta, RequestMetrics
 
@@ -105,6 +105,22 @@ class RayReplica(Replica):
         self._actor = actor.options(
             num_gpus=self._num_gpus, num_cpus=1, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD",
         ).remote(build, boot_time())
+
+    def start_late(self, build: Callable[[], Engine], adapters: dict[str, LoRARequest]) -> None:
+        """Raises `InvalidInput` if the cluster has no free GPUs or CPU: Ray would wait for them without an end."""
+        import ray
+
+        free = ray.available_resources()
+        for resource, needed in (("GPU", self._num_gpus), ("CPU", 1)):
+            if (there := free.get(resource, 0)) < needed:
+                raise InvalidInput(f"a replica needs {needed} {resource} of the Ray cluster, and {there:g} are free")
+        super().start_late(build, adapters)
+
+    def kill(self) -> None:
+        import ray
+
+        if self._actor is not None:
+            ray.kill(self._actor)
 
     def _send(self, command: EngineCommand) -> None:
         self._actor.send.remote(command)  # calls of one driver arrive in their order; the receiver thread notices that an actor is gone

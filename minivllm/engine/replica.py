@@ -5,6 +5,7 @@ import contextlib
 import os
 import queue
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
@@ -15,6 +16,7 @@ from minivllm.engine.client import EngineClient
 from minivllm.engine.loop import Engine
 from minivllm.engine.messages import DeadMessage, EngineCommand, RefusedMessage, StepMessage
 from minivllm.engine.process import ProcessClient
+from minivllm.engine_request import LoRARequest
 from minivllm.errors import InvalidInput
 
 
@@ -32,6 +34,7 @@ class Replica(EngineClient):
 
     _owner: ReplicaOwner
     _number: int
+    fresh = True  # it was never started
 
     def join(self, owner: ReplicaOwner, number: int) -> None:
         self._owner, self._number, self._label = owner, number, f"replica {number}"
@@ -41,6 +44,21 @@ class Replica(EngineClient):
 
     def command(self, make: Callable[[int], EngineCommand]) -> Future[None]:
         return self._command(make)
+
+    def start_late(self, build: Callable[[], Engine], adapters: dict[str, LoRARequest]) -> None:
+        """Start while the server runs. When it has these adapters and accepts requests, the owner is told. Raises if nothing can start."""
+        self.fresh = False
+        self._adapters = adapters
+        self._dead, self._restarting = "it is being started", True
+        self._start(build)
+
+    def stay_ended(self) -> None:
+        """Do not start it again. Called while the owner is told of its end."""
+        self._restarting = False
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End its process at once. It is then as if it had ended by itself."""
 
     @property
     def started(self) -> Future[None]:
@@ -61,6 +79,8 @@ class Replica(EngineClient):
     def _revive(self) -> None:
         super()._revive()
         if self._dead is None:
+            if not self._started.done():  # `start_late`
+                self._started.set_result(None)
             self._owner.replica_started(self._number)
 
 
@@ -72,6 +92,10 @@ class ReplicaProcess(Replica, ProcessClient):
     def _spawn(self, build: Callable[[], Engine]) -> None:
         super()._spawn(build)
         self._sender = PipeSender(self._connection)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
 
     def _send(self, command: EngineCommand) -> None:
         if self._sender is not None:
@@ -114,8 +138,11 @@ def build_replica(prepare: Callable[[int, int], None] | None, number: int, size:
     return build()
 
 
-def share_machine(device: str, gpus_each: int, number: int, size: int) -> None:
-    """Give a replica its part of the machine: its GPUs, or its part of the CPU's threads. Called before PyTorch uses a device."""
+def share_machine(device: str, gpus_each: int, name: str, number: int, size: int) -> None:
+    """Give a replica its part of the machine: its GPUs, or its part of the CPU's threads. Called before PyTorch uses a device.
+
+    name: the setting that `size`, the largest number of replicas, comes from.
+    """
     import torch
 
     count = 0 if device == "cpu" else torch.cuda.device_count()
@@ -123,9 +150,8 @@ def share_machine(device: str, gpus_each: int, number: int, size: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
         return
     if count < size * gpus_each:
-        raise InvalidInput(
-            f"data_parallel_size={size} needs {size * gpus_each} GPUs, {gpus_each} for each replica, and there are {count}: "
-            f"give at most {count // gpus_each}", "data_parallel_size")
+        raise InvalidInput(f"{name}={size} needs {size * gpus_each} GPUs, {gpus_each} for each replica, and there are {count}: "
+                           f"give at most {count // gpus_each}", name)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = visible if len(visible) >= size * gpus_each else [str(index) for index in range(count)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number * gpus_each:(number + 1) * gpus_each])

@@ -17,6 +17,8 @@ code of every client. Beside them is one placement for each unfinished request: 
     a full queue       the request goes to a replica that has not refused it. It is refused when all that live have
     silence            a replica that has requests and has sent no message for SILENT_SECONDS gets none as long as another one answers
 
+The states of the replicas are in `replica_slots.py`. `replica_keeper.py` starts and ends some while the server runs.
+
 Two locks: the streams' lock (see `EngineClient`) may be held when the placements' lock is taken, and not the other way round.
 """
 from __future__ import annotations
@@ -25,14 +27,16 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 
 from minivllm.core.admission import QueueFull
+from minivllm.engine.autoscaling import ScalingPolicy
 from minivllm.engine.client import EngineClient
+from minivllm.engine.futures import all_done, unless_dead
 from minivllm.engine.loop import Engine
 from minivllm.engine.messages import (
     AbortCommand,
@@ -45,6 +49,8 @@ from minivllm.engine.messages import (
 )
 from minivllm.engine.metrics import EngineMetrics, EngineStats
 from minivllm.engine.replica import Replica, ReplicaProcess, build_replica
+from minivllm.engine.replica_keeper import SILENT_TIMEOUT, ReplicaKeeper
+from minivllm.engine.replica_slots import ReplicaSlots, ReplicaState
 from minivllm.engine.routing import Router
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, EngineRestarting, ReplicaLost
@@ -52,8 +58,6 @@ from minivllm.outputs import OutputDelta
 from minivllm.splitmix64 import output
 
 MAX_ATTEMPTS = 3  # replicas that a request is sent to, one after the other
-# A step takes milliseconds, but a long prompt on a CPU, or a first step that compiles kernels, takes seconds.
-SILENT_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -75,47 +79,71 @@ class RoutedClient(EngineClient):
     def __init__(
         self, replicas: int = 2, restarts: int = 0, seed: int = 0, prepare: Callable[[int, int], None] | None = None,
         make: Callable[[int], Replica] = ReplicaProcess, clock: Callable[[], float] = time.monotonic,
+        scaling: ScalingPolicy | None = None, silent_timeout: float = SILENT_TIMEOUT, keeper_period: float | None = 1.0,
     ) -> None:
         """restarts: of each replica, in a row. seed: of the seeds of requests without one. prepare: called in the process of each replica
-        before its engine is built, with its number and their number. make: a replica's client, from its number of restarts. clock: seconds.
+        before its engine is built, with its number and the largest number of replicas. make: a replica's client, from its number of
+        restarts. clock: seconds. scaling: how many replicas there are; None: always `replicas`. silent_timeout: seconds after which a
+        replica that does not answer is started again, if `restarts` are allowed. keeper_period: seconds between two looks; None: the
+        caller calls `keeper.tick`.
         """
         super().__init__()
-        self._replicas = [make(restarts) for _ in range(replicas)]
-        for number, replica in enumerate(self._replicas):
-            replica.join(self, number)
+        self._make, self._restarts = make, restarts
+        self._first = replicas if scaling is None else scaling.least  # replicas at the start
+        size = replicas if scaling is None else scaling.most
+        self._replicas = [self._new_replica(number) for number in range(size)]
         self._prepare = prepare
+        self._build: Callable[[], Engine] | None = None
         self._seed, self._seeds = seed, count()
         # Guards what follows, and that commands reach a replica in the order of the placements.
         self._placing = threading.Lock()
         self._placements: dict[str, _Placement] = {}
-        self._live: set[int] = set()
-        self._clock = clock
-        self._silent_since: dict[int, float] = {}  # of replicas with requests: the last message, or else the first request
+        self._slots = ReplicaSlots(size, clock)
         self._router: Router | None = None
         self._watched: int | None = None  # the replica that sends views
         self._watch = False
         self._over = False  # no replica lives or is being started again
+        self._adapter_commands = 0  # that not all replicas have obeyed
+        self.keeper = ReplicaKeeper(self, self._slots, self._placing, clock, scaling, silent_timeout if restarts else None)
+        self._keeper_period = keeper_period
+
+    def _new_replica(self, number: int) -> Replica:
+        replica = self._make(self._restarts)
+        replica.join(self, number)
+        return replica
+
+    def _built(self, number: int) -> Callable[[], Engine]:
+        """What builds the engine of a replica, in its process."""
+        assert self._build is not None
+        return partial(build_replica, self._prepare, number, len(self._replicas), self._build)
 
     def _start(self, build: Callable[[], Engine]) -> None:
-        for number, replica in enumerate(self._replicas):
-            replica._start(partial(build_replica, self._prepare, number, len(self._replicas), build))
-        started = [replica.started for replica in self._replicas]
+        self._build = build
+        first = self._replicas[:self._first]
+        for number, replica in enumerate(first):
+            replica.fresh = False
+            replica._start(self._built(number))
+        started = [replica.started for replica in first]
         for future in sorted(wait(started, return_when=FIRST_EXCEPTION).done, key=lambda future: future.exception() is None):
             future.result()
-        info, size = self._replicas[0].info, len(self._replicas)
+        self._info = self._info_of_one = info = first[0].info
         with self._placing:
-            self._metrics = EngineMetrics(info.model, num_engines=size)
-            self._info = replace(info, data_parallel_size=size, **{
-                name: limit * size for name in ("max_requests", "max_queue") if (limit := getattr(info, name)) is not None})
-            self._router = Router(size, info.block_size, info.num_blocks)
-            self._live = {number for number, replica in enumerate(self._replicas) if replica.dead is None}
-            if not self._live and not any(replica.restarting for replica in self._replicas):
-                raise EngineDead(self._replicas[0].dead)
-        self._update()
+            self._metrics = EngineMetrics(info.model, num_engines=len(self._replicas))
+            self._router = Router(len(self._replicas), info.block_size, info.num_blocks)
+            for number, replica in enumerate(first):
+                self._slots[number] = ReplicaState.LIVE if replica.dead is None else _ended_state(replica)
+            if not self._slots.having(ReplicaState.LIVE, ReplicaState.RESTARTING):
+                raise EngineDead(first[0].dead)
+        self.update()
         self._started.set_result(None)
+        if self._keeper_period is not None and self.keeper.needed:
+            self.keeper.start(self._keeper_period)
 
     def close(self) -> None:
         self._closing = True
+        self.keeper.end()
+        for number in self._slots.having(ReplicaState.STARTING):
+            self._replicas[number].kill()  # it would read no command before it has loaded the model
         with ThreadPoolExecutor(max(1, len(self._replicas)), thread_name_prefix="closing") as pool:
             list(pool.map(lambda replica: replica.close(), self._replicas))
 
@@ -127,19 +155,71 @@ class RoutedClient(EngineClient):
 
     @property
     def num_live(self) -> int:
-        return len(self._live)
+        return len(self._slots.live)
+
+    @property
+    def num_wanted(self) -> int:
+        return self.keeper.num_wanted
+
+    @property
+    def replica_states(self) -> tuple[str, ...]:
+        return self._slots.shown()
 
     @property
     def watched(self) -> int:
         return self._watched or 0
 
-    def _update(self) -> None:
-        """Set what the client says of itself. Two threads may call this at once: the later call finds the newer state."""
+    def update(self) -> None:
+        """Set what the client says of itself. Several threads may call this at once: the later call finds the newer state."""
         with self._lock, self._placing:
-            if self._live:
+            live = self.num_live
+            if live:
                 self._dead, self._restarting = None, False
             elif not self._over:
                 self._dead, self._restarting = "all replicas have stopped", True
+            info = self._info_of_one
+            self._info = replace(info, data_parallel_size=max(1, live), **{
+                name: limit * max(1, live) for name in ("max_requests", "max_queue") if (limit := getattr(info, name)) is not None})
+            self.metrics.replicas = (self.num_wanted, live)
+
+    # -- for the keeper -----------------------------------------------------------------------------------------------
+
+    def observe(self) -> dict[int, EngineStats]:
+        """The state of each replica after its last step."""
+        with self._lock:
+            return dict(self._stats)
+
+    def load(self, number: int) -> int:
+        """Work of a replica's unfinished requests, in tokens; 0 without requests. The caller holds the lock."""
+        assert self._router is not None
+        return self._router.load(number)
+
+    @property
+    def changing_adapters(self) -> bool:
+        """Whether replicas are loading or forgetting an adapter."""
+        return bool(self._adapter_commands)
+
+    def replica(self, number: int) -> Replica:
+        return self._replicas[number]
+
+    def renew(self, number: int) -> Callable[[], None]:
+        """Replace a replica that was closed. Returns a call that starts the new one. The caller holds the lock."""
+        if not self._replicas[number].fresh:
+            self._replicas[number] = self._new_replica(number)
+        return partial(self._replicas[number].start_late, self._built(number), dict(self._adapters))
+
+    def drain(self, number: int) -> None:
+        """Send a replica no more requests. The caller holds the lock."""
+        self._slots[number] = ReplicaState.DRAINING
+        self._choose_watched()
+
+    def take(self, number: int) -> None:
+        """Let a replica have requests. The caller holds the lock."""
+        self._slots[number] = ReplicaState.LIVE
+        for placement in list(self._placements.values()):
+            if placement.replica is None:
+                self._place(placement)
+        self._choose_watched()
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -170,32 +250,19 @@ class RoutedClient(EngineClient):
         request = placement.request
         self._placements[request.request_id] = placement
         placement.replica = None
-        if not self._live:
+        if not (live := self._slots.live):
             return
         assert self._router is not None
-        with_room = self._live - placement.full or self._live
+        with_room = live - placement.full or live
         adapter = None if request.lora_request is None else request.lora_request.lora_name
         placement.replica = self._router.choose(
-            request.request_id, request.prompt_token_ids, self._answering(with_room) or with_room,
+            request.request_id, request.prompt_token_ids, self._slots.answering(with_room) or with_room,
             namespace=(adapter, request.cache_salt))
         placement.attempts += 1
-        self._silent_since.setdefault(placement.replica, self._clock())
+        self._slots.sent_to(placement.replica)
         self._replicas[placement.replica].send(request)
 
-    def _answering(self, numbers: set[int]) -> set[int]:
-        """Those of these replicas that are not silent. The caller holds the lock."""
-        since = self._clock() - SILENT_SECONDS
-        return {number for number in numbers if self._silent_since.get(number, since) >= since}
-
-    def _heard(self, number: int) -> None:
-        """A replica has sent a message. The caller holds the lock, and has removed the requests that the message ends."""
-        assert self._router is not None
-        if self._router.load(number):
-            self._silent_since[number] = self._clock()
-        else:
-            self._silent_since.pop(number, None)
-
-    def _take(self, placement: _Placement) -> None:
+    def _remove(self, placement: _Placement) -> None:
         """Forget a request that has left its replica. The caller holds the lock."""
         del self._placements[placement.request.request_id]
         if placement.replica is not None:
@@ -211,7 +278,7 @@ class RoutedClient(EngineClient):
         if placement.replica is not None:
             self._replicas[placement.replica].send(command)
             return ()
-        self._take(placement)
+        self._remove(placement)
         return _abort_deltas(placement)
 
     def abort(self, request_id: str) -> None:
@@ -219,7 +286,7 @@ class RoutedClient(EngineClient):
 
     def _choose_watched(self) -> None:
         """Let one replica send views, if they are wanted. The caller holds the lock."""
-        wanted = min(self._live, default=None) if self._watch else None
+        wanted = min(self._slots.live, default=None) if self._watch else None
         if wanted == self._watched:
             return
         if self._watched is not None:
@@ -235,13 +302,11 @@ class RoutedClient(EngineClient):
             assert self._router is not None
             self._router.forget()
             futures = [replica.command(ResetPrefixCacheCommand) for replica in replicas]
-        await asyncio.wrap_future(_all_done(futures, _unless_dead))
+        await asyncio.wrap_future(all_done(futures, unless_dead))
 
     def load_adapter(self, request: LoRARequest) -> Future[None]:
         """Load a LoRA adapter into all replicas. If one of them cannot load it, none has it."""
-        with self._placing:
-            replicas = self._living(all_of_them=True)
-            futures = [replica.load_adapter(request) for replica in replicas]
+        replicas, futures = self._command_adapters(lambda replica: replica.load_adapter(request))
 
         def finish(errors: list[BaseException | None]) -> BaseException | None:
             error = next((error for error in errors if error is not None), None)
@@ -249,21 +314,45 @@ class RoutedClient(EngineClient):
                 if error is not None and failure is None:
                     with contextlib.suppress(EngineDead):
                         replica.unload_adapter(request.lora_name)
+            if error is None:
+                self._remember(request)
+            self._adapters_changed()
             return error
 
-        return _all_done(futures, finish)
+        return all_done(futures, finish)
 
     def unload_adapter(self, lora_name: str) -> Future[None]:
         """Forget a LoRA adapter in all replicas."""
+        _, futures = self._command_adapters(lambda replica: replica.unload_adapter(lora_name))
+        with self._lock:
+            self._adapters.pop(lora_name, None)
+
+        def finish(errors: list[BaseException | None]) -> BaseException | None:
+            self._adapters_changed()
+            return unless_dead(errors)
+
+        return all_done(futures, finish)
+
+    def _command_adapters(self, command: Callable[[Replica], Future[None]]) -> tuple[list[Replica], list[Future[None]]]:
+        """Commands to all replicas. Until `_adapters_changed` no replica is started, whose adapters would be those of before."""
         with self._placing:
-            return _all_done([replica.unload_adapter(lora_name) for replica in self._living(all_of_them=True)], _unless_dead)
+            replicas = self._living(all_of_them=True)
+            futures = [command(replica) for replica in replicas]
+            self._adapter_commands += 1
+        return replicas, futures
+
+    def _adapters_changed(self) -> None:
+        with self._placing:
+            self._adapter_commands -= 1
 
     def _living(self, all_of_them: bool = False) -> list[Replica]:
-        """The replicas that take commands. all_of_them: not while one is being started again. The caller holds the lock."""
-        if all_of_them and (starting := [str(number) for number, replica in enumerate(self._replicas) if replica.restarting]):
-            raise EngineRestarting(f"replica {', '.join(starting)} is being started again")
+        """The replicas that take commands. all_of_them: not while one is being started. The caller holds the lock."""
+        slots = self._slots
+        if all_of_them and (starting := sorted(slots.having(ReplicaState.STARTING, ReplicaState.RESTARTING))):
+            again = "again" if slots[starting[0]] is ReplicaState.RESTARTING else "because of the load"
+            raise EngineRestarting(f"replica {', '.join(map(str, starting))} is being started {again}")
         self._check_alive()
-        replicas = [self._replicas[number] for number in sorted(self._live) if self._replicas[number].dead is None]
+        replicas = [self._replicas[number] for number in sorted(slots.serving) if self._replicas[number].dead is None]
         if not replicas:
             raise EngineRestarting("all replicas have stopped")
         return replicas
@@ -283,36 +372,39 @@ class RoutedClient(EngineClient):
                 if delta.finish_reason is not None:
                     placement.open_children -= 1
                     if not placement.open_children:
-                        self._take(placement)
-            if self._router is not None:
-                self._heard(number)
+                        self._remove(placement)
+            self._heard(number)
         self._deliver(message, number)
+
+    def _heard(self, number: int) -> None:
+        """A replica has sent a message. The caller holds the lock, and has removed the requests that the message ends."""
+        if self._router is not None:
+            self._slots.heard(number, busy=bool(self._router.load(number)))
 
     def refused(self, number: int, message: RefusedMessage) -> None:
         """A replica does not take a request. One that has no room in its queue is not the last word if another has."""
         with self._placing:
             if (placement := self._placements.get(message.request_id)) is not None:
-                self._take(placement)
+                self._remove(placement)
                 self._heard(number)
                 placement.full.add(number)
                 queue_full = isinstance(message.error, QueueFull) and message.error.param == "max_queue"
-                if queue_full and not placement.aborted and self._live - placement.full:
+                if queue_full and not placement.aborted and self._slots.live - placement.full:
                     placement.attempts -= 1  # those count replicas that ended
                     self._place(placement)
                     return
         self._refuse(message)
 
     def replica_started(self, number: int) -> None:
-        """A replica accepts requests again."""
+        """A replica accepts requests, for the first time or again."""
         with self._placing:
             if self._router is None:  # the others are still being started
                 return
-            self._live.add(number)
-            for placement in list(self._placements.values()):
-                if placement.replica is None:
-                    self._place(placement)
-            self._choose_watched()
-        self._update()
+            if self._slots[number] is ReplicaState.STARTING:
+                self.keeper.start_succeeded()
+            if self._slots[number] in (ReplicaState.STARTING, ReplicaState.RESTARTING):
+                self.take(number)
+        self.update()
 
     def replica_ended(self, number: int, reason: str) -> None:
         """A replica has stopped: its requests go to others, if their outputs have not begun."""
@@ -321,15 +413,14 @@ class RoutedClient(EngineClient):
         with self._placing:
             if self._router is None:
                 return
-            self._live.discard(number)
-            self._silent_since.pop(number, None)
+            self._mark_ended(number, reason)
             self._router.forget(number)
             if self._watched == number:
                 self._watched = None
                 self._choose_watched()
-            self._over = not self._live and not any(replica.restarting for replica in self._replicas)
+            self._over = not self._slots.having(ReplicaState.LIVE, ReplicaState.STARTING, ReplicaState.RESTARTING)
             for placement in [p for p in self._placements.values() if p.replica == number or self._over]:
-                self._take(placement)
+                self._remove(placement)
                 if placement.aborted and not placement.begun:
                     deltas += _abort_deltas(placement)
                 elif placement.begun or placement.attempts >= MAX_ATTEMPTS or self._over or self._closing:
@@ -342,40 +433,27 @@ class RoutedClient(EngineClient):
         if over:
             self._die(DeadMessage(reason))
         else:
-            self._update()
+            self.update()
+
+    def _mark_ended(self, number: int, reason: str) -> None:
+        """The next state of a replica whose process has ended. The caller holds the lock."""
+        state = self._slots[number]
+        if state is ReplicaState.STARTING:
+            self.keeper.start_failed(number, reason)
+        elif state is ReplicaState.DRAINING:
+            self._slots[number] = ReplicaState.STOPPING
+            self._replicas[number].stay_ended()
+        elif state is not ReplicaState.STOPPING:
+            self._slots[number] = _ended_state(self._replicas[number])
+        if not self._slots.live and (draining := self._slots.having(ReplicaState.DRAINING)):
+            self.take(min(draining))
+
+
+def _ended_state(replica: Replica) -> ReplicaState:
+    return ReplicaState.RESTARTING if replica.restarting else ReplicaState.DEAD
 
 
 def _abort_deltas(placement: _Placement) -> tuple[OutputDelta, ...]:
     """The end of a request without output."""
     return tuple(OutputDelta(placement.request.request_id, index, (), "", finish_reason="abort")
                  for index in range(placement.request.params.n))
-
-
-def _unless_dead(errors: list[BaseException | None]) -> BaseException | None:
-    """The error of a command that a replica need not obey if it has stopped: the next one has an empty cache and its own adapters."""
-    serious = [error for error in errors if error is not None and not isinstance(error, EngineDead)]
-    return serious[0] if serious else errors[0] if all(errors) else None
-
-
-def _all_done(futures: Sequence[Future[None]], finish: Callable[[list[BaseException | None]], BaseException | None]) -> Future[None]:
-    """A future that is done when all are. finish: its error, from theirs."""
-    combined: Future[None] = Future()
-    lock, remaining = threading.Lock(), len(futures)
-
-    def done(_: Future[None]) -> None:
-        nonlocal remaining
-        with lock:
-            remaining -= 1
-            if remaining:
-                return
-        error = finish([future.exception() for future in futures])
-        if not combined.set_running_or_notify_cancel():
-            return
-        if error is None:
-            combined.set_result(None)
-        else:
-            combined.set_exception(error)
-
-    for future in futures:
-        future.add_done_callback(done)
-    return combined

@@ -175,10 +175,12 @@ def _add_queries(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """Status 200 while the engine runs, else 503. With several replicas: while one of them runs, and how many do. Needs no key."""
+        """Status 200 while the engine runs, else 503. With several replicas: while one of them runs, with their number and states: stopped,
+        starting, live, silent, draining, stopping, restarting or dead. Needs no key."""
         frontend.check_alive()
-        replicas = {"replicas": client.num_engines, "live": client.num_live} if client.num_engines > 1 else {}
-        return json_response({"status": "ok", **replicas})
+        if client.num_engines == 1:
+            return json_response({"status": "ok"})
+        return json_response({"status": "ok", "replicas": client.num_wanted, "live": client.num_live, "states": client.replica_states})
 
     @app.get("/metrics")
     async def metrics() -> Response:

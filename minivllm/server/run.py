@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivllm import __version__
-from minivllm.config import EngineConfig, ServerConfig
+from minivllm.config import DOWNSCALE_DELAY, TARGET_QUEUE, UPSCALE_DELAY, EngineConfig, ServerConfig
+from minivllm.engine.autoscaling import ScalingPolicy
 from minivllm.engine.chat_template import BUILT_IN, ChatTemplate, built_in_template
 from minivllm.engine.client import EngineClient, ThreadClient
 from minivllm.engine.messages import EngineInfo
 from minivllm.engine.process import ProcessClient, freeze_heap
 from minivllm.engine.ray_replicas import connect
 from minivllm.engine.replica import share_machine
+from minivllm.engine.replica_keeper import SILENT_TIMEOUT
 from minivllm.engine.replicas import RoutedClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
@@ -54,7 +56,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             # Importing the web server's packages takes a second. Do it while the engine loads.
             threading.Thread(target=importlib.import_module, args=("minivllm.server.listen",), daemon=True).start()
             client = start_engine(engine_config, process=config.engine_process, log_level=config.log_level, restarts=config.restart_engine,
-                                  replicas=config.data_parallel_size, ray=config.data_parallel_backend == "ray")
+                                  replicas=config.data_parallel_size, ray=config.data_parallel_backend == "ray",
+                                  scaling=scaling_policy(config), silent_timeout=config.silent_timeout)
             with contextlib.closing(client):
                 _run(client, config, template, listener, begun)
                 status = 0 if client.dead is None or client.restarting else 1  # a service manager restarts the server then
@@ -113,17 +116,34 @@ def build_engine(config: EngineConfig, log_level: str | None) -> EngineCore:
 
 def start_engine(
     config: EngineConfig, *, process: bool, log_level: str, restarts: int = 0, replicas: int = 1, ray: bool = False,
+    scaling: ScalingPolicy | None = None, silent_timeout: float | None = None,
 ) -> EngineClient:
-    """A client whose engine accepts requests. With `process`, only the engine's process imports torch. ray: replicas in a Ray cluster."""
-    if ray or replicas > 1:
+    """A client whose engine accepts requests. With `process`, only the engine's process imports torch. ray: replicas in a Ray cluster.
+
+    scaling: how many replicas there are; None: always `replicas`. silent_timeout: see `RoutedClient`.
+    """
+    if ray or replicas > 1 or scaling is not None:
         build, gpus_each = partial(build_engine, config, log_level), config.tensor_parallel_size
-        start = partial(RoutedClient.start_with, build, replicas=replicas, restarts=restarts, seed=config.seed)
+        start = partial(RoutedClient.start_with, build, replicas=replicas, restarts=restarts, seed=config.seed, scaling=scaling,
+                        silent_timeout=silent_timeout or SILENT_TIMEOUT)
         if ray:  # which gives each actor its GPUs
             return start(make=connect(replicas, gpus_each, config.device))
-        return start(prepare=partial(share_machine, config.device, gpus_each))
+        name = "data_parallel_size" if scaling is None else "max_replicas"
+        return start(prepare=partial(share_machine, config.device, gpus_each, name))
     if process:
         return ProcessClient.start_with(partial(build_engine, config, log_level), restarts=restarts)
     return ThreadClient.start_with(partial(build_engine, config, None))
+
+
+def scaling_policy(config: ServerConfig) -> ScalingPolicy | None:
+    """How the number of replicas follows the load; None: it is fixed."""
+    if config.max_replicas is None:
+        return None
+    return ScalingPolicy(
+        least=config.data_parallel_size, most=config.max_replicas,
+        target_queue=TARGET_QUEUE if config.target_queue is None else config.target_queue,
+        upscale_delay=UPSCALE_DELAY if config.upscale_delay is None else config.upscale_delay,
+        downscale_delay=DOWNSCALE_DELAY if config.downscale_delay is None else config.downscale_delay)
 
 
 # -- the port ---------------------------------------------------------------------------------------------------------
@@ -234,6 +254,7 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
     path, body = "/v1/completions", '{"prompt": "The capital of France is", "max_tokens": 16}'
     if chat:
         path, body = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
+    more = "" if config.max_replicas is None else f", up to {config.max_replicas} under load"
     open_to_all = not config.is_local and not config.needs_key
     hint = " (with MINIVLLM_API_KEY set to a key)" if config.needs_key else ""
     return "\n".join((
@@ -241,7 +262,7 @@ def readiness(info: EngineInfo, config: ServerConfig, port: int, name: str, chat
         f"model     {name}, {info.dtype} on {info.device}",
         f"context   {info.max_model_len} tokens (prompt + output)",
         f"KV cache  {info.num_blocks - 1} blocks of {info.block_size} tokens = {tokens} tokens",
-        *([f"replicas  {info.data_parallel_size}, each with such a KV cache"] if info.data_parallel_size > 1 else []),
+        *([f"replicas  {info.data_parallel_size}{more}, each with such a KV cache"] if more or info.data_parallel_size > 1 else []),
         f"ready after {seconds:.1f} s at {url} (Ctrl-C stops it). Try{hint}:",
         f"curl{socket_flag} {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ))

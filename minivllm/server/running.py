@@ -25,7 +25,6 @@ class RunningRequests:
     def __init__(self, client: EngineClient, most_receiving: int) -> None:
         self._client = client
         self._most_receiving = most_receiving  # bodies of one owner: each holds a connection
-        self._most_requests = client.info.max_requests  # of an owner in the engine; None: no limit
         self._num_requests: Counter[str] = Counter()  # in the engine, by owner
         self._engine_ids: dict[tuple[str, str], tuple[str, ...]] = {}  # owner and response id -> ids of its prompts in the engine
         self._receiving: dict[asyncio.Timeout, str] = {}  # time limits of the bodies that are being received, and their owners
@@ -41,8 +40,9 @@ class RunningRequests:
 
     def check_room(self, owner: str) -> None:
         """Refuse a request that the engine would refuse, before its body is read, checked and tokenized."""
-        if self._most_requests is not None and self._num_requests[owner] >= self._most_requests:
-            raise to_api_error(QueueFull(f"Rate limit reached: this key has {self._most_requests} unfinished requests, as many as run and "
+        most = self._client.info.max_requests  # with replicas, it changes with their number
+        if most is not None and self._num_requests[owner] >= most:
+            raise to_api_error(QueueFull(f"Rate limit reached: this key has {most} unfinished requests, as many as run and "
                                          "wait at most (--max-num-seqs and --max-queue): try again later", "max_queue"))
 
     @contextmanager

@@ -28,7 +28,8 @@ from minivllm.engine.messages import (
 )
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.replica import PipeSender, Replica
-from minivllm.engine.replicas import MAX_ATTEMPTS, SILENT_SECONDS, RoutedClient
+from minivllm.engine.replica_slots import SILENT_SECONDS
+from minivllm.engine.replicas import MAX_ATTEMPTS, RoutedClient
 from minivllm.engine_request import EngineRequest, LoRARequest
 from minivllm.errors import EngineDead, EngineRestarting, InvalidInput, ReplicaLost
 from minivllm.outputs import OutputDelta
@@ -62,6 +63,9 @@ class ScriptedReplica(Replica):
     def close(self) -> None:
         self._closing = True
         self._die(DeadMessage("the engine was closed"))
+
+    def kill(self) -> None:
+        self.end("killed")
 
     def requests(self) -> list[str]:
         return [command.request_id for command in self.sent if isinstance(command, EngineRequest)]
@@ -328,7 +332,7 @@ def test_a_replica_that_does_not_answer_gets_no_request_as_long_as_another_one_d
             for name in names:
                 replica.deltas(name, "stop")
         await asyncio.gather(*tasks)
-        assert not client._silent_since
+        assert not client._slots._quiet_since
 
     run(main, client)
 
@@ -459,10 +463,11 @@ def test_stats_are_sums_metrics_have_the_replicas_number_and_limits_are_those_of
     text = client.metrics.render().decode()
     assert 'minivllm:num_requests_running{engine="1",model_name="fake"} 3.0' in text
     assert 'minivllm:generation_tokens_total{model_name="fake"} 0.0' in text
+    assert (client.info.data_parallel_size, client.info.max_requests, client.info.max_queue, client.info.num_blocks) == (2, 14, 6, 64)
     first.end()
     assert client.stats().num_running == 3
     assert 'minivllm:num_requests_running{engine="0",model_name="fake"} 0.0' in client.metrics.render().decode()
-    assert (client.info.data_parallel_size, client.info.max_requests, client.info.max_queue, client.info.num_blocks) == (2, 14, 6, 64)
+    assert (client.info.data_parallel_size, client.info.max_requests, client.info.max_queue) == (1, 7, 3)
 
 
 def test_requests_without_a_seed_get_different_ones_and_a_repeated_request_its_first() -> None:

@@ -39,7 +39,7 @@ def test_a_killed_replica_ends_only_the_streams_that_it_had_and_the_server_conti
         request: dict[str, Any] = {"model": client.info.model, "prompt": [5, 6, 7]}
         stream = api.completions.create(**request, max_tokens=200_000, stream=True)
         next(stream)
-        assert httpx.get(live.url + "/health").json() == {"status": "ok", "replicas": 2, "live": 2}
+        assert httpx.get(live.url + "/health").json() == {"status": "ok", "replicas": 2, "live": 2, "states": ["live", "live"]}
         os.kill(holder_of_the_only_request(client).pid or 0, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="replica that computed this request has stopped after the output had begun"):
             list(stream)
@@ -99,12 +99,12 @@ def test_each_replica_gets_its_gpus_or_its_part_of_the_threads(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for visible, number, expected in (("", 1, "2,3"), ("6,7,2,GPU-5", 1, "2,GPU-5"), ("6,7,2,3", 0, "6,7")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        share_machine("auto", 2, number, 2)
+        share_machine("auto", 2, "data_parallel_size", number, 2)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
     with pytest.raises(InvalidInput, match="data_parallel_size=3 needs 6 GPUs, 2 for each replica, and there are 4: give at most 2"):
-        share_machine("cuda", 2, 0, 3)
+        share_machine("cuda", 2, "data_parallel_size", 0, 3)
     threads: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    share_machine("cpu", 1, 0, 3)
+    share_machine("cpu", 1, "max_replicas", 0, 3)
     assert threads == [2]
