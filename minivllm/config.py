@@ -363,7 +363,7 @@ class ServerConfig:
                 continue
             if most is None:
                 raise InvalidInput(f"{name} has no effect without max_replicas: give both, or neither", name)
-            if not math.isfinite(value) or value < 0 or (positive and not value):
+            if value < 0 or (positive and not value):
                 raise InvalidInput(f"{name} must be {'above' if positive else 'at least'} 0, got {value}", name)
         if self.silent_timeout is not None:
             if not (self.restart_engine and self.has_replicas):

@@ -282,10 +282,12 @@ answer is accepted and named in the response header `x-minivllm-ignored`. A fiel
     parts += _body(GenerationRequest, "Fields of completions and chat", (SharedFields,))
     for kind in BODIES:
         parts += _body(kind, kind.__name__, [base for base in (GenerationRequest, SharedFields) if issubclass(kind, base)])
+    metrics = EngineMetrics("model")
+    metrics.replicas = (1, 1)  # with replicas there are two metrics more
     parts += ["## Metrics\n", "`GET /metrics`, in the format of Prometheus. The names are vLLM's with the prefix `minivllm:`.\n",
               table(("metric", "kind", "meaning"), [
                   (code(name + ("_total" if kind == "counter" else "")), kind, cell(text))
-                  for kind, name, text, _ in EngineMetrics("model").families()])]
+                  for kind, name, text, _ in metrics.families()])]
     return "\n".join(parts)
 
 

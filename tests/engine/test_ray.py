@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minivllm.engine import restarts
+from minivllm.engine.autoscaling import ScalingPolicy
 from minivllm.engine.messages import StepMessage
 from minivllm.engine.metrics import EngineStats
 from minivllm.engine.ray_replicas import EngineActor, RayReplica, boot_time, by_clock_of_server, connect
@@ -97,3 +98,45 @@ def test_replicas_on_two_nodes_serve_and_one_that_is_killed_loses_only_streams(n
     finally:
         client.close()
     assert not ray._private.state.actors() or all(a["State"] == "DEAD" for a in ray._private.state.actors().values())
+
+
+def test_load_starts_an_actor_and_its_end_ends_it_and_without_a_free_cpu_nothing_changes(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    import ray
+
+    now, waiting = 0.0, 100
+    scaling = ScalingPolicy(least=1, most=3, target_queue=1.0, upscale_delay=0.0, downscale_delay=0.0)
+    client = RoutedClient.start_with(
+        build, make=connect(1, 1, "cpu"), scaling=scaling, clock=lambda: now, keeper_period=None)
+    monkeypatch.setattr(client, "observe", lambda: {0: EngineStats(num_running=waiting, num_waiting=waiting)})
+
+    def look() -> tuple[str, ...]:
+        nonlocal now
+        if "starting" not in client.replica_states:
+            now += 1000.0  # the pause after a failed start is over: CPUs of ended actors are free a little later
+        client.keeper.tick()
+        return client.replica_states
+
+    async def main() -> None:
+        nonlocal waiting
+        while client.num_live < 2:
+            await asyncio.to_thread(look)
+            await asyncio.sleep(0.01)
+        every = await asyncio.gather(*(collect(client, ask(f"r{i}", (i + 3,) * 9, max_tokens=20)) for i in range(8)))
+        assert every == [{0: expected((i + 3,) * 9, 20)} for i in range(8)]
+        while "a replica needs 1 CPU of the Ray cluster, and 0 are free" not in caplog.text:
+            await asyncio.to_thread(look)
+            await asyncio.sleep(0.01)
+        assert client.num_live == 2 and client.num_wanted == 2
+        waiting = 0
+        while client.replica_states != ("live", "stopped", "stopped"):
+            await asyncio.to_thread(look)
+        assert await collect(client, ask("last", max_tokens=20)) == {0: expected((5, 6, 7), 20)}
+
+    try:
+        asyncio.run(main())
+        assert client._streams == {} and client._placements == {}
+        assert sum(actor["State"] == "ALIVE" for actor in ray._private.state.actors().values()) == 1
+    finally:
+        client.close()

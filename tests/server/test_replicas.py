@@ -12,15 +12,19 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from minivllm.cli.main import main
 from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine import restarts
+from minivllm.engine.autoscaling import ScalingPolicy
 from minivllm.engine.replica import ReplicaProcess, share_machine
+from minivllm.engine.replica_slots import ReplicaSlots, ReplicaState
 from minivllm.engine.replicas import RoutedClient
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidInput
+from minivllm.server.run import build_engine as server_engine
 from minivllm.server.run import readiness, start_engine
 from tests.server.scripted import serving
 from tests.server.test_restart import build_engine
@@ -51,6 +55,8 @@ def test_a_killed_replica_ends_only_the_streams_that_it_had_and_the_server_conti
         assert httpx.get(live.url + "/server_info").json()["engine"]["data_parallel_size"] == 2
         info = readiness(client.info, ServerConfig(), 8000, "m", False, 1.0)
         assert "replicas  2, each with such a KV cache" in info
+        info = readiness(client.info, ServerConfig(data_parallel_size=2, max_replicas=4), 8000, "m", False, 1.0)
+        assert "replicas  2, up to 4 under load, each with such a KV cache" in info
 
 
 def holder_of_the_only_request(client: RoutedClient) -> ReplicaProcess:
@@ -74,6 +80,40 @@ def test_an_answer_that_is_not_streamed_survives_the_end_of_its_replica(client: 
     assert client._streams == {} and client._placements == {}
 
 
+def test_load_starts_a_replica_and_its_end_ends_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history: list[tuple[int, str]] = []
+    set_state = ReplicaSlots.__setitem__
+
+    def recorded(slots: ReplicaSlots, number: int, state: ReplicaState) -> None:
+        history.append((number, state.value))
+        set_state(slots, number, state)
+
+    monkeypatch.setattr(ReplicaSlots, "__setitem__", recorded)
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", max_num_seqs=1, num_gpu_blocks_override=256)
+    scaling = ScalingPolicy(least=1, most=2, target_queue=1.0, upscale_delay=0.0, downscale_delay=0.0)
+    client = RoutedClient.start_with(partial(server_engine, config, "error"), scaling=scaling, keeper_period=0.05,
+                                     prepare=partial(share_machine, "cpu", 1, "max_replicas"))
+    second = client._replicas[1]
+    assert isinstance(second, ReplicaProcess)
+    try:
+        with serving(client, Tokenizer(folder)) as live, ThreadPoolExecutor(6) as pool:
+            def answer(number: int) -> str:
+                body = {"prompt": [5, 6, 7 + number], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+                return str(httpx.post(live.url + "/v1/completions", json=body, timeout=60).raise_for_status().json()["choices"][0]["text"])
+
+            alone = [answer(number) for number in range(6)]
+            while (1, "live") not in history:
+                assert list(pool.map(answer, range(6))) == alone
+            process = psutil.Process(second.pid)
+            live.wait_until(lambda: client.replica_states == ("live", "stopped"))
+            assert history == [(0, "live"), *((1, state) for state in ("starting", "live", "draining", "stopping", "stopped"))]
+            assert httpx.get(live.url + "/health").json() == {"status": "ok", "replicas": 1, "live": 1, "states": ["live", "stopped"]}
+            assert not process.is_running()
+            assert [answer(number) for number in range(6)] == alone
+    finally:
+        client.close()
+
+
 def test_settings_that_do_not_fit_replicas_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidInput, match="data_parallel_size must be between 1 and 1024, got 0"):
         ServerConfig(data_parallel_size=0)
@@ -81,10 +121,27 @@ def test_settings_that_do_not_fit_replicas_are_refused_by_name(capsys: pytest.Ca
         ServerConfig(data_parallel_size=2, engine_process=False)
     with pytest.raises(InvalidInput, match="data_parallel_backend=ray runs engines in Ray's processes"):
         ServerConfig(data_parallel_backend="ray", engine_process=False)
+    for settings, message in (
+        ({"data_parallel_size": 3, "max_replicas": 2}, r"max_replicas must be between data_parallel_size \(3\) and 1024, got 2"),
+        ({"max_replicas": 2, "engine_process": False}, "max_replicas needs engines in processes"),
+        ({"target_queue": 2.0}, "target_queue has no effect without max_replicas: give both, or neither"),
+        ({"downscale_delay": 2.0}, "downscale_delay has no effect without max_replicas"),
+        ({"max_replicas": 2, "target_queue": 0.0}, "target_queue must be above 0, got 0.0"),
+        ({"max_replicas": 2, "upscale_delay": -1.0}, "upscale_delay must be at least 0, got -1.0"),
+        ({"data_parallel_size": 2, "silent_timeout": 60.0}, "silent_timeout has no effect without replicas that are started again"),
+        ({"restart_engine": 2, "silent_timeout": 60.0}, "silent_timeout has no effect without replicas that are started again"),
+        ({"max_replicas": 2, "restart_engine": 2, "silent_timeout": 10.0}, "silent_timeout must be above 10 s, got 10"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            ServerConfig(**settings)  # type: ignore[arg-type]
+    assert ServerConfig(max_replicas=1, upscale_delay=0.0, downscale_delay=0.0).has_replicas
     with pytest.raises(InvalidInput, match="replicas are for minivllm serve"):
         EngineConfig.from_kwargs(data_parallel_size=2)
-    assert main(["serve", "-dp", "2", "--trace", "t.jsonl"]) == 1
-    assert "trace records one engine of this machine" in capsys.readouterr().err
+    for flags in (["-dp", "2"], ["--max-replicas", "2"]):
+        assert main(["serve", *flags, "--trace", "t.jsonl"]) == 1
+        assert "trace records one engine of this machine" in capsys.readouterr().err
+    assert main(["serve", "--max-replicas", "2", "--max-queue", "5"]) == 1
+    assert "no queue is longer than target_queue (5) with max_queue=5" in capsys.readouterr().err
 
 
 def test_a_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +160,8 @@ def test_each_replica_gets_its_gpus_or_its_part_of_the_threads(monkeypatch: pyte
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
     with pytest.raises(InvalidInput, match="data_parallel_size=3 needs 6 GPUs, 2 for each replica, and there are 4: give at most 2"):
         share_machine("cuda", 2, "data_parallel_size", 0, 3)
+    with pytest.raises(InvalidInput, match="max_replicas=3 needs 6 GPUs"):
+        share_machine("cuda", 2, "max_replicas", 0, 3)
     threads: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
