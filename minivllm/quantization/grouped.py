@@ -52,7 +52,7 @@ class GroupedMatmul(Matmul):
         import torch
 
         weight = self._rows(self.packed, torch.arange(rows, device=device), dtype)
-        return weight if self._order is None else torch.empty_like(weight).index_copy_(1, self._order, weight)
+        return weight if self._order is None else torch.empty_like(weight).index_copy_(1, self._order.long(), weight)
 
 
 def check_finite(*factors: Tensor | None) -> None:

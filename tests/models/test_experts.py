@@ -16,7 +16,7 @@ from tests.lora.adapters import write_folder
 from tests.models.paged import Paged
 from tests.models.test_parity import MODELS, close
 from tests.models.tiny import hf_logits, load, make_hf
-from tests.quantization import checkpoints, test_awq, test_fp8
+from tests.quantization import checkpoints, test_awq, test_fp8, test_gptq
 
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe, a dense layer", "olmoe")
 PROMPTS = [[random.Random(n).randrange(97) for _ in range(n)] for n in (1, 5, 16, 23, 40)]
@@ -48,6 +48,8 @@ def test_a_missing_expert_and_one_too_many_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("config", "quantize"), [
     (test_awq.CONFIG, test_awq.quantizer(32, "shared_expert_gate")),
+    (test_gptq.CONFIG | {"desc_act": True, "dynamic": {"-:.*shared_expert": {}}},
+     lambda name, weight: None if "shared" in name else test_gptq.quantizer(desc_act=True)(name, weight)),
     (test_fp8.BLOCKS, test_fp8.quantizer((32, 32), "weight_scale_inv", dense=("head", "shared_expert_gate"))),
 ])
 def test_quantized_experts_are_dequantized_and_a_line_says_so(
