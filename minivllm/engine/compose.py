@@ -33,7 +33,8 @@ from minivllm.models.hub import ModelFiles, find_model
 from minivllm.models.transformers_spec import read_spec
 from minivllm.parallel.group import SINGLE
 from minivllm.parallel.shard import shard_spec
-from minivllm.quantization.methods import METHODS, method_of
+from minivllm.quantization.kv_cache import QUANTIZED
+from minivllm.quantization.methods import METHODS, kv_cache_notice, method_of
 from minivllm.sampling_params import SamplingParams
 from minivllm.speculative.load import Draft, find_draft
 from minivllm.worker.device import check_kv_cache_dtype, check_ranks, choose_device, choose_dtype
@@ -135,6 +136,8 @@ def start_worker(config: EngineConfig, spec: ModelSpec, files: ModelFiles, *, eo
     num_host_blocks = host_block_count(config.kv_offloading_size / group.size, loaded.layout)
     passed("measuring memory")
     _announce(loaded, size)
+    if (line := kv_cache_notice(files.config, config.kv_cache_dtype in QUANTIZED)) is not None:
+        print(f"minivllm: {line}", file=sys.stderr, flush=True)
     if ranks is None:
         worker = loaded.allocate(size, num_host_blocks, eos_token_ids=eos_token_ids, ledger=budget.ledger)
     else:

@@ -35,7 +35,7 @@ from minivllm.models.hub_repository import (
 from minivllm.models.packaged import DEFAULT, PACKAGED, packaged_gguf, packaged_model
 from minivllm.models.remote_code import FOLDER
 from minivllm.models.weight_files import find_parts, find_weight_files, read_safetensors_header
-from minivllm.quantization.methods import METHODS, method_of, of_separate_file
+from minivllm.quantization.methods import METHODS, QUANTIZATION_FILES, method_of, quantization_elsewhere
 
 DEFAULT_NAME = PACKAGED[DEFAULT].title
 
@@ -250,13 +250,14 @@ def _check_folder(folder: Path, param: str) -> Path:
 
 
 def _checked_config(folder: Path, config: EngineConfig, check: Check) -> dict[str, Any]:
-    """config.json, with overrides and the separate file of older quantizers. Raises for a model that cannot run here."""
-    found = with_overrides(read_json(folder / "config.json"), config.hf_overrides or {})
+    """config.json, with the quantization of other places and with overrides. Raises for a model that cannot run here."""
+    found = read_json(folder / "config.json")
+    files = {name: read_json(folder / name) for name in QUANTIZATION_FILES if (folder / name).is_file()}
+    if (quantization := quantization_elsewhere(found, files)) is not None:
+        found["quantization_config"] = quantization
+    found = with_overrides(found, config.hf_overrides or {})
     if config.trust_remote_code:
         found[FOLDER] = str(folder.absolute())  # of its code
-    for name in ("quantize_config.json", "quant_config.json"):
-        if "quantization_config" not in found and (folder / name).is_file():
-            found["quantization_config"] = of_separate_file(read_json(folder / name))
     check(found)
     return found
 

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from minivllm.errors import ModelError, shown
 from minivllm.lora.peft_config import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from minivllm.models.weight_files import find_parts
+from minivllm.quantization.methods import QUANTIZATION_FILES
 
 Result = TypeVar("Result")
 
-CONFIGS = ["config.json", "quantize_config.json", "quant_config.json"]
+CONFIGS = ["config.json", *QUANTIZATION_FILES]
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
 CODE = ["*.py"]  # only with trust_remote_code
 SAFETENSORS = "*.safetensors"

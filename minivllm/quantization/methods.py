@@ -54,9 +54,30 @@ def method_of(config: Mapping[str, Any], methods: Methods = METHODS, wanted: str
     return methods[stored](quantization) if stored is not None else all_dense
 
 
-def of_separate_file(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization_config in a separate file, as AutoAWQ and AutoGPTQ once wrote it: quant_config.json or quantize_config.json."""
-    return {"quant_method": "awq" if "w_bit" in config or "zero_point" in config else "gptq", **config}
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json; the first one counts
+
+
+def quantization_elsewhere(config: Mapping[str, Any], files: Mapping[str, Any]) -> Any:
+    """The quantization_config of a config.json that has none: under another name, or in a separate file. None: there is none.
+
+    files: those of `QUANTIZATION_FILES` that exist. AutoAWQ and AutoGPTQ once wrote the first two, ModelOpt writes the third.
+    """
+    text = config.get("text_config")  # of a model for images and text
+    for place, name in ((config, "quantization_config"), (config, "compression_config"), (text, "quantization_config")):
+        if isinstance(place, Mapping) and place.get(name):
+            return place[name]
+    for name, found in files.items():
+        if name == "hf_quant_config.json":
+            return {"quant_method": "modelopt", **found}
+        return {"quant_method": "awq" if "w_bit" in found or "zero_point" in found else "gptq", **found}
+    return {"quant_method": "mlx", **config["quantization"]} if isinstance(config.get("quantization"), Mapping) else None
+
+
+def kv_cache_notice(config: Mapping[str, Any], quantized: bool) -> str | None:
+    """A line to print when a model whose checkpoint describes a quantized KV cache is loaded. quantized: the cache is, in any format."""
+    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    return None if quantized or not scheme else (
+        "the KV cache is not quantized, although the checkpoint describes a quantized one (kv_cache_scheme): kv_cache_dtype can do it")
 
 
 MOST_IN_WORD = 32  # numbers that one word of a packed tensor may store

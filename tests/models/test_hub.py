@@ -553,6 +553,11 @@ def downloaded(calls: list[dict[str, Any]]) -> set[str]:
     ({"config.json": MAMBA}, "the architecture MambaForCausalLM is not supported"),
     ({"config.json": "{}", "quantize_config.json": '{"bits": 4}'}, "quant_method 'gptq'"),
     ({"config.json": "{}", "quant_config.json": '{"w_bit": 4}'}, "quant_method 'awq'"),
+    ({"config.json": '{"quantization_config": null}', "quant_config.json": '{"w_bit": 4}'}, "quant_method 'awq'"),
+    ({"config.json": "{}", "hf_quant_config.json": '{"quantization": {"quant_algo": "FP8"}}'}, "quant_method 'modelopt'"),
+    ({"config.json": '{"compression_config": {"quant_method": "old"}}'}, "quant_method 'old'"),
+    ({"config.json": '{"text_config": {"quantization_config": {"quant_method": "hqq"}}}'}, "quant_method 'hqq'"),
+    ({"config.json": '{"quantization": {"bits": 4}}'}, "quant_method 'mlx'"),
     ({"config.json": "{"}, "not readable as JSON"),
     ({"config.json": "9" * 5000}, "not readable as JSON"),
     ({"config.json": "[" * 100_000}, "not readable as JSON"),
@@ -561,7 +566,7 @@ def test_a_repository_that_cannot_run_is_refused_before_anything_large_is_downlo
                                                                                      says: str) -> None:
     calls = fake_hub((*contents, *WEIGHTS), contents=contents)
     refused("owner/name", says, check=parse_config)
-    assert downloaded(calls) == {"config.json", "quantize_config.json", "quant_config.json"}
+    assert downloaded(calls) == {"config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 
 
 @pytest.mark.parametrize(("config", "says"), [

@@ -25,6 +25,8 @@ from tests.models.tiny import hf_logits
 from tests.quantization.checkpoints import CPU, OPS, TOKENS, logits, resident, write
 from tests.quantization.test_awq import CONFIG as AWQ
 from tests.quantization.test_awq import quantizer as awq_quantizer
+from tests.quantization.test_fp8 import CONFIG as FP8
+from tests.quantization.test_fp8 import quantizer as fp8_quantizer
 
 
 def unquantized(folder: Path, **config: Any) -> Any:
@@ -91,6 +93,15 @@ def test_the_name_of_the_checkpoints_own_format_changes_nothing_and_another_one_
     build_engine(settings(tmp_path, quantization="awq")).close()
     with pytest.raises(InvalidInput, match="quantization is 'fp8', but the checkpoint is stored as 'awq': leave quantization out"):
         build_engine(settings(tmp_path, quantization="fp8"))
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "lines"), [("auto", 1), ("int8", 0)])
+def test_a_description_of_a_quantized_kv_cache_that_is_not_followed_is_said(
+    kv_cache_dtype: str, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path, FP8 | {"kv_cache_scheme": "static"}, fp8_quantizer(), num_hidden_layers=1)
+    build_engine(settings(tmp_path, kv_cache_dtype=kv_cache_dtype)).close()
+    assert capsys.readouterr().err.count("although the checkpoint describes a quantized one (kv_cache_scheme)") == lines
 
 
 @pytest.mark.parametrize(("given", "here"), [("awq_marlin", "awq"), ("gptq_marlin", "gptq"), ("ptpc_fp8", "fp8"), (None, None)])
