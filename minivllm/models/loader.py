@@ -68,12 +68,13 @@ BUFFERS = (
     Buffer(r"position_ids", lambda shape: True, "0, 1, 2, ..."),
     Buffer(r"version", lambda shape: shape in ((), (1,)), "version of the exporter, in old OPT checkpoints"),
 )
-KV_SCALES = Buffer(r"(q|k|v|kv)_(scale|zero_point)|(q|k|v)_proj\.output_(scale|zero_point)", lambda shape: True,
+KV_SCALES = Buffer(r"\w*att\w*\.((\w+\.)?(q|k|v|kv)_(scale|zero_point)|(q|k|v)_proj\.output_(scale|zero_point))", lambda shape: True,
                    "scales of a quantized KV cache")
 IMAGES = Buffer(r"(vision_tower|multi_modal_projector)\..*", lambda shape: True, "encoder of images")
 # safetensors' names of dtypes, and torch's. A name that is not here is shown as it is.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }
 CONVERTED = ("float64", "float32", "float16", "bfloat16")  # to the model's dtype, on copy

@@ -28,7 +28,7 @@ from minivllm.quantization.compressed_tensors import IntMethod
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.fp8 import reshaped
 from minivllm.quantization.grouped import check_finite
-from minivllm.quantization.modules import by_name, listed, names, one_of
+from minivllm.quantization.modules import by_name, check_fields, listed, names, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,11 @@ PACKAGE = "bitsandbytes"
 BLOCK = 64  # weights per absmax
 SLICE = 1 << 18  # blocks dequantized at a time
 STATE = "weight.quant_state.bitsandbytes__"
+FIELDS = frozenset((
+    "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "llm_int8_skip_modules",
+    # The tensors say whether scales are quantized too. Products are in the model's dtype, LLM.int8's without integer inputs.
+    "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload"))
+COMPUTE = ("float32", "float16", "bfloat16")
 
 
 class Bnb4Matmul(Matmul):
@@ -88,7 +93,7 @@ class Bnb4Method(LinearMethod):
     def adapt(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """See `LinearMethod`. Reads the state, which holds the shape."""
         stored = {suffix: tensor for suffix, tensor in tensors.items() if suffix.startswith("weight")}
-        state = next((tensor for suffix, tensor in stored.items() if suffix.startswith(STATE)), None)
+        state = stored.get(f"{STATE}{self.kind}")
         if state is None or not {"weight", "weight.absmax", "weight.quant_map"} <= stored.keys():
             return tensors
         facts = read_state(state, stored)
@@ -229,12 +234,18 @@ def _on_gpu() -> bool:
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From a quantization_config with quant_method "bitsandbytes"."""
+    eight = read(config, Key("load_in_8bit", bool, False))
+    four = one_of(PACKAGE, "load_in_4bit", read(config, Key("load_in_4bit", bool, False)), (not eight,))
+    check_fields(PACKAGE, config, FIELDS, {"_load_in_4bit": (four,), "_load_in_8bit": (eight,),
+                                           "llm_int8_has_fp16_weight": (False,) if eight else (False, True)})
+    one_of(PACKAGE, "bnb_4bit_compute_dtype", read(config, Key("bnb_4bit_compute_dtype", str, COMPUTE[0])), COMPUTE)
+    read(config, Key("bnb_4bit_use_double_quant", bool, False))
+    read(config, Key("llm_int8_threshold", float, 0.0))
     skipped = "llm_int8_skip_modules"
     dense = listed(names(config, skipped) if config.get(skipped) is not None else ["lm_head"], skipped)
-    if read(config, Key("load_in_8bit", bool, False)):
-        method: LinearMethod = LLMInt8Method(8, -1, symmetric=True, packed=False, scale_bytes=4)
+    if eight:
+        method: LinearMethod = LLMInt8Method(8, -1, symmetric=True, packed=False, quantized_inputs=True, scale_bytes=4)
     else:
-        one_of(PACKAGE, "load_in_4bit", read(config, Key("load_in_4bit", bool, False)), (True,))
         kind = one_of(PACKAGE, "bnb_4bit_quant_type", read(config, Key("bnb_4bit_quant_type", str, "fp4")), ("nf4", "fp4"))
         one_of(PACKAGE, "bnb_4bit_quant_storage", read(config, Key("bnb_4bit_quant_storage", str, "uint8")), ("uint8",))
         method = Bnb4Method(kind, packed=is_installed() and _on_gpu())

@@ -1,7 +1,8 @@
 """FP8 (e4m3) weights: one scale for a layer, for each output, or for each block of 128 x 128 numbers.
 
     weight          [N, K] float8_e4m3fn
-    weight_scale    [] or [N, 1], or [N / 128, K / 128] for blocks; called weight_scale_inv by DeepSeek, Qwen and Transformers
+    weight_scale    [] or [N, 1], or [N / 128, K / 128] for blocks; called weight_scale_inv by DeepSeek, Qwen and Transformers;
+                    float32 or another float type, or float8_e8m0fnu, which holds powers of two (scale_fmt "ue8m0")
     input_scale     [], with activation_scheme "static"; called activation_scale by Transformers
 
 w = weight * weight_scale. Large products also quantize their inputs to fp8, with input_scale, or with a scale per token.
@@ -18,7 +19,7 @@ from minivllm.families import Key, read
 from minivllm.quantization.base import LinearMethod, MethodOf, ParamSpec, StoredTensor
 from minivllm.quantization.dense import DENSE
 from minivllm.quantization.grouped import GroupedMatmul, grouped_bytes, spread
-from minivllm.quantization.modules import by_name, listed, names, one_of
+from minivllm.quantization.modules import by_name, check_fields, listed, names, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from minivllm.kernels import Ops
 
 OTHER_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
+POWERS = "float8_e8m0fnu"
+FIELDS = frozenset((
+    "quant_method", "activation_scheme", "fmt", "modules_to_convert", "weight_block_size", "modules_to_not_convert", "ignored_layers",
+    "kv_cache_scheme",
+    "dequantize"))  # how Transformers loads it
+ONLY: Mapping[str, tuple[Any, ...]] = {"scale_fmt": ("float", "ue8m0"), "expert_dtype": ("fp8",), "bits": (8,)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,12 @@ class FP8Method(LinearMethod):
 
     def adapt(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """See `LinearMethod`. Names and shapes of scales differ between tools. Zeros of fp8 numbers are always 0."""
-        found = {OTHER_NAMES.get(suffix, suffix): stored for suffix, stored in tensors.items() if not suffix.endswith("_zero_point")}
+        zeros = ("weight_zero_point", "input_zero_point")
+        found = {suffix if (usual := OTHER_NAMES.get(suffix, suffix)) in tensors else usual: stored for suffix, stored in tensors.items()
+                 if suffix not in zeros or not all_zeros(stored)}
+        if "weight_scale" in found and found["weight_scale"].dtype == POWERS:
+            scale = found["weight_scale"]
+            found["weight_scale"] = replace(scale, dtype="float32", read=lambda: scale.read().float())
         if self.block is None and "weight" in found and "weight_scale" in found:
             found["weight_scale"] = per_output(found["weight_scale"], found["weight"].shape[0])
         if "input_scale" in found and math.prod(found["input_scale"].shape) == 1:
@@ -89,6 +101,11 @@ def reshaped(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     return replace(stored, shape=shape, read=lambda: stored.read().reshape(shape))
 
 
+def all_zeros(stored: StoredTensor) -> bool:
+    """Whether a zero point, which is read for this, changes nothing."""
+    return not bool(stored.read().float().any())
+
+
 def per_output(stored: StoredTensor, rows: int) -> StoredTensor:
     """A scale [], [1], [1, 1] or [N] as [N, 1]. Other shapes stay."""
     if math.prod(stored.shape) == 1:
@@ -105,6 +122,7 @@ def block_shape(value: Any, field: str) -> tuple[int, int]:
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From a quantization_config with quant_method "fp8": of AutoFP8, DeepSeek, Qwen, Mistral or Transformers."""
+    check_fields("fp8", config, FIELDS, ONLY)
     scheme = one_of("fp8", "activation_scheme", read(config, Key("activation_scheme", str, "dynamic")).lower(), ("dynamic", "static"))
     one_of("fp8", "fmt", read(config, Key("fmt", str, "e4m3")), ("e4m3", "float8_e4m3fn"))
     one_of("fp8", "modules_to_convert", config.get("modules_to_convert") or None, (None,))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from minivllm.errors import ModelError
 from minivllm.quantization import mxfp4
 from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
@@ -210,5 +211,7 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
     """From {"quant_method": "gguf", "types": {"layers.0.mlp.up_proj": "Q4_K", ..}}, which `models.gguf` writes."""
-    types = config["types"]
-    return lambda linear: PartsMethod.of(tuple(PACKED.get(types.get(name), DENSE) for name in linear.checkpoint_names))
+    if not isinstance(types := config.get("types"), Mapping):
+        raise ModelError("quantization_config: quant_method 'gguf' stands in no config.json: name the .gguf file as the model", "model")
+    found: Mapping[str, str] = types
+    return lambda linear: PartsMethod.of(tuple(PACKED.get(found.get(name, ""), DENSE) for name in linear.checkpoint_names))

@@ -1,12 +1,12 @@
-"""Which modules of a checkpoint are quantized: lists of names and patterns in a quantization_config, and errors about its fields."""
+"""The fields of a quantization_config: which of them are known, their errors, and lists of names and patterns of modules."""
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from minivllm.errors import ModelError, NotSupportedYet, shown
+from minivllm.errors import ModelError, NotSupportedYet, nearest, shown
 from minivllm.families import Key, LinearSpec, read
 from minivllm.families.model_folder import compile_pattern
 from minivllm.quantization.base import LinearMethod, MethodOf
@@ -15,6 +15,22 @@ from minivllm.quantization.parts import PartsMethod
 
 # In front of our name of a module ("lm_head" has none). Lists contain any of these names.
 PREFIXES = ("model.", "model.decoder.", "", "transformer.", "gpt_neox.", "language_model.model.", "model.language_model.")
+
+
+# Fields in which AutoAWQ, AutoGPTQ, GPTQModel, AutoRound and Transformers record how a checkpoint was made, or choose their own
+# kernel. The tensors are the same with any value.
+RECORDED = frozenset((
+    "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "amp", "autoround_version", "batch_size",
+    "cache_block_outputs", "damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "enable_minmax_tuning",
+    "enable_norm_bias_tuning", "enable_quanted_input", "exllama_config", "failsafe", "fallback", "gptaq", "gradient_accumulate_steps",
+    "hyb_act", "iters", "low_cpu_mem_usage", "low_gpu_mem_usage", "lr", "max_input_length", "meta", "minmax_lr", "model_file_base_name",
+    "model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "mse", "nsamples", "offload_to_disk",
+    "offload_to_disk_path", "pack_impl", "pad_token_id", "provider", "quant_block_list", "scale_dtype", "seqlen",
+    "static_attention_granularity", "static_kv_granularity", "supported_types", "to_quant_block_names", "tokenizer", "true_sequential",
+    "uri", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha"))
+# AutoRound's description of numbers: integer weights, inputs that are not quantized.
+INTEGERS: Mapping[str, tuple[Any, ...]] = {"data_type": ("int",), "act_bits": (16, 32)}
+BLOCKS = ("layers", "h")  # our names of the list of decoder layers
 
 
 def by_name(choose: Callable[[str], LinearMethod]) -> MethodOf:
@@ -70,6 +86,59 @@ def listed(patterns: list[str], field: str) -> Callable[[str], bool]:
         return any(matched(name, pattern) for pattern in marked) or (
             bool(plain) and (matched(name, begins) or any(full.endswith(ends) for full in full_names(name))))
     return contains
+
+
+def check_fields(method: str, config: Mapping[str, Any], known: Collection[str], only: Mapping[str, tuple[Any, ...]] = {},
+                 within: str = "quantization_config") -> None:
+    """Raise `NotSupportedYet` for a field that nothing here reads. Null, false and empty values ask for nothing.
+
+    known: fields that take effect, or that only describe the checkpoint. only: values of fields that are supported with no others."""
+    for field, value in config.items():
+        if value is None or value is False or field in known or (isinstance(value, list | dict | str) and not value):
+            continue
+        if field not in only:
+            hint = nearest(field, [*known, *only]) or "."
+            raise NotSupportedYet(
+                f"{within}: {field} {shown(value)} is not known in {method} checkpoints{hint} Set it to null if it only says how the "
+                "checkpoint was made. Otherwise use another checkpoint, or the unquantized one", "model")
+        one_of(method, field, value, only[field])
+
+
+def same(config: Mapping[str, Any], fields: tuple[str, ...], kind: type, default: Any) -> Any:
+    """The value of a field that has several names. Raises `ModelError` if they contradict each other."""
+    found = {field: value for field in fields if (value := read(config, Key(field, kind, None))) is not None}
+    values = {field: value.lower() if isinstance(value, str) else value for field, value in found.items()}
+    if len(set(values.values())) > 1:
+        written = " and ".join(f"{field} {shown(value)}" for field, value in found.items())
+        raise ModelError(f"quantization_config: {written} contradict each other: correct one of them", "model")
+    return next(iter(values.values()), default)
+
+
+def check_block_name(method: str, config: Mapping[str, Any]) -> None:
+    """Raise `NotSupportedYet` if `block_name_to_quantize` names other layers than the decoder's."""
+    field = "block_name_to_quantize"
+    value = config.get(field)
+    written = value.split(",") if isinstance(value, str) else value or []
+    blocks = [full for block in BLOCKS for full in full_names(block)]
+    if not isinstance(written, list) or (written and not any(name in blocks for name in written)):
+        raise unsupported(method, field, value, "model.layers")
+
+
+def dynamic(method: str, config: Mapping[str, Any], fields: Collection[str],
+            make: Callable[[Mapping[str, Any]], LinearMethod]) -> Callable[[str], LinearMethod | None]:
+    """The method that GPTQModel's `dynamic` gives a module; None: it says nothing about it.
+
+    It maps a regular expression to fields that replace those of the whole checkpoint. "-:" in front of one leaves modules unquantized,
+    and these come first, wherever they stand. fields: those that can be replaced. make: the method of a quantization_config."""
+    found: list[tuple[re.Pattern[str], LinearMethod]] = []
+    written: dict[str, Any] = read(config, Key("dynamic", dict, {}))
+    for key in sorted(written, key=lambda key: not key.startswith("-:")):
+        values, pattern = written[key], compiled(key.removeprefix("-:").removeprefix("+:"), "dynamic")
+        if not isinstance(values, Mapping):
+            raise ModelError(f"quantization_config: dynamic has no object of fields for {key!r}: correct it", "model")
+        check_fields(method, values, () if key.startswith("-:") else {*fields, *RECORDED}, within=f"quantization_config.dynamic[{key!r}]")
+        found.append((pattern, DENSE if key.startswith("-:") else make({**config, **values})))
+    return lambda name: next((stored for pattern, stored in found if matched(name, pattern)), None)
 
 
 def names(config: Mapping[str, Any], key: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minivllm.families import LinearSpec
 from minivllm.quantization.base import LinearMethod, Matmul, MethodOf, ParamSpec
 from minivllm.quantization.dense import DENSE
+from minivllm.quantization.modules import check_fields, listed, names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,11 @@ METHOD = MXFP4Method()
 
 
 def method_of(config: Mapping[str, Any]) -> MethodOf:
-    """From a quantization_config with quant_method "mxfp4": every expert, and nothing else."""
+    """From a quantization_config with quant_method "mxfp4": every expert that is not excluded, and nothing else."""
+    excluded = "modules_to_not_convert"
+    check_fields("mxfp4", config, ("quant_method", excluded, "dequantize"))  # dequantize: how Transformers loads it
+    dense = listed(names(config, excluded), excluded)
+
     def choose(linear: LinearSpec) -> LinearMethod:
-        return METHOD if linear.dense else DENSE
+        return METHOD if linear.dense and not dense(linear.checkpoint_names[0]) else DENSE
     return choose

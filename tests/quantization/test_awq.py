@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minivllm.cli.main import main
 from minivllm.errors import ModelError, NotSupportedYet
-from minivllm.quantization.awq import method_of
+from minivllm.families import LinearSpec
+from minivllm.quantization.awq import AWQMethod, method_of
 from minivllm.quantization.packing import pack_awq
 from tests.models.tiny import hf_logits
 from tests.quantization.checkpoints import TOKENS, Quantized, check, grouped, in_groups, load, logits, ungrouped, write
@@ -41,6 +42,21 @@ def test_modules_to_not_convert_are_parts_of_names(tmp_path: Path) -> None:
     dense = ["k_proj", "layers.1.mlp", "model.layers.0.self_attn.o"]
     hf = write(tmp_path, {**CONFIG, "modules_to_not_convert": [*dense, "lm_head", "visual"]}, quantizer(32, *dense))
     check(tmp_path, hf)
+
+
+def test_dynamic_and_lm_head_of_gptqmodel_are_used(tmp_path: Path) -> None:
+    config = {**CONFIG, "lm_head": True, "desc_act": True, "dynamic": {".*down_proj": {"group_size": 48}, "-:.*layers.1.mlp": {}}}
+    assert isinstance(method_of(config)(LinearSpec("head", (96,), 64, ("lm_head",), False, "column")), AWQMethod)
+
+    def quantize(name: str, weight: Tensor) -> Quantized | None:
+        return None if "layers.1.mlp" in name else quantizer(48 if "down" in name else 32)(name, weight)
+
+    check(tmp_path, write(tmp_path, config | {"lm_head": False}, quantize))
+
+
+def test_outputs_that_do_not_fill_words_are_an_error() -> None:
+    with pytest.raises(NotSupportedYet, match=r"AWQ stores 8 outputs in a word, and a layer has \[64, 12\]"):
+        AWQMethod(32).parameters((64, 12), 64)
 
 
 @pytest.mark.parametrize("file", ["quant_config.json", "quantize_config.json"])
@@ -79,9 +95,13 @@ def test_random_weights_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"bits": 8}, r"awq with bits 8\) .* bits 4"), ({"w_bit": 3}, "awq with bits 3"), ({"version": "gemv"}, "version 'gemv'.*version gemm"),
-    ({"version": "GEMV_FAST"}, "version 'gemv_fast'"), ({"version": None, "format": "llm-awq"}, "version 'llm-awq'"),
+    ({"bits": 8}, r"awq with bits 8\) .* bits 4"), ({"bits": None, "w_bit": 3}, "awq with bits 3"),
+    ({"version": "gemv"}, "version 'gemv'.*version gemm"),
+    ({"version": "GEMV_FAST"}, "version 'gemv_fast'"), ({"version": None, "format": "llm-awq"}, "format 'llm-awq'"),
     ({"version": "exllama"}, "version 'exllama'"), ({"pack_dtype": "int16"}, "pack_dtype 'int16'"),
+    ({"checkpoint_format": "gemv"}, "checkpoint_format 'gemv'"), ({"act_bits": 8}, "act_bits 8"),
+    ({"group_sise": 64}, r"group_sise 64 is not known in awq checkpoints; did you mean 'group_size'\? Set it to null"),
+    ({"dynamic": {"x": {"bits": 8}}}, "awq with bits 8"), ({"block_name_to_quantize": "visual"}, "block_name_to_quantize 'visual'"),
 ])
 def test_another_layout_is_refused_by_name(change: dict[str, Any], says: str) -> None:
     with pytest.raises(NotSupportedYet, match=says):
@@ -97,6 +117,7 @@ def test_another_layout_is_refused_before_anything_is_downloaded(tmp_path: Path,
 @pytest.mark.parametrize(("change", "says"), [
     ({"group_size": 0}, "group_size must be at least 1, or -1"), ({"group_size": "32"}, "'group_size' must be of type int"),
     ({"group_size": None}, "got null"), ({"modules_to_not_convert": [1]}, "modules_to_not_convert must be a list of names"),
+    ({"w_bit": 8}, "bits 4 and w_bit 8 contradict each other"), ({"q_group_size": 64}, "group_size 32 and q_group_size 64 contradict"),
     ({"version": 1}, "'version' must be of type str"), ({"zero_point": "yes"}, "'zero_point' must be of type bool"),
 ])
 def test_a_damaged_configuration_is_an_error(change: dict[str, Any], says: str) -> None:

@@ -111,6 +111,12 @@ def test_a_state_that_does_not_describe_its_weight_is_an_error(change: dict[str,
         load(tmp_path)
 
 
+def test_weights_of_the_other_type_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path, NF4 | {"bnb_4bit_quant_type": "fp4"}, quantizer("nf4"))
+    with pytest.raises(ModelError, match=r"unexpected: \S+.weight.quant_state.bitsandbytes__nf4"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("missing", ["weight.absmax", "weight.quant_state.bitsandbytes__nf4"])
 def test_a_missing_part_is_an_error(missing: str, tmp_path: Path) -> None:
     write(tmp_path, NF4, quantizer())
@@ -121,7 +127,10 @@ def test_a_missing_part_is_an_error(missing: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type 'int4'.*nf4 or fp4"), ({"load_in_4bit": False}, "load_in_4bit False"),
-    ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage 'bfloat16'"),
+    ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage 'bfloat16'"), ({"load_in_8bit": True}, "load_in_4bit True"),
+    ({"_load_in_8bit": True}, "_load_in_8bit True"), ({"bnb_4bit_compute_dtype": "float64"}, "bnb_4bit_compute_dtype 'float64'"),
+    ({"load_in_4bit": False, "load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight True"),
+    ({"target_parameters": ["x"]}, "target_parameters .* is not known in bitsandbytes"),
 ])
 def test_other_variants_are_refused_by_name(change: dict[str, Any], says: str) -> None:
     with pytest.raises(NotSupportedYet, match=says):

@@ -76,8 +76,11 @@ def quantizer(weights: dict[str, Any], packed: bool = True, ordered: bool = Fals
     (config(group("pack-quantized", INT4 | {"actorder": "group"})), quantizer(INT4, ordered=True), {}),
     (config(group("pack-quantized", INT4 | {"actorder": "weight"})), quantizer(INT4), {}),
     (config(group("int-quantized", INT8, INT8 | {"dynamic": True, "strategy": "token"})), quantizer(INT8, packed=False), {}),
+    (config(group("int-quantized", INT8 | {"strategy": "group", "group_size": 32, "actorder": "group"})),
+     quantizer(INT8 | {"group_size": 32}, packed=False, ordered=True), {}),
     (config(group("naive-quantized", INT8 | {"symmetric": False, "strategy": "group", "group_size": 32})),
      quantizer(INT8 | {"symmetric": False, "group_size": 32}, packed=False), {}),
+    (config(group("float-quantized", FP8, {"num_bits": 8, "type": "float"})), fp8_quantizer(shape=(1,), inputs="input_scale"), {}),
     (config(group("float-quantized", FP8, FP8)), fp8_quantizer(shape=(1,), inputs="input_scale"), {}),
     (config(group("float-quantized", FP8 | {"strategy": "channel"}, DYNAMIC)), fp8_quantizer((1, 64)), {"intermediate_size": 64}),
     (config(group("naive-quantized", FP8 | {"strategy": "block", "block_structure": [32, 32]}, DYNAMIC)), fp8_quantizer((32, 32)), {}),
@@ -104,11 +107,26 @@ def test_groups_are_chosen_by_name_then_by_pattern_then_by_class(tmp_path: Path)
 
 
 def test_zeros_of_symmetric_weights_and_scales_of_inputs_are_skipped(tmp_path: Path) -> None:
-    described = config(group("int-quantized", INT8, INT8), kv_cache_scheme={"num_bits": 8, "type": "float"})
+    described = config(group("int-quantized", INT8, INT8 | {"strategy": "tensor"}), kv_cache_scheme={"num_bits": 8, "type": "float"})
     hf = write(tmp_path, described, quantizer(INT8, packed=False))
     extra = {"weight_zero_point": torch.zeros(64, 1, dtype=torch.int8), "input_scale": torch.ones(1), "input_zero_point": torch.zeros(1)}
     rewrite(tmp_path, lambda tensors: tensors.update({f"model.layers.0.mlp.down_proj.{name}": t for name, t in extra.items()}))
     check(tmp_path, hf)
+
+
+@pytest.mark.parametrize(("name", "values"), [("weight_zero_point", torch.ones(64, 1, dtype=torch.int8)),
+                                              ("weight_shape", torch.tensor([63, 96]))])
+def test_tensors_that_contradict_the_weights_are_an_error(name: str, values: Tensor, tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.down_proj"
+    write(tmp_path, config(group("int-quantized", INT8)), quantizer(INT8, packed=False), extra={f"{layer}.{name}": values})
+    with pytest.raises(ModelError, match=f"unexpected: {layer}.{name}"):
+        load(tmp_path)
+
+
+def test_weights_whose_inputs_are_not_quantized_here_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, config(group("int-quantized", INT8, INT8 | {"dynamic": True, "strategy": "token"})), quantizer(INT8, packed=False))
+    load(tmp_path)
+    assert capsys.readouterr().err.count("inputs of the int8 weights stay in 16 bits, where the checkpoint describes 8") == 1
 
 
 @pytest.mark.parametrize("weights", [INT4, INT4 | {"symmetric": False, "actorder": "group"}, INT8])
@@ -129,6 +147,18 @@ def test_random_weights_run(weights: dict[str, Any], tmp_path: Path) -> None:
     (config(group("float-quantized", FP8 | {"strategy": "group", "group_size": 16})), "strategy of float weights 'group'"),
     (config(group("pack-quantized", FP8)), "format of float weights 'pack-quantized'"),
     (config(group("pack-quantized", INT4) | {"output_activations": FP8}), "output_activations"),
+    (config(group("pack-quantized", INT4) | {"x": 1}), r"quantization_config.config_groups.group_0: x 1 is not known"),
+    (config(group("pack-quantized", INT4 | {"num_bitz": 3})), "weights: num_bitz 3 is not known .* did you mean 'num_bits'"),
+    (config(group("pack-quantized", INT4), moe_sparsity_config={"x": 1}), "moe_sparsity_config"),
+    (config(group("pack-quantized", INT4), quantization_status="decompressed"), "quantization_status 'decompressed'"),
+    (config(group("pack-quantized", INT4, targets=("Embedding", "Linear"))), "targets 'Embedding'.* targets Linear"),
+    (config(group("pack-quantized", INT4 | {"dynamic": True})), "dynamic of weights True"),
+    (config(group("float-quantized", FP8 | {"symmetric": False})), "symmetric of float weights False"),
+    *((config(group("float-quantized", FP8, DYNAMIC | change)), says) for change, says in (
+        ({"type": "int"}, "type of input_activations 'int'"), ({"num_bits": 4}, "num_bits of input_activations 4"),
+        ({"symmetric": False}, "symmetric of input_activations"), ({"dynamic": False}, "strategy of input_activations 'token'"),
+        ({"strategy": "group", "group_size": 128}, "strategy of input_activations 'group'"), ({"x": 1}, "input_activations: x 1"))),
+    (config(group("pack-quantized", INT4, INT4 | {"strategy": "token", "dynamic": True})), "num_bits of input_activations 4"),
 ])
 def test_other_formats_are_refused_by_name(described: dict[str, Any], says: str) -> None:
     with pytest.raises(NotSupportedYet, match=says):
@@ -138,7 +168,9 @@ def test_other_formats_are_refused_by_name(described: dict[str, Any], says: str)
 @pytest.mark.parametrize(("change", "says"), [
     ({"config_groups": None}, "'config_groups' must be of type dict"), ({"config_groups": {"g": 1}}, "config_groups.g must be an object"),
     ({"config_groups": {"g": {"targets": ["Linear"]}}}, "has no 'weights'"), ({"ignore": [1]}, "ignore must be a list of names"),
-    ({"format": None}, "'format' must be of type str"),
+    ({"format": None}, "'format' must be of type str"), ({"config_groups": {}}, "config_groups is empty"),
+    ({"kv_cache_scheme": 8}, "'kv_cache_scheme' must be of type dict"),
+    (config(group("pack-quantized", INT4 | {"block_structure": [2, 2]})), "block_structure .* needs strategy 'block', got 'group'"),
 ])
 def test_a_damaged_configuration_is_an_error(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError, match=says):

@@ -93,6 +93,29 @@ def test_scales_of_a_quantized_kv_cache_are_skipped_with_a_line(tmp_path: Path, 
     assert "6 scales for a quantized KV cache in the checkpoint are not used" in capsys.readouterr().err
 
 
+def test_scales_that_are_powers_of_two_take_one_byte(tmp_path: Path) -> None:
+    def quantize(name: str, weight: Tensor) -> Quantized | None:
+        found = quantizer((32, 32), "weight_scale_inv")(name, weight)
+        if found is None:
+            return None
+        scale = found[0]["weight_scale_inv"].log2().ceil().exp2()
+        full = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        codes = (weight / full).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale_inv": scale.to(torch.float8_e8m0fnu)}, codes.float() * full
+
+    check(tmp_path, write(tmp_path, BLOCKS | {"scale_fmt": "ue8m0"}, quantize))
+
+
+@pytest.mark.parametrize("extra", [
+    {"weight_scale_inv": torch.tensor(5.0)}, {"activation_scale": torch.tensor(5.0)}, {"weight_zero_point": torch.tensor(5.0)},
+    {"k_scale": torch.tensor(5.0)},  # of a layer that has no keys
+])
+def test_a_second_scale_or_a_zero_is_an_error(extra: dict[str, Tensor], tmp_path: Path) -> None:
+    write(tmp_path, STATIC, quantizer(inputs="input_scale"), extra={f"model.layers.0.mlp.up_proj.{name}": t for name, t in extra.items()})
+    with pytest.raises(ModelError, match=rf"unexpected: \S+up_proj.{next(iter(extra))}"):
+        load(tmp_path)
+
+
 def test_a_missing_scale_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, STATIC, quantizer(inputs="input_scale"))
     rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.input_scale"))
@@ -109,6 +132,9 @@ def test_random_weights_run(config: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "error", "says"), [
     ({"activation_scheme": "token"}, NotSupportedYet, "activation_scheme 'token'"), ({"fmt": "e5m2"}, NotSupportedYet, "fmt 'e5m2'"),
     ({"modules_to_convert": ["embed_tokens"]}, NotSupportedYet, "modules_to_convert"),
+    ({"scale_fmt": "int"}, NotSupportedYet, "scale_fmt 'int'.* float or ue8m0"), ({"expert_dtype": "fp4"}, NotSupportedYet, "expert_dtype"),
+    ({"exclude_modules": ["x"]}, NotSupportedYet, "exclude_modules .* is not known in fp8"), ({"bits": 4}, NotSupportedYet, "bits 4"),
+    ({"activation_scale_ub": 1200.0}, NotSupportedYet, "activation_scale_ub 1200.0 is not known"),
     ({"weight_block_size": [128]}, ModelError, "weight_block_size must be a list of two sizes"),
     ({"weight_block_size": [0, 128]}, ModelError, "weight_block_size must be"), ({"ignored_layers": "x"}, ModelError, "'ignored_layers'"),
 ])

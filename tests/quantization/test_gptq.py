@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from minivllm.errors import ModelError, NotSupportedYet
+from minivllm.families import LinearSpec
+from minivllm.models.loader import weight_bytes
 from minivllm.quantization.gptq import method_of
 from minivllm.quantization.packing import pack_bits, pack_gptq, pack_gptq_zeros
 from minivllm.quantization.parts import PartsMatmul
 from tests.models.test_loader import rewrite
-from tests.quantization.checkpoints import Quantized, check, grouped, in_groups, load, logits, ungrouped, write
+from tests.quantization.checkpoints import Quantized, check, grouped, in_groups, load, logits, resident, ungrouped, write
 
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 
@@ -49,7 +51,8 @@ def quantizer(bits: int = 4, group: int = 32, sym: bool = True, desc_act: bool =
 @pytest.mark.parametrize(("settings", "model"), [
     ({}, {}), ({"sym": False}, {}), ({"group_size": -1, "sym": False}, {}), ({"group_size": 128}, {"intermediate_size": 192}),
     ({"bits": 8}, {}), ({"bits": 8, "sym": False}, {}), ({"bits": 2, "sym": False}, {}), ({"bits": 3, "sym": False}, {}), ({"bits": 3}, {}),
-    ({"desc_act": True}, {}), ({"desc_act": True, "sym": False, "bits": 8}, {"family": "Qwen2"}),
+    ({"desc_act": True}, {}), ({"desc_act": True, "static_groups": True}, {}),
+    ({"desc_act": True, "sym": False, "bits": 8}, {"family": "Qwen2"}),
     ({"desc_act": True, "group_size": 64}, {}), ({"desc_act": True, "group_size": -1}, {}),  # 96 inputs: groups of 64 and 32
     ({"checkpoint_format": "gptq_v2", "sym": False}, {}), ({"format": "gptq_v2", "sym": False, "bits": 3}, {}),
     ({"lm_head": True, "sym": False}, {}), ({"lm_head": True, "bits": 3}, {"vocab_size": 99}),
@@ -58,7 +61,8 @@ def quantizer(bits: int = 4, group: int = 32, sym: bool = True, desc_act: bool =
 def test_logits_equal_those_of_the_dequantized_weights(settings: dict[str, Any], model: dict[str, Any], tmp_path: Path) -> None:
     config = CONFIG | settings
     v2 = "gptq_v2" in (config.get("format"), config.get("checkpoint_format"))
-    quantize = quantizer(config["bits"], config["group_size"], config["sym"], config["desc_act"], v2, config.get("lm_head", False))
+    ordered = config["desc_act"] and not config.get("static_groups", False)
+    quantize = quantizer(config["bits"], config["group_size"], config["sym"], ordered, v2, config.get("lm_head", False))
 
     def blocks_only(name: str, weight: Tensor) -> Quantized | None:
         return None if "project" in name else quantize(name, weight)
@@ -109,12 +113,26 @@ def test_only_the_named_modules_of_a_block_are_quantized(tmp_path: Path) -> None
     check(tmp_path, write(tmp_path, CONFIG | {"modules_in_block_to_quantize": only}, quantize))
 
 
-def test_the_first_pattern_of_dynamic_that_matches_a_module_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("announced", "stored"), [("gptq_v2", False), ("gptq", True)])
+def test_zeros_of_the_other_checkpoint_format_are_an_error(announced: str, stored: bool, tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | {"checkpoint_format": announced}, quantizer(v2=stored))
+    with pytest.raises(ModelError, match=rf"zeros .* are {9 if stored else 7} as {announced} .*with sym they are 8: correct check"):
+        load(tmp_path)
+
+
+def test_fields_that_record_how_a_checkpoint_was_made_change_nothing() -> None:
+    made = {"meta": {"quantizer": ["gptqmodel:5"]}, "damp_percent": 0.1, "true_sequential": True, "provider": "auto-round", "iters": 200,
+            "block_name_to_quantize": "model.layers,visual.blocks", "unknown": None, "also_unknown": False, "extra_config": {}}
+    linear = LinearSpec("layers.0.down", (64,), 96, ("layers.0.mlp.down_proj",), False, "row")
+    assert method_of(CONFIG | made)(linear) == method_of(CONFIG)(linear)
+
+
+def test_exclusions_of_dynamic_come_first_and_then_the_first_pattern_that_matches(tmp_path: Path) -> None:
     dynamic = {r"-:model\.layers\.0\.mlp": {}, r"+:.*\.down_proj": {"bits": 8, "group_size": 48}, r".*\.(k|v)_proj$": {"sym": False},
-               r".*\.v_proj$": {"bits": 2}, "-:lm_head": {}}
+               r".*\.v_proj$": {"bits": 2}, "-:lm_head": {}, r"-:model\.layers\.1\.mlp\.down": {}}
 
     def quantize(name: str, weight: Tensor) -> Quantized | None:
-        if name.startswith("model.layers.0.mlp") or "head" in name:
+        if name.startswith(("model.layers.0.mlp", "model.layers.1.mlp.down")) or "head" in name:
             return None
         if name.endswith("down_proj"):
             return quantizer(8, 48)(name, weight)
@@ -133,7 +151,9 @@ def test_the_separate_file_of_old_checkpoints_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{}, {"desc_act": True}, {"bits": 3}, {"lm_head": True}])
 def test_random_weights_run(change: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, CONFIG | change, quantizer())
-    assert bool(logits(load(tmp_path, "dummy")).isfinite().all())
+    model = load(tmp_path, "dummy")
+    assert bool(logits(model).isfinite().all())
+    assert resident(model) == weight_bytes(model.spec, model.build) or change  # without a random order, and zeros of whole bytes
 
 
 def test_a_group_size_that_the_weights_contradict_is_an_error(tmp_path: Path) -> None:
@@ -146,8 +166,12 @@ def test_a_group_size_that_the_weights_contradict_is_an_error(tmp_path: Path) ->
 @pytest.mark.parametrize(("change", "says"), [
     ({"bits": 5}, r"gptq with bits 5\) .* bits 2 or 3 or 4 or 8"), ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({"format": "gptq_p"}, "checkpoint_format 'gptq_p'"), ({"pack_dtype": "int16"}, "pack_dtype 'int16'"),
-    ({"is_marlin_format": True}, "is_marlin_format True"), ({"dynamic": {"x": {"pack_dtype": "int8"}}}, "pack_dtype of dynamic 'int8'"),
-    ({"dynamic": {"x": {"bits": 6}}}, "bits 6"),
+    ({"is_marlin_format": True}, "is_marlin_format True"), ({"dynamic": {"x": {"bits": 6}}}, "bits 6"),
+    ({"dynamic": {"x": {"pack_dtype": "int8"}}}, r"quantization_config.dynamic\['x'\]: pack_dtype 'int8' is not known"),
+    ({"dynamic": {"x": {"checkpoint_format": "gptq_v2"}}}, r"dynamic\['x'\]: checkpoint_format 'gptq_v2' is not known"),
+    ({"dynamic": {"-:x": {"bits": 8}}}, r"dynamic\['-:x'\]: bits 8 is not known"),
+    ({"adapter": {"path": "x"}}, "adapter .* is not known in gptq"), ({"modules_to_not_convert": ["x"]}, "modules_to_not_convert"),
+    ({"block_name_to_quantize": "model.vision"}, "block_name_to_quantize 'model.vision'"), ({"data_type": "mx_fp"}, "data_type 'mx_fp'"),
 ])
 def test_another_layout_is_refused_by_name(change: dict[str, Any], says: str) -> None:
     with pytest.raises(NotSupportedYet, match=says):
@@ -155,6 +179,8 @@ def test_another_layout_is_refused_by_name(change: dict[str, Any], says: str) ->
 
 
 @pytest.mark.parametrize(("change", "says"), [
+    ({"format": "gptq_v2", "checkpoint_format": "gptq"}, "checkpoint_format 'gptq' and format 'gptq_v2' contradict each other"),
+    ({"static_groups": "yes"}, "'static_groups' must be of type bool"),
     ({"bits": True}, "'bits' must be of type int"), ({"group_size": -2}, "group_size must be"),
     ({"dynamic": []}, "'dynamic' must be of type"), ({"bits": None}, "'bits' must be of type int, got null"),
     ({"modules_in_block_to_quantize": [["q_proj"], [3]]}, "modules_in_block_to_quantize must be a list of names, and contains 3"),

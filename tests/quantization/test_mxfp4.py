@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minivllm.quantization.mxfp4 import VALUES, dequantize
+from minivllm.errors import NotSupportedYet
+from minivllm.families import LinearSpec
+from minivllm.quantization.dense import DENSE
+from minivllm.quantization.mxfp4 import METHOD, VALUES, dequantize, method_of
 from tests.models.test_parity import MODELS
 from tests.models.tiny import make_hf
 from tests.quantization.checkpoints import check, load
@@ -31,6 +34,14 @@ def test_dequantized_values_are_those_of_transformers() -> None:
     blocks, scales = torch.randint(256, (6, 3, 16), dtype=torch.uint8), torch.randint(100, 140, (6, 3), dtype=torch.uint8)
     want = mxfp4.convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.float32)  # [1, K, N]
     torch.testing.assert_close(dequantize(blocks.flatten(1), scales), want[0].T, atol=0.0, rtol=0.0)
+
+
+def test_excluded_experts_are_plain_matrices_and_other_fields_are_refused() -> None:
+    expert = LinearSpec("layers.1.experts_down.0.0", (64,), 64, ("layers.1.mlp.experts.0.down_proj",), False, "row", dense=True)
+    excluded = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.1.mlp.experts", "model.layers.*.self_attn"]}
+    assert method_of(excluded)(expert) is DENSE and method_of({"quant_method": "mxfp4"})(expert) is METHOD
+    with pytest.raises(NotSupportedYet, match="group_size 16 is not known in mxfp4"):
+        method_of({"quant_method": "mxfp4", "group_size": 16})
 
 
 def test_logits_equal_those_of_the_dequantized_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
