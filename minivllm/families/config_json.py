@@ -27,6 +27,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "query_pre_attn_scalar": (1e-6, 1e9), "attention_multiplier": (0.0, 1e6), "attn_logit_softcapping": (1e-3, 1e6),
     "final_logit_softcapping": (1e-3, 1e6), "logit_scale": (0.0, 1e6), "logits_scaling": (1e-6, 1e6), "embedding_multiplier": (0.0, 1e6),
     "residual_multiplier": (1e-6, 1e6),
+    "rotary_pct": (1e-6, 1.0), "rotary_emb_base": (1.0, 1e15), "rope_local_base_freq": (1.0, 1e15),
     "rope_theta": (1.0, 1e15), "factor": (1.0, 1e6), "beta_fast": (0.0, 1e6),
     "beta_slow": (0.0, 1e6), "low_freq_factor": (0.0, 1e6), "high_freq_factor": (0.0, 1e6), "attention_factor": (0.0, 1e3),
     "num_experts": (1, 2**16), "num_local_experts": (1, 2**16), "num_experts_per_tok": (1, 2**16), "moe_intermediate_size": (1, 2**24),
@@ -41,7 +42,7 @@ _DTYPES = {"float32": "float32", "float": "float32", "float64": "float32", "doub
 
 
 class Key(NamedTuple):
-    """Read a field from config.json. A missing (or null) key gets `default`; `REQUIRED` makes it an error."""
+    """Read a field from config.json. A missing (or null) key gets `default`; `REQUIRED` makes it an error. A null bool is False."""
 
     name: str
     type: type
@@ -56,7 +57,7 @@ def read(config: Config, key: Key) -> Any:
             if key.name in config:
                 raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got null")
             raise model_error(f"config.json has no {key.name!r}{nearest(key.name, config)}")
-        return key.default
+        return False if key.type is bool and key.name in config else key.default
     if not isinstance(value, (int, float) if key.type is float else key.type) or (isinstance(value, bool) and key.type is not bool):
         raise model_error(f"config.json: {key.name!r} must be of type {key.type.__name__}, got {shown(value)}")
     return value if key.type not in (int, float) else _within_limits(key, value)
@@ -126,8 +127,13 @@ def head_dim(config: Config) -> int:
     return int(hidden // heads)
 
 
-def kv_heads(config: Config) -> int:
-    return int(read(config, Key("num_key_value_heads", int, read(config, Key("num_attention_heads", int)))))
+def kv_heads(default: int | None = None) -> Callable[[Config], int]:
+    """`num_key_value_heads`; an explicit null means as many as attention heads. default: of a missing key; None: as many too."""
+    def read_heads(config: Config) -> int:
+        if default is not None and "num_key_value_heads" not in config:
+            return default
+        return int(read(config, Key("num_key_value_heads", int, read(config, Key("num_attention_heads", int)))))
+    return read_heads
 
 
 # config.json's names of activation functions -> ours
@@ -171,7 +177,8 @@ def windows_by_layer(config: Config) -> tuple[int | None, ...]:
         return tuple(window if i >= first else None for i in range(layers))
     _check_types(types, layers)
     if window is None and "sliding_attention" in types:
-        raise model_error("config.json: layer_types names sliding_attention, but use_sliding_window is off or sliding_window is null")
+        raise model_error("config.json: layer_types names sliding_attention, but use_sliding_window is off or sliding_window is null: "
+                          "set both, or name full_attention only")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -183,21 +190,23 @@ def _check_types(types: list[Any], layers: int) -> None:
             raise model_error(f"config.json: layer type {shown(kind)} is not supported; full_attention and sliding_attention are")
 
 
-def layer_types(config: Config, pattern: int) -> list[str]:
-    """`layer_types`, or windows in all layers but each `sliding_window_pattern`-th (by default each `pattern`-th)."""
+def layer_types(config: Config, pattern: int, key: str | None = "sliding_window_pattern") -> list[str]:
+    """`layer_types`, or windows in all layers but each `pattern`-th. key: another number for this; None: Transformers reads none."""
     types, layers = read(config, Key("layer_types", list, None)), num_layers(config)
     if types is None:
-        each = read(config, Key("sliding_window_pattern", int, pattern))
+        each = read(config, Key(key, int, pattern)) if key is not None else pattern
         return ["sliding_attention" if (i + 1) % each else "full_attention" for i in range(layers)]
     _check_types(types, layers)
     return types
 
 
-def windows_by_type(pattern: int) -> Callable[[Config], list[int | None]]:
-    """One window per layer, from `layer_types`. A missing `sliding_window` means 4096, an explicit null full attention everywhere."""
+def windows_by_type(
+    pattern: int, default: int = 4096, key: str | None = "sliding_window_pattern",
+) -> Callable[[Config], list[int | None]]:
+    """One window per layer: see `layer_types`. A missing `sliding_window` means `default`, an explicit null full attention everywhere."""
     def read_windows(config: Config) -> list[int | None]:
-        window = one_window(4096)(config)
-        return [window if kind == "sliding_attention" else None for kind in layer_types(config, pattern)]
+        window = one_window(default)(config)
+        return [window if kind == "sliding_attention" else None for kind in layer_types(config, pattern, key)]
     return read_windows
 
 
@@ -215,23 +224,30 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 def rope(config: Config, max_len: int, *, head: int, partial: float | None = None, dim: int = 0, interleaved: bool = False,
-         theta: float = 10000.0) -> tuple[RopeSpec, int]:
+         theta: float = 10000.0, original: int | None = None, missing: Config | None = None) -> tuple[RopeSpec, int]:
     """-> (rotary embedding, context length with its scaling applied). max_len: `max_position_embeddings`, in tokens. head: head_dim.
 
     partial: default of `partial_rotary_factor`, the part of a head's dimensions that is rotated; None: only 1 is supported. dim: number of
-    these dimensions, for families that state it otherwise. interleaved: see `RopeSpec`. theta: default of `rope_theta`.
+    these dimensions, for families that state it otherwise. interleaved: see `RopeSpec`. theta: default of `rope_theta`. original: of
+    `original_max_position_embeddings`, in tokens. missing: the parameters of a config.json without any.
     Transformers 5 writes all keys into `rope_parameters`. Transformers 4 writes `rope_theta` and an optional `rope_scaling`.
     """
+    if missing is not None and not config.get("rope_scaling") and config.get("rope_parameters") is None:
+        config = {**config, "rope_parameters": missing}
+    if original is not None:
+        config = _with_original(config, original)
     spec, length = _rope(config, max_len, head, partial, dim, theta)
     return dataclasses.replace(spec, interleaved=interleaved), length
 
 
 def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: int, theta: float) -> tuple[RopeSpec, int]:
-    params = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(params, Mapping) or any(isinstance(v, Mapping) for v in params.values()):
-        raise model_error("config.json: rotary parameters per layer type are not supported")
+    params = rope_parameters(config)
+    if nested := next((key for key, value in params.items() if isinstance(value, Mapping)), None):
+        raise model_error(f"config.json: rope_parameters per layer type ({shown(nested)}) are not supported: this architecture has one set")
     both = {**config, **{key: value for key, value in params.items() if value is not None}}  # a key in both has the inner value
     part = read(both, Key("partial_rotary_factor", float, partial or 1.0))
+    if partial not in (None, 1.0) and "partial_rotary_factor" in both and both["partial_rotary_factor"] is None:
+        raise model_error("config.json: 'partial_rotary_factor' must be of type float, got null: write the number, or remove the key")
     if part != 1.0:
         dim = int(head * part)
         if partial is None:
@@ -242,7 +258,8 @@ def _rope(config: Config, max_len: int, head: int, partial: float | None, dim: i
     kind = params.get("rope_type") or params.get("type") or "default"
     if kind in ("su", "yarn") and "short_factor" in params:
         kind = "longrope"  # its names in Phi-3's first files
-    original = read(both, Key("original_max_position_embeddings", int, max_len))
+    length = Key("original_max_position_embeddings", int, None)  # a key in both has the outer value, unlike the others
+    original = read(config, length) or read(params, length) or max_len
     if kind == "default":
         return RopeSpec(theta=theta, dim=dim, original_max_len=max_len), max_len
     if kind == "longrope":
@@ -283,18 +300,30 @@ def _longrope(spec: RopeSpec, params: Config, max_len: int, head: int) -> RopeSp
                                short_factors=divisors("short_factor"), long_factors=divisors("long_factor"))
 
 
-def rope_by_type(config: Config, kind: str) -> Config:
-    """config.json with the rotary parameters of one layer type.
+def _with_original(config: Config, default: int) -> Config:
+    """config.json with `original_max_position_embeddings` outside of the rotary parameters, where alone Transformers reads it."""
+    key = Key("original_max_position_embeddings", int, default)
+    if key.name not in config and (inner := read(rope_parameters(config), key)) != default:
+        raise model_error(f"config.json: {key.name} {shown(inner)} is inside the rotary parameters, where Transformers does not read "
+                          "it for this architecture: write it beside them")
+    return {key.name: default, **config}
 
-    Transformers 4 wrote `rope_scaling` and `rope_theta` for full attention, and `rope_local_base_freq` for layers with a window. If that is
-    missing, both have the same base."""
-    both = config.get("rope_parameters")
-    if isinstance(both, Mapping) and any(isinstance(params, Mapping) for params in both.values()):
-        return {**config, "rope_scaling": None, "rope_parameters": both.get(kind) or {}}
-    if kind == "full_attention":
-        return config
-    return {**config, "rope_scaling": None, "rope_parameters": None,
-            "rope_theta": read(config, Key("rope_local_base_freq", float, config.get("rope_theta")))}
+
+def rope_parameters(config: Config) -> Config:
+    """The parameters of a rotary embedding, or of one for each layer type. Raises `ModelError` if they are no object."""
+    return read(config, Key("rope_scaling", dict, {})) or read(config, Key("rope_parameters", dict, {}))
+
+
+def rope_by_type(config: Config, kind: str, base: Key) -> Config:
+    """config.json with the rotary parameters of one layer type. base: the key and the default of its `rope_theta`.
+
+    Transformers 5 writes `rope_parameters` with one set for each layer type. Transformers 4 wrote `rope_scaling`, for layers with full
+    attention only."""
+    both, scaling = read(config, Key("rope_parameters", dict, {})), read(config, Key("rope_scaling", dict, {}))
+    if both and not any(isinstance(params, Mapping) for params in both.values()):
+        raise model_error("config.json: rope_parameters must have one set of parameters for full_attention and one for sliding_attention")
+    params = {**read(both, Key(kind, dict, {})), **(scaling if kind == "full_attention" else {})}
+    return {**config, "rope_scaling": None, "rope_parameters": params, "rope_theta": read(config, base)}
 
 
 def _scaled(length: int, factor: float) -> int:

@@ -16,23 +16,29 @@ def _latent(config: Config) -> LatentSpec:
     """DeepSeek's multi-head latent attention."""
     def size(name: str, default: int) -> int:
         return int(read(config, Key(name, int, default)))
+    rotated = size("qk_rope_head_dim", 64)
+    if (head := size("head_dim", rotated)) != rotated:
+        raise model_error(f"config.json: head_dim {head} must be qk_rope_head_dim {rotated}: correct or remove it")
     return LatentSpec(
-        q_rank=read(config, Key("q_lora_rank", int, None)), rank=size("kv_lora_rank", 512), nope_dim=size("qk_nope_head_dim", 128),
-        rope_dim=size("qk_rope_head_dim", 64), value_dim=size("v_head_dim", 128))
+        q_rank=config_json.nullable("q_lora_rank", int, 1536)(config), rank=size("kv_lora_rank", 512),
+        nope_dim=size("qk_nope_head_dim", 128), rope_dim=rotated, value_dim=size("v_head_dim", 128))
 
 
 def _latent_scale(config: Config) -> float:
-    """Factor on the scores: YaRN sharpens them by its `mscale_all_dim`, squared."""
-    sizes, params = _latent(config), config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """Factor on the scores: scaled positions sharpen them by `mscale_all_dim`, squared."""
+    sizes, params = _latent(config), config_json.rope_parameters(config)
     scale = float((sizes.nope_dim + sizes.rope_dim) ** -0.5)
-    sharper = read(params, Key("mscale_all_dim", float, 0.0)) if (params.get("rope_type") or params.get("type")) == "yarn" else 0.0
+    scaled = (params.get("rope_type") or params.get("type") or "default") != "default"
+    sharper = read(params, Key("mscale_all_dim", float, 0.0)) if scaled else 0.0
     factor = read(params, Key("factor", float, 1.0))
     return scale * (0.1 * sharper * math.log(factor) + 1.0) ** 2 if sharper and factor > 1.0 else scale
 
 
-def _after_first(config: Config) -> Sequence[bool]:
+def _after_first(default: int) -> Callable[[Config], Sequence[bool]]:
     """All layers but the first `first_k_dense_replace`."""
-    return [i >= read(config, Key("first_k_dense_replace", int, 0)) for i in range(config_json.num_layers(config))]
+    def read_sparse(config: Config) -> Sequence[bool]:
+        return [i >= read(config, Key("first_k_dense_replace", int, default)) for i in range(config_json.num_layers(config))]
+    return read_sparse
 
 
 def _limited(key: str) -> Callable[[Config], int]:
@@ -59,10 +65,11 @@ DEEPSEEK_V2 = LLAMA.variant(
         "scale": Key("routed_scaling_factor", float, 1.0),
         "groups": _limited("n_group"),
         "top_groups": _limited("topk_group"),
-        "shared": shared(Key("moe_intermediate_size", int), Key("n_shared_experts", int, 0)),
+        "activation": config_json.activation(Key("hidden_act", str, "silu")),
+        "shared": shared(Key("moe_intermediate_size", int), Key("n_shared_experts", int, 2)),
     },
-    sparse=PerLayer(_after_first),
-    fixed=(Key("moe_layer_freq", int, 1),),
+    sparse=PerLayer(_after_first(0)),
+    fixed=(Key("moe_layer_freq", int, 1), Key("mlp_bias", bool, False)),
     names={
         **EXPERT_NAMES,
         "shared_gate_up": ("layers.{i}.mlp.shared_experts.gate_proj", "layers.{i}.mlp.shared_experts.up_proj"),
@@ -77,7 +84,8 @@ DEEPSEEK_V2 = LLAMA.variant(
     },
 )
 DEEPSEEK_V3 = DEEPSEEK_V2.variant(
-    model={"extra_layers": Key("num_nextn_predict_layers", int, 0)},
+    model={"max_model_len": Key("max_position_embeddings", int, 4096), "extra_layers": Key("num_nextn_predict_layers", int, 1)},
+    sparse=PerLayer(_after_first(3)),
     moe={
         "renormalize": Key("norm_topk_prob", bool, True),
         "scale": Key("routed_scaling_factor", float, 2.5),

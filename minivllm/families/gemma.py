@@ -9,9 +9,9 @@ from minivllm.families.spec import RopeSpec
 
 
 def _activation(config: Config) -> str:
-    """Early files name GELU and mean its tanh approximation."""
-    name = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
-    return "gelu_tanh" if name == "gelu" else config_json.activation(Key("hidden_act", str))({"hidden_act": name})
+    """Files of the first Gemma name GELU and mean its tanh approximation."""
+    name = config_json.activation(Key("hidden_act", str, "gelu_pytorch_tanh"))(config)
+    return "gelu_tanh" if name == "gelu" else name
 
 
 def _multiplier(config: Config) -> float:
@@ -21,9 +21,8 @@ def _multiplier(config: Config) -> float:
 def _gemma3_ropes(config: Config) -> list[RopeSpec]:
     """`max_position_embeddings` is the context length after scaling."""
     by_type, length, head = {}, read(config, Key("max_position_embeddings", int, 131072)), read(config, Key("head_dim", int, 256))
-    for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4)):
-        params = config_json.rope_by_type({"rope_theta": theta, "rope_local_base_freq": 1e4, **config}, kind)
-        by_type[kind] = config_json.rope(params, length, head=head)[0]
+    for kind, base in (("full_attention", Key("rope_theta", float, 1e6)), ("sliding_attention", Key("rope_local_base_freq", float, 1e4))):
+        by_type[kind] = config_json.rope(config_json.rope_by_type(config, kind, base), length, head=head)[0]
     return [by_type[kind] for kind in config_json.layer_types(config, 6)]
 
 
@@ -34,7 +33,7 @@ GEMMA = LLAMA.variant(
         "norm_offset": 1.0,
         "embed_scale": lambda config: read(config, Key("hidden_size", int)) ** 0.5,
     },
-    attention={"head_dim": Key("head_dim", int, 256)},
+    attention={"num_kv_heads": config_json.kv_heads(16), "head_dim": Key("head_dim", int, 256)},
     mlp={"activation": _activation, "bias": False},
     fixed=(Key("use_bidirectional_attention", bool, False),),
 )
@@ -43,8 +42,10 @@ GEMMA2 = GEMMA.variant(
     attention={
         "multiplier": _multiplier,
         "softcap": config_json.nullable("attn_logit_softcapping", float, 50.0),
-        "window": PerLayer(config_json.windows_by_type(2)),
+        "window": PerLayer(config_json.windows_by_type(2, key=None)),
+        "num_kv_heads": config_json.kv_heads(4),
     },
+    mlp={"activation": config_json.activation(Key("hidden_activation", str, "gelu_pytorch_tanh"))},
     block="sandwich",
     names={
         "attn_out_norm": ("layers.{i}.post_attention_layernorm",),
@@ -59,14 +60,16 @@ GEMMA3 = GEMMA2.variant(
     },
     attention={
         "qk_norm": "head",
-        "softcap": config_json.nullable("attn_logit_softcapping", float, None),
+        "softcap": None,
         "window": PerLayer(config_json.windows_by_type(6)),
         "rope": PerLayer(_gemma3_ropes),
     },
+    fixed=(Key("attn_logit_softcapping", float, None),),  # Transformers reads this key and does not use it
 )
 # The models from 4B on also read images. Their text_config leaves out what has the default value.
 GEMMA3_WITH_IMAGES = GEMMA3.variant(
     model={"vocab_size": Key("vocab_size", int, 262208)},
     attention={"num_heads": Key("num_attention_heads", int, 8), "num_kv_heads": Key("num_key_value_heads", int, 4)},
     text_config=True,
+    fixed=(Key("final_logit_softcapping", float, None),),  # Transformers caps the logits of the classes without images only
 )

@@ -21,7 +21,7 @@ LLAMA = Family(
     },
     attention={
         "num_heads": Key("num_attention_heads", int),
-        "num_kv_heads": config_json.kv_heads,
+        "num_kv_heads": config_json.kv_heads(),
         "head_dim": config_json.head_dim,
         "window": None,
         "qk_norm": None,
@@ -50,12 +50,16 @@ LLAMA = Family(
 )
 MISTRAL = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 131072)},
-    attention={"window": config_json.one_window(4096), "qkv_bias": False, "out_bias": False},
+    attention={
+        "num_kv_heads": config_json.kv_heads(8), "window": config_json.one_window(4096), "qkv_bias": False, "out_bias": False,
+    },
     mlp={"bias": False},
 )
 QWEN2 = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 32768)},
-    attention={"window": PerLayer(config_json.windows_by_layer), "qkv_bias": True, "out_bias": False},
+    attention={
+        "num_kv_heads": config_json.kv_heads(32), "window": PerLayer(config_json.windows_by_layer), "qkv_bias": True, "out_bias": False,
+    },
     mlp={"bias": False},
 )
 QWEN3 = QWEN2.variant(attention={

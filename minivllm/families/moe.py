@@ -32,6 +32,11 @@ def _qwen2_windows(config: Config) -> Sequence[int | None]:
     return config_json.windows_by_layer(config)
 
 
+def _gpt_oss_head_dim(config: Config) -> int:
+    """A missing key means 64, an explicit null hidden_size / heads."""
+    return config_json.head_dim({"head_dim": 64, **config})
+
+
 def shared(size: Key, count: Key | None = None) -> Callable[[Config], MLPSpec | None]:
     """A shared expert of this size, or of the size of `count` experts. None: there is none."""
     def read_shared(config: Config) -> MLPSpec | None:
@@ -55,15 +60,18 @@ _QWEN_EXPERTS = {
     "top_k": Key("num_experts_per_tok", int),
     "intermediate_size": Key("moe_intermediate_size", int),
     "renormalize": Key("norm_topk_prob", bool, False),
+    "activation": config_json.activation(Key("hidden_act", str, "silu")),
 }
 MIXTRAL = MISTRAL.variant(
     model={"norm_eps": Key("rms_norm_eps", float, 1e-5)},
     attention={"window": config_json.one_window(None)},
+    rope={"theta": 1000000.0},
     moe={
         "num_experts": _num_experts,
         "top_k": Key("num_experts_per_tok", int, 2),
         "intermediate_size": Key("intermediate_size", int),
         "renormalize": True,
+        "activation": config_json.activation(Key("hidden_act", str, "silu")),
     },
     sparse=True,
     names={
@@ -74,13 +82,13 @@ MIXTRAL = MISTRAL.variant(
     },
 )
 QWEN2_MOE = QWEN2.variant(
-    attention={"window": PerLayer(_qwen2_windows), "qkv_bias": Key("qkv_bias", bool, True)},
+    attention={"num_kv_heads": config_json.kv_heads(16), "window": PerLayer(_qwen2_windows), "qkv_bias": Key("qkv_bias", bool, True)},
     moe={**_QWEN_EXPERTS, "shared": shared(Key("shared_expert_intermediate_size", int)), "shared_gate": True},
     sparse=PerLayer(_sparse_layers),
     names=EXPERT_NAMES,
 )
 QWEN3_MOE = QWEN3.variant(
-    attention={"window": config_json.window_if_used, "head_dim": config_json.head_dim},
+    attention={"num_kv_heads": config_json.kv_heads(4), "window": config_json.window_if_used, "head_dim": config_json.head_dim},
     moe=_QWEN_EXPERTS,
     sparse=PerLayer(_sparse_layers),
     names=EXPERT_NAMES,
@@ -96,7 +104,8 @@ OLMOE = LLAMA.variant(
 GPT_OSS = LLAMA.variant(
     model={"norm_eps": Key("rms_norm_eps", float, 1e-5), "max_model_len": Key("max_position_embeddings", int, 131072)},
     attention={
-        "window": PerLayer(config_json.windows_by_type(2)), "sinks": True, "head_dim": Key("head_dim", int, 64),
+        "num_kv_heads": config_json.kv_heads(8), "window": PerLayer(config_json.windows_by_type(2, 128, key=None)), "sinks": True,
+        "head_dim": _gpt_oss_head_dim,
         "qkv_bias": Key("attention_bias", bool, True), "out_bias": Key("attention_bias", bool, True),
     },
     moe={
@@ -110,5 +119,6 @@ GPT_OSS = LLAMA.variant(
         "clamp": lambda config: (read(config, Key("swiglu_alpha", float, 1.702)), read(config, Key("swiglu_limit", float, 7.0))),
     },
     sparse=True,
+    rope={"theta": 150000.0, "missing": {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}},
     names={**EXPERT_NAMES, "router": ("layers.{i}.mlp.router",), "sinks": ("layers.{i}.self_attn.sinks",)},
 )

@@ -1,6 +1,8 @@
 """Families that differ from Llama in a few fields: SmolLM3, Phi-3 and Phi-4, OLMo, StarCoder2, Granite, GLM-4, EXAONE 4."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from minivllm.families import config_json
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import PerLayer
@@ -20,6 +22,15 @@ def _smollm3_rotated(config: Config) -> list[int]:
     return rotated
 
 
+def _smollm3_windows(config: Config) -> Sequence[int | None]:
+    """Without `layer_types`, the layers that are not rotated have a window if `use_sliding_window` is on."""
+    config = {"sliding_window": None, **config}
+    if config.get("layer_types") is None and config_json.window_if_used(config) is not None:
+        types = ["full_attention" if rotated else "sliding_attention" for rotated in _smollm3_rotated(config)]
+        config = {**config, "layer_types": types}
+    return config_json.windows_by_layer(config)
+
+
 def _granite_eps(config: Config) -> float:
     """Granite adds `residual_multiplier` times each output. Dividing all hidden states by it gives the same model without the factor:
     norms cancel it, if their epsilon is divided by its square."""
@@ -27,14 +38,15 @@ def _granite_eps(config: Config) -> float:
 
 
 def _olmo3_ropes(config: Config) -> list[RopeSpec]:
-    """Scaling applies to layers with full attention only."""
+    """Scaling applies to layers with full attention only. A `rope_theta` outside `rope_parameters` is Transformers 4's, for all layers
+    (Transformers 5 has its default in those with a window)."""
     by_type = {kind: _olmo3_rope(config, kind)[0] for kind in ("full_attention", "sliding_attention")}
-    return [by_type[kind] for kind in config_json.layer_types(config, 4)]
+    return [by_type[kind] for kind in config_json.layer_types(config, 4, key=None)]
 
 
 def _olmo3_rope(config: Config, kind: str) -> tuple[RopeSpec, int]:
     length = read(config, Key("max_position_embeddings", int, 2048))
-    params = config_json.rope_by_type({"rope_theta": 500000.0, **config}, kind)
+    params = config_json.rope_by_type(config, kind, Key("rope_theta", float, 500000.0))
     return config_json.rope(params, length, head=config_json.head_dim(config))
 
 
@@ -60,15 +72,15 @@ def _exaone4_rotated(config: Config) -> list[bool]:
 
 SMOLLM3 = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 32768), "tied": Key("tie_word_embeddings", bool, True)},
+    attention={"num_kv_heads": config_json.kv_heads(4), "window": PerLayer(_smollm3_windows)},
     rope={"theta": 2000000.0},
     rotated=PerLayer(_smollm3_rotated),
-    fixed=(Key("use_sliding_window", bool, False),),
 )
 PHI3 = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 4096), "norm_eps": Key("rms_norm_eps", float, 1e-5)},
     attention={"window": config_json.one_window(None), "qkv_bias": False, "out_bias": False},
     mlp={"bias": False},
-    rope={"partial": 1.0},
+    rope={"partial": 1.0, "original": 4096},
     names={"qkv": ("layers.{i}.self_attn.qkv_proj",), "gate_up": ("layers.{i}.mlp.gate_up_proj",)},
 )
 OLMO = LLAMA.variant(
@@ -84,7 +96,7 @@ STARCODER2 = LLAMA.variant(
         "norm_eps": Key("norm_epsilon", float, 1e-5),
     },
     attention={
-        "num_kv_heads": Key("num_key_value_heads", int, 2),
+        "num_kv_heads": config_json.kv_heads(2),
         "window": config_json.one_window(None),
         "qkv_bias": Key("use_bias", bool, True),
         "out_bias": Key("use_bias", bool, True),
@@ -105,10 +117,13 @@ OLMO2 = LLAMA.variant(
 )
 OLMO3 = OLMO2.variant(
     model={"max_model_len": lambda config: _olmo3_rope(config, "full_attention")[1]},
-    attention={"window": PerLayer(config_json.windows_by_type(4)), "rope": PerLayer(_olmo3_ropes)},
+    attention={"window": PerLayer(config_json.windows_by_type(4, key=None)), "rope": PerLayer(_olmo3_ropes)},
 )
 EXAONE4 = OLMO2.variant(
-    attention={"qk_norm": "head", "qkv_bias": False, "out_bias": False, "window": PerLayer(_exaone4_windows)},
+    attention={
+        "num_kv_heads": config_json.kv_heads(32), "qk_norm": "head", "qkv_bias": False, "out_bias": False,
+        "window": PerLayer(_exaone4_windows),
+    },
     rotated=PerLayer(_exaone4_rotated),
 )
 GRANITE = LLAMA.variant(
@@ -123,7 +138,7 @@ GRANITE = LLAMA.variant(
 GLM = LLAMA.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 131072), "norm_eps": Key("rms_norm_eps", float, 1.5625e-07)},
     attention={
-        "num_kv_heads": Key("num_key_value_heads", int, 2),
+        "num_kv_heads": config_json.kv_heads(2),
         "head_dim": Key("head_dim", int, 128),
         "qkv_bias": Key("attention_bias", bool, True),
         "out_bias": False,

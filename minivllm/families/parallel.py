@@ -1,10 +1,14 @@
 """Families with LayerNorms, most with attention and MLP in parallel: Phi, GPT-NeoX, GPT-J, Cohere, StableLM, Falcon; GPT-2, BLOOM."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from minivllm.errors import shown
 from minivllm.families import config_json
 from minivllm.families.config_json import Config, Key, read
 from minivllm.families.family import PerLayer
 from minivllm.families.llama import LLAMA
+from minivllm.families.spec import model_error
 
 _LAYER_NORM = {"norm": "layer", "norm_eps": Key("layer_norm_eps", float, 1e-5)}
 
@@ -50,6 +54,16 @@ def _gpt2_multipliers(config: Config) -> list[float]:
     return [scale / (i + 1 if by_layer else 1) for i in range(config_json.num_layers(config))]
 
 
+def _neox_key(name: str, default: float, usual: str) -> Callable[[Config], float]:
+    """A rotary parameter under GPT-NeoX's own name. Beside `rope_parameters`, Transformers does not read the usual name."""
+    def read_own(config: Config) -> float:
+        value = float(read(config, Key(name, float, default)))
+        if (other := read(config, Key(usual, float, value))) != value:
+            raise model_error(f"config.json: {usual} {shown(other)} differs from {name} {shown(value)}, which is in use: correct {name}")
+        return value
+    return read_own
+
+
 def _cohere2_rotated(config: Config) -> list[bool]:
     """Only layers with a window rotate."""
     return [kind == "sliding_attention" for kind in config_json.layer_types(config, 4)]
@@ -80,8 +94,7 @@ GPT_NEOX = LLAMA.variant(
     },
     mlp={"gated": False, "activation": config_json.activation(Key("hidden_act", str, "gelu")), "bias": True},
     block=_choice(Key("use_parallel_residual", bool, True), "parallel", "pre"),
-    rope={"partial": 0.25},
-    aliases={"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+    rope={"partial": _neox_key("rotary_pct", 0.25, "partial_rotary_factor"), "theta": _neox_key("rotary_emb_base", 10000.0, "rope_theta")},
     names={
         "embed": ("embed_in",),
         "qkv": ("layers.{i}.attention.query_key_value",),
@@ -102,6 +115,7 @@ GPT_J = LLAMA.variant(
     },
     block="parallel_one_norm",
     rope={"dim": Key("rotary_dim", int, 64), "interleaved": True},
+    fixed=(Key("rope_theta", float, 10000.0), Key("rope_scaling", dict, None), Key("rope_parameters", dict, None)),
     aliases={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
              "max_position_embeddings": "n_positions"},
     names={
@@ -125,15 +139,17 @@ COHERE = LLAMA.variant(
     attention={"qk_norm": _choice(Key("use_qk_norm", bool, False), "layer_by_head", None)},
     mlp={"bias": False},
     block="parallel_one_norm",
-    rope={"interleaved": True},
+    rope={"interleaved": True, "theta": 500000.0},
 )
 COHERE2 = COHERE.variant(
+    rope={"theta": 10000.0},
     attention={"qk_norm": None, "window": PerLayer(config_json.windows_by_type(4))},
     rotated=PerLayer(_cohere2_rotated),
 )
 STABLELM = LLAMA.variant(
     model={**_LAYER_NORM, "max_model_len": Key("max_position_embeddings", int, 4096)},
     attention={
+        "num_kv_heads": config_json.kv_heads(32),
         "qk_norm": _choice(Key("qk_layernorm", bool, False), "layer_by_head", None),
         "qkv_bias": Key("use_qkv_bias", bool, False),
         "out_bias": False,

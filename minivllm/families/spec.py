@@ -169,6 +169,7 @@ class MoESpec:
     bias: bool = False  # of the experts' products
     interleaved: bool = False  # checkpoints store all experts as [experts, inputs, outputs], and gate and up by turns (gpt-oss)
     clamp: tuple[float, float] | None = None  # (alpha, limit) of gpt-oss: clamped silu(alpha * gate) / alpha * (up + 1)
+    activation: str = "silu"  # of the experts and the shared one
     shared: MLPSpec | None = None  # computes every token
     shared_gate: bool = False  # its output is multiplied by sigmoid(x w)
 
@@ -182,6 +183,7 @@ class MoESpec:
         _require(self.group_score == "max" or self.groups == 1 or self.num_experts >= 2 * self.groups,
                  f"{self.num_experts} experts in {self.groups} groups (n_group): a group needs at least 2")
         _require(self.shared is None or self.shared.gated, "a shared expert must be gated")
+        _require(self.activation == "silu", f"experts with activation {self.activation!r} (hidden_act) are not supported, only with silu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,8 @@ def make_config(meta: Metadata, arch: Architecture, tensors: Mapping[str, Reader
         config["partial_rotary_factor"] = rotated / head_dim
     if window:
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+    if arch.model_type == "phi3" and config["rope_scaling"] is not None:
+        config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
     config |= _of_architecture(meta, config, tensors)
     _check_sizes(meta, config, tensors)
     return config
@@ -274,7 +276,8 @@ def _of_architecture(meta: Metadata, config: Mapping[str, Any], tensors: Mapping
     if kind == "stablelm":
         return {"use_qkv_bias": has("attn_q.bias"), "use_parallel_residual": not has("ffn_norm.weight")}
     if kind == "gptneox":
-        return {"hidden_act": "gelu", "use_parallel_residual": get("use_parallel_residual", True), "attention_bias": has("attn_qkv.bias")}
+        return {"hidden_act": "gelu", "use_parallel_residual": get("use_parallel_residual", True), "attention_bias": has("attn_qkv.bias"),
+                "rotary_pct": config.get("partial_rotary_factor", 1.0), "rotary_emb_base": config["rope_theta"]}
     if kind == "falcon":
         return {"activation": "gelu", "num_kv_heads": config["num_key_value_heads"], "multi_query": config["num_key_value_heads"] == 1,
                 "new_decoder_architecture": has("attn_norm_2.weight"), "parallel_attn": True, "bias": has("attn_qkv.bias"),

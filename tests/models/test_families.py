@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,9 +159,9 @@ SPELLINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("PhiForCausalLM", {"partial_rotary_factor": 0.25, "rope_theta": 500.0},
      {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25, "rope_theta": 500.0}}),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", **LONG}, "rope_theta": 500.0, "original_max_position_embeddings": 32},
-     {"rope_parameters": {"rope_type": "longrope", **LONG, "rope_theta": 500.0, "original_max_position_embeddings": 32}}),
+     {"rope_parameters": {"rope_type": "longrope", **LONG, "rope_theta": 500.0}, "original_max_position_embeddings": 32}),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "su", **LONG}, "rope_theta": 500.0, "original_max_position_embeddings": 32},
-     {"rope_parameters": {"rope_type": "longrope", **LONG, "rope_theta": 500.0, "original_max_position_embeddings": 32}}),
+     {"rope_parameters": {"rope_type": "longrope", **LONG, "rope_theta": 500.0}, "original_max_position_embeddings": 32}),
     ("GPTNeoXForCausalLM", {"rotary_pct": 0.5, "rotary_emb_base": 500},
      {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}}),
     ("GlmForCausalLM", {"partial_rotary_factor": 0.5, "rope_theta": 500.0, "head_dim": 16},
@@ -421,17 +423,59 @@ def test_the_table_has_these_families() -> None:
     assert set(MODEL_TYPES.values()) == set(FAMILIES)
 
 
+EXPERTS = {"num_experts": 8, "n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+           "shared_expert_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_missing_key_means_its_default_in_transformers(architecture: str) -> None:
+    theirs = getattr(transformers, architecture).config_class()
+    config = {**json.loads(theirs.to_json_string(use_diff=False)), "architectures": [architecture]}
+    if architecture == "DeepseekV2ForCausalLM":
+        config["num_experts_per_tok"] = 6
+    inside = "text_config" if "text_config" in config else None
+    full, keys = parse_config(config), config[inside] if inside else config
+    for key in keys:
+        fewer = {name: value for name, value in keys.items() if name != key}
+        try:
+            found = parse_config({**config, inside: fewer} if inside else fewer)
+        except ModelError:
+            continue  # the key is required here
+        assert found == full or key == "architectures", key
+
+
 @pytest.mark.parametrize(("architecture", "change", "message"), [
     ("OlmoForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported, only None is"),
-    ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window True is not supported, only False is"),
     ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 values for 32 layers"),
     ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, got 0"),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0]}}, "short_factor must be a list of 64 positive"),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [True] * 64}}, "short_factor must be a list of 64 positive"),
     ("PhiForCausalLM", {"partial_rotary_factor": 0.01}, "partial_rotary_factor 0.01 rotates less than two of 128 dimensions"),
     ("PhiForCausalLM", {"partial_rotary_factor": 0.37}, "the rotated dimensions must be an even number up to head_dim, got 47"),
-    ("GPTJForCausalLM", {"rotary_dim": 130}, "the rotated dimensions must be an even number up to head_dim, got 130 of 128"),
-    ("GPTJForCausalLM", {"tie_word_embeddings": True}, "an output head with a bias cannot be tied"),
+    ("GPTJForCausalLM", {"rotary_dim": 130, "rope_theta": 1e4}, "must be an even number up to head_dim, got 130 of 128"),
+    ("GPTJForCausalLM", {"tie_word_embeddings": True, "rope_theta": 1e4}, "an output head with a bias cannot be tied"),
+    ("GPTJForCausalLM", {}, "rope_theta 500000.0 is not supported, only 10000.0 is"),  # its angles are fixed
+    ("GPTJForCausalLM", {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* is not supported"),
+    ("GPTNeoXForCausalLM", {}, "rope_theta 500000.0 differs from rotary_emb_base 10000.0, which is in use: correct rotary_emb_base"),
+    ("GPTNeoXForCausalLM", {"rotary_emb_base": 5e5, "partial_rotary_factor": 0.5}, "factor 0.5 differs from rotary_pct 0.25"),
+    ("GPTNeoXForCausalLM", {"rotary_pct": 2.0}, "rotary_pct must be between 1e-06 and 1, got 2.0"),
+    ("GlmForCausalLM", {"partial_rotary_factor": None}, "'partial_rotary_factor' must be of type float, got null"),
+    ("Phi3ForCausalLM", {"rope_scaling": {"original_max_position_embeddings": 8}}, "embeddings 8 is inside the rotary"),
+    ("LlamaForCausalLM", {"rope_parameters": "x"}, "'rope_parameters' must be of type dict, got 'x'"),
+    ("LlamaForCausalLM", {"rope_parameters": {"full_attention": {}}}, r"rope_parameters per layer type \('full_attention'\)"),
+    ("Gemma3ForCausalLM", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters must have one set of parameters for"),
+    ("Olmo3ForCausalLM", {"rope_parameters": {"full_attention": {}, "sliding_attention": 3}}, "'sliding_attention' must be of type dict"),
+    ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported, only None is"),
+    ("Gemma3ForConditionalGeneration", {"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping 30.0 is not supported"),
+    ("Gemma2ForCausalLM", {"hidden_activation": "gelu"}, "gated MLP with activation 'gelu'"),
+    ("SmolLM3ForCausalLM", {"layer_types": ["sliding_attention"] * 32}, "use_sliding_window is off or sliding_window is null: set both"),
+    ("SmolLM3ForCausalLM", {"layer_types": ["chunked_attention"] * 32}, "layer type 'chunked_attention' is not supported"),
+    *((name, {"hidden_act": "gelu", **EXPERTS}, r"experts with activation 'gelu' \(hidden_act\) are not supported, only with silu")
+      for name in ("MixtralForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")),
+    *((name, {"hidden_act": "gelu_new", **EXPERTS, "num_experts_per_tok": 2}, r"experts with activation 'gelu_tanh' \(hidden_act\)")
+      for name in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")),
+    ("DeepseekV3ForCausalLM", {**EXPERTS, "head_dim": 128}, "head_dim 128 must be qk_rope_head_dim 64: correct or remove it"),
+    ("DeepseekV2ForCausalLM", {**EXPERTS, "mlp_bias": True}, "mlp_bias True is not supported, only False is"),
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
     ("Gemma2ForCausalLM", {"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, but num_hidden_layers is 32"),
 ])

@@ -217,6 +217,31 @@ def test_dynamic_rope_up_to_the_original_length_is_unscaled_as_in_transformers(t
     close(Paged(model, 24).run((0, tokens)), hf_logits(hf, tokens))
 
 
+@pytest.mark.parametrize(("name", "change"), [
+    ("llama, yarn rope", {"original_max_position_embeddings": 32}),  # beside the rotary parameters, it replaces the one in them
+    ("llama, llama3 rope", {"original_max_position_embeddings": 32}),
+    ("gemma", {"hidden_activation": "silu"}),
+    ("gemma2", {"hidden_act": "silu", "layer_types": None, "sliding_window_pattern": 3}),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_theta": 50.0, "rope_local_base_freq": 20.0}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 7, "layer_types": None, "no_rope_layers": [1, 0, 1, 0]}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 7, "layer_types": LAYER_TYPES}),
+    ("gpt-oss", {"rope_parameters": None}),
+    ("gpt-oss", {"rope_parameters": {}}),
+    ("gpt-oss", {"hidden_act": "gelu"}),
+    ("deepseek-v3, yarn", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "mscale_all_dim": 0.7}}),
+    ("deepseek-v3, yarn", {"norm_topk_prob": None, "rope_interleave": None}),
+])
+def test_the_same_config_json_means_the_same_to_transformers(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    """Keys that one of the two could read and the other not."""
+    hf = make_hf(MODELS[name][0], **MODELS[name][1])
+    hf.save_pretrained(tmp_path)
+    config = {**json.loads((tmp_path / "config.json").read_text(encoding="utf-8")), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    hf = type(hf).from_pretrained(tmp_path).eval()
+    tokens = [(7 * i) % 97 for i in range(33)]
+    close(Paged(load(tmp_path), 33).run((0, tokens)), hf_logits(hf, tokens))
+
+
 def test_the_decoder_of_a_model_that_also_reads_images_runs_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = {**BASE, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 7, "num_hidden_layers": 6}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
