@@ -55,7 +55,9 @@ class TracedRequest:
 
 
 @dataclass
-class _Running:
+class RunningRequest:
+    """A request that a replica has."""
+
     request: TracedRequest
     number: int
     to_compute: int  # prompt tokens
@@ -66,8 +68,8 @@ class _Running:
 class SimulatedReplica:
     """One engine: its queue, its batch and its prefix cache."""
 
-    waiting: deque[_Running] = field(default_factory=deque)
-    running: list[_Running] = field(default_factory=list)
+    waiting: deque[RunningRequest] = field(default_factory=deque)
+    running: list[RunningRequest] = field(default_factory=list)
     held: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     time: float = 0.0  # until which it is simulated
     hits: int = 0
@@ -81,7 +83,7 @@ class SimulatedReplica:
 
     def add(self, request: TracedRequest, number: int) -> None:
         self.time = max(self.time, request.at)
-        self.waiting.append(_Running(request, number, len(request.tokens)))
+        self.waiting.append(RunningRequest(request, number, len(request.tokens)))
 
     def keep(self, hashes: Sequence[bytes]) -> None:
         for name in reversed(hashes):
@@ -90,7 +92,7 @@ class SimulatedReplica:
         while len(self.held) > NUM_BLOCKS:
             self.held.popitem(last=False)
 
-    def step(self) -> tuple[list[_Running], list[_Running]]:
+    def step(self) -> tuple[list[RunningRequest], list[RunningRequest]]:
         """One step. Returns the requests whose output has begun with it, and those that have ended with it."""
         decodes = [r for r in self.running if r.produced]
         budget = BUDGET

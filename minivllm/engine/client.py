@@ -480,7 +480,10 @@ class EngineClient(ABC):
             self._dead, self._restarting = None, False
             if self._unseen:
                 self._send(WatchCommand(True))
-        log.warning("%s runs%s", self._label, " again" if self._started.done() else "")
+        if self._started.done():
+            log.warning("%s runs again", self._label)
+        else:
+            log.info("%s runs", self._label)
 
     def _check_alive(self) -> None:
         if self._dead is not None:

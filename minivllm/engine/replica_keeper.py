@@ -128,6 +128,8 @@ class ReplicaKeeper:
         """Change states, and return the calls that start replicas, by number. The caller holds the lock."""
         now, slots = self._clock(), self._slots
         live, restarting, starting = slots.live, slots.having(ReplicaState.RESTARTING), slots.having(ReplicaState.STARTING)
+        if not (live or restarting or starting):
+            return {}  # the server ends
         stats = [observed[number] for number in live if number in observed]
         queued, before = sum(s.num_waiting for s in stats), len(live) + len(restarting)
         wanted = scaler.decide(now, queued=queued, busy=sum(map(self._filled, stats)), live=len(live), replicas=before,
@@ -135,11 +137,12 @@ class ReplicaKeeper:
         missing = wanted - before - len(starting)
         if missing < 0 and len(live) > 1:
             number = min(live, key=lambda number: (self._client.load(number), -number))
-            log.info("%d requests wait: replica %d gets no more requests and ends when it has none", queued, number)
+            log.info("replica %d gets no more requests, and ends without any: %d requests wait, %d replicas are enough", number, queued,
+                     wanted)
             self._client.drain(number)
         for number in sorted(slots.having(ReplicaState.DRAINING)):
             if missing > 0:
-                log.info("%d requests wait: replica %d gets requests again", queued, number)
+                log.info("replica %d gets requests again: %d requests wait, %d replicas should take them", number, queued, wanted)
                 self._client.take(number)
                 missing -= 1
             elif not self._client.load(number):
@@ -147,7 +150,7 @@ class ReplicaKeeper:
         starts: dict[int, Callable[[], None]] = {}
         if missing > 0 and scaler.may_start(now):
             for number in sorted(slots.having(ReplicaState.STOPPED))[:missing]:
-                log.info("%d requests wait: replica %d is started", queued, number)
+                log.info("replica %d is started: %d requests wait, %d replicas should take them", number, queued, wanted)
                 slots[number] = ReplicaState.STARTING
                 starts[number] = self._client.renew(number)
         return starts

@@ -438,6 +438,9 @@ class RoutedClient(EngineClient):
     def _mark_ended(self, number: int, reason: str) -> None:
         """The next state of a replica whose process has ended. The caller holds the lock."""
         state = self._slots[number]
+        if self._closing:
+            self._slots[number] = ReplicaState.STOPPED
+            return
         if state is ReplicaState.STARTING:
             self.keeper.start_failed(number, reason)
         elif state is ReplicaState.DRAINING:

@@ -381,6 +381,15 @@ def test_a_replica_that_is_gone_for_good_is_replaced_by_another_slot_if_there_ar
     assert pool.tick(1e4) == ("dead", "live", "live")
 
 
+def test_when_no_replica_is_left_none_is_started() -> None:
+    pool = Pool(least=2, most=3)
+    deaths: list[str] = []
+    pool.client.on_death(lambda: deaths.append("gone"))
+    pool[0].end()
+    pool[1].end()
+    assert pool.tick(1e4) == ("dead", "dead", "stopped") and deaths == ["gone"]
+
+
 def test_a_new_replica_gets_the_adapters_before_requests_and_none_are_loaded_meanwhile() -> None:
     pool = Pool(most=2)
     client = pool.client
@@ -416,7 +425,7 @@ def test_views_come_from_a_live_replica() -> None:
         assert pool[0].sent[-1] == WatchCommand(False) and pool[1].sent[-1] == WatchCommand(True)
 
 
-def test_closing_while_replicas_start_and_drain_ends_all_of_them() -> None:
+def test_closing_while_replicas_start_and_drain_ends_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
     pool = Pool(most=3)
     client = pool.client
 
@@ -430,6 +439,7 @@ def test_closing_while_replicas_start_and_drain_ends_all_of_them() -> None:
         await asyncio.to_thread(client.close)
         assert all(isinstance(end, EngineDead) for end in await asyncio.gather(*tasks, return_exceptions=True))
         assert all(pool[number].dead is not None for number in range(3))
+        assert not [record for record in caplog.records if record.levelname == "ERROR"], "no start has failed"
 
     run(main, client)
 
