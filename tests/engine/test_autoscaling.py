@@ -60,6 +60,11 @@ def test_while_a_replica_starts_nothing_is_decided_and_the_delays_begin_again_af
     assert decide(scaler, 10 * UP, 1, 100, starting=True) == 2
     assert decide(scaler, 10 * UP + 1, 2, 100) == 2
     assert decide(scaler, 11 * UP + 1, 2, 100) == 4
+    scaler = ReplicaScaler(policy())
+    decide(scaler, 0.0, 2, 0, 0.0)
+    decide(scaler, 1.0, 2, 0, 0.0, starting=True)  # in the place of one that is gone
+    assert decide(scaler, DOWN, 3, 0, 0.0) == decide(scaler, 2 * DOWN - 1, 3, 0, 0.0) == 3
+    assert decide(scaler, 2 * DOWN, 3, 0, 0.0) == 2
 
 
 def test_it_shrinks_one_at_a_time_and_only_if_the_others_have_room_for_the_queue_and_the_running_requests() -> None:
@@ -377,6 +382,9 @@ def test_a_replica_that_is_gone_for_good_is_replaced_by_another_slot_if_there_ar
     pool[0].end()
     assert pool.client.replica_states == ("dead", "live", "stopped")
     assert pool.tick() == ("dead", "live", "starting")
+    pool[2].end("exit code -9")
+    assert pool.tick() == pool.tick(FIRST_PAUSE - 1) == ("dead", "live", "stopped")
+    assert pool.tick(1.0) == ("dead", "live", "starting")
     pool[2].ready()
     assert pool.tick(1e4) == ("dead", "live", "live")
 
@@ -438,7 +446,7 @@ def test_closing_while_replicas_start_and_drain_ends_all_of_them(caplog: pytest.
         assert pool.tick(UP) == ("live", "live", "starting")
         await asyncio.to_thread(client.close)
         assert all(isinstance(end, EngineDead) for end in await asyncio.gather(*tasks, return_exceptions=True))
-        assert all(pool[number].dead is not None for number in range(3))
+        assert [pool[number].dead for number in range(3)] == ["the engine was closed", "the engine was closed", "killed"]
         assert not [record for record in caplog.records if record.levelname == "ERROR"], "no start has failed"
 
     run(main, client)
