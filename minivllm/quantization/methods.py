@@ -219,6 +219,12 @@ def resident_weights(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: b
             yield ResidentWeight(linear.name, type_name, num_bytes)
         if linear.bias:
             yield ResidentWeight(linear.name, "", sum(linear.rows) * itemsize)
+        if linear.heads is not None and not stored.rows_in_any_order:  # outputs are reordered after the product, by this index
+            yield ResidentWeight(linear.name, "", sum(linear.rows) * DTYPE_BYTES["int64"])
+    for i, attention in enumerate(layer.attention for layer in spec.layers):
+        if attention.qk_norm == "head":  # one row per head, where checkpoints have one for q and one for k
+            copies = attention.num_heads + attention.num_kv_heads - 2
+            yield ResidentWeight(f"layers.{i}.qk_norm", "", copies * attention.head_dim * itemsize)
 
 
 def layer_bytes(spec: ModelSpec, method: MethodOf, itemsize: int, on_gpu: bool) -> list[int]:

@@ -32,6 +32,7 @@ def quantizer(group: int, *dense: str) -> Any:
 
 @pytest.mark.parametrize(("group", "model"), [
     (32, {}), (64, {"intermediate_size": 128}), (-1, {}), (128, {"hidden_size": 128, "intermediate_size": 256}),
+    (32, {"family": "Qwen3", "head_dim": 16}), (32, {"family": "Glm", "head_dim": 16, "pad_token_id": 0}),  # norms of heads; other order
     (32, {"family": "Qwen2", "tie_word_embeddings": True}), (32, {"family": "OPT", "num_key_value_heads": None, "ffn_dim": 96}),
 ])
 def test_logits_equal_those_of_the_dequantized_weights(group: int, model: dict[str, Any], tmp_path: Path) -> None:
