@@ -93,12 +93,16 @@ class GPTQMethod(LinearMethod):
 
     def build(self, tensors: Mapping[str, Tensor], rows: tuple[int, ...], ops: Ops) -> Matmul:
         """See `LinearMethod`."""
+        import torch
+
         from minivllm.kernels.grouped import GroupedWeight, smallest_exact
         from minivllm.quantization.packing import unpack_bits, unpack_gptq, unpack_gptq_zeros
 
         cols, qzeros = len(tensors["g_idx"]) // len(rows), tensors["qzeros"]
         codes = unpack_gptq(tensors["qweight"], self.bits)[:cols].t()
-        zeros = (unpack_gptq_zeros(qzeros, self.bits) if self.v1 else unpack_bits(qzeros, self.bits, 1))[:, : sum(rows)].t()
+        words = qzeros.split([-(-n * self.bits // 32) for n in rows], dim=1)  # the last word of a part may have unused bits
+        zeros = torch.cat([(unpack_gptq_zeros(part, self.bits) if self.v1 else unpack_bits(part, self.bits, 1))[:, :n]
+                           for part, n in zip(words, rows, strict=True)], dim=1).t()
         middle = 1 << self.bits - 1
         one_zero = self.sym is not False and bool((zeros == middle).all())
         if self.sym and not one_zero and bool((zeros == zeros[0, 0]).all()):

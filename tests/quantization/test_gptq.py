@@ -55,6 +55,8 @@ def quantizer(bits: int = 4, group: int = 32, sym: bool = True, desc_act: bool =
     ({"desc_act": True, "sym": False, "bits": 8}, {"family": "Qwen2"}),
     ({"desc_act": True, "group_size": 64}, {}), ({"desc_act": True, "group_size": -1}, {}),  # 96 inputs: groups of 64 and 32
     ({"checkpoint_format": "gptq_v2", "sym": False}, {}), ({"format": "gptq_v2", "sym": False, "bits": 3}, {}),
+    *(({"sym": False, "group_size": 16, "bits": bits}, {"num_key_value_heads": 1, "num_attention_heads": 8, "head_dim": 20})
+      for bits in (2, 3, 4)),  # 20 outputs
     ({"lm_head": True, "sym": False}, {}), ({"lm_head": True, "bits": 3}, {"vocab_size": 99}),
     ({}, {"family": "OPT", "num_key_value_heads": None, "ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
 ])
