@@ -56,7 +56,7 @@ DEEPSEEK_V2 = LLAMA.variant(
         "latent": _latent, "num_kv_heads": 1, "head_dim": lambda config: _latent(config).rank + _latent(config).rope_dim,
         "multiplier": _latent_scale,
     },
-    rope={"head": lambda config: _latent(config).rope_dim, "interleaved": Key("rope_interleave", bool, True)},
+    rope={"head": lambda config: _latent(config).rope_dim, "interleaved": True},
     moe={
         "num_experts": Key("n_routed_experts", int),
         "top_k": Key("num_experts_per_tok", int),
@@ -85,6 +85,7 @@ DEEPSEEK_V2 = LLAMA.variant(
 )
 DEEPSEEK_V3 = DEEPSEEK_V2.variant(
     model={"max_model_len": Key("max_position_embeddings", int, 4096), "extra_layers": Key("num_nextn_predict_layers", int, 1)},
+    rope={"interleaved": Key("rope_interleave", bool, True)},
     sparse=PerLayer(_after_first(3)),
     moe={
         "renormalize": Key("norm_topk_prob", bool, True),

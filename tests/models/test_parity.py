@@ -229,6 +229,7 @@ def test_dynamic_rope_up_to_the_original_length_is_unscaled_as_in_transformers(t
     ("gpt-oss", {"rope_parameters": {}}),
     ("gpt-oss", {"hidden_act": "gelu"}),
     ("deepseek-v3, yarn", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "mscale_all_dim": 0.7}}),
+    ("deepseek-v2", {"rope_interleave": False}),  # a key of DeepSeek-V3
     ("deepseek-v3, yarn", {"norm_topk_prob": None, "rope_interleave": None}),
 ])
 def test_the_same_config_json_means_the_same_to_transformers(name: str, change: dict[str, Any], tmp_path: Path) -> None:
