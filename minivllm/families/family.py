@@ -62,7 +62,7 @@ class Family:
         if self.text_config:
             config = {**config, **read(config, Key("text_config", dict))}
         config = {**{ours: config[theirs] for ours, theirs in self.aliases.items() if theirs in config}, **config}
-        for key in (Key("is_causal", bool, True), *self.fixed):
+        for key in (Key("is_causal", bool, True), Key("per_layer_config", dict, {}), *self.fixed):
             config_json.check_default(config, key)
         layers = config_json.num_layers(config)
         model = {name: _value(source, config) for name, source in self.model.items()}

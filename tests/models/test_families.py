@@ -462,6 +462,7 @@ def test_a_missing_key_means_its_default_in_transformers(architecture: str) -> N
     ("GlmForCausalLM", {"partial_rotary_factor": None}, "'partial_rotary_factor' must be of type float, got null"),
     ("Phi3ForCausalLM", {"rope_scaling": {"original_max_position_embeddings": 8}}, "embeddings 8 is inside the rotary"),
     ("LlamaForCausalLM", {"is_causal": False}, "is_causal False is not supported, only True is"),
+    ("LlamaForCausalLM", {"per_layer_config": {"1": {"intermediate_size": 24}}}, "per_layer_config .* is not supported, only {} is"),
     ("LlamaForCausalLM", {"rope_parameters": "x"}, "'rope_parameters' must be of type dict, got 'x'"),
     ("LlamaForCausalLM", {"rope_parameters": {"full_attention": {}}}, r"rope_parameters per layer type \('full_attention'\)"),
     ("Gemma3ForCausalLM", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters must have one set of parameters for"),
