@@ -29,6 +29,7 @@ MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 MAX_LORAS, MAX_LORA_RANK = 4, 16  # defaults
 MOST = 2**31 - 1  # of counts and lengths, which kernels and the block tables hold as 32-bit integers
 TARGET_QUEUE, UPSCALE_DELAY, DOWNSCALE_DELAY = 5.0, 30.0, 600.0  # defaults of autoscaling; delays in seconds, those of Ray Serve
+# A step takes milliseconds, but a long prompt on a CPU, or a first step that compiles kernels, takes seconds.
 SILENT_SECONDS = 10.0  # without a message, after which a replica gets no new requests
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

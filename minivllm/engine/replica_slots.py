@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from enum import StrEnum
 
-# A step takes milliseconds, but a long prompt on a CPU, or a first step that compiles kernels, takes seconds.
 from minivllm.config import SILENT_SECONDS
 
 
