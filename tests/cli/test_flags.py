@@ -65,11 +65,15 @@ def test_every_field_has_a_flag_in_both_spellings(config: type, f: dataclasses.F
         argument, value = ["/llm"], "/llm"
     if f.name == "pooler_config":
         argument, value = ['{"normalize": false}'], {"normalize": False}
+    if f.name == "silent_timeout":
+        argument, value = ["50"], 50.0
     if f.name == "max_body_size":
         argument, value = ["7777"], 7777
     # Some flags need another one.
     others = ["--allowed-origins=https://a"] if f.name in ("allowed_methods", "allowed_headers", "allow_credentials") else []
     others += {"ssl_keyfile": ["--ssl-certfile=c"], "ssl_certfile": ["--ssl-keyfile=k"]}.get(f.name, [])
+    others += ["--max-replicas=2"] if f.name in ("target_queue", "upscale_delay", "downscale_delay") else []
+    others += ["--data-parallel-size=2", "--restart-engine=1"] if f.name == "silent_timeout" else []
     others += ["--enable-lora"] if f.name in ("max_loras", "max_lora_rank", "max_cpu_loras") else []
     for name in (f.name.replace("_", "-"), f.name):
         flag = f"--{name}" if value is not False else f"--no-{name}"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import re
 import threading
@@ -232,7 +233,8 @@ def test_an_answer_with_log_probabilities_releases_what_it_kept(live: LiveServer
 def test_more_requests_than_the_engine_takes_are_refused_before_they_are_read(tokenizer_folder: Path) -> None:
     engine = ScriptedEngine(tokenizer_folder, gate=threading.Semaphore(0))
     with scripted_server(engine, api_key=("good", "hostile")) as live, ThreadPoolExecutor(2) as pool:
-        live.server.running._most_requests = 2
+        client = live.server.running._client
+        client._info = dataclasses.replace(client.info, max_requests=2)
 
         def send(key: str, body: bytes = b'{"prompt": [5]}') -> httpx.Response:
             headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
