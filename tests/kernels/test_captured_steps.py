@@ -86,7 +86,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def tiny_with_triton(folder: Path, windows: bool) -> Tiny:
-    tiny = Tiny(folder, windows)
+    tiny = Tiny(folder, windows, layers=1)  # the interpreter is slow
     ops = replace(select(torch.device("cuda")), fused_linear=REFERENCE.fused_linear)
     tiny.with_triton = load_model(read_spec(folder), folder, "auto", BuildContext(CPU, torch.float32, ops))
     return tiny
@@ -113,7 +113,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_rows_with_adapters_are_replayed_and_give_the_tokens_of_eager_steps(tmp_path: Path) -> None:
-    tiny, outputs = Tiny(tmp_path, False), []
+    tiny, outputs = Tiny(tmp_path, False, layers=1), []
     layout = AdapterLayout.of(tiny.model.spec, 16)
     generator = torch.Generator().manual_seed(0)
     adapters = [Adapter({name: ModuleDelta(torch.randn(5, adapted.linear.cols, generator=generator),

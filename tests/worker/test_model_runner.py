@@ -32,14 +32,15 @@ TOKENS = 10
 
 
 class Tiny:
-    """A tiny model and the tokens that Transformers generates with it. `windows`: two KV groups, one with a window of 6."""
+    """A tiny model and the tokens that Transformers generates with it. `windows`: two KV groups, one with a window of 6.
 
-    def __init__(self, folder: Path, windows: bool, device: str = "cpu") -> None:
-        extra: dict[str, Any] = (
-            {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "num_hidden_layers": 4}
-            if windows
-            else {}
-        )
+    layers: of each group.
+    """
+
+    def __init__(self, folder: Path, windows: bool, device: str = "cpu", layers: int = 2) -> None:
+        extra: dict[str, Any] = {"num_hidden_layers": layers}
+        if windows:
+            extra = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": layers, "num_hidden_layers": 2 * layers}
         self.hf = make_hf("Qwen2", num_key_value_heads=2, **extra)
         self.hf.save_pretrained(folder)
         self.device = torch.device(device)
