@@ -290,7 +290,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 def _refuse_model_as_key(args: argparse.Namespace) -> None:
     """`--api-key KEY MODEL` reads MODEL as a second key: the default model would be served, with the name of a model as a key."""
     for name in ("api_key", "admin_key"):
-        keys = getattr(args, name, None) or ()
+        keys: list[str] = getattr(args, name, None) or []
         if len(keys) > 1 and ((last := keys[-1]).endswith(".gguf") or _HUB_ID.fullmatch(last) or Path(last).is_dir()):
             flag = "--" + name.replace("_", "-")
             raise InvalidInput(f"{flag} takes several keys, and the last one looks like a model: write MODEL in front of {flag}. If it is "
