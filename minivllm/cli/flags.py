@@ -280,21 +280,28 @@ def given(args: argparse.Namespace, *configs: type) -> dict[str, Any]:
             raise InvalidInput(f"two models were given, {positional!r} and --model {values['model']!r}: give only one", "model")
         values["model"] = positional
     if values.get("model") is None:
-        _refuse_model_as_key(args)
+        _refuse_model_as_value(args)
     return values
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def _refuse_model_as_key(args: argparse.Namespace) -> None:
-    """`--api-key KEY MODEL` reads MODEL as a second key: the default model would be served, with the name of a model as a key."""
-    for name in ("api_key", "admin_key"):
-        keys: list[str] = getattr(args, name, None) or []
-        if len(keys) > 1 and ((last := keys[-1]).endswith(".gguf") or _HUB_ID.fullmatch(last) or Path(last).is_dir()):
-            flag = "--" + name.replace("_", "-")
-            raise InvalidInput(f"{flag} takes several keys, and the last one looks like a model: write MODEL in front of {flag}. If it is "
-                               "a key, write it before the other keys", name)
+def _refuse_model_as_value(args: argparse.Namespace) -> None:
+    """`--api-key KEY MODEL` reads MODEL as a second key: the default model would be served. So does any flag that takes several values."""
+    for name, values in vars(args).items():
+        if isinstance(values, list) and len(values) > 1 and isinstance(values[-1], str) and _looks_like_a_model(name, values[-1]):
+            flag, kind = "--" + name.replace("_", "-"), "keys" if name.endswith("_key") else "values"
+            raise InvalidInput(f"{flag} takes several {kind}, and the last one looks like a model: write MODEL in front of {flag}. If it "
+                               f"is not the model, write it before the other {kind}, or name the model with --model", name)
+
+
+def _looks_like_a_model(name: str, value: str) -> bool:
+    from minivllm.models.packaged import PACKAGED  # loads torch
+
+    if value.endswith(".gguf") or value.lower() in PACKAGED or (Path(value) / "config.json").is_file():
+        return True
+    return name != "lora_folders" and (_HUB_ID.fullmatch(value) is not None or Path(value).is_dir())
 
 
 def build(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:

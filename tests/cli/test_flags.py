@@ -106,6 +106,12 @@ def test_a_model_behind_a_key_is_refused(tmp_path: Path) -> None:
             with pytest.raises(InvalidInput, match=f"{flag} takes several keys, and the last one looks like a model: write MODEL") as error:
                 parsed(flag, "secret", model)
             assert "secret" not in str(error.value) and model not in str(error.value)  # it may be a key
+    for flag in ("--api-key", "--served-model-name", "--lora-modules", "--lora-folders", "--allowed-headers"):
+        with pytest.raises(InvalidInput, match=f"the last one looks like a model: write MODEL in front of {flag}"):
+            parsed(flag, "a", "gemma3-270m")
+    assert parsed("--lora-folders", str(tmp_path), str(tmp_path))[1].lora_folders == (str(tmp_path),) * 2
+    named = parsed("--model", "org/model", "--served-model-name", "a", "org/b")
+    assert (named[0].model, named[1].served_model_name) == ("org/model", ("a", "org/b"))
     assert parsed("--api-key", "org/key")[1].api_key == ("org/key",)  # one value is a key
     assert parsed("--api-key", "a", "b")[1].api_key == ("a", "b")
 
