@@ -297,7 +297,7 @@ def _refuse_model_as_value(args: argparse.Namespace) -> None:
 
 
 def _looks_like_a_model(name: str, value: str) -> bool:
-    from minivllm.models.packaged import PACKAGED  # loads torch
+    from minivllm.models.packaged import PACKAGED  # loads numpy, which --help does not need
 
     if value.endswith(".gguf") or value.lower() in PACKAGED or (Path(value) / "config.json").is_file():
         return True
